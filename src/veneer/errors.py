@@ -1,0 +1,122 @@
+"""Everything that Veneer raises on purpose.
+
+    VeneerError
+    ├── SourceError                 a path or hub id cannot be read
+    │   ├── PathNotFoundError       nothing is there (also FileNotFoundError)
+    │   ├── NotACheckpointError     something is there, but no model and no adapter
+    │   ├── IncompleteCheckpointError   a part is missing: weights, config, a shard, or all tensors
+    │   ├── CorruptFileError        truncated, or not what its name says
+    │   └── PickleRefusedError      weights that only pickle can read
+    ├── ConfigError                 adapter_config.json, or a config object (also ValueError)
+    │   ├── UnknownMethodError      a peft_type that no method here answers to
+    │   ├── UnknownKeyError         a key unknown here that may change the maths
+    │   └── UnsupportedError        known, and not available: a method's option, a kind of layer
+    ├── TargetError                 a config's targets match nothing, or nothing usable (also ValueError)
+    ├── BindError                   checkpoint and model do not fit; carries every problem at once
+    ├── BaseModelError              the base: missing, not named, of the wrong kind, already adapted
+    │   └── BaseMismatchError       it is not the base that the adapter was trained on
+    ├── AdapterError                the set of adapters on a model (also ValueError)
+    │   ├── UnknownAdapterError     no adapter of that name
+    │   ├── DuplicateAdapterError   the name is taken, or no valid name
+    │   └── NonFiniteError          NaN or infinity among an adapter's values
+    └── MergeError                  a merge or its output cannot be made
+
+Every error says what is wrong and where in ``message``, and how to mend it in ``hint``; ``str(error)`` is
+both. The command line prints that one line and leaves with exit code 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class VeneerError(Exception):
+    """Base of the family. ``message`` says what and where, ``hint`` what to do about it."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        self.message = message
+        self.hint = hint
+        super().__init__(f"{message} {hint}" if hint else message)
+
+
+class SourceError(VeneerError):
+    """A path or hub id cannot be read."""
+
+
+class PathNotFoundError(SourceError, FileNotFoundError):
+    """Nothing is at that path or hub id."""
+
+    # OSError.__str__ would print its own (empty) errno form.
+    __str__ = VeneerError.__str__
+
+
+class NotACheckpointError(SourceError):
+    """Something is there, but it is neither a model nor an adapter."""
+
+
+class IncompleteCheckpointError(SourceError):
+    """A part of the checkpoint is missing: its weights, its config, a shard, or every tensor."""
+
+
+class CorruptFileError(SourceError):
+    """A file is truncated, or is not what its name says."""
+
+
+class PickleRefusedError(SourceError):
+    """The weights are there only as pickle, which can run code; Veneer does not execute pickles."""
+
+
+class ConfigError(VeneerError, ValueError):
+    """An adapter's config is wrong or says something that cannot be honoured."""
+
+
+class UnknownMethodError(ConfigError):
+    """No method is registered for this ``peft_type``."""
+
+
+class UnknownKeyError(ConfigError):
+    """A config key that is unknown here and may change the maths."""
+
+
+class UnsupportedError(ConfigError):
+    """Known, and not available here: a method's option, or a kind of layer."""
+
+
+class TargetError(VeneerError, ValueError):
+    """A config's targets match no module, or none that can carry an adapter."""
+
+
+class BindError(VeneerError):
+    """A checkpoint and a model do not fit together. ``problems`` holds each reason, one line apiece."""
+
+    def __init__(self, message: str, *, problems: Sequence[str] = (), hint: str | None = None) -> None:
+        self.problems = tuple(problems)
+        super().__init__(message, hint=hint)
+
+
+class BaseModelError(VeneerError):
+    """The base model is missing, not named, of the wrong kind, or already carries adapters."""
+
+
+class BaseMismatchError(BaseModelError):
+    """The base is not the one that the adapter was trained on."""
+
+
+class AdapterError(VeneerError, ValueError):
+    """Something is wrong with the set of adapters on a model."""
+
+
+class UnknownAdapterError(AdapterError):
+    """No adapter of that name is on the model."""
+
+
+class DuplicateAdapterError(AdapterError):
+    """The adapter's name is taken, or cannot be a name."""
+
+
+class NonFiniteError(AdapterError):
+    """An adapter holds NaN or infinite values."""
+
+
+class MergeError(VeneerError):
+    """A merge, or its output, cannot be made."""
