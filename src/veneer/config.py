@@ -1,0 +1,351 @@
+"""``adapter_config.json`` and the config objects that users write: one dataclass a method.
+
+The file is the PEFT format: one flat JSON object, keys sorted, ``peft_type`` naming the method. Keys that are
+unknown here are kept and written back; see :func:`_sort_unknown` for when one is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar
+
+from veneer.errors import ConfigError, UnknownKeyError, UnknownMethodError, UnsupportedError
+from veneer.files import written_whole
+from veneer.source import ADAPTER_CONFIG, resolve
+
+
+class _Name(str, Enum):
+    """A string with a closed set of values that prints as its value."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class PeftType(_Name):
+    """The methods that this version knows, by the name that stands in ``adapter_config.json``."""
+
+    LORA = "LORA"
+
+
+class TaskType(_Name):
+    """What a model is for, as PEFT writes it."""
+
+    CAUSAL_LM = "CAUSAL_LM"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    SEQ_CLS = "SEQ_CLS"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+# New layers that a task's head needs trained, and that PEFT therefore saves whole.
+HEADS: Mapping[str, tuple[str, ...]] = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+
+# Keys that describe a checkpoint and never change what it computes.
+_DESCRIPTIVE = frozenset({"_name_or_path", "model_id", "tags", "license", "language", "author", "description", "name"})
+
+# Written as null by some tools for "none".
+_PATTERNS = frozenset({"rank_pattern", "alpha_pattern"})
+
+
+@dataclass
+class PeftConfig:
+    """What every adapter's config holds, whatever its method.
+
+    ``PeftConfig.from_pretrained(path)`` reads any adapter's config and returns its method's own class.
+    """
+
+    peft_type: PeftType | None = None
+    task_type: TaskType | str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    # Keys that were in the file and are unknown here; written back as they were.
+    extra: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    # option -> the values that this version honours; anything else in the file is refused, never ignored.
+    honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    def __post_init__(self) -> None:
+        if self.task_type is not None and not isinstance(self.task_type, TaskType):
+            known = {t.value for t in TaskType}
+            if str(self.task_type) in known:
+                self.task_type = TaskType(self.task_type)
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method changes the input instead of weights."""
+        return False
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: str = "config", strict: bool = True) -> PeftConfig:
+        """The config that ``values`` (a parsed ``adapter_config.json``) describes.
+
+        Raises:
+            ConfigError: ``peft_type`` is missing, or a value is not of its kind.
+            UnknownMethodError: no method answers to ``peft_type``.
+            UnknownKeyError: a key is unknown and may change the maths (a warning when not ``strict``).
+            UnsupportedError: a known option is on that this version does not have.
+        """
+        kind = config_class(values.get("peft_type"), where)
+        names = {f.name for f in dataclasses.fields(kind)} - {"extra"}
+        known = {key: value for key, value in values.items() if key in names}
+        extra = {key: value for key, value in values.items() if key not in names}
+        _sort_unknown(extra, names, where, strict)
+        try:
+            known = {key: value for key, value in known.items() if value is not None or key not in _PATTERNS}
+            config = kind(**{**known, "peft_type": PeftType(known["peft_type"])}, extra=extra)
+        except ConfigError:
+            raise
+        except (TypeError, ValueError, re.error) as error:
+            raise ConfigError(f"{where}: {error}.", hint="Compare it with a config that loads.") from error
+        config.check_honoured(where)
+        return config
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, revision: str | None = None, **source: Any) -> PeftConfig:
+        """Read the config in an adapter folder or at a hub id."""
+        found = resolve(path, revision=revision, what="adapter", **source)
+        return cls.from_dict(found.json(ADAPTER_CONFIG), where=f"{found.origin}/{ADAPTER_CONFIG}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of this config, unknown keys included."""
+        values = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
+        if values["peft_version"] is None:
+            del values["peft_version"]
+        return {**self.extra, **values}
+
+    def to_json(self) -> str:
+        """The text of ``adapter_config.json``: keys sorted, ``inference_mode`` on."""
+        # Only the top level is sorted: of rank_pattern's keys the first that fits counts, so their order is meaning.
+        values = {**self.to_dict(), "inference_mode": True}
+        return json.dumps(dict(sorted(values.items())), indent=2) + "\n"
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``adapter_config.json`` into ``folder``."""
+        with written_whole(Path(folder) / ADAPTER_CONFIG) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+
+    def check_honoured(self, where: str = "config") -> None:
+        """Raise :class:`UnsupportedError` for each option that is on and would be ignored."""
+        refused = [
+            f"{name}={getattr(self, name)!r}"
+            for name, values in self.honoured.items()
+            if getattr(self, name) not in values
+        ]
+        if refused:
+            raise UnsupportedError(
+                f"{where}: {self.peft_type} with {', '.join(refused)} is not available in this version of Veneer.",
+                hint="Loading it without the option would compute something else, so it is refused.",
+            )
+
+
+@dataclass
+class TargetedConfig(PeftConfig):
+    """A method that adapts layers of the base, and how its config says which.
+
+    Args:
+        target_modules: what to adapt: module names or their dotted endings; a string is a regular expression
+            that must match a whole name, or ``"all-linear"``; ``None`` takes the model type's usual choice.
+        exclude_modules: names, endings or a regular expression to leave out; it wins over ``target_modules``.
+        layers_to_transform: block indices to adapt; with ``layers_pattern``, the name of the list of blocks.
+        layers_pattern: see ``layers_to_transform``.
+        modules_to_save: modules that are trained whole and saved beside the adapter, such as a new head.
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, Iterable) and not isinstance(value, str):
+                setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
+        for name in ("target_modules", "exclude_modules"):
+            check_regex(name, getattr(self, name))
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ConfigError(
+                "layers_to_transform needs target_modules as a list; it is a regular expression or a keyword here.",
+                hint="Put the block index into the expression, or list the names.",
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(
+                f"layers_pattern={self.layers_pattern!r} says nothing without layers_to_transform.",
+                hint="Give layers_to_transform=[...] too, or leave both out.",
+            )
+
+
+@dataclass
+class LoraConfig(TargetedConfig):
+    """LoRA (Hu et al. 2021, arXiv:2106.09685): ``W' = W + scale * B A``.
+
+    ``scale`` is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora`` (arXiv:2312.03732). Names,
+    defaults and meaning are PEFT's, so a config written for it works here.
+
+    Args, beside those of :class:`TargetedConfig`:
+        r: the rank.
+        lora_alpha: the numerator of the scale.
+        lora_dropout: dropout on the adapter's input while training.
+        rank_pattern: ``{pattern: r}`` for modules whose name ends with the pattern (a regular expression).
+        alpha_pattern: the same for ``lora_alpha``.
+        init_lora_weights: ``True`` (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal of deviation 1/r, B
+            zero) or ``False`` (both random: a non-zero start, for tests).
+    """
+
+    r: int = 8
+    lora_alpha: int | float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: dict[str, Any] | None = field(default_factory=dict)
+    eva_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
+    use_dora: bool = False
+    velora_config: dict[str, Any] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: dict[str, Any] | None = None
+    layer_replication: list[list[int]] | None = None
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: dict[str, Any] | None = None
+    arrow_config: dict[str, Any] | None = None
+    kasa_config: dict[str, Any] | None = None
+    ensure_weight_tying: bool = False
+
+    honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "bias": ("none",),
+        "megatron_config": (None,),
+        "trainable_token_indices": (None, [], {}),
+        "use_dora": (False, None),
+        "velora_config": (None,),
+        "alora_invocation_tokens": (None,),
+        "use_qalora": (False, None),
+        "monteclora_config": (None,),
+        "layer_replication": (None, []),
+        "lora_bias": (False, None),
+        "target_parameters": (None, []),
+        "use_bdlora": (None, False),
+        "arrow_config": (None,),
+        "kasa_config": (None,),
+        "ensure_weight_tying": (False, None),
+        # These move a part of the base into the adapter, which then fits no untouched base.
+        "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LORA
+        self.rank_pattern = dict(self.rank_pattern)
+        self.alpha_pattern = dict(self.alpha_pattern)
+        self._check()
+
+    def _check(self) -> None:
+        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}
+        for name, rank in ranks.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ConfigError(f"{name}={rank!r} is no rank.", hint="A rank is a whole number of at least 1.")
+        alphas = {
+            "lora_alpha": self.lora_alpha,
+            **{f"alpha_pattern[{k!r}]": a for k, a in self.alpha_pattern.items()},
+        }
+        for name, alpha in alphas.items():
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+                raise ConfigError(f"{name}={alpha!r} is no number.", hint="Common choices are r and 2*r.")
+        if not isinstance(self.lora_dropout, (int, float)) or not 0.0 <= self.lora_dropout < 1.0:
+            raise ConfigError(
+                f"lora_dropout={self.lora_dropout!r} is no share.",
+                hint="It lies between 0 (off) and 1 (excluded).",
+            )
+        for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for pattern in patterns:
+                check_regex(name, pattern)
+
+
+CONFIGS: Mapping[str, type[PeftConfig]] = {PeftType.LORA.value: LoraConfig}
+
+
+def config_class(peft_type: Any, where: str) -> type[PeftConfig]:
+    """The config class for a ``peft_type`` as it stands in a file."""
+    if peft_type is None:
+        raise ConfigError(
+            f"{where}: no peft_type, so the method is unknown.",
+            hint='Add it, such as "peft_type": "LORA", if you know how the adapter was made.',
+        )
+    kind = CONFIGS.get(str(peft_type))
+    if kind is None:
+        near = difflib.get_close_matches(str(peft_type).upper(), CONFIGS, n=1)
+        raise UnknownMethodError(
+            f"{where}: peft_type {str(peft_type)!r} is unknown to this version of Veneer.",
+            hint=(f"Did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(sorted(CONFIGS))}.",
+        )
+    return kind
+
+
+def _sort_unknown(extra: Mapping[str, Any], known: set[str], where: str, strict: bool) -> None:
+    """Judge the keys that this version does not know.
+
+    One that is off (``None``, ``False``, empty) or only descriptive cannot change the maths and is kept in
+    silence. A switch that is on (``use_...``), or an option with a config of its own, changes it: an error. Of
+    any other value one cannot tell: a warning.
+    """
+    on = {
+        k: v for k, v in extra.items() if v not in (None, False, "") and v != {} and v != [] and k not in _DESCRIPTIVE
+    }
+    switches = [k for k, v in on.items() if v is True or k.startswith("use_") or k.endswith("_config")]
+    for key in switches:
+        near = difflib.get_close_matches(key, known, n=1)
+        message = f"{where}: {key}={on[key]!r} is unknown to this version of Veneer and may change the maths."
+        if strict:
+            raise UnknownKeyError(
+                message,
+                hint=(f"Did you mean {near[0]!r}? " if near else "")
+                + "Remove the key if it changes nothing, or load with strict=False to ignore it.",
+            )
+        warnings.warn(message + " It is ignored.", stacklevel=4)
+    for key in on.keys() - set(switches):
+        warnings.warn(f"{where}: unknown key {key}={on[key]!r} is kept and not used.", stacklevel=4)
+
+
+def check_regex(name: str, value: Any) -> None:
+    """Raise ``ConfigError`` when ``value`` is a string and no regular expression."""
+    if not isinstance(value, str):
+        return
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ConfigError(
+            f"{name}: {value!r} is no regular expression: {error}.",
+            hint="Escape dots and brackets with a backslash.",
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value

@@ -1,0 +1,439 @@
+"""What is at this path? Answered from configs and headers: no torch, no weights read, no network for local files.
+
+Something broken is described, not raised: its ``problems`` say what is wrong and how to mend it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer import adapter_set
+from veneer.config import PeftConfig
+from veneer.errors import ConfigError, SourceError, UnknownMethodError, VeneerError
+from veneer.identity import BASE_DIGEST_KEY
+from veneer.source import (
+    ADAPTER_CONFIG,
+    ADAPTER_STEM,
+    ADAPTER_WEIGHTS,
+    INDEX,
+    MODEL_CONFIG,
+    MODEL_STEM,
+    PICKLES,
+    SAFETENSORS,
+    Header,
+    Source,
+    TensorInfo,
+    looks_like_hub_id,
+    read_header,
+    resolve,
+    weight_files,
+)
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+# What is needed of a hub repository to know what it is; weights are read by their headers alone.
+_SMALL = ("*.json",)
+# Leaves whose first dimension is a rank, and of which an adapted layer has one.
+_DOWN = (".lora_A.weight", ".lora_embedding_A")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that will keep the checkpoint from loading, or from doing what it says."""
+
+    code: str
+    message: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a checkpoint.
+
+    Attributes:
+        files: the files that hold them.
+        tensors: how many.
+        parameters: values in all of them.
+        nbytes: their bytes.
+        dtypes: dtype -> values of it.
+    """
+
+    files: list[str]
+    tensors: int
+    parameters: int
+    nbytes: int
+    dtypes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What an adapter's folder says.
+
+    Attributes:
+        peft_type: its method.
+        base: the base model that its config names.
+        base_revision: that base's revision.
+        base_digest: the digest of the base that it was trained on, where it is recorded.
+        task: what it is for.
+        ranks: rank -> number of layers that have it.
+        alpha: the config's ``lora_alpha``.
+        options: the method's options that are on, such as ``use_rslora``.
+        target_modules: as in the config.
+        modules_to_save: modules that it brings whole.
+        layers: how many layers it adapts.
+        weights: its tensors; ``None`` when they cannot be read.
+    """
+
+    peft_type: str | None
+    base: str | None
+    base_revision: str | None
+    base_digest: str | None
+    task: str | None
+    ranks: dict[int, int]
+    alpha: float | None
+    options: dict[str, Any]
+    target_modules: list[str] | str | None
+    modules_to_save: list[str] | None
+    layers: int
+    weights: Weights | None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a full model's folder says.
+
+    Attributes:
+        architecture: its class.
+        model_type: its family.
+        dtype: as its config says.
+        quantization: its quantisation config; ``None`` when it is not quantised.
+        tied_embeddings: whether its config ties input and output embeddings.
+        weights: its tensors; ``None`` when they cannot be read.
+    """
+
+    architecture: str | None
+    model_type: str | None
+    dtype: str | None
+    quantization: dict[str, Any] | None
+    tied_embeddings: bool | None
+    weights: Weights | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is at a path.
+
+    Attributes:
+        path: what was asked for.
+        kind: ``"model"``, ``"adapter"``, ``"model+adapter"`` or ``"unknown"``. A set of adapters in subfolders is
+            an ``"adapter"``.
+        adapter: the adapter at the root of the folder.
+        model: the full model at the root of the folder.
+        adapters: the adapters of a set: name -> the same for each.
+        commit: the hub commit.
+        problems: what is wrong.
+    """
+
+    path: str
+    kind: str
+    adapter: AdapterFacts | None = None
+    model: ModelFacts | None = None
+    adapters: dict[str, Inspection] = field(default_factory=dict)
+    commit: str | None = None
+    problems: tuple[Problem, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON types."""
+        return asdict(self)
+
+    def __rich__(self) -> RenderableType:
+        """A panel: the facts, a line for each member of a set, then the problems."""
+        from veneer.inspection_view import panel
+
+        return panel(self)
+
+
+def inspect(
+    path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> Inspection:
+    """Tell what is at a local folder, a safetensors file or a hub id.
+
+    Args:
+        path: what to look at.
+        revision: branch, tag or commit on the hub.
+        subfolder: where below it to look.
+        token: for the hub.
+        local_files_only: use no network.
+
+    Raises:
+        PathNotFoundError: nothing is there. NotACheckpointError: it is a file, and no checkpoint.
+    """
+    options: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "token": token}
+    source = resolve(path, local_files_only=local_files_only, patterns=_SMALL, **options)
+    if source.commit is not None and source.has(ADAPTER_CONFIG):
+        source = resolve(path, local_files_only=local_files_only, **options)
+    return _inspect(source, os.fspath(path), token)
+
+
+def _inspect(source: Source, path: str, token: str | None = None) -> Inspection:
+    problems: list[Problem] = []
+    if source.file is not None:
+        return _inspect_file(source, path)
+    has_adapter, has_model = source.has(ADAPTER_CONFIG), source.has(MODEL_CONFIG)
+    adapter = _adapter(source, problems) if has_adapter else None
+    model = _model(source, problems, token, alone=not has_adapter) if has_model else None
+    members = {m.name: m.source for m in _members(source, problems) if m.source != source}
+    adapters = {name: _inspect(member, member.origin) for name, member in members.items()}
+    problems += [Problem(p.code, f"{name}: {p.message}", p.hint) for name, a in adapters.items() for p in a.problems]
+    if has_adapter and model is not None and model.weights is not None:
+        problems.append(_both(source))
+    if has_adapter or adapters:
+        # An adapter beside a config without weights is an adapter: some tools copy the base's config there.
+        kind = "model+adapter" if model is not None and model.weights is not None else "adapter"
+    else:
+        kind = "model" if has_model else "unknown"
+    if kind == "unknown":
+        problems.append(_unknown(source))
+    return Inspection(path, kind, adapter, model, adapters, source.commit, tuple(problems))
+
+
+def _members(source: Source, problems: list[Problem]) -> list[adapter_set.Member]:
+    try:
+        return adapter_set.members(source)
+    except SourceError as error:
+        problems.append(_problem("damaged", error))
+        return []
+
+
+def _inspect_file(source: Source, path: str) -> Inspection:
+    """A single safetensors file: an adapter's when its keys say so."""
+    assert source.file is not None
+    header = read_header(source.file)
+    weights = _weights([header])
+    beside = source.file.name == ADAPTER_WEIGHTS and source.has(ADAPTER_CONFIG)
+    if beside:
+        return _inspect(Source(source.root, path), path)
+    ranks = _ranks(header.tensors.values())
+    if ranks or any(name.startswith("base_model.") for name in header.tensors):
+        digest = header.metadata.get(BASE_DIGEST_KEY)
+        facts = AdapterFacts(None, None, None, digest, None, ranks, None, {}, None, None, sum(ranks.values()), weights)
+        return Inspection(path, "adapter", adapter=facts, problems=(_no_config(path),))
+    facts_of_model = ModelFacts(None, None, None, None, None, weights)
+    return Inspection(path, "model", model=facts_of_model)
+
+
+# -- an adapter --------------------------------------------------------------------------------------------
+
+
+def _adapter(source: Source, problems: list[Problem]) -> AdapterFacts:
+    values: dict[str, Any] = {}
+    try:
+        values = source.json(ADAPTER_CONFIG)
+        _check_config(values, source, problems)
+    except SourceError as error:
+        problems.append(_problem("damaged", error))
+    headers = _headers(source, ADAPTER_STEM, problems)
+    weights = _weights(headers) if headers else None
+    if weights is not None and not weights.parameters:
+        problems.append(_empty(source))
+    _check_base(values.get("base_model_name_or_path"), source, problems)
+    tensors = [info for header in headers for info in header.tensors.values()]
+    ranks = _ranks(tensors)
+    recorded = [header.metadata.get(BASE_DIGEST_KEY) for header in headers]
+    return AdapterFacts(
+        peft_type=values.get("peft_type"),
+        base=values.get("base_model_name_or_path"),
+        base_revision=values.get("revision"),
+        base_digest=next((digest for digest in recorded if digest), None),
+        task=values.get("task_type"),
+        ranks=ranks,
+        alpha=values.get("lora_alpha"),
+        options={k: v for k, v in sorted(values.items()) if k.startswith("use_") and v}
+        | {k: values[k] for k in ("rank_pattern", "alpha_pattern") if values.get(k)},
+        target_modules=values.get("target_modules"),
+        modules_to_save=values.get("modules_to_save"),
+        layers=sum(ranks.values()),
+        weights=weights,
+    )
+
+
+def _check_config(values: Mapping[str, Any], source: Source, problems: list[Problem]) -> None:
+    try:
+        PeftConfig.from_dict(values, where=f"{source.origin}/{ADAPTER_CONFIG}")
+    except UnknownMethodError as error:
+        problems.append(_problem("unknown-method", error))
+    except ConfigError as error:
+        problems.append(_problem("config", error))
+
+
+def _check_base(base: Any, source: Source, problems: list[Problem]) -> None:
+    """A base that is named by a path must exist; whether a hub id does is not known here."""
+    if not isinstance(base, str) or not base:
+        problems.append(
+            Problem(
+                "base-not-named",
+                f"{source.origin}/{ADAPTER_CONFIG} names no base model.",
+                f"Name it when loading: veneer.load({source.origin!r}, base=...).",
+            )
+        )
+    elif not (looks_like_hub_id(base) or Path(base).exists() or (source.root / base).exists()):
+        problems.append(
+            Problem(
+                "base-not-found",
+                f"The base model {base} does not exist here.",
+                f"Name it when loading: veneer.load({source.origin!r}, base=...).",
+            )
+        )
+
+
+def _ranks(tensors: Iterable[TensorInfo]) -> dict[int, int]:
+    found = Counter(info.shape[0] for info in tensors if info.name.endswith(_DOWN) and info.shape)
+    return dict(sorted(found.items()))
+
+
+# -- a model -----------------------------------------------------------------------------------------------
+
+
+def _model(source: Source, problems: list[Problem], token: str | None, alone: bool) -> ModelFacts:
+    values: dict[str, Any] = {}
+    try:
+        values = source.json(MODEL_CONFIG)
+    except SourceError as error:
+        problems.append(_problem("damaged", error))
+    weights = None
+    names = (MODEL_STEM + SAFETENSORS, MODEL_STEM + INDEX, *PICKLES[MODEL_STEM])
+    if alone or any(source.has(name) for name in names):
+        headers = _headers(source, MODEL_STEM, problems, token)
+        weights = _weights(headers) if headers else None
+    return ModelFacts(
+        architecture=next(iter(values.get("architectures") or ()), None),
+        model_type=values.get("model_type"),
+        dtype=values.get("dtype") or values.get("torch_dtype"),
+        quantization=values.get("quantization_config"),
+        tied_embeddings=values.get("tie_word_embeddings"),
+        weights=weights,
+    )
+
+
+def _headers(source: Source, stem: str, problems: list[Problem], token: str | None = None) -> list[Header]:
+    remote = _remote_headers(source, stem, token)
+    if remote is not None:
+        return remote
+    headers: list[Header] = []
+    try:
+        files = weight_files(source, stem)
+    except VeneerError as error:
+        code = {
+            "PickleRefusedError": "pickle-only",
+            "IncompleteCheckpointError": "missing-shard" if source.has(stem + INDEX) else "no-weights",
+        }
+        problems.append(_problem(code.get(type(error).__name__, "damaged"), error))
+        return []
+    for file in files:
+        try:
+            headers.append(read_header(file))
+        except SourceError as error:
+            problems.append(_problem("damaged", error))
+    return headers
+
+
+def _remote_headers(source: Source, stem: str, token: str | None) -> list[Header] | None:
+    """Headers read from the hub, for a model whose weights are not in the cache."""
+    if source.commit is None or source.has(stem + SAFETENSORS) or any(source.root.glob(f"*{SAFETENSORS}")):
+        return None
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi(token=token).get_safetensors_metadata(source.origin, revision=source.commit)
+    except Exception:  # whatever keeps the hub from answering: the local problem is then reported instead
+        return None
+    return [
+        Header(
+            Path(name),
+            {n: TensorInfo(n, t.dtype, tuple(t.shape), *t.data_offsets) for n, t in file.tensors.items()},
+            file.metadata,
+        )
+        for name, file in found.files_metadata.items()
+    ]
+
+
+def _weights(headers: list[Header]) -> Weights:
+    tensors = [info for header in headers for info in header.tensors.values()]
+    dtypes: Counter[str] = Counter()
+    for info in tensors:
+        dtypes[info.dtype] += info.numel
+    return Weights(
+        files=[header.path.name for header in headers],
+        tensors=len(tensors),
+        parameters=sum(dtypes.values()),
+        nbytes=sum(info.nbytes for info in tensors),
+        dtypes=dict(sorted(dtypes.items())),
+    )
+
+
+# -- problems ----------------------------------------------------------------------------------------------
+
+
+def _problem(code: str, error: VeneerError) -> Problem:
+    return Problem(code, error.message, error.hint or "")
+
+
+def _empty(source: Source) -> Problem:
+    return Problem(
+        "empty-checkpoint",
+        f"{source.origin}: empty checkpoint: {ADAPTER_WEIGHTS} holds no values.",
+        "ZeRO-3 and FSDP save this when weights are not gathered first; gather them and save again.",
+    )
+
+
+def _both(source: Source) -> Problem:
+    return Problem(
+        "model-and-adapter",
+        f"{source.origin} holds a full model and an adapter; the adapter's config decides when it is loaded.",
+        "If the adapter was merged into the model, move its adapter_* files away.",
+    )
+
+
+def _no_config(path: str) -> Problem:
+    return Problem(
+        "no-config",
+        f"{path}: an adapter's weights without {ADAPTER_CONFIG}: its scale and base are unknown.",
+        "Copy the config from where the adapter was trained.",
+    )
+
+
+def _unknown(source: Source) -> Problem:
+    names = source.files()
+    if not names and not any(source.root.iterdir()):
+        return Problem("empty-folder", f"{source.origin} is an empty folder.", "Check the path.")
+    if any(name in names for name in (ADAPTER_WEIGHTS, *PICKLES[ADAPTER_STEM])):
+        return _no_config(source.origin)
+    if any(name.endswith(SAFETENSORS) for name in names):
+        return Problem(
+            "no-config",
+            f"{source.origin}: weights without {MODEL_CONFIG}: the model's class is unknown.",
+            "Copy the config from where the model came from.",
+        )
+    states = sorted(p.parent.name for p in source.root.glob(f"checkpoint-*/{ADAPTER_CONFIG}"))
+    if states:
+        return Problem(
+            "trainer-output",
+            f"{source.origin} holds a trainer's checkpoints: {', '.join(states)}.",
+            f"Choose one, such as {source.origin}/{states[-1]}.",
+        )
+    return Problem(
+        "no-checkpoint",
+        f"{source.origin} holds neither {MODEL_CONFIG} nor {ADAPTER_CONFIG}.",
+        "Check the path" + (f"; it holds {', '.join(names[:5])}." if names else "."),
+    )

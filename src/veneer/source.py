@@ -1,0 +1,416 @@
+"""A path or hub id at a revision -> its files. Reads headers of safetensors files; imports no torch.
+
+Local first: nothing reaches the network for a path that exists, for a hub id whose files are in the cache, or in
+offline mode (``local_files_only``, ``HF_HUB_OFFLINE``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import (
+    CorruptFileError,
+    IncompleteCheckpointError,
+    NotACheckpointError,
+    PathNotFoundError,
+    PickleRefusedError,
+    SourceError,
+)
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_STEM = "adapter_model"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MODEL_CONFIG = "config.json"
+MODEL_STEM = "model"
+SAFETENSORS = ".safetensors"
+INDEX = ".safetensors.index.json"
+
+# The same weights as pickles, by stem: what older tools wrote.
+PICKLES: Mapping[str, tuple[str, ...]] = {
+    ADAPTER_STEM: ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth"),
+    MODEL_STEM: ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth"),
+}
+
+# Bytes per value, by the name that a header gives a dtype.
+DTYPE_BITS: Mapping[str, int] = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+
+# What is fetched from the hub: everything but other formats' weights.
+_WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder of files, wherever it came from.
+
+    Attributes:
+        root: the folder.
+        origin: as it was asked for.
+        file: the one file that was asked for, when it was not a folder.
+        revision: the hub revision that was asked for.
+        commit: the hub commit that it is.
+    """
+
+    root: Path
+    origin: str
+    file: Path | None = None
+    revision: str | None = None
+    commit: str | None = None
+
+    def path(self, name: str) -> Path:
+        """The path of a file in the folder; ``CorruptFileError`` when ``name`` would leave it."""
+        parts = Path(name).parts
+        if Path(name).is_absolute() or ".." in parts or "\\" in name or not parts:
+            raise CorruptFileError(
+                f"{self.origin}: {name!r} points outside of its folder.", hint="Do not trust this checkpoint."
+            )
+        return self.root / name
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of that name."""
+        return self.path(name).is_file()
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON object read from a file of the folder."""
+        return read_json(self.path(name))
+
+    def files(self) -> list[str]:
+        """The names of the files in the folder, sorted; hidden ones and subfolders left out."""
+        return sorted(p.name for p in self.root.iterdir() if p.is_file() and not p.name.startswith("."))
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as a header describes it; ``start`` and ``end`` are bytes in the file's data part."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.end - self.start
+
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """A safetensors file without its data. ``data_start`` is the offset of the data part in the file."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    data_start: int = 8
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+# -- finding -----------------------------------------------------------------------------------------------
+
+
+def resolve(
+    path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    what: str = "path",
+    patterns: Sequence[str] = _WANTED,
+) -> Source:
+    """Find the files of a local folder, a single safetensors file, or a hub id.
+
+    Args:
+        path: what to find.
+        revision: branch, tag or commit on the hub.
+        subfolder: where below it to look.
+        token: for the hub.
+        local_files_only: use no network.
+        what: what it is meant to be, for errors: "adapter", "base".
+        patterns: which files of a hub repository are needed.
+
+    Raises:
+        PathNotFoundError: nothing is there. NotACheckpointError: it is a file, and no safetensors file.
+        SourceError: the hub refuses, or cannot be reached.
+    """
+    text = os.fspath(path)
+    local = Path(text).expanduser()
+    if not text.strip():
+        raise PathNotFoundError(f"The {what} is an empty string.", hint="Give a folder or a hub id.")
+    if local.is_file():
+        return _single_file(local, text)
+    if not local.is_dir():
+        if isinstance(path, Path) or not looks_like_hub_id(text):
+            raise _missing(local, what)
+        return _from_hub(text, revision, subfolder, token, local_files_only, what, patterns)
+    if subfolder:
+        inner = Source(local, text).path(subfolder)
+        if not inner.is_dir():
+            raise PathNotFoundError(f"{text} has no subfolder {subfolder!r}.", hint=_near(inner))
+        return Source(inner, f"{text.rstrip('/')}/{subfolder}")
+    return Source(local, text)
+
+
+def looks_like_hub_id(text: str) -> bool:
+    """Whether ``text`` can be ``name`` or ``owner/name`` on the hub, and is not plainly meant as a path."""
+    return _HUB_ID.fullmatch(text) is not None and ".." not in text and not text.endswith(SAFETENSORS)
+
+
+def is_offline() -> bool:
+    """Whether the environment forbids the network."""
+    on = {"1", "true", "yes", "on"}
+    return any(os.environ.get(name, "").lower() in on for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+
+
+def _single_file(path: Path, text: str) -> Source:
+    if path.suffix != SAFETENSORS:
+        kinds = [suffix for names in PICKLES.values() for name in names for suffix in [Path(name).suffix]]
+        if path.suffix in kinds and path.suffix != ".json":
+            raise PickleRefusedError(
+                f"{text} is a pickle, which can run code; it is not opened.",
+                hint=f"If you trust it: veneer convert-pickle {text}",
+            )
+        raise NotACheckpointError(
+            f"{text} is a file, and no safetensors file.", hint="Give a checkpoint's folder, or its .safetensors file."
+        )
+    read_header(path)
+    return Source(path.parent, text, file=path)
+
+
+def _missing(path: Path, what: str) -> PathNotFoundError:
+    return PathNotFoundError(f"The {what} {path} does not exist.", hint=_near(path))
+
+
+def _near(path: Path) -> str:
+    """What stands beside a path that does not exist."""
+    parent = path.parent
+    while not parent.is_dir() and parent != parent.parent:
+        path, parent = parent, parent.parent
+    names = sorted(p.name for p in parent.iterdir()) if parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=2, cutoff=0.5)
+    if near:
+        return f"Did you mean {' or '.join(str(parent / name) for name in near)}?"
+    return f"There is no {path.name!r} in {parent}." if path.name else "Give a folder or a hub id."
+
+
+def _from_hub(
+    repo: str,
+    revision: str | None,
+    subfolder: str | None,
+    token: str | None,
+    local_files_only: bool,
+    what: str,
+    patterns: Sequence[str],
+) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    prefix = f"{subfolder}/" if subfolder else ""
+    wanted = [prefix + pattern for pattern in patterns]
+    offline = local_files_only or is_offline()
+    folder: str | None = None
+    try:
+        folder = snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=True)
+        if not _has_weights(Path(folder) / prefix) and not offline:
+            folder = None
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        if folder is None and not offline:
+            folder = snapshot_download(repo, revision=revision, allow_patterns=wanted, token=token)
+    except GatedRepoError as error:
+        raise SourceError(
+            f"The {what} {repo} is gated on the hub.", hint="Accept its terms there, then pass token=."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise PathNotFoundError(
+            f"The {what} {repo!r} is neither a local path nor a public repository on the hub.",
+            hint="Check the spelling; for a private one pass token=.",
+        ) from error
+    except (OSError, ValueError, LocalEntryNotFoundError) as error:
+        raise _unreachable(repo, what, error) from error
+    if folder is None:
+        raise PathNotFoundError(
+            f"The {what} {repo!r} is neither a local path nor in the hub's cache, and the network is switched off.",
+            hint=_near(Path(repo))
+            if Path(repo).parent.is_dir() and "/" in repo
+            else "Download it first, or give a local path.",
+        )
+    root = Path(folder) / prefix
+    if not root.is_dir():
+        raise PathNotFoundError(f"{repo} has no subfolder {subfolder!r}.", hint="Check its spelling.")
+    return Source(root, repo + (f"/{subfolder}" if subfolder else ""), revision=revision, commit=Path(folder).name)
+
+
+def _has_weights(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.glob(f"*{SAFETENSORS}"))
+
+
+def _unreachable(repo: str, what: str, error: Exception) -> SourceError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return PathNotFoundError(
+        f"The {what} {repo!r} is neither a local path nor in the hub's cache, and the hub did not answer: {reason}",
+        hint="Check the spelling of the path, or the network.",
+    )
+
+
+# -- reading -----------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or ``CorruptFileError`` that says where it breaks."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CorruptFileError(
+            f"{path}: no valid JSON at line {error.lineno}, column {error.colno}: {error.msg}.",
+            hint="Copy or download it again." if path.stat().st_size else "The file is empty.",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise CorruptFileError(f"{path}: not UTF-8 text.", hint="Copy or download it again.") from error
+    if not isinstance(values, dict):
+        raise CorruptFileError(f"{path}: holds a {type(values).__name__}, not a JSON object.", hint="Check the file.")
+    return values
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file, checked against the file's size.
+
+    Raises:
+        CorruptFileError: not a safetensors file, truncated, or with a header that contradicts itself.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        _check_start(path, start, length, size, file.read(64))
+        file.seek(8)
+        raw = file.read(length)
+    try:
+        values = json.loads(raw, object_pairs_hook=lambda pairs: _unique(path, pairs))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise _corrupt(path, "its header is no valid JSON") from error
+    if not isinstance(values, dict):
+        raise _corrupt(path, "its header is no JSON object")
+    metadata = values.pop("__metadata__", {})
+    tensors = {name: _tensor(path, name, value) for name, value in values.items()}
+    _check_extent(path, tensors, size - 8 - length)
+    return Header(path, tensors, metadata if isinstance(metadata, dict) else {}, 8 + length)
+
+
+def _check_start(path: Path, start: bytes, length: int, size: int, after: bytes) -> None:
+    text = (start + after).lstrip()
+    if text.startswith(b"version https://git-lfs"):
+        raise CorruptFileError(f"{path}: a Git LFS pointer, not the weights.", hint="Run git lfs pull in its folder.")
+    if text[:1] == b"<" and (b"<html" in text.lower() or text.lower().startswith(b"<!doctype")):
+        raise CorruptFileError(f"{path}: a web page, not weights.", hint="The download failed; download it again.")
+    if size < 8:
+        raise _corrupt(path, f"it has {size} bytes, and a header alone takes 8")
+    if length > min(size - 8, _MAX_HEADER):
+        raise _corrupt(
+            path, f"its header would take {length:,} bytes, and the file has {size:,}: truncated, or no safetensors"
+        )
+
+
+def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise _corrupt(path, "its header names a tensor twice")
+    return values
+
+
+def _tensor(path: Path, name: str, value: Any) -> TensorInfo:
+    try:
+        dtype, shape = str(value["dtype"]), tuple(int(n) for n in value["shape"])
+        start, end = (int(n) for n in value["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _corrupt(path, f"its header does not describe {name!r}") from error
+    info = TensorInfo(name, dtype, shape, start, end)
+    bits = DTYPE_BITS.get(dtype)
+    if min((*shape, start, end - start)) < 0 or (bits is not None and info.nbytes * 8 != info.numel * bits):
+        raise _corrupt(path, f"its header gives {name!r} {info.nbytes} bytes for shape {list(shape)} of {dtype}")
+    return info
+
+
+def _check_extent(path: Path, tensors: Mapping[str, TensorInfo], available: int) -> None:
+    position = 0
+    for info in sorted(tensors.values(), key=lambda info: (info.start, info.end)):
+        if info.start < position:
+            raise _corrupt(path, f"the data of {info.name!r} overlaps another tensor's")
+        position = info.end
+    if position > available:
+        raise _corrupt(path, f"truncated: its tensors take {position:,} bytes, and {available:,} are there")
+
+
+def _corrupt(path: Path, why: str) -> CorruptFileError:
+    return CorruptFileError(f"{path} is damaged: {why}.", hint="Copy or download it again.")
+
+
+def weight_files(source: Source, stem: str) -> list[Path]:
+    """The safetensors files of a checkpoint: one, or the shards that an index names.
+
+    Args:
+        source: where.
+        stem: ``"model"`` or ``"adapter_model"``.
+
+    Raises:
+        IncompleteCheckpointError: there are none, or a shard is missing. PickleRefusedError: only pickles.
+    """
+    if source.file is not None:
+        return [source.file]
+    if source.has(stem + SAFETENSORS):
+        return [source.path(stem + SAFETENSORS)]
+    if source.has(stem + INDEX):
+        return _shards(source, stem + INDEX)
+    pickles = [name for name in PICKLES[stem] if source.has(name)]
+    if pickles:
+        raise PickleRefusedError(
+            f"{source.origin}: the weights are there only as a pickle ({pickles[0]}), which can run code.",
+            hint=f"If you trust it: veneer convert-pickle {source.origin}",
+        )
+    raise IncompleteCheckpointError(
+        f"{source.origin}: there is a config and no weights ({stem}{SAFETENSORS}).",
+        hint="Copy the weights there; a training run that was cut off may not have saved them.",
+    )
+
+
+def _shards(source: Source, index: str) -> list[Path]:
+    mapping = source.json(index).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping:
+        raise CorruptFileError(f"{source.origin}/{index}: has no weight_map.", hint="Copy or download it again.")
+    names = sorted({str(name) for name in mapping.values()})
+    missing = [name for name in names if not source.has(name)]
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise IncompleteCheckpointError(
+            f"{source.origin}/{index}: {len(missing)} of {len(names)} shards are missing: {shown}.",
+            hint="Copy or download them again.",
+        )
+    return [source.path(name) for name in names]
