@@ -1,0 +1,179 @@
+"""Veneer: the runtime for parameter-efficient fine-tuned models.
+
+``veneer.load(path)`` takes an adapter, a full model or a merged one and returns one model object with every
+feature. Importing this module imports no torch; each name is fetched when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from veneer._version import __version__
+
+if TYPE_CHECKING:
+    from veneer.auto import (
+        AutoModelForCausalLM,
+        AutoModelForFeatureExtraction,
+        AutoModelForImageClassification,
+        AutoModelForImageTextToText,
+        AutoModelForQuestionAnswering,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
+        AutoModelForSpeechSeq2Seq,
+        AutoModelForTokenClassification,
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
+    from veneer.config import LoraConfig, PeftConfig, PeftType, TaskType
+    from veneer.errors import (
+        AdapterError,
+        BaseMismatchError,
+        BaseModelError,
+        BindError,
+        ConfigError,
+        CorruptFileError,
+        DuplicateAdapterError,
+        IncompleteCheckpointError,
+        MergeError,
+        NonFiniteError,
+        NotACheckpointError,
+        PathNotFoundError,
+        PickleRefusedError,
+        SourceError,
+        TargetError,
+        UnknownAdapterError,
+        UnknownKeyError,
+        UnknownMethodError,
+        UnsupportedError,
+        VeneerError,
+    )
+    from veneer.inspection import Inspection, Problem, inspect
+    from veneer.loader import load, load_tokenizer
+    from veneer.merging.folder import MergeReport, merge
+    from veneer.model import (
+        PeftModel,
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+        get_peft_model,
+    )
+    from veneer.report import AdapterReport, LoadReport
+
+# Public name -> the module that defines it.
+_HOMES = {
+    name: module
+    for module, names in {
+        "auto": (
+            "AutoModelForCausalLM AutoModelForFeatureExtraction "
+            "AutoModelForImageClassification AutoModelForImageTextToText "
+            "AutoModelForQuestionAnswering AutoModelForSeq2SeqLM "
+            "AutoModelForSequenceClassification AutoModelForSpeechSeq2Seq "
+            "AutoModelForTokenClassification AutoPeftModel AutoPeftModelForCausalLM "
+            "AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering "
+            "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
+            "AutoPeftModelForTokenClassification"
+        ),
+        "config": "LoraConfig PeftConfig PeftType TaskType",
+        "errors": (
+            "AdapterError BaseMismatchError BaseModelError BindError ConfigError "
+            "CorruptFileError DuplicateAdapterError IncompleteCheckpointError MergeError "
+            "NonFiniteError NotACheckpointError PathNotFoundError PickleRefusedError "
+            "SourceError TargetError UnknownAdapterError UnknownKeyError UnknownMethodError "
+            "UnsupportedError VeneerError"
+        ),
+        "inspection": "Inspection Problem inspect",
+        "loader": "load load_tokenizer",
+        "merging.folder": "MergeReport merge",
+        "model": (
+            "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction "
+            "PeftModelForQuestionAnswering PeftModelForSeq2SeqLM "
+            "PeftModelForSequenceClassification PeftModelForTokenClassification "
+            "get_peft_model"
+        ),
+        "report": "AdapterReport LoadReport",
+    }.items()
+    for name in names.split()
+}
+
+__all__ = [
+    "AdapterError",
+    "AdapterReport",
+    "AutoModelForCausalLM",
+    "AutoModelForFeatureExtraction",
+    "AutoModelForImageClassification",
+    "AutoModelForImageTextToText",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModelForTokenClassification",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
+    "BaseMismatchError",
+    "BaseModelError",
+    "BindError",
+    "ConfigError",
+    "CorruptFileError",
+    "DuplicateAdapterError",
+    "IncompleteCheckpointError",
+    "Inspection",
+    "LoadReport",
+    "LoraConfig",
+    "MergeError",
+    "MergeReport",
+    "NonFiniteError",
+    "NotACheckpointError",
+    "PathNotFoundError",
+    "PeftConfig",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "PickleRefusedError",
+    "Problem",
+    "SourceError",
+    "TargetError",
+    "TaskType",
+    "UnknownAdapterError",
+    "UnknownKeyError",
+    "UnknownMethodError",
+    "UnsupportedError",
+    "VeneerError",
+    "__version__",
+    "get_peft_model",
+    "inspect",
+    "load",
+    "load_tokenizer",
+    "merge",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'veneer' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"veneer.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

@@ -1,0 +1,457 @@
+"""The set of adapters on a model: add, select, rename, delete, merge, take off again.
+
+The base model is edited in one way only: an adapted layer is put in the place of its base layer, which it holds.
+Taking it out again leaves the model as it was, bit for bit.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.catalog import Catalog
+from veneer.checkpoint import Checkpoint
+from veneer.codec import encode, in_memory
+from veneer.config import PeftConfig, TargetedConfig
+from veneer.errors import (
+    AdapterError,
+    BindError,
+    DuplicateAdapterError,
+    MergeError,
+    NonFiniteError,
+    UnknownAdapterError,
+    UnsupportedError,
+)
+from veneer.layer import AdaptedLayer
+from veneer.methods import method_of
+from veneer.plan import Plan, bind_error, make_plan
+from veneer.saved import SavedModule
+from veneer.selection import BASE, NOTHING, Selection, Switch
+from veneer.site import Site
+
+
+@dataclass
+class Adapter:
+    """One adapter on a model.
+
+    Attributes:
+        name: its name here.
+        config: its config.
+        origin: where it came from; ``None`` for one made here.
+        layers: the names of the layers it adapts, in the model's order.
+        saved: the names of the modules that it brings whole.
+        trainable: whether its tensors are to be trained while it is selected.
+        zero: those of ``layers`` in which it changes nothing, known when it was loaded.
+        base_digest: the digest of the base it was trained on, where the checkpoint records it.
+        notes: what was odd about it.
+        dtypes: checkpoint key -> dtype on disk, for tensors that are wider in memory and saved as they were.
+    """
+
+    name: str
+    config: TargetedConfig
+    origin: str | None = None
+    layers: list[str] = field(default_factory=list)
+    saved: list[str] = field(default_factory=list)
+    trainable: bool = False
+    zero: list[str] = field(default_factory=list)
+    base_digest: str | None = None
+    notes: list[str] = field(default_factory=list)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+
+class Adapters:
+    """All adapters of one base model.
+
+    Args:
+        model: the base model, carrying no adapters (else ``BaseModelError``).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.catalog = Catalog(model)
+        self.switch = Switch()
+        self.entries: dict[str, Adapter] = {}
+        self.layers: dict[str, AdaptedLayer] = {}
+        self.saved: dict[str, SavedModule] = {}
+        # Where the base's own parameters wanted gradients, before the first adapter came.
+        self._was_trainable: list[tuple[nn.Module, str]] | None = None
+
+    # -- adding --------------------------------------------------------------------------------------------
+
+    def load(
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        *,
+        trainable: bool,
+        strict: bool = True,
+        float32: bool = False,
+    ) -> Adapter:
+        """Add an adapter from its checkpoint. Either all of it is added or the model stays as it was.
+
+        Raises:
+            BindError: checkpoint and model do not fit (with ``strict=False`` what fits is used, with a warning).
+            NonFiniteError: it holds NaN or infinite values.
+            DuplicateAdapterError: the name is taken.
+        """
+        self.check_new(name)
+        config = _targeted(checkpoint.config)
+        method = method_of(config)
+        plan = make_plan(config, method, checkpoint.tensors, self.catalog)
+        self._settle(plan, checkpoint, strict)
+        tensors = checkpoint.read(plan.keys)
+        _check_finite(tensors, checkpoint.origin)
+        adapter = Adapter(name, config, checkpoint.origin, trainable=trainable, notes=list(plan.notes))
+        for binding in plan.bindings:
+            parameters = {
+                leaf: _parameter(tensors[key], binding.site.stored.device, float32, trainable)
+                for leaf, key in binding.keys.items()
+            }
+            layer = self._layer(binding.site)
+            layer.bind(name, method, binding.settings, parameters)
+            adapter.layers.append(binding.site.name)
+            if not layer.patch(name).changes():
+                adapter.zero.append(binding.site.name)
+        for root, keys in plan.saved.items():
+            values = {leaf: tensors[key] for leaf, key in keys.items()}
+            self._saved(root).add(name, values).requires_grad_(trainable)
+            adapter.saved.append(root)
+            if not trainable:
+                adapter.dtypes.update({encode(root, leaf): tensor.dtype for leaf, tensor in values.items()})
+        self._added(adapter)
+        return adapter
+
+    def create(self, name: str, config: PeftConfig, *, generator: torch.Generator | None = None) -> Adapter:
+        """Add a new, trainable adapter, with tensors in float32.
+
+        Raises:
+            TargetError: the config's targets match nothing usable.
+            DuplicateAdapterError: the name is taken.
+        """
+        self.check_new(name)
+        config = _targeted(config)
+        config.check_honoured()
+        method = method_of(config)
+        sites = self.catalog.sites(config)
+        self.catalog.spell_out(config, [site.name for site in sites])
+        roots = self.catalog.saved(config)
+        self._check_places([site.name for site in sites], roots)
+        made = []
+        for site in sites:
+            settings = method.settings(config, site.name)
+            made.append((site, settings, method.init(config, settings, site, generator)))
+        adapter = Adapter(name, config, trainable=True)
+        for site, settings, tensors in made:
+            device = site.stored.device
+            parameters = {leaf: _parameter(tensor, device, True, True) for leaf, tensor in tensors.items()}
+            self._layer(site).bind(name, method, settings, parameters)
+            adapter.layers.append(site.name)
+        for root in roots:
+            self._saved(root).add(name).requires_grad_(True)
+            adapter.saved.append(root)
+        self._added(adapter)
+        return adapter
+
+    def check_new(self, name: str) -> None:
+        """Raise ``DuplicateAdapterError`` unless ``name`` can be a new adapter's."""
+        if not isinstance(name, str) or not name or name == BASE or any(c in name for c in "./\\"):
+            raise DuplicateAdapterError(
+                f"{name!r} cannot be an adapter's name.",
+                hint=f"A name is a non-empty string without dots and slashes, and not {BASE!r}.",
+            )
+        if name in self.entries:
+            raise DuplicateAdapterError(
+                f"There is an adapter {name!r} on this model already.",
+                hint=f"Choose another adapter_name, or delete_adapter({name!r}) first. Present: {self._present()}.",
+            )
+
+    def _settle(self, plan: Plan, checkpoint: Checkpoint, strict: bool) -> None:
+        if plan.problems:
+            error = bind_error(
+                plan, _targeted(checkpoint.config), checkpoint.origin, len(checkpoint.tensors), self.catalog
+            )
+            if strict or not plan.keys:
+                raise error
+            warnings.warn(error.message + " What fits is used (strict=False).", stacklevel=5)
+            plan.notes += plan.problems
+        self._check_places([b.site.name for b in plan.bindings], list(plan.saved))
+
+    def _check_places(self, sites: list[str], roots: list[str]) -> None:
+        """One adapter's whole module cannot hold another's adapted layer, nor the reverse."""
+        for outer, inner in ((self.saved, sites), (roots, list(self.layers))):
+            for name in inner:
+                root = next((r for r in outer if name == r or name.startswith(r + ".")), None)
+                if root is not None:
+                    raise BindError(
+                        f"{root} is saved whole by one adapter and {name} adapted by another; one model cannot hold "
+                        "both.",
+                        hint="Load them on two copies of the base, or delete the first.",
+                    )
+
+    def _layer(self, site: Site) -> AdaptedLayer:
+        if site.name not in self.layers:
+            self.layers[site.name] = AdaptedLayer(site, self.switch)
+            self._put(site.name, self.layers[site.name])
+        return self.layers[site.name]
+
+    def _saved(self, root: str) -> SavedModule:
+        if root not in self.saved:
+            self.saved[root] = SavedModule(self.catalog.modules[root], self.switch)
+            self._put(root, self.saved[root])
+        return self.saved[root]
+
+    def _put(self, name: str, module: nn.Module) -> None:
+        parent, _, child = name.rpartition(".")
+        self.catalog.modules[parent]._modules[child] = module
+
+    def _added(self, adapter: Adapter) -> None:
+        if self._was_trainable is None:
+            self._was_trainable = _trainable(self.catalog.modules.values())
+            for module, leaf in self._was_trainable:
+                getattr(module, leaf).requires_grad_(False)
+        self.entries[adapter.name] = adapter
+
+    # -- selecting -----------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> list[str]:
+        """The selected adapters, in the order in which they apply."""
+        return list(self.switch.selection.names)
+
+    def select(self, names: str | Sequence[str]) -> None:
+        """Make ``names`` the standing selection. Costs the same for any number of layers and adapters.
+
+        Only where adapters are being trained are their tensors visited: those selected get gradients, the other
+        trainable ones none.
+        """
+        wanted = self.selection(names)
+        self.switch.standing = wanted
+        for adapter in self.entries.values():
+            if adapter.trainable:
+                self.require_grad(adapter, adapter.name in wanted.names)
+
+    def selection(self, names: str | Sequence[str]) -> Selection:
+        """The checked selection of one adapter or of several at once."""
+        wanted = (names,) if isinstance(names, str) else tuple(names)
+        for name in wanted:
+            self.get(name)
+        if len(set(wanted)) != len(wanted):
+            raise AdapterError(f"{list(wanted)} names an adapter twice.", hint="Name each once.")
+        holders: dict[str, str] = {}
+        for name in wanted:
+            for root in self.entries[name].saved:
+                if root in holders:
+                    raise AdapterError(
+                        f"{holders[root]!r} and {name!r} both bring {root} whole; they cannot be active together.",
+                        hint="Select one of them.",
+                    )
+                holders[root] = name
+        return Selection(wanted)
+
+    def rows(self, names: Iterable[str]) -> Selection:
+        """The checked selection of one adapter (or ``"__base__"``) for each row of a batch."""
+        wanted = tuple(names)
+        for name in set(wanted) - {BASE}:
+            self.get(name)
+        return Selection(rows=wanted)
+
+    def during(self, selection: Selection) -> AbstractContextManager[None]:
+        """Use ``selection`` inside a ``with`` block, in this thread or task only."""
+        return self.switch.during(selection)
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """The base model alone inside a ``with`` block, in this thread or task only."""
+        return self.switch.during(NOTHING)
+
+    def get(self, name: str) -> Adapter:
+        """An adapter by name, or ``UnknownAdapterError``."""
+        if name not in self.entries:
+            near = difflib.get_close_matches(str(name), self.entries, n=1)
+            raise UnknownAdapterError(
+                f"There is no adapter {name!r} on this model.",
+                hint=(f"Did you mean {near[0]!r}? " if near else "") + f"Present: {self._present()}.",
+            )
+        return self.entries[name]
+
+    def require_grad(self, adapter: Adapter, required: bool) -> None:
+        """Turn the gradients of an adapter's tensors on or off."""
+        for parameter in self.parameters(adapter.name):
+            parameter.requires_grad_(required)
+
+    def _present(self) -> str:
+        return ", ".join(map(repr, self.entries)) or "none"
+
+    # -- tensors -------------------------------------------------------------------------------------------
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """Every parameter of an adapter."""
+        adapter = self.get(name)
+        own = [p for layer in adapter.layers for p in self.layers[layer].tensors(name).values()]
+        return own + [p for root in adapter.saved for p in self._copy(root, name).parameters()]
+
+    def named_tensors(self, name: str) -> list[tuple[str, str, Tensor]]:
+        """Each tensor of an adapter: its checkpoint key, its name in ``state_dict()``, itself."""
+        adapter = self.get(name)
+        found: list[tuple[str, str, Tensor]] = []
+        for module in adapter.layers:
+            for leaf, parameter in self.layers[module].tensors(name).items():
+                found.append((encode(module, leaf), in_memory(module, leaf, name), parameter))
+        for root in adapter.saved:
+            for leaf, tensor in self._copy(root, name).state_dict().items():
+                key = encode(root, leaf)
+                stored = tensor.to(adapter.dtypes.get(key, tensor.dtype))
+                found.append((key, encode(f"{root}.modules_to_save.{name}", leaf), stored))
+        return found
+
+    def _copy(self, root: str, name: str) -> nn.Module:
+        own: nn.Module = self.saved[root].copies[name]
+        return own
+
+    # -- changing the set ----------------------------------------------------------------------------------
+
+    def delete(self, name: str) -> None:
+        """Remove an adapter. If it was selected, the rest of the selection stays (the base alone if none)."""
+        adapter = self.get(name)
+        for module in adapter.layers:
+            layer = self.layers[module]
+            if name in layer.merged:
+                layer.merge(tuple(other for other in layer.merged if other != name))
+            layer.unbind(name)
+            if not layer.bound:
+                self._put(module, self.layers.pop(module).base_layer)
+        for root in adapter.saved:
+            self.saved[root].remove(name)
+            if not self.saved[root].copies:
+                self._put(root, self.saved.pop(root).original_module)
+        del self.entries[name]
+        kept = self.switch.standing.names
+        self.switch.standing = Selection(tuple(other for other in kept if other != name))
+
+    def rename(self, old: str, new: str) -> None:
+        """Give an adapter another name; it keeps its place in the order."""
+        adapter = self.get(old)
+        if new == old:
+            return
+        self.check_new(new)
+        for module in adapter.layers:
+            self.layers[module].rename(old, new)
+        for root in adapter.saved:
+            self.saved[root].rename(old, new)
+        adapter.name = new
+        self.entries = {entry.name: entry for entry in self.entries.values()}
+        names = self.switch.standing.names
+        self.switch.standing = Selection(tuple(new if name == old else name for name in names))
+
+    # -- merging -------------------------------------------------------------------------------------------
+
+    def merge(self, names: Sequence[str] | None, *, check: bool = False) -> None:
+        """Put adapters into the base weights, to be undone by :meth:`unmerge`, and select them.
+
+        The original weights are kept, so this costs memory for a second copy of each adapted layer. What is
+        merged already stays merged. Any other selection is still right afterwards, only slower.
+        """
+        wanted = list(self.switch.standing.names if names is None else names)
+        merged = [name for name in self.entries if any(name in layer.merged for layer in self.layers.values())]
+        selection = self.selection(list(dict.fromkeys([*merged, *wanted])))
+        if check:
+            self._check_merge(selection.names)
+        for layer in self.layers.values():
+            layer.merge(selection.names)
+        self.select(selection.names)
+
+    def unmerge(self) -> None:
+        """Take every merged adapter out again: the base weights get their original bytes back."""
+        for layer in self.layers.values():
+            layer.unmerge()
+
+    def merge_and_unload(self, names: Sequence[str] | None, *, check: bool = False) -> nn.Module:
+        """Put adapters into the base weights for good and take the adapter layers off."""
+        wanted = self.selection(list(self.switch.standing.names if names is None else names)).names
+        if check:
+            self._check_merge(wanted)
+        for layer in self.layers.values():
+            if layer.here(wanted):
+                weight = layer.merged_weight(wanted)
+                layer.unmerge()
+                layer.site.store(weight)
+        changed = bool(wanted)
+        for root, saved in self.saved.items():
+            own = saved.here(wanted)
+            if own:
+                self.catalog.modules[root] = saved.original_module = saved.taken_over(own[0])
+        model = self.unload(keep=True)
+        if changed:
+            _untie(model)
+        return model
+
+    def _check_merge(self, names: tuple[str, ...]) -> None:
+        for name, layer in self.layers.items():
+            if layer.here(names) and not bool(torch.isfinite(layer.merged_weight(names)).all()):
+                raise MergeError(
+                    f"Merging {list(names)} gives NaN or infinite values in {name}; nothing was merged.",
+                    hint="The weight's dtype may be too small for the change: load the base in bfloat16 or float32.",
+                )
+
+    def unload(self, *, keep: bool = False) -> nn.Module:
+        """Take every adapter off; the model is as it was before the first one came.
+
+        Args:
+            keep: leave weights that were just merged for good as they are.
+        """
+        if not keep:
+            self.unmerge()
+        for name, layer in self.layers.items():
+            self._put(name, layer.base_layer)
+        for root, saved in self.saved.items():
+            self._put(root, saved.original_module)
+        for module, leaf in self._was_trainable or ():
+            getattr(module, leaf).requires_grad_(True)
+        self.layers, self.saved, self.entries = {}, {}, {}
+        self.switch.standing, self._was_trainable = NOTHING, None
+        return self.model
+
+
+def _targeted(config: PeftConfig) -> TargetedConfig:
+    if not isinstance(config, TargetedConfig):
+        raise UnsupportedError(
+            f"{type(config).__name__} does not say which layers to adapt.", hint="Use a method's config: LoraConfig ..."
+        )
+    return config
+
+
+def _parameter(tensor: Tensor, device: torch.device, float32: bool, trainable: bool) -> nn.Parameter:
+    dtype = torch.float32 if float32 and tensor.is_floating_point() else tensor.dtype
+    return nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=trainable)
+
+
+def _trainable(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
+    return [(m, leaf) for m in modules for leaf, p in m._parameters.items() if p is not None and p.requires_grad]
+
+
+def _check_finite(tensors: dict[str, Tensor], origin: str) -> None:
+    bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise NonFiniteError(
+            f"The adapter {origin} holds NaN or infinite values in {len(bad)} of {len(tensors)} tensors; the first "
+            f"is {bad[0]}.",
+            hint="Its training diverged or its file is damaged; take an earlier checkpoint.",
+        )
+
+
+def _untie(model: nn.Module) -> None:
+    """Say in the config when a merge has made the tied embeddings differ, so that saving keeps both."""
+    config: Any = getattr(model, "config", None)
+    ends = [getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output")]
+    if config is None or not getattr(config, "tie_word_embeddings", False) or None in ends:
+        return
+    layers = [end() for end in ends if end is not None]
+    weights = [getattr(layer, "weight", None) for layer in layers]
+    if all(isinstance(w, Tensor) for w in weights) and weights[0] is not weights[1]:
+        config.tie_word_embeddings = False

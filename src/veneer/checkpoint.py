@@ -1,0 +1,96 @@
+"""An adapter on disk: opened by its header, read tensor by tensor, written whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from veneer.config import PeftConfig
+from veneer.errors import IncompleteCheckpointError
+from veneer.files import written_whole
+from veneer.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Source, TensorInfo, read_header, weight_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An adapter's config and header; tensors are read on demand.
+
+    Attributes:
+        origin: the path or id it was asked for by.
+        config: its config.
+        tensors: key -> dtype and shape, in the file's order.
+        metadata: the safetensors header's own.
+    """
+
+    origin: str
+    config: PeftConfig
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    _files: Mapping[Path, tuple[str, ...]] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Key -> tensor, as it lies in the file: its dtype, its bytes."""
+        from safetensors import safe_open
+
+        wanted = set(keys)
+        found: dict[str, Tensor] = {}
+        for path, held in self._files.items():
+            with safe_open(path, framework="pt") as file:
+                found.update({key: file.get_tensor(key) for key in held if key in wanted})
+        return found
+
+
+def open_checkpoint(source: Source, *, strict: bool = True, config: PeftConfig | None = None) -> Checkpoint:
+    """Read an adapter folder's config (unless one is given) and header.
+
+    Raises:
+        IncompleteCheckpointError: the config, the weights or every tensor is missing.
+        SourceError: a file cannot be read; ConfigError: the config cannot be honoured.
+    """
+    if not source.has(ADAPTER_CONFIG):
+        raise IncompleteCheckpointError(
+            f"{source.origin}: there is no {ADAPTER_CONFIG}, so this is no adapter.",
+            hint=f"`veneer inspect {source.origin}` tells what is there.",
+        )
+    if config is None:
+        where = f"{source.origin}/{ADAPTER_CONFIG}"
+        config = PeftConfig.from_dict(source.json(ADAPTER_CONFIG), where=where, strict=strict)
+    headers = [read_header(path) for path in weight_files(source, "adapter_model")]
+    tensors = {name: info for header in headers for name, info in header.tensors.items()}
+    if not sum(info.numel for info in tensors.values()):
+        raise IncompleteCheckpointError(
+            f"{source.origin}: empty checkpoint: {ADAPTER_WEIGHTS} holds no values.",
+            hint="Training under ZeRO-3 or FSDP saves this when the weights are not gathered first; save again "
+            "with stage3_gather_16bit_weights_on_model_save, or gather before saving.",
+        )
+    metadata = {key: value for header in headers for key, value in header.metadata.items()}
+    return Checkpoint(source.origin, config, tensors, metadata, {h.path: tuple(h.tensors) for h in headers})
+
+
+def write_checkpoint(
+    folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write an adapter folder. Each file appears complete or not at all, the config last.
+
+    Args:
+        folder: made if it is missing; files of the same names are replaced.
+        config: written as it is, with ``inference_mode`` on.
+        tensors: checkpoint key -> tensor; written in its own dtype.
+        metadata: strings for the safetensors header, beside ``format``.
+    """
+    from safetensors.torch import save_file
+
+    own = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
+    with written_whole(folder / ADAPTER_WEIGHTS) as temporary:
+        save_file(own, temporary, metadata={"format": "pt", **metadata})
+    config.save_pretrained(folder)

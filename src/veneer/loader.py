@@ -1,0 +1,380 @@
+"""One loader for any path: adapter, full model, both in one folder, or a set of adapters.
+
+source -> what is it? -> config -> base -> base model -> attach -> report
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from veneer import adapter_set
+from veneer.checkpoint import Checkpoint, open_checkpoint
+from veneer.codec import PREFIX
+from veneer.config import TaskType
+from veneer.errors import (
+    BaseModelError,
+    ConfigError,
+    IncompleteCheckpointError,
+    NotACheckpointError,
+    PathNotFoundError,
+    SourceError,
+    VeneerError,
+)
+from veneer.model import PeftModel, wrap
+from veneer.report import LoadReport
+from veneer.source import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MODEL_CONFIG,
+    Source,
+    read_header,
+    resolve,
+    weight_files,
+)
+
+# task -> the transformers class that builds it when the base's own class is for another task.
+TASK_CLASSES = {
+    TaskType.CAUSAL_LM.value: "AutoModelForCausalLM",
+    TaskType.SEQ_2_SEQ_LM.value: "AutoModelForSeq2SeqLM",
+    TaskType.SEQ_CLS.value: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS.value: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS.value: "AutoModelForQuestionAnswering",
+    TaskType.FEATURE_EXTRACTION.value: "AutoModel",
+    "IMAGE_CLASSIFICATION": "AutoModelForImageClassification",
+    "SPEECH_SEQ_2_SEQ": "AutoModelForSpeechSeq2Seq",
+    "IMAGE_TEXT_TO_TEXT": "AutoModelForImageTextToText",
+}
+
+# The rows of these give the number of labels that an adapter's head was trained for.
+_HEAD_WEIGHTS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A base model's folder and why it is this one."""
+
+    source: Source
+    why: str
+
+
+def load(
+    path: str | Path,
+    *,
+    base: str | Path | nn.Module | None = None,
+    task: str | None = None,
+    dtype: Any = "auto",
+    device_map: Any = None,
+    merge: bool = False,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    revision: str | None = None,
+    base_revision: str | None = None,
+    subfolder: str | None = None,
+    strict: bool = True,
+    strict_base: bool = False,
+    trust_remote_code: bool = False,
+    local_files_only: bool = False,
+    token: str | None = None,
+    **model_kwargs: Any,
+) -> PeftModel:
+    """Load whatever is at ``path`` as one model object with every feature.
+
+    Args:
+        path: a local folder or hub id: an adapter, a full or merged model, a set of adapters, or both in one
+            (the adapter's config then decides).
+        base: the base model, as a path, a hub id or a model in memory. By default what the adapter's config
+            names: as a path, as a path relative to the adapter's folder, as a hub id.
+        task: what the model is for, such as ``"CAUSAL_LM"``; by default the adapter's task, then the base's class.
+        dtype: of the base model; ``"auto"`` keeps that of its files. An adapter keeps its own.
+        device_map: where the base goes, as in transformers (needs accelerate).
+        merge: put the adapter into the base weights for good.
+        adapter_name: the adapter's name on the model; the adapters of a set keep their own.
+        is_trainable: whether the adapter is loaded to be trained further.
+        revision: of ``path`` on the hub.
+        base_revision: of the base on the hub; by default what the adapter's config names.
+        subfolder: where in ``path`` to look.
+        strict: raise when adapter and base do not fit; else use what fits and warn.
+        strict_base: raise when the base is not the one that the adapter records; else warn.
+        trust_remote_code: run code that comes with the base model.
+        local_files_only: never use the network.
+        token: for the hub.
+        **model_kwargs: passed on to transformers when it builds the base.
+
+    Returns:
+        The model; its ``load_report`` says what was found, bound and made active.
+
+    Raises:
+        SourceError, ConfigError: ``path`` cannot be read. BaseModelError: no usable base. BindError: they do not
+        fit.
+    """
+    started = time.perf_counter()
+    options: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
+    source = resolve(path, revision=revision, subfolder=subfolder, **options)
+    members = adapter_set.members(source)
+    report = LoadReport(path=str(path), kind=_kind(source, members))
+    if isinstance(base, PeftModel):
+        raise BaseModelError(
+            "base= is a PeftModel; its adapters would be stacked.",
+            hint="Use its load_adapter(...), or pass what its get_base_model() or unload() returns.",
+        )
+    checkpoints = [open_checkpoint(m.source, strict=strict) for m in members] if members else []
+    if not members and source.has(ADAPTER_CONFIG):
+        checkpoints = [open_checkpoint(source, strict=strict)]
+    if isinstance(base, nn.Module):
+        model, report.base = _in_memory(base, checkpoints, source, task)
+    else:
+        found = _find_base(source, checkpoints, base, base_revision, options)
+        report.base = f"{found.source.origin}, {found.why}"
+        model = _build(found.source, checkpoints, task, report, dtype, device_map, trust_remote_code, model_kwargs)
+    report.seconds["base"] = time.perf_counter() - started
+    model.load_report = report
+    how: dict[str, Any] = {"strict": strict, "strict_base": strict_base}
+    if members:
+        model._load_set(members, adapter_set.active(source, members), is_trainable, how)
+    elif checkpoints:
+        model._load(source, adapter_name, is_trainable, **how)
+    report.seconds["adapters"] = time.perf_counter() - started - report.seconds["base"]
+    if merge and model.adapters.entries:
+        model.merge_and_unload()
+        report.merged = True
+    model._finish_report(report, started)
+    return model
+
+
+def load_tokenizer(model: PeftModel) -> Any:
+    """The tokenizer that belongs to a loaded model: the adapter's own if it brings one, else the base's.
+
+    Raises:
+        SourceError: neither has one.
+    """
+    from transformers import AutoTokenizer
+
+    report = model.load_report
+    places = [*(a.origin for a in (report.adapters if report else ())), getattr(model, "name_or_path", "")]
+    if report is not None:
+        places.append(report.path)
+    for place in filter(None, places):
+        with contextlib.suppress(SourceError):
+            source = resolve(place, local_files_only=True)
+            if source.has("tokenizer.json") or source.has("tokenizer_config.json"):
+                return AutoTokenizer.from_pretrained(source.root, local_files_only=True)
+    raise IncompleteCheckpointError(
+        f"No tokenizer in {' or '.join(filter(None, places))}.",
+        hint="Save one there with its save_pretrained(...).",
+    )
+
+
+def _kind(source: Source, members: list[adapter_set.Member]) -> str:
+    """What is at the path; an error that says what is missing when it is nothing loadable."""
+    model, adapter = source.has(MODEL_CONFIG), source.has(ADAPTER_CONFIG)
+    if members:
+        return "set of adapters"
+    if adapter:
+        return "model+adapter" if model else "adapter"
+    if model:
+        return "model"
+    if source.has(ADAPTER_WEIGHTS):
+        raise IncompleteCheckpointError(
+            f"{source.origin}: there is {ADAPTER_WEIGHTS} but no {ADAPTER_CONFIG}, so its scale is unknown.",
+            hint="Copy the config from where the adapter was trained.",
+        )
+    states = sorted(p.name for p in source.root.glob("checkpoint-*") if (p / ADAPTER_CONFIG).is_file())
+    raise NotACheckpointError(
+        f"{source.origin}: neither a model ({MODEL_CONFIG}) nor an adapter ({ADAPTER_CONFIG}) is there.",
+        hint=f"It holds a trainer's checkpoints; load one, such as {source.origin}/{states[-1]}."
+        if states
+        else f"`veneer inspect {source.origin}` tells what is there.",
+    )
+
+
+def _in_memory(
+    base: nn.Module, checkpoints: list[Checkpoint], source: Source, task: str | None
+) -> tuple[PeftModel, str]:
+    if not checkpoints:
+        raise BaseModelError(
+            f"{source.origin} is a full model; it takes no base.",
+            hint="Leave base= out, or give an adapter's path.",
+        )
+    return wrap(base, task or checkpoints[0].config.task_type), f"the {type(base).__name__} given as base="
+
+
+# -- which base --------------------------------------------------------------------------------------------
+
+
+def _find_base(
+    source: Source,
+    checkpoints: list[Checkpoint],
+    base: str | Path | None,
+    base_revision: str | None,
+    options: dict[str, Any],
+) -> _Base:
+    if not checkpoints:
+        if base is not None:
+            raise BaseModelError(
+                f"{source.origin} is a full model; it takes no base.",
+                hint="Leave base= out, or give an adapter's path.",
+            )
+        return _checked(_Base(source, "the model itself"))
+    revision = base_revision or checkpoints[0].config.revision
+    if base is not None:
+        return _checked(_Base(_resolve_base(base, revision, options), "as given by base="))
+    return _named_base(source, checkpoints, revision, options)
+
+
+def _resolve_base(base: str | Path, revision: str | None, options: dict[str, Any]) -> Source:
+    try:
+        return resolve(base, revision=revision, what="base", **options)
+    except PathNotFoundError as error:
+        raise BaseModelError(f"base={str(base)!r}: {error.message}", hint=error.hint) from error
+
+
+def _named_base(source: Source, checkpoints: list[Checkpoint], revision: str | None, options: dict[str, Any]) -> _Base:
+    """The base that the adapters' configs name, wherever it is found."""
+    names = list(dict.fromkeys(c.config.base_model_name_or_path for c in checkpoints))
+    mend = f"Name it: veneer.load({source.origin!r}, base=...) or --base ..."
+    if len(names) > 1:
+        raise BaseModelError(f"{source.origin}: its adapters name different bases: {names}.", hint=mend)
+    if not names[0]:
+        raise BaseModelError(f"{source.origin}/{ADAPTER_CONFIG} names no base model.", hint=mend)
+    name = names[0]
+    tried = []
+    # Joining an absolute name to the folder gives the name itself, so that a path is never tried twice.
+    places = {name: "named by the adapter's config"}
+    places.setdefault(str(source.root / name), "relative to the adapter's folder")
+    for place, why in sorted(places.items(), key=lambda item: not Path(item[0]).exists()):
+        try:
+            found = resolve(place, revision=revision, what="base", **options)
+        except SourceError as error:
+            tried.append(f"{place} ({error.message.rstrip('.')})")
+            continue
+        return _checked(_Base(found, why))
+    if source.has(MODEL_CONFIG):
+        why = f"the model beside the adapter; {name}, which its config names, was not found"
+        return _checked(_Base(source, why))
+    raise BaseModelError(f"The base of {source.origin}, {name}, was not found. Tried: {'; '.join(tried)}.", hint=mend)
+
+
+def _checked(base: _Base) -> _Base:
+    """Read the base's headers, so that a broken one is known before anything large is loaded."""
+    source = base.source
+    if not source.has(MODEL_CONFIG):
+        if source.has(ADAPTER_CONFIG):
+            own = source.json(ADAPTER_CONFIG).get("base_model_name_or_path")
+            raise BaseModelError(
+                f"{source.origin} is an adapter, not a base model.",
+                hint=f"Give the base that it was trained on ({own})." if own else "Give a full model's folder.",
+            )
+        raise BaseModelError(
+            f"{source.origin} is no full model: there is no {MODEL_CONFIG}.",
+            hint=f"`veneer inspect {source.origin}` tells what is there.",
+        )
+    source.json(MODEL_CONFIG)
+    for file in weight_files(source, "model"):
+        read_header(file)
+    return base
+
+
+# -- building it -------------------------------------------------------------------------------------------
+
+
+def _build(
+    source: Source,
+    checkpoints: list[Checkpoint],
+    task: str | None,
+    report: LoadReport,
+    dtype: Any,
+    device_map: Any,
+    trust_remote_code: bool,
+    model_kwargs: dict[str, Any],
+) -> PeftModel:
+    config = source.json(MODEL_CONFIG)
+    wanted = task or next((c.config.task_type for c in checkpoints if c.config.task_type), None)
+    kind = _model_class(config, str(wanted) if wanted else None, source.origin)
+    arguments = {
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": True,
+        **model_kwargs,
+    }
+    if device_map is not None:
+        arguments["device_map"] = device_map
+    labels = _labels(checkpoints)
+    if labels is not None and "num_labels" not in arguments:
+        arguments["num_labels"] = labels
+        arguments.setdefault("ignore_mismatched_sizes", True)
+    with _without_adapter(source) as folder:
+        try:
+            model, info = kind.from_pretrained(folder, output_loading_info=True, **arguments)
+        except VeneerError:
+            raise
+        except (OSError, ValueError, RuntimeError, ImportError, TypeError) as error:
+            raise BaseModelError(
+                f"transformers cannot load {source.origin} as {kind.__name__}: {_first_line(error)}",
+                hint="`veneer inspect` tells what is there; task= chooses another class.",
+            ) from error
+    model.name_or_path = model.config._name_or_path = _origin(source)
+    model.eval()
+    brought = {k.removeprefix(PREFIX) for c in checkpoints for k in c.tensors}
+    fresh = sorted(set(info["missing_keys"]) - brought)
+    if fresh:
+        report.warnings.append(
+            f"{len(fresh)} weights of {kind.__name__} are not in the base and start random: {', '.join(fresh[:3])}."
+        )
+    return wrap(model, wanted if wanted in set(TaskType) else None)
+
+
+def _model_class(config: dict[str, Any], task: str | None, origin: str) -> Any:
+    """The base's own class when it is for the task, else the task's."""
+    import transformers
+
+    if task is not None and task not in TASK_CLASSES:
+        raise ConfigError(f"Unknown task {task!r}.", hint=f"Known: {', '.join(TASK_CLASSES)}.")
+    own = next((n for n in config.get("architectures") or () if hasattr(transformers, n)), None)
+    if task is None:
+        return getattr(transformers, own) if own else transformers.AutoModel
+    auto = getattr(transformers, TASK_CLASSES[task])
+    classes = auto._model_mapping._model_mapping.get(config.get("model_type", ""))
+    fitting = classes if isinstance(classes, (tuple, list)) else (classes,)
+    return getattr(transformers, own) if own is not None and own in fitting else auto
+
+
+def _labels(checkpoints: list[Checkpoint]) -> int | None:
+    """The number of labels that an adapter's own head was trained for, read from its header."""
+    for checkpoint in checkpoints:
+        if checkpoint.config.task_type not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+            continue
+        for ending in _HEAD_WEIGHTS:
+            info = checkpoint.tensors.get(PREFIX + ending)
+            if info is not None:
+                return int(info.shape[0])
+    return None
+
+
+@contextlib.contextmanager
+def _without_adapter(source: Source) -> Iterator[Path]:
+    """The folder for transformers to load: without adapter files, which it would attach by itself."""
+    if not source.has(ADAPTER_CONFIG):
+        yield source.root
+        return
+    with tempfile.TemporaryDirectory(prefix="veneer-base-") as temporary:
+        for path in source.root.iterdir():
+            if path.is_file() and not path.name.startswith("adapter_"):
+                (Path(temporary) / path.name).symlink_to(path.resolve())
+        yield Path(temporary)
+
+
+def _origin(source: Source) -> str:
+    """What the model remembers as its origin: an absolute path, or the hub id."""
+    return str(source.root.resolve()) if Path(source.origin).exists() else source.origin
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

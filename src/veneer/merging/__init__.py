@@ -1,0 +1,1 @@
+"""Merging an adapter into its base: the arithmetic, and from folder to folder."""

@@ -1,0 +1,719 @@
+"""PeftModel: a base model with adapters, whichever way it was loaded. Thin, over the set of adapters."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer import adapter_set
+from veneer.adapters import Adapter, Adapters
+from veneer.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
+from veneer.config import HEADS, PeftConfig, TargetedConfig, TaskType
+from veneer.errors import (
+    AdapterError,
+    BaseMismatchError,
+    BaseModelError,
+    NotACheckpointError,
+    UnsupportedError,
+    VeneerError,
+)
+from veneer.identity import BASE_DIGEST_KEY, base_digest
+from veneer.report import AdapterReport, LoadReport
+from veneer.source import ADAPTER_CONFIG, MODEL_CONFIG, Source, resolve
+from veneer.wrapper import fitted_class
+
+# Set on a base model whose weights are no longer those of its files.
+_CHANGED = "_veneer_weights_changed"
+
+
+class Tuner(nn.Module):
+    """Holds the base model under the name ``model``, so that parameters are named as in peft.
+
+    ``peft_model.base_model.model`` is the base model, and everything else asked of a tuner is the base's.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.train(model.training)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward pass."""
+        return self.model(*args, **kwargs)
+
+
+class PeftModel(nn.Module):
+    """A base model and any number of adapters on it.
+
+    It behaves as the base model does (``generate``, ``config``, ``device``, pipelines, ``Trainer``) and adds the
+    adapters' own features. Made by :func:`veneer.load`, :meth:`from_pretrained` or :func:`veneer.get_peft_model`.
+
+    Args:
+        model: the base model; it must carry no adapters.
+        peft_config: the config of a first, new adapter.
+        adapter_name: that adapter's name.
+
+    Attributes:
+        load_report: what the last load found, bound and made active.
+    """
+
+    task: TaskType | None = None
+
+    def __new__(cls, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> PeftModel:
+        """An instance of the class that fits ``model``."""
+        kind: Any = cls if model is None else fitted_class(cls, type(model))
+        instance: PeftModel = object.__new__(kind)
+        return instance
+
+    def __init__(self, model: nn.Module, peft_config: PeftConfig | None = None, adapter_name: str = "default") -> None:
+        nn.Module.__init__(self)
+        _check_base(model)
+        self._modules["base_model"] = Tuner(model)
+        self.adapters = Adapters(model)
+        self.load_report: LoadReport | None = None
+        self._base_digest: str | None = None
+        self.train(model.training)
+        if peft_config is not None:
+            self.add_adapter(adapter_name, peft_config)
+
+    # -- the base ------------------------------------------------------------------------------------------
+
+    @property
+    def base_model(self) -> Tuner:
+        """The module between this one and the base model; ``base_model.model`` is the base."""
+        tuner = self._modules["base_model"]
+        assert isinstance(tuner, Tuner)
+        return tuner
+
+    def get_base_model(self) -> Any:
+        """The base model, with the adapted layers in it."""
+        return self._modules["base_model"]._modules["model"]  # type: ignore[union-attr]
+
+    @property
+    def base_digest(self) -> str | None:
+        """The digest of the base's files; ``None`` when they are not on this machine or no longer tell the truth."""
+        base = self.get_base_model()
+        if self._base_digest is None and not getattr(base, _CHANGED, False):
+            self._base_digest = _digest_of(getattr(base, "name_or_path", None))
+        return self._base_digest
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "base_model" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.get_base_model(), name)
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's forward pass under the active adapters.
+
+        Args:
+            *args: as the base model takes them.
+            adapter_names: instead of the active adapters, one name for each row of the batch; ``"__base__"`` is
+                the base model alone.
+            **kwargs: as the base model takes them.
+        """
+        with self._by_row(adapter_names):
+            return self.get_base_model()(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's ``generate`` under the active adapters, or under one for each row."""
+        with self._by_row(adapter_names):
+            return self.get_base_model().generate(*args, **kwargs)
+
+    def _by_row(self, names: Sequence[str] | None) -> AbstractContextManager[None]:
+        return nullcontext() if names is None else self.adapters.during(self.adapters.rows(names))
+
+    # -- loading and adding --------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Load an adapter, or a set of them, onto a base model that is in memory.
+
+        Args:
+            model: the base model. Its layers are wrapped in place; ``unload()`` undoes it.
+            model_id: the adapter's folder or hub id.
+            adapter_name: its name on the model; the adapters of a set keep their own.
+            is_trainable: whether it is loaded to be trained further.
+            config: used in place of the adapter's own config.
+            **kwargs: as for :meth:`load_adapter`.
+
+        Raises:
+            BindError: adapter and model do not fit. SourceError, ConfigError: the adapter cannot be read.
+        """
+        started = time.perf_counter()
+        if isinstance(model, PeftModel) and not model.adapters.entries:
+            model = model.get_base_model()
+        _check_base(model)
+        source = resolve(model_id, what="adapter", **_source_options(kwargs))
+        members = adapter_set.members(source)
+        first = config or (_config_of(members[0].source) if members else _config_of(source))
+        peft_model = _class_for(first.task_type, model)(model)
+        report = LoadReport(path=str(model_id))
+        peft_model.load_report = report
+        if members:
+            report.kind = "set of adapters"
+            peft_model._load_set(members, adapter_set.active(source, members), is_trainable, kwargs)
+        else:
+            peft_model._load(source, adapter_name, is_trainable, config=config, **kwargs)
+        peft_model._finish_report(report, started)
+        return peft_model
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        *,
+        config: PeftConfig | None = None,
+        strict: bool = True,
+        strict_base: bool = False,
+        autocast_adapter_dtype: bool = True,
+        **source_options: Any,
+    ) -> AdapterReport:
+        """Add an adapter from its folder or hub id. The active adapters stay as they are, if there are any.
+
+        Args:
+            model_id: the adapter's folder or hub id.
+            adapter_name: its name on the model.
+            is_trainable: whether it is loaded to be trained further.
+            config: used in place of the adapter's own config.
+            strict: raise when adapter and model do not fit; else use what fits and warn.
+            strict_base: raise when the base is not the one that the adapter records; else warn.
+            autocast_adapter_dtype: give a half-precision adapter that is to be trained float32 weights.
+                An adapter for inference keeps its dtype.
+            **source_options: ``revision``, ``subfolder``, ``token``, ``local_files_only``.
+
+        Returns:
+            What was bound; also kept in ``load_report``.
+        """
+        source = resolve(model_id, what="adapter", **_source_options(source_options))
+        return self._load(
+            source,
+            adapter_name,
+            is_trainable,
+            config=config,
+            strict=strict,
+            strict_base=strict_base,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
+
+    def _load(
+        self,
+        source: Source,
+        name: str,
+        trainable: bool,
+        *,
+        config: PeftConfig | None = None,
+        strict: bool = True,
+        strict_base: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> AdapterReport:
+        _check_is_adapter(source)
+        checkpoint = open_checkpoint(source, strict=strict, config=config)
+        base_check = self._check_identity(checkpoint, strict_base)
+        adapter = self.adapters.load(
+            name,
+            checkpoint,
+            trainable=trainable,
+            strict=strict,
+            float32=trainable and autocast_adapter_dtype,
+        )
+        adapter.config.inference_mode = not trainable
+        adapter.base_digest = checkpoint.metadata.get(BASE_DIGEST_KEY)
+        if not self.adapters.switch.standing.names:
+            self.adapters.select(name)
+        report = _adapter_report(adapter, checkpoint, base_check, self.adapters)
+        self._reported(report)
+        return report
+
+    def _load_set(
+        self,
+        members: Sequence[adapter_set.Member],
+        active: Sequence[str],
+        trainable: bool,
+        options: dict[str, Any],
+    ) -> None:
+        for member in members:
+            self._load(member.source, member.name, trainable and member.name in active, **options)
+        self.adapters.select(active)
+
+    def _check_identity(self, checkpoint: Checkpoint, strict_base: bool) -> str:
+        recorded = checkpoint.metadata.get(BASE_DIGEST_KEY)
+        if recorded is None:
+            return "not recorded"
+        if self.base_digest is None:
+            return "not known"
+        if recorded == self.base_digest:
+            return "same"
+        message = (
+            f"The adapter {checkpoint.origin} was trained on another base: it records {_short(recorded)}, and "
+            f"this one is {_short(self.base_digest)}."
+        )
+        if strict_base:
+            raise BaseMismatchError(
+                message,
+                hint="Load it on the base it was trained on, or pass strict_base=False to accept this one.",
+            )
+        warnings.warn(message + " Its answers may differ (strict_base=True makes this an error).", stacklevel=4)
+        return "different"
+
+    def _reported(self, adapter: AdapterReport) -> None:
+        if self.load_report is None:
+            self.load_report = LoadReport(path=adapter.origin)
+        report = self.load_report
+        report.adapters = [a for a in report.adapters if a.name in self.adapters.entries and a.name != adapter.name]
+        report.adapters.append(adapter)
+        report.active = self.active_adapters
+        report.warnings += _warnings_of(adapter)
+
+    def _finish_report(self, report: LoadReport, started: float) -> None:
+        base = self.get_base_model()
+        report.model_class = type(base).__name__
+        report.dtype = str(getattr(base, "dtype", "")).removeprefix("torch.")
+        report.active = self.active_adapters
+        report.seconds["total"] = time.perf_counter() - started
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *, seed: int | None = None) -> None:
+        """Add a new adapter, to be trained. It becomes active when no other is.
+
+        Args:
+            adapter_name: its name.
+            peft_config: its method and options. The object is kept, with what this fills in.
+            seed: of the random start; torch's own generator when ``None``.
+
+        Raises:
+            TargetError: the targets match nothing usable.
+        """
+        base = self.get_base_model()
+        if peft_config.base_model_name_or_path is None:
+            peft_config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
+        _add_heads(peft_config)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.adapters.create(adapter_name, peft_config, generator=generator)
+        peft_config.inference_mode = False
+        if not self.adapters.switch.standing.names:
+            self.adapters.select(adapter_name)
+        else:
+            self.adapters.select(self.adapters.switch.standing.names)
+
+    # -- choosing ------------------------------------------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """Adapter's name -> its config."""
+        return {name: adapter.config for name, adapter in self.adapters.entries.items()}
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The config of the first active adapter."""
+        return self.adapters.get(self.active_adapter).config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters, in the order in which they apply; empty when the base runs alone."""
+        return self.adapters.active
+
+    @property
+    def active_adapter(self) -> str:
+        """The active adapter; the first when several are.
+
+        Raises:
+            AdapterError: none is.
+        """
+        names = self.adapters.active
+        if not names:
+            raise AdapterError("No adapter is active.", hint="Choose one with set_adapter(...).")
+        return names[0]
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one adapter active, or several at once: their changes add up, in the order given.
+
+        Takes the same time for any number of layers. A trainable adapter that becomes active gets gradients and
+        the others none; one that was loaded for inference stays frozen (``set_requires_grad`` changes that).
+
+        Args:
+            adapter_name: one name or several.
+            inference_mode: freeze the chosen adapters.
+        """
+        self.adapters.select(adapter_name)
+        if inference_mode:
+            for name in self.adapters.active:
+                self.set_requires_grad(name, False)
+        if self.load_report is not None:
+            self.load_report.active = self.active_adapters
+
+    def using(self, adapter_name: str | Sequence[str]) -> AbstractContextManager[None]:
+        """Inside the ``with`` block use these adapters; other threads and tasks do not see it."""
+        return self.adapters.during(self.adapters.selection(adapter_name))
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Inside the ``with`` block the base runs alone; other threads and tasks do not see it."""
+        return self.adapters.disabled()
+
+    def disable_adapters(self) -> None:
+        """Run the base alone until :meth:`enable_adapters`."""
+        self.adapters.switch.enabled = False
+
+    def enable_adapters(self) -> None:
+        """Undo :meth:`disable_adapters`."""
+        self.adapters.switch.enabled = True
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable, or freeze them."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            adapter = self.adapters.get(name)
+            adapter.trainable = requires_grad
+            self.adapters.require_grad(adapter, requires_grad and name in self.adapters.switch.standing.names)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was the only active one, the base runs alone until another is chosen."""
+        self.adapters.delete(adapter_name)
+        if self.load_report is not None:
+            self.load_report.adapters = [a for a in self.load_report.adapters if a.name != adapter_name]
+            self.load_report.active = self.active_adapters
+
+    def rename_adapter(self, old_name: str, new_name: str) -> None:
+        """Give an adapter another name; active or not, it stays so."""
+        self.adapters.rename(old_name, new_name)
+
+    # -- merging -------------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Put adapters (by default the active ones) into the base weights; :meth:`unmerge_adapter` undoes it.
+
+        They become the active ones, beside any that is merged already. The original weights are kept in memory.
+        Another selection still gives its right result while merged, at the speed of unmerged adapters.
+
+        Args:
+            adapter_names: which; the active ones when ``None``.
+            safe_merge: check first that every merged weight is finite (``MergeError`` if not).
+        """
+        self.adapters.merge(adapter_names, check=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Take the merged adapters out again: every base weight has its original bytes."""
+        self.adapters.unmerge()
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> Any:
+        """Put adapters into the base weights for good and return the plain base model.
+
+        Args:
+            progressbar: show progress on the terminal.
+            safe_merge: check first that every merged weight is finite (``MergeError`` if not).
+            adapter_names: which; the active ones when ``None``.
+        """
+        with _progress("merging", progressbar):
+            merged = self.adapters.merge_and_unload(adapter_names, check=safe_merge)
+        setattr(merged, _CHANGED, True)
+        self._base_digest = None
+        return merged
+
+    def unload(self) -> Any:
+        """Take every adapter off and return the base model, each of its tensors bit-identical."""
+        return self.adapters.unload()
+
+    # -- saving --------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save adapters in the PEFT format: ``default`` at the root, any other in a folder of its name.
+
+        A model without adapters saves the base model instead, as transformers does.
+
+        Args:
+            save_directory: the folder.
+            safe_serialization: must be true; pickles are not written.
+            selected_adapters: which; all when ``None``.
+            is_main_process: write nothing in other processes.
+            state_dict: take the tensors from here (as named by ``state_dict()``) where it has them.
+            **kwargs: for a model without adapters, passed on to transformers.
+        """
+        if not self.adapters.entries:
+            self.get_base_model().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+            return
+        if not safe_serialization:
+            raise UnsupportedError(
+                "safe_serialization=False would write a pickle; Veneer writes safetensors only.",
+                hint="Leave it out: every current tool reads safetensors.",
+            )
+        names = list(self.adapters.entries) if selected_adapters is None else list(selected_adapters)
+        entries = [self.adapters.get(name) for name in names]
+        if is_main_process:
+            for adapter in entries:
+                self._save(adapter, Path(save_directory), state_dict or {})
+            adapter_set.write(Path(save_directory), names, self.adapters.switch.standing.names)
+
+    def _save(self, adapter: Adapter, folder: Path, state: dict[str, Tensor]) -> None:
+        digest = adapter.base_digest or self.base_digest
+        write_checkpoint(
+            adapter_set.place(folder, adapter.name),
+            adapter.config,
+            {key: state.get(name, live) for key, name, live in self.adapters.named_tensors(adapter.name)},
+            {} if digest is None else {BASE_DIGEST_KEY: digest},
+        )
+
+    def get_adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, Tensor]:
+        """Checkpoint key -> tensor of one adapter (the active one when ``None``): what saving writes."""
+        name = adapter_name or self.active_adapter
+        return {key: tensor.detach() for key, _, tensor in self.adapters.named_tensors(name)}
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Save the adapters and upload them to a hub repository, which is made if it is missing.
+
+        Args:
+            repo_id: ``owner/name``.
+            **kwargs: ``private``, ``token``, ``revision``, ``commit_message``.
+        """
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=kwargs.pop("token", None))
+        api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
+
+    # -- training ------------------------------------------------------------------------------------------
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trainable and of all parameters, the adapters' included."""
+        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, wanted in counts if wanted), sum(n for n, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Print both numbers and the share."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total if total else 0.0
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+
+class PeftModelForCausalLM(PeftModel):
+    """A causal language model with adapters."""
+
+    task = TaskType.CAUSAL_LM
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """An encoder-decoder model with adapters."""
+
+    task = TaskType.SEQ_2_SEQ_LM
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """A sequence classifier with adapters; a new adapter brings its own head."""
+
+    task = TaskType.SEQ_CLS
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """A token classifier with adapters; a new adapter brings its own head."""
+
+    task = TaskType.TOKEN_CLS
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """A model for extractive question answering with adapters; a new adapter brings its own head."""
+
+    task = TaskType.QUESTION_ANS
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """A model without a head, with adapters."""
+
+    task = TaskType.FEATURE_EXTRACTION
+
+
+_BY_TASK: dict[TaskType, type[PeftModel]] = {
+    kind.task: kind
+    for kind in (
+        PeftModelForCausalLM,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+        PeftModelForQuestionAnswering,
+        PeftModelForFeatureExtraction,
+    )
+    if kind.task is not None
+}
+
+
+def get_peft_model(
+    model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", *, seed: int | None = None
+) -> PeftModel:
+    """A base model with one new adapter, ready to be trained; the base is frozen.
+
+    Args:
+        model: the base model; its layers are wrapped in place.
+        peft_config: the adapter's method and options.
+        adapter_name: its name.
+        seed: of the random start; torch's own generator when ``None``.
+
+    Raises:
+        TargetError: the config's targets match nothing usable.
+    """
+    if isinstance(model, PeftModel) and not model.adapters.entries:
+        model = model.get_base_model()
+    _check_base(model)
+    peft_model = _class_for(peft_config.task_type, model)(model)
+    peft_model.add_adapter(adapter_name, peft_config, seed=seed)
+    return peft_model
+
+
+def wrap(model: nn.Module, task: TaskType | str | None = None) -> PeftModel:
+    """A PeftModel around a base model, with no adapter yet."""
+    return _class_for(task, model)(model)
+
+
+def _class_for(task: TaskType | str | None, model: nn.Module) -> type[PeftModel]:
+    """The class for a task; when none is named, for the kind of model that the base's class name tells."""
+    if task in _BY_TASK:
+        return _BY_TASK[TaskType(task)]
+    name = type(model).__name__
+    endings = {
+        "ForCausalLM": PeftModelForCausalLM,
+        "LMHeadModel": PeftModelForCausalLM,
+        "ForSequenceClassification": PeftModelForSequenceClassification,
+        "ForTokenClassification": PeftModelForTokenClassification,
+        "ForQuestionAnswering": PeftModelForQuestionAnswering,
+    }
+    for ending, kind in endings.items():
+        if name.endswith(ending):
+            return kind
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "ForConditionalGeneration" in name:
+        return PeftModelForSeq2SeqLM
+    return PeftModel
+
+
+def _check_base(model: Any) -> None:
+    if isinstance(model, (str, Path)):
+        raise BaseModelError(
+            f"The base model must be a model in memory here, not the path {str(model)!r}.",
+            hint=f"Use veneer.load(adapter, base={str(model)!r}), which loads both.",
+        )
+    if isinstance(model, PeftModel):
+        raise BaseModelError(
+            "This is a PeftModel already; wrapping it again would stack its adapters.",
+            hint="Use its load_adapter(...) or add_adapter(...), or wrap what its unload() returns.",
+        )
+    if not isinstance(model, nn.Module):
+        raise BaseModelError(
+            f"The base model must be a torch module, not {type(model).__name__}.",
+            hint="Load it with transformers, or use veneer.load(adapter, base=...).",
+        )
+
+
+def _check_is_adapter(source: Source) -> None:
+    if source.has(MODEL_CONFIG) and not source.has(ADAPTER_CONFIG):
+        raise NotACheckpointError(
+            f"{source.origin} is a full model, not an adapter.",
+            hint=f"Load it with veneer.load({source.origin!r}).",
+        )
+
+
+def _config_of(source: Source) -> PeftConfig:
+    _check_is_adapter(source)
+    return open_checkpoint(source).config
+
+
+def _digest_of(origin: str | None) -> str | None:
+    if not origin:
+        return None
+    try:
+        digest: str = base_digest(resolve(origin, what="base", local_files_only=True).root)
+        return digest
+    except VeneerError:
+        return None
+
+
+def _source_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Take out of ``options`` those that say where and how to read."""
+    names = ("revision", "subfolder", "token", "local_files_only")
+    return {name: options.pop(name) for name in names if name in options}
+
+
+def _add_heads(config: PeftConfig) -> None:
+    """A new adapter for a task with a head of its own trains the head too."""
+    heads = HEADS.get(str(config.task_type), ())
+    if heads and isinstance(config, TargetedConfig):
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
+
+
+def _adapter_report(adapter: Adapter, checkpoint: Checkpoint, base_check: str, adapters: Adapters) -> AdapterReport:
+    live = [tensor for _, _, tensor in adapters.named_tensors(adapter.name)]
+    return AdapterReport(
+        name=adapter.name,
+        origin=checkpoint.origin,
+        peft_type=str(adapter.config.peft_type),
+        tensors_bound=len(live),
+        tensors_total=len(checkpoint.tensors),
+        nbytes=checkpoint.nbytes,
+        dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in live}),
+        layers=list(adapter.layers),
+        zero_layers=list(adapter.zero),
+        saved_modules=list(adapter.saved),
+        base_check=base_check,
+        notes=list(adapter.notes),
+    )
+
+
+def _warnings_of(adapter: AdapterReport) -> list[str]:
+    found = [f"{adapter.name}: {note}" for note in adapter.notes]
+    if not adapter.changed_layers and not adapter.saved_modules:
+        found.append(
+            f"{adapter.name}: zero-effect adapter: every change is zero, so the model answers as its base does. "
+            "It may have been saved before training."
+        )
+    if adapter.base_check == "different":
+        found.append(f"{adapter.name}: the base is not the one it was trained on.")
+    return found
+
+
+def _short(digest: str) -> str:
+    return digest[:19] + "…"
+
+
+@contextmanager
+def _progress(what: str, shown: bool) -> Iterator[None]:
+    if not shown:
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield

@@ -1,0 +1,179 @@
+"""Checkpoint + model -> what goes where.
+
+Each key of the checkpoint's header decodes to a slot, each slot is looked up in the model's catalog, and every
+problem is collected before one error is raised. No tensor is read and the model is not touched.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from veneer.catalog import Catalog
+from veneer.codec import Slot, decode
+from veneer.config import TargetedConfig
+from veneer.errors import BindError, TargetError
+from veneer.methods import AnyMethod
+from veneer.site import Site, kinds
+from veneer.targets import under
+
+# How many problems an error's text spells out; the error object holds them all.
+SHOWN = 4
+
+
+class HasShape(Protocol):
+    """What the plan needs of a tensor: a header's entry has it, and so has the tensor itself."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One layer's share: leaf -> the checkpoint's key, and the config's meaning here."""
+
+    site: Site
+    settings: Any
+    keys: Mapping[str, str]
+
+
+@dataclass
+class Plan:
+    """What goes where, and what does not fit.
+
+    Attributes:
+        bindings: the adapted layers.
+        saved: module that comes whole -> its parameter -> the checkpoint's key.
+        problems: each reason why it does not fit, a line apiece.
+        notes: what is odd and harmless.
+    """
+
+    bindings: list[Binding] = field(default_factory=list)
+    saved: dict[str, dict[str, str]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def keys(self) -> list[str]:
+        """Every key that binds."""
+        return [k for b in self.bindings for k in b.keys.values()] + [
+            k for p in self.saved.values() for k in p.values()
+        ]
+
+
+def make_plan(config: TargetedConfig, method: AnyMethod, tensors: Mapping[str, HasShape], catalog: Catalog) -> Plan:
+    """Pair a checkpoint's tensors with a model's modules."""
+    plan = Plan()
+    saved = catalog.saved(config)
+    by_module: dict[str, dict[str, str]] = {}
+    for key in tensors:
+        slot = decode(key, method.leaves)
+        if slot is None:
+            plan.problems.append(f"{key}: not in the PEFT dialect (it would begin with base_model.model.)")
+        elif slot.leaf in method.leaves:
+            by_module.setdefault(slot.module, {})[slot.leaf] = key
+        else:
+            _plan_saved(plan, slot, key, tensors[key], saved, catalog)
+    for module, keys in by_module.items():
+        _plan_site(plan, module, keys, config, method, tensors, catalog)
+    _check_saved_filled(plan, saved, catalog)
+    _check_targets(plan, config, set(by_module), catalog)
+    return plan
+
+
+def _plan_site(
+    plan: Plan,
+    module: str,
+    keys: Mapping[str, str],
+    config: TargetedConfig,
+    method: AnyMethod,
+    tensors: Mapping[str, HasShape],
+    catalog: Catalog,
+) -> None:
+    if module not in catalog.modules:
+        plan.problems.append(f"{next(iter(keys.values()))}: the model has no {module}{_nearest(module, catalog)}")
+        return
+    site = catalog.site(module)
+    if site is None:
+        kind = type(catalog.modules[module]).__name__
+        plan.problems.append(f"{module}: a {kind} cannot carry an adapter (kinds that can: {kinds()})")
+        return
+    settings = method.settings(config, module)
+    problems = []
+    for leaf, wanted in method.shapes(settings, site.shape).items():
+        if leaf not in keys:
+            problems.append(f"{module}: {leaf} is missing from the checkpoint")
+        elif tuple(tensors[keys[leaf]].shape) != wanted:
+            stored = tuple(tensors[keys[leaf]].shape)
+            problems.append(f"{module}: {leaf} is {stored}, and this layer and config want {wanted}")
+    plan.problems += problems
+    if not problems:
+        plan.bindings.append(Binding(site, settings, dict(keys)))
+
+
+def _plan_saved(plan: Plan, slot: Slot, key: str, tensor: HasShape, saved: list[str], catalog: Catalog) -> None:
+    root = next((name for name in saved if under(slot.module, [name])), None)
+    if root is None:
+        where = (
+            ""
+            if slot.module in catalog.modules
+            else f"; the model has no {slot.module}{_nearest(slot.module, catalog)}"
+        )
+        plan.problems.append(f"{key}: neither a tensor of this method nor in modules_to_save{where}")
+        return
+    name = f"{slot.module}.{slot.leaf}"[len(root) + 1 :]
+    have = catalog.modules[root].state_dict(keep_vars=True).get(name)
+    if have is None:
+        plan.problems.append(f"{key}: {root} has no parameter {name}")
+    elif tuple(have.shape) != tuple(tensor.shape):
+        plan.problems.append(f"{key}: is {tuple(tensor.shape)}, and the model's is {tuple(have.shape)}")
+    else:
+        plan.saved.setdefault(root, {})[name] = key
+
+
+def _check_saved_filled(plan: Plan, saved: list[str], catalog: Catalog) -> None:
+    for root in saved:
+        missing = catalog.modules[root].state_dict(keep_vars=True).keys() - plan.saved.get(root, {}).keys()
+        plan.problems += [
+            f"{root}.{name}: the config saves {root} whole, and the checkpoint does not fill it"
+            for name in sorted(missing)
+        ]
+
+
+def _check_targets(plan: Plan, config: TargetedConfig, held: set[str], catalog: Catalog) -> None:
+    """Compare what the config means with what the checkpoint holds."""
+    try:
+        meant = set(catalog.targets(config))
+    except TargetError as error:
+        plan.notes.append(f"The config's targets could not be checked: {error.message}")
+        return
+    plan.problems += [
+        f"{name}: the config targets it, and the checkpoint holds nothing for it" for name in sorted(meant - held)
+    ]
+    extra = sorted((held & catalog.modules.keys()) - meant)
+    if extra:
+        plan.notes.append(
+            f"{len(extra)} adapted layers are not among the config's targets (first: {extra[0]}); they are used."
+        )
+
+
+def _nearest(module: str, catalog: Catalog) -> str:
+    ending = module.rpartition(".")[2]
+    alike = [name for name in catalog.modules if name.rpartition(".")[2] == ending]
+    near = difflib.get_close_matches(module, alike or list(catalog.modules), n=1, cutoff=0.5)
+    return f" (nearest: {near[0]})" if near else ""
+
+
+def bind_error(plan: Plan, config: TargetedConfig, origin: str, total: int, catalog: Catalog) -> BindError:
+    """The one error for all of a plan's problems."""
+    bound = len(plan.keys)
+    shown = "; ".join(plan.problems[:SHOWN])
+    more = f"; and {len(plan.problems) - SHOWN} more" if len(plan.problems) > SHOWN else ""
+    return BindError(
+        f"The adapter {origin} does not fit {catalog.describe()}: {bound} of {total} tensors bind. {shown}{more}.",
+        problems=plan.problems,
+        hint=f"It names {config.base_model_name_or_path or 'no model'} as its base; load it on that one, or pass "
+        "strict=False to use only what fits.",
+    )

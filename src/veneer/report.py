@@ -1,0 +1,124 @@
+"""What a load did: found, bound, active, and why. ``model.load_report``; rich prints it as a table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass
+class AdapterReport:
+    """One adapter's part of a load.
+
+    Attributes:
+        name: its name on the model.
+        origin: the path or id it came from.
+        peft_type: its method.
+        tensors_bound: tensors of its checkpoint that are in use.
+        tensors_total: tensors in its checkpoint.
+        nbytes: bytes of those tensors on disk.
+        dtypes: their dtypes in memory.
+        layers: layers that it adapts.
+        zero_layers: those in which it changes nothing.
+        saved_modules: modules that it brings whole.
+        base_check: how the base's identity was checked: "same", "different", "not recorded", "not known".
+        notes: what was odd.
+    """
+
+    name: str
+    origin: str
+    peft_type: str
+    tensors_bound: int
+    tensors_total: int
+    nbytes: int
+    dtypes: list[str]
+    layers: list[str]
+    zero_layers: list[str]
+    saved_modules: list[str]
+    base_check: str = "not recorded"
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def changed_layers(self) -> list[str]:
+        """The layers that carry a non-zero change."""
+        return [name for name in self.layers if name not in set(self.zero_layers)]
+
+
+@dataclass
+class LoadReport:
+    """What :func:`veneer.load` or ``PeftModel.from_pretrained`` did.
+
+    Attributes:
+        path: what was asked for.
+        kind: what it was: "model", "adapter", "model+adapter", "set of adapters".
+        base: where the base model came from, and why that one.
+        model_class: the base model's class.
+        dtype: the base's dtype.
+        merged: whether the adapter was merged into the base.
+        active: the adapters that are active.
+        adapters: a report for each adapter.
+        seconds: what took how long: "base", "adapters", "total".
+        warnings: what a user should know before relying on the model.
+    """
+
+    path: str
+    kind: str = "adapter"
+    base: str = "the model given"
+    model_class: str = ""
+    dtype: str = ""
+    merged: bool = False
+    active: list[str] = field(default_factory=list)
+    adapters: list[AdapterReport] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types."""
+        return asdict(self)
+
+    def __rich__(self) -> RenderableType:
+        """A panel: one row a fact, the adapters below each other, warnings last."""
+        from rich.panel import Panel
+        from rich.table import Table
+
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold")
+        table.add_column()
+        for name, value in self._facts():
+            table.add_row(name, value)
+        for warning in self.warnings:
+            table.add_row("[yellow]warning[/]", _escape(warning))
+        return Panel(table, title="load report", title_align="left", border_style="cyan", expand=False)
+
+    def _facts(self) -> list[tuple[str, str]]:
+        facts = [
+            ("path", f"{_escape(self.path)} ({self.kind})"),
+            ("base", f"{_escape(self.base)}: {self.model_class}, {self.dtype}"),
+        ]
+        for adapter in self.adapters:
+            facts.append((f"adapter {_escape(adapter.name)}", _adapter_line(adapter)))
+        state = "merged into the base" if self.merged else ", ".join(self.active) or "none: the base alone"
+        facts.append(("active", _escape(state)))
+        facts.append(("seconds", ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items())))
+        return facts
+
+
+def _adapter_line(adapter: AdapterReport) -> str:
+    parts = [
+        f"{adapter.peft_type}, {adapter.tensors_bound} of {adapter.tensors_total} tensors bound",
+        f"{adapter.nbytes / 1e6:.1f} MB {'/'.join(adapter.dtypes)}",
+        f"{len(adapter.changed_layers)} of {len(adapter.layers)} layers carry a change",
+    ]
+    if adapter.saved_modules:
+        parts.append(f"whole modules: {', '.join(adapter.saved_modules)}")
+    parts.append(f"base digest: {adapter.base_check}")
+    return _escape("; ".join(parts))
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,128 @@
+"""A module that an adapter brings whole (``modules_to_save``), such as a classification head."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import AdapterError
+from veneer.selection import Selection, Switch
+
+
+class SavedModule(nn.Module):
+    """Stands in the place of a module; each adapter that trains it whole has a copy of its own.
+
+    Its parameters are named as in peft: ``original_module.<p>``, ``modules_to_save.<adapter>.<p>``. Attributes
+    that it does not have are those of the copy in use.
+    """
+
+    def __init__(self, module: nn.Module, switch: Switch) -> None:
+        super().__init__()
+        self.original_module = module
+        self.modules_to_save = nn.ModuleDict()
+        self.switch = switch
+        self.train(module.training)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.current, name)
+
+    @property
+    def current(self) -> nn.Module:
+        """The copy that the selection means, or the original."""
+        names = self.here(self.switch.selection.names)
+        return self.modules_to_save[names[0]] if names else self.original_module
+
+    def here(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of ``names`` that have a copy."""
+        return tuple(name for name in names if name in self.copies)
+
+    @property
+    def copies(self) -> dict[str, Any]:
+        """Adapter's name -> its copy."""
+        # Not ModuleDict's own methods: those forbid names such as "keys" or "forward".
+        copies: dict[str, Any] = self.modules_to_save._modules
+        return copies
+
+    def add(self, adapter: str, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """A copy of the original for ``adapter``, with memory of its own.
+
+        Args:
+            adapter: whose.
+            tensors: its values (parameter's name -> tensor), used in the wider of their own dtype and the
+                original's, so that nothing is rounded; without them it starts as the original is.
+        """
+        own = copy.deepcopy(self.original_module)
+        own.requires_grad_(False)
+        for name, tensor in (tensors or {}).items():
+            _set(own, name, tensor)
+        self.copies[adapter] = own
+        return own
+
+    def remove(self, adapter: str) -> None:
+        """Drop an adapter's copy."""
+        del self.copies[adapter]
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a copy to another name."""
+        self.copies[new] = self.copies.pop(old)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the selected copy gives; arguments and results are the original module's."""
+        selection = self.switch.selection
+        if selection.rows is None:
+            return self._run(self.current, args, kwargs)
+        return self._forward_rows(selection, *args, **kwargs)
+
+    def _forward_rows(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = self.original_module(x, *args, **kwargs)
+        for name, rows in selection.groups(x.shape[0], x.device).items():
+            if name in self.copies:
+                own = self._run(self.copies[name], (x[rows], *args), kwargs)
+                _check_rows(own, y, name)
+                y = y.index_copy(0, rows, own)
+        return y
+
+    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a copy whose dtype may be wider than the model's."""
+        own, base = _dtype(module), _dtype(self.original_module)
+        if own == base:
+            return module(*args, **kwargs)
+        result = module(*(_cast(a, own) for a in args), **{k: _cast(v, own) for k, v in kwargs.items()})
+        return _cast(result, base)
+
+    def taken_over(self, adapter: str) -> nn.Module:
+        """An adapter's copy in the original's dtype, to stand in the model for good."""
+        own: nn.Module = self.copies[adapter].to(_dtype(self.original_module))
+        return own
+
+
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _check_rows(own: Any, y: Any, name: str) -> None:
+    if not isinstance(own, Tensor) or not isinstance(y, Tensor) or own.shape[1:] != y.shape[1:]:
+        raise AdapterError(
+            f"The module that adapter {name!r} brings whole gives another shape than the base's; one batch cannot "
+            "hold both.",
+            hint="Run the adapters of such a batch one after the other.",
+        )
+
+
+def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    holder = module.get_submodule(owner)
+    old = getattr(holder, leaf)
+    new = tensor.to(device=old.device, dtype=torch.promote_types(tensor.dtype, old.dtype))
+    setattr(holder, leaf, nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new)

@@ -1,0 +1,95 @@
+"""Which adapters a forward pass uses: the model's standing choice, or one made for a single call.
+
+The layers of a model share one :class:`Switch`, so that choosing is one assignment however many layers there
+are. A choice for a call lives in a context variable: threads and async tasks do not see each other's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from veneer.errors import AdapterError
+
+# The name that stands for "no adapter" in a per-row choice, as in peft.
+BASE = "__base__"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What one forward pass applies.
+
+    Attributes:
+        names: the adapters, in the order in which they are applied to every row.
+        rows: instead, one adapter's name (or ``"__base__"``) for each row of the batch.
+    """
+
+    names: tuple[str, ...] = ()
+    rows: tuple[str, ...] | None = None
+    _groups: dict[tuple[int, torch.device], Mapping[str, Tensor]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def groups(self, length: int, device: torch.device) -> Mapping[str, Tensor]:
+        """Adapter's name -> the indices of its rows in a tensor whose first dimension is ``length``.
+
+        Where a model makes more rows of each (beams, or tokens flattened into the batch), a row's copies lie
+        side by side and share its adapter. Worked out once a shape, not once a layer.
+        """
+        key = (length, device)
+        if key not in self._groups:
+            self._groups[key] = self._grouped(length, device)
+        return self._groups[key]
+
+    def _grouped(self, length: int, device: torch.device) -> Mapping[str, Tensor]:
+        rows = self.rows or ()
+        if not rows or length % len(rows):
+            raise AdapterError(
+                f"adapter_names has {len(rows)} names, and the batch {length} rows.",
+                hint=f'Give one name for each row; "{BASE}" is the base model.',
+            )
+        copies = length // len(rows)
+        found: dict[str, list[int]] = {}
+        for row, name in enumerate(rows):
+            if name != BASE:
+                found.setdefault(name, []).extend(range(row * copies, (row + 1) * copies))
+        return {name: torch.tensor(index, device=device) for name, index in found.items()}
+
+
+NOTHING = Selection()
+
+
+class Switch:
+    """The state that the layers of one model share: what is selected."""
+
+    def __init__(self) -> None:
+        self.standing = NOTHING
+        self.enabled = True
+
+    @property
+    def selection(self) -> Selection:
+        """What a forward pass in this context uses."""
+        calls = _CALLS.get()
+        if calls is not None:
+            for switch, selection in calls:
+                if switch is self:
+                    return selection
+        return self.standing if self.enabled else NOTHING
+
+    @contextmanager
+    def during(self, selection: Selection) -> Iterator[None]:
+        """Use ``selection`` inside the block, in this thread or task only."""
+        token = _CALLS.set(((self, selection), *(_CALLS.get() or ())))
+        try:
+            yield
+        finally:
+            _CALLS.reset(token)
+
+
+# Innermost first: (whose choice, the choice).
+_CALLS: ContextVar[tuple[tuple[Switch, Selection], ...] | None] = ContextVar("veneer_selection", default=None)
