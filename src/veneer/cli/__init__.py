@@ -1,0 +1,35 @@
+"""The command line: a module a command, imported when it is called.
+
+Exit codes: 0 done, 1 our fault, 2 the input's fault, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    from veneer.cli.app import run
+    from veneer.errors import VeneerError
+
+    try:
+        return run(list(sys.argv[1:] if arguments is None else arguments))
+    except VeneerError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader went away (`veneer inspect ... | head`); do not complain again while closing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("VENEER_DEBUG"):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"internal error: {reason[:300]} (VENEER_DEBUG=1 shows where)", file=sys.stderr)
+        return 1

@@ -1,0 +1,81 @@
+"""The typer application. Each command is a module beside this one, imported when it is called.
+
+Only the command that is called is built: typer prepares every option of every command that it knows, and that
+alone would take longer than ``veneer inspect`` may.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from typing import Annotated
+
+import typer
+
+from veneer._version import __version__
+
+# Command -> the module with its function of the same name, in the order in which help lists them.
+COMMANDS = {
+    "inspect": "inspect_command",
+    "generate": "generate_command",
+    "merge": "merge_command",
+    "demo": "demo_command",
+    "convert-pickle": "convert_pickle_command",
+    "digest": "digest_command",
+}
+
+
+def build(names: list[str]) -> typer.Typer:
+    """The application with these commands."""
+    app = typer.Typer(
+        name="veneer",
+        help="Load, inspect, run and merge fine-tuned adapters.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_options)
+    for name in names:
+        module = importlib.import_module(f"veneer.cli.{COMMANDS[name]}")
+        app.command(name)(getattr(module, name.replace("-", "_")))
+    return app
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"veneer {__version__}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit code."""
+    name = arguments[0] if arguments else ""
+    if name and not name.startswith("-") and name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"Did you mean `veneer {near[0]}`?" if near else f"There are: {', '.join(COMMANDS)}."
+        return _refuse(f"There is no command {name!r}. {hint}")
+    command = typer.main.get_command(build([name] if name in COMMANDS else list(COMMANDS)))
+    try:
+        code = command.main(arguments or ["--help"], prog_name="veneer", standalone_mode=False)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        # What typer raises for bad usage; its class moved between versions, its method did not.
+        if not hasattr(error, "format_message"):
+            raise
+        return _refuse(f"{error.format_message()} `veneer {name} --help` lists the options.".replace("  ", " "))
+    return code if isinstance(code, int) else 0
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2

@@ -1,0 +1,18 @@
+"""``veneer convert-pickle``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def convert_pickle(
+    path: Annotated[Path, typer.Argument(help="A pickled checkpoint, or its folder.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write.")] = None,
+) -> None:
+    """Turn a pickled checkpoint into safetensors, reading plain tensors only."""
+    from veneer import pickles
+
+    print(pickles.convert_pickle(path, out))

@@ -1,0 +1,17 @@
+"""``veneer digest``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def digest(
+    path: Annotated[str, typer.Argument(help="A full model's folder.")],
+    full: Annotated[bool, typer.Option("--full", help="Read every byte instead of samples.")] = False,
+) -> None:
+    """Print the digest that identifies a base model."""
+    from veneer.identity import base_digest
+
+    print(base_digest(path, full=full))

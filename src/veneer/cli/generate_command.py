@@ -1,0 +1,107 @@
+"""``veneer generate``."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+import time
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from veneer.cli.options import Base, Dtype, Json, Local, Revision
+from veneer.cli.terminal import progress, quiet, tell
+from veneer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from veneer.model import PeftModel
+
+
+def generate(
+    path: Annotated[str, typer.Argument(help="An adapter, a set of adapters or a model.")],
+    prompt: Annotated[str, typer.Option(help="What to say to it; - reads standard input.")],
+    base: Base = None,
+    adapter: Annotated[str | None, typer.Option(help='Which adapter of a set; "__base__" is the base alone.')] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base first.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most this many tokens.")] = 128,
+    system: Annotated[str | None, typer.Option(help="The system message of the chat.")] = None,
+    chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template, if it has one.")] = True,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    json: Json = False,
+    local_files_only: Local = False,
+) -> None:
+    """Answer a prompt, word by word."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with quiet() as warnings:
+        with progress("loading"):
+            from veneer.loader import load, load_tokenizer
+
+            model = load(
+                path, base=base, merge=merge, dtype=dtype, revision=revision, local_files_only=local_files_only
+            )
+            tokenizer = load_tokenizer(model)
+            inputs = _inputs(tokenizer, text, system, chat)
+        tell([*warnings, *(model.load_report.warnings if model.load_report else ())])
+        warnings.clear()
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        started = time.perf_counter()
+        with _chosen(model, adapter):
+            answer, tokens = _answer(
+                model, tokenizer, inputs, not json, seed, max_new_tokens=max_new_tokens, **sampling
+            )
+        seconds = time.perf_counter() - started
+        active = model.active_adapters if adapter is None else [adapter]
+    if json:
+        report = model.load_report.to_dict() if model.load_report else {}
+        result = {"prompt": text, "answer": answer, "adapters": active, "new_tokens": tokens, "seconds": seconds}
+        print(json_module.dumps({**result, "load_report": report}, indent=2))
+
+
+def _chosen(model: PeftModel, adapter: str | None) -> Any:
+    if adapter is None:
+        return nullcontext()
+    from veneer.selection import BASE
+
+    return model.disable_adapter() if adapter == BASE else model.using(adapter)
+
+
+def _inputs(tokenizer: Any, text: str, system: str | None, chat: bool) -> Any:
+    if chat and tokenizer.chat_template:
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": text})
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    if system:
+        raise ConfigError(
+            "--system needs a chat template, and the tokenizer has none or --no-chat is given.",
+            hint="Put the instruction into the prompt.",
+        )
+    return tokenizer(text, return_tensors="pt")
+
+
+def _answer(
+    model: PeftModel, tokenizer: Any, inputs: Any, stream: bool, seed: int | None, **options: Any
+) -> tuple[str, int]:
+    import torch
+    from transformers import TextStreamer
+
+    if not model.can_generate():
+        raise ConfigError(
+            f"{type(model.get_base_model()).__name__} does not generate text.",
+            hint="Load a model with a language head.",
+        )
+    if seed is not None:
+        torch.manual_seed(seed)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    # An encoder-decoder's output does not begin with the prompt.
+    prompt_length = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.inference_mode():
+        ids = model.generate(**inputs.to(model.device), streamer=streamer, pad_token_id=pad, **options)[0]
+    new = ids[prompt_length:]
+    return tokenizer.decode(new, skip_special_tokens=True), len(new)

@@ -1,0 +1,24 @@
+"""``veneer inspect``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from veneer.cli.options import Json, Local, Revision
+from veneer.cli.terminal import show
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(help="A folder, a .safetensors file or a hub id.")],
+    json: Json = False,
+    revision: Revision = None,
+    subfolder: Annotated[str | None, typer.Option(help="Where below PATH to look.")] = None,
+    local_files_only: Local = False,
+) -> None:
+    """Tell what is at a path: model or adapter, method, base, rank, size, problems."""
+    from veneer import inspection
+
+    found = inspection.inspect(path, revision=revision, subfolder=subfolder, local_files_only=local_files_only)
+    show(found, json)

@@ -1,0 +1,61 @@
+"""What commands print: results on standard output, progress on standard error and only to a person."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def show(value: Any, as_json: bool) -> None:
+    """Print something that has ``to_dict()`` and ``__rich__()``: as JSON, or as its panel."""
+    if as_json:
+        print(json.dumps(value.to_dict(), indent=2))
+        return
+    from rich.console import Console
+
+    Console().print(value)
+
+
+@contextmanager
+def progress(first: str) -> Iterator[Callable[[str], None]]:
+    """Show what is being done; the block calls the given function when something new begins."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda step: None
+        return
+    with console.status(first) as status:
+        yield lambda step: status.update(step)
+
+
+@contextmanager
+def quiet() -> Iterator[list[str]]:
+    """Silence other libraries' bars and logs; collect Veneer's warnings, to be told at the end."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.captureWarnings(False)
+    told: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield told
+        finally:
+            told += [str(w.message) for w in caught if "veneer" in w.filename or "adapter" in str(w.message)]
+
+
+def tell(warnings_: list[str]) -> None:
+    """Print warnings on standard error, each once."""
+    import sys
+
+    for text in dict.fromkeys(warnings_):
+        print(f"warning: {' '.join(text.split())}", file=sys.stderr)
