@@ -39,6 +39,7 @@ class Case:
         targets: dotted endings of layers that are commonly adapted.
         blocks: the name of the list of blocks, for ``layers_pattern``.
         options: what LoraConfig needs for every adapter of this architecture.
+        head: an output layer that shares its weight with no other, for ``modules_to_save``.
     """
 
     make: Callable[[], torch.nn.Module]
@@ -47,6 +48,7 @@ class Case:
     targets: tuple[str, ...]
     blocks: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    head: str | None = None
 
 
 def tokens(rows: int = 2, length: int = 7) -> dict[str, Tensor]:
@@ -111,13 +113,13 @@ def _whisper() -> torch.nn.Module:
 
 QV = ("q_proj", "v_proj")
 CASES: Mapping[str, Case] = {
-    "llama": Case(_llama, tokens, "CAUSAL_LM", (*QV, "down_proj"), "layers"),
-    "qwen2": Case(_qwen2, tokens, "CAUSAL_LM", (*QV, "down_proj"), "layers"),
+    "llama": Case(_llama, tokens, "CAUSAL_LM", (*QV, "down_proj"), "layers", head="lm_head"),
+    "qwen2": Case(_qwen2, tokens, "CAUSAL_LM", (*QV, "down_proj"), "layers", head="lm_head"),
     "gpt2": Case(_gpt2, tokens, "CAUSAL_LM", ("c_attn", "c_fc"), "h", {"fan_in_fan_out": True}),
     "opt": Case(_opt, tokens, "CAUSAL_LM", (*QV, "fc1"), "layers"),
     "bert": Case(_bert, tokens, "SEQ_CLS", ("query", "value", "intermediate.dense"), "layer"),
     "t5": Case(_t5, lambda: _decoder(**tokens()), "SEQ_2_SEQ_LM", ("q", "v", "wi"), "block"),
-    "vit": Case(_vit, lambda: _noise("pixel_values", 2, 3, 16, 16), None, (*QV, "fc1"), "layers"),
+    "vit": Case(_vit, lambda: _noise("pixel_values", 2, 3, 16, 16), None, (*QV, "fc1"), "layers", head="classifier"),
     "whisper": Case(_whisper, lambda: _decoder(**_noise("input_features", 2, 8, 40)), None, (*QV, "fc1"), "layers"),
 }
 

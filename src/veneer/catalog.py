@@ -77,7 +77,7 @@ class Catalog:
             kind = type(self.modules[refused[0]]).__name__
             raise TargetError(
                 f"{len(refused)} of the modules that target_modules={config.target_modules!r} means cannot carry an "
-                f"adapter; the first is {refused[0]}, a {kind}.",
+                f"adapter; the first is {refused[0]} ({kind}).",
                 hint=f"Kinds that can: {kinds()}, with a floating-point weight. Narrow target_modules, or name "
                 "these in exclude_modules.",
             )

@@ -39,7 +39,7 @@ class AdaptedLayer(nn.Module):
         # The adapters whose patches are in the base layer's weight now, and the weight that it had before.
         self.merged: tuple[str, ...] = ()
         self.original: list[nn.Parameter] = []
-        self.train(site.module.training)
+        self.training = site.module.training
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class Tuner(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.train(model.training)
+        self.training = model.training
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -70,7 +70,15 @@ class PeftModel(nn.Module):
         load_report: what the last load found, bound and made active.
     """
 
-    task: TaskType | None = None
+    task: ClassVar[TaskType | None] = None
+    # The class as it is imported, of which the instance's own is a fitted subclass.
+    kind: ClassVar[type[PeftModel]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let the fitted classes know which class they are fitted from."""
+        if cls.__dict__.get("fitted"):
+            return
+        cls.kind = cls
 
     def __new__(cls, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> PeftModel:
         """An instance of the class that fits ``model``."""
@@ -85,7 +93,7 @@ class PeftModel(nn.Module):
         self.adapters = Adapters(model)
         self.load_report: LoadReport | None = None
         self._base_digest: str | None = None
-        self.train(model.training)
+        self.training = model.training
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)
 
@@ -117,6 +125,18 @@ class PeftModel(nn.Module):
             if name.startswith("__") or "base_model" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.get_base_model(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What the base keeps for itself (config, generation_config ...) is set where the base will read it.
+        base = self.__dict__.get("_modules", {}).get("base_model")
+        if base is not None and name not in self.__dict__ and name in base.model.__dict__:
+            setattr(base.model, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The fitted class has no importable name; it is made again where the model is copied or unpickled.
+        return _blank, (self.kind, type(self.get_base_model())), self.__dict__
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward pass under the active adapters.
@@ -191,6 +211,7 @@ class PeftModel(nn.Module):
         strict: bool = True,
         strict_base: bool = False,
         autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = True,
         **source_options: Any,
     ) -> AdapterReport:
         """Add an adapter from its folder or hub id. The active adapters stay as they are, if there are any.
@@ -204,6 +225,7 @@ class PeftModel(nn.Module):
             strict_base: raise when the base is not the one that the adapter records; else warn.
             autocast_adapter_dtype: give a half-precision adapter that is to be trained float32 weights.
                 An adapter for inference keeps its dtype.
+            low_cpu_mem_usage: accepted for peft's sake; weights always come straight from the file.
             **source_options: ``revision``, ``subfolder``, ``token``, ``local_files_only``.
 
         Returns:
@@ -230,6 +252,7 @@ class PeftModel(nn.Module):
         strict: bool = True,
         strict_base: bool = False,
         autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = True,
     ) -> AdapterReport:
         _check_is_adapter(source)
         checkpoint = open_checkpoint(source, strict=strict, config=config)
@@ -283,17 +306,21 @@ class PeftModel(nn.Module):
     def _reported(self, adapter: AdapterReport) -> None:
         if self.load_report is None:
             self.load_report = LoadReport(path=adapter.origin)
-        report = self.load_report
-        report.adapters = [a for a in report.adapters if a.name in self.adapters.entries and a.name != adapter.name]
-        report.adapters.append(adapter)
-        report.active = self.active_adapters
-        report.warnings += _warnings_of(adapter)
+        self.load_report.adapters.append(adapter)
+        self.load_report.warnings += _warnings_of(adapter)
+        self._keep_report()
+
+    def _keep_report(self) -> None:
+        """Let the report say what is on the model and active now."""
+        if self.load_report is not None:
+            present = self.adapters.entries
+            self.load_report.adapters = [a for a in self.load_report.adapters if a.name in present]
+            self.load_report.active = list(self.adapters.switch.standing.names)
 
     def _finish_report(self, report: LoadReport, started: float) -> None:
         base = self.get_base_model()
         report.model_class = type(base).__name__
         report.dtype = str(getattr(base, "dtype", "")).removeprefix("torch.")
-        report.active = self.active_adapters
         report.seconds["total"] = time.perf_counter() - started
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *, seed: int | None = None) -> None:
@@ -317,7 +344,9 @@ class PeftModel(nn.Module):
         if not self.adapters.switch.standing.names:
             self.adapters.select(adapter_name)
         else:
+            # Among trainable adapters only the active ones get gradients.
             self.adapters.select(self.adapters.switch.standing.names)
+        self._keep_report()
 
     # -- choosing ------------------------------------------------------------------------------------------
 
@@ -362,8 +391,7 @@ class PeftModel(nn.Module):
         if inference_mode:
             for name in self.adapters.active:
                 self.set_requires_grad(name, False)
-        if self.load_report is not None:
-            self.load_report.active = self.active_adapters
+        self._keep_report()
 
     def using(self, adapter_name: str | Sequence[str]) -> AbstractContextManager[None]:
         """Inside the ``with`` block use these adapters; other threads and tasks do not see it."""
@@ -391,13 +419,15 @@ class PeftModel(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only active one, the base runs alone until another is chosen."""
         self.adapters.delete(adapter_name)
-        if self.load_report is not None:
-            self.load_report.adapters = [a for a in self.load_report.adapters if a.name != adapter_name]
-            self.load_report.active = self.active_adapters
+        self._keep_report()
 
     def rename_adapter(self, old_name: str, new_name: str) -> None:
         """Give an adapter another name; active or not, it stays so."""
         self.adapters.rename(old_name, new_name)
+        for adapter in self.load_report.adapters if self.load_report is not None else ():
+            if adapter.name == old_name:
+                adapter.name = new_name
+        self._keep_report()
 
     # -- merging -------------------------------------------------------------------------------------------
 
@@ -412,6 +442,7 @@ class PeftModel(nn.Module):
             safe_merge: check first that every merged weight is finite (``MergeError`` if not).
         """
         self.adapters.merge(adapter_names, check=safe_merge)
+        self._keep_report()
 
     def unmerge_adapter(self) -> None:
         """Take the merged adapters out again: every base weight has its original bytes."""
@@ -523,6 +554,9 @@ class PeftModel(nn.Module):
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
 
+PeftModel.kind = PeftModel
+
+
 class PeftModelForCausalLM(PeftModel):
     """A causal language model with adapters."""
 
@@ -593,6 +627,12 @@ def get_peft_model(
     peft_model = _class_for(peft_config.task_type, model)(model)
     peft_model.add_adapter(adapter_name, peft_config, seed=seed)
     return peft_model
+
+
+def _blank(kind: type[PeftModel], base_class: type[nn.Module]) -> PeftModel:
+    """An instance without contents, for copying and unpickling to fill."""
+    instance: PeftModel = object.__new__(fitted_class(kind, base_class))  # type: ignore[assignment]
+    return instance
 
 
 def wrap(model: nn.Module, task: TaskType | str | None = None) -> PeftModel:

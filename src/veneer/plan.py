@@ -98,7 +98,7 @@ def _plan_site(
     site = catalog.site(module)
     if site is None:
         kind = type(catalog.modules[module]).__name__
-        plan.problems.append(f"{module}: a {kind} cannot carry an adapter (kinds that can: {kinds()})")
+        plan.problems.append(f"{module} ({kind}) cannot carry an adapter; kinds that can: {kinds()}")
         return
     settings = method.settings(config, module)
     problems = []

@@ -25,7 +25,7 @@ class SavedModule(nn.Module):
         self.original_module = module
         self.modules_to_save = nn.ModuleDict()
         self.switch = switch
-        self.train(module.training)
+        self.training = module.training
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -50,7 +50,7 @@ _FITTED: dict[tuple[type, type], type[nn.Module]] = {}
 def _fit(peft_class: type[nn.Module], base_class: type[nn.Module]) -> type[nn.Module]:
     from transformers import PreTrainedModel
 
-    namespace: dict[str, Any] = {"__module__": peft_class.__module__, "__doc__": peft_class.__doc__}
+    namespace: dict[str, Any] = {"__module__": peft_class.__module__, "__doc__": peft_class.__doc__, "fitted": True}
     namespace["forward"] = _forward_like(peft_class, base_class)
     bases: tuple[type[nn.Module], ...] = (peft_class,)
     if issubclass(base_class, PreTrainedModel):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tests.models import Case
+from tests.models import CASES, Case
 
 Make = Callable[[Case, nn.Module], dict[str, Any]]
 
@@ -70,6 +70,10 @@ def usual_targets(case: Case, model: nn.Module) -> dict[str, Any]:
     return {"r": 4, "lora_alpha": 6}
 
 
+def whole_head(case: Case, model: nn.Module) -> dict[str, Any]:
+    return {**plain(case, model), "modules_to_save": [case.head]}
+
+
 OPTIONS: Mapping[str, Make] = {
     "plain": plain,
     "rslora": rslora,
@@ -83,9 +87,15 @@ OPTIONS: Mapping[str, Make] = {
     "one block": one_block,
     "any block": any_block,
     "usual targets": usual_targets,
+    "whole head": whole_head,
     # Not the config's: the tensors are in bfloat16 on disk.
     "bfloat16": plain,
 }
 
-# peft knows no usual targets for these, or not as transformers 5 names their layers.
-ABSENT = {("vit", "usual targets"), ("whisper", "usual targets")}
+ABSENT = {
+    # peft knows no usual targets for these, or not as transformers 5 names their layers.
+    ("vit", "usual targets"),
+    ("whisper", "usual targets"),
+    # The others have tied heads, or (BERT) bring theirs with every option.
+    *((arch, "whole head") for arch, case in CASES.items() if case.head is None),
+}

