@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from veneer import adapter_set
@@ -344,6 +345,16 @@ def _model_class(config: dict[str, Any], task: str | None, origin: str) -> Any:
     classes = auto._model_mapping._model_mapping.get(config.get("model_type", ""))
     fitting = classes if isinstance(classes, (tuple, list)) else (classes,)
     return getattr(transformers, own) if own is not None and own in fitting else auto
+
+
+def _dtype(dtype: Any) -> Any:
+    """A dtype by its name, or what transformers makes of ``"auto"`` and of a dtype."""
+    if not isinstance(dtype, str) or dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"Unknown dtype {dtype!r}.", hint="Known: auto, float32, bfloat16, float16.")
+    return found
 
 
 def _labels(checkpoints: list[Checkpoint]) -> int | None:

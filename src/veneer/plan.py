@@ -162,7 +162,8 @@ def _check_targets(plan: Plan, config: TargetedConfig, held: set[str], catalog: 
 def _nearest(module: str, catalog: Catalog) -> str:
     ending = module.rpartition(".")[2]
     alike = [name for name in catalog.modules if name.rpartition(".")[2] == ending]
-    near = difflib.get_close_matches(module, alike or list(catalog.modules), n=1, cutoff=0.5)
+    carriers = [name for name, linear in catalog.linear.items() if linear]
+    near = difflib.get_close_matches(module, alike or carriers, n=1, cutoff=0.5)
     return f" (nearest: {near[0]})" if near else ""
 
 

@@ -25,6 +25,9 @@ COMMANDS = {
     "digest": "digest_command",
 }
 
+# What typer returns when it caught the interruption itself.
+_INTERRUPTED = 130
+
 
 def build(names: list[str]) -> typer.Typer:
     """The application with these commands."""
@@ -73,6 +76,8 @@ def run(arguments: list[str]) -> int:
         if not hasattr(error, "format_message"):
             raise
         return _refuse(f"{error.format_message()} `veneer {name} --help` lists the options.".replace("  ", " "))
+    if code == _INTERRUPTED:
+        raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
 
 
