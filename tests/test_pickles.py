@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,31 @@ def test_what_is_no_mapping(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(NotACheckpointError, match="holds no pickled checkpoint"):
         convert_pickle(tmp_path / "empty")
+
+
+def test_shards_become_one_file(tmp_path: Path) -> None:
+    parts = {"pytorch_model-1.bin": {"a": torch.ones(2)}, "pytorch_model-2.bin": {"b": torch.zeros(3)}}
+    for name, tensors in parts.items():
+        torch.save(tensors, tmp_path / name)
+    weight_map = {key: name for name, tensors in parts.items() for key in tensors}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    out = convert_pickle(tmp_path)
+    assert out == tmp_path / "model.safetensors"
+    assert {name: tensor.tolist() for name, tensor in load_file(out).items()} == {"a": [1, 1], "b": [0, 0, 0]}
+
+
+def test_an_output_may_be_a_folder(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "adapter_model.bin")
+    assert convert_pickle(tmp_path, tmp_path / "out") == tmp_path / "out" / "adapter_model.safetensors"
+
+
+def test_safetensors_need_no_conversion(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").touch()
+    with pytest.raises(NotACheckpointError, match="safetensors already"):
+        convert_pickle(tmp_path / "x.safetensors")
+
+
+def test_bytes_at_which_the_unpickler_itself_fails(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.bin").write_bytes(b"junk junk")
+    with pytest.raises(CorruptFileError, match="damaged, or no pickle"):
+        convert_pickle(tmp_path)

@@ -5,6 +5,7 @@ Something broken is described, not raised: its ``problems`` say what is wrong an
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -28,6 +29,7 @@ from veneer.source import (
     Header,
     Source,
     TensorInfo,
+    is_offline,
     looks_like_hub_id,
     read_header,
     resolve,
@@ -39,6 +41,20 @@ if TYPE_CHECKING:
 
 # What is needed of a hub repository to know what it is; weights are read by their headers alone.
 _SMALL = ("*.json",)
+_Types = type | tuple[type, ...]
+# What is shown of a config, by its type; a list is of names.
+_ADAPTER_TYPES: Mapping[str, _Types] = {
+    **dict.fromkeys(("peft_type", "base_model_name_or_path", "revision", "task_type"), str),
+    "lora_alpha": (int, float),
+    "target_modules": (str, list),
+    "modules_to_save": list,
+}
+_MODEL_TYPES: Mapping[str, _Types] = {
+    **dict.fromkeys(("model_type", "dtype", "torch_dtype"), str),
+    "architectures": list,
+    "quantization_config": dict,
+    "tie_word_embeddings": bool,
+}
 # Leaves whose first dimension is a rank, and of which an adapted layer has one.
 _DOWN = (".lora_A.weight", ".lora_embedding_A")
 
@@ -183,16 +199,18 @@ def inspect(
     source = resolve(path, local_files_only=local_files_only, patterns=_SMALL, **options)
     if source.commit is not None and source.has(ADAPTER_CONFIG):
         source = resolve(path, local_files_only=local_files_only, **options)
-    return _inspect(source, os.fspath(path), token)
+    # Headers of weights that are not in the cache are asked for at the hub's root, and only where it may be asked.
+    ask = source.commit is not None and not (subfolder or local_files_only or is_offline())
+    return _inspect(source, os.fspath(path), token, ask)
 
 
-def _inspect(source: Source, path: str, token: str | None = None) -> Inspection:
+def _inspect(source: Source, path: str, token: str | None = None, ask: bool = False) -> Inspection:
     problems: list[Problem] = []
     if source.file is not None:
         return _inspect_file(source, path)
     has_adapter, has_model = source.has(ADAPTER_CONFIG), source.has(MODEL_CONFIG)
     adapter = _adapter(source, problems) if has_adapter else None
-    model = _model(source, problems, token, alone=not has_adapter) if has_model else None
+    model = _model(source, problems, token, ask, alone=not has_adapter) if has_model else None
     members = {m.name: m.source for m in _members(source, problems) if m.source != source}
     adapters = {name: _inspect(member, member.origin) for name, member in members.items()}
     problems += [Problem(p.code, f"{name}: {p.message}", p.hint) for name, a in adapters.items() for p in a.problems]
@@ -247,6 +265,7 @@ def _adapter(source: Source, problems: list[Problem]) -> AdapterFacts:
     weights = _weights(headers) if headers else None
     if weights is not None and not weights.parameters:
         problems.append(_empty(source))
+    values = _typed(values, _ADAPTER_TYPES, f"{source.origin}/{ADAPTER_CONFIG}", problems)
     _check_base(values.get("base_model_name_or_path"), source, problems)
     tensors = [info for header in headers for info in header.tensors.values()]
     ranks = _ranks(tensors)
@@ -268,6 +287,25 @@ def _adapter(source: Source, problems: list[Problem]) -> AdapterFacts:
     )
 
 
+def _typed(
+    values: Mapping[str, Any], types: Mapping[str, _Types], where: str, problems: list[Problem]
+) -> dict[str, Any]:
+    """The values without those of a wrong type, each of which is a problem."""
+    kept = dict(values)
+    for key, kinds in types.items():
+        value = values.get(key)
+        # To Python a bool is an int; a config's number is not meant by it.
+        fits = isinstance(value, kinds) and (kinds is bool or not isinstance(value, bool))
+        names = not isinstance(value, list) or all(isinstance(name, str) for name in value)
+        if value is None or (fits and names):
+            continue
+        del kept[key]
+        problems.append(
+            Problem("config", f"{where}: {key} cannot be {json.dumps(value)[:60]}.", "Copy the file again, or mend it.")
+        )
+    return kept
+
+
 def _check_config(values: Mapping[str, Any], source: Source, problems: list[Problem]) -> None:
     try:
         PeftConfig.from_dict(values, where=f"{source.origin}/{ADAPTER_CONFIG}")
@@ -287,7 +325,7 @@ def _check_base(base: Any, source: Source, problems: list[Problem]) -> None:
                 f"Name it when loading: veneer.load({source.origin!r}, base=...).",
             )
         )
-    elif not (looks_like_hub_id(base) or Path(base).exists() or (source.root / base).exists()):
+    elif not (looks_like_hub_id(base) or _exists(Path(base)) or _exists(source.root / base)):
         problems.append(
             Problem(
                 "base-not-found",
@@ -295,6 +333,13 @@ def _check_base(base: Any, source: Source, problems: list[Problem]) -> None:
                 f"Name it when loading: veneer.load({source.origin!r}, base=...).",
             )
         )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, a folder that is closed to us
+        return False
 
 
 def _ranks(tensors: Iterable[TensorInfo]) -> dict[int, int]:
@@ -305,17 +350,20 @@ def _ranks(tensors: Iterable[TensorInfo]) -> dict[int, int]:
 # -- a model -----------------------------------------------------------------------------------------------
 
 
-def _model(source: Source, problems: list[Problem], token: str | None, alone: bool) -> ModelFacts:
+def _model(source: Source, problems: list[Problem], token: str | None, ask: bool, alone: bool) -> ModelFacts:
     values: dict[str, Any] = {}
     try:
         values = source.json(MODEL_CONFIG)
     except SourceError as error:
         problems.append(_problem("damaged", error))
+    values = _typed(values, _MODEL_TYPES, f"{source.origin}/{MODEL_CONFIG}", problems)
     weights = None
     names = (MODEL_STEM + SAFETENSORS, MODEL_STEM + INDEX, *PICKLES[MODEL_STEM])
     if alone or any(source.has(name) for name in names):
-        headers = _headers(source, MODEL_STEM, problems, token)
+        headers = (_remote_headers(source, token) if ask else None) or _headers(source, MODEL_STEM, problems)
         weights = _weights(headers) if headers else None
+        if weights is not None and not weights.parameters:
+            problems.append(_empty(source, ", ".join(weights.files)))
     return ModelFacts(
         architecture=next(iter(values.get("architectures") or ()), None),
         model_type=values.get("model_type"),
@@ -326,10 +374,7 @@ def _model(source: Source, problems: list[Problem], token: str | None, alone: bo
     )
 
 
-def _headers(source: Source, stem: str, problems: list[Problem], token: str | None = None) -> list[Header]:
-    remote = _remote_headers(source, stem, token)
-    if remote is not None:
-        return remote
+def _headers(source: Source, stem: str, problems: list[Problem]) -> list[Header]:
     headers: list[Header] = []
     try:
         files = weight_files(source, stem)
@@ -348,9 +393,9 @@ def _headers(source: Source, stem: str, problems: list[Problem], token: str | No
     return headers
 
 
-def _remote_headers(source: Source, stem: str, token: str | None) -> list[Header] | None:
+def _remote_headers(source: Source, token: str | None) -> list[Header] | None:
     """Headers read from the hub, for a model whose weights are not in the cache."""
-    if source.commit is None or source.has(stem + SAFETENSORS) or any(source.root.glob(f"*{SAFETENSORS}")):
+    if any(source.root.glob(f"*{SAFETENSORS}")):
         return None
     from huggingface_hub import HfApi
 
@@ -389,10 +434,10 @@ def _problem(code: str, error: VeneerError) -> Problem:
     return Problem(code, error.message, error.hint or "")
 
 
-def _empty(source: Source) -> Problem:
+def _empty(source: Source, file: str = ADAPTER_WEIGHTS) -> Problem:
     return Problem(
         "empty-checkpoint",
-        f"{source.origin}: empty checkpoint: {ADAPTER_WEIGHTS} holds no values.",
+        f"{source.origin}: empty checkpoint: {file} holds no values.",
         "ZeRO-3 and FSDP save this when weights are not gathered first; gather them and save again.",
     )
 

@@ -6,6 +6,7 @@ offline mode (``local_files_only``, ``HF_HUB_OFFLINE``).
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
@@ -54,6 +55,7 @@ DTYPE_BITS: Mapping[str, int] = {
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _MAX_HEADER = 100_000_000
+_AGAIN = "Copy or download it again."
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Source:
     def path(self, name: str) -> Path:
         """The path of a file in the folder; ``CorruptFileError`` when ``name`` would leave it."""
         parts = Path(name).parts
-        if Path(name).is_absolute() or ".." in parts or "\\" in name or not parts:
+        if Path(name).is_absolute() or ".." in parts or "\\" in name or "\0" in name or not parts:
             raise CorruptFileError(
                 f"{self.origin}: {name!r} points outside of its folder.", hint="Do not trust this checkpoint."
             )
@@ -161,12 +163,14 @@ def resolve(
         SourceError: the hub refuses, or cannot be reached.
     """
     text = os.fspath(path)
-    local = Path(text).expanduser()
     if not text.strip():
         raise PathNotFoundError(f"The {what} is an empty string.", hint="Give a folder or a hub id.")
-    if local.is_file():
+    local, is_file, is_folder = _look_up(text, what)
+    if is_file:
+        if subfolder:
+            raise PathNotFoundError(f"{text} is a file; it has no subfolder {subfolder!r}.", hint=f"Give {text} alone.")
         return _single_file(local, text)
-    if not local.is_dir():
+    if not is_folder:
         if isinstance(path, Path) or not looks_like_hub_id(text):
             raise _missing(local, what)
         return _from_hub(text, revision, subfolder, token, local_files_only, what, patterns)
@@ -189,6 +193,18 @@ def is_offline() -> bool:
     return any(os.environ.get(name, "").lower() in on for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
 
 
+def _look_up(text: str, what: str) -> tuple[Path, bool, bool]:
+    """A path, whether it is a file, and whether it is a folder."""
+    try:
+        local = Path(text).expanduser()
+        return local, local.is_file(), local.is_dir()
+    except (OSError, RuntimeError) as error:  # a name too long, a folder closed to us, ``~`` of nobody
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise PathNotFoundError(
+            f"The {what} {text[:100]!r} cannot be looked up: {reason}.", hint="Give a folder or a hub id."
+        ) from error
+
+
 def _single_file(path: Path, text: str) -> Source:
     if path.suffix != SAFETENSORS:
         kinds = [suffix for names in PICKLES.values() for name in names for suffix in [Path(name).suffix]]
@@ -205,7 +221,7 @@ def _single_file(path: Path, text: str) -> Source:
 
 
 def _missing(path: Path, what: str) -> PathNotFoundError:
-    return PathNotFoundError(f"The {what} {path} does not exist.", hint=_near(path))
+    return PathNotFoundError(f"The {what} {str(path)!r} does not exist.", hint=_near(path))
 
 
 def _near(path: Path) -> str:
@@ -214,10 +230,11 @@ def _near(path: Path) -> str:
     while not parent.is_dir() and parent != parent.parent:
         path, parent = parent, parent.parent
     names = sorted(p.name for p in parent.iterdir()) if parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=2, cutoff=0.5)
+    near = difflib.get_close_matches(path.name, names, n=2)
     if near:
         return f"Did you mean {' or '.join(str(parent / name) for name in near)}?"
-    return f"There is no {path.name!r} in {parent}." if path.name else "Give a folder or a hub id."
+    where = "the current folder" if parent == Path() else str(parent)
+    return f"There is no {path.name!r} in {where}." if path.name else "Give a folder or a hub id."
 
 
 def _from_hub(
@@ -234,43 +251,53 @@ def _from_hub(
 
     prefix = f"{subfolder}/" if subfolder else ""
     wanted = [prefix + pattern for pattern in patterns]
-    offline = local_files_only or is_offline()
-    folder: str | None = None
-    try:
-        folder = snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=True)
-        if not _has_weights(Path(folder) / prefix) and not offline:
-            folder = None
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        if folder is None and not offline:
+    # With a folder ``owner`` here, ``owner/name`` is a path with a slip in it, and the hub need not hear of it.
+    slip = "/" in repo and Path(repo).parent.is_dir()
+    offline = local_files_only or is_offline() or slip
+    cached: str | None = None
+    with contextlib.suppress(LocalEntryNotFoundError):
+        cached = snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=True)
+    folder = cached
+    if not offline and (cached is None or not _is_complete(Path(cached) / prefix, patterns)):
+        try:
             folder = snapshot_download(repo, revision=revision, allow_patterns=wanted, token=token)
-    except GatedRepoError as error:
-        raise SourceError(
-            f"The {what} {repo} is gated on the hub.", hint="Accept its terms there, then pass token=."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise PathNotFoundError(
-            f"The {what} {repo!r} is neither a local path nor a public repository on the hub.",
-            hint="Check the spelling; for a private one pass token=.",
-        ) from error
-    except (OSError, ValueError, LocalEntryNotFoundError) as error:
-        raise _unreachable(repo, what, error) from error
+        except GatedRepoError as error:
+            raise SourceError(
+                f"The {what} {repo} is gated on the hub.", hint="Accept its terms there, then pass token=."
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise PathNotFoundError(
+                f"The {what} {repo!r} is neither a local path nor a public repository on the hub.",
+                hint="Check the spelling; for a private one pass token=.",
+            ) from error
+        except (OSError, ValueError) as error:
+            # What is in the cache is worth more than no answer; what is missing from it will be said.
+            if cached is None:
+                raise _unreachable(repo, what, error) from error
     if folder is None:
-        raise PathNotFoundError(
-            f"The {what} {repo!r} is neither a local path nor in the hub's cache, and the network is switched off.",
-            hint=_near(Path(repo))
-            if Path(repo).parent.is_dir() and "/" in repo
-            else "Download it first, or give a local path.",
-        )
+        raise _not_cached(repo, what, slip)
     root = Path(folder) / prefix
     if not root.is_dir():
         raise PathNotFoundError(f"{repo} has no subfolder {subfolder!r}.", hint="Check its spelling.")
     return Source(root, repo + (f"/{subfolder}" if subfolder else ""), revision=revision, commit=Path(folder).name)
 
 
-def _has_weights(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.glob(f"*{SAFETENSORS}"))
+def _is_complete(folder: Path, patterns: Sequence[str]) -> bool:
+    """Whether the cache's copy holds what is wanted; one that was fetched for its configs alone has no weights."""
+    weights = any(pattern.endswith(SAFETENSORS) for pattern in patterns)
+    return folder.is_dir() and any(folder.glob(f"*{SAFETENSORS}" if weights else "*.json"))
+
+
+def _not_cached(repo: str, what: str, slip: bool) -> PathNotFoundError:
+    if slip:
+        return PathNotFoundError(
+            f"The {what} {repo!r} does not exist, and the hub's cache holds no repository of that name.",
+            hint=f"{_near(Path(repo))} If the hub's is meant: hf download {repo}",
+        )
+    return PathNotFoundError(
+        f"The {what} {repo!r} is neither a local path nor in the hub's cache, and the network is switched off.",
+        hint="Download it first, or give a local path.",
+    )
 
 
 def _unreachable(repo: str, what: str, error: Exception) -> SourceError:
@@ -291,10 +318,14 @@ def read_json(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise CorruptFileError(
             f"{path}: no valid JSON at line {error.lineno}, column {error.colno}: {error.msg}.",
-            hint="Copy or download it again." if path.stat().st_size else "The file is empty.",
+            hint=_AGAIN if error.doc else "The file is empty; copy or download it again.",
         ) from error
     except UnicodeDecodeError as error:
-        raise CorruptFileError(f"{path}: not UTF-8 text.", hint="Copy or download it again.") from error
+        raise CorruptFileError(f"{path}: not UTF-8 text.", hint=_AGAIN) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        raise CorruptFileError(f"{path}: its JSON cannot be read: {error}.", hint=_AGAIN) from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
     if not isinstance(values, dict):
         raise CorruptFileError(f"{path}: holds a {type(values).__name__}, not a JSON object.", hint="Check the file.")
     return values
@@ -303,26 +334,34 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_header(path: Path) -> Header:
     """The header of a safetensors file, checked against the file's size.
 
+    It is as strict as the reader that the values come from later: what passes here opens there.
+
     Raises:
         CorruptFileError: not a safetensors file, truncated, or with a header that contradicts itself.
+        SourceError: the file cannot be opened.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        _check_start(path, start, length, size, file.read(64))
-        file.seek(8)
-        raw = file.read(length)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            _check_start(path, start, length, size, file.read(64))
+            file.seek(8)
+            raw = file.read(length)
+    except OSError as error:
+        raise _unreadable(path, error) from error
     try:
         values = json.loads(raw, object_pairs_hook=lambda pairs: _unique(path, pairs))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise _corrupt(path, "its header is no valid JSON") from error
     if not isinstance(values, dict):
         raise _corrupt(path, "its header is no JSON object")
     metadata = values.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _corrupt(path, "its __metadata__ must map names to strings")
     tensors = {name: _tensor(path, name, value) for name, value in values.items()}
     _check_extent(path, tensors, size - 8 - length)
-    return Header(path, tensors, metadata if isinstance(metadata, dict) else {}, 8 + length)
+    return Header(path, tensors, metadata, 8 + length)
 
 
 def _check_start(path: Path, start: bytes, length: int, size: int, after: bytes) -> None:
@@ -348,29 +387,41 @@ def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _tensor(path: Path, name: str, value: Any) -> TensorInfo:
     try:
-        dtype, shape = str(value["dtype"]), tuple(int(n) for n in value["shape"])
-        start, end = (int(n) for n in value["data_offsets"])
+        dtype, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise _corrupt(path, f"its header does not describe {name!r}") from error
-    info = TensorInfo(name, dtype, shape, start, end)
+    # A bool is an int to Python, and a string of digits a sequence.
+    whole = isinstance(shape, list) and all(type(number) is int for number in (*shape, start, end))
+    if not whole or not isinstance(dtype, str):
+        raise _corrupt(path, f"its header does not describe {name!r}")
+    info = TensorInfo(name, dtype, tuple(shape), start, end)
     bits = DTYPE_BITS.get(dtype)
     if min((*shape, start, end - start)) < 0 or (bits is not None and info.nbytes * 8 != info.numel * bits):
-        raise _corrupt(path, f"its header gives {name!r} {info.nbytes} bytes for shape {list(shape)} of {dtype}")
+        raise _corrupt(path, f"its header gives {name!r} {info.nbytes} bytes for shape {shape} of {dtype}")
     return info
 
 
 def _check_extent(path: Path, tensors: Mapping[str, TensorInfo], available: int) -> None:
+    """The tensors fill the data part: no overlap, no hole, nothing missing, nothing left over."""
     position = 0
     for info in sorted(tensors.values(), key=lambda info: (info.start, info.end)):
-        if info.start < position:
-            raise _corrupt(path, f"the data of {info.name!r} overlaps another tensor's")
+        if info.start != position:
+            what = "overlaps another tensor's" if info.start < position else "leaves a hole before it"
+            raise _corrupt(path, f"the data of {info.name!r} {what}")
         position = info.end
     if position > available:
         raise _corrupt(path, f"truncated: its tensors take {position:,} bytes, and {available:,} are there")
+    if position < available:
+        raise _corrupt(path, f"its tensors take {position:,} bytes, and {available:,} are there")
 
 
 def _corrupt(path: Path, why: str) -> CorruptFileError:
-    return CorruptFileError(f"{path} is damaged: {why}.", hint="Copy or download it again.")
+    return CorruptFileError(f"{path} is damaged: {why}.", hint=_AGAIN)
+
+
+def _unreadable(path: Path, error: OSError) -> SourceError:
+    kind = PathNotFoundError if isinstance(error, FileNotFoundError) else SourceError
+    return kind(f"{path} cannot be read: {error.strerror or error}.", hint="Check the path and its permissions.")
 
 
 def weight_files(source: Source, stem: str) -> list[Path]:
@@ -388,7 +439,7 @@ def weight_files(source: Source, stem: str) -> list[Path]:
     if source.has(stem + SAFETENSORS):
         return [source.path(stem + SAFETENSORS)]
     if source.has(stem + INDEX):
-        return _shards(source, stem + INDEX)
+        return shards(source, stem + INDEX)
     pickles = [name for name in PICKLES[stem] if source.has(name)]
     if pickles:
         raise PickleRefusedError(
@@ -401,16 +452,21 @@ def weight_files(source: Source, stem: str) -> list[Path]:
     )
 
 
-def _shards(source: Source, index: str) -> list[Path]:
+def shards(source: Source, index: str) -> list[Path]:
+    """The files that an index names, sorted by name.
+
+    Raises:
+        CorruptFileError: the index names none, or one outside of its folder.
+        IncompleteCheckpointError: files are missing.
+    """
     mapping = source.json(index).get("weight_map")
     if not isinstance(mapping, dict) or not mapping:
-        raise CorruptFileError(f"{source.origin}/{index}: has no weight_map.", hint="Copy or download it again.")
+        raise CorruptFileError(f"{source.origin}/{index}: has no weight_map.", hint=_AGAIN)
     names = sorted({str(name) for name in mapping.values()})
     missing = [name for name in names if not source.has(name)]
     if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise IncompleteCheckpointError(
-            f"{source.origin}/{index}: {len(missing)} of {len(names)} shards are missing: {shown}.",
+            f"{source.origin}/{index}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing)}.",
             hint="Copy or download them again.",
         )
     return [source.path(name) for name in names]

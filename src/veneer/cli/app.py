@@ -75,7 +75,8 @@ def run(arguments: list[str]) -> int:
         # What typer raises for bad usage; its class moved between versions, its method did not.
         if not hasattr(error, "format_message"):
             raise
-        return _refuse(f"{error.format_message()} `veneer {name} --help` lists the options.".replace("  ", " "))
+        command_line = f"veneer {name}" if name in COMMANDS else "veneer"
+        return _refuse(f"{error.format_message().rstrip('.')}. `{command_line} --help` lists the options.")
     if code == _INTERRUPTED:
         raise KeyboardInterrupt
     return code if isinstance(code, int) else 0

@@ -10,7 +10,7 @@ import typer
 
 def convert_pickle(
     path: Annotated[Path, typer.Argument(help="A pickled checkpoint, or its folder.")],
-    out: Annotated[Path | None, typer.Option(help="The file to write.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The .safetensors file to write, or a folder for it.")] = None,
 ) -> None:
     """Turn a pickled checkpoint into safetensors, reading plain tensors only."""
     from veneer import pickles
