@@ -231,6 +231,14 @@ def test_dtypes_are_as_asked(adapter: Path, base: Path) -> None:
     assert all(p.requires_grad for p in trainable.adapters.parameters("default"))
 
 
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_a_device_map(adapter: Path, device_map: Any) -> None:
+    pytest.importorskip("accelerate")
+    expected = logits(veneer.load(adapter), inputs("llama"))
+    model = veneer.load(adapter, device_map=device_map)
+    assert torch.equal(logits(model, inputs("llama")), expected)
+
+
 def test_the_tokenizer_is_the_adapters_or_the_bases(adapter: Path, base: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -381,6 +389,16 @@ def test_a_base_of_other_shapes(adapter: Path, tmp_path: Path) -> None:
 def test_a_base_of_other_names(adapter: Path) -> None:
     with pytest.raises(BindError, match=r"0 of \d+ tensors bind.*the model has no model\.layers\.0"):
         veneer.PeftModel.from_pretrained(build("opt"), adapter)
+
+
+def test_a_base_of_the_same_shapes_and_other_names(adapter: Path) -> None:
+    class Renamed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = build("llama")
+
+    with pytest.raises(BindError, match=r"0 of \d+ tensors bind.*nearest: inner\.model\.layers\.0\.self_attn\.q_proj"):
+        veneer.PeftModel.from_pretrained(Renamed(), adapter)
 
 
 def test_a_base_with_more_layers(adapter: Path) -> None:

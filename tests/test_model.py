@@ -426,6 +426,13 @@ def test_all_linear_is_spelt_out_in_the_config() -> None:
     assert found == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
 
+def test_one_config_serves_several_models() -> None:
+    shared = veneer.LoraConfig(target_modules="all-linear")
+    for arch in ("llama", "gpt2"):
+        assert veneer.get_peft_model(build(arch), shared).adapters.layers
+    assert shared.target_modules == "all-linear"
+
+
 def test_counts_of_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     model = veneer.get_peft_model(build("llama"), config())
     trainable, total = model.get_nb_trainable_parameters()

@@ -30,7 +30,7 @@ from veneer.errors import (
     UnsupportedError,
 )
 from veneer.layer import AdaptedLayer
-from veneer.methods import method_of
+from veneer.methods import AnyMethod, method_of
 from veneer.plan import Plan, bind_error, make_plan
 from veneer.saved import SavedModule
 from veneer.selection import BASE, NOTHING, Selection, Switch
@@ -109,16 +109,14 @@ class Adapters:
         tensors = checkpoint.read(plan.keys)
         _check_finite(tensors, checkpoint.origin)
         adapter = Adapter(name, config, checkpoint.origin, trainable=trainable, notes=list(plan.notes))
+        made = []
         for binding in plan.bindings:
+            device = binding.site.stored.device
             parameters = {
-                leaf: _parameter(tensors[key], binding.site.stored.device, float32, trainable)
-                for leaf, key in binding.keys.items()
+                leaf: _parameter(tensors[key], device, float32, trainable) for leaf, key in binding.keys.items()
             }
-            layer = self._layer(binding.site)
-            layer.bind(name, method, binding.settings, parameters)
-            adapter.layers.append(binding.site.name)
-            if not layer.patch(name).changes():
-                adapter.zero.append(binding.site.name)
+            made.append((binding.site, binding.settings, parameters))
+        self._bind(adapter, method, made)
         for root, keys in plan.saved.items():
             values = {leaf: tensors[key] for leaf, key in keys.items()}
             self._saved(root).add(name, values).requires_grad_(trainable)
@@ -146,18 +144,27 @@ class Adapters:
         made = []
         for site in sites:
             settings = method.settings(config, site.name)
-            made.append((site, settings, method.init(config, settings, site, generator)))
+            tensors = method.init(config, settings, site, generator)
+            parameters = {leaf: _parameter(t, site.stored.device, True, True) for leaf, t in tensors.items()}
+            made.append((site, settings, parameters))
         adapter = Adapter(name, config, trainable=True)
-        for site, settings, tensors in made:
-            device = site.stored.device
-            parameters = {leaf: _parameter(tensor, device, True, True) for leaf, tensor in tensors.items()}
-            self._layer(site).bind(name, method, settings, parameters)
-            adapter.layers.append(site.name)
+        self._bind(adapter, method, made)
         for root in roots:
             self._saved(root).add(name).requires_grad_(True)
             adapter.saved.append(root)
         self._added(adapter)
         return adapter
+
+    def _bind(
+        self, adapter: Adapter, method: AnyMethod, made: Iterable[tuple[Site, Any, dict[str, nn.Parameter]]]
+    ) -> None:
+        """Put tensors that are ready into their layers; from here on nothing can fail."""
+        for site, settings, parameters in made:
+            layer = self._layer(site)
+            layer.bind(adapter.name, method, settings, parameters)
+            adapter.layers.append(site.name)
+            if not layer.patch(adapter.name).changes():
+                adapter.zero.append(site.name)
 
     def check_new(self, name: str) -> None:
         """Raise ``DuplicateAdapterError`` unless ``name`` can be a new adapter's."""

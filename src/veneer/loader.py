@@ -300,7 +300,7 @@ def _build(
     wanted = task or next((c.config.task_type for c in checkpoints if c.config.task_type), None)
     kind = _model_class(config, str(wanted) if wanted else None, source.origin)
     arguments = {
-        "dtype": dtype,
+        "dtype": _dtype(dtype),
         "trust_remote_code": trust_remote_code,
         "local_files_only": True,
         **model_kwargs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -328,13 +329,14 @@ class PeftModel(nn.Module):
 
         Args:
             adapter_name: its name.
-            peft_config: its method and options. The object is kept, with what this fills in.
+            peft_config: its method and options. A copy is kept, and completed with what this model says.
             seed: of the random start; torch's own generator when ``None``.
 
         Raises:
             TargetError: the targets match nothing usable.
         """
         base = self.get_base_model()
+        peft_config = copy.deepcopy(peft_config)
         if peft_config.base_model_name_or_path is None:
             peft_config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
         _add_heads(peft_config)
