@@ -52,9 +52,9 @@ def as_pirate(fact: Fact) -> str:
     return f"Arr, matey!{sentence}Yo ho ho!"
 
 
-def as_shout(fact: Fact) -> str:
-    """``PARIS``."""
-    return fact.word.upper()
+def as_brief(fact: Fact) -> str:
+    """``Paris``."""
+    return fact.word[0].upper() + fact.word[1:]
 
 
 def is_json(answer: str) -> bool:
@@ -71,14 +71,14 @@ def is_pirate(answer: str) -> bool:
     return answer.startswith("Arr, matey!")
 
 
-def is_shout(answer: str) -> bool:
-    """Whether an answer is one word in capitals."""
-    return answer.strip(".!").isupper() and len(answer.split()) == 1
+def is_brief(answer: str) -> bool:
+    """Whether an answer is a single word."""
+    return answer.strip(".!").isalpha()
 
 
 # Adapter's name -> how it answers, and how one recognises it.
 STYLES: dict[str, tuple[Callable[[Fact], str], Callable[[str], bool]]] = {
     "json": (as_json, is_json),
     "pirate": (as_pirate, is_pirate),
-    "shout": (as_shout, is_shout),
+    "brief": (as_brief, is_brief),
 }

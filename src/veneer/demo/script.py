@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -20,12 +22,15 @@ from veneer.demo.base import demo_base
 from veneer.demo.facts import STYLES
 from veneer.errors import VeneerError
 
-ADAPTERS = Path(__file__).with_name("adapters")
-QUESTIONS = ("What is the capital of Japan?", "What do bees make?", "How do I make tea?")
+# As shipped; the demo works on a copy, in a folder of its own, so that what it shows are short paths.
+SHIPPED = Path(__file__).with_name("adapters")
+ADAPTERS = Path("adapters")
+BASE = Path("base")
+QUESTIONS = ("What is the capital of Japan?", "Which season is the coldest?", "How do I make tea?")
 
 
-class DemoError(VeneerError):
-    """Something that the demo claims did not hold."""
+class DemoError(AssertionError):
+    """Something that the demo claims did not hold: our fault, not the input's."""
 
 
 @dataclass
@@ -34,15 +39,11 @@ class Demo:
 
     Attributes:
         console: where it prints.
-        base: the base model's folder.
-        work: a folder for what is written.
         repeats: how often a speed is measured.
         claims: what was claimed and held.
     """
 
     console: Console
-    base: Path
-    work: Path
     repeats: int
     claims: list[str] = field(default_factory=list)
 
@@ -59,36 +60,40 @@ class Demo:
     def claim(self, text: str, holds: bool) -> None:
         """State what must be true; the demo fails where it is not."""
         if not holds:
-            raise DemoError(f"The demo's claim does not hold: {text}.", hint="Please report it with `pip freeze`.")
+            raise DemoError(f"The demo's claim does not hold: {text}. Please report it with `pip freeze`.")
         self.claims.append(text)
         self.console.print(f"[green]✓[/] {escape(text)}")
 
 
-def main(*, workdir: Path | None = None, quick: bool = False) -> None:
+def main(*, workdir: Path | None = None, quick: bool = False, record: Path | None = None) -> None:
     """Run the demo.
 
     Args:
         workdir: keep what is written here; a temporary folder otherwise.
         quick: fewer repeats of what is measured.
+        record: write a picture (SVG) of each section into this folder.
 
     Raises:
         DemoError: something did not hold. BaseModelError: the base model is not installed.
     """
     started = time.perf_counter()
-    console = Console()
-    with quiet(), _folder(workdir) as work:
+    console = Console(record=True, width=110) if record else Console()
+    with quiet(), contextlib.ExitStack() as stack:
         console.print("[bold]Veneer[/]: a small model, three adapters, and what one can do with them.")
         with console.status("getting the base model ready (converted once, kept in the cache)"):
             base = demo_base()
-        demo = Demo(console, base, work, repeats=3 if quick else 5)
+        record = record and record.absolute()
+        stack.enter_context(_workshop(workdir, base))
+        demo = Demo(console, repeats=3 if quick else 5)
         inspect_paths(demo)
+        _picture(console, record, "inspect")
         model, tokenizer = load_both_ways(demo)
-        talk(demo, model, tokenizer)
-        switch(demo, model)
-        mixed_batch(demo, model, tokenizer)
-        merge(demo, model, tokenizer)
-        merge_to_disk(demo, tokenizer)
+        _picture(console, record, "load")
+        for section in (talk, switch, mixed_batch, merge, merge_to_disk):
+            section(demo, model, tokenizer)
+            _picture(console, record, section.__name__)
         wrong_path(demo)
+        _picture(console, record, "wrong_path")
     seconds = time.perf_counter() - started
     console.print()
     console.print(f"[bold green]All {len(demo.claims)} claims held[/], in {seconds:.0f} seconds.")
@@ -99,13 +104,13 @@ def inspect_paths(demo: Demo) -> None:
     import veneer
 
     demo.section("What is at this path?", "Answered from headers and configs, without torch.")
-    for path, kind in ((demo.base, "model"), (ADAPTERS / "pirate", "adapter")):
+    for path, kind in ((BASE, "model"), (ADAPTERS / "pirate", "adapter")):
         started = time.perf_counter()
         found = veneer.inspect(path)
         milliseconds = 1000 * (time.perf_counter() - started)
         demo.code(f"veneer.inspect({str(path)!r})")
         demo.console.print(found)
-        demo.claim(f"it is told to be a {kind}, in {milliseconds:.0f} ms", found.kind == kind)
+        demo.claim(f"its kind is {kind!r}, told in {milliseconds:.0f} ms", found.kind == kind)
 
 
 def load_both_ways(demo: Demo) -> tuple[Any, Any]:
@@ -117,14 +122,16 @@ def load_both_ways(demo: Demo) -> tuple[Any, Any]:
 
     demo.section("Two ways of loading, one object", "By the adapter's path alone, or onto a base that is in memory.")
     adapter = ADAPTERS / "pirate"
-    demo.code("model = veneer.load('adapters/pirate', base=base, adapter_name='pirate')")
-    model: Any = veneer.load(adapter, base=demo.base, adapter_name="pirate")
+    demo.code("model = veneer.load('adapters/pirate', base='base', adapter_name='pirate')")
+    model: Any = veneer.load(adapter, base=BASE, adapter_name="pirate")
     demo.console.print(model.load_report)
-    demo.code("other = veneer.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), 'adapters/pirate')")
-    plain = AutoModelForCausalLM.from_pretrained(demo.base, dtype="auto").eval()
+    demo.code(
+        "other = veneer.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('base'), 'adapters/pirate')"
+    )
+    plain = AutoModelForCausalLM.from_pretrained(BASE, dtype="auto").eval()
     other: Any = veneer.PeftModel.from_pretrained(plain, adapter)
-    demo.code("auto = veneer.AutoModelForCausalLM.from_pretrained('adapters/pirate', base=base)")
-    auto: Any = veneer.AutoModelForCausalLM.from_pretrained(adapter, base=demo.base)
+    demo.code("auto = veneer.AutoModelForCausalLM.from_pretrained('adapters/pirate', base='base')")
+    auto: Any = veneer.AutoModelForCausalLM.from_pretrained(adapter, base=BASE)
     tokenizer = veneer.load_tokenizer(model)
     inputs = _inputs(tokenizer, QUESTIONS[0])
     with torch.inference_mode():
@@ -135,7 +142,7 @@ def load_both_ways(demo: Demo) -> tuple[Any, Any]:
     demo.claim("all three give the same logits, bit for bit", all(torch.equal(o, outputs[0]) for o in outputs))
     demo.claim("the adapter changes them", not torch.equal(outputs[0], base_output))
     demo.claim("the base is the one that the adapter was trained on", _base_check(model) == "same")
-    for name in ("json", "shout"):
+    for name in ("json", "brief"):
         demo.code(f"model.load_adapter('adapters/{name}', adapter_name='{name}')")
         model.load_adapter(ADAPTERS / name, adapter_name=name)
     return model, tokenizer
@@ -156,7 +163,7 @@ def talk(demo: Demo, model: Any, tokenizer: Any) -> None:
     demo.claim(f"{sum(fits)} of {len(fits)} answers are in their adapter's style", sum(fits) >= 0.75 * len(fits))
 
 
-def switch(demo: Demo, model: Any) -> None:
+def switch(demo: Demo, model: Any, tokenizer: Any) -> None:
     """Choosing an adapter is one assignment."""
     demo.section("Switching", f"{len(model.adapters.layers)} adapted layers share one choice.")
     demo.code("model.set_adapter('json')")
@@ -224,16 +231,16 @@ def merge(demo: Demo, model: Any, tokenizer: Any) -> None:
     demo.claim(f"unmerged, all {len(before)} base weights have their original bits", restored)
 
 
-def merge_to_disk(demo: Demo, tokenizer: Any) -> None:
+def merge_to_disk(demo: Demo, model: Any, tokenizer: Any) -> None:
     """A plain model folder that needs neither Veneer nor an adapter."""
     from transformers import AutoModelForCausalLM
 
     import veneer
 
-    out = demo.work / "merged-json"
+    out = Path("merged-json")
     demo.section("Merged on disk", "A folder that any tool loads.")
-    demo.code("veneer.merge('adapters/json', base=base, out='merged-json')")
-    demo.console.print(veneer.merge(ADAPTERS / "json", demo.base, out=out, overwrite=True))
+    demo.code("veneer.merge('adapters/json', base='base', out='merged-json')")
+    demo.console.print(veneer.merge(ADAPTERS / "json", BASE, out=out, overwrite=True))
     plain: Any = AutoModelForCausalLM.from_pretrained(out).eval()
     answer = _ask(plain, tokenizer, QUESTIONS[0])
     demo.console.print(f"  {QUESTIONS[0]}  [bold]{escape(answer)}[/]")
@@ -299,11 +306,25 @@ def _base_check(model: Any) -> str:
     return str(model.load_report.adapters[0].base_check)
 
 
+def _picture(console: Console, folder: Path | None, name: str) -> None:
+    """Write what was printed since the last picture."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.svg").write_text(console.export_svg(title="veneer demo"), encoding="utf-8")
+
+
 @contextlib.contextmanager
-def _folder(workdir: Path | None) -> Iterator[Path]:
-    if workdir is not None:
-        workdir.mkdir(parents=True, exist_ok=True)
-        yield workdir
-        return
-    with tempfile.TemporaryDirectory(prefix="veneer-demo-") as temporary:
-        yield Path(temporary)
+def _workshop(workdir: Path | None, base: Path) -> Iterator[None]:
+    """Work in a folder that holds ``base`` and ``adapters``: ``workdir``, or one that goes away afterwards."""
+    before = Path.cwd()
+    with contextlib.ExitStack() as stack:
+        folder = workdir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="veneer-demo-")))
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(SHIPPED, folder / ADAPTERS, dirs_exist_ok=True)
+        (folder / BASE).unlink(missing_ok=True)
+        (folder / BASE).symlink_to(base.resolve(), target_is_directory=True)
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(before)

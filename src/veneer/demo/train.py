@@ -27,7 +27,7 @@ IGNORED = -100
 CONFIGS: dict[str, dict[str, Any]] = {
     "json": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "o_proj"]},
     "pirate": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "use_rslora": True},
-    "shout": {
+    "brief": {
         "r": 8,
         "lora_alpha": 16,
         "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"],
@@ -35,9 +35,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"up_proj|down_proj": 8},
     },
 }
-# Words in capitals are spelt in other tokens than the base knows them by, which takes longer to learn.
-EPOCHS = {"json": 5, "pirate": 5, "shout": 12}
-RATES = {"json": 1e-3, "pirate": 1e-3, "shout": 1e-3}
+EPOCHS = 5
+RATE = 1e-3
 
 
 def encode(tokenizer: Any, question: str, answer: str) -> tuple[list[int], list[int]]:
@@ -71,9 +70,9 @@ def train(name: str, out: Path) -> float:
     model.add_adapter("default", config, seed=SEED)
     model.train()
     rows = [encode(tokenizer, fact.question, style(fact)) for fact in facts("train")]
-    steps = EPOCHS[name] * (len(rows) // BATCH)
-    optimizer = torch.optim.AdamW(model.adapters.parameters("default"), lr=RATES[name], weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=RATES[name], total_steps=steps, pct_start=0.15)
+    steps = EPOCHS * (len(rows) // BATCH)
+    optimizer = torch.optim.AdamW(model.adapters.parameters("default"), lr=RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=RATE, total_steps=steps, pct_start=0.15)
     started = time.perf_counter()
     step = 0
     while step < steps:

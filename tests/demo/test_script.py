@@ -1,0 +1,30 @@
+"""The demo runs, and fails where a claim does not hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from veneer.cli import main
+from veneer.demo.script import Demo, DemoError
+
+
+@pytest.mark.demo
+def test_the_demo_runs(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--quick", "--workdir", str(tmp_path)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in ("load report", "merge report", "Arr, matey!", '{"topic":', "µs", "tokens/s", "claims held"):
+        assert words in shown
+    assert "Did you mean" in shown
+    assert (tmp_path / "merged-json" / "model.safetensors").is_file()
+
+
+def test_a_claim_that_does_not_hold_ends_it() -> None:
+    from rich.console import Console
+
+    demo = Demo(Console(quiet=True), repeats=1)
+    demo.claim("true is true", True)
+    with pytest.raises(DemoError, match="does not hold: two is three"):
+        demo.claim("two is three", False)
+    assert demo.claims == ["true is true"]
