@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from veneer.errors import IncompleteCheckpointError
+from veneer.errors import CorruptFileError, IncompleteCheckpointError
 from veneer.identity import base_digest
 
 
@@ -69,3 +73,52 @@ def test_between_the_samples_only_the_full_digest_sees(tmp_path: Path, tensors: 
 def test_there_must_be_weights(tmp_path: Path) -> None:
     with pytest.raises(IncompleteCheckpointError):
         base_digest(tmp_path)
+
+
+def test_a_file_has_the_digest_of_its_folder(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    one = folder(tmp_path / "one", tensors)
+    assert base_digest(one / "model.safetensors") == base_digest(str(one))
+
+
+def test_damaged_weights_have_no_digest(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    one = folder(tmp_path / "one", tensors, shards=2)
+    shard = one / "model-0.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(CorruptFileError, match=r"model-0\.safetensors is damaged: truncated"):
+        base_digest(one)
+    shard.unlink()
+    with pytest.raises(IncompleteCheckpointError, match="1 of 2 shards are missing"):
+        base_digest(one)
+
+
+SIZES = st.lists(st.integers(0, 200), min_size=1, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=SIZES, shards=st.integers(2, 3), order=st.randoms(use_true_random=False), full=st.booleans())
+def test_neither_order_nor_shards_matter(sizes: list[int], shards: int, order: Random, full: bool) -> None:
+    tensors = {str(i): torch.arange(size, dtype=torch.uint8) + i for i, size in enumerate(sizes)}
+    names = list(tensors)
+    order.shuffle(names)
+    with TemporaryDirectory() as place:
+        one = base_digest(folder(Path(place) / "one", tensors), full=full)
+        two = base_digest(folder(Path(place) / "two", {n: tensors[n] for n in names}, shards=shards), full=full)
+    assert one == two
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 1000), data=st.data())
+def test_every_sampled_byte_counts(size: int, data: st.DataObject) -> None:
+    start = (size - 64) // 2
+    sampled = sorted(
+        {*range(min(64, size)), *range(max(start, 0), min(start + 64, size)), *range(max(size - 64, 0), size)}
+    )
+    value = torch.arange(size) % 251
+    other = value.clone()
+    other[data.draw(st.sampled_from(sampled))] += 1
+    with TemporaryDirectory() as place:
+        digests = {
+            base_digest(folder(Path(place) / str(i), {"w": tensor.to(torch.uint8)}))
+            for i, tensor in enumerate((value, other))
+        }
+    assert len(digests) == 2

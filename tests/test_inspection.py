@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -192,3 +195,209 @@ def test_it_is_json_and_a_panel(adapter: Path) -> None:
     text = console.export_text()
     for words in ("adapter", "LORA for CAUSAL_LM", "owner/base", "2 (3 layers), 4 (3 layers), alpha 12", "use_rslora"):
         assert words in text
+
+
+def panel(found: veneer.Inspection, width: int = 100) -> str:
+    console = Console(record=True, width=width, file=io.StringIO())
+    console.print(found)
+    return console.export_text()
+
+
+def test_the_panel_of_a_model(tmp_path: Path) -> None:
+    base = saved_base(tmp_path / "base")
+    values = json.loads((base / "config.json").read_text())
+    values |= {"quantization_config": {"quant_method": "gptq", "bits": 4}, "tie_word_embeddings": True}
+    (base / "config.json").write_text(json.dumps(values))
+    found = veneer.inspect(base)
+    assert found.model is not None
+    assert found.model.weights is not None
+    text = " ".join(panel(found).split())
+    size = (base / "model.safetensors").stat().st_size
+    assert found.model.weights.nbytes < size < 1.1 * found.model.weights.nbytes
+    for words in (
+        "full model",
+        "LlamaForCausalLM (llama)",
+        "quantised gptq",
+        "embeddings tied",
+        f"{found.model.weights.parameters:,} parameters in {found.model.weights.tensors} tensors, F32",
+        "in 1 file",
+    ):
+        assert words in text
+
+
+def test_the_panel_of_a_set_and_its_problems(tmp_path: Path) -> None:
+    model = adapted()
+    model.add_adapter("french", config(r=2))
+    model.save_pretrained(tmp_path)
+    named(tmp_path)
+    edit_config(tmp_path / "french", base_model_name_or_path="/gone/base")
+    text = " ".join(panel(veneer.inspect(tmp_path)).replace("│", " ").split())
+    for words in ("set of adapters", "in french/ LORA, rank 2, 6 layers", "french: The base model /gone/base does not"):
+        assert words in text
+    assert "base=" in text
+
+
+def test_dtypes_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    tensors = {"a": torch.zeros(1000, dtype=torch.bfloat16), "b": torch.zeros(3), "c": torch.zeros(2, 2).bfloat16()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = veneer.inspect(tmp_path)
+    assert found.model is not None
+    assert found.model.weights is not None
+    assert (found.model.weights.dtypes, found.model.weights.nbytes) == ({"BF16": 1004, "F32": 3}, 2020)
+    assert "BF16 (1,004 values), F32 (3 values), 2.0 kB" in panel(found)
+
+
+def test_shards_are_added_up(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("a", "b"):
+        save_file({name: torch.zeros(5)}, tmp_path / f"{name}.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {name: f"{name}.safetensors" for name in ("a", "b")}})
+    )
+    facts = veneer.inspect(tmp_path).model
+    assert facts is not None
+    assert facts.weights is not None
+    assert (facts.weights.files, facts.weights.tensors, facts.weights.nbytes) == (
+        ["a.safetensors", "b.safetensors"],
+        2,
+        40,
+    )
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    assert codes(tmp_path) == ["damaged"]
+
+
+def test_a_config_cannot_steer_the_terminal(adapter: Path) -> None:
+    edit_config(adapter, base_model_name_or_path="/x\x1b[2J[red]\ud800", **{"use_[/]": True})
+    text = panel(veneer.inspect(adapter))
+    assert "\x1b" not in text
+    assert r"/x\x1b[2J[red]\ud800" in text
+    assert "use_[/]" in text
+    text.encode()
+
+
+def test_a_member_whose_name_is_markup(tmp_path: Path) -> None:
+    model = adapted()
+    model.add_adapter("[red]", config(r=2))
+    model.save_pretrained(tmp_path)
+    assert "in [red]/" in panel(veneer.inspect(tmp_path))
+
+
+@pytest.mark.parametrize("alpha", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_an_alpha_that_is_no_number(adapter: Path, alpha: str) -> None:
+    edit_config(adapter, lora_alpha="ALPHA")
+    path = adapter / CONFIG
+    path.write_text(path.read_text().replace('"ALPHA"', alpha))
+    found = veneer.inspect(adapter)
+    assert any(p.code == "config" and "lora_alpha" in p.message for p in found.problems)
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_an_alpha_beyond_all_floats(adapter: Path) -> None:
+    edit_config(adapter, lora_alpha=10**400)
+    assert "alpha" in panel(veneer.inspect(adapter))
+
+
+def test_a_set_is_not_searched_for_sets(adapter: Path) -> None:
+    (adapter / "one").symlink_to(".")
+    (adapter / "two").symlink_to(".")
+    found = veneer.inspect(adapter)
+    assert list(found.adapters) == ["one", "two"]
+    assert all(member.adapters == {} for member in found.adapters.values())
+
+
+def test_a_damaged_set_file_is_a_problem(adapter: Path) -> None:
+    (adapter / "adapter_set.json").write_text("[]")
+    found = veneer.inspect(adapter)
+    assert (found.kind, [p.code for p in found.problems]) == ("adapter", ["damaged"])
+    assert "adapter_set.json" in found.problems[0].message
+
+
+@pytest.mark.parametrize("kind", ["adapter_config.json", "config.json"])
+def test_a_trainers_folder_names_its_last_step(tmp_path: Path, kind: str) -> None:
+    for step in (500, 1000, 90):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / kind).write_text("{}")
+    [problem] = veneer.inspect(tmp_path).problems
+    assert problem.code == "trainer-output"
+    assert "checkpoint-90, checkpoint-500, checkpoint-1000" in problem.message
+    assert problem.hint == f"Choose one, such as {tmp_path}/checkpoint-1000."
+
+
+def test_a_folder_of_models(tmp_path: Path) -> None:
+    for name in ("v1.0", "v1.5", ".hidden"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    [problem] = veneer.inspect(tmp_path).problems
+    assert (problem.code, problem.hint) == ("in-subfolder", f"Choose one, such as {tmp_path}/v1.5.")
+    assert problem.message.endswith("checkpoints in its folders: v1.0, v1.5.")
+
+
+def test_an_adapter_with_earlier_states_below_it(adapter: Path) -> None:
+    shutil.copytree(adapter, adapter / "checkpoint-50")
+    found = veneer.inspect(adapter)
+    assert (found.kind, found.adapters, found.problems) == ("adapter", {}, ())
+
+
+def test_what_zero_3_leaves(adapter: Path) -> None:
+    edit_tensors(adapter, lambda tensors: {name: torch.zeros(0) for name in tensors})
+    [problem] = veneer.inspect(adapter).problems
+    assert (problem.code, "ZeRO-3" in problem.hint) == ("empty-checkpoint", True)
+    save_file({}, adapter / WEIGHTS, metadata={"format": "pt"})
+    assert (adapter / WEIGHTS).stat().st_size == 40
+    [problem] = veneer.inspect(adapter).problems
+    assert (problem.code, problem.message) == (
+        "empty-checkpoint",
+        f"{adapter}: empty checkpoint: {WEIGHTS} holds no values.",
+    )
+
+
+@pytest.mark.parametrize(
+    "place", [lambda folder: "base", lambda folder: str(folder / "base"), lambda folder: "../base"]
+)
+def test_a_base_that_is_there_is_no_problem(adapter: Path, place: Any) -> None:
+    saved_base(adapter / "base")
+    saved_base(adapter.parent / "base")
+    edit_config(adapter, base_model_name_or_path=place(adapter))
+    assert [code for code in codes(adapter) if code.startswith("base")] == []
+
+
+def test_the_documentation_has_a_line_for_each_problem() -> None:
+    root = Path(__file__).parent.parent
+    source = (root / "src/veneer/inspection.py").read_text()
+    page = (root / "docs/inspect.md").read_text().partition("## Problems")[2]
+    documented = set(re.findall(r"^\| `([a-z-]+)` \| [^`]", page, re.MULTILINE)) - {"code"}
+    named = set(re.findall(r'roblem\(\s*"([a-z-]+)"', source))
+    assert documented >= named
+    assert [code for code in documented if f'"{code}"' not in source] == []
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=[]), max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+LORA_KEYS = ["r", "lora_alpha", "target_modules", "modules_to_save", "rank_pattern", "use_rslora", "use_other", "bias"]
+ADAPTER_KEYS = st.sampled_from(["peft_type", "base_model_name_or_path", "revision", "task_type", *LORA_KEYS])
+MODEL_KEYS = st.sampled_from(
+    ["architectures", "model_type", "dtype", "torch_dtype", "quantization_config", "tie_word_embeddings"]
+)
+ANY_FILE = {
+    CONFIG: st.dictionaries(ADAPTER_KEYS, JSON, max_size=6),
+    "config.json": st.dictionaries(MODEL_KEYS, JSON, max_size=4),
+    "adapter_set.json": JSON | st.fixed_dictionaries({"adapters": JSON, "active": JSON}),
+    "model.safetensors.index.json": JSON | st.fixed_dictionaries({"weight_map": JSON}),
+}
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.fixed_dictionaries({}, optional=ANY_FILE))
+def test_no_content_of_its_files_makes_it_fail(tmp_path: Path, contents: dict[str, Any]) -> None:
+    for name in ANY_FILE:
+        (tmp_path / name).unlink(missing_ok=True)
+    for name, content in contents.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    found = veneer.inspect(tmp_path)
+    assert all(problem.message and problem.hint for problem in found.problems)
+    json.dumps(found.to_dict())
+    panel(found).encode()

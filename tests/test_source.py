@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import struct
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from veneer.errors import (
@@ -23,8 +25,9 @@ from veneer.errors import (
     NotACheckpointError,
     PathNotFoundError,
     PickleRefusedError,
+    SourceError,
 )
-from veneer.source import Source, looks_like_hub_id, read_header, read_json, resolve, weight_files
+from veneer.source import DTYPE_BITS, PICKLES, Source, looks_like_hub_id, read_header, read_json, resolve, weight_files
 
 
 def write(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
@@ -224,3 +227,168 @@ def test_offline_mode_is_obeyed(name: str, monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PathNotFoundError, match="the network is switched off"):
         resolve("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    "text", ["a--b", "name.git", "name-", "-name", ".name", "owner-/name", "x" * 97, "owner/" + "x" * 97, "é", "a/b/c"]
+)
+def test_what_the_hub_takes_for_no_id(text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not looks_like_hub_id(text)
+    with pytest.raises(PathNotFoundError, match="does not exist"):
+        resolve(text)
+
+
+@given(st.text("ab1-_./é", max_size=12) | st.from_regex(r"\w+[.-]{1,2}\w+/?\w*", fullmatch=True))
+def test_every_hub_id_is_one_for_the_hub(text: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if looks_like_hub_id(text):
+        try:
+            validate_repo_id(text)
+        except HFValidationError as error:
+            pytest.fail(f"{text!r}: {error}")
+
+
+@pytest.mark.parametrize("name", ["link", "./link"])
+def test_a_link_that_leads_nowhere(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(PathNotFoundError, match="'link' is a link to 'nowhere', which does not exist") as caught:
+        resolve(name)
+    assert "Mend the link" in (caught.value.hint or "")
+
+
+def test_what_is_neither_file_nor_folder(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(NotACheckpointError, match="neither a file nor a folder"):
+        resolve(tmp_path / "pipe")
+
+
+def test_a_folder_that_is_closed_to_us(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # To the superuser no folder is closed, so the answer of the system is replaced.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(SourceError, match="cannot be read: Permission denied") as caught:
+        resolve(tmp_path, what="base")
+    assert caught.value.message.startswith(f"The base {tmp_path} ")
+
+
+@pytest.mark.parametrize("subfolder", ["..", "../..", "a/../../..", "/etc"])
+def test_a_subfolder_does_not_lead_out_of_a_cached_repository(
+    subfolder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CorruptFileError, match="points outside of its folder"):
+        resolve("owner/name", subfolder=subfolder, local_files_only=True)
+
+
+def test_a_missing_revision_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PathNotFoundError, match="'nobody/nothing' at 'v9' is neither"):
+        resolve("nobody/nothing", revision="v9", local_files_only=True)
+
+
+def test_an_index_of_odd_names(tmp_path: Path) -> None:
+    source = Source(tmp_path, "here")
+    index = tmp_path / "model.safetensors.index.json"
+    for names in (["/etc/passwd"], ["a/../../b.safetensors"], [""], ["..\\b"], ["x\0y"]):
+        index.write_text(json.dumps({"weight_map": dict(enumerate(names))}))
+        with pytest.raises(CorruptFileError, match="outside of its folder"):
+            weight_files(source, "model")
+    for value in ([], {}, "x", None, 3):
+        index.write_text(json.dumps({"weight_map": value}))
+        with pytest.raises(CorruptFileError, match="has no weight_map"):
+            weight_files(source, "model")
+    index.write_text(json.dumps({"weight_map": {"a": 3, "b": None}}))
+    with pytest.raises(IncompleteCheckpointError, match="2 of 2 shards are missing: 3, None"):
+        weight_files(source, "model")
+
+
+def test_one_file_comes_before_shards_and_shards_before_pickles(tmp_path: Path) -> None:
+    source = Source(tmp_path, "here")
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(PickleRefusedError, match=r"only as a pickle \(pytorch_model.bin\)"):
+        weight_files(source, "model")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "part.safetensors"}}))
+    (tmp_path / "part.safetensors").touch()
+    assert weight_files(source, "model") == [tmp_path / "part.safetensors"]
+    (tmp_path / "model.safetensors").touch()
+    assert weight_files(source, "model") == [tmp_path / "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", sorted(name for names in PICKLES.values() for name in names))
+def test_every_kind_of_pickle_is_refused(name: str, tmp_path: Path) -> None:
+    stem = "adapter_model" if name.startswith("adapter") else "model"
+    (tmp_path / name).write_bytes(b"\x80\x04.")
+    with pytest.raises(PickleRefusedError, match="can run code") as caught:
+        weight_files(Source(tmp_path, "here"), stem)
+    assert caught.value.hint == "If you trust it: veneer convert-pickle here"
+
+
+# -- against the reader that the values come from -----------------------------------------------------------
+
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 8, 1 << 40, 1 << 64, 1 << 70]), max_size=2)
+DTYPES = st.sampled_from([*DTYPE_BITS, "X4", "f32"])
+
+
+@st.composite
+def near_headers(draw: st.DrawFn) -> bytes:
+    """A whole file whose header is right, or wrong in one or two places."""
+    position, header = 0, {}
+    for name in draw(st.lists(st.text(max_size=3), unique=True, max_size=3)):
+        dtype, shape = draw(DTYPES), draw(SHAPES)
+        size = min(math.prod(shape) * DTYPE_BITS.get(dtype, 8) // 8, 256)
+        end = position + size
+        header[name] = {
+            "dtype": dtype,
+            "shape": shape,
+            "data_offsets": [position, end + draw(st.sampled_from([0] * 9 + [1]))],
+        }
+        position = end
+    if draw(st.booleans()):
+        header["__metadata__"] = draw(st.none() | st.dictionaries(st.text(max_size=2), st.text(max_size=2) | st.none()))
+    raw = json.dumps(header).encode() + draw(st.sampled_from([b"", b"  ", b"x"]))
+    return struct.pack("<Q", len(raw)) + raw + bytes(position + draw(st.sampled_from([0] * 9 + [1])))
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(near_headers())
+def test_it_takes_what_the_reader_of_values_takes_and_nothing_else(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    try:
+        with safe_open(path, framework="pt") as file:
+            expected: set[str] | None = set(file.keys())
+    except SafetensorError:
+        expected = None
+    try:
+        found: set[str] | None = set(read_header(path).tensors)
+    except CorruptFileError:
+        found = None
+    assert found == expected
+
+
+TENSORS = st.dictionaries(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter(lambda name: name != "__metadata__"),
+    st.tuples(
+        st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]),
+        st.lists(st.integers(0, 3), max_size=3),
+    ),
+    max_size=5,
+)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(TENSORS, st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=2) | st.none())
+def test_what_safetensors_writes_is_read_back(
+    tmp_path: Path, described: dict[str, tuple[torch.dtype, list[int]]], metadata: dict[str, str] | None
+) -> None:
+    tensors = {name: torch.ones(shape, dtype=dtype) for name, (dtype, shape) in described.items()}
+    save_file(tensors, tmp_path / "x.safetensors", metadata=metadata or None)
+    header = read_header(tmp_path / "x.safetensors")
+    assert header.metadata == (metadata or {})
+    assert {name: (info.shape, info.numel, info.nbytes) for name, info in header.tensors.items()} == {
+        name: (tuple(tensor.shape), tensor.numel(), tensor.nbytes) for name, tensor in tensors.items()
+    }
+    assert header.data_start + header.nbytes == (tmp_path / "x.safetensors").stat().st_size

@@ -42,7 +42,8 @@ def members(source: Source) -> list[Member]:
     """The adapters of a set, in their order; empty when ``source`` is a single adapter or none.
 
     A folder with an adapter at its root and none below it is a single adapter. A trainer's ``checkpoint-500``
-    below is an earlier state of the adapter, no member, unless the set file names it.
+    below is an earlier state of the adapter, no member, unless the set file names it; nor is a folder with a dot in
+    its name (``.hidden``, ``v1.5``), which cannot name an adapter.
     """
     if source.file is not None:
         return []
@@ -50,7 +51,7 @@ def members(source: Source) -> list[Member]:
     below = {
         child.name: Member(child.name, replace(source, root=child, origin=f"{source.origin}/{child.name}"))
         for child in sorted(source.root.iterdir())
-        if child.is_dir() and (child / ADAPTER_CONFIG).is_file()
+        if "." not in child.name and child.is_dir() and (child / ADAPTER_CONFIG).is_file()
         if child.name in listed or not TRAINER_CHECKPOINT.fullmatch(child.name)
     }
     if not below:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from veneer.errors import SourceError
 
 
 @contextmanager
@@ -14,9 +16,20 @@ def written_whole(target: Path) -> Iterator[Path]:
     """Give a temporary path beside ``target`` to write to; when the block ends well, it takes ``target``'s place.
 
     When the block raises, or the process dies, ``target`` is as it was.
+
+    Raises:
+        SourceError: nothing can be written there.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.writing-") as folder:
+    with ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folder = stack.enter_context(
+                tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.writing-")
+            )
+        except OSError as error:
+            raise SourceError(
+                f"{target} cannot be written: {error.strerror or error}.", hint="Choose another place."
+            ) from error
         temporary = Path(folder) / target.name
         yield temporary
         # Some writers choose a stricter mode than the user's.

@@ -6,7 +6,9 @@ Something broken is described, not raised: its ``problems`` say what is wrong an
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -204,15 +206,17 @@ def inspect(
     return _inspect(source, os.fspath(path), token, ask)
 
 
-def _inspect(source: Source, path: str, token: str | None = None, ask: bool = False) -> Inspection:
+def _inspect(
+    source: Source, path: str, token: str | None = None, ask: bool = False, in_set: bool = False
+) -> Inspection:
     problems: list[Problem] = []
     if source.file is not None:
         return _inspect_file(source, path)
     has_adapter, has_model = source.has(ADAPTER_CONFIG), source.has(MODEL_CONFIG)
     adapter = _adapter(source, problems) if has_adapter else None
     model = _model(source, problems, token, ask, alone=not has_adapter) if has_model else None
-    members = {m.name: m.source for m in _members(source, problems) if m.source != source}
-    adapters = {name: _inspect(member, member.origin) for name, member in members.items()}
+    members = [] if in_set else _members(source, problems)
+    adapters = {m.name: _inspect(m.source, m.source.origin, in_set=True) for m in members if m.source != source}
     problems += [Problem(p.code, f"{name}: {p.message}", p.hint) for name, a in adapters.items() for p in a.problems]
     if has_adapter and model is not None and model.weights is not None:
         problems.append(_both(source))
@@ -294,8 +298,9 @@ def _typed(
     kept = dict(values)
     for key, kinds in types.items():
         value = values.get(key)
-        # To Python a bool is an int; a config's number is not meant by it.
+        # To Python a bool is an int; a config's number is not meant by it, nor NaN or infinity.
         fits = isinstance(value, kinds) and (kinds is bool or not isinstance(value, bool))
+        fits = fits and not (isinstance(value, float) and not math.isfinite(value))
         names = not isinstance(value, list) or all(isinstance(name, str) for name in value)
         if value is None or (fits and names):
             continue
@@ -470,15 +475,28 @@ def _unknown(source: Source) -> Problem:
             f"{source.origin}: weights without {MODEL_CONFIG}: the model's class is unknown.",
             "Copy the config from where the model came from.",
         )
-    states = sorted(p.parent.name for p in source.root.glob(f"checkpoint-*/{ADAPTER_CONFIG}"))
-    if states:
+    inner = _inner(source)
+    states = [name for name in inner if adapter_set.TRAINER_CHECKPOINT.fullmatch(name)]
+    if inner:
+        what = "a trainer's checkpoints" if states else "checkpoints in its folders"
         return Problem(
-            "trainer-output",
-            f"{source.origin} holds a trainer's checkpoints: {', '.join(states)}.",
-            f"Choose one, such as {source.origin}/{states[-1]}.",
+            "trainer-output" if states else "in-subfolder",
+            f"{source.origin} holds {what}: {', '.join(states or inner)}.",
+            f"Choose one, such as {source.origin}/{(states or inner)[-1]}.",
         )
     return Problem(
         "no-checkpoint",
         f"{source.origin} holds neither {MODEL_CONFIG} nor {ADAPTER_CONFIG}.",
         "Check the path" + (f"; it holds {', '.join(names[:5])}." if names else "."),
     )
+
+
+def _inner(source: Source) -> list[str]:
+    """The folders below that hold a checkpoint, a trainer's in the order of their steps."""
+    found = {p.parent.name for name in (MODEL_CONFIG, ADAPTER_CONFIG) for p in source.root.glob(f"[!.]*/{name}")}
+    return sorted(found, key=_steps)
+
+
+def _steps(name: str) -> list[tuple[int, str]]:
+    """Orders ``checkpoint-500`` before ``checkpoint-1000``."""
+    return [(len(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
+from rich import markup
 from rich.panel import Panel
 from rich.table import Table
+
+from veneer.printable import printable
 
 if TYPE_CHECKING:
     from veneer.inspection import AdapterFacts, Inspection, ModelFacts, Weights
@@ -22,12 +24,16 @@ def panel(inspection: Inspection) -> Panel:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _facts(inspection):
-        table.add_row(name, escape(value))
+        table.add_row(_plain(name), _plain(value))
     for problem in inspection.problems:
-        table.add_row("[yellow]problem[/]", f"{escape(problem.message)} [dim]{escape(problem.hint)}[/]")
+        table.add_row("[yellow]problem[/]", f"{_plain(problem.message)} [dim]{_plain(problem.hint)}[/]")
     kind = "set of adapters" if inspection.adapters else _TITLES[inspection.kind]
-    title = f"[bold]{escape(inspection.path)}[/]: {kind}"
+    title = f"[bold]{_plain(inspection.path)}[/]: {kind}"
     return Panel(table, title=title, title_align="left", border_style=_BORDERS[inspection.kind], expand=False)
+
+
+def _plain(text: str) -> str:
+    return markup.escape(printable(text))
 
 
 def _facts(inspection: Inspection) -> Iterable[tuple[str, str]]:
@@ -47,7 +53,7 @@ def _adapter(facts: AdapterFacts) -> Iterable[tuple[str, str]]:
     if facts.base_digest:
         yield "base digest", facts.base_digest
     if facts.ranks:
-        alpha = f", alpha {facts.alpha:g}" if facts.alpha is not None else ""
+        alpha = f", alpha {_number(facts.alpha)}" if facts.alpha is not None else ""
         yield "rank", _counts(facts.ranks, "layers") + alpha
     for name, value in facts.options.items():
         yield name, str(value)
@@ -94,6 +100,10 @@ def _counts(counts: Mapping[int, int] | Mapping[str, int], what: str) -> str:
     if len(counts) == 1:
         return str(next(iter(counts)))
     return ", ".join(f"{value} ({number:,} {what})" for value, number in counts.items())
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _size(nbytes: int) -> str:

@@ -5,11 +5,23 @@ from __future__ import annotations
 import pickle
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from veneer.errors import CorruptFileError, NotACheckpointError, PickleRefusedError, SourceError
+from veneer.errors import (
+    CorruptFileError,
+    IncompleteCheckpointError,
+    NotACheckpointError,
+    PickleRefusedError,
+    SourceError,
+    UnsupportedError,
+)
 from veneer.files import written_whole
-from veneer.source import ADAPTER_STEM, MODEL_STEM, PICKLES, SAFETENSORS, resolve, shards
+from veneer.source import ADAPTER_STEM, MODEL_STEM, PICKLES, SAFETENSORS, look_up, resolve, shards
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SAVE_AGAIN = "Save its state_dict alone where it was made."
 
 
 def convert_pickle(path: str | Path, out: str | Path | None = None) -> Path:
@@ -26,7 +38,8 @@ def convert_pickle(path: str | Path, out: str | Path | None = None) -> Path:
 
     Raises:
         PickleRefusedError: it holds more than tensors. CorruptFileError: it cannot be read.
-        SourceError: the output is there already.
+        IncompleteCheckpointError: it holds no tensor. UnsupportedError: one that safetensors cannot hold.
+        SourceError: the output is there already, or cannot be written.
     """
     pickles, target = _find(Path(path))
     if out is not None:
@@ -34,18 +47,33 @@ def convert_pickle(path: str | Path, out: str | Path | None = None) -> Path:
     if target.exists():
         raise SourceError(f"{target} is there already.", hint="Move it away, or name another with out= (--out).")
     tensors = {name: tensor for file in pickles for name, tensor in _read(file).items()}
+    if not tensors:
+        raise IncompleteCheckpointError(f"{path}: empty checkpoint: it holds no tensor.", hint=_SAVE_AGAIN)
+    _write(tensors, target, path)
+    return target
+
+
+def _write(tensors: dict[str, Tensor], target: Path, path: str | Path) -> None:
     from safetensors.torch import save_file
 
     with written_whole(target) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    return target
+        try:
+            # Views of one storage are written apart: safetensors holds no shared memory.
+            dense = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+            save_file(dense, temporary, metadata={"format": "pt"})
+        except (KeyError, RuntimeError, ValueError) as error:  # what torch and safetensors make of odd tensors
+            raise UnsupportedError(
+                f"{path}: a tensor is sparse, quantised or of an unusual dtype, which safetensors cannot hold.",
+                hint="Make it a plain dense tensor where it was made.",
+            ) from error
 
 
 def _find(path: Path) -> tuple[list[Path], Path]:
     """The pickles of one checkpoint, and the safetensors file that usually takes their place."""
-    if path.suffix == SAFETENSORS and path.is_file():
+    path, is_file, _ = look_up(str(path), "path")
+    if path.suffix == SAFETENSORS and is_file:
         raise NotACheckpointError(f"{path} is no pickle: it is safetensors already.", hint="Use it as it is.")
-    if path.is_file():
+    if is_file:
         stem = ADAPTER_STEM if path.name.startswith("adapter") else MODEL_STEM
         return [path], path.with_name(stem + SAFETENSORS)
     source = resolve(path, local_files_only=True)
@@ -60,7 +88,7 @@ def _find(path: Path) -> tuple[list[Path], Path]:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Tensor]:
     import torch
 
     try:
@@ -77,12 +105,11 @@ def _read(path: Path) -> dict[str, Any]:
         raise _damaged(path) from error
     except Exception as error:  # bytes that are no pickle make the unpickler fail in any way it can
         raise _damaged(path) from error
-    if not isinstance(values, dict) or not all(isinstance(value, torch.Tensor) for value in values.values()):
-        raise PickleRefusedError(
-            f"{path} is no flat mapping of names to tensors.", hint="Save its state_dict alone where it was made."
-        )
-    # Views of one storage are written apart: safetensors holds no shared memory.
-    return {str(name): tensor.contiguous().clone() for name, tensor in values.items()}
+    if not isinstance(values, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in values.items()
+    ):
+        raise PickleRefusedError(f"{path} is no flat mapping of names to tensors.", hint=_SAVE_AGAIN)
+    return values
 
 
 def _damaged(path: Path) -> CorruptFileError:

@@ -53,8 +53,12 @@ DTYPE_BITS: Mapping[str, int] = {
 
 # What is fetched from the hub: everything but other formats' weights.
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# As the hub has it: ``name`` or ``owner/name``, each beginning and ending with a letter, a digit or ``_``.
+_HUB_ID = re.compile(r"(\w([\w.-]{,94}\w)?/)?\w([\w.-]{,94}\w)?", re.ASCII)
+_NOT_IN_HUB_ID = ("..", "--")
+_NOT_HUB_ENDINGS = (SAFETENSORS, ".git")
 _MAX_HEADER = 100_000_000
+_MAX_NUMBER = 1 << 64
 _AGAIN = "Copy or download it again."
 
 
@@ -165,15 +169,17 @@ def resolve(
     text = os.fspath(path)
     if not text.strip():
         raise PathNotFoundError(f"The {what} is an empty string.", hint="Give a folder or a hub id.")
-    local, is_file, is_folder = _look_up(text, what)
+    local, is_file, is_folder = look_up(text, what)
     if is_file:
         if subfolder:
             raise PathNotFoundError(f"{text} is a file; it has no subfolder {subfolder!r}.", hint=f"Give {text} alone.")
         return _single_file(local, text)
     if not is_folder:
-        if isinstance(path, Path) or not looks_like_hub_id(text):
+        if isinstance(path, Path) or os.path.lexists(local) or not looks_like_hub_id(text):
             raise _missing(local, what)
         return _from_hub(text, revision, subfolder, token, local_files_only, what, patterns)
+    if not os.access(local, os.R_OK | os.X_OK):
+        raise SourceError(f"The {what} {text} cannot be read: Permission denied.", hint="Check its permissions.")
     if subfolder:
         inner = Source(local, text).path(subfolder)
         if not inner.is_dir():
@@ -184,7 +190,8 @@ def resolve(
 
 def looks_like_hub_id(text: str) -> bool:
     """Whether ``text`` can be ``name`` or ``owner/name`` on the hub, and is not plainly meant as a path."""
-    return _HUB_ID.fullmatch(text) is not None and ".." not in text and not text.endswith(SAFETENSORS)
+    plain = not any(part in text for part in _NOT_IN_HUB_ID) and not text.endswith(_NOT_HUB_ENDINGS)
+    return plain and _HUB_ID.fullmatch(text) is not None
 
 
 def is_offline() -> bool:
@@ -193,8 +200,12 @@ def is_offline() -> bool:
     return any(os.environ.get(name, "").lower() in on for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
 
 
-def _look_up(text: str, what: str) -> tuple[Path, bool, bool]:
-    """A path, whether it is a file, and whether it is a folder."""
+def look_up(text: str, what: str) -> tuple[Path, bool, bool]:
+    """A path, whether it is a file, and whether it is a folder.
+
+    Raises:
+        PathNotFoundError: the system cannot even say that.
+    """
     try:
         local = Path(text).expanduser()
         return local, local.is_file(), local.is_dir()
@@ -220,7 +231,16 @@ def _single_file(path: Path, text: str) -> Source:
     return Source(path.parent, text, file=path)
 
 
-def _missing(path: Path, what: str) -> PathNotFoundError:
+def _missing(path: Path, what: str) -> SourceError:
+    if path.is_symlink():
+        return PathNotFoundError(
+            f"The {what} {str(path)!r} is a link to {str(path.readlink())!r}, which does not exist.",
+            hint="Mend the link, or give the folder itself.",
+        )
+    if path.exists():
+        return NotACheckpointError(
+            f"The {what} {str(path)!r} is neither a file nor a folder.", hint="Give a folder or a hub id."
+        )
     return PathNotFoundError(f"The {what} {str(path)!r} does not exist.", hint=_near(path))
 
 
@@ -229,7 +249,9 @@ def _near(path: Path) -> str:
     parent = path.parent
     while not parent.is_dir() and parent != parent.parent:
         path, parent = parent, parent.parent
-    names = sorted(p.name for p in parent.iterdir()) if parent.is_dir() else []
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # a folder whose names are not for us
+        names = sorted(p.name for p in parent.iterdir())
     near = difflib.get_close_matches(path.name, names, n=2)
     if near:
         return f"Did you mean {' or '.join(str(parent / name) for name in near)}?"
@@ -249,7 +271,7 @@ def _from_hub(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    prefix = f"{subfolder}/" if subfolder else ""
+    prefix = f"{Source(Path(), repo).path(subfolder).as_posix()}/" if subfolder else ""
     wanted = [prefix + pattern for pattern in patterns]
     # With a folder ``owner`` here, ``owner/name`` is a path with a slip in it, and the hub need not hear of it.
     slip = "/" in repo and Path(repo).parent.is_dir()
@@ -275,7 +297,7 @@ def _from_hub(
             if cached is None:
                 raise _unreachable(repo, what, error) from error
     if folder is None:
-        raise _not_cached(repo, what, slip)
+        raise _not_cached(repo, revision, what, slip)
     root = Path(folder) / prefix
     if not root.is_dir():
         raise PathNotFoundError(f"{repo} has no subfolder {subfolder!r}.", hint="Check its spelling.")
@@ -288,14 +310,15 @@ def _is_complete(folder: Path, patterns: Sequence[str]) -> bool:
     return folder.is_dir() and any(folder.glob(f"*{SAFETENSORS}" if weights else "*.json"))
 
 
-def _not_cached(repo: str, what: str, slip: bool) -> PathNotFoundError:
+def _not_cached(repo: str, revision: str | None, what: str, slip: bool) -> PathNotFoundError:
     if slip:
         return PathNotFoundError(
             f"The {what} {repo!r} does not exist, and the hub's cache holds no repository of that name.",
             hint=f"{_near(Path(repo))} If the hub's is meant: hf download {repo}",
         )
     return PathNotFoundError(
-        f"The {what} {repo!r} is neither a local path nor in the hub's cache, and the network is switched off.",
+        f"The {what} {repo!r}{f' at {revision!r}' if revision else ''} is neither a local path nor in the hub's "
+        "cache, and the network is switched off.",
         hint="Download it first, or give a local path.",
     )
 
@@ -356,7 +379,8 @@ def read_header(path: Path) -> Header:
         raise _corrupt(path, "its header is no valid JSON") from error
     if not isinstance(values, dict):
         raise _corrupt(path, "its header is no JSON object")
-    metadata = values.pop("__metadata__", {})
+    metadata = values.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _corrupt(path, "its __metadata__ must map names to strings")
     tensors = {name: _tensor(path, name, value) for name, value in values.items()}
@@ -391,12 +415,13 @@ def _tensor(path: Path, name: str, value: Any) -> TensorInfo:
     except (KeyError, TypeError, ValueError) as error:
         raise _corrupt(path, f"its header does not describe {name!r}") from error
     # A bool is an int to Python, and a string of digits a sequence.
-    whole = isinstance(shape, list) and all(type(number) is int for number in (*shape, start, end))
+    whole = isinstance(shape, list) and all(type(n) is int and n < _MAX_NUMBER for n in (*shape, start, end))
     if not whole or not isinstance(dtype, str):
         raise _corrupt(path, f"its header does not describe {name!r}")
     info = TensorInfo(name, dtype, tuple(shape), start, end)
-    bits = DTYPE_BITS.get(dtype)
-    if min((*shape, start, end - start)) < 0 or (bits is not None and info.nbytes * 8 != info.numel * bits):
+    if dtype not in DTYPE_BITS:
+        raise _corrupt(path, f"its header gives {name!r} the dtype {dtype!r}, which is none of safetensors'")
+    if min((*shape, start, end - start)) < 0 or info.nbytes * 8 != info.numel * DTYPE_BITS[dtype]:
         raise _corrupt(path, f"its header gives {name!r} {info.nbytes} bytes for shape {shape} of {dtype}")
     return info
 

@@ -1,0 +1,86 @@
+"""A file that is written appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from veneer.errors import SourceError
+from veneer.files import written_whole
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_it_appears_when_the_block_ends(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "er" / "x.txt"
+    with written_whole(target) as temporary:
+        temporary.write_text("new")
+        assert not target.exists()
+        assert temporary.parent.parent == target.parent  # one file system, so that the last step is one rename
+    assert target.read_text() == "new"
+    assert names(target.parent) == ["x.txt"]
+
+
+def test_it_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    target = tmp_path / "x.txt"
+    target.write_text("old")
+    with written_whole(target) as temporary:
+        temporary.write_text("new")
+        assert target.read_text() == "old"
+    assert target.read_text() == "new"
+    assert names(tmp_path) == ["x.txt"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_what_was_there(error: type[BaseException], tmp_path: Path) -> None:
+    target = tmp_path / "x.txt"
+    target.write_text("old")
+
+    def write_half() -> None:
+        with written_whole(target) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["x.txt"]
+
+
+def test_a_failure_leaves_nothing_where_nothing_was(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), written_whole(tmp_path / "x.txt") as temporary:
+        temporary.write_text(str(1 / 0))
+    assert names(tmp_path) == []
+
+
+def test_a_block_that_writes_nothing_fails(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), written_whole(tmp_path / "x.txt"):
+        pass
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_the_mode_is_the_users(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        with written_whole(tmp_path / "x.txt") as temporary:
+            temporary.touch(mode=0o600)
+        assert stat.S_IMODE((tmp_path / "x.txt").stat().st_mode) == 0o666 & ~mask
+        assert os.umask(mask) == mask  # asking for the mask did not change it
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("name", ["file/x.txt", "file/deeper/x.txt"])
+def test_a_place_where_nothing_can_be_written(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file, no folder")
+    with pytest.raises(SourceError, match="cannot be written: ") as caught, written_whole(tmp_path / name):
+        pytest.fail("the block ran")
+    assert str(tmp_path / name) in caught.value.message
+    assert caught.value.hint == "Choose another place."
+    assert names(tmp_path) == ["file"]
