@@ -139,3 +139,145 @@ def test_a_reader_that_goes_away(made: Path) -> None:
     command = f"{sys.executable} -m veneer inspect {made / 'set'} --json | head -c 10"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, env=os.environ)
     assert (len(result.stdout), result.stderr) == (10, "")
+
+
+def refused(result: Any) -> str:
+    """The one line that a command said before it left with 2."""
+    assert (result.code, result.out) == (2, "")
+    [line] = result.err.splitlines()
+    assert line.startswith("error: ")
+    return str(line)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a--b", "does not exist"),
+        ("name.git", "does not exist"),
+        ("x" * 300, "x"),
+        ("", "empty string"),
+        ("owner/name", "the network is switched off"),
+        ("{made}/adaptr", "Did you mean"),
+        ("{made}/adapter/adapter_config.json", "no safetensors file"),
+        ("/dev/null", "neither a file nor a folder"),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "generate", "merge", "convert-pickle", "digest"])
+def test_a_path_that_is_none(
+    run: Run, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str, words: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    options = {"generate": ["--prompt", "w5"], "merge": ["--out", "out"]}.get(command, [])
+    line = refused(run(command, name.format(made=made), *options))
+    if command != "convert-pickle":  # which takes paths only, and any file for a pickle
+        assert words in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_damage_of_a_file(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    for content, words in (
+        (b"", "it has 0 bytes"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Run git lfs pull"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        ((1 << 60).to_bytes(8, "little") + b"{}", "truncated, or no safetensors"),
+        ((4).to_bytes(8, "little") + b"{bad", "no valid JSON"),
+    ):
+        file.write_bytes(content)
+        for command in (["inspect"], ["digest"], ["generate", "--prompt", "x"]):
+            assert words in refused(run(command[0], file, *command[1:]))
+
+
+def test_what_is_said_cannot_steer_the_terminal(run: Run, tmp_path: Path) -> None:
+    line = refused(run("inspect", tmp_path / "a\x1b[2J\nb"))
+    assert r"a\x1b[2J\nb" in line
+    assert "\x1b" not in line
+    assert r"\x1b" in refused(run("\x1b[31m"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--prompt", ""], "The prompt is empty"),
+        (["--prompt", "  "], "The prompt is empty"),
+        (["--prompt", "w5", "--merge", "--adapter", "__base__"], "Leave out one of the two"),
+        (["--prompt", "w5", "--merge", "--adapter", "othr"], "Did you mean 'other'?"),
+        (["--prompt", "w5", "--seed", "-1"], "--seed"),
+        (["--prompt", "w5", "--seed", str(1 << 70)], "--seed"),
+        (["--prompt", "w5", "--temperature", "-1"], "--temperature"),
+        (["--prompt", "w5", "--temperature", "nan"], "--temperature"),
+        (["--prompt", "w5", "--dtype", "int8"], "Unknown dtype 'int8'"),
+    ],
+)
+def test_options_of_generate(run: Run, made: Path, options: list[str], words: str) -> None:
+    assert words in refused(run("generate", made / "set", *options, "--max-new-tokens", "2"))
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ raise_exception('no system role here') }}"])
+def test_a_chat_template_that_fails(run: Run, chat: Path, template: str) -> None:
+    (chat / "chat_template.jinja").write_text(template)
+    line = refused(run("generate", chat, "--prompt", "w5", "--max-new-tokens", "2"))
+    assert "chat template refuses" in line
+    assert "--no-chat" in line
+    assert run("generate", chat, "--prompt", "w5", "--max-new-tokens", "2", "--no-chat").code == 0
+
+
+def test_standard_input_that_is_no_text(made: Path) -> None:
+    command = [sys.executable, "-m", "veneer", "generate", str(made / "adapter"), "--prompt", "-"]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    result = subprocess.run(command, input=b"\xff\xfe", capture_output=True, check=False, env=environment)
+    assert (result.returncode, result.stdout) == (2, b"")
+    [line] = result.stderr.decode().splitlines()
+    assert line.startswith("error: Standard input is no text")
+
+
+@pytest.mark.parametrize("out", ["file", "file/deeper"])
+def test_a_merge_that_has_no_place(run: Run, made: Path, tmp_path: Path, out: str) -> None:
+    (tmp_path / "file").write_text("kept")
+    refused(run("merge", made / "adapter", "--out", tmp_path / out))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_merge_keeps_what_it_must_not_replace(run: Run, made: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("kept")
+    for options in ([], ["--overwrite"]):
+        refused(run("merge", made / "adapter", "--out", tmp_path, *options))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    mine = shutil.copytree(made / "adapter", tmp_path / "mine")
+    before = {path.name: path.read_bytes() for path in mine.iterdir()}
+    assert "other than a plain model" in refused(run("merge", mine, "--out", mine, "--overwrite"))
+    assert {path.name: path.read_bytes() for path in mine.iterdir()} == before
+
+
+def test_a_merge_that_fails_late_leaves_nothing(
+    run: Run, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError("disk full")
+
+    old = shutil.copytree(made / "base", tmp_path / "old")
+    before = {path.name: path.read_bytes() for path in old.iterdir()}
+    monkeypatch.setattr("veneer.merging.folder._bring_along", fail)
+    for out, options in (("out", []), ("old", ["--overwrite"])):
+        assert run("merge", made / "adapter", "--out", tmp_path / out, *options).code == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == before
+
+
+def test_the_debug_switch_shows_the_traceback(made: Path) -> None:
+    code = (
+        "import veneer.inspection, veneer.cli, sys\n"
+        "def fail(*a, **k): raise ZeroDivisionError('on purpose')\n"
+        "veneer.inspection.inspect = fail\n"
+        "sys.exit(veneer.cli.main(['inspect', '.']))"
+    )
+    for switch, wanted in (("", "internal error: ZeroDivisionError: on purpose"), ("1", "Traceback (most recent")):
+        environment = {**os.environ, "VENEER_DEBUG": switch}
+        result = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+        )
+        assert result.returncode == 1
+        assert result.stderr.startswith(wanted)
+        assert ("Traceback" in result.stderr) == bool(switch)

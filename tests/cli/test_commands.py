@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import veneer
-from tests.adapters import WEIGHTS
+from tests.adapters import WEIGHTS, edit_tensors
 from tests.models import gap, inputs, logits
 
 Run = Callable[..., Any]
@@ -129,3 +132,107 @@ def test_inspect_imports_nothing_heavy(made: Path) -> None:
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines()}
     assert "veneer" in imported
     assert not imported & {"torch", "transformers", "numpy", "huggingface_hub", "safetensors"}
+
+
+def test_generate_merges_the_adapter_that_is_named(run: Run, made: Path) -> None:
+    ask = ("generate", made / "set", "--prompt", "w5 w6", *SHORT)
+    apart = {name: told(run, *ask, "--adapter", name)["answer"] for name in ("default", "other")}
+    for name, answer in apart.items():
+        found = told(run, *ask, "--adapter", name, "--merge")
+        assert (found["answer"], found["adapters"]) == (answer, [name])
+        assert found["load_report"]["merged"] is True
+    assert len(set(apart.values())) == 2
+
+
+def test_generate_without_an_adapter(run: Run, made: Path) -> None:
+    model, alone = (
+        told(run, "generate", made / path, "--prompt", "w5 w6", *SHORT, *options)["answer"]
+        for path, options in (("base", ()), ("adapter", ("--adapter", "__base__")))
+    )
+    assert model == alone
+
+
+def test_generate_tells_what_is_odd_on_standard_error(run: Run, made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made / "adapter", tmp_path / "zero")
+    edit_tensors(folder, lambda tensors: {name: tensor * 0 for name, tensor in tensors.items()})
+    result = run("generate", folder, "--prompt", "w5", *SHORT, "--json")
+    assert result.code == 0
+    json.loads(result.out)
+    assert result.err.startswith("warning: ")
+    assert "zero-effect adapter" in result.err
+
+
+def test_a_merged_folder_is_a_plain_model(run: Run, made: Path, tmp_path: Path) -> None:
+    report = told(run, "merge", made / "adapter", "--out", tmp_path / "deep" / "out")
+    out = tmp_path / "deep" / "out"
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert report["files"] == sorted(path.name for path in out.iterdir())
+    assert not any(name.startswith("adapter") for name in report["files"])
+    found = told(run, "inspect", out)
+    assert (found["kind"], found["problems"]) == ("model", [])
+    answers = [told(run, "generate", path, "--prompt", "w5 w6", *SHORT)["answer"] for path in (out, made / "adapter")]
+    assert answers[0] == answers[1]
+    keys = load_file(out / "model.safetensors").keys()
+    assert keys == load_file(made / "base" / "model.safetensors").keys()
+
+
+def test_a_merge_into_a_linked_folder_keeps_the_link(run: Run, made: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    assert run("merge", made / "adapter", "--out", tmp_path / "out").code == 0
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "model.safetensors").is_file()
+
+
+def test_overwriting_leaves_nothing_of_the_old_model(run: Run, made: Path, tmp_path: Path) -> None:
+    old = shutil.copytree(made / "base", tmp_path / "out")
+    (old / "leftover.bin").touch()
+    assert run("merge", made / "adapter", "--out", old, "--overwrite").code == 0
+    assert not (old / "leftover.bin").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_convert_pickle_to_a_named_place(run: Run, made: Path, tmp_path: Path) -> None:
+    torch.save(load_file(made / "adapter" / WEIGHTS), tmp_path / "odd.bin")
+    result = run("convert-pickle", tmp_path / "odd.bin", "--out", tmp_path / "x.safetensors")
+    assert (result.code, result.out.strip(), result.err) == (0, str(tmp_path / "x.safetensors"), "")
+    assert load_file(tmp_path / "x.safetensors").keys() == load_file(made / "adapter" / WEIGHTS).keys()
+
+
+def test_an_adapter_once_converted_answers_the_same(run: Run, made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made / "adapter", tmp_path / "old")
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    refused = run("generate", folder, "--prompt", "w5 w6", *SHORT)
+    assert refused.code == 2
+    mend = refused.err.partition("If you trust it: veneer ")[2].split()
+    assert run(*mend).code == 0
+    answers = [
+        told(run, "generate", path, "--prompt", "w5 w6", *SHORT)["answer"] for path in (folder, made / "adapter")
+    ]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "--help"], ["generate"], ["inspct"], ["--version"]])
+def test_help_and_wrong_usage_import_nothing_heavy(arguments: list[str]) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "veneer", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines()}
+    assert not imported & {"torch", "transformers", "numpy", "huggingface_hub", "safetensors"}
+
+
+def test_inspection_is_quick(made: Path) -> None:
+    """The work itself, without the start of Python, takes a small part of the 0.2 s that are promised."""
+    started = time.process_time()
+    veneer.inspect(made / "set")
+    assert time.process_time() - started < 0.1
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_terminal_that_knows_ascii_alone(made: Path, tmp_path: Path, options: list[str]) -> None:
+    folder = shutil.copytree(made / "adapter", tmp_path / "naïve字")
+    command = [sys.executable, "-m", "veneer", "inspect", str(folder), *options]
+    result = subprocess.run(command, capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert rb"\u5b57" in result.stdout
+    assert result.stdout.isascii()

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 our fault, 2 the input's fault, 130 interrupted.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -14,11 +15,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     from veneer.cli.app import run
     from veneer.errors import VeneerError
+    from veneer.printable import one_line
 
+    _spell_out_what_cannot_be_encoded()
     try:
         return run(list(sys.argv[1:] if arguments is None else arguments))
     except VeneerError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -30,6 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("VENEER_DEBUG"):
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = one_line(f"{type(error).__name__}: {error}")
         print(f"internal error: {reason[:300]} (VENEER_DEBUG=1 shows where)", file=sys.stderr)
         return 1
+
+
+def _spell_out_what_cannot_be_encoded() -> None:
+    """Write a character that standard output has no code for as its escape, as standard error does already."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from veneer._version import __version__
+from veneer.printable import one_line
 
 # Command -> the module with its function of the same name, in the order in which help lists them.
 COMMANDS = {
@@ -83,5 +84,5 @@ def run(arguments: list[str]) -> int:
 
 
 def _refuse(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return 2

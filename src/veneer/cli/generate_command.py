@@ -28,28 +28,35 @@ def generate(
     system: Annotated[str | None, typer.Option(help="The system message of the chat.")] = None,
     chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template, if it has one.")] = True,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = None,
     dtype: Dtype = "auto",
     revision: Revision = None,
     json: Json = False,
     local_files_only: Local = False,
 ) -> None:
     """Answer a prompt, word by word."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _read_prompt() if prompt == "-" else prompt
     with quiet() as warnings:
         with progress("loading"):
             from veneer.loader import load, load_tokenizer
 
             model = load(
-                path, base=base, merge=merge, dtype=dtype, revision=revision, local_files_only=local_files_only
+                path,
+                base=base,
+                merge=merge and adapter is None,
+                dtype=dtype,
+                revision=revision,
+                local_files_only=local_files_only,
             )
+            if merge and adapter is not None:
+                _merge(model, adapter)
             tokenizer = load_tokenizer(model)
             inputs = _inputs(tokenizer, text, system, chat)
         tell([*warnings, *(model.load_report.warnings if model.load_report else ())])
         warnings.clear()
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         started = time.perf_counter()
-        with _chosen(model, adapter):
+        with _chosen(model, None if merge else adapter):
             answer, tokens = _answer(
                 model, tokenizer, inputs, not json, seed, max_new_tokens=max_new_tokens, **sampling
             )
@@ -59,6 +66,28 @@ def generate(
         report = model.load_report.to_dict() if model.load_report else {}
         result = {"prompt": text, "answer": answer, "adapters": active, "new_tokens": tokens, "seconds": seconds}
         print(json_module.dumps({**result, "load_report": report}, indent=2))
+
+
+def _read_prompt() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ConfigError("Standard input is no text in this terminal's encoding.", hint="Give it as UTF-8.") from error
+
+
+def _merge(model: PeftModel, adapter: str) -> None:
+    """Merge one adapter of a set, as ``load(merge=True)`` does with the active ones."""
+    from veneer.selection import BASE
+
+    if adapter == BASE:
+        raise ConfigError(
+            f"--merge puts an adapter into the base, and --adapter {BASE} asks for the base alone.",
+            hint="Leave out one of the two.",
+        )
+    model.set_adapter(adapter)
+    model.merge_and_unload()
+    if model.load_report is not None:
+        model.load_report.merged = True
 
 
 def _chosen(model: PeftModel, adapter: str | None) -> Any:
@@ -73,15 +102,29 @@ def _inputs(tokenizer: Any, text: str, system: str | None, chat: bool) -> Any:
     if chat and tokenizer.chat_template:
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": text})
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        return _templated(tokenizer, messages)
     if system:
         raise ConfigError(
             "--system needs a chat template, and the tokenizer has none or --no-chat is given.",
             hint="Put the instruction into the prompt.",
         )
-    return tokenizer(text, return_tensors="pt")
+    inputs = tokenizer(text, return_tensors="pt")
+    if not inputs["input_ids"].shape[1]:
+        raise ConfigError("The prompt is empty: it gives no tokens.", hint="Say something with --prompt.")
+    return inputs
+
+
+def _templated(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    except TemplateError as error:
+        raise ConfigError(
+            f"The tokenizer's chat template refuses: {error}.", hint="--no-chat leaves it out."
+        ) from error
 
 
 def _answer(

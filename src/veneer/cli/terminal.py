@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from veneer.printable import one_line
+
 
 def show(value: Any, as_json: bool) -> None:
     """Print something that has ``to_dict()`` and ``__rich__()``: as JSON, or as its panel."""
@@ -58,4 +60,4 @@ def tell(warnings_: list[str]) -> None:
     import sys
 
     for text in dict.fromkeys(warnings_):
-        print(f"warning: {' '.join(text.split())}", file=sys.stderr)
+        print(f"warning: {one_line(text)}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.errors import MergeError
 from veneer.loader import load
+from veneer.printable import printable
 from veneer.source import ADAPTER_CONFIG, MODEL_CONFIG, resolve
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ class MergeReport:
             ("seconds", f"{self.seconds:.1f}"),
         ]
         for name, value in rows:
-            table.add_row(name, escape(value))
+            table.add_row(name, escape(printable(value)))
         return Panel(table, title="merge report", title_align="left", border_style="green", expand=False)
 
 
@@ -115,6 +117,8 @@ def merge(
     """
     started = time.perf_counter()
     target = Path(out)
+    if target.is_symlink():  # the folder it leads to is written, and the link stays
+        target = target.resolve()
     _check_target(target, overwrite)
     on_step("loading")
     model = load(adapter, base=base, dtype=dtype, **load_options)
@@ -153,6 +157,11 @@ def merge(
 def _check_target(target: Path, overwrite: bool) -> None:
     if target.is_file():
         raise MergeError(f"{target} is a file.", hint="Give a folder that does not exist yet.")
+    nearest = next((place for place in (target, *target.parents) if place.exists()), Path())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise MergeError(
+            f"{target} cannot be written: {nearest} is no folder open to writing.", hint="Choose another place."
+        )
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise MergeError(
