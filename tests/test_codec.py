@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer.codec import PREFIX, Slot, decode, encode, in_memory
+from veneer.codec import PREFIX, Slot, decode, encode
 
 LEAVES = ("lora_A.weight", "lora_B.weight")
 
@@ -41,8 +41,3 @@ module_names = st.lists(
 @given(module=module_names, leaf=st.sampled_from(LEAVES))
 def test_decode_undoes_encode_whatever_the_modules_are_called(module: str, leaf: str) -> None:
     assert decode(encode(module, leaf), LEAVES) == Slot(module, leaf)
-
-
-def test_in_memory_the_adapters_name_follows_the_head_of_the_leaf() -> None:
-    assert in_memory("q_proj", "lora_A.weight", "pirate") == f"{PREFIX}q_proj.lora_A.pirate.weight"
-    assert in_memory("embed", "lora_embedding_A", "pirate") == f"{PREFIX}embed.lora_embedding_A.pirate"

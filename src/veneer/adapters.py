@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from veneer.catalog import Catalog
 from veneer.checkpoint import Checkpoint
-from veneer.codec import encode, in_memory
+from veneer.codec import encode
 from veneer.config import PeftConfig, TargetedConfig
 from veneer.errors import (
     AdapterError,
@@ -29,12 +29,14 @@ from veneer.errors import (
     UnknownAdapterError,
     UnsupportedError,
 )
-from veneer.layer import AdaptedLayer
+from veneer.layer import AdaptedLayer, Bound
 from veneer.methods import AnyMethod, method_of
+from veneer.methods.method import Base
+from veneer.parameter_layer import AdaptedParameter
 from veneer.plan import Plan, bind_error, make_plan
 from veneer.saved import SavedModule
 from veneer.selection import BASE, NOTHING, Selection, Switch
-from veneer.site import Site
+from veneer.sites import ParameterSite, Site
 
 
 @dataclass
@@ -111,12 +113,12 @@ class Adapters:
         adapter = Adapter(name, config, checkpoint.origin, trainable=trainable, notes=list(plan.notes))
         made = []
         for binding in plan.bindings:
-            device = binding.site.stored.device
             parameters = {
-                leaf: _parameter(tensors[key], device, float32, trainable) for leaf, key in binding.keys.items()
+                leaf: _parameter(tensors[key], binding.site.device, float32, trainable and binding.method.trainable)
+                for leaf, key in binding.keys.items()
             }
-            made.append((binding.site, binding.settings, parameters))
-        self._bind(adapter, method, made)
+            made.append(_Made(binding.site, binding.method, binding.settings, parameters, binding.twin))
+        self._bind(adapter, made)
         for root, keys in plan.saved.items():
             values = {leaf: tensors[key] for leaf, key in keys.items()}
             self._saved(root).add(name, values).requires_grad_(trainable)
@@ -137,34 +139,47 @@ class Adapters:
         config = _targeted(config)
         config.check_honoured()
         method = method_of(config)
-        sites = self.catalog.sites(config)
-        self.catalog.spell_out(config, [site.name for site in sites])
+        # The layers' names take the place of "all-linear" before anything else depends on them.
+        self.catalog.spell_out(config, self.catalog.targets(config))
+        parts = [part for part in method.parts(config, self.catalog) if not part.optional]
         roots = self.catalog.saved(config)
-        self._check_places([site.name for site in sites], roots)
+        self._check_places([site.name for part in parts for site in part.sites], roots)
         made = []
-        for site in sites:
-            settings = method.settings(config, site.name)
-            tensors = method.init(config, settings, site, generator)
-            parameters = {leaf: _parameter(t, site.stored.device, True, True) for leaf, t in tensors.items()}
-            made.append((site, settings, parameters))
+        for part in parts:
+            for site in part.sites:
+                settings = part.method.settings(config, site)
+                tensors = part.method.init(config, settings, self._base(site), generator)
+                parameters = {leaf: _parameter(t, site.device, True, True) for leaf, t in tensors.items()}
+                made.append(_Made(site, part.method, settings, parameters, part.twins.get(site.id)))
         adapter = Adapter(name, config, trainable=True)
-        self._bind(adapter, method, made)
+        self._bind(adapter, made)
         for root in roots:
             self._saved(root).add(name).requires_grad_(True)
             adapter.saved.append(root)
         self._added(adapter)
         return adapter
 
-    def _bind(
-        self, adapter: Adapter, method: AnyMethod, made: Iterable[tuple[Site, Any, dict[str, nn.Parameter]]]
-    ) -> None:
+    def _bind(self, adapter: Adapter, made: Iterable[_Made]) -> None:
         """Put tensors that are ready into their layers; from here on nothing can fail."""
-        for site, settings, parameters in made:
-            layer = self._layer(site)
-            layer.bind(adapter.name, method, settings, parameters)
-            adapter.layers.append(site.name)
-            if not layer.patch(adapter.name).changes():
-                adapter.zero.append(site.name)
+        for one in made:
+            layer = self._layer(one.site)
+            settings = one.method.settled(one.settings, one.tensors, layer)
+            share = Bound(one.method, settings, tuple(one.tensors), one.site.key)
+            layer.bind(adapter.name, share, one.tensors)
+            adapter.layers.append(one.site.id)
+            if one.twin is not None:
+                twin_settings = one.method.settings(adapter.config, one.twin)
+                twin = Bound(one.method, twin_settings, tuple(one.tensors), None)
+                self._layer(one.twin).bind(adapter.name, twin, one.tensors)
+                adapter.layers.append(one.twin.id)
+        adapter.layers = list(dict.fromkeys(adapter.layers))
+        for module in adapter.layers:
+            if not any(patch.changes() for patch in self.layers[module].patches([adapter.name])):
+                adapter.zero.append(module)
+
+    def _base(self, site: Site) -> Base:
+        """A base layer as it was before any adapter, for a method to start from."""
+        return self.layers.get(site.id) or AdaptedLayer(site, self.switch)
 
     def check_new(self, name: str) -> None:
         """Raise ``DuplicateAdapterError`` unless ``name`` can be a new adapter's."""
@@ -203,16 +218,36 @@ class Adapters:
                     )
 
     def _layer(self, site: Site) -> AdaptedLayer:
-        if site.name not in self.layers:
-            self.layers[site.name] = AdaptedLayer(site, self.switch)
-            self._put(site.name, self.layers[site.name])
-        return self.layers[site.name]
+        if site.id not in self.layers:
+            there = self._at(site.name)
+            kind = AdaptedParameter if isinstance(site, ParameterSite) else AdaptedLayer
+            self.layers[site.id] = layer = kind(site, self.switch, there if isinstance(there, AdaptedLayer) else None)
+            self._put(site.name, layer)
+        return self.layers[site.id]
+
+    def _take_off(self, site_id: str) -> None:
+        """Remove a wrapper; one around it holds what it held."""
+        layer = self.layers.pop(site_id)
+        outer = self._at(layer.site.name)
+        if outer is layer:
+            self._put(layer.site.name, layer.base_layer)
+            return
+        while isinstance(outer, AdaptedLayer) and outer.base_layer is not layer:
+            outer = outer.base_layer
+        outer._modules["base_layer"] = layer.base_layer
 
     def _saved(self, root: str) -> SavedModule:
         if root not in self.saved:
             self.saved[root] = SavedModule(self.catalog.modules[root], self.switch)
             self._put(root, self.saved[root])
         return self.saved[root]
+
+    def _at(self, name: str) -> nn.Module:
+        """What stands at a name now: the base's own module, or a wrapper."""
+        parent, _, child = name.rpartition(".")
+        module = self.catalog.modules[parent]._modules[child]
+        assert module is not None
+        return module
 
     def _put(self, name: str, module: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
@@ -298,23 +333,29 @@ class Adapters:
     # -- tensors -------------------------------------------------------------------------------------------
 
     def parameters(self, name: str) -> list[nn.Parameter]:
-        """Every parameter of an adapter."""
+        """Every parameter of an adapter that is trained."""
         adapter = self.get(name)
-        own = [p for layer in adapter.layers for p in self.layers[layer].tensors(name).values()]
-        return own + [p for root in adapter.saved for p in self._copy(root, name).parameters()]
+        own = {
+            id(p): p
+            for module in adapter.layers
+            for share in self.layers[module].bound[name]
+            if share.method.trainable
+            for p in self.layers[module].tensors(name, share).values()
+        }
+        return [*own.values(), *(p for root in adapter.saved for p in self._copy(root, name).parameters())]
 
-    def named_tensors(self, name: str) -> list[tuple[str, str, Tensor]]:
-        """Each tensor of an adapter: its checkpoint key, its name in ``state_dict()``, itself."""
+    def named_tensors(self, name: str) -> list[tuple[str, Tensor]]:
+        """Each tensor of an adapter that is saved: its checkpoint key, itself."""
         adapter = self.get(name)
-        found: list[tuple[str, str, Tensor]] = []
+        found: list[tuple[str, Tensor]] = []
         for module in adapter.layers:
-            for leaf, parameter in self.layers[module].tensors(name).items():
-                found.append((encode(module, leaf), in_memory(module, leaf, name), parameter))
+            layer = self.layers[module]
+            for share in layer.bound[name]:
+                if share.key is not None:
+                    tensors = layer.tensors(name, share)
+                    found += [(encode(share.key, leaf), tensor) for leaf, tensor in tensors.items()]
         for root in adapter.saved:
-            for leaf, tensor in self._copy(root, name).state_dict().items():
-                key = encode(root, leaf)
-                stored = tensor.to(adapter.dtypes.get(key, tensor.dtype))
-                found.append((key, encode(f"{root}.modules_to_save.{name}", leaf), stored))
+            found += [(encode(root, leaf), t) for leaf, t in self._copy(root, name).state_dict(keep_vars=True).items()]
         return found
 
     def _copy(self, root: str, name: str) -> nn.Module:
@@ -332,7 +373,7 @@ class Adapters:
                 layer.merge(tuple(other for other in layer.merged if other != name))
             layer.unbind(name)
             if not layer.bound:
-                self._put(module, self.layers.pop(module).base_layer)
+                self._take_off(module)
         for root in adapter.saved:
             self.saved[root].remove(name)
             if not self.saved[root].copies:
@@ -385,9 +426,7 @@ class Adapters:
             self._check_merge(wanted)
         for layer in self.layers.values():
             if layer.here(wanted):
-                weight = layer.merged_weight(wanted)
-                layer.unmerge()
-                layer.site.store(weight)
+                layer.store_merged(wanted)
         changed = bool(wanted)
         for root, saved in self.saved.items():
             own = saved.here(wanted)
@@ -400,7 +439,7 @@ class Adapters:
 
     def _check_merge(self, names: tuple[str, ...]) -> None:
         for name, layer in self.layers.items():
-            if layer.here(names) and not bool(torch.isfinite(layer.merged_weight(names)).all()):
+            if layer.here(names) and not all(_is_finite(p) for p in layer.merged_parameters(names)):
                 raise MergeError(
                     f"Merging {list(names)} gives NaN or infinite values in {name}; nothing was merged.",
                     hint="The weight's dtype may be too small for the change: load the base in bfloat16 or float32.",
@@ -414,8 +453,8 @@ class Adapters:
         """
         if not keep:
             self.unmerge()
-        for name, layer in self.layers.items():
-            self._put(name, layer.base_layer)
+        for site_id in list(self.layers):
+            self._take_off(site_id)
         for root, saved in self.saved.items():
             self._put(root, saved.original_module)
         for module, leaf in self._was_trainable or ():
@@ -423,6 +462,21 @@ class Adapters:
         self.layers, self.saved, self.entries = {}, {}, {}
         self.switch.standing, self._was_trainable = NOTHING, None
         return self.model
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A layer's share of an adapter that is about to be bound."""
+
+    site: Site
+    method: AnyMethod
+    settings: Any
+    tensors: dict[str, nn.Parameter]
+    twin: Site | None
+
+
+def _is_finite(tensor: Tensor | None) -> bool:
+    return tensor is None or bool(torch.isfinite(tensor).all())
 
 
 def _targeted(config: PeftConfig) -> TargetedConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 
 from torch import nn
@@ -10,8 +11,8 @@ from veneer.config import TargetedConfig
 from veneer.errors import BaseModelError, TargetError
 from veneer.layer import AdaptedLayer
 from veneer.saved import SavedModule
-from veneer.site import Site, is_linear, kinds, site_for
-from veneer.targets import ALL_LINEAR, names_match, saved_modules, shortest, target_names
+from veneer.sites import ParameterSite, Site, bias_site, is_linear, kinds, sites_for
+from veneer.targets import ALL_LINEAR, names_match, saved_modules, shortest, target_names, under
 
 
 class Catalog:
@@ -48,31 +49,49 @@ class Catalog:
         origin = getattr(self.model, "name_or_path", "") or ""
         return type(self.model).__name__ + (f" from {origin}" if origin else "")
 
-    def _outputs(self) -> list[str]:
-        get = getattr(self.model, "get_output_embeddings", None)
-        output = get() if get is not None else None
-        return [name for name, module in self.modules.items() if output is not None and module is output]
+    def _end(self, end: str) -> list[str]:
+        """The name of the model's input or output embedding, in a list; empty when it has none."""
+        get = getattr(self.model, f"get_{end}_embeddings", None)
+        try:
+            layer = get() if get is not None else None
+        except (NotImplementedError, AttributeError):  # transformers' own for models without one
+            layer = None
+        return [name for name, module in self.modules.items() if layer is not None and module is layer]
+
+    @cached_property
+    def inputs(self) -> list[str]:
+        """The input embedding."""
+        return self._end("input")
+
+    @cached_property
+    def outputs(self) -> list[str]:
+        """The output embedding."""
+        return self._end("output")
+
+    def is_end(self, name: str) -> bool:
+        """Whether a module is the model's input or output embedding."""
+        return name in self.inputs or name in self.outputs
 
     def targets(self, config: TargetedConfig) -> list[str]:
         """The names that ``config`` adapts, in the model's order (``TargetError`` when there are none)."""
-        return target_names(config, self.linear, model_type=self.model_type, outputs=self._outputs())
+        return target_names(config, self.linear, model_type=self.model_type, outputs=self.outputs)
 
     def saved(self, config: TargetedConfig) -> list[str]:
         """The names of the modules that ``config`` saves whole."""
         return saved_modules(config, self.modules)
 
-    def site(self, name: str) -> Site | None:
-        """The site of a module that can carry an adapter, else ``None``."""
-        return site_for(name, self.modules[name])
+    def sites_at(self, name: str) -> list[Site]:
+        """The sites of a module; none when it cannot carry an adapter."""
+        return sites_for(name, self.modules[name])
 
     def sites(self, config: TargetedConfig) -> list[Site]:
-        """The sites that ``config`` adapts.
+        """The sites of the layers that ``config`` adapts.
 
         Raises:
             TargetError: nothing matches, or a matched module is of a kind that cannot carry an adapter.
         """
-        found = {name: self.site(name) for name in self.targets(config)}
-        refused = [name for name, site in found.items() if site is None]
+        found = {name: self.sites_at(name) for name in self.targets(config)}
+        refused = [name for name, sites in found.items() if not sites]
         if refused:
             kind = type(self.modules[refused[0]]).__name__
             raise TargetError(
@@ -81,10 +100,67 @@ class Catalog:
                 hint=f"Kinds that can: {kinds()}, with a floating-point weight. Narrow target_modules, or name "
                 "these in exclude_modules.",
             )
-        return [site for site in found.values() if site is not None]
+        return [site for sites in found.values() for site in sites]
+
+    def parameter_sites(self, wanted: Collection[str]) -> list[Site]:
+        """The parameters that ``target_parameters`` names, by their full names or dotted endings.
+
+        Several on one module have their tensors under ``base_layer.`` once for each that was registered later.
+        """
+        found: list[Site] = []
+        for name, module in self.modules.items():
+            own = [p for p in module._parameters if names_match(f"{name}.{p}", wanted)]
+            for place, parameter in enumerate(own):
+                key = name + ".base_layer" * (len(own) - 1 - place)
+                swapped = bool(getattr(module, "is_transposed", False))
+                found.append(ParameterSite(name, module, parameter, key, swapped))
+        odd = [site for site in found if site.stored.ndim not in (2, 3)]
+        if odd or (wanted and not found):
+            named = [n for n, p in self.model.named_parameters() if p.ndim == 3][:3]
+            what = f"means {odd[0].id}, which is no matrix" if odd else "matches no parameter"
+            raise TargetError(
+                f"target_parameters={list(wanted)!r} {what}.",
+                hint=f"Fused experts here: {', '.join(named)}." if named else "Use target_modules for layers.",
+            )
+        return found
+
+    def biased(self, config: TargetedConfig, without: Iterable[Site]) -> list[Site]:
+        """The layers with a bias that are neither among ``without`` nor saved whole."""
+        taken = {site.name for site in without}
+        saved = self.saved(config)
+        return [
+            bias_site(name, module, self.modules[parent := name.rpartition(".")[0]], parent in taken)
+            for name, module in self.modules.items()
+            if module._parameters.get("bias") is not None and name not in taken and not under(name, saved)
+        ]
+
+    def token_sites(self, wanted: Iterable[int] | Mapping[str, Iterable[int]]) -> list[Site]:
+        """The embeddings of which ``trainable_token_indices`` trains tokens."""
+        if not isinstance(wanted, Mapping):
+            return [site for name in self.inputs for site in self.sites_at(name)]
+        found = [name for name in self.modules if names_match(name, list(wanted))]
+        missing = [key for key in wanted if not _means_one(key, found)]
+        if missing:
+            raise TargetError(
+                f"trainable_token_indices names {missing[0]!r}, and the model has no such module.",
+                hint=f"Its embedding is {' or '.join(self.inputs) or 'unknown'}.",
+            )
+        return [site for name in found for site in self.sites_at(name)]
+
+    def tied_twins(self, sites: Iterable[Site]) -> dict[str, Site]:
+        """Id of a site -> the site of the output layer that shares its weight and is not among ``sites``."""
+        listed = list(sites)
+        taken = {site.name for site in listed}
+        outputs = [site for name in self.outputs if name not in taken for site in self.sites_at(name)]
+        return {site.id: twin for site in listed for twin in outputs if twin.stored is site.stored}
 
     def spell_out(self, config: TargetedConfig, chosen: list[str]) -> None:
         """Put names in the place of "all-linear" or nothing, so that a saved config means the same anywhere."""
         if config.target_modules in (None, ALL_LINEAR):
             free = [n for n in self.modules if not names_match(n, config.exclude_modules)]
             config.target_modules = shortest(chosen, free) if config.layers_to_transform is None else chosen
+
+
+def _means_one(ending: str, names: Iterable[str]) -> bool:
+    """Whether ``ending`` means one of ``names``."""
+    return any(names_match(name, [ending]) for name in names)

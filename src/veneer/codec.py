@@ -42,9 +42,3 @@ def decode(key: str, leaves: Iterable[str]) -> Slot | None:
 def encode(module: str, leaf: str) -> str:
     """The checkpoint key of a slot; the inverse of :func:`decode`."""
     return f"{PREFIX}{module}.{leaf}"
-
-
-def in_memory(module: str, leaf: str, adapter: str) -> str:
-    """The name of the same tensor in a loaded model's ``state_dict()``."""
-    head, dot, tail = leaf.partition(".")
-    return f"{PREFIX}{module}.{head}.{adapter}{dot}{tail}"

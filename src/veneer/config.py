@@ -241,17 +241,12 @@ class LoraConfig(TargetedConfig):
     ensure_weight_tying: bool = False
 
     honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "bias": ("none",),
         "megatron_config": (None,),
-        "trainable_token_indices": (None, [], {}),
-        "use_dora": (False, None),
         "velora_config": (None,),
         "alora_invocation_tokens": (None,),
         "use_qalora": (False, None),
         "monteclora_config": (None,),
         "layer_replication": (None, []),
-        "lora_bias": (False, None),
-        "target_parameters": (None, []),
         "use_bdlora": (None, False),
         "arrow_config": (None,),
         "kasa_config": (None,),

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from veneer.merging.arithmetic import merged
+from veneer.merging.arithmetic import composed, merged, merged_bias
 from veneer.methods import AnyMethod
-from veneer.patch import Patch, apply, apply_rows
+from veneer.patch import Patch, apply, apply_rows, biases, whole_weight
 from veneer.selection import Selection, Switch
-from veneer.site import Site
+from veneer.sites import Site
 
 
 class Leaf(nn.Module):
     """Holds the tensors of one adapter under one head: ``lora_A.default`` holds ``weight``."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One adapter's share of a layer.
+
+    Attributes:
+        method: lowers its tensors.
+        settings: what its config means here.
+        leaves: the names of its tensors.
+        key: where they lie in a checkpoint; ``None`` for a layer that shares another's tensors.
+    """
+
+    method: AnyMethod
+    settings: Any
+    leaves: tuple[str, ...]
+    key: str | None
 
 
 class AdaptedLayer(nn.Module):
@@ -27,18 +46,19 @@ class AdaptedLayer(nn.Module):
     Args:
         site: the base layer.
         switch: what is selected, shared by all layers of the model.
+        inner: stands in the base layer's place: an adapted layer for another parameter of it.
     """
 
-    def __init__(self, site: Site, switch: Switch) -> None:
+    def __init__(self, site: Site, switch: Switch, inner: AdaptedLayer | None = None) -> None:
         super().__init__()
-        self.base_layer = site.module
+        self.base_layer = inner or site.module
         self.site = site
         self.switch = switch
-        # adapter's name -> how to lower its tensors here
-        self.bound: dict[str, tuple[AnyMethod, Any]] = {}
-        # The adapters whose patches are in the base layer's weight now, and the weight that it had before.
+        # adapter's name -> its shares of this layer, in the order in which they apply
+        self.bound: dict[str, list[Bound]] = {}
+        # The adapters whose patches are in the base layer's weight now, and the parameters that it had before.
         self.merged: tuple[str, ...] = ()
-        self.original: list[nn.Parameter] = []
+        self.original: list[nn.Parameter | None] = []
         self.training = site.module.training
 
     def __getattr__(self, name: str) -> Any:
@@ -47,109 +67,181 @@ class AdaptedLayer(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("base_layer"), name)
 
-    def bind(self, adapter: str, method: AnyMethod, settings: Any, tensors: Mapping[str, nn.Parameter]) -> None:
+    # -- the adapters' tensors -----------------------------------------------------------------------------
+
+    def bind(self, adapter: str, share: Bound, tensors: Mapping[str, nn.Parameter]) -> None:
         """Add an adapter's tensors (leaf -> parameter), used as they are."""
-        for leaf, parameter in tensors.items():
-            head, _, tail = leaf.partition(".")
-            holder = Leaf()
-            holder.train(self.training)
-            holder.register_parameter(tail, parameter)
-            self._holders(head)[adapter] = holder
-        self.bound[adapter] = (method, settings)
+        for leaf in share.leaves:
+            # "lora_embedding_A" has no tail: the parameter itself is named by the adapter.
+            head, _, tail = share.method.in_memory(leaf).partition(".")
+            if not tail:
+                self._holder(head)._parameters[adapter] = tensors[leaf]
+                continue
+            leaves = self._holder(head)._modules
+            if adapter not in leaves:
+                leaves[adapter] = Leaf().train(self.training)
+            leaves[adapter].register_parameter(tail, tensors[leaf])  # type: ignore[union-attr]
+        self.bound.setdefault(adapter, []).append(share)
 
     def unbind(self, adapter: str) -> None:
         """Remove an adapter's tensors; the heads that are empty then go too."""
-        method, _ = self.bound.pop(adapter)
-        for head in {leaf.partition(".")[0] for leaf in method.leaves}:
-            holders = self._holders(head)
-            del holders[adapter]
-            if not holders:
+        shares = self.bound.pop(adapter)
+        for head in {s.method.in_memory(leaf).partition(".")[0] for s in shares for leaf in s.leaves}:
+            holder = self._holder(head)
+            holder._parameters.pop(adapter, None)
+            holder._modules.pop(adapter, None)
+            if not holder._modules and not holder._parameters:
                 del self._modules[head]
 
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name; its tensors stay the same objects."""
-        method, settings = self.bound[old]
-        tensors = self.tensors(old)
+        kept = [(share, self.tensors(old, share)) for share in self.bound[old]]
         self.unbind(old)
-        self.bind(new, method, settings, tensors)
+        for share, tensors in kept:
+            self.bind(new, share, tensors)
         self.merged = tuple(new if name == old else name for name in self.merged)
 
-    def tensors(self, adapter: str) -> dict[str, nn.Parameter]:
-        """Leaf -> the parameter of an adapter that is bound here."""
-        method, _ = self.bound[adapter]
+    def tensors(self, adapter: str, share: Bound) -> dict[str, nn.Parameter]:
+        """Leaf -> the parameter of an adapter's share of this layer."""
         found: dict[str, nn.Parameter] = {}
-        for leaf in method.leaves:
-            head, _, tail = leaf.partition(".")
-            parameter = getattr(self._holders(head)[adapter], tail)
+        for leaf in share.leaves:
+            head, _, tail = share.method.in_memory(leaf).partition(".")
+            holder = self._holder(head)
+            parameter = getattr(holder._modules[adapter], tail) if tail else holder._parameters[adapter]
             assert isinstance(parameter, nn.Parameter)
             found[leaf] = parameter
         return found
 
-    def _holders(self, head: str) -> dict[str, nn.Module | None]:
-        """The modules that hold each adapter's tensors under ``head``."""
-        holders = self._modules.get(head)
-        if holders is None:
-            holders = self._modules[head] = nn.ModuleDict()
+    def _holder(self, head: str) -> nn.Module:
+        """The module that holds each adapter's tensors under ``head``."""
         # Not ModuleDict's own methods: those forbid names such as "keys" or "forward".
-        return holders._modules
+        holder = self._modules.get(head)
+        if holder is None:
+            holder = self._modules[head] = Leaf().train(self.training)
+        return holder
 
-    def patch(self, adapter: str) -> Patch:
-        """What an adapter that is bound here means for this layer."""
-        method, settings = self.bound[adapter]
-        return method.lower(settings, self.tensors(adapter))
+    def patches(self, names: Sequence[str]) -> list[Patch]:
+        """What adapters that are bound here mean for this layer, in the order in which they apply."""
+        return [
+            share.method.lower(share.settings, self.tensors(name, share), self)
+            for name in names
+            for share in self.bound[name]
+        ]
 
     def here(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Those of ``names`` that are bound to this layer, in their order."""
         return tuple(name for name in names if name in self.bound)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    # -- the base layer as it was --------------------------------------------------------------------------
+
+    @property
+    def base_stored(self) -> nn.Parameter:
+        """The base layer's weight as stored, whatever is merged into it now."""
+        weight = self.original[0] if self.original else None
+        return self.site.stored if weight is None else weight
+
+    @property
+    def base_bias(self) -> nn.Parameter | None:
+        """The base layer's bias, whatever is merged into it now."""
+        return self.original[1] if self.original else self.site.bias
+
+    def base_weight(self) -> Tensor:
+        """The base layer's weight as a canonical matrix, whatever is merged into it now."""
+        return self.site.canonical(self.base_stored.detach()) if self.original else self.site.weight()
+
+    def _base(self, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's output with its original parameters, merged or not."""
+        if not self.original:
+            return self.base_layer(*args, **kwargs)
+        return self.call_with(self.base_stored, self.base_bias, *args, **kwargs)
+
+    def call_with(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's output with other parameters."""
+        return self.site.base_with(weight, bias, *args, **kwargs)
+
+    # -- the forward pass ----------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output under the selected adapters; arguments and shapes are the base layer's."""
         selection = self.switch.selection
         if selection.rows is not None:
             return self._forward_rows(selection, x, *args, **kwargs)
         names = self.here(selection.names)
         if names == self.merged:
-            return self.site.base(None, x, *args, **kwargs)
+            return self.base_layer(x, *args, **kwargs)
+        return self._apply_patches(self.patches(names), x, *args, **kwargs)
+
+    def _apply_patches(self, patches: Sequence[Patch], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if patches and whole_weight(self.site, patches):
+            weight = self.site.as_stored(composed(self.base_weight(), patches)).to(self.base_stored.dtype)
+            bias = biases(self.base_bias, patches)[-1]
+            return self.call_with(weight, None if bias is None else bias.to(weight.dtype), x, *args, **kwargs)
+        return apply(self.site, self.base_bias, self._base, patches, self.training, x, *args, **kwargs)
+
+    def _forward_rows(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         y = self._base(x, *args, **kwargs)
-        return apply(y, x, [self.patch(name) for name in names], self.training)
+        groups = {n: rows for n, rows in selection.groups(x.shape[0], x.device).items() if n in self.bound}
+        patches = {name: self.patches([name]) for name in groups}
 
-    def _forward_rows(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        groups = selection.groups(x.shape[0], x.device)
-        patches = {name: self.patch(name) for name in groups if name in self.bound}
-        return apply_rows(self._base(x, *args, **kwargs), x, groups, patches, self.training)
+        def run(name: str, own_y: Any, own_x: Tensor, *own: Any, **named: Any) -> Any:
+            wanted = patches[name]
+            if whole_weight(self.site, wanted) or any(patch.inner is not None for patch in wanted):
+                return self._apply_patches(wanted, own_x, *own, **named)
+            return apply(self.site, self.base_bias, lambda *_: own_y, wanted, self.training, own_x)
 
-    def _base(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output with its original weight, merged or not."""
-        return self.site.base(self.original[0] if self.original else None, *args, **kwargs)
+        return apply_rows(y, run, groups, x, *args, **kwargs)
+
+    # -- merging -------------------------------------------------------------------------------------------
 
     def merge(self, names: tuple[str, ...]) -> None:
-        """Put the patches of ``names`` into the base layer's weight, from its original bytes."""
+        """Put the patches of ``names`` into the base layer's parameters, from their original bytes."""
         self.unmerge()
         names = self.here(names)
         if names:
-            original = self.site.stored
-            self.site.store(self.merged_weight(names))
-            self.original, self.merged = [original], names
+            original = [None if self.site.shift_only else self.site.stored, self.site.bias]
+            self._store(*self.merged_parameters(names))
+            self.original, self.merged = original, names
 
-    def merged_weight(self, names: tuple[str, ...]) -> nn.Parameter:
-        """The weight (as stored) that the layer has with ``names`` merged; nothing is changed."""
-        original = self.original[0] if self.original else self.site.stored
-        patches = [self.patch(name) for name in self.here(names)]
-        weight = self.site.canonical(merged(self.site.canonical(original.detach()), patches))
-        return nn.Parameter(weight, requires_grad=original.requires_grad)
+    def merged_parameters(self, names: tuple[str, ...]) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        """The weight (as stored) and bias that the layer has with ``names`` merged; nothing is changed."""
+        patches = self.patches(self.here(names))
+        self.site.check_mergeable(any(patch.low_rank for patch in patches))
+        bias = self.base_bias
+        if self.site.shift_only:
+            return None, _like(merged_bias(bias, patches, torch.float32), bias)
+        stored = self.base_stored
+        weight = self.site.as_stored(merged(self.base_weight(), patches))
+        return _like(weight, stored), _like(merged_bias(bias, patches, stored.dtype), bias)
+
+    def _store(self, weight: nn.Parameter | None, bias: nn.Parameter | None) -> None:
+        if weight is None:
+            self.site.module.register_parameter("bias", bias)
+        else:
+            self.site.store(weight, bias)
+
+    def store_merged(self, names: tuple[str, ...]) -> None:
+        """Merge for good: the original parameters are given up."""
+        parameters = self.merged_parameters(names)
+        self.unmerge()
+        self._store(*parameters)
 
     def unmerge(self) -> None:
-        """Put the original weight back: the same tensor, so the same bytes."""
+        """Put the original parameters back: the same tensors, so the same bytes."""
         if self.original:
-            self.site.store(self.original[0])
+            self._store(*self.original)
         self.original, self.merged = [], ()
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
-        # The original weight is kept out of the parameters, so a move or cast must be told of it.
-        self.original = [nn.Parameter(fn(w.detach()), requires_grad=w.requires_grad) for w in self.original]
+        # The original parameters are kept out of the module's own, so a move or cast must be told of them.
+        self.original = [None if p is None else _like(fn(p.detach()), p) for p in self.original]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:
         """The adapters, in a model's print-out."""
         return f"adapters={list(self.bound)}" + (f", merged={list(self.merged)}" if self.merged else "")
+
+
+def _like(tensor: Tensor | None, model: nn.Parameter | None) -> Any:
+    """``tensor`` as a parameter that wants gradients as ``model`` does."""
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=model is not None and model.requires_grad)

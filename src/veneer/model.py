@@ -516,14 +516,23 @@ class PeftModel(nn.Module):
         write_checkpoint(
             adapter_set.place(folder, adapter.name),
             adapter.config,
-            {key: state.get(name, live) for key, name, live in self.adapters.named_tensors(adapter.name)},
+            self._tensors_to_save(adapter, state),
             {} if digest is None else {BASE_DIGEST_KEY: digest},
         )
+
+    def _tensors_to_save(self, adapter: Adapter, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Checkpoint key -> tensor, in the dtype that it had on disk; from ``state`` where that has it."""
+        names = {id(tensor): name for name, tensor in self.state_dict(keep_vars=True).items()} if state else {}
+        found = {}
+        for key, live in self.adapters.named_tensors(adapter.name):
+            tensor = state.get(names.get(id(live), ""), live).detach()
+            found[key] = tensor.to(adapter.dtypes.get(key, tensor.dtype))
+        return found
 
     def get_adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """Checkpoint key -> tensor of one adapter (the active one when ``None``): what saving writes."""
         name = adapter_name or self.active_adapter
-        return {key: tensor.detach() for key, _, tensor in self.adapters.named_tensors(name)}
+        return self._tensors_to_save(self.adapters.get(name), {})
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Save the adapters and upload them to a hub repository, which is made if it is missing.
@@ -717,7 +726,7 @@ def _add_heads(config: PeftConfig) -> None:
 
 
 def _adapter_report(adapter: Adapter, checkpoint: Checkpoint, base_check: str, adapters: Adapters) -> AdapterReport:
-    live = [tensor for _, _, tensor in adapters.named_tensors(adapter.name)]
+    live = [tensor for _, tensor in adapters.named_tensors(adapter.name)]
     return AdapterReport(
         name=adapter.name,
         origin=checkpoint.origin,

@@ -1,78 +1,285 @@
-"""What an adapter means for one layer: a change to its weight, applied or merged.
+"""What an adapter means for one layer: a change to its weight and bias, applied or merged.
 
-For a layer ``y = W x + b`` a patch is a change of ``W`` to ``W' = W + scale * U V``, with ``U`` of shape
-``(out, r)`` and ``V`` of shape ``(r, in)``. A method lowers its tensors to this; everything else (the layer, the
-merge, the mixed batch) knows only patches. Several patches on one layer add up, in the order of the selection.
+For a layer ``y = W x + b`` a patch is
+
+    W' = O (W I + scale * U V + D)        b' = b + c, or O b + c
+
+``I`` and ``O`` are square factors on the input and the output side, ``U V`` is low-rank, ``D`` is any matrix, ``c``
+a vector. A method lowers its tensors to this; everything else (the layer, the merge, the mixed batch) knows only
+patches. Several patches on one layer apply one after the other, in the order of the selection: the second changes
+what the first has made of the weight. Merged and unmerged are the same composition.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from veneer.factors import Factor
+from veneer.sites.site import Site
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Some tokens' vectors, brought whole.
+
+    Attributes:
+        index: the tokens, shape ``(n,)``, int64, ascending.
+        values: their vectors, shape ``(n, dim)``.
+        rows: whether a token is a row of the canonical weight (an output layer) or a column (an embedding).
+    """
+
+    index: Tensor
+    values: Tensor
+    rows: bool
+
 
 @dataclass(frozen=True)
 class Patch:
-    """A low-rank change of a weight.
+    """A change of one layer. Every part may be left out. For a stack of matrices each tensor has a leading dimension.
 
     Attributes:
         up: ``U``, shape ``(out, r)``.
         down: ``V``, shape ``(r, in)``.
         scale: multiplies ``U V``.
-        dropout: share of the input that is dropped while training.
+        dropout: share of the input to ``U V`` that is dropped while training.
+        dense: ``D``, shape ``(out, in)``.
+        inner: ``I``.
+        outer: ``O``.
+        outer_on_bias: whether ``O`` multiplies the bias too.
+        shift: ``c``, shape ``(out,)``.
+        tokens: vectors that replace the weight's own.
     """
 
-    up: Tensor
-    down: Tensor
-    scale: float
+    up: Tensor | None = None
+    down: Tensor | None = None
+    scale: float = 1.0
     dropout: float = 0.0
-
-    def shift(self, x: Tensor, training: bool) -> Tensor:
-        """What the patch adds to the output for the input ``x`` of shape ``(..., in)``: shape ``(..., out)``.
-
-        Computed in the wider of the input's and the patch's dtype, so that neither is rounded first.
-        """
-        dtype = torch.promote_types(x.dtype, self.up.dtype)
-        if training and self.dropout:
-            x = F.dropout(x, self.dropout)
-        hidden = F.linear(x.to(dtype), self.down.to(dtype))
-        return F.linear(hidden, self.up.to(dtype)) * self.scale
-
-    def add_to_weight(self, rows: Tensor, start: int, stop: int) -> None:
-        """Add the change to float32 ``rows``, the rows ``start:stop`` of a canonical weight, in place."""
-        rows.addmm_(self.up[start:stop].float(), self.down.float(), alpha=self.scale)
+    dense: Tensor | None = None
+    inner: Factor | None = None
+    outer: Factor | None = None
+    outer_on_bias: bool = False
+    shift: Tensor | None = None
+    tokens: Tokens | None = None
 
     def changes(self) -> bool:
-        """Whether the patch changes anything: false for a freshly made or an all-zero adapter."""
-        return self.scale != 0 and bool(self.up.count_nonzero()) and bool(self.down.count_nonzero())
+        """Whether the patch can change anything: false for a freshly made or an all-zero adapter."""
+        low_rank = (
+            self.up is not None
+            and self.down is not None
+            and self.scale != 0
+            and bool(self.up.count_nonzero())
+            and bool(self.down.count_nonzero())
+        )
+        added = any(t is not None and bool(t.count_nonzero()) for t in (self.dense, self.shift))
+        turned = any(factor is not None and factor.changes() for factor in (self.inner, self.outer))
+        return low_rank or added or turned or self.tokens is not None
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether it has a part ``U V``."""
+        return self.up is not None
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether a block of the weight's rows changes without knowledge of the others."""
+        return self.outer is None or self.outer.is_diagonal
+
+    def at(self, index: int) -> Patch:
+        """The patch of one matrix of a stack."""
+        own: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("up", "down", "dense", "shift"):
+            own[name] = None if own[name] is None else own[name][index]
+        for name in ("inner", "outer"):
+            own[name] = None if own[name] is None else own[name].at(index)
+        return Patch(**own)
+
+    # -- merging -------------------------------------------------------------------------------------------
+
+    def changed_rows(self, rows: Tensor, start: int, stop: int) -> Tensor:
+        """What becomes of float32 ``rows``, the rows ``start:stop`` of a canonical weight.
+
+        ``rows`` may be changed in place where no gradient is wanted.
+        """
+        in_place = not torch.is_grad_enabled()
+        if self.inner is not None:
+            rows = self.inner.rows(rows)
+        if self.up is not None and self.down is not None:
+            up, down = self.up[..., start:stop, :].float(), self.down.float()
+            if in_place and rows.ndim == 2:
+                rows = rows.addmm_(up, down, alpha=self.scale)
+            else:
+                rows = rows + self.scale * (up @ down)
+        if self.dense is not None:
+            rows = rows + self.dense[..., start:stop, :].float()
+        if self.outer is not None:
+            rows = _outer_rows(self.outer, rows, start, stop)
+        return rows if self.tokens is None else _with_tokens(self.tokens, rows, start, stop)
+
+    def changed_bias(self, bias: Tensor | None) -> Tensor | None:
+        """What becomes of a float32 bias, shape ``(out,)``; ``None`` is a bias of zero."""
+        if bias is not None and self.outer is not None and self.outer_on_bias:
+            bias = self.outer.apply(bias)
+        if self.shift is None:
+            return bias
+        return self.shift.float() if bias is None else bias + self.shift.float()
+
+    # -- applying ------------------------------------------------------------------------------------------
+
+    def changed_output(self, y: Tensor, x: Tensor, bias: Tensor | None, site: Site, training: bool) -> Tensor:
+        """The layer's output with this patch, from its output without.
+
+        Args:
+            y: output of the layer with the patches before this one.
+            x: the input that this patch sees.
+            bias: the part of ``y`` that is bias, shape ``(out,)``.
+            site: the layer.
+            training: whether dropout is on.
+
+        Computed in the wider of the dtypes, so that neither is rounded first.
+        """
+        if self.up is not None and self.down is not None:
+            y = y + self._low_rank_output(x, y, site, training)
+        if self.dense is not None:
+            dtype = torch.promote_types(y.dtype, self.dense.dtype)
+            y = y + site.product(_as(x, dtype), self.dense.to(dtype))
+        if self.outer is not None:
+            y = self._outer_output(y, bias, site)
+        if self.shift is not None:
+            y = y + site.expand(self.shift, y)
+        return y if self.tokens is None else _tokens_output(self.tokens, y, x, site)
+
+    def _low_rank_output(self, x: Tensor, y: Tensor, site: Site, training: bool) -> Tensor:
+        assert self.up is not None
+        assert self.down is not None
+        dtype = torch.promote_types(y.dtype, self.up.dtype)
+        if training and self.dropout and x.is_floating_point():
+            x = F.dropout(x, self.dropout)
+        hidden = site.product(_as(x, dtype), self.down.to(dtype))
+        return site.mix(hidden, self.up.to(dtype)) * self.scale
+
+    def _outer_output(self, y: Tensor, bias: Tensor | None, site: Site) -> Tensor:
+        assert self.outer is not None
+        y = y.to(torch.promote_types(y.dtype, self.outer.dtype))
+        kept = None if bias is None or self.outer_on_bias else site.expand(bias, y)
+        if kept is not None:
+            y = y - kept
+        y = self.outer.apply(y.movedim(site.channel, -1)).movedim(-1, site.channel)
+        return y if kept is None else y + kept
 
 
-def apply(y: Tensor, x: Tensor, patches: Sequence[Patch], training: bool) -> Tensor:
-    """The layer's output under ``patches``: base output ``y`` plus each one's shift, rounded once to ``y``'s dtype."""
-    total = y
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in ``dtype``; token ids stay what they are."""
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def _outer_rows(outer: Factor, rows: Tensor, start: int, stop: int) -> Tensor:
+    if outer.is_diagonal:
+        values: Tensor = outer.values  # type: ignore[attr-defined]
+        return rows * values[..., start:stop, None].to(rows.dtype)
+    return outer.apply(rows.mT).mT
+
+
+def _with_tokens(tokens: Tokens, rows: Tensor, start: int, stop: int) -> Tensor:
+    values = tokens.values.float()
+    if not tokens.rows:
+        return rows.index_copy(-1, tokens.index, values.T[start:stop])
+    here = (tokens.index >= start) & (tokens.index < stop)
+    return rows.index_copy(-2, tokens.index[here] - start, values[here])
+
+
+def _tokens_output(tokens: Tokens, y: Tensor, x: Tensor, site: Site) -> Tensor:
+    values = tokens.values.to(torch.promote_types(y.dtype, tokens.values.dtype))
+    if tokens.rows:
+        return y.to(values.dtype).index_copy(-1, tokens.index, F.linear(x.to(values.dtype), values))
+    place = torch.searchsorted(tokens.index, x).clamp(max=len(tokens.index) - 1)
+    found = (tokens.index[place] == x).unsqueeze(-1)
+    return torch.where(found, site.product(place, values.T), y)
+
+
+def whole_weight(site: Site, patches: Sequence[Patch]) -> bool:
+    """Whether ``patches`` can be applied to this layer only by changing its whole weight first."""
+    if site.shift_only:
+        return False
+    return not site.products or (not site.matrix_input and any(p.inner is not None for p in patches))
+
+
+def biases(bias: Tensor | None, patches: Sequence[Patch]) -> list[Tensor | None]:
+    """The bias before each patch and after the last, in float32."""
+    found = [None if bias is None else bias.float()]
     for patch in patches:
-        total = total + patch.shift(x, training)
+        found.append(patch.changed_bias(found[-1]))
+    return found
+
+
+def apply(
+    site: Site,
+    bias: Tensor | None,
+    base: Callable[..., Any],
+    patches: Sequence[Patch],
+    training: bool,
+    x: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """The layer's output under ``patches``, each after the one before it, rounded once to the base output's dtype.
+
+    Args:
+        site: the layer; its weight is changed output-wise, never as a whole (see :func:`whole_weight`).
+        bias: the layer's bias, shape ``(out,)``.
+        base: the layer's own forward pass, bias included.
+        patches: in the order of the selection.
+        training: whether dropout is on.
+        x: the layer's input.
+        *args: what else it takes.
+        **kwargs: what else it takes.
+    """
+    seen, dtype = [x], x.dtype
+    for patch in reversed(patches):
+        if patch.inner is not None:
+            x = patch.inner.apply(x.to(torch.promote_types(x.dtype, patch.inner.dtype)))
+        seen.append(x)
+    y: Tensor = base(_as(seen.pop(), dtype), *args, **kwargs)
+    needs_bias = any(p.outer is not None and not p.outer_on_bias for p in patches)
+    known = biases(bias, patches) if needs_bias else [None] * len(patches)
+    total = y
+    for patch, known_bias in zip(patches, known, strict=False):
+        total = patch.changed_output(total, seen.pop(), known_bias, site, training)
     return total.to(y.dtype)
 
 
-def apply_rows(
-    y: Tensor, x: Tensor, groups: Mapping[str, Tensor], patches: Mapping[str, Patch], training: bool
-) -> Tensor:
-    """The same for a batch whose rows use different adapters.
+def apply_rows(y: Any, run: Callable[..., Any], groups: Mapping[str, Tensor], x: Tensor, *args: Any, **kw: Any) -> Any:
+    """The output of a batch whose rows use different adapters.
 
     Args:
-        y: base output, shape ``(rows, ..., out)``.
-        x: the layer's input, shape ``(rows, ..., in)``.
+        y: the base's output for all rows.
+        run: gives the output of some rows under one adapter: ``run(name, y of the rows, x of the rows, ...)``.
         groups: adapter's name -> the indices of its rows, shape ``(n,)``, int64. Rows in no group keep ``y``.
-        patches: adapter's name -> its patch here; a name without one changes nothing here.
-        training: whether dropout is on.
+        x: the layer's input; the rows lie along its first dimension, and so they do in ``args``.
+        *args: what else the layer takes.
+        **kw: what else the layer takes.
     """
+    length = x.shape[0]
     for name, rows in groups.items():
-        if name in patches:
-            changed = y[rows] + patches[name].shift(x[rows], training)
-            y = y.index_copy(0, rows, changed.to(y.dtype))
+        own = [_take(value, rows, length) for value in args]
+        changed = run(name, _take(y, rows, length), x[rows], *own, **{k: _take(v, rows, length) for k, v in kw.items()})
+        y = _put(y, rows, changed)
     return y
+
+
+def _take(value: Any, rows: Tensor, length: int) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_take(part, rows, length) for part in value)
+    by_row = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == length
+    return value[rows] if by_row else value
+
+
+def _put(y: Any, rows: Tensor, changed: Any) -> Any:
+    if isinstance(y, tuple):
+        return tuple(_put(a, rows, b) for a, b in zip(y, changed, strict=True))
+    return y.index_copy(0, rows, changed.to(y.dtype)) if isinstance(y, Tensor) else y

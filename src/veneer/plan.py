@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from veneer.catalog import Catalog
-from veneer.codec import Slot, decode
+from veneer.codec import decode
 from veneer.config import TargetedConfig
 from veneer.errors import BindError, TargetError
 from veneer.methods import AnyMethod
-from veneer.site import Site, kinds
+from veneer.methods.method import Part, leaves_of
+from veneer.sites import Site, kinds
 from veneer.targets import under
 
 # How many problems an error's text spells out; the error object holds them all.
@@ -32,11 +33,21 @@ class HasShape(Protocol):
 
 @dataclass(frozen=True)
 class Binding:
-    """One layer's share: leaf -> the checkpoint's key, and the config's meaning here."""
+    """One layer's share of an adapter.
+
+    Attributes:
+        site: the layer.
+        method: lowers its tensors.
+        settings: the config's meaning here.
+        keys: leaf -> the checkpoint's key.
+        twin: another layer that uses the same tensors.
+    """
 
     site: Site
+    method: AnyMethod
     settings: Any
     keys: Mapping[str, str]
+    twin: Site | None = None
 
 
 @dataclass
@@ -67,54 +78,110 @@ def make_plan(config: TargetedConfig, method: AnyMethod, tensors: Mapping[str, H
     """Pair a checkpoint's tensors with a model's modules."""
     plan = Plan()
     saved = catalog.saved(config)
-    by_module: dict[str, dict[str, str]] = {}
+    parts = _parts(plan, config, method, catalog)
+    leaves = leaves_of(parts)
+    held: dict[tuple[str, str], dict[str, str]] = {}
     for key in tensors:
-        slot = decode(key, method.leaves)
+        slot = decode(key, leaves)
         if slot is None:
             plan.problems.append(f"{key}: not in the PEFT dialect (it would begin with base_model.model.)")
-        elif slot.leaf in method.leaves:
-            by_module.setdefault(slot.module, {})[slot.leaf] = key
+        elif slot.leaf in leaves and not under(slot.module, saved):
+            held.setdefault((slot.module, next(iter(leaves[slot.leaf].method.leaves))), {})[slot.leaf] = key
         else:
-            _plan_saved(plan, slot, key, tensors[key], saved, catalog)
-    for module, keys in by_module.items():
-        _plan_site(plan, module, keys, config, method, tensors, catalog)
+            _plan_saved(plan, key, tensors[key], saved, catalog)
+    for part in parts:
+        _plan_part(plan, part, held, config, tensors, catalog)
     _check_saved_filled(plan, saved, catalog)
-    _check_targets(plan, config, set(by_module), catalog)
     return plan
+
+
+def _parts(plan: Plan, config: TargetedConfig, method: AnyMethod, catalog: Catalog) -> list[Part]:
+    """The layers that the config means; those that the checkpoint holds are used even where that cannot be told."""
+    try:
+        return method.parts(config, catalog)
+    except TargetError as error:
+        plan.notes.append(f"The config's targets could not be checked: {error.message}")
+        return [Part(method, [], optional=True)]
+
+
+def _plan_part(
+    plan: Plan,
+    part: Part,
+    held: Mapping[tuple[str, str], Mapping[str, str]],
+    config: TargetedConfig,
+    tensors: Mapping[str, HasShape],
+    catalog: Catalog,
+) -> None:
+    meant = {site.key: site for site in part.sites}
+    own = {module: keys for (module, head), keys in held.items() if head == next(iter(part.method.leaves))}
+    for key, site in meant.items():
+        if key in own:
+            _plan_site(plan, site, part.method, own[key], config, tensors, part.twins.get(site.id))
+        elif not part.optional:
+            plan.problems.append(f"{key}: the config targets it, and the checkpoint holds nothing for it")
+    extra = []
+    for module in own.keys() - meant.keys():
+        extra += _plan_extra(plan, module, part.method, own[module], config, tensors, catalog)
+    if extra and not part.optional:
+        plan.notes.append(
+            f"{len(extra)} adapted layers are not among the config's targets (first: {min(extra)}); they are used."
+        )
+
+
+def _plan_extra(
+    plan: Plan,
+    module: str,
+    method: AnyMethod,
+    keys: Mapping[str, str],
+    config: TargetedConfig,
+    tensors: Mapping[str, HasShape],
+    catalog: Catalog,
+) -> list[str]:
+    """Plan a layer that the checkpoint holds and the config does not mean."""
+    if module not in catalog.modules:
+        plan.problems.append(f"{next(iter(keys.values()))}: the model has no {module}{_nearest(module, catalog)}")
+        return []
+    sites = [site for site in catalog.sites_at(module) if site.key == module]
+    if not sites:
+        kind = type(catalog.modules[module]).__name__
+        plan.problems.append(f"{module} ({kind}) cannot carry an adapter; kinds that can: {kinds()}")
+        return []
+    _plan_site(plan, sites[0], method, keys, config, tensors)
+    return [module]
 
 
 def _plan_site(
     plan: Plan,
-    module: str,
+    site: Site,
+    method: AnyMethod,
     keys: Mapping[str, str],
     config: TargetedConfig,
-    method: AnyMethod,
     tensors: Mapping[str, HasShape],
-    catalog: Catalog,
+    twin: Site | None = None,
 ) -> None:
-    if module not in catalog.modules:
-        plan.problems.append(f"{next(iter(keys.values()))}: the model has no {module}{_nearest(module, catalog)}")
-        return
-    site = catalog.site(module)
-    if site is None:
-        kind = type(catalog.modules[module]).__name__
-        plan.problems.append(f"{module} ({kind}) cannot carry an adapter; kinds that can: {kinds()}")
-        return
-    settings = method.settings(config, module)
-    problems = []
-    for leaf, wanted in method.shapes(settings, site.shape).items():
+    settings = method.settings(config, site)
+    wanted = method.shapes(settings, site)
+    problems = [
+        f"{site.key}: {leaf} is in the checkpoint, and this layer and config have no such tensor"
+        for leaf in keys
+        if leaf not in wanted
+    ]
+    for leaf, shape in wanted.items():
         if leaf not in keys:
-            problems.append(f"{module}: {leaf} is missing from the checkpoint")
-        elif tuple(tensors[keys[leaf]].shape) != wanted:
+            problems.append(f"{site.key}: {leaf} is missing from the checkpoint")
+        elif tuple(tensors[keys[leaf]].shape) != shape:
             stored = tuple(tensors[keys[leaf]].shape)
-            problems.append(f"{module}: {leaf} is {stored}, and this layer and config want {wanted}")
+            problems.append(f"{site.key}: {leaf} is {stored}, and this layer and config want {shape}")
     plan.problems += problems
     if not problems:
-        plan.bindings.append(Binding(site, settings, dict(keys)))
+        plan.bindings.append(Binding(site, method, settings, dict(keys), twin))
 
 
-def _plan_saved(plan: Plan, slot: Slot, key: str, tensor: HasShape, saved: list[str], catalog: Catalog) -> None:
-    root = next((name for name in saved if under(slot.module, [name])), None)
+def _plan_saved(plan: Plan, key: str, tensor: HasShape, saved: list[str], catalog: Catalog) -> None:
+    slot = decode(key, ())
+    assert slot is not None
+    roots = [*saved, *(name for name in (*catalog.inputs, *catalog.outputs) if name not in saved)]
+    root = next((name for name in roots if under(slot.module, [name])), None)
     if root is None:
         where = (
             ""
@@ -140,23 +207,6 @@ def _check_saved_filled(plan: Plan, saved: list[str], catalog: Catalog) -> None:
             f"{root}.{name}: the config saves {root} whole, and the checkpoint does not fill it"
             for name in sorted(missing)
         ]
-
-
-def _check_targets(plan: Plan, config: TargetedConfig, held: set[str], catalog: Catalog) -> None:
-    """Compare what the config means with what the checkpoint holds."""
-    try:
-        meant = set(catalog.targets(config))
-    except TargetError as error:
-        plan.notes.append(f"The config's targets could not be checked: {error.message}")
-        return
-    plan.problems += [
-        f"{name}: the config targets it, and the checkpoint holds nothing for it" for name in sorted(meant - held)
-    ]
-    extra = sorted((held & catalog.modules.keys()) - meant)
-    if extra:
-        plan.notes.append(
-            f"{len(extra)} adapted layers are not among the config's targets (first: {extra[0]}); they are used."
-        )
 
 
 def _nearest(module: str, catalog: Catalog) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from veneer.patch import Patch
+from veneer.patch import Patch, biases
 
 # Rows of a weight that are worked on at a time: 512 x 4096 float32 values are 8 MB, about a core's cache.
 BLOCK = 512
@@ -22,17 +22,43 @@ def merged(weight: Tensor, patches: Sequence[Patch]) -> Tensor:
     """A new weight with ``patches`` merged in, in their order.
 
     Args:
-        weight: canonical, shape ``(out, in)``, any floating dtype; not changed.
+        weight: canonical, shape ``(out, in)``, or a stack of such; any floating dtype; not changed.
         patches: on the same device.
 
     Returns:
         The merged weight, of ``weight``'s shape, dtype and memory layout.
     """
     result = torch.empty_like(weight)
-    for start in range(0, weight.shape[0], BLOCK):
-        stop = min(start + BLOCK, weight.shape[0])
-        rows = weight[start:stop].to(torch.float32, copy=True)
-        for patch in patches:
-            patch.add_to_weight(rows, start, stop)
-        result[start:stop] = rows.to(weight.dtype)
+    if weight.ndim == 3:
+        for index in range(weight.shape[0]):
+            _merge_into(result[index], weight[index], [patch.at(index) for patch in patches])
+    else:
+        _merge_into(result, weight, patches)
     return result
+
+
+def _merge_into(result: Tensor, weight: Tensor, patches: Sequence[Patch]) -> None:
+    rows = weight.shape[0]
+    block = BLOCK if all(patch.by_rows for patch in patches) else max(rows, 1)
+    for start in range(0, rows, block):
+        stop = min(start + block, rows)
+        result[start:stop] = _composed(weight[start:stop], patches, start, stop).to(weight.dtype)
+
+
+def composed(weight: Tensor, patches: Sequence[Patch]) -> Tensor:
+    """The same weight in float32, with gradients."""
+    return _composed(weight, patches, 0, weight.shape[-2])
+
+
+def _composed(rows: Tensor, patches: Sequence[Patch], start: int, stop: int) -> Tensor:
+    rows = rows.to(torch.float32, copy=True)
+    for patch in patches:
+        rows = patch.changed_rows(rows, start, stop)
+    return rows
+
+
+@torch.no_grad()
+def merged_bias(bias: Tensor | None, patches: Sequence[Patch], dtype: torch.dtype) -> Tensor | None:
+    """The bias with ``patches`` merged in; a layer without one gets one, of ``dtype``, when a patch shifts it."""
+    changed = biases(bias, patches)[-1]
+    return None if changed is None else changed.to(dtype if bias is None else bias.dtype)

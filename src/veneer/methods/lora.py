@@ -3,6 +3,9 @@
     W' = W + scale * B A        A: (r, in), B: (out, r)
 
 ``scale`` is ``alpha / r``; rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) takes ``alpha / sqrt(r)``.
+DoRA (Liu et al. 2024, arXiv:2402.09353, equation 5) gives each row of the result a trained length ``m``:
+
+    W' = m / ||W + scale * B A||_row * (W + scale * B A)        m: (out,); the norm is taken as a constant
 """
 
 from __future__ import annotations
@@ -10,19 +13,36 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from veneer.config import LoraConfig, PeftType
 from veneer.errors import UnsupportedError
-from veneer.methods.method import Method
+from veneer.factors import Diagonal
+from veneer.merging.arithmetic import BLOCK
+from veneer.methods.bias import ADAPTED_BIAS, OTHER_BIAS
+from veneer.methods.method import Base, Method, Part
+from veneer.methods.saved_weight import SAVED_WEIGHT
+from veneer.methods.tokens import TOKENS
 from veneer.patch import Patch
-from veneer.site import Site
+from veneer.sites import Site
+from veneer.sites.conv import ConvSite
+from veneer.sites.embedding import EmbeddingSite
+from veneer.sites.parameter import ParameterSite
+from veneer.sites.site import unsupported
 from veneer.targets import pattern_value
+
+if TYPE_CHECKING:
+    from veneer.catalog import Catalog
 
 A = "lora_A.weight"
 B = "lora_B.weight"
+B_BIAS = "lora_B.bias"
+EMBEDDING_A = "lora_embedding_A"
+EMBEDDING_B = "lora_embedding_B"
+MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
@@ -32,43 +52,133 @@ class LoraSettings:
     r: int
     scale: float
     dropout: float
+    dora: bool = False
+    bias: bool = False
 
 
 class Lora(Method[LoraConfig, LoraSettings]):
-    """LoRA and rsLoRA on layers with a matrix for a weight."""
+    """LoRA, rsLoRA and DoRA."""
 
     peft_type = PeftType.LORA.value
-    leaves = (A, B)
+    leaves = (A, B, B_BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE)
 
-    def settings(self, config: LoraConfig, name: str) -> LoraSettings:
-        r = pattern_value(name, config.rank_pattern, config.r)
-        alpha = pattern_value(name, config.alpha_pattern, config.lora_alpha)
+    def in_memory(self, leaf: str) -> str:
+        return f"{leaf}.weight" if leaf == MAGNITUDE else leaf
+
+    def parts(self, config: LoraConfig, catalog: Catalog) -> list[Part]:
+        own = Part(self, [*catalog.sites(config), *catalog.parameter_sites(config.target_parameters or ())])
+        parts = [Part(SAVED_WEIGHT, [s for s in own.sites if catalog.is_end(s.name)], optional=True), own]
+        if config.bias != "none":
+            parts.append(Part(ADAPTED_BIAS, [s for s in own.sites if s.bias is not None]))
+        if config.bias == "all":
+            parts.append(Part(OTHER_BIAS, catalog.biased(config, without=own.sites)))
+        if config.trainable_token_indices:
+            embeddings = catalog.token_sites(config.trainable_token_indices)
+            parts.append(Part(TOKENS, embeddings, twins=catalog.tied_twins(embeddings)))
+        return parts
+
+    def settings(self, config: LoraConfig, site: Site) -> LoraSettings:
+        r = pattern_value(site.name, config.rank_pattern, config.r)
+        alpha = pattern_value(site.name, config.alpha_pattern, config.lora_alpha)
         scale = alpha / math.sqrt(r) if config.use_rslora else alpha / r
-        return LoraSettings(r=r, scale=scale, dropout=config.lora_dropout)
+        self._check(config, site, r)
+        return LoraSettings(r, scale, config.lora_dropout, bool(config.use_dora), bool(config.lora_bias))
 
-    def shapes(self, settings: LoraSettings, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        out, inner = shape
-        return {A: (settings.r, inner), B: (out, settings.r)}
+    def _check(self, config: LoraConfig, site: Site, r: int) -> None:
+        groups = site.conv.groups if isinstance(site, ConvSite) else 1
+        if r % groups:
+            raise UnsupportedError(
+                f"{site.name} has {groups} groups, and rank {r} is no multiple of it.",
+                hint="Give it such a rank with rank_pattern, or leave it out with exclude_modules.",
+            )
+        if config.use_dora and (groups > 1 or isinstance(site, ParameterSite)):
+            raise unsupported(site, "DoRA (use_dora)")
+        if config.lora_bias and isinstance(site, (EmbeddingSite, ParameterSite)):
+            raise unsupported(site, "lora_bias")
+
+    def shapes(self, settings: LoraSettings, site: Site) -> dict[str, tuple[int, ...]]:
+        out, inner = site.shape
+        r = settings.r
+        if isinstance(site, EmbeddingSite):
+            found: dict[str, tuple[int, ...]] = {EMBEDDING_A: (r, inner), EMBEDDING_B: (out, r)}
+        elif isinstance(site, ConvSite):
+            conv = site.conv
+            found = {A: (r, conv.in_channels, *site.kernel), B: (out, r // conv.groups, *site.point)}
+        else:
+            stack = (site.stack or 1) if isinstance(site, ParameterSite) else 1
+            found = {A: (r * stack, inner), B: (out, r * stack)}
+        if settings.dora:
+            found[MAGNITUDE] = (1, out, *site.point) if isinstance(site, ConvSite) else (out,)
+        if settings.bias:
+            found[B_BIAS] = (out,)
+        return found
 
     def init(
-        self, config: LoraConfig, settings: LoraSettings, site: Site, generator: torch.Generator | None
+        self, config: LoraConfig, settings: LoraSettings, base: Base, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
-        shapes = self.shapes(settings, site.shape)
+        tensors = {leaf: torch.zeros(shape) for leaf, shape in self.shapes(settings, base.site).items()}
+        embedding = EMBEDDING_A in tensors
+        down, up = (EMBEDDING_A, EMBEDDING_B) if embedding else (A, B)
         start = config.init_lora_weights
-        down = torch.empty(shapes[A], dtype=torch.float32)
-        up = torch.zeros(shapes[B], dtype=torch.float32)
         if start == "gaussian":
-            down.normal_(std=1 / settings.r, generator=generator)
-        elif isinstance(start, bool) or start is None:
-            torch.nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
-        else:
+            tensors[down].normal_(std=1 / settings.r, generator=generator)
+        elif not isinstance(start, bool) and start is not None:
             raise UnsupportedError(
                 f"init_lora_weights={start!r} is not available for new adapters in this version of Veneer.",
                 hint='Use True, "gaussian" or False.',
             )
+        elif embedding:
+            # peft starts an embedding's A at zero and its B at random; either is a start without effect.
+            tensors[up].normal_(generator=generator)
+        else:
+            torch.nn.init.kaiming_uniform_(tensors[down], a=math.sqrt(5), generator=generator)
         if start is False:
-            up.normal_(std=0.02, generator=generator)
-        return {A: down, B: up}
+            tensors[down if embedding else up].normal_(std=0.02, generator=generator)
+        if settings.dora:
+            # Started at the length of what A and B already make of the weight: then nothing changes.
+            tensors[MAGNITUDE].copy_(
+                _lengths(self._low_rank(settings, tensors, base), base).view_as(tensors[MAGNITUDE])
+            )
+        return tensors
 
-    def lower(self, settings: LoraSettings, tensors: Mapping[str, Tensor]) -> Patch:
-        return Patch(up=tensors[B], down=tensors[A], scale=settings.scale, dropout=settings.dropout)
+    def lower(self, settings: LoraSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        patch = self._low_rank(settings, tensors, base)
+        if MAGNITUDE not in tensors:
+            return patch
+        lengths = _lengths(patch, base).to(patch.down.device)  # type: ignore[union-attr]
+        outer = Diagonal(tensors[MAGNITUDE].float().flatten() / lengths)
+        return Patch(patch.up, patch.down, patch.scale, patch.dropout, outer=outer, shift=patch.shift)
+
+    def _low_rank(self, settings: LoraSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        shift = tensors[B_BIAS] * settings.scale if B_BIAS in tensors else None
+        up, down = _factors(settings, tensors, base.site)
+        scale = settings.scale * (base.site.gain if isinstance(base.site, ParameterSite) else 1.0)
+        return Patch(up=up, down=down, scale=scale, dropout=settings.dropout, shift=shift)
+
+
+def _factors(settings: LoraSettings, tensors: Mapping[str, Tensor], site: Site) -> tuple[Tensor, Tensor]:
+    """``U`` and ``V`` of a layer's canonical weight."""
+    if EMBEDDING_A in tensors:
+        return tensors[EMBEDDING_B], tensors[EMBEDDING_A]
+    up, down = tensors[B], tensors[A]
+    if isinstance(site, ConvSite):
+        return up.flatten(1), down.flatten(1)
+    stack = site.stack if isinstance(site, ParameterSite) else None
+    if stack is None:
+        return up, down
+    # The experts lie apart in A and interleaved in B: (experts * r, in) and (out, r * experts).
+    r = settings.r
+    return up.reshape(up.shape[0], r, stack).permute(2, 0, 1), down.reshape(stack, r, down.shape[1])
+
+
+@torch.no_grad()
+def _lengths(patch: Patch, base: Base) -> Tensor:
+    """The length of each row of ``W + scale * B A``, shape ``(out,)``, float32."""
+    weight = base.base_weight()
+    own = Patch(patch.up, patch.down, patch.scale)
+    found = []
+    for start in range(0, weight.shape[0], BLOCK):
+        rows = weight[start : start + BLOCK].to(torch.float32, copy=True)
+        found.append(own.changed_rows(rows, start, start + rows.shape[0]).norm(dim=1))
+    # A row of zeros has no direction to be given a length; it stays zero.
+    return torch.cat(found).clamp_min(torch.finfo(torch.float32).tiny)

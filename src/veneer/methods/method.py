@@ -3,48 +3,105 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from veneer.config import PeftConfig
+from veneer.config import TargetedConfig
 from veneer.patch import Patch
-from veneer.site import Site
+from veneer.sites import Site
 
-ConfigT = TypeVar("ConfigT", bound=PeftConfig)
+if TYPE_CHECKING:
+    from veneer.catalog import Catalog
+
+ConfigT = TypeVar("ConfigT", bound=TargetedConfig)
 SettingsT = TypeVar("SettingsT")
+
+
+class Base(Protocol):
+    """One base layer as it was before any adapter: live, or on disk."""
+
+    @property
+    def site(self) -> Site:
+        """Its kind, name and shape."""
+        ...
+
+    @property
+    def base_bias(self) -> Tensor | None:
+        """Its bias, shape ``(out,)``."""
+        ...
+
+    def base_weight(self) -> Tensor:
+        """Its weight, canonical ``(out, in)``, in its own dtype, without gradients."""
+        ...
+
+
+@dataclass
+class Part:
+    """One method and the layers that a config gives to it.
+
+    Attributes:
+        method: the method.
+        sites: the layers, in the model's order.
+        twins: id of a site -> another that uses the same tensors, such as a tied output layer.
+        optional: whether a checkpoint may leave the layers out.
+    """
+
+    method: AnyMethod
+    sites: list[Site]
+    twins: dict[str, Site] = field(default_factory=dict)
+    optional: bool = False
 
 
 class Method(ABC, Generic[ConfigT, SettingsT]):
     """One PEFT method. Stateless: its tensors live in the layers, its options in the config.
 
     Attributes:
-        peft_type: the name in ``adapter_config.json``.
-        leaves: the tensors of one adapted layer, named as on disk.
+        leaves: the tensors that an adapted layer may have, named as on disk.
+        trainable: whether they are trained.
     """
 
-    peft_type: ClassVar[str]
     leaves: ClassVar[tuple[str, ...]]
+    trainable: ClassVar[bool] = True
+
+    def parts(self, config: ConfigT, catalog: Catalog) -> list[Part]:
+        """The layers that ``config`` means, and for each the method that serves it; this one for all by default."""
+        return [Part(self, catalog.sites(config))]
+
+    def in_memory(self, leaf: str) -> str:
+        """The name of a leaf in memory, where the adapter's name follows its head; as on disk by default."""
+        return leaf
 
     @abstractmethod
-    def settings(self, config: ConfigT, name: str) -> SettingsT:
-        """What ``config`` means for the module ``name``, its patterns resolved; worked out once a layer."""
+    def settings(self, config: ConfigT, site: Site) -> SettingsT:
+        """What ``config`` means for a layer, its patterns resolved; worked out once a layer."""
+
+    def settled(self, settings: SettingsT, tensors: Mapping[str, Tensor], base: Base) -> SettingsT:
+        """``settings`` completed with what only a loaded checkpoint's tensors tell."""
+        return settings
 
     @abstractmethod
-    def shapes(self, settings: SettingsT, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        """Leaf -> the shape it must have on a layer of canonical ``shape`` (out, in)."""
+    def shapes(self, settings: SettingsT, site: Site) -> Mapping[str, tuple[int, ...]]:
+        """Leaf -> the shape it must have on a layer."""
 
     @abstractmethod
     def init(
-        self, config: ConfigT, settings: SettingsT, site: Site, generator: torch.Generator | None
+        self, config: ConfigT, settings: SettingsT, base: Base, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         """Leaf -> the float32 tensor that a new adapter starts from."""
 
     @abstractmethod
-    def lower(self, settings: SettingsT, tensors: Mapping[str, Tensor]) -> Patch:
+    def lower(self, settings: SettingsT, tensors: Mapping[str, Tensor], base: Base) -> Patch:
         """What the tensors mean for the layer. Pure and differentiable."""
 
 
 AnyMethod = Method[Any, Any]
+
+
+def leaves_of(parts: Iterable[Part]) -> dict[str, Part]:
+    """Leaf -> the part whose it is, the longest leaf first."""
+    found = {leaf: part for part in parts for leaf in part.method.leaves}
+    return dict(sorted(found.items(), key=lambda item: -len(item[0])))

@@ -1,0 +1,124 @@
+"""The multiplicative parts of a patch: ``I`` on a weight's input side, ``O`` on its output side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# A factor this near to the identity is one.
+ROUNDING = 1e-6
+
+
+class Factor(Protocol):
+    """A square matrix ``M``, in a form cheaper than a matrix where it has one."""
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether it scales each entry on its own."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its values."""
+        ...
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``M x`` along the last dimension of ``x``, in ``x``'s dtype."""
+        ...
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """``weight M`` for rows ``(n, size)`` of a weight."""
+        ...
+
+    def at(self, index: int) -> Factor:
+        """The factor of one matrix of a stack."""
+        ...
+
+    def changes(self) -> bool:
+        """Whether it is, beyond rounding, anything but the identity."""
+        ...
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """A diagonal matrix; ``values`` has shape ``(size,)``."""
+
+    values: Tensor
+    is_diagonal = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x * self.values.to(x.dtype)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        return weight * self.values.to(weight.dtype)
+
+    def at(self, index: int) -> Diagonal:
+        return Diagonal(self.values[index])
+
+    def changes(self) -> bool:
+        return bool((self.values.detach().float() - 1).abs().max() > ROUNDING)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A block-diagonal matrix; ``blocks`` has shape ``(n, size, size)``, or ``(1, size, size)`` when all are one."""
+
+    blocks: Tensor
+    is_diagonal = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.blocks.dtype
+
+    def apply(self, x: Tensor) -> Tensor:
+        parts = x.unflatten(-1, (-1, self.blocks.shape[-1]))
+        return torch.einsum("...ni,nji->...nj", parts, self._spread(parts).to(x.dtype)).flatten(-2)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        parts = weight.unflatten(-1, (-1, self.blocks.shape[-1]))
+        return torch.einsum("...nj,nji->...ni", parts, self._spread(parts).to(weight.dtype)).flatten(-2)
+
+    def _spread(self, parts: Tensor) -> Tensor:
+        return self.blocks.expand(parts.shape[-2], -1, -1)
+
+    def at(self, index: int) -> Blocks:
+        return Blocks(self.blocks[index])
+
+    def changes(self) -> bool:
+        return _differs(self.blocks)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A full matrix, shape ``(size, size)``."""
+
+    values: Tensor
+    is_diagonal = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    def apply(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.values.to(x.dtype))
+
+    def rows(self, weight: Tensor) -> Tensor:
+        return weight @ self.values.to(weight.dtype)
+
+    def at(self, index: int) -> Matrix:
+        return Matrix(self.values[index])
+
+    def changes(self) -> bool:
+        return _differs(self.values)
+
+
+def _differs(matrices: Tensor) -> bool:
+    identity = torch.eye(matrices.shape[-1], device=matrices.device)
+    return bool((matrices.detach().float() - identity).abs().max() > ROUNDING)

@@ -1,0 +1,65 @@
+"""The weight of an embedding or output layer that was saved beside its LoRA (``save_embedding_layers``).
+
+It is the base's own weight in most checkpoints, and another where the vocabulary was extended before training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from veneer.config import TargetedConfig
+from veneer.methods.method import Base, Method
+from veneer.patch import Patch, Tokens
+from veneer.sites import Site
+from veneer.sites.embedding import EmbeddingSite
+
+WEIGHT = "base_layer.weight"
+
+
+@dataclass(frozen=True)
+class SavedWeightSettings:
+    """Whether a token is a row of the canonical weight, and whether the base's own weight differs."""
+
+    rows: bool
+    differs: bool = True
+
+
+class SavedWeight(Method[TargetedConfig, SavedWeightSettings]):
+    """A whole weight, shape ``(vocabulary, dim)``, in the place of the base's."""
+
+    leaves = (WEIGHT,)
+    trainable = False
+
+    def in_memory(self, leaf: str) -> str:
+        return "saved_weight"
+
+    def settings(self, config: TargetedConfig, site: Site) -> SavedWeightSettings:
+        return SavedWeightSettings(rows=not isinstance(site, EmbeddingSite))
+
+    def settled(self, settings: SavedWeightSettings, tensors: Mapping[str, Tensor], base: Base) -> SavedWeightSettings:
+        own, stored = tensors[WEIGHT], base.base_weight()
+        stored = stored if settings.rows else stored.T
+        return replace(settings, differs=not torch.equal(own.to(stored.dtype), stored))
+
+    def shapes(self, settings: SavedWeightSettings, site: Site) -> dict[str, tuple[int, ...]]:
+        out, inner = site.shape
+        return {WEIGHT: (out, inner) if settings.rows else (inner, out)}
+
+    def init(
+        self, config: TargetedConfig, settings: SavedWeightSettings, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        weight = base.base_weight()
+        return {WEIGHT: (weight if settings.rows else weight.T).float()}
+
+    def lower(self, settings: SavedWeightSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        if not settings.differs:
+            return Patch()
+        values = tensors[WEIGHT]
+        return Patch(tokens=Tokens(torch.arange(values.shape[0], device=values.device), values, settings.rows))
+
+
+SAVED_WEIGHT = SavedWeight()

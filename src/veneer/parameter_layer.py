@@ -1,0 +1,57 @@
+"""The wrapper for one parameter of a layer that uses it inside its own ``forward``: fused experts, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from veneer.layer import AdaptedLayer
+from veneer.merging.arithmetic import composed
+from veneer.patch import apply_rows
+from veneer.selection import NOTHING, Selection
+from veneer.sites.site import call_with
+
+
+class AdaptedParameter(AdaptedLayer):
+    """Calls the base layer with the changed parameter in its own's place.
+
+    Several nest, one for each parameter; the innermost calls the base layer with all of them changed.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's output under the selected adapters."""
+        selection = self.switch.selection
+        if selection.rows is None:
+            return self._through({}, *args, **kwargs)
+        return self._through_rows(selection, *args, **kwargs)
+
+    def _through(self, changed: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        names = self.here(self.switch.selection.names)
+        if names != self.merged:
+            changed = {**changed, self.site.parameter: self._changed(names)}
+        inner = self.base_layer
+        if isinstance(inner, AdaptedParameter):
+            return inner._through(changed, *args, **kwargs)
+        return call_with(inner, changed, *args, **kwargs) if changed else inner(*args, **kwargs)
+
+    def _changed(self, names: tuple[str, ...]) -> Tensor:
+        if not names:
+            return self.base_stored
+        weight = composed(self.base_weight(), self.patches(names))
+        return self.site.as_stored(weight).to(self.base_stored.dtype)
+
+    def _through_rows(self, selection: Selection, *args: Any, **kwargs: Any) -> Any:
+        if not args:
+            first, *_ = kwargs
+            args = (kwargs.pop(first),)
+        x: Tensor = args[0]
+        with self.switch.during(NOTHING):
+            y = self._through({}, *args, **kwargs)
+
+        def run(name: str, _: Any, *own: Any, **named: Any) -> Any:
+            with self.switch.during(Selection((name,))):
+                return self._through({}, *own, **named)
+
+        return apply_rows(y, run, selection.groups(x.shape[0], x.device), *args, **kwargs)

@@ -1,0 +1,82 @@
+"""The kinds of base layer that can carry an adapter, behind one face: :class:`Site`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from veneer.sites.conv import ConvSite
+from veneer.sites.embedding import EmbeddingSite
+from veneer.sites.linear import Conv1DSite, LinearSite
+from veneer.sites.parameter import ParameterSite, VectorSite
+from veneer.sites.shift import ShiftSite
+from veneer.sites.site import Site
+
+__all__ = ["KINDS", "ParameterSite", "Site", "bias_site", "is_linear", "kinds", "sites_for"]
+
+# Kinds that can carry an adapter, most common first; the first that fits a layer is used.
+KINDS: tuple[tuple[type[nn.Module], Callable[[str, nn.Module], Site]], ...] = (
+    (nn.Linear, LinearSite),
+    (Conv1D, Conv1DSite),
+    (nn.Embedding, EmbeddingSite),
+    (nn.Conv2d, ConvSite),
+    (nn.Conv1d, ConvSite),
+    (nn.Conv3d, ConvSite),
+)
+
+
+def sites_for(name: str, module: nn.Module) -> list[Site]:
+    """The sites of a layer: one, two for ``nn.MultiheadAttention``, none when its kind cannot carry an adapter.
+
+    Packed (quantised) weights and layers whose ``forward`` is never called are no sites: an adapter there would
+    be a silent no-op or wrong.
+    """
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return []
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention(name, module)
+    for kind, make in KINDS:
+        if isinstance(module, kind):
+            weight = getattr(module, "weight", None)
+            usable = isinstance(weight, nn.Parameter) and weight.is_floating_point()
+            return [make(name, module)] if usable else []
+    return []
+
+
+def _attention(name: str, module: nn.MultiheadAttention) -> list[Site]:
+    """The stacked query, key and value projection, and the output projection, under the keys that peft gives them."""
+    if module.in_proj_weight is None:  # keys and values of other sizes have a weight each
+        return []
+    return [
+        ParameterSite(name, module, "out_proj.weight", f"{name}.base_layer.out_proj", gain=2.0),
+        ParameterSite(name, module, "in_proj_weight", name),
+    ]
+
+
+def bias_site(name: str, module: nn.Module, parent: nn.Module, adapted: bool) -> Site:
+    """The site of a bias that is trained alone.
+
+    Args:
+        name: the layer's name.
+        module: the layer.
+        parent: the module that it is a child of.
+        adapted: whether the parent carries an adapter, which changes the bias's key.
+    """
+    if not isinstance(module, NonDynamicallyQuantizableLinear):
+        return ShiftSite(name, module)
+    owner, _, child = name.rpartition(".")
+    key = f"{owner}.base_layer.{child}.base_layer" if adapted else name
+    return VectorSite(owner, parent, f"{child}.bias", key)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether "all-linear" means this layer."""
+    return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def kinds() -> str:
+    """The kinds of layer that can carry an adapter, for an error to name."""
+    return ", ".join([*(kind.__name__ for kind, _ in KINDS), nn.MultiheadAttention.__name__])
