@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from veneer import targets
-from veneer.config import LoraConfig
+from veneer.configs.lora import LoraConfig
 from veneer.errors import ConfigError, TargetError
 
 LINEAR = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")

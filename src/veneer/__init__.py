@@ -30,7 +30,10 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
-    from veneer.config import LoraConfig, PeftConfig, PeftType, TaskType
+    from veneer.config import PeftConfig, PeftType, TaskType
+    from veneer.configs.ia3 import IA3Config
+    from veneer.configs.lora import LoraConfig
+    from veneer.configs.vera import VeraConfig
     from veneer.errors import (
         AdapterError,
         BaseMismatchError,
@@ -82,7 +85,10 @@ _HOMES = {
             "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
             "AutoPeftModelForTokenClassification"
         ),
-        "config": "LoraConfig PeftConfig PeftType TaskType",
+        "config": "PeftConfig PeftType TaskType",
+        "configs.ia3": "IA3Config",
+        "configs.lora": "LoraConfig",
+        "configs.vera": "VeraConfig",
         "errors": (
             "AdapterError BaseMismatchError BaseModelError BindError ConfigError "
             "CorruptFileError DuplicateAdapterError IncompleteCheckpointError MergeError "
@@ -129,6 +135,7 @@ __all__ = [
     "ConfigError",
     "CorruptFileError",
     "DuplicateAdapterError",
+    "IA3Config",
     "IncompleteCheckpointError",
     "Inspection",
     "LoadReport",
@@ -157,6 +164,7 @@ __all__ = [
     "UnknownMethodError",
     "UnsupportedError",
     "VeneerError",
+    "VeraConfig",
     "__version__",
     "get_peft_model",
     "inspect",

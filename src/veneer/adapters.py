@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from veneer.catalog import Catalog
 from veneer.checkpoint import Checkpoint
-from veneer.codec import encode
+from veneer.codec import SHARED_PREFIX, encode
 from veneer.config import PeftConfig, TargetedConfig
 from veneer.errors import (
     AdapterError,
@@ -53,6 +53,7 @@ class Adapter:
         zero: those of ``layers`` in which it changes nothing, known when it was loaded.
         base_digest: the digest of the base it was trained on, where the checkpoint records it.
         notes: what was odd about it.
+        shared: the tensors that all of its layers use.
         dtypes: checkpoint key -> dtype on disk, for tensors that are wider in memory and saved as they were.
     """
 
@@ -65,6 +66,7 @@ class Adapter:
     zero: list[str] = field(default_factory=list)
     base_digest: str | None = None
     notes: list[str] = field(default_factory=list)
+    shared: dict[str, nn.Parameter] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
 
@@ -118,7 +120,8 @@ class Adapters:
                 for leaf, key in binding.keys.items()
             }
             made.append(_Made(binding.site, binding.method, binding.settings, parameters, binding.twin))
-        self._bind(adapter, made)
+        stored = {leaf: tensors[key] for leaf, key in plan.shared.items()}
+        self._bind(adapter, made, self._shared(config, method, made, stored, float32, trainable, None))
         for root, keys in plan.saved.items():
             values = {leaf: tensors[key] for leaf, key in keys.items()}
             self._saved(root).add(name, values).requires_grad_(trainable)
@@ -152,19 +155,45 @@ class Adapters:
                 parameters = {leaf: _parameter(t, site.device, True, True) for leaf, t in tensors.items()}
                 made.append(_Made(site, part.method, settings, parameters, part.twins.get(site.id)))
         adapter = Adapter(name, config, trainable=True)
-        self._bind(adapter, made)
+        self._bind(adapter, made, self._shared(config, method, made, {}, True, True, generator))
         for root in roots:
             self._saved(root).add(name).requires_grad_(True)
             adapter.saved.append(root)
         self._added(adapter)
         return adapter
 
-    def _bind(self, adapter: Adapter, made: Iterable[_Made]) -> None:
+    def _shared(
+        self,
+        config: TargetedConfig,
+        method: AnyMethod,
+        made: Sequence[_Made],
+        stored: dict[str, Tensor],
+        float32: bool,
+        trainable: bool,
+        generator: torch.Generator | None,
+    ) -> dict[str, nn.Parameter]:
+        """The tensors that all layers use: from the checkpoint, else made from the config."""
+        sites = [one.site for one in made if one.method is method]
+        if not method.shared or not sites:
+            return {}
+        missing = set(method.shared) - stored.keys()
+        fresh = method.make_shared(config, sites, generator) if missing else {}
+        return {
+            leaf: _parameter(tensor, sites[0].device, float32, trainable and method.trains_shared)
+            for leaf, tensor in {**fresh, **stored}.items()
+        }
+
+    def _bind(self, adapter: Adapter, made: Sequence[_Made], shared: dict[str, nn.Parameter]) -> None:
         """Put tensors that are ready into their layers; from here on nothing can fail."""
+        adapter.shared = shared
+        if shared:
+            self._layer(made[0].site).hold(adapter.name, shared)
         for one in made:
             layer = self._layer(one.site)
             settings = one.method.settled(one.settings, one.tensors, layer)
-            share = Bound(one.method, settings, tuple(one.tensors), one.site.key)
+            # The adapter's own method alone has shared tensors; its companions (biases ...) have none.
+            common = shared if one.method.shared else {}
+            share = Bound(one.method, settings, tuple(one.tensors), one.site.key, common)
             layer.bind(adapter.name, share, one.tensors)
             adapter.layers.append(one.site.id)
             if one.twin is not None:
@@ -342,6 +371,8 @@ class Adapters:
             if share.method.trainable
             for p in self.layers[module].tensors(name, share).values()
         }
+        if adapter.shared and method_of(adapter.config).trains_shared:
+            own.update((id(p), p) for p in adapter.shared.values())
         return [*own.values(), *(p for root in adapter.saved for p in self._copy(root, name).parameters())]
 
     def named_tensors(self, name: str) -> list[tuple[str, Tensor]]:
@@ -354,6 +385,8 @@ class Adapters:
                 if share.key is not None:
                     tensors = layer.tensors(name, share)
                     found += [(encode(share.key, leaf), tensor) for leaf, tensor in tensors.items()]
+        if adapter.shared and method_of(adapter.config).saves_shared(adapter.config):
+            found += [(SHARED_PREFIX + leaf, tensor) for leaf, tensor in adapter.shared.items()]
         for root in adapter.saved:
             found += [(encode(root, leaf), t) for leaf, t in self._copy(root, name).state_dict(keep_vars=True).items()]
         return found

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 PREFIX = "base_model.model."
+# Tensors that all layers of an adapter share belong to no module.
+SHARED_PREFIX = "base_model."
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import json
+import pkgutil
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -30,9 +32,54 @@ class _Name(str, Enum):
 
 
 class PeftType(_Name):
-    """The methods that this version knows, by the name that stands in ``adapter_config.json``."""
+    """The methods of the field, by the name that stands in ``adapter_config.json``."""
 
+    ADALORA = "ADALORA"
+    ADAMSS = "ADAMSS"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    BEFT = "BEFT"
+    BOFT = "BOFT"
+    BONE = "BONE"
+    C3A = "C3A"
+    CARTRIDGE = "CARTRIDGE"
+    CPT = "CPT"
+    DEFT = "DEFT"
+    DELORA = "DELORA"
+    FOURIERFT = "FOURIERFT"
+    FROD = "FROD"
+    GLORA = "GLORA"
+    GRALORA = "GRALORA"
+    HIRA = "HIRA"
+    HRA = "HRA"
+    IA3 = "IA3"
+    LILY = "LILY"
+    LN_TUNING = "LN_TUNING"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
     LORA = "LORA"
+    MISS = "MISS"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    OFT = "OFT"
+    OSF = "OSF"
+    PEANUT = "PEANUT"
+    POLY = "POLY"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    PSOFT = "PSOFT"
+    PVERA = "PVERA"
+    P_TUNING = "P_TUNING"
+    RANDLORA = "RANDLORA"
+    ROAD = "ROAD"
+    SHADOW = "SHADOW"
+    SHIRA = "SHIRA"
+    SUPERTUNING = "SUPERTUNING"
+    TINYLORA = "TINYLORA"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    UNILORA = "UNILORA"
+    VBLORA = "VBLORA"
+    VERA = "VERA"
+    WAVEFT = "WAVEFT"
+    XLORA = "XLORA"
 
 
 class TaskType(_Name):
@@ -67,7 +114,7 @@ class PeftConfig:
     ``PeftConfig.from_pretrained(path)`` reads any adapter's config and returns its method's own class.
     """
 
-    peft_type: PeftType | None = None
+    peft_type: PeftType | str | None = None
     task_type: TaskType | str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -108,7 +155,7 @@ class PeftConfig:
         _sort_unknown(extra, names, where, strict)
         try:
             known = {key: value for key, value in known.items() if value is not None or key not in _PATTERNS}
-            config = kind(**{**known, "peft_type": PeftType(known["peft_type"])}, extra=extra)
+            config = kind(**{**known, "peft_type": _peft_type(known["peft_type"])}, extra=extra)
         except ConfigError:
             raise
         except (TypeError, ValueError, re.error) as error:
@@ -193,98 +240,20 @@ class TargetedConfig(PeftConfig):
             )
 
 
-@dataclass
-class LoraConfig(TargetedConfig):
-    """LoRA (Hu et al. 2021, arXiv:2106.09685): ``W' = W + scale * B A``.
-
-    ``scale`` is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora`` (arXiv:2312.03732). Names,
-    defaults and meaning are PEFT's, so a config written for it works here.
-
-    Args, beside those of :class:`TargetedConfig`:
-        r: the rank.
-        lora_alpha: the numerator of the scale.
-        lora_dropout: dropout on the adapter's input while training.
-        rank_pattern: ``{pattern: r}`` for modules whose name ends with the pattern (a regular expression).
-        alpha_pattern: the same for ``lora_alpha``.
-        init_lora_weights: ``True`` (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal of deviation 1/r, B
-            zero) or ``False`` (both random: a non-zero start, for tests).
-    """
-
-    r: int = 8
-    lora_alpha: int | float = 8
-    lora_dropout: float = 0.0
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    use_rslora: bool = False
-    init_lora_weights: bool | str = True
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    megatron_config: dict[str, Any] | None = None
-    megatron_core: str | None = "megatron.core"
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    loftq_config: dict[str, Any] | None = field(default_factory=dict)
-    eva_config: dict[str, Any] | None = None
-    corda_config: dict[str, Any] | None = None
-    lora_ga_config: dict[str, Any] | None = None
-    use_dora: bool = False
-    velora_config: dict[str, Any] | None = None
-    alora_invocation_tokens: list[int] | None = None
-    use_qalora: bool = False
-    qalora_group_size: int = 16
-    monteclora_config: dict[str, Any] | None = None
-    layer_replication: list[list[int]] | None = None
-    lora_bias: bool = False
-    target_parameters: list[str] | None = None
-    use_bdlora: dict[str, Any] | None = None
-    arrow_config: dict[str, Any] | None = None
-    kasa_config: dict[str, Any] | None = None
-    ensure_weight_tying: bool = False
-
-    honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "megatron_config": (None,),
-        "velora_config": (None,),
-        "alora_invocation_tokens": (None,),
-        "use_qalora": (False, None),
-        "monteclora_config": (None,),
-        "layer_replication": (None, []),
-        "use_bdlora": (None, False),
-        "arrow_config": (None,),
-        "kasa_config": (None,),
-        "ensure_weight_tying": (False, None),
-        # These move a part of the base into the adapter, which then fits no untouched base.
-        "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
-    }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType.LORA
-        self.rank_pattern = dict(self.rank_pattern)
-        self.alpha_pattern = dict(self.alpha_pattern)
-        self._check()
-
-    def _check(self) -> None:
-        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}
-        for name, rank in ranks.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ConfigError(f"{name}={rank!r} is no rank.", hint="A rank is a whole number of at least 1.")
-        alphas = {
-            "lora_alpha": self.lora_alpha,
-            **{f"alpha_pattern[{k!r}]": a for k, a in self.alpha_pattern.items()},
-        }
-        for name, alpha in alphas.items():
-            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-                raise ConfigError(f"{name}={alpha!r} is no number.", hint="Common choices are r and 2*r.")
-        if not isinstance(self.lora_dropout, (int, float)) or not 0.0 <= self.lora_dropout < 1.0:
-            raise ConfigError(
-                f"lora_dropout={self.lora_dropout!r} is no share.",
-                hint="It lies between 0 (off) and 1 (excluded).",
-            )
-        for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            for pattern in patterns:
-                check_regex(name, pattern)
+_CONFIGS: dict[str, type[PeftConfig]] = {}
 
 
-CONFIGS: Mapping[str, type[PeftConfig]] = {PeftType.LORA.value: LoraConfig}
+def register_config(peft_type: str, kind: type[PeftConfig]) -> None:
+    """Let ``peft_type`` in an ``adapter_config.json`` be read as ``kind``: for methods that are not Veneer's own."""
+    _CONFIGS[peft_type] = kind
+
+
+def registered() -> list[str]:
+    """The ``peft_type`` of every method, Veneer's own (a file in ``configs/`` each) and others."""
+    import veneer.configs
+
+    own = {module.name.upper() for module in pkgutil.iter_modules(veneer.configs.__path__)}
+    return sorted(own | _CONFIGS.keys())
 
 
 def config_class(peft_type: Any, where: str) -> type[PeftConfig]:
@@ -294,14 +263,16 @@ def config_class(peft_type: Any, where: str) -> type[PeftConfig]:
             f"{where}: no peft_type, so the method is unknown.",
             hint='Add it, such as "peft_type": "LORA", if you know how the adapter was made.',
         )
-    kind = CONFIGS.get(str(peft_type))
-    if kind is None:
-        near = difflib.get_close_matches(str(peft_type).upper(), CONFIGS, n=1)
-        raise UnknownMethodError(
-            f"{where}: peft_type {str(peft_type)!r} is unknown to this version of Veneer.",
-            hint=(f"Did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(sorted(CONFIGS))}.",
-        )
-    return kind
+    name = str(peft_type)
+    if name not in _CONFIGS:
+        if name not in registered():
+            near = difflib.get_close_matches(name.upper(), registered(), n=1)
+            raise UnknownMethodError(
+                f"{where}: peft_type {name!r} is unknown to this version of Veneer.",
+                hint=(f"Did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(registered())}.",
+            )
+        _CONFIGS[name] = importlib.import_module(f"veneer.configs.{name.lower()}").CONFIG
+    return _CONFIGS[name]
 
 
 def _sort_unknown(extra: Mapping[str, Any], known: set[str], where: str, strict: bool) -> None:
@@ -340,6 +311,11 @@ def check_regex(name: str, value: Any) -> None:
             f"{name}: {value!r} is no regular expression: {error}.",
             hint="Escape dots and brackets with a backslash.",
         ) from error
+
+
+def _peft_type(name: str) -> PeftType | str:
+    """The member of that name; the name itself for a method registered from outside."""
+    return PeftType(name) if name in {t.value for t in PeftType} else name
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,12 +29,14 @@ class Bound:
         settings: what its config means here.
         leaves: the names of its tensors.
         key: where they lie in a checkpoint; ``None`` for a layer that shares another's tensors.
+        shared: leaf -> tensor that all layers of the adapter use; one of them holds it.
     """
 
     method: AnyMethod
     settings: Any
     leaves: tuple[str, ...]
     key: str | None
+    shared: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
 
 class AdaptedLayer(nn.Module):
@@ -83,10 +85,16 @@ class AdaptedLayer(nn.Module):
             leaves[adapter].register_parameter(tail, tensors[leaf])  # type: ignore[union-attr]
         self.bound.setdefault(adapter, []).append(share)
 
+    def hold(self, adapter: str, shared: Mapping[str, nn.Parameter]) -> None:
+        """Keep the tensors that all layers of an adapter use among this layer's, so that they move with the model."""
+        for leaf, parameter in shared.items():
+            self._holder(leaf)._parameters[adapter] = parameter
+
     def unbind(self, adapter: str) -> None:
         """Remove an adapter's tensors; the heads that are empty then go too."""
         shares = self.bound.pop(adapter)
-        for head in {s.method.in_memory(leaf).partition(".")[0] for s in shares for leaf in s.leaves}:
+        heads = {s.method.in_memory(leaf).partition(".")[0] for s in shares for leaf in s.leaves}
+        for head in heads.union(*(s.shared for s in shares)) & self._modules.keys():
             holder = self._holder(head)
             holder._parameters.pop(adapter, None)
             holder._modules.pop(adapter, None)
@@ -96,7 +104,10 @@ class AdaptedLayer(nn.Module):
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name; its tensors stay the same objects."""
         kept = [(share, self.tensors(old, share)) for share in self.bound[old]]
+        shared = {leaf: tensor for share, _ in kept for leaf, tensor in share.shared.items()}
+        held = {leaf: t for leaf, t in shared.items() if old in getattr(self._modules.get(leaf), "_parameters", {})}
         self.unbind(old)
+        self.hold(new, held)
         for share, tensors in kept:
             self.bind(new, share, tensors)
         self.merged = tuple(new if name == old else name for name in self.merged)
@@ -123,7 +134,7 @@ class AdaptedLayer(nn.Module):
     def patches(self, names: Sequence[str]) -> list[Patch]:
         """What adapters that are bound here mean for this layer, in the order in which they apply."""
         return [
-            share.method.lower(share.settings, self.tensors(name, share), self)
+            share.method.lower(share.settings, {**self.tensors(name, share), **share.shared}, self)
             for name in names
             for share in self.bound[name]
         ]

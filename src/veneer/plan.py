@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from veneer.catalog import Catalog
-from veneer.codec import decode
+from veneer.codec import SHARED_PREFIX, decode
 from veneer.config import TargetedConfig
 from veneer.errors import BindError, TargetError
 from veneer.methods import AnyMethod
@@ -57,12 +57,14 @@ class Plan:
     Attributes:
         bindings: the adapted layers.
         saved: module that comes whole -> its parameter -> the checkpoint's key.
+        shared: tensor that all layers use -> the checkpoint's key.
         problems: each reason why it does not fit, a line apiece.
         notes: what is odd and harmless.
     """
 
     bindings: list[Binding] = field(default_factory=list)
     saved: dict[str, dict[str, str]] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -70,7 +72,7 @@ class Plan:
     def keys(self) -> list[str]:
         """Every key that binds."""
         return [k for b in self.bindings for k in b.keys.values()] + [
-            k for p in self.saved.values() for k in p.values()
+            k for p in (self.shared, *self.saved.values()) for k in p.values()
         ]
 
 
@@ -83,7 +85,9 @@ def make_plan(config: TargetedConfig, method: AnyMethod, tensors: Mapping[str, H
     held: dict[tuple[str, str], dict[str, str]] = {}
     for key in tensors:
         slot = decode(key, leaves)
-        if slot is None:
+        if key.removeprefix(SHARED_PREFIX) in method.shared:
+            plan.shared[key.removeprefix(SHARED_PREFIX)] = key
+        elif slot is None:
             plan.problems.append(f"{key}: not in the PEFT dialect (it would begin with base_model.model.)")
         elif slot.leaf in leaves and not under(slot.module, saved):
             held.setdefault((slot.module, next(iter(leaves[slot.leaf].method.leaves))), {})[slot.leaf] = key
@@ -91,6 +95,7 @@ def make_plan(config: TargetedConfig, method: AnyMethod, tensors: Mapping[str, H
             _plan_saved(plan, key, tensors[key], saved, catalog)
     for part in parts:
         _plan_part(plan, part, held, config, tensors, catalog)
+    _check_shared(plan, config, method, tensors)
     _check_saved_filled(plan, saved, catalog)
     return plan
 
@@ -114,14 +119,14 @@ def _plan_part(
 ) -> None:
     meant = {site.key: site for site in part.sites}
     own = {module: keys for (module, head), keys in held.items() if head == next(iter(part.method.leaves))}
+    extra = []
+    for module in [name for name in own if name not in meant]:
+        extra += _plan_extra(plan, module, part.method, own[module], config, tensors, catalog)
     for key, site in meant.items():
         if key in own:
             _plan_site(plan, site, part.method, own[key], config, tensors, part.twins.get(site.id))
         elif not part.optional:
             plan.problems.append(f"{key}: the config targets it, and the checkpoint holds nothing for it")
-    extra = []
-    for module in own.keys() - meant.keys():
-        extra += _plan_extra(plan, module, part.method, own[module], config, tensors, catalog)
     if extra and not part.optional:
         plan.notes.append(
             f"{len(extra)} adapted layers are not among the config's targets (first: {min(extra)}); they are used."
@@ -168,7 +173,8 @@ def _plan_site(
     ]
     for leaf, shape in wanted.items():
         if leaf not in keys:
-            problems.append(f"{site.key}: {leaf} is missing from the checkpoint")
+            if leaf not in method.optional:
+                problems.append(f"{site.key}: {leaf} is missing from the checkpoint")
         elif tuple(tensors[keys[leaf]].shape) != shape:
             stored = tuple(tensors[keys[leaf]].shape)
             problems.append(f"{site.key}: {leaf} is {stored}, and this layer and config want {shape}")
@@ -198,6 +204,17 @@ def _plan_saved(plan: Plan, key: str, tensor: HasShape, saved: list[str], catalo
         plan.problems.append(f"{key}: is {tuple(tensor.shape)}, and the model's is {tuple(have.shape)}")
     else:
         plan.saved.setdefault(root, {})[name] = key
+
+
+def _check_shared(plan: Plan, config: TargetedConfig, method: AnyMethod, tensors: Mapping[str, HasShape]) -> None:
+    sites = [binding.site for binding in plan.bindings if binding.method is method]
+    for leaf, shape in method.shared_shapes(config, sites).items():
+        if leaf in plan.shared:
+            stored = tuple(tensors[plan.shared[leaf]].shape)
+            if stored != shape:
+                plan.problems.append(f"{leaf}: is {stored}, and this model and config want {shape}")
+        elif method.saves_shared(config):
+            plan.problems.append(f"{leaf}, which all layers share, is missing from the checkpoint")
 
 
 def _check_saved_filled(plan: Plan, saved: list[str], catalog: Catalog) -> None:

@@ -1,25 +1,39 @@
-"""The methods, found by the ``peft_type`` that stands in a config. To add one: CONTRIBUTING.md."""
+"""The methods, found by the ``peft_type`` that stands in a config. To add one: CONTRIBUTING.md.
+
+A method ``XYZ`` is two small files: ``configs/xyz.py`` with its config (it needs no torch) as ``CONFIG``, and
+``methods/xyz.py`` with its maths as ``METHOD``. They are imported when they are first asked for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
 
-from veneer.config import PeftConfig
+from veneer.config import PeftConfig, registered
 from veneer.errors import UnknownMethodError
-from veneer.methods.lora import Lora
 from veneer.methods.method import AnyMethod, Method
 
-__all__ = ["METHODS", "AnyMethod", "Method", "method_of"]
+__all__ = ["AnyMethod", "Method", "method_of", "register_method"]
 
-METHODS: Mapping[str, AnyMethod] = {method.peft_type: method for method in (Lora(),)}
+_METHODS: dict[str, AnyMethod] = {}
+
+
+def register_method(peft_type: str, method: AnyMethod) -> None:
+    """Let configs of ``peft_type`` be served by ``method``; their class is registered with ``register_config``."""
+    _METHODS[peft_type] = method
 
 
 def method_of(config: PeftConfig) -> AnyMethod:
-    """The method of a config."""
-    method = METHODS.get(str(config.peft_type))
-    if method is None:
-        raise UnknownMethodError(
-            f"peft_type {config.peft_type!r} names no method of this version of Veneer.",
-            hint=f"Use one of the config classes: known are {', '.join(sorted(METHODS))}.",
-        )
-    return method
+    """The method of a config.
+
+    Raises:
+        UnknownMethodError: its ``peft_type`` is none of this version's.
+    """
+    name = str(config.peft_type)
+    if name not in _METHODS:
+        if name not in registered():
+            raise UnknownMethodError(
+                f"peft_type {name!r} names no method of this version of Veneer.",
+                hint=f"Use one of the config classes: known are {', '.join(registered())}.",
+            )
+        _METHODS[name] = importlib.import_module(f"veneer.methods.{name.lower()}").METHOD
+    return _METHODS[name]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from veneer.config import LoraConfig, PeftType
+from veneer.configs.lora import LoraConfig
 from veneer.errors import UnsupportedError
 from veneer.factors import Diagonal
 from veneer.merging.arithmetic import BLOCK
@@ -59,7 +59,6 @@ class LoraSettings:
 class Lora(Method[LoraConfig, LoraSettings]):
     """LoRA, rsLoRA and DoRA."""
 
-    peft_type = PeftType.LORA.value
     leaves = (A, B, B_BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE)
 
     def in_memory(self, leaf: str) -> str:
@@ -154,6 +153,9 @@ class Lora(Method[LoraConfig, LoraSettings]):
         up, down = _factors(settings, tensors, base.site)
         scale = settings.scale * (base.site.gain if isinstance(base.site, ParameterSite) else 1.0)
         return Patch(up=up, down=down, scale=scale, dropout=settings.dropout, shift=shift)
+
+
+METHOD = Lora()
 
 
 def _factors(settings: LoraSettings, tensors: Mapping[str, Tensor], site: Site) -> tuple[Tensor, Tensor]:

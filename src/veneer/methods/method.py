@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -61,11 +61,32 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
 
     Attributes:
         leaves: the tensors that an adapted layer may have, named as on disk.
+        optional: those of them that a checkpoint may leave out.
         trainable: whether they are trained.
+        shared: tensors that all layers of an adapter use, ``base_model.<leaf>`` on disk; they join the layer's own in
+            what :meth:`lower` gets.
+        trains_shared: whether those are trained.
     """
 
     leaves: ClassVar[tuple[str, ...]]
+    optional: ClassVar[frozenset[str]] = frozenset()
     trainable: ClassVar[bool] = True
+    shared: ClassVar[tuple[str, ...]] = ()
+    trains_shared: ClassVar[bool] = False
+
+    def shared_shapes(self, config: ConfigT, sites: Sequence[Site]) -> Mapping[str, tuple[int, ...]]:
+        """Shared leaf -> the shape it must have."""
+        return {}
+
+    def make_shared(
+        self, config: ConfigT, sites: Sequence[Site], generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """Shared leaf -> its float32 tensor, for a new adapter or where a checkpoint leaves it out."""
+        return {}
+
+    def saves_shared(self, config: ConfigT) -> bool:
+        """Whether the shared tensors are written to a checkpoint; without them they can be made from the config."""
+        return True
 
     def parts(self, config: ConfigT, catalog: Catalog) -> list[Part]:
         """The layers that ``config`` means, and for each the method that serves it; this one for all by default."""

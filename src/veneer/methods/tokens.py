@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.config import LoraConfig
+from veneer.configs.lora import LoraConfig
 from veneer.errors import ConfigError
 from veneer.methods.method import Base, Method
 from veneer.patch import Patch, Tokens

@@ -1,0 +1,30 @@
+"""The config of (IA)3."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from veneer.config import PeftType, TargetedConfig, check_regex
+
+
+@dataclass
+class IA3Config(TargetedConfig):
+    """(IA)3 (Liu et al. 2022, arXiv:2205.05638): a trained scale on each input or output of a layer.
+
+    Args, beside those of :class:`TargetedConfig`:
+        feedforward_modules: those of the targets whose input is scaled; of the others it is the output.
+    """
+
+    feedforward_modules: list[str] | str | None = None
+    fan_in_fan_out: bool = False
+    init_ia3_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.IA3
+        if isinstance(self.feedforward_modules, (set, frozenset)):
+            self.feedforward_modules = sorted(self.feedforward_modules)
+        check_regex("feedforward_modules", self.feedforward_modules)
+
+
+CONFIG = IA3Config

@@ -1,0 +1,104 @@
+"""The config of LoRA and its variants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from veneer.config import PeftType, TargetedConfig, check_regex
+from veneer.errors import ConfigError
+
+
+@dataclass
+class LoraConfig(TargetedConfig):
+    """LoRA (Hu et al. 2021, arXiv:2106.09685): ``W' = W + scale * B A``.
+
+    ``scale`` is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora`` (arXiv:2312.03732). Names,
+    defaults and meaning are PEFT's, so a config written for it works here.
+
+    Args, beside those of :class:`TargetedConfig`:
+        r: the rank.
+        lora_alpha: the numerator of the scale.
+        lora_dropout: dropout on the adapter's input while training.
+        rank_pattern: ``{pattern: r}`` for modules whose name ends with the pattern (a regular expression).
+        alpha_pattern: the same for ``lora_alpha``.
+        init_lora_weights: ``True`` (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal of deviation 1/r, B
+            zero) or ``False`` (both random: a non-zero start, for tests).
+    """
+
+    r: int = 8
+    lora_alpha: int | float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: dict[str, Any] | None = field(default_factory=dict)
+    eva_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
+    use_dora: bool = False
+    velora_config: dict[str, Any] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: dict[str, Any] | None = None
+    layer_replication: list[list[int]] | None = None
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: dict[str, Any] | None = None
+    arrow_config: dict[str, Any] | None = None
+    kasa_config: dict[str, Any] | None = None
+    ensure_weight_tying: bool = False
+
+    honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "megatron_config": (None,),
+        "velora_config": (None,),
+        "alora_invocation_tokens": (None,),
+        "use_qalora": (False, None),
+        "monteclora_config": (None,),
+        "layer_replication": (None, []),
+        "use_bdlora": (None, False),
+        "arrow_config": (None,),
+        "kasa_config": (None,),
+        "ensure_weight_tying": (False, None),
+        # These move a part of the base into the adapter, which then fits no untouched base.
+        "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LORA
+        self.rank_pattern = dict(self.rank_pattern)
+        self.alpha_pattern = dict(self.alpha_pattern)
+        self._check()
+
+    def _check(self) -> None:
+        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}
+        for name, rank in ranks.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ConfigError(f"{name}={rank!r} is no rank.", hint="A rank is a whole number of at least 1.")
+        alphas = {
+            "lora_alpha": self.lora_alpha,
+            **{f"alpha_pattern[{k!r}]": a for k, a in self.alpha_pattern.items()},
+        }
+        for name, alpha in alphas.items():
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+                raise ConfigError(f"{name}={alpha!r} is no number.", hint="Common choices are r and 2*r.")
+        if not isinstance(self.lora_dropout, (int, float)) or not 0.0 <= self.lora_dropout < 1.0:
+            raise ConfigError(
+                f"lora_dropout={self.lora_dropout!r} is no share.",
+                hint="It lies between 0 (off) and 1 (excluded).",
+            )
+        for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for pattern in patterns:
+                check_regex(name, pattern)
+
+
+CONFIG = LoraConfig

@@ -1,0 +1,40 @@
+"""The config of VeRA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from veneer.config import PeftType, TargetedConfig
+
+
+@dataclass
+class VeraConfig(TargetedConfig):
+    """VeRA (Kopiczko et al. 2023, arXiv:2310.11454): one random pair of matrices for all layers, and two vectors each.
+
+    Args, beside those of :class:`TargetedConfig`:
+        r: the rank of the shared matrices.
+        projection_prng_key: the seed that they are made from.
+        save_projection: whether they are saved; without them the adapter is smaller and depends on the seed.
+        vera_dropout: dropout on the adapter's input while training.
+        d_initial: what the vector on the rank starts at; the other starts at zero.
+    """
+
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    init_weights: bool = True
+
+    honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none",)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.VERA
+
+
+CONFIG = VeraConfig

@@ -1,0 +1,63 @@
+"""(IA)3: infused adapter by inhibiting and amplifying inner activations (Liu et al. 2022, arXiv:2205.05638, 3.3).
+
+W' = diag(l) W, b' = l * b    on most layers, l: (out,)
+W' = W diag(l)                on feed-forward layers, l: (in,), or (channels,) of a convolution
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.configs.ia3 import IA3Config
+from veneer.factors import Diagonal
+from veneer.methods.method import Base, Method
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.conv import ConvSite
+from veneer.targets import names_match
+
+SCALE = "ia3_l"
+
+
+@dataclass(frozen=True)
+class IA3Settings:
+    """Whether the input is scaled (else the output)."""
+
+    feedforward: bool
+
+
+class IA3(Method[IA3Config, IA3Settings]):
+    """(IA)3 on linear layers and convolutions."""
+
+    leaves = (SCALE,)
+
+    def settings(self, config: IA3Config, site: Site) -> IA3Settings:
+        return IA3Settings(names_match(site.name, config.feedforward_modules))
+
+    def shapes(self, settings: IA3Settings, site: Site) -> dict[str, tuple[int, ...]]:
+        if isinstance(site, ConvSite):
+            size = site.conv.in_channels if settings.feedforward else site.shape[0]
+            return {SCALE: (1, size, *site.point)}
+        return {SCALE: (1, site.shape[1]) if settings.feedforward else (site.shape[0], 1)}
+
+    def init(
+        self, config: IA3Config, settings: IA3Settings, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        shape = self.shapes(settings, base.site)[SCALE]
+        return {SCALE: torch.ones(shape) if config.init_ia3_weights else torch.randn(shape, generator=generator)}
+
+    def lower(self, settings: IA3Settings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        scale = tensors[SCALE].flatten()
+        if not settings.feedforward:
+            return Patch(outer=Diagonal(scale), outer_on_bias=True)
+        if isinstance(base.site, ConvSite):
+            # One entry a channel, and the canonical weight has a column for each entry of its kernel.
+            scale = scale.repeat_interleave(base.site.shape[1] // len(scale))
+        return Patch(inner=Diagonal(scale))
+
+
+METHOD = IA3()

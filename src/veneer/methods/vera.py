@@ -1,0 +1,73 @@
+"""VeRA: vector-based random matrix adaptation (Kopiczko et al. 2023, arXiv:2310.11454, section 3).
+
+    W' = W + diag(b) B diag(d) A        d: (r,), b: (out,)
+
+``A``, ``(r, largest in)``, and ``B``, ``(largest out, r)``, are random, frozen and shared by all layers, each of
+which uses as many columns and rows as it has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from veneer.configs.vera import VeraConfig
+from veneer.methods.method import Base, Method
+from veneer.patch import Patch
+from veneer.sites import Site
+
+D = "vera_lambda_d"
+B = "vera_lambda_b"
+SHARED_A = "vera_A"
+SHARED_B = "vera_B"
+
+
+class Vera(Method[VeraConfig, VeraConfig]):
+    """VeRA on layers with a matrix."""
+
+    leaves = (B, D)
+    shared = (SHARED_A, SHARED_B)
+
+    def settings(self, config: VeraConfig, site: Site) -> VeraConfig:
+        return config
+
+    def shapes(self, settings: VeraConfig, site: Site) -> dict[str, tuple[int, ...]]:
+        return {B: (site.shape[0],), D: (settings.r,)}
+
+    def shared_shapes(self, config: VeraConfig, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
+        out, inner = (max(site.shape[side] for site in sites) for side in (0, 1))
+        return {SHARED_A: (config.r, inner), SHARED_B: (out, config.r)}
+
+    def make_shared(
+        self, config: VeraConfig, sites: Sequence[Site], generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        # Seeded by the config, so that a checkpoint without them means the same everywhere.
+        seeded = torch.Generator().manual_seed(config.projection_prng_key)
+        shapes = self.shared_shapes(config, sites)
+        return {leaf: _kaiming(shapes[leaf], seeded) for leaf in (SHARED_A, SHARED_B)}
+
+    def saves_shared(self, config: VeraConfig) -> bool:
+        return config.save_projection
+
+    def init(
+        self, config: VeraConfig, settings: VeraConfig, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        return {B: torch.zeros(base.site.shape[0]), D: torch.full((config.r,), config.d_initial)}
+
+    def lower(self, settings: VeraConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        out, inner = base.site.shape
+        up = tensors[B].unsqueeze(1) * tensors[SHARED_B][:out]
+        down = tensors[D].unsqueeze(1) * tensors[SHARED_A][:, :inner]
+        return Patch(up=up, down=down, dropout=settings.vera_dropout)
+
+
+METHOD = Vera()
+
+
+def _kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Uniform with the deviation ``sqrt(2 / fan_in)`` (He et al. 2015), drawn in the order that peft draws in."""
+    bound = math.sqrt(6 / shape[1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
