@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.folded import FoldedLayer, fold, fold_dtype, foldable
 from veneer.merging.arithmetic import composed, merged, merged_bias
 from veneer.methods import AnyMethod
 from veneer.patch import Patch, apply, apply_rows, biases, whole_weight
@@ -17,7 +18,20 @@ from veneer.sites import Site
 
 
 class Leaf(nn.Module):
-    """Holds the tensors of one adapter under one head: ``lora_A.default`` holds ``weight``."""
+    """Holds tensors by name: ``lora_A`` those of each adapter, ``lora_A.default`` one's ``weight``.
+
+    ``layer.lora_A["default"].weight`` works as on peft's layers.
+    """
+
+    def __getitem__(self, name: str) -> Any:
+        return self._modules[name] if name in self._modules else self._parameters[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules or name in self._parameters
+
+    def keys(self) -> list[str]:
+        """The names."""
+        return [*self._modules, *self._parameters]
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,8 @@ class AdaptedLayer(nn.Module):
         # The adapters whose patches are in the base layer's weight now, and the parameters that it had before.
         self.merged: tuple[str, ...] = ()
         self.original: list[nn.Parameter | None] = []
+        # What the last selection folds to; dropped when tensors are added, moved, or about to be trained.
+        self._folded: FoldedLayer | None = None
         self.training = site.module.training
 
     def __getattr__(self, name: str) -> Any:
@@ -73,6 +89,7 @@ class AdaptedLayer(nn.Module):
 
     def bind(self, adapter: str, share: Bound, tensors: Mapping[str, nn.Parameter]) -> None:
         """Add an adapter's tensors (leaf -> parameter), used as they are."""
+        self._folded = None
         for leaf in share.leaves:
             # "lora_embedding_A" has no tail: the parameter itself is named by the adapter.
             head, _, tail = share.method.in_memory(leaf).partition(".")
@@ -92,6 +109,7 @@ class AdaptedLayer(nn.Module):
 
     def unbind(self, adapter: str) -> None:
         """Remove an adapter's tensors; the heads that are empty then go too."""
+        self._folded = None
         shares = self.bound.pop(adapter)
         heads = {s.method.in_memory(leaf).partition(".")[0] for s in shares for leaf in s.leaves}
         for head in heads.union(*(s.shared for s in shares)) & self._modules.keys():
@@ -177,10 +195,28 @@ class AdaptedLayer(nn.Module):
         selection = self.switch.selection
         if selection.rows is not None:
             return self._forward_rows(selection, x, *args, **kwargs)
+        if not (self.training or args or kwargs or torch.compiler.is_compiling()):
+            kept = self._folded
+            if kept is None or kept.selected != selection.names or not kept.is_current():
+                kept = self._folded = self._fold(selection.names)
+            if kept.folded is not None and not (torch.is_grad_enabled() and kept.wants_grad(x)):
+                return kept.forward(x)
         names = self.here(selection.names)
         if names == self.merged:
             return self.base_layer(x, *args, **kwargs)
         return self._apply_patches(self.patches(names), x, *args, **kwargs)
+
+    def _fold(self, selected: tuple[str, ...]) -> FoldedLayer:
+        """The folded form of a selection, which inference keeps until a tensor changes."""
+        names = self.here(selected)
+        sources = [t for n in names for s in self.bound[n] for t in (*self.tensors(n, s).values(), *s.shared.values())]
+        if not names or names == self.merged or not self.site.matrix_input:
+            return FoldedLayer(selected, sources, None, self.base_layer)
+        with torch.no_grad():
+            patches = self.patches(names)
+            dtype = fold_dtype(self.base_stored.device, self.base_stored.dtype)
+            folded = fold(patches, self.base_bias, dtype) if foldable(patches) else None
+        return FoldedLayer(selected, sources, folded, self._base if self.original else self.base_layer)
 
     def _apply_patches(self, patches: Sequence[Patch], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if patches and whole_weight(self.site, patches):
@@ -212,6 +248,7 @@ class AdaptedLayer(nn.Module):
             original = [None if self.site.shift_only else self.site.stored, self.site.bias]
             self._store(*self.merged_parameters(names))
             self.original, self.merged = original, names
+            self._folded = None
 
     def merged_parameters(self, names: tuple[str, ...]) -> tuple[nn.Parameter | None, nn.Parameter | None]:
         """The weight (as stored) and bias that the layer has with ``names`` merged; nothing is changed."""
@@ -238,15 +275,26 @@ class AdaptedLayer(nn.Module):
 
     def unmerge(self) -> None:
         """Put the original parameters back: the same tensors, so the same bytes."""
+        self._folded = None
         if self.original:
             self._store(*self.original)
         self.original, self.merged = [], ()
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
+        self._folded = None
         # The original parameters are kept out of the module's own, so a move or cast must be told of them.
         self.original = [None if p is None else _like(fn(p.detach()), p) for p in self.original]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def train(self, mode: bool = True) -> AdaptedLayer:
+        """Set the mode of this layer and of all in it."""
+        self._folded = None
+        super().train(mode)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_folded": None}
 
     def extra_repr(self) -> str:
         """The adapters, in a model's print-out."""

@@ -1,0 +1,182 @@
+"""The patches of one selection on one linear layer, folded into few operations for inference.
+
+Patches made of low-rank parts, diagonal factors and shifts compose to
+
+    y' = s * y + (x' A) B + c        x' = i * x,  A: (in, R), B: (R, out),  s, c: (out,),  i: (in,)
+
+with ``y`` the base layer's output and ``R`` the sum of the ranks. ``A`` and ``B`` lie as their products want them, and
+in the dtype in which a tiny product is cheapest: on a CPU float32, whose products begin several times faster than those
+of half precision. What is folded is a few times an adapter's size; the base's weight is not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from veneer.factors import Diagonal
+from veneer.patch import Patch
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Patches in folded form; a part that is ``None`` changes nothing.
+
+    Attributes:
+        down: ``A``.
+        up: ``B``.
+        inner: ``i``.
+        outer: ``s``.
+        shift: ``c``.
+    """
+
+    down: Tensor | None = None
+    up: Tensor | None = None
+    inner: Tensor | None = None
+    outer: Tensor | None = None
+    shift: Tensor | None = None
+
+    def change(self, y: Tensor, x: Tensor, own: bool = True) -> Tensor:
+        """The layer's output from the base's output ``y`` for ``inner * x``.
+
+        Args:
+            y: shape ``(..., out)``.
+            x: the layer's input, shape ``(..., in)``.
+            own: whether nobody else sees ``y``, so that it may be overwritten.
+        """
+        y = y.contiguous() if own else y.clone(memory_format=torch.contiguous_format)
+        flat = y.view(-1, y.shape[-1])
+        if self.outer is None and self.shift is None:
+            if self.down is None or self.up is None:
+                return y
+            hidden = torch.mm(x.reshape(-1, x.shape[-1]).to(self.down.dtype), self.down)
+            if flat.dtype is self.up.dtype:
+                flat.addmm_(hidden, self.up)
+            else:
+                flat.add_(torch.mm(hidden, self.up))
+            return y
+        wide = flat.float() if self.outer is None else flat * self.outer
+        if self.shift is not None:
+            wide += self.shift
+        if self.down is not None and self.up is not None:
+            wide.addmm_(torch.mm(x.reshape(-1, x.shape[-1]).to(self.down.dtype), self.down).float(), self.up.float())
+        return wide.to(y.dtype).view_as(y)
+
+
+def foldable(patches: Sequence[Patch]) -> bool:
+    """Whether :func:`fold` can fold them."""
+    return all(
+        patch.dense is None
+        and patch.tokens is None
+        and (patch.inner is None or isinstance(patch.inner, Diagonal))
+        and (patch.outer is None or isinstance(patch.outer, Diagonal))
+        for patch in patches
+    )
+
+
+@torch.no_grad()
+def fold(patches: Sequence[Patch], bias: Tensor | None, dtype: torch.dtype) -> Folded:
+    """Patches that are :func:`foldable`, folded; computed in float32.
+
+    Args:
+        patches: in the order of the selection.
+        bias: the layer's bias, shape ``(out,)``.
+        dtype: of ``A`` and ``B``.
+    """
+    downs: list[Tensor] = []
+    ups: list[Tensor] = []
+    inner: Tensor | None = None
+    outer: Tensor | None = None
+    now = None if bias is None else bias.float()
+    for patch in patches:
+        if isinstance(patch.inner, Diagonal):
+            scale = patch.inner.values.float()
+            downs = [down * scale.unsqueeze(1) for down in downs]
+            inner = scale if inner is None else inner * scale
+        if patch.up is not None and patch.down is not None:
+            downs.append(patch.down.float().T)
+            ups.append(patch.up.float().T * patch.scale)
+        if isinstance(patch.outer, Diagonal):
+            scale = patch.outer.values.float()
+            ups = [up * scale for up in ups]
+            outer = scale if outer is None else outer * scale
+        now = patch.changed_bias(now)
+    return Folded(
+        torch.cat(downs, 1).to(dtype).contiguous() if downs else None,
+        torch.cat(ups, 0).to(dtype).contiguous() if ups else None,
+        inner,
+        outer,
+        _remaining(now, bias, outer),
+    )
+
+
+def _remaining(changed: Tensor | None, bias: Tensor | None, outer: Tensor | None) -> Tensor | None:
+    """What is to be added, given that the base's output holds ``bias``, of which ``outer`` makes its share."""
+    if changed is None or (outer is None and bias is not None and torch.equal(changed, bias.float())):
+        return None
+    if bias is None:
+        return changed
+    return changed - (bias.float() if outer is None else bias.float() * outer)
+
+
+class FoldedLayer:
+    """A layer's forward pass under one selection, as inference keeps it.
+
+    Args:
+        selected: the selection.
+        sources: the tensors that it was made from.
+        folded: the folded form; ``None`` when the patches have none.
+        base: the base layer, or what computes its output.
+    """
+
+    __slots__ = ("_parameters", "base", "folded", "selected", "sources", "version")
+
+    def __init__(
+        self,
+        selected: tuple[str, ...],
+        sources: Sequence[Tensor],
+        folded: Folded | None,
+        base: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.selected = selected
+        self.sources = [tensor for tensor in sources if not tensor.is_inference()]
+        self.version = self._version()
+        self.folded = folded
+        self.base = base
+        # A plain linear layer is called without the detour through its module.
+        self._parameters = base._parameters if type(base) is nn.Linear else None
+
+    def _version(self) -> int:
+        """A number that grows whenever one of the tensors is changed in place."""
+        return sum([tensor._version for tensor in self.sources])
+
+    def is_current(self) -> bool:
+        """Whether the tensors are still what they were."""
+        return self._version() == self.version
+
+    def wants_grad(self, x: Tensor) -> bool:
+        """Whether a gradient would flow through the layer."""
+        return x.requires_grad or any(tensor.requires_grad for tensor in self.sources)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output for the input ``x`` of shape ``(..., in)``."""
+        folded = self.folded
+        assert folded is not None
+        seen = x if folded.inner is None else (x * folded.inner).to(x.dtype)
+        parameters = self._parameters
+        if parameters is None:
+            return folded.change(self.base(seen), x, own=False)
+        base: Any = self.base
+        if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
+            return folded.change(base(seen), x, own=not base._forward_hooks)
+        return folded.change(F.linear(seen, parameters["weight"], parameters["bias"]), x)
+
+
+def fold_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """In which dtype the small products are cheapest for a layer that computes in ``dtype``."""
+    return torch.float32 if device.type == "cpu" or dtype not in (torch.float16, torch.bfloat16) else dtype
