@@ -504,7 +504,7 @@ def test_an_adapter_without_values(adapter: Path) -> None:
         ({"use_dora": True}, BindError, "lora_magnitude_vector is missing"),
         ({"lora_bias": True}, BindError, "lora_B.bias is missing"),
         ({"init_lora_weights": "olora"}, UnsupportedError, "olora"),
-        ({"r": "eight"}, ConfigError, "r='eight' is no rank"),
+        ({"r": "eight"}, ConfigError, "r='eight' is not of the type int"),
     ],
 )
 def test_configs_that_cannot_be_honoured(adapter: Path, changes: Any, kind: type[Exception], words: str) -> None:

@@ -406,10 +406,10 @@ def test_a_failed_start_leaves_the_base_alone() -> None:
     ("options", "words"),
     [
         ({"r": 0}, "r=0 is no rank"),
-        ({"r": 2.5}, "no rank"),
+        ({"r": 2.5}, "r=2.5 is not of the type int"),
         ({"rank_pattern": {"q_proj": -1}}, "rank_pattern"),
         ({"lora_dropout": 1.5}, "lora_dropout=1.5 is no share"),
-        ({"lora_alpha": "16"}, "no number"),
+        ({"lora_alpha": "16"}, "lora_alpha='16' is not of the type"),
         ({"target_modules": "(q_proj"}, "no regular expression"),
         ({"target_modules": ".*q", "layers_to_transform": [0]}, "layers_to_transform needs target_modules as a list"),
         ({"layers_pattern": "layers"}, "says nothing without layers_to_transform"),

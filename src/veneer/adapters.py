@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from veneer.catalog import Catalog
 from veneer.checkpoint import Checkpoint
 from veneer.codec import SHARED_PREFIX, encode
-from veneer.config import PeftConfig, TargetedConfig
+from veneer.config import HEADS, PeftConfig, TargetedConfig
 from veneer.errors import (
     AdapterError,
     BindError,
     DuplicateAdapterError,
     MergeError,
     NonFiniteError,
+    TargetError,
     UnknownAdapterError,
     UnsupportedError,
 )
@@ -37,6 +38,7 @@ from veneer.plan import Plan, bind_error, make_plan
 from veneer.saved import SavedModule
 from veneer.selection import BASE, NOTHING, Selection, Switch
 from veneer.sites import ParameterSite, Site
+from veneer.targets import names_match
 
 
 @dataclass
@@ -146,6 +148,7 @@ class Adapters:
         self.catalog.spell_out(config, self.catalog.targets(config))
         parts = [part for part in method.parts(config, self.catalog) if not part.optional]
         roots = self.catalog.saved(config)
+        self._check_saved_exist(config)
         self._check_places([site.name for part in parts for site in part.sites], roots)
         made = []
         for part in parts:
@@ -233,6 +236,16 @@ class Adapters:
             warnings.warn(error.message + " What fits is used (strict=False).", stacklevel=5)
             plan.notes += plan.problems
         self._check_places([b.site.name for b in plan.bindings], list(plan.saved))
+
+    def _check_saved_exist(self, config: TargetedConfig) -> None:
+        """A module that is to be saved whole must be there; of a task's usual heads one is enough."""
+        usual = HEADS.get(str(config.task_type), ())
+        for name in set(config.modules_to_save or ()) - set(usual):
+            if not any(names_match(module, [name]) for module in self.catalog.modules):
+                raise TargetError(
+                    f"modules_to_save names {name!r}, and the model has no such module.",
+                    hint=f"Its output layer is {' or '.join(self.catalog.outputs) or 'unknown'}.",
+                )
 
     def _check_places(self, sites: list[str], roots: list[str]) -> None:
         """One adapter's whole module cannot hold another's adapted layer, nor the reverse."""

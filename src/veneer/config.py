@@ -17,11 +17,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 from veneer.errors import ConfigError, UnknownKeyError, UnknownMethodError, UnsupportedError
 from veneer.files import written_whole
 from veneer.source import ADAPTER_CONFIG, resolve
+from veneer.value_types import fits
 
 
 class _Name(str, Enum):
@@ -128,10 +129,23 @@ class PeftConfig:
     honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.task_type is not None and not isinstance(self.task_type, TaskType):
             known = {t.value for t in TaskType}
             if str(self.task_type) in known:
                 self.task_type = TaskType(self.task_type)
+
+    def _check_types(self) -> None:
+        declared = get_type_hints(type(self))
+        for own in dataclasses.fields(self):
+            value = getattr(self, own.name)
+            if not fits(value, declared[own.name]):
+                kind = own.type if isinstance(own.type, str) else str(own.type)
+                shown = repr(value)
+                raise ConfigError(
+                    f"{own.name}={shown if len(shown) <= 60 else shown[:59] + '…'} is not of the type {kind}.",
+                    hint="Compare it with a config that loads.",
+                )
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -156,8 +170,8 @@ class PeftConfig:
         try:
             known = {key: value for key, value in known.items() if value is not None or key not in _PATTERNS}
             config = kind(**{**known, "peft_type": _peft_type(known["peft_type"])}, extra=extra)
-        except ConfigError:
-            raise
+        except ConfigError as error:
+            raise type(error)(f"{where}: {error.message}", hint=error.hint) from error
         except (TypeError, ValueError, re.error) as error:
             raise ConfigError(f"{where}: {error}.", hint="Compare it with a config that loads.") from error
         config.check_honoured(where)
