@@ -10,7 +10,18 @@ import hashlib
 from pathlib import Path
 from typing import BinaryIO
 
-from veneer.source import MODEL_STEM, Source, TensorInfo, read_header, resolve, weight_files
+from veneer.errors import NotACheckpointError
+from veneer.source import (
+    ADAPTER_CONFIG,
+    ADAPTER_STEM,
+    MODEL_CONFIG,
+    MODEL_STEM,
+    Source,
+    TensorInfo,
+    read_header,
+    resolve,
+    weight_files,
+)
 
 # Where an adapter's safetensors header keeps the digest of its base.
 BASE_DIGEST_KEY = "base_digest"
@@ -35,6 +46,7 @@ def base_digest(base: Source | str | Path, *, full: bool = False) -> str:
         SourceError: the weights are missing or damaged.
     """
     source = base if isinstance(base, Source) else resolve(base, what="base")
+    _check_is_no_adapter(source)
     headers = [read_header(path) for path in weight_files(source, MODEL_STEM)]
     where = {name: header for header in headers for name in header.tensors}
     digest = hashlib.sha256()
@@ -51,6 +63,15 @@ def base_digest(base: Source | str | Path, *, full: bool = False) -> str:
         for file in files.values():
             file.close()
     return f"{'sha256-full' if full else 'sha256'}:{digest.hexdigest()}"
+
+
+def _check_is_no_adapter(source: Source) -> None:
+    file = "" if source.file is None else source.file.name
+    if file.startswith(ADAPTER_STEM) or (not file and source.has(ADAPTER_CONFIG) and not source.has(MODEL_CONFIG)):
+        raise NotACheckpointError(
+            f"{source.origin} is an adapter, and the digest is of a base model.",
+            hint="Give the full model's folder; `veneer inspect` shows which base the adapter records.",
+        )
 
 
 def _samples(digest: hashlib._Hash, file: BinaryIO, start: int, info: TensorInfo) -> None:

@@ -6,6 +6,7 @@ source -> what is it? -> config -> base -> base model -> attach -> report
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from veneer.config import TaskType
 from veneer.errors import (
     BaseModelError,
     ConfigError,
+    CorruptFileError,
     IncompleteCheckpointError,
     NotACheckpointError,
     PathNotFoundError,
@@ -154,21 +156,27 @@ def load_tokenizer(model: PeftModel) -> Any:
     """The tokenizer that belongs to a loaded model: the adapter's own if it brings one, else the base's.
 
     Raises:
-        SourceError: neither has one.
+        SourceError: neither has one, or it is damaged.
     """
     from transformers import AutoTokenizer
 
     report = model.load_report
     places = [*(a.origin for a in (report.adapters if report else ())), getattr(model, "name_or_path", "")]
-    if report is not None:
-        places.append(report.path)
-    for place in filter(None, places):
+    places = [place for place in dict.fromkeys([*places, report.path if report else ""]) if place]
+    for place in places:
+        source = None
         with contextlib.suppress(SourceError):
             source = resolve(place, local_files_only=True)
-            if source.has("tokenizer.json") or source.has("tokenizer_config.json"):
+        if source is not None and (source.has("tokenizer.json") or source.has("tokenizer_config.json")):
+            try:
                 return AutoTokenizer.from_pretrained(source.root, local_files_only=True)
+            except Exception as error:  # whatever transformers makes of files that are no tokenizer's
+                raise CorruptFileError(
+                    f"{place}: transformers cannot read the tokenizer there: {_first_line(error)}",
+                    hint="Copy its files again, or remove them from the adapter's folder to use the base's.",
+                ) from error
     raise IncompleteCheckpointError(
-        f"No tokenizer in {' or '.join(filter(None, places))}.",
+        f"No tokenizer in {' or '.join(places)}.",
         hint="Save one there with its save_pretrained(...).",
     )
 
@@ -187,7 +195,8 @@ def _kind(source: Source, members: list[adapter_set.Member]) -> str:
             f"{source.origin}: there is {ADAPTER_WEIGHTS} but no {ADAPTER_CONFIG}, so its scale is unknown.",
             hint="Copy the config from where the adapter was trained.",
         )
-    states = sorted(p.name for p in source.root.glob("checkpoint-*") if (p / ADAPTER_CONFIG).is_file())
+    states = [p.name for p in source.root.glob("checkpoint-*") if (p / ADAPTER_CONFIG).is_file()]
+    states.sort(key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
     raise NotACheckpointError(
         f"{source.origin}: neither a model ({MODEL_CONFIG}) nor an adapter ({ADAPTER_CONFIG}) is there.",
         hint=f"It holds a trainer's checkpoints; load one, such as {source.origin}/{states[-1]}."
@@ -314,9 +323,9 @@ def _build(
     with _without_adapter(source) as folder:
         try:
             model, info = kind.from_pretrained(folder, output_loading_info=True, **arguments)
-        except VeneerError:
+        except (VeneerError, MemoryError):
             raise
-        except (OSError, ValueError, RuntimeError, ImportError, TypeError) as error:
+        except Exception as error:  # whatever transformers makes of a config or of weights that it cannot use
             raise BaseModelError(
                 f"transformers cannot load {source.origin} as {kind.__name__}: {_first_line(error)}",
                 hint="`veneer inspect` tells what is there; task= chooses another class.",
@@ -338,11 +347,17 @@ def _model_class(config: dict[str, Any], task: str | None, origin: str) -> Any:
 
     if task is not None and task not in TASK_CLASSES:
         raise ConfigError(f"Unknown task {task!r}.", hint=f"Known: {', '.join(TASK_CLASSES)}.")
-    own = next((n for n in config.get("architectures") or () if hasattr(transformers, n)), None)
+    named, model_type = config.get("architectures") or [], config.get("model_type", "")
+    if not isinstance(named, list) or not all(isinstance(n, str) for n in named) or not isinstance(model_type, str):
+        raise BaseModelError(
+            f"{origin}/{MODEL_CONFIG}: architectures={named!r} and model_type={model_type!r} name no model class.",
+            hint="Copy the config again from where the model came from.",
+        )
+    own = next((n for n in named if hasattr(transformers, n)), None)
     if task is None:
         return getattr(transformers, own) if own else transformers.AutoModel
     auto = getattr(transformers, TASK_CLASSES[task])
-    classes = auto._model_mapping._model_mapping.get(config.get("model_type", ""))
+    classes = auto._model_mapping._model_mapping.get(model_type)
     fitting = classes if isinstance(classes, (tuple, list)) else (classes,)
     return getattr(transformers, own) if own is not None and own in fitting else auto
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from veneer.printable import printable
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -121,4 +123,4 @@ def _adapter_line(adapter: AdapterReport) -> str:
 def _escape(text: str) -> str:
     from rich.markup import escape
 
-    return escape(text)
+    return escape(printable(text))

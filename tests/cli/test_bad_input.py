@@ -98,7 +98,7 @@ def test_a_spoiled_adapter(run: Run, made: Path, tmp_path: Path, kind: str, comm
         (["merge", "{made}/adapter", "--base", "{made}/set", "--out", "{made}/out"], "is an adapter, not a base"),
         (["merge", "{made}/adapter", "--out", "{made}/out", "--dtype", "float17"], "float17"),
         (["convert-pickle", "{made}/adapter"], "holds no pickled checkpoint"),
-        (["digest", "{made}/adapter"], "no weights"),
+        (["digest", "{made}/adapter"], "is an adapter, and the digest is of a base model"),
     ],
 )
 def test_bad_arguments(run: Run, made: Path, arguments: list[str], words: str) -> None:
