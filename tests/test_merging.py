@@ -16,7 +16,8 @@ from tests.adapters import adapted, saved, saved_base
 from tests.models import build, gap, inputs, logits
 from veneer.errors import MergeError
 from veneer.merging.arithmetic import BLOCK, merged
-from veneer.patch import Patch
+from veneer.patch import Patch, apply
+from veneer.sites.linear import LinearSite
 
 
 def random_patch(out: int, inner: int, r: int, seed: int, dtype: torch.dtype = torch.float32) -> Patch:
@@ -54,7 +55,8 @@ def test_unmerged_equals_merged(count: int, inner: int, r: int, seed: int) -> No
     out, generator = 17, torch.Generator().manual_seed(seed)
     weight, x = torch.randn(out, inner, generator=generator), torch.randn(5, inner, generator=generator)
     patches = [random_patch(out, inner, r, seed + i) for i in range(count)]
-    unmerged = x @ weight.T + sum(patch.shift(x, training=False) for patch in patches)
+    layer = torch.nn.Linear(inner, out, bias=False)
+    unmerged = apply(LinearSite("layer", layer), None, lambda x: x @ weight.T, patches, False, x)
     assert torch.allclose(x @ merged(weight, patches).T, unmerged, atol=1e-4, rtol=1e-4)
 
 

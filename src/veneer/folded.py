@@ -149,7 +149,7 @@ class FoldedLayer:
         self.folded = folded
         self.base = base
         # A plain linear layer is called without the detour through its module.
-        self._parameters = base._parameters if type(base) is nn.Linear else None
+        self._parameters: Any = base._parameters if type(base) is nn.Linear else None
 
     def _version(self) -> int:
         """A number that grows whenever one of the tensors is changed in place."""

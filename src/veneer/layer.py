@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.folded import FoldedLayer, fold, fold_dtype, foldable
+from veneer.folded import Folded, FoldedLayer, fold, fold_dtype, foldable
 from veneer.merging.arithmetic import composed, merged, merged_bias
 from veneer.methods import AnyMethod
 from veneer.patch import Patch, apply, apply_rows, biases, whole_weight
@@ -77,6 +77,7 @@ class AdaptedLayer(nn.Module):
         self.original: list[nn.Parameter | None] = []
         # What the last selection folds to; dropped when tensors are added, moved, or about to be trained.
         self._folded: FoldedLayer | None = None
+        self._row_folds: dict[str, FoldedLayer] = {}
         self.training = site.module.training
 
     def __getattr__(self, name: str) -> Any:
@@ -89,7 +90,7 @@ class AdaptedLayer(nn.Module):
 
     def bind(self, adapter: str, share: Bound, tensors: Mapping[str, nn.Parameter]) -> None:
         """Add an adapter's tensors (leaf -> parameter), used as they are."""
-        self._folded = None
+        self._forget()
         for leaf in share.leaves:
             # "lora_embedding_A" has no tail: the parameter itself is named by the adapter.
             head, _, tail = share.method.in_memory(leaf).partition(".")
@@ -109,7 +110,7 @@ class AdaptedLayer(nn.Module):
 
     def unbind(self, adapter: str) -> None:
         """Remove an adapter's tensors; the heads that are empty then go too."""
-        self._folded = None
+        self._forget()
         shares = self.bound.pop(adapter)
         heads = {s.method.in_memory(leaf).partition(".")[0] for s in shares for leaf in s.leaves}
         for head in heads.union(*(s.shared for s in shares)) & self._modules.keys():
@@ -228,15 +229,29 @@ class AdaptedLayer(nn.Module):
     def _forward_rows(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         y = self._base(x, *args, **kwargs)
         groups = {n: rows for n, rows in selection.groups(x.shape[0], x.device).items() if n in self.bound}
-        patches = {name: self.patches([name]) for name in groups}
+        plain = not (self.training or args or kwargs or torch.compiler.is_compiling() or torch.is_grad_enabled())
 
         def run(name: str, own_y: Any, own_x: Tensor, *own: Any, **named: Any) -> Any:
-            wanted = patches[name]
+            if plain and (folded := self._row_fold(name)) is not None and folded.inner is None:
+                return folded.change(own_y, own_x)
+            wanted = self.patches([name])
             if whole_weight(self.site, wanted) or any(patch.inner is not None for patch in wanted):
                 return self._apply_patches(wanted, own_x, *own, **named)
             return apply(self.site, self.base_bias, lambda *_: own_y, wanted, self.training, own_x)
 
         return apply_rows(y, run, groups, x, *args, **kwargs)
+
+    def _row_fold(self, name: str) -> Folded | None:
+        """The folded form of one adapter, kept beside that of the selection for batches of several."""
+        kept = self._row_folds.get(name)
+        if kept is None or not kept.is_current():
+            kept = self._row_folds[name] = self._fold((name,))
+        return kept.folded
+
+    def _forget(self) -> None:
+        """Drop what inference keeps: the tensors are about to change."""
+        self._folded = None
+        self._row_folds.clear()
 
     # -- merging -------------------------------------------------------------------------------------------
 
@@ -248,7 +263,7 @@ class AdaptedLayer(nn.Module):
             original = [None if self.site.shift_only else self.site.stored, self.site.bias]
             self._store(*self.merged_parameters(names))
             self.original, self.merged = original, names
-            self._folded = None
+            self._forget()
 
     def merged_parameters(self, names: tuple[str, ...]) -> tuple[nn.Parameter | None, nn.Parameter | None]:
         """The weight (as stored) and bias that the layer has with ``names`` merged; nothing is changed."""
@@ -275,13 +290,13 @@ class AdaptedLayer(nn.Module):
 
     def unmerge(self) -> None:
         """Put the original parameters back: the same tensors, so the same bytes."""
-        self._folded = None
+        self._forget()
         if self.original:
             self._store(*self.original)
         self.original, self.merged = [], ()
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
-        self._folded = None
+        self._forget()
         # The original parameters are kept out of the module's own, so a move or cast must be told of them.
         self.original = [None if p is None else _like(fn(p.detach()), p) for p in self.original]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -289,12 +304,12 @@ class AdaptedLayer(nn.Module):
 
     def train(self, mode: bool = True) -> AdaptedLayer:
         """Set the mode of this layer and of all in it."""
-        self._folded = None
+        self._forget()
         super().train(mode)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded": None}
+        return {**self.__dict__, "_folded": None, "_row_folds": {}}
 
     def extra_repr(self) -> str:
         """The adapters, in a model's print-out."""
