@@ -20,7 +20,7 @@ from rich.table import Table
 from veneer.cli.terminal import quiet
 from veneer.demo.base import demo_base
 from veneer.demo.facts import STYLES
-from veneer.errors import VeneerError
+from veneer.errors import SourceError, VeneerError
 
 # As shipped; the demo works on a copy, in a folder of its own, so that what it shows are short paths.
 SHIPPED = Path(__file__).with_name("adapters")
@@ -139,7 +139,7 @@ def load_both_ways(demo: Demo) -> tuple[Any, Any]:
         with model.disable_adapter():
             base_output = model(**inputs).logits
     demo.claim(f"all three are a {type(model).__name__}", len({type(m) for m in (model, other, auto)}) == 1)
-    demo.claim("all three give the same logits, bit for bit", all(torch.equal(o, outputs[0]) for o in outputs))
+    demo.claim("all three give the same logits, bit for bit", all(_same_bits(o, outputs[0]) for o in outputs))
     demo.claim("the adapter changes them", not torch.equal(outputs[0], base_output))
     demo.claim("the base is the one that the adapter was trained on", _base_check(model) == "same")
     for name in ("json", "brief"):
@@ -174,7 +174,12 @@ def switch(demo: Demo, model: Any, tokenizer: Any) -> None:
             model.set_adapter(name)
             times.append(time.perf_counter() - started)
     demo.console.print(f"A switch takes {1e6 * statistics.median(times):.1f} µs (median of {len(times)}).")
-    demo.claim("the last one chosen is active", model.active_adapters == [list(STYLES)[-1]])
+    model.set_adapter("brief")
+    brief = _ask(model, tokenizer, QUESTIONS[0])
+    model.set_adapter("json")
+    answer = _ask(model, tokenizer, QUESTIONS[0])
+    holds = answer != brief and answer == _ask(model, tokenizer, QUESTIONS[0], "json")
+    demo.claim("the one chosen last is the one that answers", holds)
 
 
 def mixed_batch(demo: Demo, model: Any, tokenizer: Any) -> None:
@@ -200,8 +205,6 @@ def mixed_batch(demo: Demo, model: Any, tokenizer: Any) -> None:
 
 def merge(demo: Demo, model: Any, tokenizer: Any) -> None:
     """Merged it is as fast as the base; unmerged it is the base again, bit for bit."""
-    import torch
-
     demo.section("Merging, and taking it back", "The change goes into the weights; the original bytes are kept.")
     model.set_adapter("pirate")
     before = _weights(model)
@@ -215,7 +218,7 @@ def merge(demo: Demo, model: Any, tokenizer: Any) -> None:
         speeds["merged"].append(_speed(model, inputs))
         model.unmerge_adapter()
     model.merge_adapter()
-    changed = sum(not torch.equal(a, b) for a, b in zip(before, _weights(model), strict=True))
+    changed = sum(not _same_bits(a, b) for a, b in zip(before, _weights(model), strict=True))
     merged_answers = [_ask(model, tokenizer, question) for question in QUESTIONS]
     demo.claim(f"merging changed {changed} weights", changed > 0)
     same = sum(a == b for a, b in zip(unmerged_answers, merged_answers, strict=True))
@@ -227,7 +230,7 @@ def merge(demo: Demo, model: Any, tokenizer: Any) -> None:
     )
     demo.code("model.unmerge_adapter()")
     model.unmerge_adapter()
-    restored = all(torch.equal(a, b) for a, b in zip(before, _weights(model), strict=True))
+    restored = all(_same_bits(a, b) for a, b in zip(before, _weights(model), strict=True))
     demo.claim(f"unmerged, all {len(before)} base weights have their original bits", restored)
 
 
@@ -302,6 +305,13 @@ def _weights(model: Any) -> list[Any]:
     return [p.detach().clone() for name, p in model.named_parameters() if "lora_" not in name]
 
 
+def _same_bits(a: Any, b: Any) -> bool:
+    """Whether two tensors hold the same bytes: equality of floats takes -0 for 0, and NaN for nothing."""
+    import torch
+
+    return bool(a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)))
+
+
 def _base_check(model: Any) -> str:
     return str(model.load_report.adapters[0].base_check)
 
@@ -321,8 +331,14 @@ def _workshop(workdir: Path | None, base: Path) -> Iterator[None]:
         folder = workdir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="veneer-demo-")))
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copytree(SHIPPED, folder / ADAPTERS, dirs_exist_ok=True)
-        (folder / BASE).unlink(missing_ok=True)
-        (folder / BASE).symlink_to(base.resolve(), target_is_directory=True)
+        link = folder / BASE
+        if link.is_symlink():
+            link.unlink()
+        elif link.exists():
+            raise SourceError(
+                f"{link} is there already, and the demo wants to put a link there.", hint="Choose another --workdir."
+            )
+        link.symlink_to(base.resolve(), target_is_directory=True)
         os.chdir(folder)
         try:
             yield
