@@ -1,15 +1,18 @@
 """Which adapters a forward pass uses: the model's standing choice, or one made for a single call.
 
 The layers of a model share one :class:`Switch`, so that choosing is one assignment however many layers there
-are. A choice for a call lives in a context variable: threads and async tasks do not see each other's.
+are. A choice for a call lives in a context variable: threads and async tasks do not see each other's. Compiled code
+cannot read one, and is guarded by a copy that belongs to the thread instead.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,31 +67,65 @@ class Selection:
 NOTHING = Selection()
 
 
+class _Thread(threading.local):
+    """What one thread has chosen for the calls it makes now."""
+
+    def __init__(self) -> None:
+        # Set for each thread: compiled code is guarded on an instance's attributes, and not on a class's.
+        self.chosen: Selection | None = None
+
+
 class Switch:
     """The state that the layers of one model share: what is selected."""
 
     def __init__(self) -> None:
         self.standing = NOTHING
         self.enabled = True
+        # What compiled code sees of the context variable below.
+        self._thread = _Thread()
 
     @property
     def selection(self) -> Selection:
         """What a forward pass in this context uses."""
-        calls = _CALLS.get()
-        if calls is not None:
-            for switch, selection in calls:
-                if switch is self:
-                    return selection
+        chosen = self._chosen()
+        if chosen is not None:
+            return chosen
         return self.standing if self.enabled else NOTHING
+
+    def _chosen(self) -> Selection | None:
+        """The choice made for this call, if one was."""
+        return self._thread.chosen if torch.compiler.is_compiling() else self._in_context()
+
+    def _in_context(self) -> Selection | None:
+        return next((selection for switch, selection in _CALLS.get() or () if switch is self), None)
 
     @contextmanager
     def during(self, selection: Selection) -> Iterator[None]:
-        """Use ``selection`` inside the block, in this thread or task only."""
+        """Use ``selection`` inside the block, in this thread or task only.
+
+        A compiled model sees the choice of its thread, whichever task made it: do not await inside the block.
+        """
+        if torch.compiler.is_compiling():
+            before, self._thread.chosen = self._thread.chosen, selection
+            try:
+                yield
+            finally:
+                self._thread.chosen = before
+            return
         token = _CALLS.set(((self, selection), *(_CALLS.get() or ())))
+        self._thread.chosen = selection
         try:
             yield
         finally:
             _CALLS.reset(token)
+            # Not what it was before: with tasks that take turns, that may be another task's.
+            self._thread.chosen = self._in_context()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"standing": self.standing, "enabled": self.enabled}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _thread=_Thread())
 
 
 # Innermost first: (whose choice, the choice).
