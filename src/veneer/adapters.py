@@ -108,12 +108,12 @@ class Adapters:
             DuplicateAdapterError: the name is taken.
         """
         self.check_new(name)
-        config = _targeted(checkpoint.config)
+        config = targeted(checkpoint.config)
         method = method_of(config)
         plan = make_plan(config, method, checkpoint.tensors, self.catalog)
         self._settle(plan, checkpoint, strict)
         tensors = checkpoint.read(plan.keys)
-        _check_finite(tensors, checkpoint.origin)
+        check_finite(tensors, checkpoint.origin)
         adapter = Adapter(name, config, checkpoint.origin, trainable=trainable, notes=list(plan.notes))
         made = []
         for binding in plan.bindings:
@@ -141,7 +141,7 @@ class Adapters:
             DuplicateAdapterError: the name is taken.
         """
         self.check_new(name)
-        config = _targeted(config)
+        config = targeted(config)
         config.check_honoured()
         method = method_of(config)
         # The layers' names take the place of "all-linear" before anything else depends on them.
@@ -229,7 +229,7 @@ class Adapters:
     def _settle(self, plan: Plan, checkpoint: Checkpoint, strict: bool) -> None:
         if plan.problems:
             error = bind_error(
-                plan, _targeted(checkpoint.config), checkpoint.origin, len(checkpoint.tensors), self.catalog
+                plan, targeted(checkpoint.config), checkpoint.origin, len(checkpoint.tensors), self.catalog
             )
             if strict or not plan.keys:
                 raise error
@@ -525,7 +525,7 @@ def _is_finite(tensor: Tensor | None) -> bool:
     return tensor is None or bool(torch.isfinite(tensor).all())
 
 
-def _targeted(config: PeftConfig) -> TargetedConfig:
+def targeted(config: PeftConfig) -> TargetedConfig:
     if not isinstance(config, TargetedConfig):
         raise UnsupportedError(
             f"{type(config).__name__} does not say which layers to adapt.", hint="Use a method's config: LoraConfig ..."
@@ -542,7 +542,7 @@ def _trainable(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
     return [(m, leaf) for m in modules for leaf, p in m._parameters.items() if p is not None and p.requires_grad]
 
 
-def _check_finite(tensors: dict[str, Tensor], origin: str) -> None:
+def check_finite(tensors: dict[str, Tensor], origin: str) -> None:
     bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise NonFiniteError(

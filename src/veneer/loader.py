@@ -61,7 +61,7 @@ _HEAD_WEIGHTS = ("score.weight", "classifier.weight", "classifier.out_proj.weigh
 
 
 @dataclass(frozen=True)
-class _Base:
+class FoundBase:
     """A base model's folder and why it is this one."""
 
     source: Source
@@ -122,7 +122,7 @@ def load(
     options: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
     source = resolve(path, revision=revision, subfolder=subfolder, **options)
     members = adapter_set.members(source)
-    report = LoadReport(path=str(path), kind=_kind(source, members))
+    report = LoadReport(path=str(path), kind=kind_of(source, members))
     if isinstance(base, PeftModel):
         raise BaseModelError(
             "base= is a PeftModel; its adapters would be stacked.",
@@ -134,7 +134,7 @@ def load(
     if isinstance(base, nn.Module):
         model, report.base = _in_memory(base, checkpoints, source, task)
     else:
-        found = _find_base(source, checkpoints, base, base_revision, options)
+        found = find_base(source, checkpoints, base, base_revision, options)
         report.base = f"{found.source.origin}, {found.why}"
         model = _build(found.source, checkpoints, task, report, dtype, device_map, trust_remote_code, model_kwargs)
     report.seconds["base"] = time.perf_counter() - started
@@ -172,7 +172,7 @@ def load_tokenizer(model: PeftModel) -> Any:
                 return AutoTokenizer.from_pretrained(source.root, local_files_only=True)
             except Exception as error:  # whatever transformers makes of files that are no tokenizer's
                 raise CorruptFileError(
-                    f"{place}: transformers cannot read the tokenizer there: {_first_line(error)}",
+                    f"{place}: transformers cannot read the tokenizer there: {first_line(error)}",
                     hint="Copy its files again, or remove them from the adapter's folder to use the base's.",
                 ) from error
     raise IncompleteCheckpointError(
@@ -181,7 +181,7 @@ def load_tokenizer(model: PeftModel) -> Any:
     )
 
 
-def _kind(source: Source, members: list[adapter_set.Member]) -> str:
+def kind_of(source: Source, members: list[adapter_set.Member]) -> str:
     """What is at the path; an error that says what is missing when it is nothing loadable."""
     model, adapter = source.has(MODEL_CONFIG), source.has(ADAPTER_CONFIG)
     if members:
@@ -219,23 +219,23 @@ def _in_memory(
 # -- which base --------------------------------------------------------------------------------------------
 
 
-def _find_base(
+def find_base(
     source: Source,
     checkpoints: list[Checkpoint],
     base: str | Path | None,
     base_revision: str | None,
     options: dict[str, Any],
-) -> _Base:
+) -> FoundBase:
     if not checkpoints:
         if base is not None:
             raise BaseModelError(
                 f"{source.origin} is a full model; it takes no base.",
                 hint="Leave base= out, or give an adapter's path.",
             )
-        return _checked(_Base(source, "the model itself"))
+        return _checked(FoundBase(source, "the model itself"))
     revision = base_revision or checkpoints[0].config.revision
     if base is not None:
-        return _checked(_Base(_resolve_base(base, revision, options), "as given by base="))
+        return _checked(FoundBase(_resolve_base(base, revision, options), "as given by base="))
     return _named_base(source, checkpoints, revision, options)
 
 
@@ -246,7 +246,9 @@ def _resolve_base(base: str | Path, revision: str | None, options: dict[str, Any
         raise BaseModelError(f"base={str(base)!r}: {error.message}", hint=error.hint) from error
 
 
-def _named_base(source: Source, checkpoints: list[Checkpoint], revision: str | None, options: dict[str, Any]) -> _Base:
+def _named_base(
+    source: Source, checkpoints: list[Checkpoint], revision: str | None, options: dict[str, Any]
+) -> FoundBase:
     """The base that the adapters' configs name, wherever it is found."""
     names = list(dict.fromkeys(c.config.base_model_name_or_path for c in checkpoints))
     mend = f"Name it: veneer.load({source.origin!r}, base=...) or --base ..."
@@ -265,14 +267,14 @@ def _named_base(source: Source, checkpoints: list[Checkpoint], revision: str | N
         except SourceError as error:
             tried.append(f"{place} ({error.message.rstrip('.')})")
             continue
-        return _checked(_Base(found, why))
+        return _checked(FoundBase(found, why))
     if source.has(MODEL_CONFIG):
         why = f"the model beside the adapter; {name}, which its config names, was not found"
-        return _checked(_Base(source, why))
+        return _checked(FoundBase(source, why))
     raise BaseModelError(f"The base of {source.origin}, {name}, was not found. Tried: {'; '.join(tried)}.", hint=mend)
 
 
-def _checked(base: _Base) -> _Base:
+def _checked(base: FoundBase) -> FoundBase:
     """Read the base's headers, so that a broken one is known before anything large is loaded."""
     source = base.source
     if not source.has(MODEL_CONFIG):
@@ -307,27 +309,27 @@ def _build(
 ) -> PeftModel:
     config = source.json(MODEL_CONFIG)
     wanted = task or next((c.config.task_type for c in checkpoints if c.config.task_type), None)
-    kind = _model_class(config, str(wanted) if wanted else None, source.origin)
+    kind = model_class_of(config, str(wanted) if wanted else None, source.origin)
     arguments = {
-        "dtype": _dtype(dtype),
+        "dtype": dtype_of(dtype),
         "trust_remote_code": trust_remote_code,
         "local_files_only": True,
         **model_kwargs,
     }
     if device_map is not None:
         arguments["device_map"] = device_map
-    labels = _labels(checkpoints)
+    labels = labels_of(checkpoints)
     if labels is not None and "num_labels" not in arguments:
         arguments["num_labels"] = labels
         arguments.setdefault("ignore_mismatched_sizes", True)
-    with _without_adapter(source) as folder:
+    with without_adapter(source) as folder:
         try:
             model, info = kind.from_pretrained(folder, output_loading_info=True, **arguments)
         except (VeneerError, MemoryError):
             raise
         except Exception as error:  # whatever transformers makes of a config or of weights that it cannot use
             raise BaseModelError(
-                f"transformers cannot load {source.origin} as {kind.__name__}: {_first_line(error)}",
+                f"transformers cannot load {source.origin} as {kind.__name__}: {first_line(error)}",
                 hint="`veneer inspect` tells what is there; task= chooses another class.",
             ) from error
     model.name_or_path = model.config._name_or_path = _origin(source)
@@ -341,7 +343,7 @@ def _build(
     return wrap(model, wanted if wanted in set(TaskType) else None)
 
 
-def _model_class(config: dict[str, Any], task: str | None, origin: str) -> Any:
+def model_class_of(config: dict[str, Any], task: str | None, origin: str) -> Any:
     """The base's own class when it is for the task, else the task's."""
     import transformers
 
@@ -362,7 +364,7 @@ def _model_class(config: dict[str, Any], task: str | None, origin: str) -> Any:
     return getattr(transformers, own) if own is not None and own in fitting else auto
 
 
-def _dtype(dtype: Any) -> Any:
+def dtype_of(dtype: Any) -> Any:
     """A dtype by its name, or what transformers makes of ``"auto"`` and of a dtype."""
     if not isinstance(dtype, str) or dtype == "auto":
         return dtype
@@ -372,7 +374,7 @@ def _dtype(dtype: Any) -> Any:
     return found
 
 
-def _labels(checkpoints: list[Checkpoint]) -> int | None:
+def labels_of(checkpoints: list[Checkpoint]) -> int | None:
     """The number of labels that an adapter's own head was trained for, read from its header."""
     for checkpoint in checkpoints:
         if checkpoint.config.task_type not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
@@ -385,7 +387,7 @@ def _labels(checkpoints: list[Checkpoint]) -> int | None:
 
 
 @contextlib.contextmanager
-def _without_adapter(source: Source) -> Iterator[Path]:
+def without_adapter(source: Source) -> Iterator[Path]:
     """The folder for transformers to load: without adapter files, which it would attach by itself."""
     if not source.has(ADAPTER_CONFIG):
         yield source.root
@@ -402,5 +404,5 @@ def _origin(source: Source) -> str:
     return str(source.root.resolve()) if Path(source.origin).exists() else source.origin
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

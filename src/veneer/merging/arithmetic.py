@@ -42,15 +42,16 @@ def _merge_into(result: Tensor, weight: Tensor, patches: Sequence[Patch]) -> Non
     block = BLOCK if all(patch.by_rows for patch in patches) else max(rows, 1)
     for start in range(0, rows, block):
         stop = min(start + block, rows)
-        result[start:stop] = _composed(weight[start:stop], patches, start, stop).to(weight.dtype)
+        result[start:stop] = changed_rows(weight[start:stop], patches, start, stop).to(weight.dtype)
 
 
 def composed(weight: Tensor, patches: Sequence[Patch]) -> Tensor:
     """The same weight in float32, with gradients."""
-    return _composed(weight, patches, 0, weight.shape[-2])
+    return changed_rows(weight, patches, 0, weight.shape[-2])
 
 
-def _composed(rows: Tensor, patches: Sequence[Patch], start: int, stop: int) -> Tensor:
+def changed_rows(rows: Tensor, patches: Sequence[Patch], start: int, stop: int) -> Tensor:
+    """What ``patches`` make of ``rows``, the rows ``start:stop`` of a canonical weight: new, and in float32."""
     rows = rows.to(torch.float32, copy=True)
     for patch in patches:
         rows = patch.changed_rows(rows, start, stop)
