@@ -27,8 +27,8 @@ format: $(VENV)/.dev  ## Put the code into its format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev  ## Measure Veneer beside peft on the demo's base (a few minutes; leave the machine alone)
-	$(BIN)/python benchmarks/first.py $(ARGS)
+bench: $(VENV)/.dev  ## Measure Veneer beside peft (an hour; ARGS=--quick for a look; leave the machine alone)
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 docs: $(VENV)/.dev  ## Run every example in the documentation and check its links
 	$(BIN)/python -m pytest tests/test_docs.py $(ARGS)

@@ -1,0 +1,222 @@
+"""From ``results.json`` to a table with a verdict on each target, and a plot."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+KEPT, TABLE, PLOT = HERE / "results.json", HERE / "RESULTS.md", HERE / "results.svg"
+NOTES = HERE / "notes.md"
+Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        what: in words.
+        run: section, model and dtype, as in the results' keys.
+        figure: the figure compared; divided by ``over`` (of the same run and side), if given.
+        faster: a target: how many times the peer's figure must be Veneer's.
+        most: a target: the most that Veneer's figure may be.
+    """
+
+    what: str
+    run: str
+    figure: str
+    over: str | None = None
+    faster: float | None = None
+    most: float | None = None
+
+
+def rows() -> list[Row]:
+    """Every line, with the targets of the project."""
+    both = ("bfloat16", "float32")
+    small, large = [f"135M {dtype}" for dtype in both], [f"1B {dtype}" for dtype in both]
+    found = [
+        Row("attach the 1st adapter", "attach 135M bfloat16", "attach 1", faster=10),
+        Row("attach the 2nd", "attach 135M bfloat16", "attach 2", faster=10),
+        Row("attach the 16th", "attach 135M bfloat16", "attach 16", faster=40),
+        Row("attach the 100th / the 2nd", "attach 135M bfloat16", "attach 100", "attach 2", most=1.25),
+        Row("attach the 1,000th / the 2nd", "attach 135M bfloat16", "attach 1000", "attach 2", most=1.25),
+        Row("switch the active adapter", "attach 135M bfloat16", "switch", most=0.05e-3),
+    ]
+    for on, limit in [*((on, 1.10) for on in small), *((on, 1.05) for on in large)]:
+        found.append(Row("decode, unmerged / merged", f"forward {on}", "decode unmerged", "decode merged", most=limit))
+    for on in (*small, *large):
+        found.append(
+            Row("prefill, unmerged / merged", f"forward {on}", "prefill unmerged", "prefill merged", most=1.05)
+        )
+    for on in (*small, *large):
+        found.append(Row("training step", f"train {on}", "train step", faster=1))
+    for on in (*small, large[0]):
+        for count in (2, 4, 8):
+            what = f"8 rows, {count} adapters / one,"
+            run = f"mixed {on}"
+            found.append(Row(f"{what} decode", run, f"mixed decode {count}", "mixed decode one", most=1.25))
+            found.append(Row(f"{what} prefill", run, f"mixed prefill {count}", "mixed prefill one", most=1.10))
+    found.append(
+        Row(
+            "64 rows, 64 adapters / one, decode",
+            "mixed64 135M bfloat16",
+            "64 rows decode 64",
+            "64 rows decode one",
+            most=1.25,
+        )
+    )
+    for on, times in [*((on, 8) for on in small), *((on, 12) for on in large)]:
+        found.append(Row("merge in memory", f"merge {on}", "merge", faster=times))
+        found.append(Row("unmerge", f"merge {on}", "unmerge"))
+        found.append(Row("merge and unload", f"merge {on}", "merge and unload", faster=times))
+    for on in (*small, *large):
+        found.append(Row("load merged / load the base", f"load {on}", "load merged", "load base"))
+        found.append(Row("load merged, peak memory (MB)", f"load {on}", "peak of load merged, MB"))
+        found.append(Row("in use, peak memory (MB)", f"memory {on}", "peak in use, MB"))
+    found += [
+        Row("save an adapter", "save 135M bfloat16", "save", faster=1),
+        Row("import, after torch and transformers", "process 135M bfloat16", "import after torch"),
+        Row("import alone", "process 135M bfloat16", "import", most=0.05),
+        Row("inspect, whole process", "process 135M bfloat16", "inspect", most=0.2),
+    ]
+    for name in ("LoRA", "DoRA", "VeRA", "IA3", "LoHa", "LoKr", "OFT"):
+        for how in ("decode", "prefill"):
+            found.append(Row(f"{name} / base, {how}", "methods 135M bfloat16", f"{name} {how}"))
+    return found
+
+
+def value(row: Row, kept: Results, side: str) -> float | None:
+    """A row's figure for one side: the median over the rounds; ``None`` where it was not measured."""
+    runs = kept.get(row.run, {}).get(side, [])
+    values = [run[row.figure] / (run[row.over] if row.over else 1) for run in runs if row.figure in run]
+    return statistics.median(values) if values else None
+
+
+def verdict(row: Row, ours: float, theirs: float | None) -> tuple[str, str]:
+    """The target in words, and whether it is met."""
+    if row.faster is not None and theirs is not None:
+        words = f"{row.faster:g}x faster" if row.faster > 1 else "no slower"
+        return words, "met" if theirs / ours >= row.faster else "missed"
+    if row.most is not None:
+        limit = row.most if row.over else f"{_seconds(row.most)}"
+        return f"at most {limit}", "met" if ours <= row.most else "missed"
+    if row.run.startswith("methods") and theirs is not None:
+        return "no slower", "met" if ours <= theirs else "missed"
+    return "", ""
+
+
+def _seconds(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.{1 if seconds >= 0.01 else 3}f} ms"
+
+
+def shown(row: Row, number: float | None) -> str:
+    if number is None:
+        return ""
+    if row.over or row.run.startswith("methods"):
+        return f"{number:.2f}"
+    return f"{number:.0f}" if row.figure.endswith("MB") else _seconds(number)
+
+
+def table(kept: Results) -> str:
+    lines = ["| what | on | peft | Veneer | peft / Veneer | target | |", "|---|---|---|---|---|---|---|"]
+    for row in rows():
+        ours, theirs = value(row, kept, "veneer"), value(row, kept, "peft")
+        if ours is None:
+            continue
+        on = row.run.partition(" ")[2]
+        ratio = "" if theirs is None else f"{theirs / ours:.1f}"
+        target, met = verdict(row, ours, theirs)
+        lines.append(f"| {row.what} | {on} | {shown(row, theirs)} | {shown(row, ours)} | {ratio} | {target} | {met} |")
+    return "\n".join(lines)
+
+
+def show(section: str, model: str, dtype: str, runs: Results) -> None:
+    """Print a section's medians as they come."""
+    print(f"{section} {model} {dtype}")
+    names = list(dict.fromkeys(name for side in runs.values() for run in side for name in run))
+    for name in names:
+        ours, theirs = (
+            statistics.median([run[name] for run in runs[side] if name in run] or [float("nan")])
+            for side in ("veneer", "peft")
+        )
+        print(f"  {name:28} veneer {ours:10.5f}   peft {theirs:10.5f}   peft/veneer {theirs / ours:7.2f}", flush=True)
+
+
+def read() -> Results:
+    found: Results = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    return found
+
+
+def keep(kept: Results) -> None:
+    KEPT.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
+
+
+def machine() -> str:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
+    return f"Python {platform.python_version()}, {versions}; {os.cpu_count()} cores of {_processor()}."
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.machine()
+
+
+def write(kept: Results) -> None:
+    """Write the table with the notes on it, and the plot."""
+    text = NOTES.read_text() if NOTES.exists() else ""
+    TABLE.write_text(
+        "# Veneer beside peft\n\nMade by `make bench`; do not edit. " + machine() + "\n\n"
+        "![Veneer beside peft](results.svg)\n\n" + table(kept) + "\n\n" + text
+    )
+    plot(kept)
+
+
+def plot(kept: Results) -> None:
+    """How many times slower or faster, on a logarithmic scale; overheads beside it."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    matplotlib.rcParams["svg.hashsalt"] = "veneer"
+    speeds = [r for r in rows() if not r.over and not r.figure.endswith("MB") and "methods" not in r.run]
+    ratios = [r for r in rows() if r.over and ("forward" in r.run or "mixed" in r.run)]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 7))
+    _bars(left, [(r, (value(r, kept, "peft") or 0) / (value(r, kept, "veneer") or 1)) for r in speeds])
+    left.set_xscale("log")
+    left.axvline(1, color="black", linewidth=0.8)
+    left.set_title("times faster than peft")
+    for side, colour, offset in (("peft", "#c0c0c0", 0.2), ("veneer", "#2a7f9e", -0.2)):
+        found = [(r, value(r, kept, side) or 0) for r in ratios if value(r, kept, "veneer")]
+        right.barh([i + offset for i in range(len(found))], [v for _, v in found], 0.4, color=colour, label=side)
+        right.set_yticks(range(len(found)), [_label(r) for r, _ in found], fontsize=7)
+    right.axvline(1, color="black", linewidth=0.8)
+    right.invert_yaxis()
+    right.set_title("cost, relative (1 is no overhead)")
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(PLOT, metadata={"Date": None})
+    plt.close(figure)
+
+
+def _bars(axes: Any, found: list[tuple[Row, float]]) -> None:
+    found = [(row, number) for row, number in found if number > 0]
+    axes.barh(range(len(found)), [number for _, number in found], color="#2a7f9e")
+    axes.set_yticks(range(len(found)), [_label(row) for row, _ in found], fontsize=7)
+    for index, (_, number) in enumerate(found):
+        axes.text(number, index, f" {number:.1f}", va="center", fontsize=7)
+    axes.invert_yaxis()
+
+
+def _label(row: Row) -> str:
+    return f"{row.what}, {row.run.partition(' ')[2].replace('bfloat16', 'bf16').replace('float32', 'fp32')}"

@@ -1,0 +1,311 @@
+"""What is measured: a function a section, each run in a fresh process for one side, with the same code for both.
+
+    python benchmarks/workloads.py SECTION MODEL DTYPE SIDE      prints {figure: seconds, megabytes or a ratio}
+
+``SIDE`` is ``veneer`` or ``peft``; both offer the calls used here under the same names. An adapter is LoRA with r=16
+on all linear layers unless a section says otherwise. What is to be compared within a section runs in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import materials
+
+Figures = dict[str, float]
+Action = Callable[[], Any]
+
+
+def timed(action: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = action(*arguments, **options)
+    return time.perf_counter() - start, result
+
+
+def in_turns(actions: Mapping[str, Action], times: int) -> Figures:
+    """The median seconds of each action, run in turns after one turn that does not count."""
+    taken: dict[str, list[float]] = {name: [] for name in actions}
+    for turn in range(times + 1):
+        for name, action in actions.items():
+            seconds = timed(action)[0]
+            if turn:
+                taken[name].append(seconds)
+    return {name: statistics.median(found) for name, found in taken.items()}
+
+
+def named(prefix: str, figures: Figures, divisor: int = 1) -> Figures:
+    return {f"{prefix} {name}": value / divisor for name, value in figures.items()}
+
+
+def peak() -> float:
+    """Megabytes of memory that this process has taken at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One side of a comparison: the library, the base model, the dtype."""
+
+    side: str
+    model: str
+    dtype: str
+
+    @property
+    def library(self) -> Any:
+        return __import__(self.side)
+
+    @property
+    def large(self) -> bool:
+        return self.model == "1B"
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of a prefill: as many as every machine gets done in seconds, half precision in software included."""
+        return 512 if self.dtype == "float32" and not self.large else 128 if not self.large else 64
+
+    @property
+    def few(self) -> int:
+        """How often something that takes seconds is repeated."""
+        return 2 if self.large else 4
+
+    def base(self) -> Any:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        folder = materials.base(self.model)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, self.dtype)).eval()
+
+    def adapted(self, method: str = "LoRA", **options: Any) -> Any:
+        folder = materials.adapter(self.model, method)
+        return self.library.PeftModel.from_pretrained(self.base(), folder, **options).eval()
+
+    def with_adapters(self, count: int) -> Any:
+        """A model with the adapters ``a0``, ``a1`` ..., each in memory of its own."""
+        folders = [materials.adapter(self.model, copy=index + 1) for index in range(count)]
+        model = self.library.PeftModel.from_pretrained(self.base(), folders[0], adapter_name="a0").eval()
+        for index in range(1, count):
+            model.load_adapter(folders[index], adapter_name=f"a{index}")
+        return model
+
+
+# -- forward passes ----------------------------------------------------------------------------------------
+
+
+def tokens(rows: int, length: int) -> Any:
+    import torch
+
+    return torch.randint(5, 30000, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def decode(model: Any, steps: int, rows: int = 1, prompt: int = 20, **choice: Any) -> Action:
+    """Decodes ``steps`` tokens a row; the prompt's own pass is not a part of it."""
+    import torch
+    from transformers import DynamicCache
+
+    ids, one = tokens(rows, prompt), tokens(rows, 1)
+    with torch.inference_mode():
+        cache = model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True, **choice).past_key_values
+
+    @torch.inference_mode()
+    def run() -> None:
+        for _ in range(steps):
+            model(input_ids=one, past_key_values=cache, use_cache=True, **choice)
+        cache.crop(-steps)
+
+    return run
+
+
+def prefill(model: Any, length: int, rows: int = 1, **choice: Any) -> Action:
+    import torch
+
+    ids = tokens(rows, length)
+
+    @torch.inference_mode()
+    def run() -> None:
+        model(input_ids=ids, use_cache=False, logits_to_keep=1, **choice)
+
+    return run
+
+
+# -- sections ----------------------------------------------------------------------------------------------
+
+# How far the peer is followed: each attach takes longer than the one before, and a thousand would take an hour.
+LAST = {"veneer": 1000, "peft": 16}
+
+
+def attach(bench: Bench) -> Figures:
+    """Adapters onto a model in memory, one after the other; then switching between two of them."""
+    folder, base = materials.adapter(bench.model), bench.base()
+    for parameter in base.parameters():
+        parameter.sum()  # reads what is memory-mapped: the base's files are not what is measured
+    first, model = timed(bench.library.PeftModel.from_pretrained, base, folder)
+    times = [first]
+    for index in range(2, LAST[bench.side] + 1):
+        times.append(timed(model.load_adapter, folder, adapter_name=f"a{index}")[0])
+    found = {"attach 1": first, "attach 2": times[1]}
+    # With its two neighbours: now and then one of them meets Python's collection of garbage.
+    found.update({f"attach {i}": statistics.median(times[i - 3 : i]) for i in (16, 100, 1000) if i <= len(times)})
+    switches = [timed(model.set_adapter, name)[0] for name in ["a2", "default"] * 20]
+    return {**found, "switch": statistics.median(switches)}
+
+
+def forward(bench: Bench) -> Figures:
+    """The base alone, an adapter on it, an adapter merged into it: decoding, and a prefill."""
+    models = {"base": bench.base(), "merged": bench.adapted().merge_and_unload(), "unmerged": bench.adapted()}
+    steps, turns = (4, 3) if bench.large else (16, 9)
+    decodes = in_turns({name: decode(model, steps) for name, model in models.items()}, turns)
+    prefills = in_turns({name: prefill(model, bench.prompt) for name, model in models.items()}, bench.few)
+    return {**named("decode", decodes, steps), **named("prefill", prefills)}
+
+
+def train(bench: Bench) -> Figures:
+    """One step on 4 rows of 16 tokens: forward, backward, AdamW on the adapter."""
+    import torch
+
+    model = bench.adapted(is_trainable=True).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    ids = tokens(4, 16)
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return in_turns({"train step": step}, 1 if bench.large else 3)
+
+
+def mixed(bench: Bench) -> Figures:
+    """8 rows with 1 to 8 adapters among them, and with one in the usual way: decoding, and a prefill."""
+    model, length = bench.with_adapters(8), bench.prompt // 8
+    choices = {str(count): [f"a{row % count}" for row in range(8)] for count in (1, 2, 4, 8)}
+    decodes = {name: decode(model, 8, 8, adapter_names=rows) for name, rows in choices.items()}
+    prefills = {name: prefill(model, length, 8, adapter_names=rows) for name, rows in choices.items()}
+    model.set_adapter("a0")
+    decodes["one"], prefills["one"] = decode(model, 8, 8), prefill(model, length, 8)
+    return {
+        **named("mixed decode", in_turns(decodes, bench.few), 8),
+        **named("mixed prefill", in_turns(prefills, bench.few)),
+    }
+
+
+def mixed64(bench: Bench) -> Figures:
+    """64 rows with 64 adapters, and with one: decoding."""
+    model = bench.with_adapters(64)
+    many = decode(model, 4, 64, 4, adapter_names=[f"a{row}" for row in range(64)])
+    model.set_adapter("a0")
+    one = decode(model, 4, 64, 4)
+    return named("64 rows decode", in_turns({"64": many, "one": one}, 4), 4)
+
+
+def merge(bench: Bench) -> Figures:
+    """Merging in memory, the weights resident; taking it back; and for good."""
+    model = bench.adapted()
+    for parameter in model.parameters():
+        parameter.sum()
+    merges, unmerges = [], []
+    for _ in range(2 if bench.large else 5):
+        merges.append(timed(model.merge_adapter)[0])
+        unmerges.append(timed(model.unmerge_adapter)[0])
+    final = timed(model.merge_and_unload)[0]
+    return {
+        "merge": statistics.median(merges),
+        "unmerge": statistics.median(unmerges),
+        "merge and unload": final,
+    }
+
+
+def load(bench: Bench) -> Figures:
+    """From files to a merged model in memory, beside loading the base alone."""
+    import torch
+
+    folder = materials.adapter(bench.model)
+    options = {"base": materials.base(bench.model), "dtype": getattr(torch, bench.dtype), "merge": True}
+    ways = {
+        "peft": lambda: bench.library.PeftModel.from_pretrained(bench.base(), folder).merge_and_unload(),
+        "veneer": lambda: bench.library.load(folder, **options),
+    }
+    found = in_turns({"load base": bench.base, "load merged": ways[bench.side]}, 1 if bench.large else 3)
+    return {**found, "peak of load merged, MB": peak()}
+
+
+def save(bench: Bench) -> Figures:
+    """An adapter from memory to disk."""
+    model = bench.adapted()
+    with tempfile.TemporaryDirectory() as folder:
+        return in_turns({"save": lambda: model.save_pretrained(folder)}, 5)
+
+
+def memory(bench: Bench) -> Figures:
+    """The process's peak with one adapter in use."""
+    prefill(bench.adapted(), 64)()
+    return {"peak in use, MB": peak()}
+
+
+def methods(bench: Bench) -> Figures:
+    """Each method unmerged beside the base: a prefill of 64 tokens, and decoding. Ratios."""
+    import veneer
+
+    plain = bench.base()
+    found: Figures = {}
+    for name, (kind, _) in materials.METHODS.items():
+        if not hasattr(veneer, kind):
+            continue
+        model = bench.adapted(name)
+        decodes = in_turns({"base": decode(plain, 8), "own": decode(model, 8)}, 4)
+        prefills = in_turns({"base": prefill(plain, 64), "own": prefill(model, 64)}, 2)
+        found[f"{name} decode"] = decodes["own"] / decodes["base"]
+        found[f"{name} prefill"] = prefills["own"] / prefills["base"]
+    return found
+
+
+def process(bench: Bench) -> Figures:
+    """Whole processes: the import, with torch and transformers there already and alone; ``inspect``."""
+
+    def whole(*command: str) -> float:
+        arguments = [sys.executable, *command]
+        return min(timed(subprocess.run, arguments, check=True, stdout=subprocess.DEVNULL)[0] for _ in range(3))
+
+    code = (
+        "import time, torch, transformers; transformers.AutoModelForCausalLM; start = time.perf_counter(); "
+        f"import {bench.side}; {bench.side}.PeftModel; print(time.perf_counter() - start)"
+    )
+    found = {"import after torch": min(float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3))}
+    found["import"] = whole("-c", f"import {bench.side}") - whole("-c", "pass")
+    if bench.side == "veneer":
+        found["inspect"] = whole("-m", "veneer", "inspect", str(materials.adapter("135M")), "--json")
+    return found
+
+
+SECTIONS: Mapping[str, Callable[[Bench], Figures]] = {
+    section.__name__: section
+    for section in (attach, forward, train, mixed, mixed64, merge, load, save, memory, methods, process)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("section", choices=SECTIONS)
+    parser.add_argument("model", choices=("135M", "1B"))
+    parser.add_argument("dtype", choices=("bfloat16", "float32"))
+    parser.add_argument("side", choices=("veneer", "peft"))
+    asked = parser.parse_args()
+    # The figures are the output: no progress bars, and no warnings that are peft's own.
+    os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
+    warnings.simplefilter("ignore")
+    print(json.dumps(SECTIONS[asked.section](Bench(asked.side, asked.model, asked.dtype))))
+
+
+if __name__ == "__main__":
+    main()
