@@ -526,6 +526,7 @@ def _is_finite(tensor: Tensor | None) -> bool:
 
 
 def targeted(config: PeftConfig) -> TargetedConfig:
+    """The config as one that says which layers it adapts; ``UnsupportedError`` when it does not."""
     if not isinstance(config, TargetedConfig):
         raise UnsupportedError(
             f"{type(config).__name__} does not say which layers to adapt.", hint="Use a method's config: LoraConfig ..."
@@ -543,6 +544,7 @@ def _trainable(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
 
 
 def check_finite(tensors: dict[str, Tensor], origin: str) -> None:
+    """Raise ``NonFiniteError`` when a tensor of the adapter ``origin`` holds NaN or infinity."""
     bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise NonFiniteError(

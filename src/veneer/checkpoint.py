@@ -50,6 +50,26 @@ class Checkpoint:
         return found
 
 
+@dataclass(frozen=True)
+class HeldCheckpoint(Checkpoint):
+    """An adapter whose tensors are in memory, laid out as a checkpoint."""
+
+    held: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Key -> tensor, as it is held."""
+        return {key: self.held[key] for key in keys}
+
+
+def hold(config: PeftConfig, tensors: Mapping[str, Tensor], origin: str) -> HeldCheckpoint:
+    """A checkpoint of tensors (key -> tensor) that lie in memory; ``origin`` says in errors where they come from."""
+    info = {
+        key: TensorInfo(key, str(t.dtype).removeprefix("torch."), tuple(t.shape), 0, t.nbytes)
+        for key, t in tensors.items()
+    }
+    return HeldCheckpoint(origin, config, info, {}, {}, tensors)
+
+
 def open_checkpoint(source: Source, *, strict: bool = True, config: PeftConfig | None = None) -> Checkpoint:
     """Read an adapter folder's config (unless one is given) and header.
 

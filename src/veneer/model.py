@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from veneer import adapter_set
 from veneer.adapters import Adapter, Adapters
-from veneer.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
+from veneer.checkpoint import Checkpoint, hold, open_checkpoint, write_checkpoint
 from veneer.config import HEADS, PeftConfig, TargetedConfig, TaskType
 from veneer.errors import (
     AdapterError,
@@ -348,6 +348,63 @@ class PeftModel(nn.Module):
         else:
             # Among trainable adapters only the active ones get gradients.
             self.adapters.select(self.adapters.switch.standing.names)
+        self._keep_report()
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        *,
+        seed: int | None = None,
+    ) -> None:
+        """Combine adapters into a new one: a plain LoRA adapter in float32, frozen, which saves and loads anywhere.
+
+        With ``D_i`` what adapter ``i`` makes of a layer's weight and ``w_i`` its weight, the new adapter's change is
+
+        - ``"cat"``: the sum of ``w_i D_i``, exactly; its rank is the sum of the ranks;
+        - ``"linear"``: the same, in the smallest rank that holds it;
+        - ``"svd"``: the matrix of rank ``svd_rank`` nearest to that sum;
+        - ``"magnitude_prune"``: the sum of ``w_i D_i``, each with only its share ``density`` of largest values;
+        - ``"dare_linear"``: the same with values dropped at random and the others divided by ``density``
+          (Yu et al. 2023, arXiv:2311.03099, equation 4);
+        - ``"ties"``, ``"dare_ties"``: of the pruned or dropped ``w_i D_i``, for each value the mean of those that
+          have the sign that prevails (Yadav et al. 2023, arXiv:2306.01708, section 3).
+
+        Adapters of any method that changes weights can be combined, of different ranks and on different layers; a
+        layer that one does not adapt has no change of it. There are no products of one adapter's A with another's
+        B, which peft's ``linear``, ``ties``, ``dare_*`` and ``magnitude_prune`` have; those correspond here to its
+        kinds that end in ``_svd``, which are accepted too.
+
+        Args:
+            adapters: their names.
+            weights: one for each; negative ones take a change away.
+            adapter_name: the new adapter's name. It becomes active only when no other is.
+            combination_type: see above.
+            svd_rank: the rank of the result; the largest of the adapters' ranks on a layer when ``None``.
+            density: see above, over 0 and up to 1.
+            majority_sign_method: how signs are weighed, ``"total"`` by the sum, ``"frequency"`` by their number.
+            seed: of what DARE drops; torch's own generator when ``None``.
+
+        Raises:
+            UnknownAdapterError: an adapter is not there. UnsupportedError: no LoRA can hold one of the changes.
+        """
+        from veneer.combine import Combination, combine
+
+        wanted = Combination(
+            tuple(adapters), tuple(weights), combination_type, svd_rank, density, majority_sign_method, seed
+        )
+        self.adapters.check_new(adapter_name)
+        config, tensors = combine(self.adapters, wanted)
+        checkpoint = hold(config, tensors, f"the combination of {', '.join(adapters)}")
+        made = self.adapters.load(adapter_name, checkpoint, trainable=False)
+        made.origin, made.base_digest = None, self.base_digest
+        if not self.adapters.switch.standing.names:
+            self.adapters.select(adapter_name)
         self._keep_report()
 
     # -- choosing ------------------------------------------------------------------------------------------

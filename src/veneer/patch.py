@@ -86,6 +86,11 @@ class Patch:
         return self.up is not None
 
     @property
+    def only_adds(self) -> bool:
+        """Whether it is no more than ``U V`` and ``c``, so that several are a sum."""
+        return all(part is None for part in (self.dense, self.inner, self.outer, self.tokens))
+
+    @property
     def by_rows(self) -> bool:
         """Whether a block of the weight's rows changes without knowledge of the others."""
         return self.outer is None or self.outer.is_diagonal

@@ -173,6 +173,27 @@ def _factors(settings: LoraSettings, tensors: Mapping[str, Tensor], site: Site) 
     return up.reshape(up.shape[0], r, stack).permute(2, 0, 1), down.reshape(stack, r, down.shape[1])
 
 
+def as_leaves(up: Tensor, down: Tensor, site: Site) -> dict[str, Tensor]:
+    """The leaves of a LoRA of scale 1 that changes a layer's canonical weight by ``up @ down``.
+
+    Args:
+        up: shape ``(out, r)``, or ``(n, out, r)`` for a stack of matrices.
+        down: shape ``(r, in)``, or ``(n, r, in)``.
+        site: the layer.
+    """
+    if isinstance(site, EmbeddingSite):
+        return {EMBEDDING_A: down, EMBEDDING_B: up}
+    if isinstance(site, ConvSite):
+        if site.conv.groups > 1:
+            raise unsupported(site, "a LoRA made from a change of the weight")
+        return {A: down.reshape(-1, site.conv.in_channels, *site.kernel), B: up.reshape(*up.shape, *site.point)}
+    if isinstance(site, ParameterSite):
+        up = up / site.gain
+        if site.stack is not None:
+            return {A: down.flatten(0, 1), B: up.permute(1, 2, 0).flatten(1)}
+    return {A: down, B: up}
+
+
 @torch.no_grad()
 def _lengths(patch: Patch, base: Base) -> Tensor:
     """The length of each row of ``W + scale * B A``, shape ``(out,)``, float32."""
