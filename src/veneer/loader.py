@@ -226,6 +226,7 @@ def find_base(
     base_revision: str | None,
     options: dict[str, Any],
 ) -> FoundBase:
+    """The base of what is at ``source``: itself, the one asked for, or the one that its adapters name."""
     if not checkpoints:
         if base is not None:
             raise BaseModelError(
@@ -405,4 +406,5 @@ def _origin(source: Source) -> str:
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's text that says something."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
