@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer import adapter_set
+from veneer.base_map import relocated
 from veneer.config import PeftConfig
 from veneer.errors import ConfigError, SourceError, UnknownMethodError, VeneerError
 from veneer.identity import BASE_DIGEST_KEY
@@ -330,11 +331,18 @@ def _check_base(base: Any, source: Source, problems: list[Problem]) -> None:
                 f"Name it when loading: veneer.load({source.origin!r}, base=...).",
             )
         )
-    elif not (looks_like_hub_id(base) or _exists(Path(base)) or _exists(source.root / base)):
+        return
+    try:
+        place = relocated(base) or base
+    except ConfigError as error:
+        problems.append(_problem("base-map", error))
+        return
+    if not (looks_like_hub_id(place) or _exists(Path(place)) or _exists(source.root / place)):
+        moved = "" if place == base else f" (the base map says {place})"
         problems.append(
             Problem(
                 "base-not-found",
-                f"The base model {base} does not exist here.",
+                f"The base model {base}{moved} does not exist here.",
                 f"Name it when loading: veneer.load({source.origin!r}, base=...).",
             )
         )

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from veneer import adapter_set
+from veneer.base_map import relocated
 from veneer.checkpoint import Checkpoint, open_checkpoint
 from veneer.codec import PREFIX
 from veneer.config import TaskType
@@ -262,6 +263,9 @@ def _named_base(
     # Joining an absolute name to the folder gives the name itself, so that a path is never tried twice.
     places = {name: "named by the adapter's config"}
     places.setdefault(str(source.root / name), "relative to the adapter's folder")
+    moved = relocated(name)
+    if moved is not None:
+        places = {moved: f"where the base map says that {name} is"}
     for place, why in sorted(places.items(), key=lambda item: not Path(item[0]).exists()):
         try:
             found = resolve(place, revision=revision, what="base", **options)
