@@ -70,6 +70,9 @@ if TYPE_CHECKING:
         get_peft_model,
     )
     from veneer.report import AdapterReport, LoadReport
+    from veneer.start_configs import CordaConfig, EvaConfig, LoraGAConfig
+    from veneer.starts.corda import preprocess_corda
+    from veneer.starts.lora_ga import preprocess_loraga
 
 # Public name -> the module that defines it.
 _HOMES = {
@@ -106,6 +109,9 @@ _HOMES = {
             "get_peft_model"
         ),
         "report": "AdapterReport LoadReport",
+        "start_configs": "CordaConfig EvaConfig LoraGAConfig",
+        "starts.corda": "preprocess_corda",
+        "starts.lora_ga": "preprocess_loraga",
     }.items()
     for name in names.split()
 }
@@ -133,13 +139,16 @@ __all__ = [
     "BaseModelError",
     "BindError",
     "ConfigError",
+    "CordaConfig",
     "CorruptFileError",
     "DuplicateAdapterError",
+    "EvaConfig",
     "IA3Config",
     "IncompleteCheckpointError",
     "Inspection",
     "LoadReport",
     "LoraConfig",
+    "LoraGAConfig",
     "MergeError",
     "MergeReport",
     "NonFiniteError",
@@ -171,6 +180,8 @@ __all__ = [
     "load",
     "load_tokenizer",
     "merge",
+    "preprocess_corda",
+    "preprocess_loraga",
 ]
 
 

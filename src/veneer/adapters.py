@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +34,7 @@ from veneer.layer import AdaptedLayer, Bound
 from veneer.methods import AnyMethod, method_of
 from veneer.methods.method import Base
 from veneer.parameter_layer import AdaptedParameter
-from veneer.plan import Plan, bind_error, make_plan
+from veneer.plan import Binding, Plan, bind_error, make_plan
 from veneer.saved import SavedModule
 from veneer.selection import BASE, NOTHING, Selection, Switch
 from veneer.sites import ParameterSite, Site
@@ -121,6 +121,7 @@ class Adapters:
                 leaf: _parameter(tensors[key], binding.site.device, float32, trainable and binding.method.trainable)
                 for leaf, key in binding.keys.items()
             }
+            parameters.update(self._restored(binding, config))
             made.append(_Made(binding.site, binding.method, binding.settings, parameters, binding.twin))
         stored = {leaf: tensors[key] for leaf, key in plan.shared.items()}
         self._bind(adapter, made, self._shared(config, method, made, stored, float32, trainable, None))
@@ -132,6 +133,12 @@ class Adapters:
                 adapter.dtypes.update({encode(root, leaf): tensor.dtype for leaf, tensor in values.items()})
         self._added(adapter)
         return adapter
+
+    def _restored(self, binding: Binding, config: TargetedConfig) -> dict[str, nn.Parameter]:
+        """The tensors of a layer that are in no checkpoint, and never trained."""
+        site = binding.site
+        found = binding.method.restored(config, binding.settings, lambda: self._base(site))
+        return {leaf: _parameter(tensor, site.device, True, False) for leaf, tensor in found.items()}
 
     def create(self, name: str, config: PeftConfig, *, generator: torch.Generator | None = None) -> Adapter:
         """Add a new, trainable adapter, with tensors in float32.
@@ -155,7 +162,10 @@ class Adapters:
             for site in part.sites:
                 settings = part.method.settings(config, site)
                 tensors = part.method.init(config, settings, self._base(site), generator)
-                parameters = {leaf: _parameter(t, site.device, True, True) for leaf, t in tensors.items()}
+                parameters = {
+                    leaf: _parameter(t, site.device, True, leaf not in part.method.frozen)
+                    for leaf, t in tensors.items()
+                }
                 made.append(_Made(site, part.method, settings, parameters, part.twins.get(site.id)))
         adapter = Adapter(name, config, trainable=True)
         self._bind(adapter, made, self._shared(config, method, made, {}, True, True, generator))
@@ -382,27 +392,40 @@ class Adapters:
             for module in adapter.layers
             for share in self.layers[module].bound[name]
             if share.method.trainable
-            for p in self.layers[module].tensors(name, share).values()
+            for leaf, p in self.layers[module].tensors(name, share).items()
+            if leaf not in share.method.frozen
         }
         if adapter.shared and method_of(adapter.config).trains_shared:
             own.update((id(p), p) for p in adapter.shared.values())
         return [*own.values(), *(p for root in adapter.saved for p in self._copy(root, name).parameters())]
 
-    def named_tensors(self, name: str) -> list[tuple[str, Tensor]]:
-        """Each tensor of an adapter that is saved: its checkpoint key, itself."""
+    def named_tensors(
+        self, name: str, value: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    ) -> list[tuple[str, Tensor]]:
+        """Each tensor of an adapter that is saved: its checkpoint key, itself, or what ``value`` puts in its place."""
         adapter = self.get(name)
         found: list[tuple[str, Tensor]] = []
         for module in adapter.layers:
             layer = self.layers[module]
             for share in layer.bound[name]:
                 if share.key is not None:
-                    tensors = layer.tensors(name, share)
-                    found += [(encode(share.key, leaf), tensor) for leaf, tensor in tensors.items()]
+                    tensors = {leaf: value(tensor) for leaf, tensor in layer.tensors(name, share).items()}
+                    found += [(encode(share.key, leaf), t) for leaf, t in share.method.on_disk(tensors).items()]
         if adapter.shared and method_of(adapter.config).saves_shared(adapter.config):
-            found += [(SHARED_PREFIX + leaf, tensor) for leaf, tensor in adapter.shared.items()]
+            found += [(SHARED_PREFIX + leaf, value(tensor)) for leaf, tensor in adapter.shared.items()]
         for root in adapter.saved:
-            found += [(encode(root, leaf), t) for leaf, t in self._copy(root, name).state_dict(keep_vars=True).items()]
+            copy = self._copy(root, name).state_dict(keep_vars=True)
+            found += [(encode(root, leaf), value(tensor)) for leaf, tensor in copy.items()]
         return found
+
+    def config_on_disk(self, name: str) -> TargetedConfig:
+        """The config that goes with :meth:`named_tensors`."""
+        adapter = self.get(name)
+        shares = [share for module in adapter.layers for share in self.layers[module].bound[name]]
+        if any(share.method.frozen.intersection(share.leaves) for share in shares):
+            converted: TargetedConfig = method_of(adapter.config).config_on_disk(adapter.config)
+            return converted
+        return adapter.config
 
     def _copy(self, root: str, name: str) -> nn.Module:
         own: nn.Module = self.saved[root].copies[name]

@@ -543,7 +543,9 @@ class PeftModel(nn.Module):
     ) -> None:
         """Save adapters in the PEFT format: ``default`` at the root, any other in a folder of its name.
 
-        A model without adapters saves the base model instead, as transformers does.
+        A model without adapters saves the base model instead, as transformers does. An adapter whose starting point
+        takes a part of the base (``init_lora_weights="pissa"`` ...) is saved as a plain one of twice the rank, for the
+        untouched base; ``path_initial_model_for_weight_conversion``, by which peft is asked for that, changes nothing.
 
         Args:
             save_directory: the folder.
@@ -572,7 +574,7 @@ class PeftModel(nn.Module):
         digest = adapter.base_digest or self.base_digest
         write_checkpoint(
             adapter_set.place(folder, adapter.name),
-            adapter.config,
+            self.adapters.config_on_disk(adapter.name),
             self._tensors_to_save(adapter, state),
             {} if digest is None else {BASE_DIGEST_KEY: digest},
         )
@@ -580,11 +582,12 @@ class PeftModel(nn.Module):
     def _tensors_to_save(self, adapter: Adapter, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Checkpoint key -> tensor, in the dtype that it had on disk; from ``state`` where that has it."""
         names = {id(tensor): name for name, tensor in self.state_dict(keep_vars=True).items()} if state else {}
-        found = {}
-        for key, live in self.adapters.named_tensors(adapter.name):
-            tensor = state.get(names.get(id(live), ""), live).detach()
-            found[key] = tensor.to(adapter.dtypes.get(key, tensor.dtype))
-        return found
+
+        def value(live: Tensor) -> Tensor:
+            return state.get(names.get(id(live), ""), live).detach()
+
+        found = self.adapters.named_tensors(adapter.name, value)
+        return {key: tensor.to(adapter.dtypes.get(key, tensor.dtype)) for key, tensor in found}
 
     def get_adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """Checkpoint key -> tensor of one adapter (the active one when ``None``): what saving writes."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from veneer.config import PeftType, TargetedConfig, check_regex
 from veneer.errors import ConfigError
+
+STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_[n]", "olora", "eva", "corda", "lora_ga", "loftq", "mica")
+_START_CONFIGS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")
 
 
 @dataclass
@@ -23,8 +29,10 @@ class LoraConfig(TargetedConfig):
         lora_dropout: dropout on the adapter's input while training.
         rank_pattern: ``{pattern: r}`` for modules whose name ends with the pattern (a regular expression).
         alpha_pattern: the same for ``lora_alpha``.
-        init_lora_weights: ``True`` (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal of deviation 1/r, B
-            zero) or ``False`` (both random: a non-zero start, for tests).
+        init_lora_weights: what training starts from: ``True`` (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal of
+            deviation 1/r, B zero), ``"orthogonal"``, ``"pissa"``, ``"pissa_niter_[n]"``, ``"olora"``, ``"corda"``,
+            ``"lora_ga"``, or ``False`` (both random: a non-zero start, for tests).
+        corda_config, lora_ga_config: options of those starts.
     """
 
     r: int = 8
@@ -68,11 +76,13 @@ class LoraConfig(TargetedConfig):
         "arrow_config": (None,),
         "kasa_config": (None,),
         "ensure_weight_tying": (False, None),
-        # These move a part of the base into the adapter, which then fits no untouched base.
-        "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
     }
 
     def __post_init__(self) -> None:
+        for name in _START_CONFIGS:
+            options = getattr(self, name)
+            if dataclasses.is_dataclass(options) and not isinstance(options, type):
+                setattr(self, name, dataclasses.asdict(options))
         super().__post_init__()
         self.peft_type = PeftType.LORA
         self.rank_pattern = dict(self.rank_pattern)
@@ -80,6 +90,7 @@ class LoraConfig(TargetedConfig):
         self._check()
 
     def _check(self) -> None:
+        self._check_start()
         ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}
         for name, rank in ranks.items():
             if rank < 1:
@@ -92,6 +103,15 @@ class LoraConfig(TargetedConfig):
         for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for pattern in patterns:
                 check_regex(name, pattern)
+
+    def _check_start(self) -> None:
+        start = self.init_lora_weights
+        if isinstance(start, str) and start not in STARTS and not re.fullmatch(r"pissa_niter_\d+", start):
+            near = difflib.get_close_matches(start, STARTS, n=1)
+            raise ConfigError(
+                f"init_lora_weights={start!r} is no starting point.",
+                hint=(f"Did you mean {near[0]!r}? " if near else "") + f"Known: True, False, {', '.join(STARTS)}.",
+            )
 
 
 CONFIG = LoraConfig

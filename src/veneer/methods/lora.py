@@ -6,13 +6,18 @@
 DoRA (Liu et al. 2024, arXiv:2402.09353, equation 5) gives each row of the result a trained length ``m``:
 
     W' = m / ||W + scale * B A||_row * (W + scale * B A)        m: (out,); the norm is taken as a constant
+
+A starting point that takes its part off the weight (:mod:`veneer.starts`) is kept beside A and B, the weight left as it
+is. Saved, it is a plain adapter of twice the rank, for the base as it is on disk:
+
+    W' = W + scale * (B A - B_0 A_0) = W + scale * [B | -B_0] [A ; A_0]
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +37,7 @@ from veneer.sites.conv import ConvSite
 from veneer.sites.embedding import EmbeddingSite
 from veneer.sites.parameter import ParameterSite
 from veneer.sites.site import unsupported
+from veneer.starts import Layer, begin, is_moved, repeats
 from veneer.targets import pattern_value
 
 if TYPE_CHECKING:
@@ -43,6 +49,8 @@ B_BIAS = "lora_B.bias"
 EMBEDDING_A = "lora_embedding_A"
 EMBEDDING_B = "lora_embedding_B"
 MAGNITUDE = "lora_magnitude_vector"
+START_A = "lora_start_A.weight"
+START_B = "lora_start_B.weight"
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
     """LoRA, rsLoRA and DoRA."""
 
     leaves = (A, B, B_BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE)
+    frozen = frozenset({START_A, START_B})
 
     def in_memory(self, leaf: str) -> str:
         return f"{leaf}.weight" if leaf == MAGNITUDE else leaf
@@ -119,13 +128,10 @@ class Lora(Method[LoraConfig, LoraSettings]):
         embedding = EMBEDDING_A in tensors
         down, up = (EMBEDDING_A, EMBEDDING_B) if embedding else (A, B)
         start = config.init_lora_weights
-        if start == "gaussian":
+        if isinstance(start, str) and start not in ("gaussian", "eva"):
+            tensors.update(self._start(config, settings, base, generator))
+        elif start == "gaussian":
             tensors[down].normal_(std=1 / settings.r, generator=generator)
-        elif not isinstance(start, bool) and start is not None:
-            raise UnsupportedError(
-                f"init_lora_weights={start!r} is not available for new adapters in this version of Veneer.",
-                hint='Use True, "gaussian" or False.',
-            )
         elif embedding:
             # peft starts an embedding's A at zero and its B at random; either is a start without effect.
             tensors[up].normal_(generator=generator)
@@ -139,6 +145,60 @@ class Lora(Method[LoraConfig, LoraSettings]):
                 _lengths(self._low_rank(settings, tensors, base), base).view_as(tensors[MAGNITUDE])
             )
         return tensors
+
+    def _start(
+        self, config: LoraConfig, settings: LoraSettings, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """A and B of a starting point with a file of its own; of one that is moved, a copy to take off again."""
+        how, site = str(config.init_lora_weights), base.site
+        if not site.matrix_input:
+            raise unsupported(site, f"init_lora_weights={how!r}")
+        if how in ("loftq", "mica"):
+            raise UnsupportedError(
+                f"init_lora_weights={how!r} is not available for new adapters.",
+                hint='For the error of a quantised base: "pissa" begins from the same singular vectors.'
+                if how == "loftq"
+                else 'Use "pissa", "orthogonal" or True.',
+            )
+        options = getattr(config, f"{how}_config", None) or {}
+        weight = base.base_weight().float()
+        layer = Layer(site.name, weight, settings.r, settings.scale, how, options, site.module, generator)
+        down, up = (tensor.cpu() for tensor in begin(layer))
+        return {A: down, B: up, START_A: down.clone(), START_B: up.clone()} if is_moved(how) else {A: down, B: up}
+
+    def restored(self, config: LoraConfig, settings: LoraSettings, base: Callable[[], Base]) -> dict[str, Tensor]:
+        how = config.init_lora_weights
+        if how != "loftq" and not is_moved(how):
+            return {}
+        if not repeats(how):
+            raise UnsupportedError(
+                f"This adapter says init_lora_weights={how!r}: it belongs to a base that was changed before training, "
+                "by data or chance that are not saved with it.",
+                hint="Convert it where it was trained (peft: save_pretrained with "
+                "path_initial_model_for_weight_conversion); or, if its base is the changed one, set init_lora_weights "
+                "to true in its config.",
+            )
+        made = self._start(config, settings, base(), None)
+        return {leaf: made[leaf] for leaf in (START_A, START_B)}
+
+    def on_disk(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if START_A not in tensors:
+            return tensors
+        kept = {leaf: tensor for leaf, tensor in tensors.items() if leaf not in self.frozen}
+        return {**kept, **_without_start(tensors)}
+
+    def config_on_disk(self, config: LoraConfig) -> LoraConfig:
+        grown = math.sqrt(2) if config.use_rslora else 2
+        return replace(
+            config,
+            r=config.r * 2,
+            rank_pattern={pattern: r * 2 for pattern, r in config.rank_pattern.items()},
+            lora_alpha=config.lora_alpha * grown,
+            alpha_pattern={pattern: alpha * grown for pattern, alpha in config.alpha_pattern.items()},
+            init_lora_weights=True,
+            corda_config=None,
+            lora_ga_config=None,
+        )
 
     def lower(self, settings: LoraSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
         patch = self._low_rank(settings, tensors, base)
@@ -162,6 +222,8 @@ def _factors(settings: LoraSettings, tensors: Mapping[str, Tensor], site: Site) 
     """``U`` and ``V`` of a layer's canonical weight."""
     if EMBEDDING_A in tensors:
         return tensors[EMBEDDING_B], tensors[EMBEDDING_A]
+    if START_A in tensors:
+        tensors = _without_start(tensors)
     up, down = tensors[B], tensors[A]
     if isinstance(site, ConvSite):
         return up.flatten(1), down.flatten(1)
@@ -192,6 +254,12 @@ def as_leaves(up: Tensor, down: Tensor, site: Site) -> dict[str, Tensor]:
         if site.stack is not None:
             return {A: down.flatten(0, 1), B: up.permute(1, 2, 0).flatten(1)}
     return {A: down, B: up}
+
+
+def _without_start(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``A`` (2r, in) and ``B`` (out, 2r) of what an adapter is beyond its start."""
+    start_down, start_up = tensors[START_A].to(tensors[A].dtype), tensors[START_B].to(tensors[B].dtype)
+    return {A: torch.cat([tensors[A], start_down]), B: torch.cat([tensors[B], -start_up], 1)}
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -62,7 +62,8 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
     Attributes:
         leaves: the tensors that an adapted layer may have, named as on disk.
         optional: those of them that a checkpoint may leave out.
-        trainable: whether they are trained.
+        frozen: those that only live in memory, beside the others, and are never trained.
+        trainable: whether the others are trained.
         shared: tensors that all layers of an adapter use, ``base_model.<leaf>`` on disk; they join the layer's own in
             what :meth:`lower` gets.
         trains_shared: whether those are trained.
@@ -70,6 +71,7 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
 
     leaves: ClassVar[tuple[str, ...]]
     optional: ClassVar[frozenset[str]] = frozenset()
+    frozen: ClassVar[frozenset[str]] = frozenset()
     trainable: ClassVar[bool] = True
     shared: ClassVar[tuple[str, ...]] = ()
     trains_shared: ClassVar[bool] = False
@@ -103,6 +105,18 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
     def settled(self, settings: SettingsT, tensors: Mapping[str, Tensor], base: Base) -> SettingsT:
         """``settings`` completed with what only a loaded checkpoint's tensors tell."""
         return settings
+
+    def restored(self, config: ConfigT, settings: SettingsT, base: Callable[[], Base]) -> dict[str, Tensor]:
+        """The tensors in :attr:`frozen` of a layer that was loaded; none by default."""
+        return {}
+
+    def on_disk(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What of a layer's tensors is saved: themselves, where none is :attr:`frozen`."""
+        return tensors
+
+    def config_on_disk(self, config: ConfigT) -> ConfigT:
+        """The config that goes with :meth:`on_disk` of an adapter that has tensors in :attr:`frozen`."""
+        return config
 
     @abstractmethod
     def shapes(self, settings: SettingsT, site: Site) -> Mapping[str, tuple[int, ...]]:

@@ -1,0 +1,88 @@
+"""The options of starting points that have some: ``corda_config``, ``eva_config`` ... of a LoRA config."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from veneer.errors import ConfigError
+from veneer.value_types import fits
+
+StartT = TypeVar("StartT")
+
+
+class _Checked:
+    """Options whose values are of the declared types."""
+
+    def __post_init__(self) -> None:
+        declared = get_type_hints(type(self))
+        for name, kind in declared.items():
+            if not fits(getattr(self, name), kind):
+                raise ConfigError(
+                    f"{type(self).__name__}: {name}={getattr(self, name)!r} is none of {kind}.",
+                    hint=f"The default is {getattr(type(self), name)!r}.",
+                )
+
+
+@dataclass
+class CordaConfig(_Checked):
+    """CorDA.
+
+    Args:
+        corda_method: "ipm" adapts to the data given, "kpm" keeps what the data given ask for.
+    """
+
+    corda_method: Literal["ipm", "kpm"] = "ipm"
+
+
+@dataclass
+class EvaConfig(_Checked):
+    """EVA.
+
+    Args:
+        rho: a layer gets at most ``rho`` times its rank when ranks are dealt out anew; 1 leaves them.
+        tau: how alike two following estimates must be, as a cosine, to be called settled.
+        use_label_mask: leave out tokens whose label is ``label_mask_value``.
+        label_mask_value: see ``use_label_mask``.
+        whiten: divide each direction by the root of its singular value.
+        adjust_scaling_factors: change ``lora_alpha`` with the rank, so that the scale stays.
+    """
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rho < 1 or not 0 <= self.tau <= 1:
+            raise ConfigError(
+                f"EvaConfig: rho={self.rho!r}, tau={self.tau!r}.", hint="rho is at least 1, tau between 0 and 1."
+            )
+
+
+@dataclass
+class LoraGAConfig(_Checked):
+    """LoRA-GA.
+
+    Args:
+        direction: which of the gradient's first 2r directions are A's and which B's: alternating ("ArBr"), A the
+            second half ("A2rBr"), A the first ("ArB2r"), or r of them for both ("random").
+        scale: how long B becomes: "stable" (by ``stable_gamma``), "weight_svd" (as the weight's largest direction),
+            "gd_scale" (one step of descent), "unit" (as it is).
+        stable_gamma: larger is shorter.
+    """
+
+    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
+    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
+    stable_gamma: int = 16
+
+
+def options_of(kind: type[StartT], values: Mapping[str, Any]) -> StartT:
+    """The options that a config's object ``values`` holds; keys that are unknown here are left to other tools."""
+    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{key: value for key, value in values.items() if key in known})

@@ -1,0 +1,72 @@
+"""What a starting point is given, and the decompositions that several of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer that a new adapter begins on.
+
+    Attributes:
+        name: the layer's name, for errors.
+        weight: its canonical weight in float32, shape ``(out, in)``.
+        r: the rank.
+        scale: what multiplies ``B A``.
+        how: the option as it stands in the config, such as ``"pissa_niter_4"``.
+        options: the starting point's own config (``corda_config`` ...).
+        module: the live layer, under which statistics of data were kept.
+        generator: of randomness; torch's own when ``None``.
+    """
+
+    name: str
+    weight: Tensor
+    r: int
+    scale: float
+    how: str
+    options: dict[str, Any]
+    module: nn.Module
+    generator: torch.Generator | None = None
+
+    def check_rank(self, largest: int | None = None) -> None:
+        """Raise ``ConfigError`` when the weight has fewer directions than the rank asks for."""
+        largest = min(self.weight.shape) if largest is None else largest
+        if self.r > largest:
+            raise ConfigError(
+                f"init_lora_weights={self.how!r}: {self.name} of shape {tuple(self.weight.shape)} gives a start of "
+                f"rank {largest} at most, not {self.r}.",
+                hint="Lower r, or give this layer a lower rank with rank_pattern.",
+            )
+
+    @contextmanager
+    def seeded(self) -> Iterator[None]:
+        """Let torch's functions without a generator of their own draw from this layer's."""
+        if self.generator is None:
+            yield
+            return
+        seed = int(torch.randint(2**31, (1,), generator=self.generator))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+
+
+def split(up: Tensor, values: Tensor, down: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """``A`` and ``B`` with ``scale * B A = up diag(values) down``, the values shared evenly.
+
+    Args:
+        up: shape ``(out, r)``.
+        values: shape ``(r,)``, not negative.
+        down: shape ``(r, in)``.
+        scale: what multiplies ``B A``.
+    """
+    root = (values / scale).sqrt()
+    return root.unsqueeze(1) * down, up * root

@@ -1,0 +1,231 @@
+"""Starting points for training: what peft begins from, on a base that is never touched, and saved for that base."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.tuners.lora.loraga import preprocess_loraga
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import veneer
+from tests.adapters import bits, edit_config, same_bits
+from tests.models import CASES, build, gap, inputs, logits
+from tests.oracle.peer import VISIBLE, WEIGHTS, config_of, scramble
+
+pytestmark = pytest.mark.oracle
+
+LORA = peft.tuners.lora.config
+CLOSE = 1e-5
+LINEAR = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"]}
+MOVED = ["pissa", "olora", "corda", "lora_ga"]
+
+
+def batch_of(model: nn.Module) -> dict[str, Tensor]:
+    return inputs("gpt2" if model.config.model_type == "gpt2" else "llama")
+
+
+def ours(model: nn.Module, how: Any, **options: Any) -> veneer.PeftModel:
+    """A new adapter here, with the data that its start wants."""
+    config = veneer.LoraConfig(init_lora_weights=how, **{**LINEAR, **options})
+    prepare(model, config, how, veneer.preprocess_corda, veneer.preprocess_loraga)
+    return veneer.get_peft_model(model, config, seed=2).eval()
+
+
+def theirs(model: nn.Module, how: Any, **options: Any) -> Any:
+    """The same in peft."""
+    kinds = {"lora_ga_config": LORA.LoraGAConfig}
+    options = {k: kinds[k](**v) if k in kinds else v for k, v in options.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(init_lora_weights=how, **{**LINEAR, **options})
+        if how == "lora_ga" and config.lora_ga_config is None:
+            config.lora_ga_config = LORA.LoraGAConfig()
+        prepare(model, config, how, None, preprocess_loraga)
+        return peft.get_peft_model(model, config).eval()
+
+
+def prepare(
+    model: nn.Module, config: Any, how: Any, corda: Callable[..., Any] | None, loraga: Callable[..., Any]
+) -> None:
+    batch = batch_of(model)
+
+    def run() -> None:
+        for row in batch["input_ids"]:  # peft wants one text at a time
+            model(input_ids=row.unsqueeze(0))
+
+    def step() -> None:
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+
+    if how == "corda" and corda is not None:
+        corda(model, config, run)
+    elif how == "lora_ga":
+        loraga(model, config, step)
+
+
+def factors(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer's name -> ``A`` and ``B`` of its adapter."""
+    tensors = {name: t.detach() for name, t in model.named_parameters()}
+    return {
+        name: (down, tensors[name.replace("lora_A", "lora_B")]) for name, down in tensors.items() if ".lora_A." in name
+    }
+
+
+STARTS: list[tuple[str, dict[str, Any]]] = [
+    ("pissa", {}),
+    ("pissa", {"use_rslora": True}),
+    ("olora", {}),
+    ("lora_ga", {}),
+    ("lora_ga", {"lora_ga_config": {"direction": "ArBr", "scale": "gd_scale"}}),
+    ("lora_ga", {"lora_ga_config": {"direction": "A2rBr", "scale": "weight_svd"}}),
+    ("lora_ga", {"lora_ga_config": {"scale": "unit"}}),
+]
+
+
+@pytest.mark.parametrize(("how", "options"), STARTS)
+def test_it_begins_where_peft_begins(how: str, options: dict[str, Any]) -> None:
+    mine, other = factors(ours(build("llama"), how, **options)), factors(theirs(build("llama"), how, **options))
+    assert mine.keys() == other.keys()
+    for name, (down, up) in other.items():
+        own_down, own_up = mine[name]
+        # A decomposition leaves the signs of its vectors open; these products do not depend on them.
+        assert gap(own_down.T @ own_down, down.T @ down) < 1e-3
+        # The largest singular value of the weight is itself an estimate, by chance.
+        assert gap(own_up @ own_up.T, up @ up.T) < (0.05 if "weight_svd" in str(options) else 1e-3)
+        if how != "lora_ga":
+            assert gap(own_up @ own_down, up @ down) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["ipm", "kpm"])
+def test_corda_takes_the_directions_that_its_paper_says(method: str) -> None:
+    """By its definition: peft's own needs a package that is not among its requirements."""
+    inputs_seen: list[Tensor] = []
+    base = build("llama")
+    layer = base.model.layers[0].self_attn.q_proj
+    handle = layer.register_forward_hook(lambda _, args, __: inputs_seen.append(args[0].detach().flatten(0, -2)))
+    model = ours(base, "corda", corda_config={"corda_method": method})
+    handle.remove()
+    scaled = [x / x.max().abs() for x in inputs_seen[: len(inputs("llama")["input_ids"])]]
+    covariance = (sum(x.T @ x for x in scaled) / len(scaled)).double()
+    covariance += 0.01 * covariance.diagonal().mean() * torch.eye(32)
+    up, values, down = torch.linalg.svd(layer.weight.detach().double() @ covariance)
+    part = slice(None, 4) if method == "ipm" else slice(-4, None)
+    expected = up[:, part] * values[part] @ (down @ torch.linalg.inv(covariance))[part]
+    own_down, own_up = factors(model)["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"]
+    assert gap(own_up @ own_down * 6 / 4, expected) < 1e-3
+
+
+@pytest.mark.parametrize("how", [*MOVED, "pissa_niter_8", "orthogonal", "gaussian", True])
+def test_a_new_adapter_changes_nothing_and_the_base_keeps_every_bit(how: Any) -> None:
+    base = build("llama")
+    before, expected = bits(base), logits(base, inputs("llama"))
+    model = ours(base, how)
+    assert gap(logits(model, inputs("llama")), expected) < CLOSE
+    with model.disable_adapter():
+        assert gap(logits(model, inputs("llama")), expected) < 1e-7
+    assert same_bits(bits(model.unload()), before)
+
+
+@pytest.mark.parametrize(
+    ("how", "options"),
+    [
+        *((how, {}) for how in MOVED),
+        ("pissa_niter_4", {}),
+        ("pissa", {"use_rslora": True, "rank_pattern": {"q_proj": 6}, "alpha_pattern": {"down_proj": 9}}),
+        ("olora", {"use_dora": True}),
+        ("pissa", {"modules_to_save": ["lm_head"]}),
+        ("orthogonal", {}),
+    ],
+)
+def test_saved_it_is_a_plain_adapter_for_the_untouched_base(how: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = scramble(ours(build("llama"), how, **options))
+    expected = logits(model, inputs("llama"))
+    assert gap(expected, logits(build("llama"), inputs("llama"))) > VISIBLE
+    model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion="anywhere")
+    moved = how != "orthogonal"
+    assert config_of(tmp_path)["r"] == (8 if moved else 4)
+    assert config_of(tmp_path)["init_lora_weights"] == (True if moved else how)
+    assert not [key for key in load_file(tmp_path / WEIGHTS) if "start" in key]
+    here = veneer.PeftModel.from_pretrained(build("llama"), tmp_path)
+    there = peft.PeftModel.from_pretrained(build("llama"), tmp_path).eval()
+    assert gap(logits(here, inputs("llama")), expected) < CLOSE
+    assert gap(logits(there, inputs("llama")), expected) < CLOSE
+    assert gap(logits(model.merge_and_unload(), inputs("llama")), expected) < CLOSE
+
+
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+def test_what_peft_saved_without_conversion_computes_the_same_here(how: str, tmp_path: Path) -> None:
+    model = scramble(theirs(build("llama"), how))
+    expected = logits(model, inputs("llama"))
+    model.save_pretrained(tmp_path / "peft")
+    here = veneer.PeftModel.from_pretrained(build("llama"), tmp_path / "peft")
+    assert gap(logits(here, inputs("llama")), expected) < CLOSE
+    here.save_pretrained(tmp_path / "plain")
+    again = veneer.PeftModel.from_pretrained(build("llama"), tmp_path / "plain")
+    assert gap(logits(again, inputs("llama")), expected) < CLOSE
+
+
+def test_peft_converts_as_is_done_here(tmp_path: Path) -> None:
+    other = theirs(build("llama"), "pissa")
+    other.peft_config["default"].init_lora_weights = True
+    other.save_pretrained(tmp_path / "initial")
+    other.peft_config["default"].init_lora_weights = "pissa"
+    expected = logits(scramble(other), inputs("llama"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    here = veneer.PeftModel.from_pretrained(build("llama"), tmp_path / "out")
+    assert gap(logits(here, inputs("llama")), expected) < CLOSE
+
+
+@pytest.mark.parametrize("how", ["corda", "lora_ga", "pissa_niter_4", "loftq"])
+def test_what_cannot_be_worked_out_again_is_refused(how: str, tmp_path: Path) -> None:
+    ours(build("llama"), True).save_pretrained(tmp_path)
+    edit_config(tmp_path, init_lora_weights=how)
+    with pytest.raises(veneer.UnsupportedError, match="changed before training"):
+        veneer.PeftModel.from_pretrained(build("llama"), tmp_path)
+
+
+def test_on_gpt2_whose_weights_lie_transposed() -> None:
+    for how in MOVED:
+        options = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+        model = ours(build("gpt2"), how, **options)
+        assert gap(logits(model, inputs("gpt2")), logits(build("gpt2"), inputs("gpt2"))) < CLOSE
+        assert gap(logits(scramble(model), inputs("gpt2")), logits(build("gpt2"), inputs("gpt2"))) > VISIBLE
+
+
+def test_only_the_adapter_learns_and_its_start_stays() -> None:
+    model = ours(build("llama"), "pissa")
+    model.train()
+    model(**inputs("llama"), labels=inputs("llama")["input_ids"]).loss.backward()
+    learns = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert learns == {name for name, _ in model.named_parameters() if "lora_A" in name or "lora_B" in name}
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"how": "pisa"}, veneer.ConfigError, "Did you mean 'pissa'"),
+        ({"how": "orthogonal", "r": 5}, veneer.ConfigError, "even rank"),
+        ({"how": "pissa", "r": 64}, veneer.ConfigError, "at most"),
+        ({"how": "lora_ga", "lora_ga_config": {"scale": "long"}}, veneer.ConfigError, "scale='long'"),
+        ({"how": "pissa", "target_modules": ["embed_tokens"]}, veneer.UnsupportedError, "not defined"),
+        ({"how": "loftq"}, veneer.UnsupportedError, "loftq"),
+    ],
+)
+def test_each_mistake_has_its_error(options: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        ours(build("llama"), **options)
+
+
+@pytest.mark.parametrize("how", ["corda", "lora_ga"])
+def test_a_start_from_data_without_data_says_so(how: str) -> None:
+    config = veneer.LoraConfig(init_lora_weights=how, **CASES["llama"].options, **LINEAR)
+    with pytest.raises(veneer.ConfigError, match="needs data"):
+        veneer.get_peft_model(build("llama"), config)
