@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     )
     from veneer.config import PeftConfig, PeftType, TaskType
     from veneer.configs.ia3 import IA3Config
+    from veneer.configs.loha import LoHaConfig
+    from veneer.configs.lokr import LoKrConfig
     from veneer.configs.lora import LoraConfig
     from veneer.configs.vera import VeraConfig
     from veneer.errors import (
@@ -90,6 +92,8 @@ _HOMES = {
         ),
         "config": "PeftConfig PeftType TaskType",
         "configs.ia3": "IA3Config",
+        "configs.loha": "LoHaConfig",
+        "configs.lokr": "LoKrConfig",
         "configs.lora": "LoraConfig",
         "configs.vera": "VeraConfig",
         "errors": (
@@ -146,6 +150,8 @@ __all__ = [
     "IA3Config",
     "IncompleteCheckpointError",
     "Inspection",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoadReport",
     "LoraConfig",
     "LoraGAConfig",

@@ -118,7 +118,7 @@ class Adapters:
         made = []
         for binding in plan.bindings:
             parameters = {
-                leaf: _parameter(tensors[key], binding.site.device, float32, trainable and binding.method.trainable)
+                leaf: _parameter(tensors[key], binding.site.device, float32, trainable and binding.method.trains(leaf))
                 for leaf, key in binding.keys.items()
             }
             parameters.update(self._restored(binding, config))
@@ -151,6 +151,7 @@ class Adapters:
         config = targeted(config)
         config.check_honoured()
         method = method_of(config)
+        method.complete(config, self.catalog)
         # The layers' names take the place of "all-linear" before anything else depends on them.
         self.catalog.spell_out(config, self.catalog.targets(config))
         parts = [part for part in method.parts(config, self.catalog) if not part.optional]
@@ -160,11 +161,11 @@ class Adapters:
         made = []
         for part in parts:
             for site in part.sites:
+                part.method.check_site(site)
                 settings = part.method.settings(config, site)
                 tensors = part.method.init(config, settings, self._base(site), generator)
                 parameters = {
-                    leaf: _parameter(t, site.device, True, leaf not in part.method.frozen)
-                    for leaf, t in tensors.items()
+                    leaf: _parameter(t, site.device, True, part.method.trains(leaf)) for leaf, t in tensors.items()
                 }
                 made.append(_Made(site, part.method, settings, parameters, part.twins.get(site.id)))
         adapter = Adapter(name, config, trainable=True)
@@ -391,9 +392,8 @@ class Adapters:
             id(p): p
             for module in adapter.layers
             for share in self.layers[module].bound[name]
-            if share.method.trainable
             for leaf, p in self.layers[module].tensors(name, share).items()
-            if leaf not in share.method.frozen
+            if share.method.trains(leaf)
         }
         if adapter.shared and method_of(adapter.config).trains_shared:
             own.update((id(p), p) for p in adapter.shared.values())

@@ -327,6 +327,23 @@ def check_regex(name: str, value: Any) -> None:
         ) from error
 
 
+def check_at_least_one(config: PeftConfig, *names: str) -> None:
+    """Raise ``ConfigError`` when a field, or a value of one that holds patterns, is less than 1."""
+    for name in names:
+        value = getattr(config, name)
+        if min(value.values() if isinstance(value, dict) else [value], default=1) < 1:
+            raise ConfigError(f"{name}={value!r} is too small.", hint="It is a whole number of at least 1.")
+
+
+def check_share(config: PeftConfig, *names: str) -> None:
+    """Raise ``ConfigError`` when a field is no share that can be dropped."""
+    for name in names:
+        if not 0.0 <= getattr(config, name) < 1.0:
+            raise ConfigError(
+                f"{name}={getattr(config, name)!r} is no share.", hint="It lies between 0 (off) and 1 (excluded)."
+            )
+
+
 def _peft_type(name: str) -> PeftType | str:
     """The member of that name; the name itself for a method registered from outside."""
     return PeftType(name) if name in {t.value for t in PeftType} else name

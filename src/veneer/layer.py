@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from veneer.folded import Folded, FoldedLayer, fold, fold_dtype, foldable
 from veneer.merging.arithmetic import composed, merged, merged_bias
 from veneer.methods import AnyMethod
-from veneer.patch import Patch, apply, apply_rows, biases, whole_weight
+from veneer.patch import Patch, apply, apply_rows, biases, for_training, whole_weight
 from veneer.selection import Selection, Switch
 from veneer.sites import Site
 
@@ -158,6 +158,11 @@ class AdaptedLayer(nn.Module):
             for share in self.bound[name]
         ]
 
+    def patches_now(self, names: Sequence[str]) -> list[Patch]:
+        """The same for one forward pass, which drops some of it while training."""
+        patches = self.patches(names)
+        return for_training(patches) if self.training else patches
+
     def here(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Those of ``names`` that are bound to this layer, in their order."""
         return tuple(name for name in names if name in self.bound)
@@ -205,7 +210,7 @@ class AdaptedLayer(nn.Module):
         names = self.here(selection.names)
         if names == self.merged:
             return self.base_layer(x, *args, **kwargs)
-        return self._apply_patches(self.patches(names), x, *args, **kwargs)
+        return self._apply_patches(self.patches_now(names), x, *args, **kwargs)
 
     def _fold(self, selected: tuple[str, ...]) -> FoldedLayer:
         """The folded form of a selection, which inference keeps until a tensor changes."""
@@ -234,7 +239,7 @@ class AdaptedLayer(nn.Module):
         def run(name: str, own_y: Any, own_x: Tensor, *own: Any, **named: Any) -> Any:
             if plain and (folded := self._row_fold(name)) is not None and folded.inner is None:
                 return folded.change(own_y, own_x)
-            wanted = self.patches([name])
+            wanted = self.patches_now([name])
             if whole_weight(self.site, wanted) or any(patch.inner is not None for patch in wanted):
                 return self._apply_patches(wanted, own_x, *own, **named)
             return apply(self.site, self.base_bias, lambda *_: own_y, wanted, self.training, own_x)

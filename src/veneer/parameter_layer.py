@@ -39,7 +39,7 @@ class AdaptedParameter(AdaptedLayer):
     def _changed(self, names: tuple[str, ...]) -> Tensor:
         if not names:
             return self.base_stored
-        weight = composed(self.base_weight(), self.patches(names))
+        weight = composed(self.base_weight(), self.patches_now(names))
         return self.site.as_stored(weight).to(self.base_stored.dtype)
 
     def _through_rows(self, selection: Selection, *args: Any, **kwargs: Any) -> Any:

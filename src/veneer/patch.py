@@ -47,13 +47,14 @@ class Patch:
         up: ``U``, shape ``(out, r)``.
         down: ``V``, shape ``(r, in)``.
         scale: multiplies ``U V``.
-        dropout: share of the input to ``U V`` that is dropped while training.
+        dropout: share of the input to ``U V`` and ``D`` that is dropped while training.
         dense: ``D``, shape ``(out, in)``.
         inner: ``I``.
         outer: ``O``.
         outer_on_bias: whether ``O`` multiplies the bias too.
         shift: ``c``, shape ``(out,)``.
         tokens: vectors that replace the weight's own.
+        drop: gives what stands in the patch's place for one training step, for dropout of other kinds.
     """
 
     up: Tensor | None = None
@@ -66,6 +67,7 @@ class Patch:
     outer_on_bias: bool = False
     shift: Tensor | None = None
     tokens: Tokens | None = None
+    drop: Callable[[Patch], Patch] | None = None
 
     def changes(self) -> bool:
         """Whether the patch can change anything: false for a freshly made or an all-zero adapter."""
@@ -148,8 +150,10 @@ class Patch:
 
         Computed in the wider of the dtypes, so that neither is rounded first.
         """
+        if training and self.dropout and x.is_floating_point():
+            x = F.dropout(x, self.dropout)
         if self.up is not None and self.down is not None:
-            y = y + self._low_rank_output(x, y, site, training)
+            y = y + self._low_rank_output(x, y, site)
         if self.dense is not None:
             dtype = torch.promote_types(y.dtype, self.dense.dtype)
             y = y + site.product(_as(x, dtype), self.dense.to(dtype))
@@ -159,12 +163,10 @@ class Patch:
             y = y + site.expand(self.shift, y)
         return y if self.tokens is None else _tokens_output(self.tokens, y, x, site)
 
-    def _low_rank_output(self, x: Tensor, y: Tensor, site: Site, training: bool) -> Tensor:
+    def _low_rank_output(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         assert self.up is not None
         assert self.down is not None
         dtype = torch.promote_types(y.dtype, self.up.dtype)
-        if training and self.dropout and x.is_floating_point():
-            x = F.dropout(x, self.dropout)
         hidden = site.product(_as(x, dtype), self.down.to(dtype))
         return site.mix(hidden, self.up.to(dtype)) * self.scale
 
@@ -205,6 +207,11 @@ def _tokens_output(tokens: Tokens, y: Tensor, x: Tensor, site: Site) -> Tensor:
     place = torch.searchsorted(tokens.index, x).clamp(max=len(tokens.index) - 1)
     found = (tokens.index[place] == x).unsqueeze(-1)
     return torch.where(found, site.product(place, values.T), y)
+
+
+def for_training(patches: Sequence[Patch]) -> list[Patch]:
+    """``patches`` as one training step sees them, with what it drops left out."""
+    return [patch if patch.drop is None else patch.drop(patch) for patch in patches]
 
 
 def whole_weight(site: Site, patches: Sequence[Patch]) -> bool:

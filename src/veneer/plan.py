@@ -164,6 +164,7 @@ def _plan_site(
     tensors: Mapping[str, HasShape],
     twin: Site | None = None,
 ) -> None:
+    method.check_site(site)
     settings = method.settings(config, site)
     wanted = method.shapes(settings, site)
     problems = [

@@ -32,7 +32,8 @@ class Case:
         scramble: (name, parameter, generator) -> the parameter's value under test.
         visible: how much the output must change at least, as a relative gap.
         prepare: is given the fresh base of either side, for methods that need one of a special kind.
-        ours_differs: why peft is wrong here, if it is; outputs are then not compared with it.
+        ours_differs: why peft's unmerged output is wrong here, if it is; then only its merged one is compared with
+            (unless ``peer_merges`` is off, for when that is wrong too).
     """
 
     label: str

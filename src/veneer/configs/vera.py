@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 from veneer.config import PeftType, TargetedConfig
 
@@ -29,8 +27,6 @@ class VeraConfig(TargetedConfig):
     fan_in_fan_out: bool = False
     bias: str = "none"
     init_weights: bool = True
-
-    honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none",)}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,9 +27,8 @@ from veneer.configs.lora import LoraConfig
 from veneer.errors import UnsupportedError
 from veneer.factors import Diagonal
 from veneer.merging.arithmetic import BLOCK
-from veneer.methods.bias import ADAPTED_BIAS, OTHER_BIAS
+from veneer.methods.companions import with_companions
 from veneer.methods.method import Base, Method, Part
-from veneer.methods.saved_weight import SAVED_WEIGHT
 from veneer.methods.tokens import TOKENS
 from veneer.patch import Patch
 from veneer.sites import Site
@@ -75,11 +74,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
 
     def parts(self, config: LoraConfig, catalog: Catalog) -> list[Part]:
         own = Part(self, [*catalog.sites(config), *catalog.parameter_sites(config.target_parameters or ())])
-        parts = [Part(SAVED_WEIGHT, [s for s in own.sites if catalog.is_end(s.name)], optional=True), own]
-        if config.bias != "none":
-            parts.append(Part(ADAPTED_BIAS, [s for s in own.sites if s.bias is not None]))
-        if config.bias == "all":
-            parts.append(Part(OTHER_BIAS, catalog.biased(config, without=own.sites)))
+        parts = with_companions(own, config, catalog)
         if config.trainable_token_indices:
             embeddings = catalog.token_sites(config.trainable_token_indices)
             parts.append(Part(TOKENS, embeddings, twins=catalog.tied_twins(embeddings)))

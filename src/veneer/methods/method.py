@@ -13,6 +13,7 @@ from torch import Tensor
 from veneer.config import TargetedConfig
 from veneer.patch import Patch
 from veneer.sites import Site
+from veneer.sites.site import unsupported
 
 if TYPE_CHECKING:
     from veneer.catalog import Catalog
@@ -62,7 +63,9 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
     Attributes:
         leaves: the tensors that an adapted layer may have, named as on disk.
         optional: those of them that a checkpoint may leave out.
+        fixed: those of them that are saved and never trained.
         frozen: those that only live in memory, beside the others, and are never trained.
+        kinds: the kinds of layer that it can adapt.
         trainable: whether the others are trained.
         shared: tensors that all layers of an adapter use, ``base_model.<leaf>`` on disk; they join the layer's own in
             what :meth:`lower` gets.
@@ -71,7 +74,9 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
 
     leaves: ClassVar[tuple[str, ...]]
     optional: ClassVar[frozenset[str]] = frozenset()
+    fixed: ClassVar[frozenset[str]] = frozenset()
     frozen: ClassVar[frozenset[str]] = frozenset()
+    kinds: ClassVar[tuple[type[Site], ...]] = (Site,)
     trainable: ClassVar[bool] = True
     shared: ClassVar[tuple[str, ...]] = ()
     trains_shared: ClassVar[bool] = False
@@ -90,9 +95,26 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
         """Whether the shared tensors are written to a checkpoint; without them they can be made from the config."""
         return True
 
+    def trains(self, leaf: str) -> bool:
+        """Whether a leaf is trained."""
+        return self.trainable and leaf not in self.frozen | self.fixed
+
+    def complete(self, config: ConfigT, catalog: Catalog) -> None:
+        """Fill in which layers a new adapter has, where ``config`` leaves it open and the method knows."""
+
     def parts(self, config: ConfigT, catalog: Catalog) -> list[Part]:
-        """The layers that ``config`` means, and for each the method that serves it; this one for all by default."""
-        return [Part(self, catalog.sites(config))]
+        """The layers that ``config`` means, and for each the methods that serve it.
+
+        By default this one for all, with what comes along in a checkpoint: biases, and embeddings saved whole.
+        """
+        from veneer.methods.companions import with_companions  # they are methods themselves
+
+        return with_companions(Part(self, catalog.sites(config)), config, catalog)
+
+    def check_site(self, site: Site) -> None:
+        """Raise ``UnsupportedError`` unless the method can adapt this kind of layer."""
+        if not isinstance(site, self.kinds):
+            raise unsupported(site, type(self).__name__)
 
     def in_memory(self, leaf: str) -> str:
         """The name of a leaf in memory, where the adapter's name follows its head; as on disk by default."""

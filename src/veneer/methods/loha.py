@@ -1,0 +1,76 @@
+"""LoHa: low-rank Hadamard product (Hyeon-Woo et al. 2022, "FedPara", arXiv:2108.06098, proposition 1 and 3).
+
+    W' = W + scale * (A1 B1) * (A2 B2)      A: (out, r), B: (r, in), scale = alpha / r
+
+A convolution's two matrices can each be a Tucker decomposition of its kernels instead (proposition 3): a core
+``(r, r, k1, k2)`` with A: (r, out) and B: (r, in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.configs.loha import LoHaConfig
+from veneer.methods.dropout import Drop, of_delta
+from veneer.methods.method import Base, Method
+from veneer.methods.tucker import channels, core_kernel, started, tucker
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.conv import ConvSite
+from veneer.sites.linear import LinearSite
+from veneer.targets import pattern_value
+
+A1, B1, A2, B2 = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
+CORE1, CORE2 = "hada_t1", "hada_t2"
+
+
+@dataclass(frozen=True)
+class LoHaSettings:
+    """A config's meaning for one layer; ``core`` has the two last sizes of its cores, if there are any."""
+
+    r: int
+    scale: float
+    core: tuple[int, int] | None
+    drop: Drop | None
+
+
+class LoHa(Method[LoHaConfig, LoHaSettings]):
+    """LoHa on linear layers and convolutions."""
+
+    leaves = (A1, B1, A2, B2, CORE1, CORE2)
+    kinds = (LinearSite, ConvSite)
+
+    def settings(self, config: LoHaConfig, site: Site) -> LoHaSettings:
+        r = pattern_value(site.name, config.rank_pattern, config.r)
+        alpha = pattern_value(site.name, config.alpha_pattern, config.alpha)
+        core = core_kernel(site, config.use_effective_conv2d)
+        return LoHaSettings(r, alpha / r, core, of_delta(config.module_dropout, config.rank_dropout, rescale=True))
+
+    def shapes(self, settings: LoHaSettings, site: Site) -> dict[str, tuple[int, ...]]:
+        out, inner = site.shape
+        r = settings.r
+        if settings.core is None:
+            return {A1: (out, r), B1: (r, inner), A2: (out, r), B2: (r, inner)}
+        a, b, core = (r, out), (r, channels(site)), (r, r, *settings.core)
+        return {A1: a, B1: b, A2: a, B2: b, CORE1: core, CORE2: core}
+
+    def init(
+        self, config: LoHaConfig, settings: LoHaSettings, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        return started(self.shapes(settings, base.site), {B2} if config.init_weights else set(), generator)
+
+    def lower(self, settings: LoHaSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        if settings.core is None:
+            first, second = tensors[A1] @ tensors[B1], tensors[A2] @ tensors[B2]
+        else:
+            first = tucker(tensors[CORE1], tensors[A1], tensors[B1])
+            second = tucker(tensors[CORE2], tensors[A2], tensors[B2])
+        dense = (settings.scale * first * second).reshape(base.site.shape)
+        return Patch(dense=dense, drop=settings.drop)
+
+
+METHOD = LoHa()

@@ -1,0 +1,107 @@
+"""LoKr: low-rank Kronecker product (Yeh et al. 2024, "LyCORIS", arXiv:2309.14859, section 3.2).
+
+    W' = W + scale * kron(C, D)     C: (a, c), D: (b, d), a * b = out, c * d = in, scale = alpha / r
+
+Either factor is held whole or, where the rank is small enough to save anything, as a product of two: C = C1 C2 and
+D = D1 D2. Of a convolution D holds the kernels too: whole ``(b, d, k1, k2)``, a product ``(b, r) (r, d * k1 * k2)``,
+or a Tucker decomposition.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.configs.lokr import LoKrConfig
+from veneer.methods.dropout import Drop, of_delta
+from veneer.methods.method import Base, Method
+from veneer.methods.tucker import channels, core_kernel, started, tucker
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.conv import ConvSite
+from veneer.sites.linear import LinearSite
+from veneer.targets import pattern_value
+
+C, C1, C2 = "lokr_w1", "lokr_w1_a", "lokr_w1_b"
+D, D1, D2 = "lokr_w2", "lokr_w2_a", "lokr_w2_b"
+CORE = "lokr_t2"
+
+
+@dataclass(frozen=True)
+class LoKrSettings:
+    """A config's meaning for one layer: the sizes of C and D, and whether each is held whole."""
+
+    r: int
+    scale: float
+    first: tuple[int, int]
+    second: tuple[int, int]
+    whole_first: bool
+    whole_second: bool
+    core: tuple[int, int] | None
+    drop: Drop | None
+
+
+class LoKr(Method[LoKrConfig, LoKrSettings]):
+    """LoKr on linear layers and convolutions."""
+
+    leaves = (C, C1, C2, D, D1, D2, CORE)
+    kinds = (LinearSite, ConvSite)
+
+    def settings(self, config: LoKrConfig, site: Site) -> LoKrSettings:
+        r = pattern_value(site.name, config.rank_pattern, config.r)
+        alpha = pattern_value(site.name, config.alpha_pattern, config.alpha)
+        (a, b), (c, d) = (_split(size, config.decompose_factor) for size in (site.shape[0], channels(site)))
+        whole_first = not (config.decompose_both and r < max(a, c) / 2)
+        drop = of_delta(config.module_dropout, config.rank_dropout, config.rank_dropout_scale)
+        core = core_kernel(site, config.use_effective_conv2d)
+        return LoKrSettings(r, alpha / r, (a, c), (b, d), whole_first, r >= max(b, d) / 2, core, drop)
+
+    def shapes(self, settings: LoKrSettings, site: Site) -> dict[str, tuple[int, ...]]:
+        r, (a, c), (b, d) = settings.r, settings.first, settings.second
+        kernel = site.kernel if isinstance(site, ConvSite) else ()
+        found: dict[str, tuple[int, ...]] = {C: (a, c)} if settings.whole_first else {C1: (a, r), C2: (r, c)}
+        if settings.whole_second:
+            return {**found, D: (b, d, *kernel)}
+        if settings.core is None:
+            return {**found, D1: (b, r), D2: (r, d * math.prod(kernel))}
+        return {**found, D1: (r, b), D2: (r, d), CORE: (r, r, *settings.core)}
+
+    def init(
+        self, config: LoKrConfig, settings: LoKrSettings, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        zero = {D, D2} if config.init_weights == "lycoris" else {C, C1}
+        return started(self.shapes(settings, base.site), zero if config.init_weights else set(), generator)
+
+    def lower(self, settings: LoKrSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        first = tensors[C] if settings.whole_first else tensors[C1] @ tensors[C2]
+        if settings.whole_second:
+            second = tensors[D]
+        elif settings.core is None:
+            second = tensors[D1] @ tensors[D2]
+        else:
+            second = tucker(tensors[CORE], tensors[D1], tensors[D2])
+        if second.ndim == 4:
+            first = first[..., None, None]
+        # With a whole D of one spatial dimension peft pairs C with the last two of its three, which is no product of
+        # the kernels; it was trained to mean that.
+        dense = settings.scale * torch.kron(first, second.contiguous()).reshape(base.site.shape)
+        return Patch(dense=dense, drop=settings.drop)
+
+
+METHOD = LoKr()
+
+
+def _split(size: int, factor: int) -> tuple[int, int]:
+    """Two numbers with the product ``size``: the first is ``factor`` where that divides it, else near it and smaller.
+
+    With ``factor`` -1 they are as near to each other as they can be.
+    """
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    limit = math.isqrt(size) if factor == -1 else min(factor, math.isqrt(size))
+    smaller = max((n for n in range(1, limit + 1) if size % n == 0), default=1)
+    return smaller, size // smaller
