@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from veneer.start_configs import CordaConfig, EvaConfig, LoraGAConfig
     from veneer.starts.corda import preprocess_corda
     from veneer.starts.lora_ga import preprocess_loraga
+    from veneer.status import TunerLayerStatus, TunerModelStatus
 
 # Public name -> the module that defines it.
 _HOMES = {
@@ -116,6 +117,7 @@ _HOMES = {
         "start_configs": "CordaConfig EvaConfig LoraGAConfig",
         "starts.corda": "preprocess_corda",
         "starts.lora_ga": "preprocess_loraga",
+        "status": "TunerLayerStatus TunerModelStatus",
     }.items()
     for name in names.split()
 }
@@ -174,6 +176,8 @@ __all__ = [
     "SourceError",
     "TargetError",
     "TaskType",
+    "TunerLayerStatus",
+    "TunerModelStatus",
     "UnknownAdapterError",
     "UnknownKeyError",
     "UnknownMethodError",

@@ -28,6 +28,7 @@ from veneer.errors import (
 from veneer.identity import BASE_DIGEST_KEY, base_digest
 from veneer.report import AdapterReport, LoadReport
 from veneer.source import ADAPTER_CONFIG, MODEL_CONFIG, Source, resolve
+from veneer.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
 from veneer.wrapper import fitted_class
 
 # Set on a base model whose weights are no longer those of its files.
@@ -487,6 +488,14 @@ class PeftModel(nn.Module):
             if adapter.name == old_name:
                 adapter.name = new_name
         self._keep_report()
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """What is on each adapted layer: adapters, which are active and merged, where and whether they are trained."""
+        return layer_status(self.adapters)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The same of the model as a whole."""
+        return model_status(self, self.adapters)
 
     # -- merging -------------------------------------------------------------------------------------------
 
