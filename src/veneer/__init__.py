@@ -35,6 +35,11 @@ if TYPE_CHECKING:
     from veneer.configs.loha import LoHaConfig
     from veneer.configs.lokr import LoKrConfig
     from veneer.configs.lora import LoraConfig
+    from veneer.configs.pvera import PveraConfig
+    from veneer.configs.randlora import RandLoraConfig
+    from veneer.configs.tinylora import TinyLoraConfig
+    from veneer.configs.unilora import UniLoraConfig
+    from veneer.configs.vblora import VBLoRAConfig
     from veneer.configs.vera import VeraConfig
     from veneer.errors import (
         AdapterError,
@@ -96,6 +101,11 @@ _HOMES = {
         "configs.loha": "LoHaConfig",
         "configs.lokr": "LoKrConfig",
         "configs.lora": "LoraConfig",
+        "configs.pvera": "PveraConfig",
+        "configs.randlora": "RandLoraConfig",
+        "configs.vblora": "VBLoRAConfig",
+        "configs.unilora": "UniLoraConfig",
+        "configs.tinylora": "TinyLoraConfig",
         "configs.vera": "VeraConfig",
         "errors": (
             "AdapterError BaseMismatchError BaseModelError BindError ConfigError "
@@ -173,15 +183,20 @@ __all__ = [
     "PeftType",
     "PickleRefusedError",
     "Problem",
+    "PveraConfig",
+    "RandLoraConfig",
     "SourceError",
     "TargetError",
     "TaskType",
+    "TinyLoraConfig",
     "TunerLayerStatus",
     "TunerModelStatus",
+    "UniLoraConfig",
     "UnknownAdapterError",
     "UnknownKeyError",
     "UnknownMethodError",
     "UnsupportedError",
+    "VBLoRAConfig",
     "VeneerError",
     "VeraConfig",
     "__version__",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -169,7 +169,15 @@ class Adapters:
                 }
                 made.append(_Made(site, part.method, settings, parameters, part.twins.get(site.id)))
         adapter = Adapter(name, config, trainable=True)
-        self._bind(adapter, made, self._shared(config, method, made, {}, True, True, generator))
+        shared = self._shared(config, method, made, {}, True, True, generator)
+        for one, more in self._beside(config, method, made, shared):
+            needed = one.method.shapes(one.settings, one.site).keys() - one.tensors.keys() - one.method.optional
+            one.tensors.update(
+                (leaf, _parameter(more[leaf], one.site.device, True, one.method.trains(leaf)))
+                for leaf in one.method.leaves
+                if leaf in needed & more.keys()
+            )
+        self._bind(adapter, made, shared)
         for root in roots:
             self._saved(root).add(name).requires_grad_(True)
             adapter.saved.append(root)
@@ -190,24 +198,35 @@ class Adapters:
         sites = [one.site for one in made if one.method is method]
         if not method.shared or not sites:
             return {}
-        missing = set(method.shared) - stored.keys()
-        fresh = method.make_shared(config, sites, generator) if missing else {}
+        missing = method.shared_shapes(config, sites).keys() - stored.keys()
+        fresh = method.make_shared(config, [self._base(site) for site in sites], generator) if missing else {}
         return {
             leaf: _parameter(tensor, sites[0].device, float32, trainable and method.trains_shared)
             for leaf, tensor in {**fresh, **stored}.items()
         }
 
+    def _beside(
+        self, config: TargetedConfig, method: AnyMethod, made: Sequence[_Made], shared: Mapping[str, nn.Parameter]
+    ) -> list[tuple[_Made, Mapping[str, Tensor]]]:
+        """Each layer of an adapter's own method, with what joins its tensors there."""
+        own = [one for one in made if one.method is method]
+        if not own:
+            return []
+        return list(zip(own, method.beside(config, [self._base(one.site) for one in own], shared), strict=True))
+
     def _bind(self, adapter: Adapter, made: Sequence[_Made], shared: dict[str, nn.Parameter]) -> None:
         """Put tensors that are ready into their layers; from here on nothing can fail."""
         adapter.shared = shared
+        # The adapter's own method alone has such tensors; its companions (biases ...) have none.
+        beside = {id(one): more for one, more in self._beside(adapter.config, method_of(adapter.config), made, shared)}
         if shared:
             self._layer(made[0].site).hold(adapter.name, shared)
         for one in made:
             layer = self._layer(one.site)
             settings = one.method.settled(one.settings, one.tensors, layer)
-            # The adapter's own method alone has shared tensors; its companions (biases ...) have none.
-            common = shared if one.method.shared else {}
-            share = Bound(one.method, settings, tuple(one.tensors), one.site.key, common)
+            joining = _frozen(beside.get(id(one), {}), one.tensors, one.site.device)
+            layer.hold(adapter.name, {k: t for k, t in joining.items() if not any(t is s for s in shared.values())})
+            share = Bound(one.method, settings, tuple(one.tensors), one.site.key, joining)
             layer.bind(adapter.name, share, one.tensors)
             adapter.layers.append(one.site.id)
             if one.twin is not None:
@@ -410,7 +429,8 @@ class Adapters:
             for share in layer.bound[name]:
                 if share.key is not None:
                     tensors = {leaf: value(tensor) for leaf, tensor in layer.tensors(name, share).items()}
-                    found += [(encode(share.key, leaf), t) for leaf, t in share.method.on_disk(tensors).items()]
+                    saved = share.method.on_disk(share.settings, tensors)
+                    found += [(encode(share.key, leaf), tensor) for leaf, tensor in saved.items()]
         if adapter.shared and method_of(adapter.config).saves_shared(adapter.config):
             found += [(SHARED_PREFIX + leaf, value(tensor)) for leaf, tensor in adapter.shared.items()]
         for root in adapter.saved:
@@ -560,6 +580,15 @@ def targeted(config: PeftConfig) -> TargetedConfig:
 def _parameter(tensor: Tensor, device: torch.device, float32: bool, trainable: bool) -> nn.Parameter:
     dtype = torch.float32 if float32 and tensor.is_floating_point() else tensor.dtype
     return nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=trainable)
+
+
+def _frozen(more: Mapping[str, Tensor], own: Mapping[str, Tensor], device: torch.device) -> dict[str, nn.Parameter]:
+    """What joins a layer's own tensors, as parameters; those that are parameters already are used as they are."""
+    return {
+        leaf: tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.to(device), requires_grad=False)
+        for leaf, tensor in more.items()
+        if leaf not in own
+    }
 
 
 def _trainable(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:

@@ -43,7 +43,7 @@ class Bound:
         settings: what its config means here.
         leaves: the names of its tensors.
         key: where they lie in a checkpoint; ``None`` for a layer that shares another's tensors.
-        shared: leaf -> tensor that all layers of the adapter use; one of them holds it.
+        shared: leaf -> tensor that joins its own: one that all layers use, which one of them holds, or a frozen one.
     """
 
     method: AnyMethod
@@ -72,6 +72,8 @@ class AdaptedLayer(nn.Module):
         self.switch = switch
         # adapter's name -> its shares of this layer, in the order in which they apply
         self.bound: dict[str, list[Bound]] = {}
+        # adapter's name -> tensors that lie here and are not of its shares: common ones, frozen ones
+        self.held: dict[str, Mapping[str, nn.Parameter]] = {}
         # The adapters whose patches are in the base layer's weight now, and the parameters that it had before.
         self.merged: tuple[str, ...] = ()
         self.original: list[nn.Parameter | None] = []
@@ -92,28 +94,34 @@ class AdaptedLayer(nn.Module):
         """Add an adapter's tensors (leaf -> parameter), used as they are."""
         self._forget()
         for leaf in share.leaves:
-            # "lora_embedding_A" has no tail: the parameter itself is named by the adapter.
-            head, _, tail = share.method.in_memory(leaf).partition(".")
-            if not tail:
-                self._holder(head)._parameters[adapter] = tensors[leaf]
-                continue
-            leaves = self._holder(head)._modules
-            if adapter not in leaves:
-                leaves[adapter] = Leaf().train(self.training)
-            leaves[adapter].register_parameter(tail, tensors[leaf])  # type: ignore[union-attr]
+            self._place(adapter, share.method.in_memory(leaf), tensors[leaf])
         self.bound.setdefault(adapter, []).append(share)
 
-    def hold(self, adapter: str, shared: Mapping[str, nn.Parameter]) -> None:
-        """Keep the tensors that all layers of an adapter use among this layer's, so that they move with the model."""
-        for leaf, parameter in shared.items():
-            self._holder(leaf)._parameters[adapter] = parameter
+    def _place(self, adapter: str, name: str, parameter: nn.Parameter) -> None:
+        """Put a tensor among the layer's own, the adapter's name after its head."""
+        # "lora_embedding_A" has no tail: the parameter itself is named by the adapter.
+        head, _, tail = name.partition(".")
+        if not tail:
+            self._holder(head)._parameters[adapter] = parameter
+            return
+        leaves = self._holder(head)._modules
+        if adapter not in leaves:
+            leaves[adapter] = Leaf().train(self.training)
+        # Not register_parameter, which allows no dots: "encoders.0.weight" has the tail "0.weight".
+        leaves[adapter]._parameters[tail] = parameter  # type: ignore[union-attr]
+
+    def hold(self, adapter: str, kept: Mapping[str, nn.Parameter]) -> None:
+        """Keep tensors that are not this layer's own share among its own, so that they move with the model."""
+        for leaf, parameter in kept.items():
+            self._place(adapter, leaf, parameter)
+        self.held[adapter] = {**self.held.get(adapter, {}), **kept}
 
     def unbind(self, adapter: str) -> None:
         """Remove an adapter's tensors; the heads that are empty then go too."""
         self._forget()
         shares = self.bound.pop(adapter)
-        heads = {s.method.in_memory(leaf).partition(".")[0] for s in shares for leaf in s.leaves}
-        for head in heads.union(*(s.shared for s in shares)) & self._modules.keys():
+        names = [s.method.in_memory(leaf) for s in shares for leaf in s.leaves] + [*self.held.pop(adapter, ())]
+        for head in {name.partition(".")[0] for name in names} & self._modules.keys():
             holder = self._holder(head)
             holder._parameters.pop(adapter, None)
             holder._modules.pop(adapter, None)
@@ -123,8 +131,7 @@ class AdaptedLayer(nn.Module):
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name; its tensors stay the same objects."""
         kept = [(share, self.tensors(old, share)) for share in self.bound[old]]
-        shared = {leaf: tensor for share, _ in kept for leaf, tensor in share.shared.items()}
-        held = {leaf: t for leaf, t in shared.items() if old in getattr(self._modules.get(leaf), "_parameters", {})}
+        held = self.held.get(old, {})
         self.unbind(old)
         self.hold(new, held)
         for share, tensors in kept:

@@ -83,16 +83,22 @@ def make_plan(config: TargetedConfig, method: AnyMethod, tensors: Mapping[str, H
     parts = _parts(plan, config, method, catalog)
     leaves = leaves_of(parts)
     held: dict[tuple[str, str], dict[str, str]] = {}
+    empty: list[str] = []
     for key in tensors:
-        slot = decode(key, leaves)
-        if key.removeprefix(SHARED_PREFIX) in method.shared:
-            plan.shared[key.removeprefix(SHARED_PREFIX)] = key
+        slot = decode(key, [*leaves, *method.empty])
+        common = key.removeprefix(SHARED_PREFIX)
+        if common.partition(".")[0] in method.shared:
+            plan.shared[common] = key
         elif slot is None:
             plan.problems.append(f"{key}: not in the PEFT dialect (it would begin with base_model.model.)")
+        elif slot.leaf in method.empty:
+            empty.append(key)
         elif slot.leaf in leaves and not under(slot.module, saved):
             held.setdefault((slot.module, next(iter(leaves[slot.leaf].method.leaves))), {})[slot.leaf] = key
         else:
             _plan_saved(plan, key, tensors[key], saved, catalog)
+    if empty:
+        plan.notes.append(f"{len(empty)} tensors that say nothing are left out (first: {min(empty)}).")
     for part in parts:
         _plan_part(plan, part, held, config, tensors, catalog)
     _check_shared(plan, config, method, tensors)
@@ -123,8 +129,9 @@ def _plan_part(
     for module in [name for name in own if name not in meant]:
         extra += _plan_extra(plan, module, part.method, own[module], config, tensors, catalog)
     for key, site in meant.items():
-        if key in own:
-            _plan_site(plan, site, part.method, own[key], config, tensors, part.twins.get(site.id))
+        # A layer may have no tensors of its own: its method then keeps them all in common.
+        if key in own or not (part.optional or part.method.shapes(part.method.settings(config, site), site)):
+            _plan_site(plan, site, part.method, own.get(key, {}), config, tensors, part.twins.get(site.id))
         elif not part.optional:
             plan.problems.append(f"{key}: the config targets it, and the checkpoint holds nothing for it")
     if extra and not part.optional:
@@ -209,7 +216,13 @@ def _plan_saved(plan: Plan, key: str, tensor: HasShape, saved: list[str], catalo
 
 def _check_shared(plan: Plan, config: TargetedConfig, method: AnyMethod, tensors: Mapping[str, HasShape]) -> None:
     sites = [binding.site for binding in plan.bindings if binding.method is method]
-    for leaf, shape in method.shared_shapes(config, sites).items():
+    wanted = method.shared_shapes(config, sites)
+    plan.problems += [
+        f"{leaf}: in the checkpoint, and this model and config have no such tensor"
+        for leaf in plan.shared
+        if leaf not in wanted
+    ]
+    for leaf, shape in wanted.items():
         if leaf in plan.shared:
             stored = tuple(tensors[plan.shared[leaf]].shape)
             if stored != shape:

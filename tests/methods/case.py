@@ -34,6 +34,7 @@ class Case:
         prepare: is given the fresh base of either side, for methods that need one of a special kind.
         ours_differs: why peft's unmerged output is wrong here, if it is; then only its merged one is compared with
             (unless ``peer_merges`` is off, for when that is wrong too).
+        says_nothing: a regular expression for the keys that peft writes and that need not be kept.
     """
 
     label: str
@@ -48,4 +49,5 @@ class Case:
     scramble: Callable[[str, Tensor, torch.Generator], Tensor] = scramble
     visible: float = 0.02
     prepare: Callable[[nn.Module], nn.Module] = lambda model: model
+    says_nothing: str | None = None
     ours_differs: str | None = None

@@ -176,7 +176,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
         made = self._start(config, settings, base(), None)
         return {leaf: made[leaf] for leaf in (START_A, START_B)}
 
-    def on_disk(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def on_disk(self, settings: LoraSettings, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if START_A not in tensors:
             return tensors
         kept = {leaf: tensor for leaf, tensor in tensors.items() if leaf not in self.frozen}

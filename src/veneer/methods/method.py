@@ -67,8 +67,9 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
         frozen: those that only live in memory, beside the others, and are never trained.
         kinds: the kinds of layer that it can adapt.
         trainable: whether the others are trained.
+        empty: tensors of a layer that peft writes and that say nothing; they are not loaded.
         shared: tensors that all layers of an adapter use, ``base_model.<leaf>`` on disk; they join the layer's own in
-            what :meth:`lower` gets.
+            what :meth:`lower` gets. ``"v"`` also means ``v.0``, ``v.1`` ...
         trains_shared: whether those are trained.
     """
 
@@ -78,6 +79,7 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
     frozen: ClassVar[frozenset[str]] = frozenset()
     kinds: ClassVar[tuple[type[Site], ...]] = (Site,)
     trainable: ClassVar[bool] = True
+    empty: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[str, ...]] = ()
     trains_shared: ClassVar[bool] = False
 
@@ -86,7 +88,7 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
         return {}
 
     def make_shared(
-        self, config: ConfigT, sites: Sequence[Site], generator: torch.Generator | None
+        self, config: ConfigT, bases: Sequence[Base], generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         """Shared leaf -> its float32 tensor, for a new adapter or where a checkpoint leaves it out."""
         return {}
@@ -101,6 +103,16 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
 
     def complete(self, config: ConfigT, catalog: Catalog) -> None:
         """Fill in which layers a new adapter has, where ``config`` leaves it open and the method knows."""
+
+    def beside(
+        self, config: ConfigT, bases: Sequence[Base], shared: Mapping[str, Tensor]
+    ) -> Sequence[Mapping[str, Tensor]]:
+        """What joins each layer's own tensors in what :meth:`lower` gets: by default the shared ones.
+
+        A method adds what config and base tell and the checkpoint need not hold; it is frozen. A leaf that a new
+        adapter must have and :meth:`init` does not make is taken from here.
+        """
+        return [shared] * len(bases)
 
     def parts(self, config: ConfigT, catalog: Catalog) -> list[Part]:
         """The layers that ``config`` means, and for each the methods that serve it.
@@ -132,8 +144,8 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
         """The tensors in :attr:`frozen` of a layer that was loaded; none by default."""
         return {}
 
-    def on_disk(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """What of a layer's tensors is saved: themselves, where none is :attr:`frozen`."""
+    def on_disk(self, settings: SettingsT, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What of a layer's tensors is saved: themselves by default."""
         return tensors
 
     def config_on_disk(self, config: ConfigT) -> ConfigT:

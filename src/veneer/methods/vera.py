@@ -42,12 +42,12 @@ class Vera(Method[VeraConfig, VeraConfig]):
         return {SHARED_A: (config.r, inner), SHARED_B: (out, config.r)}
 
     def make_shared(
-        self, config: VeraConfig, sites: Sequence[Site], generator: torch.Generator | None
+        self, config: VeraConfig, bases: Sequence[Base], generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         # Seeded by the config, so that a checkpoint without them means the same everywhere.
         seeded = torch.Generator().manual_seed(config.projection_prng_key)
-        shapes = self.shared_shapes(config, sites)
-        return {leaf: _kaiming(shapes[leaf], seeded) for leaf in (SHARED_A, SHARED_B)}
+        shapes = self.shared_shapes(config, [base.site for base in bases])
+        return {leaf: kaiming(shapes[leaf], seeded) for leaf in (SHARED_A, SHARED_B)}
 
     def saves_shared(self, config: VeraConfig) -> bool:
         return config.save_projection
@@ -67,7 +67,7 @@ class Vera(Method[VeraConfig, VeraConfig]):
 METHOD = Vera()
 
 
-def _kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Uniform with the deviation ``sqrt(2 / fan_in)`` (He et al. 2015), drawn in the order that peft draws in."""
     bound = math.sqrt(6 / shape[1])
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)

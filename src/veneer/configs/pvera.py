@@ -1,0 +1,44 @@
+"""The config of PVeRA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from veneer.config import PeftType, TargetedConfig
+
+
+@dataclass
+class PveraConfig(TargetedConfig):
+    """PVeRA (arXiv:2512.07703): VeRA whose hidden vector is a distribution, of which inference takes the mean.
+
+    Args, beside those of :class:`TargetedConfig`:
+        r: the rank of the shared matrices.
+        projection_prng_key: the seed that they are made from.
+        save_projection: whether they are saved; without them the adapter is smaller and depends on the seed.
+        pvera_dropout: dropout on the adapter's input while training.
+        d_initial: what the vector on the rank starts at; the other starts at zero.
+        sample_at_inference: whether inference draws from the distribution; not available.
+        generator_seed: the seed of the draws.
+    """
+
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    pvera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    init_weights: bool = True
+    sample_at_inference: bool = False
+    generator_seed: int | None = None
+
+    honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {"sample_at_inference": (False,)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.PVERA
+
+
+CONFIG = PveraConfig
