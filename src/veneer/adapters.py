@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from veneer.catalog import Catalog
 from veneer.checkpoint import Checkpoint
@@ -35,6 +36,7 @@ from veneer.methods import AnyMethod, method_of
 from veneer.methods.method import Base
 from veneer.parameter_layer import AdaptedParameter
 from veneer.plan import Binding, Plan, bind_error, make_plan
+from veneer.positions import watch
 from veneer.saved import SavedModule
 from veneer.selection import BASE, NOTHING, Selection, Switch
 from veneer.sites import ParameterSite, Site
@@ -88,6 +90,8 @@ class Adapters:
         self.saved: dict[str, SavedModule] = {}
         # Where the base's own parameters wanted gradients, before the first adapter came.
         self._was_trainable: list[tuple[nn.Module, str]] | None = None
+        # Hooks on the base, while an adapter needs to know which tokens are read.
+        self._watching: list[RemovableHandle] = []
 
     # -- adding --------------------------------------------------------------------------------------------
 
@@ -326,6 +330,8 @@ class Adapters:
         self.catalog.modules[parent]._modules[child] = module
 
     def _added(self, adapter: Adapter) -> None:
+        if method_of(adapter.config).invocation(adapter.config) and not self._watching:
+            self._watching = watch(self.model)
         if self._was_trainable is None:
             self._was_trainable = _trainable(self.catalog.modules.values())
             for module, leaf in self._was_trainable:
@@ -497,6 +503,7 @@ class Adapters:
         wanted = list(self.switch.standing.names if names is None else names)
         merged = [name for name in self.entries if any(name in layer.merged for layer in self.layers.values())]
         selection = self.selection(list(dict.fromkeys([*merged, *wanted])))
+        self._check_mergeable(selection.names)
         if check:
             self._check_merge(selection.names)
         for layer in self.layers.values():
@@ -511,6 +518,7 @@ class Adapters:
     def merge_and_unload(self, names: Sequence[str] | None, *, check: bool = False) -> nn.Module:
         """Put adapters into the base weights for good and take the adapter layers off."""
         wanted = self.selection(list(self.switch.standing.names if names is None else names)).names
+        self._check_mergeable(wanted)
         if check:
             self._check_merge(wanted)
         for layer in self.layers.values():
@@ -525,6 +533,13 @@ class Adapters:
         if changed:
             _untie(model)
         return model
+
+    def _check_mergeable(self, names: tuple[str, ...]) -> None:
+        """Raise ``MergeError`` before anything is merged when one of the layers cannot be."""
+        for layer in self.layers.values():
+            for name in layer.here(names):
+                for share in layer.bound[name]:
+                    share.method.check_mergeable(share.settings, layer.site)
 
     def _check_merge(self, names: tuple[str, ...]) -> None:
         for name, layer in self.layers.items():
@@ -548,7 +563,9 @@ class Adapters:
             self._put(root, saved.original_module)
         for module, leaf in self._was_trainable or ():
             getattr(module, leaf).requires_grad_(True)
-        self.layers, self.saved, self.entries = {}, {}, {}
+        for handle in self._watching:
+            handle.remove()
+        self.layers, self.saved, self.entries, self._watching = {}, {}, {}, []
         self.switch.standing, self._was_trainable = NOTHING, None
         return self.model
 

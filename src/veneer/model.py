@@ -26,6 +26,7 @@ from veneer.errors import (
     VeneerError,
 )
 from veneer.identity import BASE_DIGEST_KEY, base_digest
+from veneer.positions import prompted
 from veneer.report import AdapterReport, LoadReport
 from veneer.source import ADAPTER_CONFIG, MODEL_CONFIG, Source, resolve
 from veneer.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
@@ -154,7 +155,8 @@ class PeftModel(nn.Module):
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's ``generate`` under the active adapters, or under one for each row."""
-        with self._by_row(adapter_names):
+        prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        with self._by_row(adapter_names), prompted(prompt if isinstance(prompt, Tensor) else None):
             return self.get_base_model().generate(*args, **kwargs)
 
     def _by_row(self, names: Sequence[str] | None) -> AbstractContextManager[None]:

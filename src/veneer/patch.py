@@ -20,8 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from veneer.errors import MergeError
 from veneer.factors import Factor
+from veneer.positions import Gate
 from veneer.sites.site import Site
+
+GATED = "An adapter that acts on some tokens only (alora_invocation_tokens) cannot be a part of a weight."
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Patch:
         shift: ``c``, shape ``(out,)``.
         tokens: vectors that replace the weight's own.
         drop: gives what stands in the patch's place for one training step, for dropout of other kinds.
+        gate: the positions of the input on which it acts; all when ``None``. With one it has no merged form.
     """
 
     up: Tensor | None = None
@@ -68,6 +73,7 @@ class Patch:
     shift: Tensor | None = None
     tokens: Tokens | None = None
     drop: Callable[[Patch], Patch] | None = None
+    gate: Gate | None = None
 
     def changes(self) -> bool:
         """Whether the patch can change anything: false for a freshly made or an all-zero adapter."""
@@ -90,7 +96,7 @@ class Patch:
     @property
     def only_adds(self) -> bool:
         """Whether it is no more than ``U V`` and ``c``, so that several are a sum."""
-        return all(part is None for part in (self.dense, self.inner, self.outer, self.tokens))
+        return all(part is None for part in (self.dense, self.inner, self.outer, self.tokens, self.gate))
 
     @property
     def by_rows(self) -> bool:
@@ -113,6 +119,8 @@ class Patch:
 
         ``rows`` may be changed in place where no gradient is wanted.
         """
+        if self.gate is not None:
+            raise MergeError(GATED, hint="Keep the adapter unmerged.")
         in_place = not torch.is_grad_enabled()
         if self.inner is not None:
             rows = self.inner.rows(rows)
@@ -152,6 +160,7 @@ class Patch:
         """
         if training and self.dropout and x.is_floating_point():
             x = F.dropout(x, self.dropout)
+        before = y
         if self.up is not None and self.down is not None:
             y = y + self._low_rank_output(x, y, site)
         if self.dense is not None:
@@ -161,7 +170,9 @@ class Patch:
             y = self._outer_output(y, bias, site)
         if self.shift is not None:
             y = y + site.expand(self.shift, y)
-        return y if self.tokens is None else _tokens_output(self.tokens, y, x, site)
+        if self.tokens is not None:
+            y = _tokens_output(self.tokens, y, x, site)
+        return y if self.gate is None else self.gate.choose(y, before)
 
     def _low_rank_output(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         assert self.up is not None

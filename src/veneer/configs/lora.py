@@ -33,6 +33,8 @@ class LoraConfig(TargetedConfig):
             deviation 1/r, B zero), ``"orthogonal"``, ``"pissa"``, ``"pissa_niter_[n]"``, ``"olora"``, ``"corda"``,
             ``"lora_ga"``, or ``False`` (both random: a non-zero start, for tests).
         corda_config, lora_ga_config: options of those starts.
+        alora_invocation_tokens: token ids; the adapter acts from their last occurrence in a prompt on (aLoRA), and
+            on nothing where they do not occur.
     """
 
     r: int = 8
@@ -68,7 +70,6 @@ class LoraConfig(TargetedConfig):
     honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "megatron_config": (None,),
         "velora_config": (None,),
-        "alora_invocation_tokens": (None,),
         "use_qalora": (False, None),
         "monteclora_config": (None,),
         "layer_replication": (None, []),
@@ -91,6 +92,11 @@ class LoraConfig(TargetedConfig):
 
     def _check(self) -> None:
         self._check_start()
+        if self.alora_invocation_tokens is not None and (self.use_dora or not self.alora_invocation_tokens):
+            raise ConfigError(
+                f"alora_invocation_tokens={self.alora_invocation_tokens!r} with use_dora={self.use_dora!r}.",
+                hint="Give at least one token id, and leave DoRA off.",
+            )
         ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}
         for name, rank in ranks.items():
             if rank < 1:

@@ -7,6 +7,9 @@ DoRA (Liu et al. 2024, arXiv:2402.09353, equation 5) gives each row of the resul
 
     W' = m / ||W + scale * B A||_row * (W + scale * B A)        m: (out,); the norm is taken as a constant
 
+aLoRA (Greenewald et al. 2025, arXiv:2504.12397) acts from the last ``alora_invocation_tokens`` of the prompt on: what a
+cache holds of the text before is the base's own.
+
 A starting point that takes its part off the weight (:mod:`veneer.starts`) is kept beside A and B, the weight left as it
 is. Saved, it is a plain adapter of twice the rank, for the base as it is on disk:
 
@@ -24,13 +27,14 @@ import torch
 from torch import Tensor
 
 from veneer.configs.lora import LoraConfig
-from veneer.errors import UnsupportedError
+from veneer.errors import MergeError, UnsupportedError
 from veneer.factors import Diagonal
 from veneer.merging.arithmetic import BLOCK
 from veneer.methods.companions import with_companions
 from veneer.methods.method import Base, Method, Part
 from veneer.methods.tokens import TOKENS
-from veneer.patch import Patch
+from veneer.patch import GATED, Patch
+from veneer.positions import Gate
 from veneer.sites import Site
 from veneer.sites.conv import ConvSite
 from veneer.sites.embedding import EmbeddingSite
@@ -61,6 +65,7 @@ class LoraSettings:
     dropout: float
     dora: bool = False
     bias: bool = False
+    invocation: tuple[int, ...] = ()
 
 
 class Lora(Method[LoraConfig, LoraSettings]):
@@ -85,7 +90,9 @@ class Lora(Method[LoraConfig, LoraSettings]):
         alpha = pattern_value(site.name, config.alpha_pattern, config.lora_alpha)
         scale = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         self._check(config, site, r)
-        return LoraSettings(r, scale, config.lora_dropout, bool(config.use_dora), bool(config.lora_bias))
+        return LoraSettings(
+            r, scale, config.lora_dropout, bool(config.use_dora), bool(config.lora_bias), self.invocation(config)
+        )
 
     def _check(self, config: LoraConfig, site: Site, r: int) -> None:
         groups = site.conv.groups if isinstance(site, ConvSite) else 1
@@ -96,8 +103,18 @@ class Lora(Method[LoraConfig, LoraSettings]):
             )
         if config.use_dora and (groups > 1 or isinstance(site, ParameterSite)):
             raise unsupported(site, "DoRA (use_dora)")
+        if config.alora_invocation_tokens and not site.matrix_input:
+            raise unsupported(site, "alora_invocation_tokens")
         if config.lora_bias and isinstance(site, (EmbeddingSite, ParameterSite)):
             raise unsupported(site, "lora_bias")
+
+    def invocation(self, config: LoraConfig) -> tuple[int, ...]:
+        return tuple(config.alora_invocation_tokens or ())
+
+    def check_mergeable(self, settings: LoraSettings, site: Site) -> None:
+        if settings.invocation:
+            raise MergeError(GATED, hint="Keep the adapter unmerged.")
+        site.check_mergeable(low_rank=True)
 
     def shapes(self, settings: LoraSettings, site: Site) -> dict[str, tuple[int, ...]]:
         out, inner = site.shape
@@ -207,7 +224,8 @@ class Lora(Method[LoraConfig, LoraSettings]):
         shift = tensors[B_BIAS] * settings.scale if B_BIAS in tensors else None
         up, down = _factors(settings, tensors, base.site)
         scale = settings.scale * (base.site.gain if isinstance(base.site, ParameterSite) else 1.0)
-        return Patch(up=up, down=down, scale=scale, dropout=settings.dropout, shift=shift)
+        gate = Gate(settings.invocation) if settings.invocation else None
+        return Patch(up=up, down=down, scale=scale, dropout=settings.dropout, shift=shift, gate=gate)
 
 
 METHOD = Lora()

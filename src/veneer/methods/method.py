@@ -152,6 +152,13 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
         """The config that goes with :meth:`on_disk` of an adapter that has tensors in :attr:`frozen`."""
         return config
 
+    def invocation(self, config: ConfigT) -> tuple[int, ...]:
+        """The tokens from which on the adapter acts; empty where it acts on all."""
+        return ()
+
+    def check_mergeable(self, settings: SettingsT, site: Site) -> None:
+        """Raise ``MergeError`` where the method has no merged form; asked of all layers before any is merged."""
+
     @abstractmethod
     def shapes(self, settings: SettingsT, site: Site) -> Mapping[str, tuple[int, ...]]:
         """Leaf -> the shape it must have on a layer."""
