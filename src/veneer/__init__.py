@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from veneer.inspection import Inspection, Problem, inspect
     from veneer.loader import load, load_tokenizer
     from veneer.merging.folder import MergeReport, merge
+    from veneer.merging.quantized import QuantizedMerge
     from veneer.model import (
         PeftModel,
         PeftModelForCausalLM,
@@ -117,6 +118,7 @@ _HOMES = {
         "inspection": "Inspection Problem inspect",
         "loader": "load load_tokenizer",
         "merging.folder": "MergeReport merge",
+        "merging.quantized": "QuantizedMerge",
         "model": (
             "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction "
             "PeftModelForQuestionAnswering PeftModelForSeq2SeqLM "
@@ -184,6 +186,7 @@ __all__ = [
     "PickleRefusedError",
     "Problem",
     "PveraConfig",
+    "QuantizedMerge",
     "RandLoraConfig",
     "SourceError",
     "TargetError",

@@ -32,14 +32,17 @@ from veneer.errors import (
     UnsupportedError,
 )
 from veneer.layer import AdaptedLayer, Bound
+from veneer.merging.into_packed import choose, dequantize, measured
+from veneer.merging.quantized import DEQUANTIZED, QuantizedMerge
 from veneer.methods import AnyMethod, method_of
 from veneer.methods.method import Base
+from veneer.packed_layer import PackedLayer
 from veneer.parameter_layer import AdaptedParameter
 from veneer.plan import Binding, Plan, bind_error, make_plan
 from veneer.positions import watch
 from veneer.saved import SavedModule
 from veneer.selection import BASE, NOTHING, Selection, Switch
-from veneer.sites import ParameterSite, Site
+from veneer.sites import PackedSite, ParameterSite, Site
 from veneer.targets import names_match
 
 
@@ -88,6 +91,8 @@ class Adapters:
         self.entries: dict[str, Adapter] = {}
         self.layers: dict[str, AdaptedLayer] = {}
         self.saved: dict[str, SavedModule] = {}
+        # What the last merge into quantised weights lost.
+        self.quantized_merge: QuantizedMerge | None = None
         # Where the base's own parameters wanted gradients, before the first adapter came.
         self._was_trainable: list[tuple[nn.Module, str]] | None = None
         # Hooks on the base, while an adapter needs to know which tokens are read.
@@ -296,10 +301,15 @@ class Adapters:
     def _layer(self, site: Site) -> AdaptedLayer:
         if site.id not in self.layers:
             there = self._at(site.name)
-            kind = AdaptedParameter if isinstance(site, ParameterSite) else AdaptedLayer
-            self.layers[site.id] = layer = kind(site, self.switch, there if isinstance(there, AdaptedLayer) else None)
+            self.layers[site.id] = layer = self._wrapped(site, there if isinstance(there, AdaptedLayer) else None)
             self._put(site.name, layer)
         return self.layers[site.id]
+
+    def _wrapped(self, site: Site, there: AdaptedLayer | None) -> AdaptedLayer:
+        if isinstance(site, PackedSite):
+            return PackedLayer(site, self.switch)
+        kind = AdaptedParameter if isinstance(site, ParameterSite) else AdaptedLayer
+        return kind(site, self.switch, there)
 
     def _take_off(self, site_id: str) -> None:
         """Remove a wrapper; one around it holds what it held."""
@@ -494,7 +504,7 @@ class Adapters:
 
     # -- merging -------------------------------------------------------------------------------------------
 
-    def merge(self, names: Sequence[str] | None, *, check: bool = False) -> None:
+    def merge(self, names: Sequence[str] | None, *, check: bool = False, into: str | None = None) -> None:
         """Put adapters into the base weights, to be undone by :meth:`unmerge`, and select them.
 
         The original weights are kept, so this costs memory for a second copy of each adapted layer. What is
@@ -504,21 +514,26 @@ class Adapters:
         merged = [name for name in self.entries if any(name in layer.merged for layer in self.layers.values())]
         selection = self.selection(list(dict.fromkeys([*merged, *wanted])))
         self._check_mergeable(selection.names)
+        packed = choose(self.layers.values(), selection.names, into, self.catalog.dtype)
         if check:
             self._check_merge(selection.names)
         for layer in self.layers.values():
             layer.merge(selection.names)
         self.select(selection.names)
+        self.quantized_merge = measured(packed) or self.quantized_merge
 
     def unmerge(self) -> None:
         """Take every merged adapter out again: the base weights get their original bytes back."""
         for layer in self.layers.values():
             layer.unmerge()
 
-    def merge_and_unload(self, names: Sequence[str] | None, *, check: bool = False) -> nn.Module:
+    def merge_and_unload(
+        self, names: Sequence[str] | None, *, check: bool = False, into: str | None = None
+    ) -> nn.Module:
         """Put adapters into the base weights for good and take the adapter layers off."""
         wanted = self.selection(list(self.switch.standing.names if names is None else names)).names
         self._check_mergeable(wanted)
+        packed = choose(self.layers.values(), wanted, into, self.catalog.dtype)
         if check:
             self._check_merge(wanted)
         for layer in self.layers.values():
@@ -532,6 +547,11 @@ class Adapters:
         model = self.unload(keep=True)
         if changed:
             _untie(model)
+        if packed:
+            self.quantized_merge = measured(packed)
+            if into == DEQUANTIZED:
+                dequantize(model, self.catalog.dtype)
+            self.catalog = Catalog(model)
         return model
 
     def _check_mergeable(self, names: tuple[str, ...]) -> None:

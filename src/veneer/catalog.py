@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 
+import torch
 from torch import nn
 
 from veneer.config import TargetedConfig
 from veneer.errors import BaseModelError, TargetError
 from veneer.layer import AdaptedLayer
 from veneer.saved import SavedModule
-from veneer.sites import ParameterSite, Site, bias_site, is_linear, kinds, sites_for
+from veneer.sites import ParameterSite, Site, bias_site, is_linear, kinds, refusal, sites_for
 from veneer.targets import ALL_LINEAR, names_match, saved_modules, shortest, target_names, under
 
 
@@ -37,6 +38,12 @@ class Catalog:
     def linear(self) -> dict[str, bool]:
         """Every module's name -> whether "all-linear" means it."""
         return {name: is_linear(module) for name, module in self.modules.items()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype of the model's first parameter that has one."""
+        parameters = (p for module in self.modules.values() for p in module._parameters.values())
+        return next((p.dtype for p in parameters if p is not None and p.is_floating_point()), torch.float32)
 
     @property
     def model_type(self) -> str | None:
@@ -94,9 +101,10 @@ class Catalog:
         refused = [name for name, sites in found.items() if not sites]
         if refused:
             kind = type(self.modules[refused[0]]).__name__
+            why = refusal(self.modules[refused[0]])
             raise TargetError(
                 f"{len(refused)} of the modules that target_modules={config.target_modules!r} means cannot carry an "
-                f"adapter; the first is {refused[0]} ({kind}).",
+                f"adapter; the first is {refused[0]} ({kind})" + (f": {why}." if why else "."),
                 hint=f"Kinds that can: {kinds()}, with a floating-point weight. Narrow target_modules, or name "
                 "these in exclude_modules.",
             )

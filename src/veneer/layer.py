@@ -229,7 +229,7 @@ class AdaptedLayer(nn.Module):
             patches = self.patches(names)
             dtype = fold_dtype(self.base_stored.device, self.base_stored.dtype)
             folded = fold(patches, self.base_bias, dtype) if foldable(patches) else None
-        return FoldedLayer(selected, sources, folded, self._base if self.original else self.base_layer)
+        return FoldedLayer(selected, sources, folded, self._base if self.merged else self.base_layer)
 
     def _apply_patches(self, patches: Sequence[Patch], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if patches and whole_weight(self.site, patches):

@@ -77,6 +77,7 @@ def load(
     dtype: Any = "auto",
     device_map: Any = None,
     merge: bool = False,
+    into: str | None = None,
     adapter_name: str = "default",
     is_trainable: bool = False,
     revision: str | None = None,
@@ -100,6 +101,7 @@ def load(
         dtype: of the base model; ``"auto"`` keeps that of its files. An adapter keeps its own.
         device_map: where the base goes, as in transformers (needs accelerate).
         merge: put the adapter into the base weights for good.
+        into: with ``merge``, required where the base is quantised: ``"dequantized"`` or ``"requantized"``.
         adapter_name: the adapter's name on the model; the adapters of a set keep their own.
         is_trainable: whether the adapter is loaded to be trained further.
         revision: of ``path`` on the hub.
@@ -110,7 +112,8 @@ def load(
         trust_remote_code: run code that comes with the base model.
         local_files_only: never use the network.
         token: for the hub.
-        **model_kwargs: passed on to transformers when it builds the base.
+        **model_kwargs: passed on to transformers when it builds the base: ``quantization_config``, ``max_memory``,
+            ``offload_folder``, ``tp_plan``; ``gguf_file`` names a GGUF file in the base's folder.
 
     Returns:
         The model; its ``load_report`` says what was found, bound and made active.
@@ -135,7 +138,11 @@ def load(
     if isinstance(base, nn.Module):
         model, report.base = _in_memory(base, checkpoints, source, task)
     else:
-        found = find_base(source, checkpoints, base, base_revision, options)
+        gguf = model_kwargs.get("gguf_file")
+        if gguf is not None and checkpoints and base is not None:
+            found = _gguf_base(base, gguf, base_revision or checkpoints[0].config.revision, options)
+        else:
+            found = find_base(source, checkpoints, base, base_revision, options)
         report.base = f"{found.source.origin}, {found.why}"
         model = _build(found.source, checkpoints, task, report, dtype, device_map, trust_remote_code, model_kwargs)
     report.seconds["base"] = time.perf_counter() - started
@@ -147,7 +154,7 @@ def load(
         model._load(source, adapter_name, is_trainable, **how)
     report.seconds["adapters"] = time.perf_counter() - started - report.seconds["base"]
     if merge and model.adapters.entries:
-        model.merge_and_unload()
+        model.merge_and_unload(into=into)
         report.merged = True
     model._finish_report(report, started)
     return model
@@ -241,6 +248,29 @@ def find_base(
     return _named_base(source, checkpoints, revision, options)
 
 
+def _gguf_base(base: str | Path, file: str, revision: str | None, options: dict[str, Any]) -> FoundBase:
+    """A base that is a GGUF file; its folder needs no config."""
+    source = _resolve_base(base, revision, options)
+    if not source.has(file):
+        present = ", ".join(sorted(path.name for path in source.root.glob("*.gguf"))) or "none"
+        raise BaseModelError(f"{source.origin}: there is no {file}.", hint=f"GGUF files there: {present}.")
+    return FoundBase(source, f"its {file}, dequantised")
+
+
+def _gguf_config(source: Source, file: str) -> dict[str, Any]:
+    """What a GGUF file's metadata says of the model, as a config."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(source.root, gguf_file=file, local_files_only=True)
+    except Exception as error:  # whatever transformers makes of a damaged file, or of one it has no class for
+        raise BaseModelError(
+            f"transformers cannot read {source.origin}/{file}: {first_line(error)}",
+            hint="It needs the package gguf, and an architecture that transformers reads from GGUF.",
+        ) from error
+    return dict(config.to_dict())
+
+
 def _resolve_base(base: str | Path, revision: str | None, options: dict[str, Any]) -> Source:
     try:
         return resolve(base, revision=revision, what="base", **options)
@@ -312,7 +342,8 @@ def _build(
     trust_remote_code: bool,
     model_kwargs: dict[str, Any],
 ) -> PeftModel:
-    config = source.json(MODEL_CONFIG)
+    gguf = model_kwargs.get("gguf_file")
+    config = source.json(MODEL_CONFIG) if gguf is None else _gguf_config(source, gguf)
     wanted = task or next((c.config.task_type for c in checkpoints if c.config.task_type), None)
     kind = model_class_of(config, str(wanted) if wanted else None, source.origin)
     arguments = {
@@ -323,6 +354,12 @@ def _build(
     }
     if device_map is not None:
         arguments["device_map"] = device_map
+    if gguf is not None:
+        import transformers
+
+        # Left packed it would need kernels that few machines have, and could not be merged.
+        if hasattr(transformers, "GgufConfig"):
+            arguments.setdefault("quantization_config", transformers.GgufConfig(dequantize=True))
     labels = labels_of(checkpoints)
     if labels is not None and "num_labels" not in arguments:
         arguments["num_labels"] = labels

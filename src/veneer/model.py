@@ -26,6 +26,7 @@ from veneer.errors import (
     VeneerError,
 )
 from veneer.identity import BASE_DIGEST_KEY, base_digest
+from veneer.merging.quantized import QuantizedMerge
 from veneer.positions import prompted
 from veneer.report import AdapterReport, LoadReport
 from veneer.source import ADAPTER_CONFIG, MODEL_CONFIG, Source, resolve
@@ -501,7 +502,9 @@ class PeftModel(nn.Module):
 
     # -- merging -------------------------------------------------------------------------------------------
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, into: str | None = None
+    ) -> None:
         """Put adapters (by default the active ones) into the base weights; :meth:`unmerge_adapter` undoes it.
 
         They become the active ones, beside any that is merged already. The original weights are kept in memory.
@@ -510,8 +513,10 @@ class PeftModel(nn.Module):
         Args:
             adapter_names: which; the active ones when ``None``.
             safe_merge: check first that every merged weight is finite (``MergeError`` if not).
+            into: required where the base is quantised, see :meth:`merge_and_unload`; only the adapted layers are
+                dequantised, until they are unmerged.
         """
-        self.adapters.merge(adapter_names, check=safe_merge)
+        self.adapters.merge(adapter_names, check=safe_merge, into=into)
         self._keep_report()
 
     def unmerge_adapter(self) -> None:
@@ -523,6 +528,7 @@ class PeftModel(nn.Module):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: Sequence[str] | None = None,
+        into: str | None = None,
     ) -> Any:
         """Put adapters into the base weights for good and return the plain base model.
 
@@ -530,12 +536,20 @@ class PeftModel(nn.Module):
             progressbar: show progress on the terminal.
             safe_merge: check first that every merged weight is finite (``MergeError`` if not).
             adapter_names: which; the active ones when ``None``.
+            into: required where the base is quantised: ``"dequantized"`` makes the whole model a plain one in its
+                floating dtype; ``"requantized"`` packs the sums as the weights were packed, which can round much of
+                the adapter away. :attr:`quantized_merge` says what was lost.
         """
         with _progress("merging", progressbar):
-            merged = self.adapters.merge_and_unload(adapter_names, check=safe_merge)
+            merged = self.adapters.merge_and_unload(adapter_names, check=safe_merge, into=into)
         setattr(merged, _CHANGED, True)
         self._base_digest = None
         return merged
+
+    @property
+    def quantized_merge(self) -> QuantizedMerge | None:
+        """What the last merge into a quantised base lost, layer by layer; ``None`` when there was none."""
+        return self.adapters.quantized_merge
 
     def unload(self) -> Any:
         """Take every adapter off and return the base model, each of its tensors bit-identical."""

@@ -17,7 +17,7 @@ from veneer.config import TargetedConfig
 from veneer.errors import BindError, TargetError
 from veneer.methods import AnyMethod
 from veneer.methods.method import Part, leaves_of
-from veneer.sites import Site, kinds
+from veneer.sites import Site, kinds, refusal
 from veneer.targets import under
 
 # How many problems an error's text spells out; the error object holds them all.
@@ -156,7 +156,8 @@ def _plan_extra(
     sites = [site for site in catalog.sites_at(module) if site.key == module]
     if not sites:
         kind = type(catalog.modules[module]).__name__
-        plan.problems.append(f"{module} ({kind}) cannot carry an adapter; kinds that can: {kinds()}")
+        why = refusal(catalog.modules[module]) or f"kinds that can: {kinds()}"
+        plan.problems.append(f"{module} ({kind}) cannot carry an adapter; {why}")
         return []
     _plan_site(plan, sites[0], method, keys, config, tensors)
     return [module]

@@ -11,11 +11,26 @@ from transformers.pytorch_utils import Conv1D
 from veneer.sites.conv import ConvSite
 from veneer.sites.embedding import EmbeddingSite
 from veneer.sites.linear import Conv1DSite, LinearSite
+from veneer.sites.packed import PackedSite, packer, refusal
+from veneer.sites.packed_bitsandbytes import bitsandbytes_site
+from veneer.sites.packed_hqq import HqqSite
+from veneer.sites.packed_torchao import TorchaoSite
 from veneer.sites.parameter import ParameterSite, VectorSite
 from veneer.sites.shift import ShiftSite
 from veneer.sites.site import Site
 
-__all__ = ["KINDS", "ParameterSite", "Site", "bias_site", "is_linear", "kinds", "sites_for"]
+__all__ = [
+    "KINDS",
+    "PackedSite",
+    "ParameterSite",
+    "Site",
+    "bias_site",
+    "is_linear",
+    "kinds",
+    "packed_site",
+    "refusal",
+    "sites_for",
+]
 
 # Kinds that can carry an adapter, most common first; the first that fits a layer is used.
 KINDS: tuple[tuple[type[nn.Module], Callable[[str, nn.Module], Site]], ...] = (
@@ -31,19 +46,33 @@ KINDS: tuple[tuple[type[nn.Module], Callable[[str, nn.Module], Site]], ...] = (
 def sites_for(name: str, module: nn.Module) -> list[Site]:
     """The sites of a layer: one, two for ``nn.MultiheadAttention``, none when its kind cannot carry an adapter.
 
-    Packed (quantised) weights and layers whose ``forward`` is never called are no sites: an adapter there would
-    be a silent no-op or wrong.
+    Weights packed in a form unknown here and layers whose ``forward`` is never called are no sites: an adapter
+    there would be a silent no-op or wrong.
     """
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return []
     if isinstance(module, nn.MultiheadAttention):
         return _attention(name, module)
+    if packer(module) is not None:
+        site = packed_site(name, module)
+        return [] if site is None else [site]
     for kind, make in KINDS:
         if isinstance(module, kind):
             weight = getattr(module, "weight", None)
-            usable = isinstance(weight, nn.Parameter) and weight.is_floating_point()
+            # Narrower floats come with scales of their own.
+            usable = isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.itemsize > 1
             return [make(name, module)] if usable else []
     return []
+
+
+def packed_site(name: str, module: nn.Module) -> PackedSite | None:
+    """The site of a linear layer with a packed weight; ``None`` when the layer is another, or unknown here."""
+    library = packer(module)
+    if library == "bitsandbytes":
+        return bitsandbytes_site(name, module)
+    if library == "torchao" and type(module) is nn.Linear:
+        return TorchaoSite(name, module)
+    return HqqSite(name, module) if library == "HQQ" and hasattr(module, "W_q") else None
 
 
 def _attention(name: str, module: nn.MultiheadAttention) -> list[Site]:
@@ -74,7 +103,11 @@ def bias_site(name: str, module: nn.Module, parent: nn.Module, adapted: bool) ->
 
 def is_linear(module: nn.Module) -> bool:
     """Whether "all-linear" means this layer."""
-    return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    # A packed layer is often no nn.Linear; all of them say how wide they are.
+    packed = hasattr(module, "in_features") and packer(module) is not None
+    return isinstance(module, (nn.Linear, Conv1D)) or packed
 
 
 def kinds() -> str:

@@ -1,0 +1,85 @@
+"""The wrapper for a packed layer: a merge puts another layer in its place and leaves the packed one as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer.layer import AdaptedLayer
+from veneer.merging.arithmetic import merged, merged_bias
+from veneer.merging.quantized import DEQUANTIZED, Into, LayerError, into_missing, layer_error
+from veneer.selection import Switch
+from veneer.sites.packed import PackedSite
+
+
+class PackedLayer(AdaptedLayer):
+    """As :class:`AdaptedLayer`; ``site.module`` is the packed layer throughout, so unmerging is putting it back.
+
+    Attributes:
+        into: where merges go; to be set before one.
+        error: what the last one lost.
+    """
+
+    site: PackedSite
+
+    def __init__(self, site: PackedSite, switch: Switch) -> None:
+        super().__init__(site, switch)
+        self.into: Into | None = None
+        self.error: LayerError | None = None
+
+    def _base(self, *args: Any, **kwargs: Any) -> Any:
+        return self.site.module(*args, **kwargs)
+
+    def merge(self, names: tuple[str, ...]) -> None:
+        self.unmerge()
+        names = self.here(names)
+        if names:
+            self.base_layer, self.merged = self._merged_layer(names), names
+
+    def store_merged(self, names: tuple[str, ...]) -> None:
+        layer = self._merged_layer(self.here(names))
+        self.unmerge()
+        self.base_layer = layer
+
+    def unmerge(self) -> None:
+        self._forget()
+        self.base_layer, self.merged = self.site.module, ()
+
+    def merged_parameters(self, names: tuple[str, ...]) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        """The weight (float32) and bias with ``names`` merged, before the weight is stored in any form."""
+        patches = self.patches(self.here(names))
+        bias = merged_bias(self.base_bias, patches, self._into.dtype)
+        weight = merged(self.base_weight(), patches)
+        return nn.Parameter(weight, False), None if bias is None else nn.Parameter(bias, False)
+
+    @torch.no_grad()
+    def _merged_layer(self, names: tuple[str, ...]) -> nn.Module:
+        exact, bias = self.merged_parameters(names)
+        assert exact is not None
+        if self._into.choice == DEQUANTIZED:
+            layer: nn.Module = self.site.plain(exact, bias, self._into.dtype)
+            held = self.site.canonical(layer.get_parameter("weight")).float()
+        else:
+            layer = self.site.packed(exact, bias)
+            held = type(self.site)(self.site.name, layer).weight()
+        self.error = layer_error(held, exact, self.base_weight())
+        return layer
+
+    @property
+    def _into(self) -> Into:
+        if self.into is None:
+            raise into_missing(self.site.name)
+        return self.into
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
+        if self.merged:
+            self.site.module._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> PackedLayer:
+        """Set the mode of this layer and of all in it, the layer that a merge has replaced included."""
+        self.site.module.train(mode)
+        super().train(mode)
+        return self
