@@ -63,6 +63,7 @@ if TYPE_CHECKING:
         UnsupportedError,
         VeneerError,
     )
+    from veneer.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
     from veneer.inspection import Inspection, Problem, inspect
     from veneer.loader import load, load_tokenizer
     from veneer.merging.folder import MergeReport, merge
@@ -115,6 +116,7 @@ _HOMES = {
             "SourceError TargetError UnknownAdapterError UnknownKeyError UnknownMethodError "
             "UnsupportedError VeneerError"
         ),
+        "hotswap": "hotswap_adapter prepare_model_for_compiled_hotswap",
         "inspection": "Inspection Problem inspect",
         "loader": "load load_tokenizer",
         "merging.folder": "MergeReport merge",
@@ -204,10 +206,12 @@ __all__ = [
     "VeraConfig",
     "__version__",
     "get_peft_model",
+    "hotswap_adapter",
     "inspect",
     "load",
     "load_tokenizer",
     "merge",
+    "prepare_model_for_compiled_hotswap",
     "preprocess_corda",
     "preprocess_loraga",
 ]

@@ -61,6 +61,7 @@ class Adapter:
         base_digest: the digest of the base it was trained on, where the checkpoint records it.
         notes: what was odd about it.
         shared: the tensors that all of its layers use.
+        stored: checkpoint key -> tensor, where what is in memory is padded and this is to be saved.
         dtypes: checkpoint key -> dtype on disk, for tensors that are wider in memory and saved as they were.
     """
 
@@ -74,6 +75,7 @@ class Adapter:
     base_digest: str | None = None
     notes: list[str] = field(default_factory=list)
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
+    stored: dict[str, Tensor] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
 
@@ -244,9 +246,15 @@ class Adapters:
                 self._layer(one.twin).bind(adapter.name, twin, one.tensors)
                 adapter.layers.append(one.twin.id)
         adapter.layers = list(dict.fromkeys(adapter.layers))
-        for module in adapter.layers:
-            if not any(patch.changes() for patch in self.layers[module].patches([adapter.name])):
-                adapter.zero.append(module)
+        self.note_zero_layers(adapter)
+
+    def note_zero_layers(self, adapter: Adapter) -> None:
+        """Find the layers in which an adapter changes nothing."""
+        adapter.zero = [
+            name
+            for name in adapter.layers
+            if not any(patch.changes() for patch in self.layers[name].patches([adapter.name]))
+        ]
 
     def _base(self, site: Site) -> Base:
         """A base layer as it was before any adapter, for a method to start from."""
@@ -473,12 +481,7 @@ class Adapters:
         """Remove an adapter. If it was selected, the rest of the selection stays (the base alone if none)."""
         adapter = self.get(name)
         for module in adapter.layers:
-            layer = self.layers[module]
-            if name in layer.merged:
-                layer.merge(tuple(other for other in layer.merged if other != name))
-            layer.unbind(name)
-            if not layer.bound:
-                self._take_off(module)
+            self._leave(module, name)
         for root in adapter.saved:
             self.saved[root].remove(name)
             if not self.saved[root].copies:
@@ -486,6 +489,20 @@ class Adapters:
         del self.entries[name]
         kept = self.switch.standing.names
         self.switch.standing = Selection(tuple(other for other in kept if other != name))
+
+    def _leave(self, module: str, name: str) -> None:
+        layer = self.layers[module]
+        if name in layer.merged:
+            layer.merge(tuple(other for other in layer.merged if other != name))
+        layer.unbind(name)
+        if not layer.bound:
+            self._take_off(module)
+
+    def leave_layers(self, adapter: Adapter, modules: Iterable[str]) -> None:
+        """Take an adapter off some of its layers."""
+        for module in modules:
+            self._leave(module, adapter.name)
+            adapter.layers.remove(module)
 
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name; it keeps its place in the order."""

@@ -138,6 +138,12 @@ class AdaptedLayer(nn.Module):
             self.bind(new, share, tensors)
         self.merged = tuple(new if name == old else name for name in self.merged)
 
+    def reset(self, adapter: str, share: Bound, settings: Any) -> None:
+        """Give an adapter's share of this layer other settings; its tensors may have been changed."""
+        self._forget()
+        shares = self.bound[adapter]
+        shares[shares.index(share)] = replace(share, settings=settings)
+
     def tensors(self, adapter: str, share: Bound) -> dict[str, nn.Parameter]:
         """Leaf -> the parameter of an adapter's share of this layer."""
         found: dict[str, nn.Parameter] = {}

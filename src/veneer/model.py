@@ -277,6 +277,16 @@ class PeftModel(nn.Module):
         self._reported(report)
         return report
 
+    def _swapped(self, adapter: Adapter, checkpoint: Checkpoint) -> None:
+        """Note that an adapter has another's weights now."""
+        base_check = self._check_identity(checkpoint, strict_base=False)
+        adapter.config.inference_mode = not adapter.trainable
+        adapter.base_digest = checkpoint.metadata.get(BASE_DIGEST_KEY)
+        self.adapters.note_zero_layers(adapter)
+        if self.load_report is not None:
+            self.load_report.adapters = [a for a in self.load_report.adapters if a.name != adapter.name]
+        self._reported(_adapter_report(adapter, checkpoint, base_check, self.adapters))
+
     def _load_set(
         self,
         members: Sequence[adapter_set.Member],
@@ -476,6 +486,11 @@ class PeftModel(nn.Module):
         """Make adapters trainable, or freeze them."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             adapter = self.adapters.get(name)
+            if requires_grad and adapter.stored:
+                raise AdapterError(
+                    f"{name!r} was prepared for hot-swapping, so its tensors hold more than is saved; it cannot train.",
+                    hint="Load it again for training.",
+                )
             adapter.trainable = requires_grad
             self.adapters.require_grad(adapter, requires_grad and name in self.adapters.switch.standing.names)
 
@@ -606,6 +621,8 @@ class PeftModel(nn.Module):
 
     def _tensors_to_save(self, adapter: Adapter, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Checkpoint key -> tensor, in the dtype that it had on disk; from ``state`` where that has it."""
+        if adapter.stored:
+            return dict(adapter.stored)
         names = {id(tensor): name for name, tensor in self.state_dict(keep_vars=True).items()} if state else {}
 
         def value(live: Tensor) -> Tensor:

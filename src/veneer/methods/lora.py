@@ -52,16 +52,18 @@ B_BIAS = "lora_B.bias"
 EMBEDDING_A = "lora_embedding_A"
 EMBEDDING_B = "lora_embedding_B"
 MAGNITUDE = "lora_magnitude_vector"
+# Leaf -> its dimension of size r.
+RANK_DIMS = {A: 0, B: 1, EMBEDDING_A: 0, EMBEDDING_B: 1}
 START_A = "lora_start_A.weight"
 START_B = "lora_start_B.weight"
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """A config's meaning for one layer."""
+    """A config's meaning for one layer; the scale is a tensor where compiled code must be able to take another."""
 
     r: int
-    scale: float
+    scale: float | Tensor
     dropout: float
     dora: bool = False
     bias: bool = False
@@ -174,7 +176,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
             )
         options = getattr(config, f"{how}_config", None) or {}
         weight = base.base_weight().float()
-        layer = Layer(site.name, weight, settings.r, settings.scale, how, options, site.module, generator)
+        layer = Layer(site.name, weight, settings.r, float(settings.scale), how, options, site.module, generator)
         down, up = (tensor.cpu() for tensor in begin(layer))
         return {A: down, B: up, START_A: down.clone(), START_B: up.clone()} if is_moved(how) else {A: down, B: up}
 
@@ -224,6 +226,8 @@ class Lora(Method[LoraConfig, LoraSettings]):
         shift = tensors[B_BIAS] * settings.scale if B_BIAS in tensors else None
         up, down = _factors(settings, tensors, base.site)
         scale = settings.scale * (base.site.gain if isinstance(base.site, ParameterSite) else 1.0)
+        if isinstance(scale, Tensor):
+            up, scale = up.float() * scale, 1.0
         gate = Gate(settings.invocation) if settings.invocation else None
         return Patch(up=up, down=down, scale=scale, dropout=settings.dropout, shift=shift, gate=gate)
 

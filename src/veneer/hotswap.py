@@ -1,0 +1,230 @@
+"""Another adapter's weights in the place of one on a model, without compiling the model anew.
+
+A compiled graph holds on to the tensors that it was made with, and to their shapes. So the new values are copied into
+them. For adapters of different ranks and scales the model is prepared once, before it is compiled: each LoRA is given
+the largest rank, the rest of it zeros, and its scale becomes a tensor too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters import Adapter, check_finite, targeted
+from veneer.checkpoint import Checkpoint, open_checkpoint
+from veneer.errors import AdapterError, MergeError, UnsupportedError
+from veneer.layer import AdaptedLayer, Bound
+from veneer.methods import method_of
+from veneer.methods.lora import RANK_DIMS, Lora, LoraSettings
+from veneer.model import PeftModel
+from veneer.plan import Binding, Plan, bind_error, make_plan
+from veneer.source import resolve
+
+
+@torch.no_grad()
+def prepare_model_for_compiled_hotswap(model: PeftModel, *, target_rank: int | None = None) -> None:
+    """Make every LoRA on ``model`` ready to take the weights of others, of any rank up to ``target_rank``.
+
+    Call it before the model is compiled. The adapters compute the same as before and are frozen; they are saved as
+    they were loaded.
+
+    Args:
+        model: the model, with its adapters.
+        target_rank: the largest rank that will come; the ranks stay what they are when ``None``.
+
+    Raises:
+        UnsupportedError: an adapter is of another method, or its rank cannot be padded.
+        AdapterError: ``target_rank`` is smaller than a rank that is there.
+    """
+    shares = [
+        (entry, layer, share)
+        for entry in model.adapters.entries.values()
+        for layer in (model.adapters.layers[name] for name in entry.layers)
+        for share in layer.bound[entry.name]
+    ]
+    for entry, layer, share in shares:
+        _check_can_be_padded(entry, layer, share, target_rank)
+    for entry in model.adapters.entries.values():
+        model.set_requires_grad(entry.name, False)
+        entry.stored = model.get_adapter_state_dict(entry.name)
+    for entry, layer, share in shares:
+        settings = share.settings
+        for leaf, parameter in layer.tensors(entry.name, share).items():
+            _pad(parameter, RANK_DIMS.get(leaf), target_rank)
+        scale = torch.tensor(float(settings.scale), device=layer.base_stored.device)
+        layer.reset(entry.name, share, replace(settings, scale=scale))
+
+
+def _check_can_be_padded(entry: Adapter, layer: AdaptedLayer, share: Bound, rank: int | None) -> None:
+    if not isinstance(share.method, Lora):
+        raise UnsupportedError(
+            f"{entry.name!r} holds more than a LoRA at {layer.site.name}; only LoRA can be prepared for hot-swapping.",
+            hint="hotswap_adapter takes it unprepared, for adapters of the same shapes and scale.",
+        )
+    own = share.settings.r
+    if rank is not None and own != rank and getattr(layer.site, "stack", None) is not None:
+        raise UnsupportedError(
+            f"{layer.site.id}: the rank of a LoRA on stacked experts cannot be padded.",
+            hint="Swap adapters of one rank there (leave target_rank out).",
+        )
+    if rank is not None and own > rank:
+        raise AdapterError(
+            f"target_rank={rank} is smaller than the rank {own} of {entry.name!r} at {layer.site.name}.",
+            hint="Give the largest rank of all adapters that will be swapped in.",
+        )
+
+
+def _pad(parameter: nn.Parameter, dim: int | None, rank: int | None) -> None:
+    """Zeros up to ``rank`` along ``dim``, in memory of its own."""
+    shape = list(parameter.shape)
+    if dim is not None and rank is not None:
+        shape[dim] = rank
+    padded = parameter.new_zeros(shape)
+    _corner(padded, parameter.shape).copy_(parameter)
+    parameter.data = padded
+
+
+def _corner(tensor: Tensor, shape: torch.Size) -> Tensor:
+    return tensor[tuple(slice(size) for size in shape)]
+
+
+@torch.no_grad()
+def hotswap_adapter(
+    model: PeftModel,
+    model_name_or_path: str | Path,
+    adapter_name: str = "default",
+    torch_device: str | None = None,
+    *,
+    strict: bool = True,
+    **source_options: Any,
+) -> None:
+    """Put the weights of the adapter at a path in the place of those of ``adapter_name``, which keeps its name.
+
+    Weights of the same shapes and dtypes are copied in place; others too on a model that
+    :func:`prepare_model_for_compiled_hotswap` has prepared. Where that is not so the tensor is replaced, and a compiled
+    model compiles once more. Layers that the new adapter does not adapt are left without a change.
+
+    Args:
+        model: the model, compiled or not.
+        model_name_or_path: the new adapter's folder or hub id.
+        adapter_name: the adapter to replace.
+        torch_device: accepted for peft's sake; weights go where the old ones are.
+        strict: as for ``load_adapter``.
+        **source_options: ``revision``, ``subfolder``, ``token``, ``local_files_only``.
+
+    Raises:
+        BindError: the new adapter does not fit the model. AdapterError: it adapts layers that the old one does not, or
+        is of another method. MergeError: the old one is merged.
+    """
+    model = getattr(model, "_orig_mod", model)
+    adapters = model.adapters
+    entry = adapters.get(adapter_name)
+    checkpoint = open_checkpoint(resolve(model_name_or_path, what="adapter", **source_options), strict=strict)
+    config = targeted(checkpoint.config)
+    plan = make_plan(config, method_of(config), checkpoint.tensors, adapters.catalog)
+    if plan.problems:
+        raise bind_error(plan, config, checkpoint.origin, len(checkpoint.tensors), adapters.catalog)
+    _check_alike(model, entry, checkpoint, plan)
+    tensors = checkpoint.read(plan.keys)
+    check_finite(tensors, checkpoint.origin)
+    wanted = {(binding.site.id, type(binding.method)): binding for binding in plan.bindings}
+    places = [
+        (layer, share, wanted.get((layer.site.id, type(share.method))))
+        for layer in (adapters.layers[name] for name in entry.layers)
+        for share in layer.bound[adapter_name]
+        if share.key is not None
+    ]
+    for layer, share, binding in places:
+        _check_place(layer, adapter_name, share, binding)
+    for layer, share, binding in places:
+        if binding is not None or entry.stored:
+            _swap(layer, adapter_name, share, binding, tensors)
+    if not entry.stored:
+        bound = {layer.site.id for layer, _, binding in places if binding is not None}
+        adapters.leave_layers(entry, [name for name in entry.layers if name not in bound])
+    _swap_shared(entry, plan, tensors)
+    entry.config, entry.origin, entry.notes = config, checkpoint.origin, list(plan.notes)
+    entry.stored = dict(tensors) if entry.stored else {}
+    model._swapped(entry, checkpoint)
+
+
+def _check_alike(model: PeftModel, entry: Adapter, checkpoint: Checkpoint, plan: Plan) -> None:
+    merged = [name for name in entry.layers if entry.name in model.adapters.layers[name].merged]
+    if merged:
+        raise MergeError(
+            f"{entry.name!r} is merged into {merged[0]} and {len(merged) - 1} other layers.",
+            hint="Call unmerge_adapter() first.",
+        )
+    new, old = str(checkpoint.config.peft_type), str(entry.config.peft_type)
+    beyond = [b.site.id for b in plan.bindings if b.site.id not in entry.layers]
+    reason = None
+    if new != old:
+        reason = f"is of the method {new}, and {entry.name!r} of {old}"
+    elif beyond:
+        reason = f"adapts {len(beyond)} layers that {entry.name!r} does not (first: {beyond[0]})"
+    elif plan.saved or entry.saved:
+        reason = "or the old one brings whole modules"
+    if reason:
+        raise AdapterError(
+            f"{checkpoint.origin} cannot take the place of {entry.name!r}: it {reason}.",
+            hint=f"Use load_adapter(...) and set_adapter(...), then delete_adapter({entry.name!r}).",
+        )
+
+
+def _check_place(layer: AdaptedLayer, name: str, share: Bound, binding: Binding | None) -> None:
+    mend = "Use load_adapter(...) and set_adapter(...) instead."
+    if binding is None:
+        # Zeros are no change for a sum alone; a DoRA of zeros would be one.
+        if not all(patch.only_adds for patch in layer.patches([name])):
+            raise AdapterError(
+                f"The new adapter has nothing for {layer.site.id}, where {name!r} does more than add.", hint=mend
+            )
+    elif set(binding.keys) != set(share.leaves):
+        raise AdapterError(
+            f"{layer.site.id}: the new adapter has {sorted(binding.keys)}, and {name!r} has {sorted(share.leaves)}.",
+            hint=mend,
+        )
+
+
+def _swap(layer: AdaptedLayer, name: str, share: Bound, binding: Binding | None, tensors: Mapping[str, Tensor]) -> None:
+    live = layer.tensors(name, share)
+    if binding is None:
+        for parameter in live.values():
+            parameter.zero_()
+        layer.reset(name, share, share.settings)
+        return
+    for leaf, parameter in live.items():
+        _put(parameter, tensors[binding.keys[leaf]], _is_prepared(share.settings))
+    layer.reset(name, share, _settings(share.settings, binding.method.settled(binding.settings, live, layer)))
+
+
+def _is_prepared(settings: Any) -> bool:
+    return isinstance(settings, LoraSettings) and isinstance(settings.scale, Tensor)
+
+
+def _settings(old: Any, new: Any) -> Any:
+    """The new adapter's settings; where the scale is a tensor that compiled code holds, it stays that tensor."""
+    if not _is_prepared(old):
+        return new
+    old.scale.fill_(float(new.scale))
+    return replace(new, scale=old.scale)
+
+
+def _put(parameter: nn.Parameter, new: Tensor, padded: bool) -> None:
+    """Copy ``new`` into ``parameter``, with zeros around it where it is ``padded``; else let it be the parameter."""
+    fits = new.ndim == parameter.ndim and all(a <= b for a, b in zip(new.shape, parameter.shape, strict=True))
+    if (fits if padded else new.shape == parameter.shape) and new.dtype == parameter.dtype:
+        parameter.zero_()
+        _corner(parameter, new.shape).copy_(new)
+    else:
+        parameter.data = new.to(parameter.device, copy=True)
+
+
+def _swap_shared(entry: Adapter, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+    for leaf, key in plan.shared.items():
+        _put(entry.shared[leaf], tensors[key], padded=False)
