@@ -31,10 +31,14 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification,
     )
     from veneer.config import PeftConfig, PeftType, TaskType
+    from veneer.configs.cartridge import CartridgeConfig
     from veneer.configs.ia3 import IA3Config
     from veneer.configs.loha import LoHaConfig
     from veneer.configs.lokr import LoKrConfig
     from veneer.configs.lora import LoraConfig
+    from veneer.configs.p_tuning import PromptEncoderConfig
+    from veneer.configs.prefix_tuning import PrefixTuningConfig
+    from veneer.configs.prompt_tuning import PromptTuningConfig
     from veneer.configs.pvera import PveraConfig
     from veneer.configs.randlora import RandLoraConfig
     from veneer.configs.tinylora import TinyLoraConfig
@@ -108,6 +112,10 @@ _HOMES = {
         "configs.vblora": "VBLoRAConfig",
         "configs.unilora": "UniLoraConfig",
         "configs.tinylora": "TinyLoraConfig",
+        "configs.cartridge": "CartridgeConfig",
+        "configs.p_tuning": "PromptEncoderConfig",
+        "configs.prefix_tuning": "PrefixTuningConfig",
+        "configs.prompt_tuning": "PromptTuningConfig",
         "configs.vera": "VeraConfig",
         "errors": (
             "AdapterError BaseMismatchError BaseModelError BindError ConfigError "
@@ -158,6 +166,7 @@ __all__ = [
     "BaseMismatchError",
     "BaseModelError",
     "BindError",
+    "CartridgeConfig",
     "ConfigError",
     "CordaConfig",
     "CorruptFileError",
@@ -186,7 +195,10 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "PickleRefusedError",
+    "PrefixTuningConfig",
     "Problem",
+    "PromptEncoderConfig",
+    "PromptTuningConfig",
     "PveraConfig",
     "QuantizedMerge",
     "RandLoraConfig",

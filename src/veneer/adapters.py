@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from veneer.catalog import Catalog
 from veneer.checkpoint import Checkpoint
 from veneer.codec import SHARED_PREFIX, encode
-from veneer.config import HEADS, PeftConfig, TargetedConfig
+from veneer.config import HEADS, AnyConfig, PeftConfig, PromptConfig, TargetedConfig
 from veneer.errors import (
     AdapterError,
     BindError,
@@ -34,12 +34,14 @@ from veneer.errors import (
 from veneer.layer import AdaptedLayer, Bound
 from veneer.merging.into_packed import choose, dequantize, measured
 from veneer.merging.quantized import DEQUANTIZED, QuantizedMerge
-from veneer.methods import AnyMethod, method_of
-from veneer.methods.method import Base
+from veneer.methods import AnyMethod, method_of, prompt_of
+from veneer.methods.method import Base, Method
+from veneer.methods.prompt import AnyPrompt, PromptEncoder
 from veneer.packed_layer import PackedLayer
 from veneer.parameter_layer import AdaptedParameter
 from veneer.plan import Binding, Plan, bind_error, make_plan
 from veneer.positions import watch
+from veneer.prompts import Prompts, complete, words_of
 from veneer.saved import SavedModule
 from veneer.selection import BASE, NOTHING, Selection, Switch
 from veneer.sites import PackedSite, ParameterSite, Site
@@ -62,11 +64,12 @@ class Adapter:
         notes: what was odd about it.
         shared: the tensors that all of its layers use.
         stored: checkpoint key -> tensor, where what is in memory is padded and this is to be saved.
+        virtual_tokens: how many it puts before the input or into the cache; none for a method that adapts layers.
         dtypes: checkpoint key -> dtype on disk, for tensors that are wider in memory and saved as they were.
     """
 
     name: str
-    config: TargetedConfig
+    config: AnyConfig
     origin: str | None = None
     layers: list[str] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
@@ -76,6 +79,7 @@ class Adapter:
     notes: list[str] = field(default_factory=list)
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
     stored: dict[str, Tensor] = field(default_factory=dict)
+    virtual_tokens: int = 0
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
 
@@ -95,6 +99,7 @@ class Adapters:
         self.saved: dict[str, SavedModule] = {}
         # What the last merge into quantised weights lost.
         self.quantized_merge: QuantizedMerge | None = None
+        self.prompts = Prompts(self.switch)
         # Where the base's own parameters wanted gradients, before the first adapter came.
         self._was_trainable: list[tuple[nn.Module, str]] | None = None
         # Hooks on the base, while an adapter needs to know which tokens are read.
@@ -119,13 +124,47 @@ class Adapters:
             DuplicateAdapterError: the name is taken.
         """
         self.check_new(name)
-        config = targeted(checkpoint.config)
-        method = method_of(config)
-        plan = make_plan(config, method, checkpoint.tensors, self.catalog)
+        config = checkpoint.config
+        method = self._kind(config)
+        plan = make_plan(_known(config), method, checkpoint.tensors, self.catalog)
         self._settle(plan, checkpoint, strict)
         tensors = checkpoint.read(plan.keys)
         check_finite(tensors, checkpoint.origin)
-        adapter = Adapter(name, config, checkpoint.origin, trainable=trainable, notes=list(plan.notes))
+        adapter = Adapter(name, _known(config), checkpoint.origin, trainable=trainable, notes=list(plan.notes))
+        stored = {leaf: tensors[key] for leaf, key in plan.shared.items()}
+        if isinstance(config, PromptConfig):
+            self._restore_prompt(adapter, config, stored, float32, trainable)
+        else:
+            self._restore_layers(adapter, plan, tensors, stored, float32, trainable)
+        for root, keys in plan.saved.items():
+            values = {leaf: tensors[key] for leaf, key in keys.items()}
+            self._saved(root).add(name, values).requires_grad_(trainable)
+            adapter.saved.append(root)
+            if not trainable:
+                adapter.dtypes.update(
+                    {encode(root, leaf, method.prefix): tensor.dtype for leaf, tensor in values.items()}
+                )
+        self._added(adapter)
+        return adapter
+
+    def _kind(self, config: PeftConfig) -> AnyMethod | AnyPrompt:
+        """The method of a config; that of a prompt is completed with the model's sizes."""
+        if not isinstance(config, PromptConfig):
+            return method_of(_known(config))
+        method = prompt_of(config)
+        complete(config, method, self.model)
+        return method
+
+    def _restore_layers(
+        self,
+        adapter: Adapter,
+        plan: Plan,
+        tensors: dict[str, Tensor],
+        stored: dict[str, Tensor],
+        float32: bool,
+        trainable: bool,
+    ) -> None:
+        config = targeted(adapter.config)
         made = []
         for binding in plan.bindings:
             parameters = {
@@ -134,16 +173,18 @@ class Adapters:
             }
             parameters.update(self._restored(binding, config))
             made.append(_Made(binding.site, binding.method, binding.settings, parameters, binding.twin))
-        stored = {leaf: tensors[key] for leaf, key in plan.shared.items()}
-        self._bind(adapter, made, self._shared(config, method, made, stored, float32, trainable, None))
-        for root, keys in plan.saved.items():
-            values = {leaf: tensors[key] for leaf, key in keys.items()}
-            self._saved(root).add(name, values).requires_grad_(trainable)
-            adapter.saved.append(root)
-            if not trainable:
-                adapter.dtypes.update({encode(root, leaf): tensor.dtype for leaf, tensor in values.items()})
-        self._added(adapter)
-        return adapter
+        self._bind(adapter, made, self._shared(config, method_of(config), made, stored, float32, trainable, None))
+
+    def _restore_prompt(
+        self, adapter: Adapter, config: PromptConfig, stored: dict[str, Tensor], float32: bool, trainable: bool
+    ) -> None:
+        method, device = prompt_of(config), next(words_of(self.model).parameters()).device
+        own = {leaf: _parameter(tensor, device, float32, trainable) for leaf, tensor in stored.items()}
+        self._add_prompt(adapter, config, method.restored(config, own))
+
+    def _add_prompt(self, adapter: Adapter, config: PromptConfig, encoder: PromptEncoder) -> None:
+        self.prompts.add(adapter.name, config, prompt_of(config), encoder, self.model)
+        adapter.virtual_tokens = config.num_virtual_tokens or 0
 
     def _restored(self, binding: Binding, config: TargetedConfig) -> dict[str, nn.Parameter]:
         """The tensors of a layer that are in no checkpoint, and never trained."""
@@ -159,15 +200,32 @@ class Adapters:
             DuplicateAdapterError: the name is taken.
         """
         self.check_new(name)
-        config = targeted(config)
         config.check_honoured()
+        adapter = Adapter(name, _known(config), trainable=True)
+        roots = self.catalog.saved(adapter.config)
+        self._check_saved_exist(adapter.config)
+        if isinstance(config, PromptConfig):
+            self._kind(config)
+            self._check_places([], roots)
+            words = words_of(self.model)
+            encoder = prompt_of(config).new(config, words, generator)
+            self._add_prompt(adapter, config, encoder.to(next(words.parameters()).device))
+        else:
+            self._create_layers(adapter, targeted(config), roots, generator)
+        for root in roots:
+            self._saved(root).add(name).requires_grad_(True)
+            adapter.saved.append(root)
+        self._added(adapter)
+        return adapter
+
+    def _create_layers(
+        self, adapter: Adapter, config: TargetedConfig, roots: list[str], generator: torch.Generator | None
+    ) -> None:
         method = method_of(config)
         method.complete(config, self.catalog)
         # The layers' names take the place of "all-linear" before anything else depends on them.
         self.catalog.spell_out(config, self.catalog.targets(config))
         parts = [part for part in method.parts(config, self.catalog) if not part.optional]
-        roots = self.catalog.saved(config)
-        self._check_saved_exist(config)
         self._check_places([site.name for part in parts for site in part.sites], roots)
         made = []
         for part in parts:
@@ -179,7 +237,6 @@ class Adapters:
                     leaf: _parameter(t, site.device, True, part.method.trains(leaf)) for leaf, t in tensors.items()
                 }
                 made.append(_Made(site, part.method, settings, parameters, part.twins.get(site.id)))
-        adapter = Adapter(name, config, trainable=True)
         shared = self._shared(config, method, made, {}, True, True, generator)
         for one, more in self._beside(config, method, made, shared):
             needed = one.method.shapes(one.settings, one.site).keys() - one.tensors.keys() - one.method.optional
@@ -189,11 +246,6 @@ class Adapters:
                 if leaf in needed & more.keys()
             )
         self._bind(adapter, made, shared)
-        for root in roots:
-            self._saved(root).add(name).requires_grad_(True)
-            adapter.saved.append(root)
-        self._added(adapter)
-        return adapter
 
     def _shared(
         self,
@@ -229,7 +281,8 @@ class Adapters:
         """Put tensors that are ready into their layers; from here on nothing can fail."""
         adapter.shared = shared
         # The adapter's own method alone has such tensors; its companions (biases ...) have none.
-        beside = {id(one): more for one, more in self._beside(adapter.config, method_of(adapter.config), made, shared)}
+        config = targeted(adapter.config)
+        beside = {id(one): more for one, more in self._beside(config, method_of(config), made, shared)}
         if shared:
             self._layer(made[0].site).hold(adapter.name, shared)
         for one in made:
@@ -276,7 +329,7 @@ class Adapters:
     def _settle(self, plan: Plan, checkpoint: Checkpoint, strict: bool) -> None:
         if plan.problems:
             error = bind_error(
-                plan, targeted(checkpoint.config), checkpoint.origin, len(checkpoint.tensors), self.catalog
+                plan, _known(checkpoint.config), checkpoint.origin, len(checkpoint.tensors), self.catalog
             )
             if strict or not plan.keys:
                 raise error
@@ -284,7 +337,7 @@ class Adapters:
             plan.notes += plan.problems
         self._check_places([b.site.name for b in plan.bindings], list(plan.saved))
 
-    def _check_saved_exist(self, config: TargetedConfig) -> None:
+    def _check_saved_exist(self, config: AnyConfig) -> None:
         """A module that is to be saved whole must be there; of a task's usual heads one is enough."""
         usual = HEADS.get(str(config.task_type), ())
         for name in set(config.modules_to_save or ()) - set(usual):
@@ -348,7 +401,8 @@ class Adapters:
         self.catalog.modules[parent]._modules[child] = module
 
     def _added(self, adapter: Adapter) -> None:
-        if method_of(adapter.config).invocation(adapter.config) and not self._watching:
+        method = self._kind(adapter.config)
+        if isinstance(method, Method) and method.invocation(adapter.config) and not self._watching:
             self._watching = watch(self.model)
         if self._was_trainable is None:
             self._was_trainable = _trainable(self.catalog.modules.values())
@@ -382,6 +436,12 @@ class Adapters:
             self.get(name)
         if len(set(wanted)) != len(wanted):
             raise AdapterError(f"{list(wanted)} names an adapter twice.", hint="Name each once.")
+        prompts = [name for name in wanted if name in self.prompts]
+        if len(prompts) > 1:
+            raise AdapterError(
+                f"{prompts[0]!r} and {prompts[1]!r} are prompts; they cannot be active together.",
+                hint="Select one of them, or give each row of a batch its own with adapter_names=[...].",
+            )
         holders: dict[str, str] = {}
         for name in wanted:
             for root in self.entries[name].saved:
@@ -431,6 +491,8 @@ class Adapters:
     def parameters(self, name: str) -> list[nn.Parameter]:
         """Every parameter of an adapter that is trained."""
         adapter = self.get(name)
+        if name in self.prompts:
+            return [*self.prompts.encoder(name).trained(), *self._saved_parameters(adapter)]
         own = {
             id(p): p
             for module in adapter.layers
@@ -440,7 +502,10 @@ class Adapters:
         }
         if adapter.shared and method_of(adapter.config).trains_shared:
             own.update((id(p), p) for p in adapter.shared.values())
-        return [*own.values(), *(p for root in adapter.saved for p in self._copy(root, name).parameters())]
+        return [*own.values(), *self._saved_parameters(adapter)]
+
+    def _saved_parameters(self, adapter: Adapter) -> list[nn.Parameter]:
+        return [p for root in adapter.saved for p in self._copy(root, adapter.name).parameters()]
 
     def named_tensors(
         self, name: str, value: Callable[[Tensor], Tensor] = lambda tensor: tensor
@@ -448,6 +513,8 @@ class Adapters:
         """Each tensor of an adapter that is saved: its checkpoint key, itself, or what ``value`` puts in its place."""
         adapter = self.get(name)
         found: list[tuple[str, Tensor]] = []
+        if name in self.prompts:
+            found += [(key, value(tensor)) for key, tensor in self.prompts.encoder(name).tensors().items()]
         for module in adapter.layers:
             layer = self.layers[module]
             for share in layer.bound[name]:
@@ -457,12 +524,13 @@ class Adapters:
                     found += [(encode(share.key, leaf), tensor) for leaf, tensor in saved.items()]
         if adapter.shared and method_of(adapter.config).saves_shared(adapter.config):
             found += [(SHARED_PREFIX + leaf, value(tensor)) for leaf, tensor in adapter.shared.items()]
+        prefix = self._kind(adapter.config).prefix
         for root in adapter.saved:
-            copy = self._copy(root, name).state_dict(keep_vars=True)
-            found += [(encode(root, leaf), value(tensor)) for leaf, tensor in copy.items()]
+            own = self._copy(root, name).state_dict(keep_vars=True)
+            found += [(encode(root, leaf, prefix), value(tensor)) for leaf, tensor in own.items()]
         return found
 
-    def config_on_disk(self, name: str) -> TargetedConfig:
+    def config_on_disk(self, name: str) -> AnyConfig:
         """The config that goes with :meth:`named_tensors`."""
         adapter = self.get(name)
         shares = [share for module in adapter.layers for share in self.layers[module].bound[name]]
@@ -482,6 +550,8 @@ class Adapters:
         adapter = self.get(name)
         for module in adapter.layers:
             self._leave(module, name)
+        if name in self.prompts:
+            self.prompts.remove(name)
         for root in adapter.saved:
             self.saved[root].remove(name)
             if not self.saved[root].copies:
@@ -512,6 +582,8 @@ class Adapters:
         self.check_new(new)
         for module in adapter.layers:
             self.layers[module].rename(old, new)
+        if old in self.prompts:
+            self.prompts.rename(old, new)
         for root in adapter.saved:
             self.saved[root].rename(old, new)
         adapter.name = new
@@ -530,7 +602,7 @@ class Adapters:
         wanted = list(self.switch.standing.names if names is None else names)
         merged = [name for name in self.entries if any(name in layer.merged for layer in self.layers.values())]
         selection = self.selection(list(dict.fromkeys([*merged, *wanted])))
-        self._check_mergeable(selection.names)
+        self.check_mergeable(selection.names)
         packed = choose(self.layers.values(), selection.names, into, self.catalog.dtype)
         if check:
             self._check_merge(selection.names)
@@ -549,7 +621,7 @@ class Adapters:
     ) -> nn.Module:
         """Put adapters into the base weights for good and take the adapter layers off."""
         wanted = self.selection(list(self.switch.standing.names if names is None else names)).names
-        self._check_mergeable(wanted)
+        self.check_mergeable(wanted)
         packed = choose(self.layers.values(), wanted, into, self.catalog.dtype)
         if check:
             self._check_merge(wanted)
@@ -571,10 +643,17 @@ class Adapters:
             self.catalog = Catalog(model)
         return model
 
-    def _check_mergeable(self, names: tuple[str, ...]) -> None:
-        """Raise ``MergeError`` before anything is merged when one of the layers cannot be."""
+    def check_mergeable(self, names: Sequence[str]) -> None:
+        """Raise ``MergeError``, before anything is merged, when one of ``names`` cannot be."""
+        for name in names:
+            if name in self.prompts:
+                raise MergeError(
+                    f"{name!r} is a prompt ({self.entries[name].config.peft_type}): it changes the input or the cache, "
+                    "and no weight could hold it.",
+                    hint="Use it unmerged; merge other adapters by name: merge_adapter([...]).",
+                )
         for layer in self.layers.values():
-            for name in layer.here(names):
+            for name in layer.here(tuple(names)):
                 for share in layer.bound[name]:
                     share.method.check_mergeable(share.settings, layer.site)
 
@@ -598,6 +677,7 @@ class Adapters:
             self._take_off(site_id)
         for root, saved in self.saved.items():
             self._put(root, saved.original_module)
+        self.prompts.clear()
         for module, leaf in self._was_trainable or ():
             getattr(module, leaf).requires_grad_(True)
         for handle in self._watching:
@@ -620,6 +700,10 @@ class _Made:
 
 def _is_finite(tensor: Tensor | None) -> bool:
     return tensor is None or bool(torch.isfinite(tensor).all())
+
+
+def _known(config: PeftConfig) -> AnyConfig:
+    return config if isinstance(config, PromptConfig) else targeted(config)
 
 
 def targeted(config: PeftConfig) -> TargetedConfig:

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from veneer.config import TargetedConfig
+from veneer.config import AnyConfig, TargetedConfig
 from veneer.errors import BaseModelError, TargetError
 from veneer.layer import AdaptedLayer
 from veneer.saved import SavedModule
@@ -83,7 +83,7 @@ class Catalog:
         """The names that ``config`` adapts, in the model's order (``TargetError`` when there are none)."""
         return target_names(config, self.linear, model_type=self.model_type, outputs=self.outputs)
 
-    def saved(self, config: TargetedConfig) -> list[str]:
+    def saved(self, config: AnyConfig) -> list[str]:
         """The names of the modules that ``config`` saves whole."""
         return saved_modules(config, self.modules)
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 PREFIX = "base_model.model."
-# Tensors that all layers of an adapter share belong to no module.
+# Tensors that all layers of an adapter share belong to no module. Beside a prompt it begins modules saved whole.
 SHARED_PREFIX = "base_model."
 
 
@@ -26,14 +26,14 @@ class Slot:
     leaf: str
 
 
-def decode(key: str, leaves: Iterable[str]) -> Slot | None:
+def decode(key: str, leaves: Iterable[str], prefix: str = PREFIX) -> Slot | None:
     """The slot of a checkpoint's ``key``, or ``None`` when it is not in this dialect.
 
     A key that ends in none of the method's ``leaves`` is a parameter of a module that was saved whole.
     """
-    if not key.startswith(PREFIX):
+    if not key.startswith(prefix):
         return None
-    name = key[len(PREFIX) :]
+    name = key[len(prefix) :]
     for leaf in leaves:
         if name.endswith("." + leaf):
             return Slot(name[: -len(leaf) - 1], leaf)
@@ -41,6 +41,6 @@ def decode(key: str, leaves: Iterable[str]) -> Slot | None:
     return Slot(module, parameter)
 
 
-def encode(module: str, leaf: str) -> str:
+def encode(module: str, leaf: str, prefix: str = PREFIX) -> str:
     """The checkpoint key of a slot; the inverse of :func:`decode`."""
-    return f"{PREFIX}{module}.{leaf}"
+    return f"{prefix}{module}.{leaf}"

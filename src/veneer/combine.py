@@ -109,9 +109,11 @@ def combine(adapters: Adapters, wanted: Combination) -> tuple[LoraConfig, dict[s
 
     Raises:
         UnknownAdapterError: one of the adapters is not there.
+        MergeError: one is a prompt.
         UnsupportedError: one brings whole modules, or changes something that LoRA cannot hold.
     """
     entries = [adapters.get(name) for name in wanted.names]
+    adapters.check_mergeable(wanted.names)
     for entry in entries:
         if entry.saved:
             raise UnsupportedError(

@@ -254,6 +254,42 @@ class TargetedConfig(PeftConfig):
             )
 
 
+@dataclass
+class PromptConfig(PeftConfig):
+    """A method that puts virtual tokens before the input, or their keys and values into the cache.
+
+    Args:
+        num_virtual_tokens: how many.
+        token_dim: the width of one; this and what follows is the model's own where it is left out.
+        num_transformer_submodules: 2 for an encoder-decoder, whose checkpoints hold as many tokens again.
+        num_attention_heads: heads of a layer's keys.
+        num_layers: layers that have keys.
+        modules_to_save: modules that are trained whole and saved beside the prompt, such as a new head.
+    """
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_virtual_tokens is None or self.num_virtual_tokens < 1:
+            raise ConfigError(
+                f"num_virtual_tokens={self.num_virtual_tokens!r} is no number of tokens.",
+                hint="Give the length of the prompt, such as num_virtual_tokens=20.",
+            )
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return True
+
+
+# Every config of a method is one of the two.
+AnyConfig = TargetedConfig | PromptConfig
+
 _CONFIGS: dict[str, type[PeftConfig]] = {}
 
 

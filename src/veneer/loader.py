@@ -20,7 +20,7 @@ from torch import nn
 from veneer import adapter_set
 from veneer.base_map import relocated
 from veneer.checkpoint import Checkpoint, open_checkpoint
-from veneer.codec import PREFIX
+from veneer.codec import PREFIX, SHARED_PREFIX
 from veneer.config import TaskType
 from veneer.errors import (
     BaseModelError,
@@ -376,7 +376,7 @@ def _build(
             ) from error
     model.name_or_path = model.config._name_or_path = _origin(source)
     model.eval()
-    brought = {k.removeprefix(PREFIX) for c in checkpoints for k in c.tensors}
+    brought = {k.removeprefix(PREFIX).removeprefix(SHARED_PREFIX) for c in checkpoints for k in c.tensors}
     fresh = sorted(set(info["missing_keys"]) - brought)
     if fresh:
         report.warnings.append(
@@ -422,7 +422,7 @@ def labels_of(checkpoints: list[Checkpoint]) -> int | None:
         if checkpoint.config.task_type not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
             continue
         for ending in _HEAD_WEIGHTS:
-            info = checkpoint.tensors.get(PREFIX + ending)
+            info = checkpoint.tensors.get(PREFIX + ending) or checkpoint.tensors.get(SHARED_PREFIX + ending)
             if info is not None:
                 return int(info.shape[0])
     return None

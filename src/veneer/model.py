@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from veneer import adapter_set
 from veneer.adapters import Adapter, Adapters
 from veneer.checkpoint import Checkpoint, hold, open_checkpoint, write_checkpoint
-from veneer.config import HEADS, PeftConfig, TargetedConfig, TaskType
+from veneer.config import HEADS, PeftConfig, PromptConfig, TargetedConfig, TaskType
 from veneer.errors import (
     AdapterError,
     BaseMismatchError,
@@ -95,6 +96,7 @@ class PeftModel(nn.Module):
         _check_base(model)
         self._modules["base_model"] = Tuner(model)
         self.adapters = Adapters(model)
+        self._modules["prompt_encoder"] = self.adapters.prompts
         self.load_report: LoadReport | None = None
         self._base_digest: str | None = None
         self.training = model.training
@@ -142,26 +144,42 @@ class PeftModel(nn.Module):
         # The fitted class has no importable name; it is made again where the model is copied or unpickled.
         return _blank, (self.kind, type(self.get_base_model())), self.__dict__
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """The base model's forward pass under the active adapters.
 
         Args:
             *args: as the base model takes them.
             adapter_names: instead of the active adapters, one name for each row of the batch; ``"__base__"`` is
                 the base model alone.
+            task_ids: the task of each row, shape ``(rows,)``, for methods that keep several tasks in one adapter.
             **kwargs: as the base model takes them.
         """
-        with self._by_row(adapter_names):
+        with self._by_row(adapter_names, task_ids):
             return self.get_base_model()(*args, **kwargs)
 
-    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """The base model's ``generate`` under the active adapters, or under one for each row."""
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        with self._by_row(adapter_names), prompted(prompt if isinstance(prompt, Tensor) else None):
+        with self._by_row(adapter_names, task_ids), prompted(prompt if isinstance(prompt, Tensor) else None):
             return self.get_base_model().generate(*args, **kwargs)
 
-    def _by_row(self, names: Sequence[str] | None) -> AbstractContextManager[None]:
-        return nullcontext() if names is None else self.adapters.during(self.adapters.rows(names))
+    def _by_row(self, names: Sequence[str] | None, task_ids: Tensor | None) -> AbstractContextManager[None]:
+        if names is None and task_ids is None:
+            return nullcontext()
+        chosen = self.adapters.switch.selection if names is None else self.adapters.rows(names)
+        return self.adapters.during(dataclasses.replace(chosen, task_ids=task_ids))
 
     # -- loading and adding --------------------------------------------------------------------------------
 
@@ -823,7 +841,7 @@ def _source_options(options: dict[str, Any]) -> dict[str, Any]:
 def _add_heads(config: PeftConfig) -> None:
     """A new adapter for a task with a head of its own trains the head too."""
     heads = HEADS.get(str(config.task_type), ())
-    if heads and isinstance(config, TargetedConfig):
+    if heads and isinstance(config, (TargetedConfig, PromptConfig)):
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
 
 
@@ -840,6 +858,7 @@ def _adapter_report(adapter: Adapter, checkpoint: Checkpoint, base_check: str, a
         layers=list(adapter.layers),
         zero_layers=list(adapter.zero),
         saved_modules=list(adapter.saved),
+        virtual_tokens=adapter.virtual_tokens,
         base_check=base_check,
         notes=list(adapter.notes),
     )
@@ -847,7 +866,7 @@ def _adapter_report(adapter: Adapter, checkpoint: Checkpoint, base_check: str, a
 
 def _warnings_of(adapter: AdapterReport) -> list[str]:
     found = [f"{adapter.name}: {note}" for note in adapter.notes]
-    if not adapter.changed_layers and not adapter.saved_modules:
+    if not (adapter.changed_layers or adapter.saved_modules or adapter.virtual_tokens):
         found.append(
             f"{adapter.name}: zero-effect adapter: every change is zero, so the model answers as its base does. "
             "It may have been saved before training."

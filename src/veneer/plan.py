@@ -7,15 +7,15 @@ problem is collected before one error is raised. No tensor is read and the model
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from veneer.catalog import Catalog
-from veneer.codec import SHARED_PREFIX, decode
-from veneer.config import TargetedConfig
+from veneer.codec import SHARED_PREFIX, Slot, decode
+from veneer.config import AnyConfig
 from veneer.errors import BindError, TargetError
-from veneer.methods import AnyMethod
+from veneer.methods import AnyMethod, Method
 from veneer.methods.method import Part, leaves_of
 from veneer.sites import Site, kinds, refusal
 from veneer.targets import under
@@ -29,6 +29,20 @@ class HasShape(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+
+class Planned(Protocol):
+    """What the plan needs of a method, whether it adapts layers or is a prompt."""
+
+    @property
+    def shared(self) -> tuple[str, ...]: ...
+    @property
+    def empty(self) -> tuple[str, ...]: ...
+    @property
+    def prefix(self) -> str: ...
+    def parts(self, config: Any, catalog: Catalog) -> list[Part]: ...
+    def shared_shapes(self, config: Any, sites: Sequence[Site]) -> Mapping[str, tuple[int, ...]]: ...
+    def saves_shared(self, config: Any) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,7 @@ class Plan:
         ]
 
 
-def make_plan(config: TargetedConfig, method: AnyMethod, tensors: Mapping[str, HasShape], catalog: Catalog) -> Plan:
+def make_plan(config: AnyConfig, method: Planned, tensors: Mapping[str, HasShape], catalog: Catalog) -> Plan:
     """Pair a checkpoint's tensors with a model's modules."""
     plan = Plan()
     saved = catalog.saved(config)
@@ -85,18 +99,18 @@ def make_plan(config: TargetedConfig, method: AnyMethod, tensors: Mapping[str, H
     held: dict[tuple[str, str], dict[str, str]] = {}
     empty: list[str] = []
     for key in tensors:
-        slot = decode(key, [*leaves, *method.empty])
+        slot = decode(key, [*leaves, *method.empty], method.prefix)
         common = key.removeprefix(SHARED_PREFIX)
         if common.partition(".")[0] in method.shared:
             plan.shared[common] = key
         elif slot is None:
-            plan.problems.append(f"{key}: not in the PEFT dialect (it would begin with base_model.model.)")
+            plan.problems.append(f"{key}: not in the PEFT dialect (it would begin with {method.prefix})")
         elif slot.leaf in method.empty:
             empty.append(key)
         elif slot.leaf in leaves and not under(slot.module, saved):
             held.setdefault((slot.module, next(iter(leaves[slot.leaf].method.leaves))), {})[slot.leaf] = key
         else:
-            _plan_saved(plan, key, tensors[key], saved, catalog)
+            _plan_saved(plan, key, slot, tensors[key], saved, catalog)
     if empty:
         plan.notes.append(f"{len(empty)} tensors that say nothing are left out (first: {min(empty)}).")
     for part in parts:
@@ -106,12 +120,13 @@ def make_plan(config: TargetedConfig, method: AnyMethod, tensors: Mapping[str, H
     return plan
 
 
-def _parts(plan: Plan, config: TargetedConfig, method: AnyMethod, catalog: Catalog) -> list[Part]:
+def _parts(plan: Plan, config: AnyConfig, method: Planned, catalog: Catalog) -> list[Part]:
     """The layers that the config means; those that the checkpoint holds are used even where that cannot be told."""
     try:
         return method.parts(config, catalog)
     except TargetError as error:
         plan.notes.append(f"The config's targets could not be checked: {error.message}")
+        assert isinstance(method, Method)
         return [Part(method, [], optional=True)]
 
 
@@ -119,7 +134,7 @@ def _plan_part(
     plan: Plan,
     part: Part,
     held: Mapping[tuple[str, str], Mapping[str, str]],
-    config: TargetedConfig,
+    config: AnyConfig,
     tensors: Mapping[str, HasShape],
     catalog: Catalog,
 ) -> None:
@@ -145,7 +160,7 @@ def _plan_extra(
     module: str,
     method: AnyMethod,
     keys: Mapping[str, str],
-    config: TargetedConfig,
+    config: AnyConfig,
     tensors: Mapping[str, HasShape],
     catalog: Catalog,
 ) -> list[str]:
@@ -168,7 +183,7 @@ def _plan_site(
     site: Site,
     method: AnyMethod,
     keys: Mapping[str, str],
-    config: TargetedConfig,
+    config: AnyConfig,
     tensors: Mapping[str, HasShape],
     twin: Site | None = None,
 ) -> None:
@@ -192,9 +207,7 @@ def _plan_site(
         plan.bindings.append(Binding(site, method, settings, dict(keys), twin))
 
 
-def _plan_saved(plan: Plan, key: str, tensor: HasShape, saved: list[str], catalog: Catalog) -> None:
-    slot = decode(key, ())
-    assert slot is not None
+def _plan_saved(plan: Plan, key: str, slot: Slot, tensor: HasShape, saved: list[str], catalog: Catalog) -> None:
     roots = [*saved, *(name for name in (*catalog.inputs, *catalog.outputs) if name not in saved)]
     root = next((name for name in roots if under(slot.module, [name])), None)
     if root is None:
@@ -215,7 +228,7 @@ def _plan_saved(plan: Plan, key: str, tensor: HasShape, saved: list[str], catalo
         plan.saved.setdefault(root, {})[name] = key
 
 
-def _check_shared(plan: Plan, config: TargetedConfig, method: AnyMethod, tensors: Mapping[str, HasShape]) -> None:
+def _check_shared(plan: Plan, config: AnyConfig, method: Planned, tensors: Mapping[str, HasShape]) -> None:
     sites = [binding.site for binding in plan.bindings if binding.method is method]
     wanted = method.shared_shapes(config, sites)
     plan.problems += [
@@ -249,7 +262,7 @@ def _nearest(module: str, catalog: Catalog) -> str:
     return f" (nearest: {near[0]})" if near else ""
 
 
-def bind_error(plan: Plan, config: TargetedConfig, origin: str, total: int, catalog: Catalog) -> BindError:
+def bind_error(plan: Plan, config: AnyConfig, origin: str, total: int, catalog: Catalog) -> BindError:
     """The one error for all of a plan's problems."""
     bound = len(plan.keys)
     shown = "; ".join(plan.problems[:SHOWN])

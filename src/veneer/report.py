@@ -26,6 +26,7 @@ class AdapterReport:
         layers: layers that it adapts.
         zero_layers: those in which it changes nothing.
         saved_modules: modules that it brings whole.
+        virtual_tokens: how many a prompt puts before the input or into the cache.
         base_check: how the base's identity was checked: "same", "different", "not recorded", "not known".
         notes: what was odd.
     """
@@ -40,6 +41,7 @@ class AdapterReport:
     layers: list[str]
     zero_layers: list[str]
     saved_modules: list[str]
+    virtual_tokens: int = 0
     base_check: str = "not recorded"
     notes: list[str] = field(default_factory=list)
 
@@ -112,7 +114,9 @@ def _adapter_line(adapter: AdapterReport) -> str:
     parts = [
         f"{adapter.peft_type}, {adapter.tensors_bound} of {adapter.tensors_total} tensors bound",
         f"{adapter.nbytes / 1e6:.1f} MB {'/'.join(adapter.dtypes)}",
-        f"{len(adapter.changed_layers)} of {len(adapter.layers)} layers carry a change",
+        f"{adapter.virtual_tokens} virtual tokens"
+        if adapter.virtual_tokens
+        else f"{len(adapter.changed_layers)} of {len(adapter.layers)} layers carry a change",
     ]
     if adapter.saved_modules:
         parts.append(f"whole modules: {', '.join(adapter.saved_modules)}")

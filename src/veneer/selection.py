@@ -30,10 +30,12 @@ class Selection:
     Attributes:
         names: the adapters, in the order in which they are applied to every row.
         rows: instead, one adapter's name (or ``"__base__"``) for each row of the batch.
+        task_ids: the task of each row, shape ``(rows,)``, for methods that keep several tasks in one adapter.
     """
 
     names: tuple[str, ...] = ()
     rows: tuple[str, ...] | None = None
+    task_ids: Tensor | None = field(default=None, compare=False)
     _groups: dict[tuple[int, torch.device], Mapping[str, Tensor]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -48,6 +50,18 @@ class Selection:
         if key not in self._groups:
             self._groups[key] = self._grouped(length, device)
         return self._groups[key]
+
+    def tasks(self, length: int) -> Tensor | None:
+        """The task of each row of a batch of ``length``, which may hold copies as in :meth:`groups`."""
+        given = self.task_ids
+        if given is None or len(given) == length:
+            return given
+        if given.ndim != 1 or not len(given) or length % len(given):
+            raise AdapterError(
+                f"task_ids has the shape {tuple(given.shape)}, and the batch {length} rows.",
+                hint="Give one task's number for each row.",
+            )
+        return given.repeat_interleave(length // len(given))
 
     def _grouped(self, length: int, device: torch.device) -> Mapping[str, Tensor]:
         rows = self.rows or ()

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from veneer.config import TargetedConfig
+from veneer.config import AnyConfig, TargetedConfig
 from veneer.errors import TargetError
 
 ALL_LINEAR = "all-linear"
@@ -86,7 +86,7 @@ def under(name: str, parents: Iterable[str]) -> bool:
     return any(name == parent or name.startswith(parent + ".") for parent in parents)
 
 
-def saved_modules(config: TargetedConfig, names: Iterable[str]) -> list[str]:
+def saved_modules(config: AnyConfig, names: Iterable[str]) -> list[str]:
     """The modules that ``modules_to_save`` means, outermost only, in the model's order."""
     found: list[str] = []
     for name in names:

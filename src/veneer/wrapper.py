@@ -62,17 +62,19 @@ def _fit(peft_class: type[nn.Module], base_class: type[nn.Module]) -> type[nn.Mo
 
 
 def _forward_like(peft_class: type[nn.Module], base_class: type[nn.Module]) -> Any:
-    """``peft_class.forward`` with the signature of the base's, and ``adapter_names``."""
+    """``peft_class.forward`` with the signature of the base's, and the adapters' own arguments."""
     plain = peft_class.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return plain(self, *args, **kwargs)
 
     signature = inspect.signature(base_class.forward)
-    extra = inspect.Parameter("adapter_names", inspect.Parameter.KEYWORD_ONLY, default=None)
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ("adapter_names", "task_ids")
+    ]
     parameters = list(signature.parameters.values())
     last = len(parameters) - any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-    parameters.insert(last, extra)
+    parameters[last:last] = [p for p in extra if p.name not in signature.parameters]
     forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     forward.__doc__ = plain.__doc__
     return forward

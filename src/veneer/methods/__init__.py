@@ -7,27 +7,42 @@ A method ``XYZ`` is two small files: ``configs/xyz.py`` with its config (it need
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
-from veneer.config import PeftConfig, registered
+from veneer.config import PeftConfig, PromptConfig, registered
 from veneer.errors import UnknownMethodError
 from veneer.methods.method import AnyMethod, Method
 
-__all__ = ["AnyMethod", "Method", "method_of", "register_method"]
+if TYPE_CHECKING:
+    from veneer.methods.prompt import PromptMethod
 
-_METHODS: dict[str, AnyMethod] = {}
+__all__ = ["AnyMethod", "Method", "method_of", "prompt_of", "register_method"]
+
+_METHODS: dict[str, Any] = {}
 
 
-def register_method(peft_type: str, method: AnyMethod) -> None:
+def register_method(peft_type: str, method: AnyMethod | PromptMethod[Any]) -> None:
     """Let configs of ``peft_type`` be served by ``method``; their class is registered with ``register_config``."""
     _METHODS[peft_type] = method
 
 
 def method_of(config: PeftConfig) -> AnyMethod:
-    """The method of a config.
+    """The method of a config that adapts layers.
 
     Raises:
         UnknownMethodError: its ``peft_type`` is none of this version's.
     """
+    method: AnyMethod = _found(config)
+    return method
+
+
+def prompt_of(config: PromptConfig) -> PromptMethod[Any]:
+    """The method of a config that describes a prompt; raises as :func:`method_of` does."""
+    method: PromptMethod[Any] = _found(config)
+    return method
+
+
+def _found(config: PeftConfig) -> Any:
     name = str(config.peft_type)
     if name not in _METHODS:
         if name not in registered():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from veneer.codec import PREFIX
 from veneer.config import TargetedConfig
 from veneer.patch import Patch
 from veneer.sites import Site
@@ -71,6 +72,7 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
         shared: tensors that all layers of an adapter use, ``base_model.<leaf>`` on disk; they join the layer's own in
             what :meth:`lower` gets. ``"v"`` also means ``v.0``, ``v.1`` ...
         trains_shared: whether those are trained.
+        prefix: what begins the checkpoint key of a module that is saved whole.
     """
 
     leaves: ClassVar[tuple[str, ...]]
@@ -82,6 +84,7 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
     empty: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[str, ...]] = ()
     trains_shared: ClassVar[bool] = False
+    prefix: ClassVar[str] = PREFIX
 
     def shared_shapes(self, config: ConfigT, sites: Sequence[Site]) -> Mapping[str, tuple[int, ...]]:
         """Shared leaf -> the shape it must have."""

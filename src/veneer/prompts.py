@@ -1,0 +1,431 @@
+"""The runtime of the prompt methods: virtual tokens before the input, or prefixes in the cache.
+
+    input            [virtual tokens; the input's embeddings]      decoder or encoder alone: the model's own call
+                                                                   encoder-decoder: the encoder's call
+    cache            [prefix; what the model puts there]           the first module that takes past_key_values
+
+It works by hooks on the base's modules, so the base's own ``generate``, its beam search and its cache need to know
+nothing: the first call of a sequence brings the prompt in, and later ones find it in the cache. Masks and positions
+are lengthened to fit. Which prompt it is, the selection says, as for layers; rows of one batch may have different
+prompts or none: a shorter one is masked, and positions are counted over what is not masked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from veneer.config import PromptConfig
+from veneer.errors import AdapterError, BindError, UnsupportedError
+from veneer.methods.prompt import AnyPrompt, PromptEncoder
+from veneer.selection import Switch
+
+# Of a token's label: no loss is taken there.
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model says of itself that a prompt has to fit.
+
+    Attributes:
+        token_dim: the width of a token's embedding.
+        num_layers: layers with keys and values.
+        num_attention_heads: attention heads.
+        key_heads: heads of the keys, fewer with grouped queries.
+        head_dim: the width of a head.
+    """
+
+    token_dim: int
+    num_layers: int
+    num_attention_heads: int
+    key_heads: int
+    head_dim: int
+
+
+def complete(config: PromptConfig, method: AnyPrompt, model: nn.Module) -> None:
+    """Fill in what ``config`` leaves to the model.
+
+    Raises:
+        UnsupportedError: the model does not say, or takes no such prompt.
+        BindError: the config names other sizes than the model has.
+    """
+    sizes = _sizes(model)
+    own = {
+        "token_dim": sizes.key_heads * sizes.head_dim if method.fills_cache else sizes.token_dim,
+        "num_layers": sizes.num_layers,
+        "num_attention_heads": sizes.key_heads if method.fills_cache else sizes.num_attention_heads,
+    }
+    needed = own if method.fills_cache else {"token_dim": sizes.token_dim}
+    wrong = [
+        f"{name} is {getattr(config, name)}, and the model's is {value}"
+        for name, value in needed.items()
+        if getattr(config, name) not in (None, value)
+    ]
+    if wrong:
+        raise BindError(
+            f"The prompt does not fit {type(model).__name__}: {'; '.join(wrong)}.",
+            problems=wrong,
+            hint=f"It names {config.base_model_name_or_path or 'no model'} as its base; load it on that one.",
+        )
+    for name, value in own.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    if config.num_transformer_submodules is None:
+        config.num_transformer_submodules = 2 if config.task_type == "SEQ_2_SEQ_LM" else 1
+    if method.fills_cache:
+        _taker(model)
+    elif _is_pair(model) and "input_ids" not in _names(_encoder(model)):
+        raise _unsupported(model, "has no tokens as its input")
+
+
+def _unsupported(model: nn.Module, why: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{type(model).__name__} {why}, so it can carry no prompt.",
+        hint="Use a method that adapts layers, such as LoRA.",
+    )
+
+
+def _sizes(model: nn.Module) -> Sizes:
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        raise _unsupported(model, "is no transformers model")
+    config = config.get_text_config(decoder=True)
+    names = (("num_decoder_layers", "decoder_layers") if _is_pair(model) else ()) + ("num_hidden_layers",)
+    layers = next((n for n in (getattr(config, name, None) for name in names) if n), None)
+    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    if not layers or not heads or not width:
+        raise _unsupported(model, "does not say how many layers and heads it has")
+    head = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or width // heads
+    words: Any = words_of(model)
+    return Sizes(words.weight.shape[1], layers, heads, getattr(config, "num_key_value_heads", None) or heads, head)
+
+
+def words_of(model: nn.Module) -> nn.Module:
+    """The model's input embedding."""
+    try:
+        words: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        raise _unsupported(model, "has no input embedding") from None
+    return words
+
+
+def _is_pair(model: nn.Module) -> bool:
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def _encoder(model: nn.Module) -> nn.Module:
+    encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
+    return encoder
+
+
+def _names(module: nn.Module) -> tuple[str, ...]:
+    return _parameters(type(module).forward)
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of what a module's forward pass takes."""
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _taker(model: nn.Module) -> nn.Module:
+    """The module to give a cache to: the model, or the backbone below its head."""
+    for module in (model, getattr(model, str(getattr(model, "base_model_prefix", "")), None)):
+        if isinstance(module, nn.Module) and "past_key_values" in _names(module):
+            return module
+    raise _unsupported(model, "takes no past_key_values")
+
+
+class Prompts(nn.Module):
+    """The prompts on one model. Their tensors are named as in peft: ``<adapter>.embedding.weight``.
+
+    Args:
+        switch: what is selected, shared with the model's layers.
+    """
+
+    def __init__(self, switch: Switch) -> None:
+        super().__init__()
+        self.switch = switch
+        self.methods: dict[str, AnyPrompt] = {}
+        self.configs: dict[str, PromptConfig] = {}
+        self._hooks: list[Any] = []
+
+    # -- the set -------------------------------------------------------------------------------------------
+
+    def add(self, name: str, config: PromptConfig, method: AnyPrompt, encoder: PromptEncoder, model: nn.Module) -> None:
+        """Add a prompt, with a config that is complete."""
+        self._modules[name] = encoder.train(model.training)
+        self.methods[name], self.configs[name] = method, config
+        if not self._hooks:
+            self._hook(model)
+
+    def remove(self, name: str) -> None:
+        """Remove a prompt; with the last one the model's calls are its own again."""
+        del self._modules[name], self.methods[name], self.configs[name]
+        while self._hooks and not self.methods:
+            self._hooks.pop().remove()
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a prompt another name."""
+        self._modules[new] = self._modules.pop(old)
+        self.methods[new], self.configs[new] = self.methods.pop(old), self.configs.pop(old)
+
+    def clear(self) -> None:
+        """Remove all."""
+        for name in list(self.methods):
+            self.remove(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.methods
+
+    def encoder(self, name: str) -> PromptEncoder:
+        """The prompt of that name."""
+        encoder = self._modules[name]
+        assert isinstance(encoder, PromptEncoder)
+        return encoder
+
+    def _hook(self, model: nn.Module) -> None:
+        front = _encoder(model) if _is_pair(model) else model
+        places = [(front, self._prepend)] + ([(model, self._cross)] if _is_pair(model) else [])
+        with contextlib.suppress(UnsupportedError):
+            places.append((_taker(model), self._fill))
+        self._hooks = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in places]
+
+    # -- the hooks -----------------------------------------------------------------------------------------
+
+    def _prepend(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Put virtual tokens before a call's input."""
+        if not self._active(fills_cache=False):
+            return None
+        call = _call(module, args, kwargs)
+        rows, new, device = _size(call)
+        mask = self._mask(False, rows, device)
+        if mask is None:
+            return None
+        _check_even(module, mask)
+        seen = _seen(call.get("past_key_values"))
+        if not seen:
+            if call.get("inputs_embeds") is None:
+                call["inputs_embeds"] = words_of(module)(call["input_ids"])
+            call["input_ids"] = None
+            values = self._values(False, rows, mask.shape[1]).to(call["inputs_embeds"])
+            call["inputs_embeds"] = torch.cat([values, call["inputs_embeds"]], dim=1)
+            _lengthen(call, new, mask)
+        _fit(module, call, mask, seen, new, "attention_mask")
+        return (), call
+
+    def _cross(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Lengthen the mask with which a decoder sees an encoder whose input was lengthened."""
+        if not self._active(fills_cache=False):
+            return None
+        call = _call(module, args, kwargs)
+        made = call.get("encoder_outputs")
+        if made is None:
+            rows, length, device = _size(call)
+        else:
+            (rows, length), device = made[0].shape[:2], made[0].device
+        mask = self._mask(False, rows, device)
+        if mask is None:
+            return None
+        own = length if made is None else length - mask.shape[1]
+        call["attention_mask"] = _joined(mask, call.get("attention_mask"), own)
+        return (), call
+
+    def _fill(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Put a prefix into an empty cache."""
+        if not self._active(fills_cache=True):
+            return None
+        call = _call(module, args, kwargs)
+        decoder = "decoder_" if "decoder_input_ids" in _names(module) else ""
+        rows, new, device = _size(call, decoder)
+        mask = self._mask(True, rows, device)
+        if mask is None:
+            return None
+        # Without caching the model still hands back the cache that holds the prefix; it is not to be continued.
+        if call.get("past_key_values") is None or call.get("use_cache") is False:
+            call["past_key_values"] = _new_cache(module)
+        cache = call["past_key_values"]
+        seen = _seen(cache)
+        if not seen:
+            _check_no_checkpointing(module)
+            self._fill_cache(cache, rows, mask.shape[1], module)
+        _fit(module, call, mask, seen, new, decoder + "attention_mask")
+        return (), call
+
+    def _fill_cache(self, cache: Any, rows: int, tokens: int, module: nn.Module) -> None:
+        config = next(self.configs[name] for name in self._active(fills_cache=True))
+        layers, heads = config.num_layers or 0, config.num_attention_heads or 0
+        reference = next(p for p in module.parameters() if p.is_floating_point())
+        values = self._values(True, rows, tokens).to(reference)
+        # (rows, tokens, layers * (keys, values) * heads * dim) -> for each of them (rows, heads, tokens, dim)
+        values = values.view(rows, tokens, layers * 2, heads, -1).permute(2, 0, 3, 1, 4)
+        own = getattr(cache, "self_attention_cache", cache)
+        # With two submodules peft deals the pairs out in fours, and checkpoints are trained that way.
+        step = 2 if config.num_transformer_submodules == 2 else 1
+        for layer in range(layers):
+            pair = layer * step % layers
+            own.update(values[2 * pair], values[2 * pair + 1], layer)
+
+    # -- what the selection means --------------------------------------------------------------------------
+
+    def _active(self, fills_cache: bool) -> list[str]:
+        """The selected prompts of one kind."""
+        selection = self.switch.selection
+        names = dict.fromkeys(selection.names if selection.rows is None else selection.rows)
+        return [n for n in names if n in self.methods and self.methods[n].fills_cache == fills_cache]
+
+    def _rows(self, fills_cache: bool, rows: int, device: torch.device) -> dict[str, Tensor | None]:
+        """Prompt's name -> the indices of its rows; ``None`` is all of them."""
+        selection, names = self.switch.selection, self._active(fills_cache)
+        if selection.rows is None:
+            return dict.fromkeys(names)
+        groups = selection.groups(rows, device)
+        return {name: groups[name] for name in names}
+
+    def _tokens(self, name: str) -> int:
+        return self.configs[name].num_virtual_tokens or 0
+
+    def _mask(self, fills_cache: bool, rows: int, device: torch.device) -> Tensor | None:
+        """Which virtual tokens each row has, ``(rows, tokens)``; ``None`` when there are none."""
+        found = self._rows(fills_cache, rows, device)
+        if not found:
+            return None
+        longest = max(self._tokens(name) for name in found)
+        mask = torch.zeros(rows, longest, dtype=torch.long, device=device)
+        for name, index in found.items():
+            # Shorter prompts are padded on the left, so that every prompt ends where the input begins.
+            start = longest - self._tokens(name)
+            mask[slice(None) if index is None else index, start:] = 1
+        return mask
+
+    def _values(self, fills_cache: bool, rows: int, tokens: int) -> Tensor:
+        """The virtual tokens of each row, ``(rows, tokens, width)``."""
+        device = next(self.parameters()).device
+        tasks = self.switch.selection.tasks(rows)
+        total: Tensor | None = None
+        for name, index in self._rows(fills_cache, rows, device).items():
+            own_tasks = tasks if tasks is None or index is None else tasks.to(device)[index]
+            own = self.encoder(name)(own_tasks)[..., : self._tokens(name), :]
+            own = F.pad(own, (0, 0, tokens - own.shape[-2], 0))
+            own = own.expand(rows if index is None else len(index), -1, -1)
+            if index is not None:
+                empty = own.new_zeros(rows, *own.shape[1:]) if total is None else total
+                own = empty.index_copy(0, index, own.to(empty.dtype))
+            total = own
+        assert total is not None
+        return total
+
+
+def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name."""
+    return {**dict(zip(_names(module), args, strict=False)), **kwargs}
+
+
+def _size(call: Mapping[str, Any], prefix: str = "") -> tuple[int, int, torch.device]:
+    """Rows and tokens of a call's input, and where it is."""
+    for name in (f"{prefix}input_ids", f"{prefix}inputs_embeds", *(["labels"] if prefix else [])):
+        given = call.get(name)
+        if given is not None:
+            return given.shape[0], given.shape[1], given.device
+    raise AdapterError(
+        f"A prompt is active, and the call has neither {prefix}input_ids nor {prefix}inputs_embeds.",
+        hint="Give the tokens, or select another adapter.",
+    )
+
+
+def _seen(cache: Any) -> int:
+    """How many tokens a cache holds."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _new_cache(module: nn.Module) -> Any:
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    config: Any = module.config
+    if _is_pair(module):
+        return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+    return DynamicCache(config=config)
+
+
+def _check_no_checkpointing(module: nn.Module) -> None:
+    if module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
+        raise AdapterError(
+            "Gradient checkpointing drops the cache, and with it the prefix.",
+            hint="Turn it off: model.gradient_checkpointing_disable().",
+        )
+
+
+def _check_even(module: nn.Module, mask: Tensor) -> None:
+    """A model that reads its answer off the first or last place cannot have a gap there."""
+    generates = getattr(module, "can_generate", None)
+    if not bool(mask.all()) and not _is_pair(module) and not (generates is not None and generates()):
+        raise AdapterError(
+            "The rows of this batch have prompts of different lengths, or none, which this kind of model cannot mask.",
+            hint="Give it rows with prompts of one length.",
+        )
+
+
+def _lengthen(call: dict[str, Any], length: int, mask: Tensor) -> None:
+    """Give the virtual tokens labels that are not counted, and the first token type."""
+    rows, tokens = mask.shape
+    labels, types = call.get("labels"), call.get("token_type_ids")
+    # Labels of tokens are whole numbers, one for each; other tasks have other shapes, or fractions.
+    if labels is not None and labels.shape == (rows, length) and not labels.is_floating_point():
+        call["labels"] = torch.cat([labels.new_full((rows, tokens), IGNORED), labels], dim=1)
+    if types is not None:
+        call["token_type_ids"] = F.pad(types, (tokens, 0))
+
+
+def _joined(mask: Tensor, given: Tensor | None, length: int) -> Tensor | None:
+    """The mask of the virtual tokens and ``length`` others; ``given`` is theirs, or that of all already."""
+    if given is None:
+        return None if bool(mask.all()) else F.pad(mask, (0, length), value=1)
+    if given.ndim != 2:
+        raise UnsupportedError(
+            f"A prompt is active, and the attention mask has {given.ndim} dimensions.",
+            hint="Give a mask of shape (rows, tokens), and leave cache_implementation at its default.",
+        )
+    return torch.cat([mask.to(given), given], dim=1) if given.shape[1] == length else given
+
+
+def _fit(module: nn.Module, call: dict[str, Any], mask: Tensor, seen: int, new: int, mask_name: str) -> None:
+    """Lengthen a call's mask and positions by the virtual tokens, which come first.
+
+    Args:
+        module: what is called.
+        call: its arguments.
+        mask: of the virtual tokens.
+        seen: tokens in the cache before the call, virtual ones among them.
+        new: tokens in the call, without virtual ones.
+        mask_name: the mask's argument.
+    """
+    tokens = mask.shape[1]
+    others = new + (seen - tokens if seen else 0)
+    whole = call[mask_name] = _joined(mask, call.get(mask_name), others)
+    if "position_ids" not in _names(module):
+        return
+    inserted = not seen and call.get("inputs_embeds") is not None and call["inputs_embeds"].shape[1] == new + tokens
+    positions = call.get("position_ids")
+    if positions is not None:
+        positions = positions + mask.sum(1, keepdim=True)
+        if inserted:
+            first = (mask.cumsum(1) - 1).clamp(min=0).expand(*positions.shape[:-1], -1)
+            positions = torch.cat([first, positions], dim=-1)
+        call["position_ids"] = positions
+    elif whole is not None and _has_gaps(whole):
+        counted = (whole.long().cumsum(1) - 1).clamp(min=0)
+        call["position_ids"] = counted[:, -(new + tokens if inserted else new) :]
+
+
+def _has_gaps(mask: Tensor) -> bool:
+    """Whether a masked token comes before one that is not: padding on the left, or prompts of several lengths."""
+    return bool((mask[:, :-1] < mask[:, 1:]).any())

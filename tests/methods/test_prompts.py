@@ -1,0 +1,300 @@
+"""What holds for every prompt method, on every kind of model. peft is the oracle."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import veneer
+from tests.methods.prompt import PromptCase
+from tests.models import CASES, VOCAB, build, gap, inputs, logits
+from veneer.errors import AdapterError, BindError, MergeError
+
+pytestmark = pytest.mark.oracle
+
+WEIGHTS = "adapter_model.safetensors"
+CLOSE = 1e-5
+VISIBLE = 0.02
+NEW = 6
+
+
+def _cases() -> list[tuple[str, PromptCase]]:
+    files = sorted(Path(__file__).parent.glob("prompt_*.py"))
+    names = [file.stem.removeprefix("prompt_") for file in files]
+    return [(name, case) for name in names for case in importlib.import_module(f"tests.methods.prompt_{name}").CASES]
+
+
+@torch.no_grad()
+def enlarged(model: nn.Module, seed: int = 3) -> nn.Module:
+    """Give everything that trains values of a visible size."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def quietly(make: Any, *args: Any, **kwargs: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make(*args, **kwargs)
+
+
+def generated(model: Any, case: PromptCase, batch: dict[str, Tensor], **options: Any) -> Tensor:
+    ids = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    fixed = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    return quietly(model.generate, **ids, **fixed, **case.choice, **options)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What peft made of a case: the folder it saved, the base's logits, its own, and the tokens it generates."""
+
+    case: PromptCase
+    folder: Path
+    base: Tensor
+    output: Tensor
+    tokens: Tensor | None
+
+    def bare(self) -> Any:
+        return build(self.case.arch)
+
+    def load(self, **options: Any) -> veneer.PeftModel:
+        return veneer.PeftModel.from_pretrained(self.bare(), self.folder, **options)
+
+    def theirs(self, folder: Path | None = None) -> Any:
+        return quietly(peft.PeftModel.from_pretrained, self.bare(), folder or self.folder).eval()
+
+    def batch(self) -> dict[str, Tensor]:
+        return inputs(self.case.arch)
+
+    def read(self, model: Any, **more: Any) -> Tensor:
+        return quietly(logits, model, {**self.batch(), **more}, **self.case.choice)
+
+    def config(self, library: Any) -> Any:
+        return getattr(library, self.case.config)(task_type=CASES[self.case.arch].task, **self.case.options)
+
+    @property
+    def generates(self) -> bool:
+        return self.case.arch != "bert"
+
+
+@pytest.fixture(scope="module", params=_cases(), ids=lambda pair: f"{pair[0]}, {pair[1].arch} {pair[1].label}")
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    case: PromptCase = request.param[1]
+    folder = tmp_path_factory.mktemp("made")
+    config = getattr(peft, case.config)(task_type=CASES[case.arch].task, **case.options)
+    torch.manual_seed(0)
+    model = enlarged(quietly(peft.get_peft_model, build(case.arch), config))
+    quietly(model.save_pretrained, folder)
+    blank = Made(case, folder, logits(build(case.arch), inputs(case.arch)), torch.zeros(0), None)
+    model = blank.theirs()
+    tokens = generated(model, case, inputs(case.arch)) if blank.generates else None
+    made = Made(case, folder, blank.base, blank.read(model), tokens)
+    assert gap(made.output[:, -1], made.base[:, -1]) > VISIBLE
+    return made
+
+
+def test_the_output_is_as_in_peft(made: Made) -> None:
+    assert gap(made.read(made.load()), made.output) < CLOSE
+
+
+def test_generation_is_as_in_peft(made: Made) -> None:
+    if made.tokens is None:
+        pytest.skip("it does not generate")
+    model = made.load()
+    assert torch.equal(generated(model, made.case, made.batch()), made.tokens)
+    assert torch.equal(generated(model, made.case, made.batch(), use_cache=False), made.tokens)
+
+
+def test_beams_generate_as_in_peft(made: Made) -> None:
+    if not made.generates:
+        pytest.skip("it does not generate")
+    if made.case.tasks is not None:
+        pytest.skip("peft does not repeat the tasks for each beam")
+    found = [generated(model, made.case, made.batch(), num_beams=2) for model in (made.load(), made.theirs())]
+    assert torch.equal(*found)
+
+
+def test_saving_what_was_loaded_changes_no_bit(made: Made, tmp_path: Path) -> None:
+    made.load().save_pretrained(tmp_path)
+    ours, theirs = load_file(tmp_path / WEIGHTS), load_file(made.folder / WEIGHTS)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert ours[key].dtype == tensor.dtype
+        assert ours[key].numpy().tobytes() == tensor.numpy().tobytes(), key
+
+
+def test_peft_reads_what_is_made_here(made: Made, tmp_path: Path) -> None:
+    model: Any = enlarged(veneer.get_peft_model(made.bare(), made.config(veneer), seed=5))
+    expected = made.read(model)
+    assert gap(expected[:, -1], made.base[:, -1]) > VISIBLE
+    model.save_pretrained(tmp_path)
+    shapes = [{k: (t.shape, t.dtype) for k, t in load_file(f / WEIGHTS).items()} for f in (tmp_path, made.folder)]
+    assert shapes[0] == shapes[1]
+    assert gap(made.read(veneer.PeftModel.from_pretrained(made.bare(), tmp_path)), expected) < CLOSE
+    assert gap(made.read(made.theirs(tmp_path)), expected) < CLOSE
+
+
+def _labelled(made: Made) -> dict[str, Tensor]:
+    batch = dict(made.batch())
+    generator = torch.Generator().manual_seed(4)
+    if made.case.arch == "bert":
+        return {**batch, "labels": torch.tensor([2, 0])}
+    shape = batch.pop("decoder_input_ids", batch["input_ids"]).shape
+    return {**batch, "labels": torch.randint(3, VOCAB, shape, generator=generator)}
+
+
+def test_the_loss_is_as_in_peft(made: Made) -> None:
+    if made.case.labels_differ:
+        pytest.skip(made.case.labels_differ)
+    batch = _labelled(made)
+    with torch.no_grad():
+        found = [float(quietly(m, **batch, **made.case.choice).loss) for m in (made.load(), made.theirs())]
+    assert found[0] == pytest.approx(found[1], rel=CLOSE)
+
+
+def test_gradients_reach_its_tensors_and_no_other(made: Made) -> None:
+    model: Any = enlarged(veneer.get_peft_model(made.bare(), made.config(veneer), seed=5))
+    model(**_labelled(made), **made.case.choice).loss.backward()
+    wanted = {id(parameter) for parameter in model.adapters.parameters("default")}
+    assert wanted
+    for name, parameter in model.named_parameters():
+        learns = parameter.grad is not None and bool(parameter.grad.any())
+        assert learns == (id(parameter) in wanted), name
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_few_steps_lower_the_loss(made: Made, loaded: bool) -> None:
+    if loaded:
+        model = made.load(is_trainable=True).train()
+    else:
+        model = veneer.get_peft_model(made.bare(), made.config(veneer), seed=5).train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model(**_labelled(made), **made.case.choice).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert min(losses[1:]) < losses[0]
+
+
+def test_disabled_deleted_or_unloaded_it_is_the_base(made: Made) -> None:
+    model = made.load()
+    base = logits(made.bare().requires_grad_(False), made.batch())
+    with model.disable_adapter():
+        assert torch.equal(logits(model, made.batch()), base)
+    assert gap(made.read(model), made.output) < CLOSE
+    model.rename_adapter("default", "other")
+    assert gap(made.read(model), made.output) < CLOSE
+    assert gap(made.read(copy.deepcopy(model)), made.output) < CLOSE
+    model.delete_adapter("other")
+    assert torch.equal(logits(model, made.batch()), base)
+    assert torch.equal(logits(made.load().unload(), made.batch()), base)
+
+
+def test_padding_on_either_side_changes_nothing(made: Made) -> None:
+    model, case = made.load(), made.case
+    whole = made.batch()
+    if case.tasks is not None:
+        pytest.skip("one row alone has one task")
+    short = {name: whole[name][1:, :4] for name in ("input_ids", "attention_mask")}
+    rest = {name: tensor[1:] for name, tensor in whole.items() if name not in short}
+    expected = logits(model, {**short, **rest})[0]
+    # T5 counts the padding between prompt and text, and BERT reads its answer off the first place: both pad right.
+    for left in (True, False) if case.arch in ("llama", "gpt2") else (False,):
+        pad = [torch.zeros(1, 3, dtype=torch.long)]
+        row = {n: torch.cat([*pad, t] if left else [t, *pad], dim=1) for n, t in short.items()}
+        batch = {**whole, **{n: torch.cat([whole[n][:1], t]) for n, t in row.items()}}
+        found = logits(model, batch)[1]
+        # A decoder's logits: the last token's, which padding on the right leaves in its place.
+        if case.arch in ("llama", "gpt2"):
+            found, wanted = (found[-1] if left else found[-4]), expected[-1]
+        else:
+            wanted = expected
+        assert gap(found, wanted) < CLOSE
+        if left and made.generates:
+            ids = {name: batch[name] for name in short}
+            alone = generated(model, case, short)[0][-NEW:]
+            assert torch.equal(generated(model, case, ids)[1][-NEW:], alone)
+
+
+def test_rows_of_a_batch_are_as_one_by_one(made: Made, tmp_path: Path) -> None:
+    options = {**made.case.options}
+    if "num_virtual_tokens" in options:
+        options["num_virtual_tokens"] = 2
+    config = getattr(veneer, made.case.config)(task_type=CASES[made.case.arch].task, **options)
+    enlarged(veneer.get_peft_model(made.bare(), config, seed=7), seed=8).save_pretrained(tmp_path)
+    model = made.load()
+    model.load_adapter(tmp_path, adapter_name="other")
+    alone = {"default": made.read(model), "__base__": made.base}
+    with model.using("other"):
+        alone["other"] = made.read(model)
+    for rows in (["default", "__base__"], ["other", "default"], ["__base__", "other"]):
+        if made.case.arch == "bert" and not made.case.fills_cache:
+            with pytest.raises(AdapterError, match="different lengths"):
+                logits(model, made.batch(), adapter_names=rows, **made.case.choice)
+            continue
+        mixed = quietly(logits, model, made.batch(), adapter_names=rows, **made.case.choice)
+        for index, name in enumerate(rows):
+            own = alone[name][index]
+            assert gap(mixed[index][..., -own.shape[0] :, :] if own.ndim > 1 else mixed[index], own) < CLOSE
+        if made.generates:
+            tokens = generated(model, made.case, made.batch(), adapter_names=rows)
+            for index, name in enumerate(rows):
+                one = generated(model, made.case, made.batch(), adapter_names=[name] * 2)
+                assert torch.equal(tokens[index], one[index])
+
+
+def test_with_lora_it_is_used_and_never_merged(made: Made) -> None:
+    model = made.load()
+    lora = {"r": 4, "target_modules": list(CASES[made.case.arch].targets), "init_lora_weights": False}
+    model.add_adapter("lora", veneer.LoraConfig(**lora, **CASES[made.case.arch].options), seed=1)
+    model.set_adapter(["default", "lora"])
+    both = made.read(model)
+    assert gap(both, made.output) > VISIBLE / 10
+    with pytest.raises(MergeError, match="is a prompt"):
+        model.merge_adapter()
+    model.merge_adapter(["lora"])
+    model.set_adapter(["default", "lora"])
+    assert gap(made.read(model), both) < 1e-4
+    with pytest.raises(MergeError, match="is a prompt"):
+        model.merge_and_unload()
+    with pytest.raises(MergeError, match="is a prompt"):
+        model.add_weighted_adapter(["default", "lora"], [1.0, 1.0], "both")
+
+
+def test_two_prompts_are_not_active_together(made: Made, tmp_path: Path) -> None:
+    model = made.load()
+    model.load_adapter(made.folder, adapter_name="other")
+    with pytest.raises(AdapterError, match="prompts"):
+        model.set_adapter(["default", "other"])
+
+
+def test_a_wrong_shape_and_a_missing_tensor_are_named(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_bytes((made.folder / "adapter_config.json").read_bytes())
+    tensors = load_file(made.folder / WEIGHTS)
+    save_file({**tensors, "prompt_embeddings": torch.zeros(3, 1, 2)}, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(BindError, match=r"\(3, 1, 2\)"):
+        veneer.PeftModel.from_pretrained(made.bare(), tmp_path)
+    del tensors["prompt_embeddings"]
+    save_file({**tensors, "more": torch.zeros(1)}, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(BindError, match="missing"):
+        veneer.PeftModel.from_pretrained(made.bare(), tmp_path)
+
+
+def test_in_bfloat16(made: Made) -> None:
+    model = veneer.PeftModel.from_pretrained(made.bare().bfloat16(), made.folder)
+    assert gap(made.read(model), made.output) < 0.2
