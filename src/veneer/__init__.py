@@ -32,10 +32,12 @@ if TYPE_CHECKING:
     )
     from veneer.config import PeftConfig, PeftType, TaskType
     from veneer.configs.cartridge import CartridgeConfig
+    from veneer.configs.cpt import CPTConfig
     from veneer.configs.ia3 import IA3Config
     from veneer.configs.loha import LoHaConfig
     from veneer.configs.lokr import LoKrConfig
     from veneer.configs.lora import LoraConfig
+    from veneer.configs.multitask_prompt_tuning import MultitaskPromptTuningConfig
     from veneer.configs.p_tuning import PromptEncoderConfig
     from veneer.configs.prefix_tuning import PrefixTuningConfig
     from veneer.configs.prompt_tuning import PromptTuningConfig
@@ -113,6 +115,8 @@ _HOMES = {
         "configs.unilora": "UniLoraConfig",
         "configs.tinylora": "TinyLoraConfig",
         "configs.cartridge": "CartridgeConfig",
+        "configs.cpt": "CPTConfig",
+        "configs.multitask_prompt_tuning": "MultitaskPromptTuningConfig",
         "configs.p_tuning": "PromptEncoderConfig",
         "configs.prefix_tuning": "PrefixTuningConfig",
         "configs.prompt_tuning": "PromptTuningConfig",
@@ -166,6 +170,7 @@ __all__ = [
     "BaseMismatchError",
     "BaseModelError",
     "BindError",
+    "CPTConfig",
     "CartridgeConfig",
     "ConfigError",
     "CordaConfig",
@@ -182,6 +187,7 @@ __all__ = [
     "LoraGAConfig",
     "MergeError",
     "MergeReport",
+    "MultitaskPromptTuningConfig",
     "NonFiniteError",
     "NotACheckpointError",
     "PathNotFoundError",
