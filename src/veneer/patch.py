@@ -13,7 +13,7 @@ what the first has made of the weight. Merged and unmerged are the same composit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -111,6 +111,14 @@ class Patch:
         for name in ("inner", "outer"):
             own[name] = None if own[name] is None else own[name].at(index)
         return Patch(**own)
+
+    def scaled(self, weight: float) -> Patch | None:
+        """The patch whose change is ``weight`` times this one's; ``None`` where the change is no sum."""
+        added = ("up", "down", "scale", "dropout", "dense", "shift", "drop")
+        if any(getattr(self, f.name) is not f.default for f in fields(self) if f.name not in added):
+            return None
+        dense, shift = (None if t is None else t * weight for t in (self.dense, self.shift))
+        return replace(self, scale=self.scale * weight, dense=dense, shift=shift)
 
     # -- merging -------------------------------------------------------------------------------------------
 

@@ -7,33 +7,50 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.options import Base, Dtype, Json, Local, Revision
+from veneer.cli.options import Base, Dtype, Json, Local, Revision, weighted
 from veneer.cli.terminal import progress, quiet, show, tell
 
 
 def merge(
-    adapter: Annotated[str, typer.Argument(help="The adapter's folder or hub id.")],
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    path: Annotated[str | None, typer.Argument(metavar="[ADAPTER]", help="The adapter's folder or hub id.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = ...,  # type: ignore[assignment]
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="PATH or PATH=WEIGHT; several are merged in their order.")
+    ] = None,
     base: Base = None,
     dtype: Dtype = "auto",
+    max_shard_size: Annotated[
+        str | None, typer.Option(help='Of one weight file, as "5GB"; as the base if left out.')
+    ] = None,
+    rounding: Annotated[str, typer.Option(help="nearest or stochastic.")] = "nearest",
+    seed: Annotated[int, typer.Option(help="Of the stochastic rounding.")] = 0,
+    dequantize: Annotated[bool, typer.Option("--dequantize", help="Turn a float8 base into plain numbers.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is at OUT.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a merge into OUT was cut off.")] = False,
     revision: Revision = None,
     json: Json = False,
     local_files_only: Local = False,
 ) -> None:
-    """Merge an adapter into its base: a plain model folder that needs neither."""
+    """Merge adapters into their base: a plain model folder that needs neither."""
     with quiet() as warnings, progress("loading") as on_step:
         from veneer.merging import folder
 
         report = folder.merge(
-            adapter,
+            weighted(path, adapter or []),
             base,
             out=out,
             dtype=dtype,
+            max_shard_size=max_shard_size,
+            rounding=rounding,
+            seed=seed,
+            dequantize=dequantize,
             overwrite=overwrite,
+            resume=resume,
             revision=revision,
             local_files_only=local_files_only,
             on_step=on_step,
         )
-    tell(warnings)
+    tell([text for text in warnings if not any(known in text for known in report.warnings)])
+    if json:
+        tell(report.warnings)
     show(report, json)

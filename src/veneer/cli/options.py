@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from veneer.errors import ConfigError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Base = Annotated[str | None, typer.Option(help="The base: a folder or hub id. By default what the adapter names.")]
 Dtype = Annotated[str, typer.Option(help="auto (as on disk), bfloat16, float16 or float32.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Local = Annotated[bool, typer.Option("--local-files-only", help="Use no network.")]
+
+
+def weighted(path: str | None, adapters: list[str]) -> dict[str | Path, float]:
+    """Adapter -> its weight, from ``PATH`` and ``PATH=WEIGHT``, in the order given."""
+    found: dict[str | Path, float] = {} if path is None else {path: 1.0}
+    for text in adapters:
+        name, weight = _split(text)
+        if name in found:
+            raise ConfigError(f"--adapter {name} is given twice.", hint="Give each once, with one weight.")
+        found[name] = weight
+    return found
+
+
+def _split(text: str) -> tuple[str, float]:
+    name, mark, weight = text.rpartition("=")
+    if not mark or Path(text).exists():
+        return text, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not name or not math.isfinite(value):
+        raise ConfigError(f"--adapter {text!r}: {weight!r} is no weight.", hint="Give PATH or PATH=0.7.")
+    return name, value

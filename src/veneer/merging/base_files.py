@@ -1,0 +1,144 @@
+"""A base model's weights on disk: read by name, whole or by rows, without a mapping of the file into memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from veneer.errors import CorruptFileError, MergeError, SourceError
+from veneer.source import Header, TensorInfo
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# The dtypes that arithmetic is done in; what is narrower is a quantised form.
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One tensor in a file: ``start`` is its first byte there."""
+
+    file: str
+    info: TensorInfo
+    start: int
+
+
+@dataclass
+class WeightFiles:
+    """The safetensors files of one checkpoint, open for reading.
+
+    Args:
+        headers: of its files.
+    """
+
+    headers: Sequence[Header]
+    places: dict[str, Place] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.places = {
+            name: Place(header.path.name, info, header.data_start + info.start)
+            for header in self.headers
+            for name, info in header.tensors.items()
+        }
+        self.paths: dict[str, Path] = {header.path.name: header.path for header in self.headers}
+        self._open: dict[str, int] = {name: _opened(path) for name, path in self.paths.items()}
+        self._stamps = self.stamps()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
+    def stamps(self) -> dict[str, tuple[int, int, int]]:
+        """File's name -> size, time of change in nanoseconds, and inode."""
+        stats = {name: path.stat() for name, path in self.paths.items()}
+        return {name: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items()}
+
+    def check_unchanged(self) -> None:
+        """Raise ``MergeError`` when a file is no longer what it was at the start."""
+        try:
+            changed = [name for name, stamp in self.stamps().items() if stamp != self._stamps[name]]
+        except OSError as error:
+            raise MergeError(f"A file of the base went away meanwhile: {error}.", hint="Merge again.") from error
+        if changed:
+            raise MergeError(
+                f"{self.paths[changed[0]]} changed while it was read; the output is not kept.",
+                hint="Merge again when nothing writes to the base.",
+            )
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype."""
+        return DTYPES[self.places[name].info.dtype]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape."""
+        return self.places[name].info.shape
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor."""
+        place = self.places[name]
+        return self.bytes(name, 0, place.info.nbytes).view(DTYPES[place.info.dtype]).view(place.info.shape)
+
+    def bytes(self, name: str, start: int, count: int) -> Tensor:
+        """``count`` bytes of a tensor from its byte ``start`` on, shape ``(count,)``, uint8."""
+        place = self.places[name]
+        return self.raw(place.file, place.start + start, count)
+
+    def raw(self, file: str, start: int, count: int) -> Tensor:
+        """``count`` bytes of a file."""
+        return read_exactly(self._open[file], self.paths[file], start, count)
+
+    def descriptor(self, file: str) -> int:
+        """The open file's descriptor."""
+        return self._open[file]
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def read_exactly(descriptor: int, path: Path, start: int, count: int) -> Tensor:
+    """``count`` bytes of an open file from ``start`` on, shape ``(count,)``, uint8."""
+    found = torch.empty(count, dtype=torch.uint8)
+    view = found.numpy().data
+    done = 0
+    while done < count:
+        try:
+            got = os.preadv(descriptor, [view[done:]], start + done)
+        except OSError as error:
+            raise SourceError(
+                f"{path} cannot be read: {error.strerror or error}.", hint="Check the disk that it lies on."
+            ) from error
+        if not got:
+            raise CorruptFileError(f"{path} became shorter while it was read.", hint="Copy or download it again.")
+        done += got
+    return found
+
+
+def _opened(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    except OSError as error:
+        raise SourceError(
+            f"{path} cannot be read: {error.strerror or error}.", hint="Check its permissions."
+        ) from error

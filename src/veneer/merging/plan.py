@@ -1,0 +1,313 @@
+"""From a base's headers and the adapters' changes to the pieces of work and the output's layout."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import MergeError, UnsupportedError
+from veneer.merging.base_files import DTYPES, FLOATS, NAMES, WeightFiles
+from veneer.merging.changes import Changes, owner, tie_groups
+from veneer.merging.layout import OutFile, Wanted, lay_out
+from veneer.merging.rounding import Rounding
+from veneer.merging.skeleton import Stored
+from veneer.merging.works import Cast, Convert, Copy, Layer, Replace, Rewrite, Target, Values, Work
+from veneer.sites import Site
+from veneer.source import MODEL_CONFIG, Source
+
+# Bytes that one piece of copying moves at most, so that several cores take part.
+_RUN = 1 << 26
+_SCALES = ("_scale_inv", "_scale")
+
+
+@dataclass
+class MergePlan:
+    """What is to be done.
+
+    Attributes:
+        files: the output's weight files.
+        works: the pieces, in the order of the tensors that they finish.
+        untied: the parameters that shared a tensor and no longer do.
+        missing: parameters that neither the base nor an adapter has.
+        dtype: that most of the output's values have, as safetensors calls it.
+    """
+
+    files: list[OutFile]
+    works: list[Work]
+    untied: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    dtype: str = "F32"
+
+
+def scales_of(source: Source, files: WeightFiles, dequantize: bool) -> dict[str, str]:
+    """Quantised tensor -> the name of its scales; empty for a base that is not quantised.
+
+    Raises:
+        MergeError: it is quantised and that was not asked to be undone. UnsupportedError: it cannot be undone here.
+    """
+    config = source.json(MODEL_CONFIG)
+    quantized = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    narrow = [name for name, place in files.places.items() if place.info.dtype.startswith("F8_E")]
+    narrow = [name for name in narrow if not name.endswith(_SCALES)]
+    if quantized is None and not narrow:
+        return {}
+    method = str(quantized.get("quant_method", "?")) if isinstance(quantized, dict) else "float8"
+    if not dequantize:
+        raise MergeError(
+            f"The base {source.origin} is quantised ({method}); a merged weight does not fit into that form.",
+            hint="Merge into the original base, or dequantise this one: --dequantize (dequantize=True).",
+        )
+    if method not in ("fp8", "float8", "fbgemm_fp8"):
+        raise UnsupportedError(
+            f"The base {source.origin} is quantised as {method}, which is not undone while streaming.",
+            hint="Dequantise it first: transformers' from_pretrained(...).dequantize().save_pretrained(...).",
+        )
+    found = {name: next((name + end for end in _SCALES if name + end in files), "") for name in narrow}
+    bare = [name for name, scale in found.items() if not scale]
+    if bare:
+        raise UnsupportedError(
+            f"{bare[0]} is stored in 8 bits and has no scales.", hint="Use another copy of the base."
+        )
+    return found
+
+
+class Planner:
+    """Works out a :class:`MergePlan`.
+
+    Args:
+        model: the skeleton.
+        base: its weight files.
+        stored: where its parameters lie.
+        changes: what the adapters do.
+        dtype: of the output; the base's own when ``None``.
+        rounding: how values are rounded.
+        scales: quantised tensor -> its scales.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: WeightFiles,
+        stored: Stored,
+        changes: Changes,
+        dtype: torch.dtype | None,
+        rounding: Rounding,
+        scales: Mapping[str, str],
+    ) -> None:
+        self.model, self.base, self.stored, self.changes = model, base, stored, changes
+        self.dtype, self.rounding, self.scales = dtype, rounding, scales
+        self.layers = self._layers()
+        self.groups = {name: group for group in tie_groups(model) for name in group}
+        self.works: list[Work] = []
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.new: list[Wanted] = []
+        self.untied: list[str] = []
+        counts = Counter[str]()
+        for place in base.places.values():
+            counts[place.info.dtype] += place.info.numel if place.info.dtype in FLOATS else 0
+        self.common = DTYPES[counts.most_common(1)[0][0]] if counts.total() else torch.bfloat16
+
+    def plan(self, limit: int | None) -> MergePlan:
+        """The plan, with at most ``limit`` bytes of tensors in a file."""
+        for name in self._owned(self._touched()):
+            self._plan_parameter(name)
+        done = {name for work in self.works for name in work.outputs}
+        drop = set(self.scales.values()) | {n for n in self.base.places if n.endswith(("activation_scale",))}
+        drop = drop if self.scales else set()
+        wanted = [
+            Wanted(name, NAMES[self.out_dtype(name)] if self._casts(name) else place.info.dtype, shape, place.file)
+            for name, place in self.base.places.items()
+            if name not in drop
+            for shape in [self.shapes.get(name, place.info.shape)]
+        ]
+        for tensor in wanted:
+            if tensor.name not in done and tensor.dtype != self.base.places[tensor.name].info.dtype:
+                self.works.append(
+                    Cast(self._values(tensor.name), tensor.name, self.out_dtype(tensor.name), self.rounding)
+                )
+        headers = {header.path.name: header.metadata for header in self.base.headers}
+        files = lay_out([*wanted, *self.new], headers, limit)
+        done = {name for work in self.works for name in work.outputs}
+        self.works += _copies(self.base, files, done)
+        order = {name: i for i, name in enumerate(name for file in files for name in file.tensors)}
+        self.works.sort(key=lambda work: min(order[name] for name in work.outputs))
+        return MergePlan(files, self.works, self.untied, self._missing(), NAMES[self.dtype or self.common])
+
+    # -- dtypes and values ---------------------------------------------------------------------------------
+
+    def _casts(self, name: str) -> bool:
+        return name in self.scales or self.base.places[name].info.dtype in FLOATS
+
+    def out_dtype(self, name: str) -> torch.dtype:
+        """The dtype that a stored tensor gets."""
+        if name in self.scales:
+            return self.dtype or torch.bfloat16
+        own = self.base.dtype(name)
+        return self.dtype if self.dtype is not None and self._casts(name) else own
+
+    def _values(self, name: str) -> Values:
+        return Values(self.base, name, self.scales.get(name))
+
+    # -- what is changed -----------------------------------------------------------------------------------
+
+    def _layers(self) -> dict[str, Layer]:
+        """Parameter -> what changes it; a layer's bias is reached through its weight where it has one."""
+        found: dict[str, list[Site]] = {}
+        for site in (layer.site for layer in self.changes.layers.values()):
+            leaf = "bias" if site.shift_only else site.parameter
+            found.setdefault(f"{site.name}.{leaf}", []).append(site)
+        return {name: Layer(tuple(sites), self.changes) for name, sites in found.items()}
+
+    def _touched(self) -> list[str]:
+        return list(dict.fromkeys([*self.layers, *self.changes.saved]))
+
+    def _signature(self, name: str) -> tuple[object, ...]:
+        if name in self.changes.saved:
+            return ("whole", name)
+        sites = self.layers[name].sites if name in self.layers else ()
+        return tuple(part for site in sites for part in self.changes.signature(site.id))
+
+    def _owned(self, touched: Sequence[str]) -> list[str]:
+        """The parameters to write. Those that share a tensor get one each as soon as they differ."""
+        found: list[str] = []
+        for name in touched:
+            group = self.groups.get(name, [name])
+            owners = {owner(self.model, other): other for other in reversed(group)}
+            if len({self._signature(other) for other in owners.values()}) > 1:
+                self.untied += [other for other in group if other not in self.untied]
+                found += [other for other in owners.values() if other not in found]
+            elif self._is_own(name, group, touched):
+                found.append(name)
+        return list(dict.fromkeys(found))
+
+    def _is_own(self, name: str, group: Sequence[str], touched: Sequence[str]) -> bool:
+        """Whether a changed parameter is written itself, and not by another name of the same tensor."""
+        lies = name in self.stored.direct or name in self.stored.made
+        return lies or not any(other in touched and other in self.stored.direct for other in group)
+
+    def _lies(self, group: Sequence[str]) -> str | None:
+        """The stored tensor that a group of tied parameters is read from."""
+        return next((self.stored.direct[name] for name in group if name in self.stored.direct), None)
+
+    def _plan_parameter(self, name: str) -> None:
+        if name in self.stored.made:
+            self._plan_conversion(name)
+            return
+        lies = self.stored.direct.get(name)
+        source = lies or self._lies(self.groups.get(name, [name]))
+        shared = name not in self.untied and lies is None and source is not None
+        target = lies or (source if shared and source is not None else name)
+        dtype = (self.dtype or self.common) if source is None else self.out_dtype(source)
+        if name in self.changes.saved:
+            self._plan_saved(name, target, source, dtype)
+        elif source is None:
+            raise MergeError(
+                f"The adapter changes {name}, and the base {type(self.model).__name__} has no such weight on disk.",
+                hint="Give the base that the adapter was trained on, or another task=.",
+            )
+        elif name in self.layers:
+            self._plan_layer(self.layers[name], Target(target, self._values(source), dtype))
+        elif lies is None:
+            self.works.append(Cast(self._values(source), target, dtype, self.rounding))
+        if target not in self.base:
+            shape = self.changes.saved[name].shape if name in self.changes.saved else self.base.shape(str(source))
+            self.new.append(Wanted(target, NAMES[dtype], tuple(shape), list(self.base.paths)[-1]))
+
+    def _plan_saved(self, name: str, target: str, source: str | None, dtype: torch.dtype) -> None:
+        tensor = self.changes.saved[name]
+        if not tensor.is_floating_point():
+            dtype = tensor.dtype if source is None else self.base.dtype(source)
+        before = None if source is None else self._values(source)
+        self.shapes[target] = tuple(tensor.shape)
+        self.works.append(Replace(target, tensor, before, dtype, self.rounding))
+
+    def _plan_layer(self, layer: Layer, weight: Target) -> None:
+        site = layer.site
+        if site.shift_only:
+            self.works.append(Rewrite(layer, None, weight, self.rounding))
+            return
+        bias_name = f"{site.name}.bias"
+        bias = None
+        if site.bias is not None:
+            lies = self.stored.direct.get(bias_name)
+            if lies is None:
+                raise MergeError(f"The base has no {bias_name} on disk.", hint="Copy or download it again.")
+            bias = Target(lies, self._values(lies), self.out_dtype(lies))
+        self.works.append(Rewrite(layer, weight, bias, self.rounding))
+
+    def _plan_conversion(self, name: str) -> None:
+        conversion = self.stored.made[name]
+        names = [other for other, made in self.stored.made.items() if made is conversion]
+        if any(set(work.outputs) & {source for source, _ in conversion.sources} for work in self.works):
+            return
+        sources = [source for source, _ in conversion.sources]
+        saved: dict[str, Tensor] = {n: self.changes.saved[n] for n in names if n in self.changes.saved}
+        layers = {n: self.layers[n] for n in names if n in self.layers}
+        odd = next((layer.site.name for layer in layers.values() if layer.site.bias is not None), None)
+        dtypes = {self.out_dtype(source) for source in sources}
+        if odd is not None or len(dtypes) > 1:
+            raise MergeError(
+                f"{name} is made of tensors that cannot be written back one by one.",
+                hint="Merge in memory: veneer.load(..., merge=True).save_pretrained(...).",
+            )
+        values = {source: self._values(source) for source in sources}
+        self.works.append(Convert(conversion, values, layers, saved, dtypes.pop(), self.model, self.rounding))
+
+    def _missing(self) -> list[str]:
+        have = {*self.stored.direct, *self.stored.made, *self.changes.saved}
+        return [
+            name
+            for name, _ in self.model.named_parameters()
+            if name not in have and not have.intersection(self.groups.get(name, ()))
+        ]
+
+
+def _copies(base: WeightFiles, files: Sequence[OutFile], done: set[str]) -> list[Work]:
+    """What stays as it is, neighbours together."""
+    found: list[Work] = []
+    for file in files:
+        names: list[str] = []
+        for name in file.tensors:
+            if name in done:
+                continue
+            place = base.places[name]
+            last = base.places[names[-1]] if names else None
+            joined = last is not None and (last.file, last.start + last.info.nbytes) == (place.file, place.start)
+            ahead = names and file.tensors[names[-1]].end == file.tensors[name].start
+            if names and not (joined and ahead and _length(base, names) < _RUN):
+                found.append(_copy(base, names))
+                names = []
+            names.append(name)
+        if names:
+            found.append(_copy(base, names))
+    return found
+
+
+def _length(base: WeightFiles, names: Sequence[str]) -> int:
+    return sum(base.places[name].info.nbytes for name in names)
+
+
+def _copy(base: WeightFiles, names: Sequence[str]) -> Copy:
+    first = base.places[names[0]]
+    return Copy(base, tuple(names), first.file, first.start, _length(base, names))
+
+
+def config_changes(plan: MergePlan, skeleton: Any, retied: Any) -> dict[str, Any]:
+    """What a base's config must say otherwise for the output.
+
+    Args:
+        plan: the plan.
+        skeleton: the model of the base's config.
+        retied: gives the model of the same config with ``tie_word_embeddings=False``.
+    """
+    if not plan.untied or not getattr(skeleton.config, "tie_word_embeddings", False):
+        return {}
+    model = retied()
+    apart = {id(dict(model.named_parameters(remove_duplicate=False))[name]) for name in plan.untied}
+    # Some families (T5) tie whatever their config says; their loader keeps apart what is stored apart.
+    return {"tie_word_embeddings": False} if len(apart) > 1 else {}

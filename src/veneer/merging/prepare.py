@@ -1,0 +1,238 @@
+"""What a merge is made from: the adapters and the base, found, read by their headers and planned."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer import adapter_set
+from veneer.checkpoint import open_checkpoint
+from veneer.errors import BaseMismatchError, BaseModelError, MergeError
+from veneer.identity import BASE_DIGEST_KEY, base_digest
+from veneer.loader import dtype_of, find_base, kind_of
+from veneer.merging.base_files import WeightFiles
+from veneer.merging.changes import Adapter, Changes, collect
+from veneer.merging.layout import size_in_bytes
+from veneer.merging.plan import MergePlan, Planner, config_changes, scales_of
+from veneer.merging.rounding import NEAREST, Rounding
+from veneer.merging.skeleton import Parameters, build_skeleton, stored_names
+from veneer.merging.works import Values
+from veneer.source import MODEL_CONFIG, MODEL_STEM, Source, read_header, resolve, weight_files
+
+# One adapter, several in their order, or several with weights.
+Adapters = str | Path | Sequence[str | Path] | Mapping[str | Path, float]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a merge is done; all of it is recorded in the manifest.
+
+    Attributes:
+        dtype: of the merged weights; ``"auto"`` keeps each tensor's.
+        max_shard_size: bytes of tensors in one file; the base's division when ``None``.
+        rounding: ``"nearest"`` or ``"stochastic"``.
+        seed: of the stochastic rounding.
+        dequantize: whether a float8 base is turned into plain numbers first.
+        task: what the model is for; by default what the adapter says.
+        strict: refuse adapters that do not fit.
+    """
+
+    dtype: str = "auto"
+    max_shard_size: int | None = None
+    rounding: str = NEAREST
+    seed: int = 0
+    dequantize: bool = False
+    task: str | None = None
+    strict: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain JSON types."""
+        return asdict(self)
+
+
+def options_of(dtype: Any, max_shard_size: str | int | None, **others: Any) -> Options:
+    """Options from what a caller gives."""
+    found = dtype_of(dtype)
+    name = "auto" if found in ("auto", None) else str(found).removeprefix("torch.")
+    return Options(name, None if max_shard_size is None else size_in_bytes(max_shard_size), **others)
+
+
+@dataclass(frozen=True)
+class Where:
+    """How paths are resolved: revisions, token, and whether the network may be used."""
+
+    revision: str | None = None
+    base_revision: str | None = None
+    subfolder: str | None = None
+    token: str | None = None
+    local_files_only: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """What every look-up is given."""
+        return {"token": self.token, "local_files_only": self.local_files_only}
+
+
+@dataclass
+class Prepared:
+    """A merge that is ready to be written, or to be replayed.
+
+    Attributes:
+        adapters: what is merged, in order.
+        sources: the adapters' folders.
+        base: the base's folder.
+        base_text: which base, and why.
+        files: the base's weight files, open.
+        changes: what the adapters do.
+        plan: the work.
+        config: keys of the base's config that the output has otherwise; ``...`` removes one.
+        options: how it is done.
+        warnings: what a user should know.
+    """
+
+    adapters: list[Adapter]
+    sources: list[Source]
+    base: Source
+    base_text: str
+    files: WeightFiles
+    changes: Changes
+    plan: MergePlan
+    config: dict[str, Any]
+    options: Options
+    warnings: list[str] = field(default_factory=list)
+
+
+def find(adapters: Adapters, where: Where) -> tuple[list[Source], list[float]]:
+    """The adapters' folders in their order, and their weights. A set stands for those of it that are active."""
+    weighted = _weighted(adapters)
+    if not weighted:
+        raise MergeError("There is no adapter to merge.", hint="Give its path.")
+    sources: list[Source] = []
+    weights: list[float] = []
+    for path, weight in weighted:
+        source = resolve(path, revision=where.revision, subfolder=where.subfolder, **where.hub)
+        members = adapter_set.members(source)
+        kind = kind_of(source, members)
+        if kind == "model":
+            raise MergeError(f"{path} is a full model; there is nothing to merge.", hint="Give an adapter's path.")
+        names = adapter_set.active(source, members) if members else []
+        own = [next(m.source for m in members if m.name == name) for name in names] or [source]
+        sources += own
+        weights += [weight] * len(own)
+    return sources, weights
+
+
+def _weighted(adapters: Adapters) -> list[tuple[str | Path, float]]:
+    if isinstance(adapters, (str, Path)):
+        return [(adapters, 1.0)]
+    if isinstance(adapters, Mapping):
+        return [(path, float(weight)) for path, weight in adapters.items()]
+    return [(path, 1.0) for path in adapters]
+
+
+def prepare(
+    adapters: Adapters,
+    base: str | Path | None,
+    options: Options,
+    where: Where,
+    strict_base: bool = False,
+) -> Prepared:
+    """Find and plan everything; no weight is read.
+
+    Raises:
+        SourceError, ConfigError: something cannot be read. BaseModelError: no usable base. BindError: they do not
+        fit. MergeError: they cannot be merged.
+    """
+    sources, weights = find(adapters, where)
+    checkpoints = [open_checkpoint(source, strict=options.strict) for source in sources]
+    merged = [Adapter(checkpoint, weight) for checkpoint, weight in zip(checkpoints, weights, strict=True)]
+    found = find_base(sources[0], checkpoints, base, where.base_revision, where.hub)
+    told = _check_identity(merged, found.source, strict_base)
+    files = WeightFiles([read_header(path) for path in weight_files(found.source, MODEL_STEM)])
+    try:
+        return _planned(merged, sources, found, files, options, where, told)
+    except BaseException:
+        files.close()
+        raise
+
+
+def _planned(
+    merged: list[Adapter],
+    sources: list[Source],
+    found: Any,
+    files: WeightFiles,
+    options: Options,
+    where: Where,
+    told: list[str],
+) -> Prepared:
+    source: Source = found.source
+    checkpoints = [adapter.checkpoint for adapter in merged]
+    scales = scales_of(source, files, options.dequantize)
+
+    def skeleton(**changes: Any) -> Any:
+        return build_skeleton(source, checkpoints, options.task, where.trust_remote_code, **changes)
+
+    model = skeleton()
+    shapes = {name: place.info.shape for name, place in files.places.items()}
+    stored = stored_names(model, shapes, shapes)
+    if not stored.direct and not stored.made:
+        raise BaseModelError(
+            f"No tensor of {source.origin} belongs to its own model class, {type(model).__name__}.",
+            hint="Check that config and weights are from the same model.",
+        )
+    read = Parameters(model, stored, lambda name: Values(files, name, scales.get(name)).whole())
+    changes = collect(merged, model, read, options.strict)
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    rounding = Rounding(options.rounding, options.seed)
+    plan = Planner(model, files, stored, changes, dtype, rounding, scales).plan(options.max_shard_size)
+    config = {
+        **_config(source, model, dtype or (torch.bfloat16 if scales else None)),
+        **config_changes(plan, model, lambda: skeleton(tie_word_embeddings=False)),
+    }
+    if plan.missing:
+        told.append(
+            f"{len(plan.missing)} weights of {type(model).__name__} are not in the base and start random when the "
+            f"output is loaded: {', '.join(plan.missing[:3])}."
+        )
+    told += changes.notes
+    text = f"{source.origin}, {found.why}"
+    return Prepared(merged, sources, source, text, files, changes, plan, config, options, told)
+
+
+def _config(source: Source, model: Any, dtype: torch.dtype | None) -> dict[str, Any]:
+    """What the output's class, head, dtype and form ask of its config."""
+    values, changed = source.json(MODEL_CONFIG), dict[str, Any]()
+    kind = type(model).__name__
+    if kind not in (values.get("architectures") or []):
+        changed["architectures"] = [kind]
+    own = model.config.to_dict()
+    head = {key: own[key] for key in ("id2label", "label2id") if own.get(key)}
+    if len(values.get("id2label") or (0, 0)) != len(head.get("id2label") or (0, 0)):
+        changed.update({**head, "num_labels": ...} if "num_labels" in values else head)
+    if "quantization_config" in values:
+        changed["quantization_config"] = ...
+    if dtype is not None:
+        key = "torch_dtype" if "torch_dtype" in values else "dtype"
+        changed[key] = str(dtype).removeprefix("torch.")
+    return changed
+
+
+def _check_identity(merged: Sequence[Adapter], base: Source, strict_base: bool) -> list[str]:
+    """Compare the base with the one that each adapter records."""
+    told: list[str] = []
+    for adapter in merged:
+        recorded = adapter.checkpoint.metadata.get(BASE_DIGEST_KEY)
+        if recorded is None or recorded == base_digest(base):
+            continue
+        message = f"The adapter {adapter.checkpoint.origin} was trained on another base than {base.origin}."
+        if strict_base:
+            raise BaseMismatchError(message, hint="Give the base that it was trained on.")
+        warnings.warn(message + " The merged model may answer differently.", stacklevel=4)
+        told.append(message)
+    return told

@@ -1,0 +1,114 @@
+"""From float32 to the dtype of the output: rounded to the nearest value, or at random between the two nearest."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.errors import ConfigError
+
+NEAREST = "nearest"
+STOCHASTIC = "stochastic"
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How values are rounded.
+
+    Attributes:
+        kind: ``"nearest"`` (ties to even) or ``"stochastic"``: up or down with the probability that makes the
+            expected value exact, so that small changes survive on average (Gupta et al. 2015, arXiv:1502.02551).
+        seed: of the random choices; a tensor's depend on it and on the tensor's name alone.
+    """
+
+    kind: str = NEAREST
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in (NEAREST, STOCHASTIC):
+            raise ConfigError(f"rounding={self.kind!r} is unknown.", hint=f"Known: {NEAREST}, {STOCHASTIC}.")
+
+    def of(self, name: str) -> Rounder:
+        """What rounds one tensor, from its first value to its last."""
+        if self.kind == NEAREST:
+            return Rounder(None)
+        digest = hashlib.sha256(f"{self.seed}\0{name}".encode()).digest()
+        return Rounder(torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")))
+
+
+@dataclass(frozen=True)
+class Rounder:
+    """Rounds the parts of one tensor in turn; at random when it has a generator."""
+
+    generator: torch.Generator | None
+
+    def __call__(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """``values``, float32, in ``dtype``."""
+        near = values.to(dtype)
+        if self.generator is None or dtype.itemsize >= values.dtype.itemsize:
+            return near
+        back = near.to(values.dtype)
+        gap = values - back
+        other = torch.nextafter(near, torch.full_like(gap, math.inf).copysign(gap).to(dtype))
+        step = (other.to(values.dtype) - back).abs()
+        chance = torch.rand(values.shape, generator=self.generator)
+        return torch.where((chance * step < gap.abs()) & other.isfinite(), other, near)
+
+
+@dataclass
+class Tally:
+    """Sums over one tensor, of squares in double precision.
+
+    Attributes:
+        change: of what the adapters add, before rounding.
+        error: of what rounding adds to that.
+    """
+
+    change: float = 0.0
+    error: float = 0.0
+
+    def add(self, before: Tensor, after: Tensor, rounded: Tensor) -> None:
+        """Count a block: the base's values, the merged ones, both float32, and the merged ones rounded."""
+        self.change += _square(after - before)
+        if rounded.dtype != after.dtype:
+            self.error += _square(rounded.to(after.dtype) - after)
+
+    def figures(self, name: str, dtype: str) -> Figures:
+        """The sums as figures."""
+        return Figures(name, dtype, math.sqrt(self.change), math.sqrt(self.error))
+
+
+def _square(values: Tensor) -> float:
+    flat = values.reshape(-1)
+    return float(flat @ flat)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a merge did to one tensor.
+
+    Attributes:
+        name: the tensor's.
+        dtype: what it was rounded to, as safetensors calls it.
+        change: norm of the change in float32.
+        rounding_error: norm of the difference between the rounded result and the float32 one.
+    """
+
+    name: str
+    dtype: str
+    change: float
+    rounding_error: float
+
+    @property
+    def survives(self) -> float:
+        """The share of the change's energy that rounding leaves: ``1 - (rounding error / change)^2``, at least 0.
+
+        1 when nothing is lost; 0 when the rounding is as large as the change, which is then gone or drowned in it.
+        """
+        if not self.change:
+            return 1.0
+        return max(0.0, 1.0 - (self.rounding_error / self.change) ** 2)

@@ -1,0 +1,198 @@
+"""Doing the work: several pieces at a time, hashing what is finished behind them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from veneer.merging.base_files import WeightFiles, read_exactly
+from veneer.merging.layout import OutFile
+from veneer.merging.rounding import Figures
+from veneer.merging.works import Sink, Work
+
+_BLOCK = 1 << 22
+
+
+class FileSink:
+    """Writes into the output's files, at their final offsets.
+
+    Args:
+        folder: where the files are made.
+        files: their layouts.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[OutFile]) -> None:
+        self.folder = folder
+        self.files = {file.name: file for file in files}
+        self.where = {name: file for file in files for name in file.tensors}
+        self._open: dict[str, int] = {}
+
+    def make(self, file: OutFile) -> None:
+        """Make a file of its full size, holes and a header."""
+        descriptor = os.open(self.folder / file.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._open[file.name] = descriptor
+        os.ftruncate(descriptor, file.nbytes)
+        _write(descriptor, memoryview(file.header), 0)
+
+    def put(self, name: str, start: int, data: Tensor) -> None:
+        """Write bytes of a tensor; those of a file that is finished already are left as they are."""
+        file = self.where[name]
+        if file.name in self._open:
+            _write(self._open[file.name], _bytes(data), file.start(name) + start)
+
+    def copy(self, name: str, files: WeightFiles, file: str, start: int, count: int) -> None:
+        """Copy a range inside the system, or through memory where it cannot."""
+        out = self.where[name]
+        if out.name in self._open:
+            _copy_range(files, file, start, self._open[out.name], out.start(name), count)
+
+    def read(self, file: str, start: int, count: int) -> Tensor:
+        """Bytes that were written before."""
+        return read_exactly(self._open[file], self.folder / file, start, count)
+
+    def finish(self, file: str) -> None:
+        """Bring a file to the disk for good and close it."""
+        descriptor = self._open.pop(file)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """Close what is open."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def _bytes(data: Tensor) -> memoryview:
+    return data.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write(descriptor: int, view: memoryview, position: int) -> None:
+    while view:
+        count = os.pwrite(descriptor, view, position)
+        view, position = view[count:], position + count
+
+
+def _copy_range(files: WeightFiles, file: str, start: int, out: int, position: int, count: int) -> None:
+    source = files.descriptor(file)
+    while count and hasattr(os, "copy_file_range"):
+        try:
+            done = os.copy_file_range(source, out, min(count, 1 << 30), start, position)
+        except OSError:  # another disk, or a file system without it: a write says what is really wrong
+            break
+        if not done:
+            break
+        start, position, count = start + done, position + done, count - done
+    while count:
+        block = files.raw(file, start, min(count, _BLOCK))
+        _write(out, _bytes(block), position)
+        start, position, count = start + len(block), position + len(block), count - len(block)
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Let torch compute in the thread that calls it: the pieces of work share the cores among themselves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_all(works: Sequence[Work], sink: Sink, workers: int | None = None) -> Iterator[tuple[Work, list[Figures]]]:
+    """Do every piece, several at a time, and yield each when it and all before it are done.
+
+    When one fails, those that have not begun are dropped and its error is raised.
+    """
+    with (
+        one_thread_each(),
+        ThreadPoolExecutor(workers or cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        futures: list[Future[list[Figures]]] = [pool.submit(work.run, sink) for work in works]
+        try:
+            for work, future in zip(works, futures, strict=True):
+                yield work, future.result()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+
+def write_files(
+    files: Sequence[OutFile],
+    works: Sequence[Work],
+    sink: FileSink,
+    finished: Callable[[OutFile, str, list[Figures]], None],
+    workers: int | None = None,
+) -> None:
+    """Write files in their order; ``finished`` is called with each one's SHA-256 and figures when it is on the disk."""
+    for file in files:
+        sink.make(file)
+    pending = {name for file in files for name in file.tensors}
+    own = [work for work in works if pending.intersection(work.outputs)]
+    done: dict[str, list[Figures]] = {}
+    results = run_all(own, sink, workers)
+    for file in files:
+        digest = hashlib.sha256(file.header)
+        figures: list[Figures] = []
+        for name, info in file.tensors.items():
+            while name not in done:
+                work, found = next(results)
+                done.update({key: [] for key in work.outputs})
+                done[work.outputs[0]] = found
+            figures += done[name]
+            _hash(digest, sink, file, info.nbytes, file.start(name))
+        sink.finish(file.name)
+        finished(file, digest.hexdigest(), figures)
+    for _ in results:
+        pass
+
+
+def _hash(digest: hashlib._Hash, sink: FileSink, file: OutFile, count: int, start: int) -> None:
+    while count:
+        block = sink.read(file.name, start, min(count, _BLOCK))
+        digest.update(_bytes(block))
+        start, count = start + len(block), count - len(block)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class Hashing:
+    """Hashes files in the background, one after the other.
+
+    Args:
+        paths: name -> file.
+    """
+
+    def __init__(self, paths: Mapping[str, Path]) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._futures = {name: self._pool.submit(sha256_of, path) for name, path in paths.items()}
+
+    def result(self) -> dict[str, str]:
+        """Name -> SHA-256; waits for the last."""
+        return {name: future.result() for name, future in self._futures.items()}
+
+    def close(self) -> None:
+        """Drop what has not begun."""
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,352 @@
+"""The pieces of work that a merge consists of: each reads what it needs, and hands finished bytes to a sink."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from veneer.errors import MergeError
+from veneer.merging.arithmetic import changed_rows
+from veneer.merging.base_files import NAMES, WeightFiles
+from veneer.merging.changes import Changes
+from veneer.merging.rounding import Figures, Rounding, Tally
+from veneer.merging.skeleton import Conversion
+from veneer.patch import Patch, biases
+from veneer.sites import Site
+
+# Values that are worked on at a time: a megabyte in float32, about what a core's cache holds.
+BLOCK_VALUES = 1 << 18
+
+
+class Sink(Protocol):
+    """Where finished bytes go: into the output's files, or beside what is there already."""
+
+    def put(self, name: str, start: int, data: Tensor) -> None:
+        """Bytes of the output tensor ``name`` from its byte ``start`` on; ``data`` is contiguous."""
+        ...
+
+    def copy(self, name: str, files: WeightFiles, file: str, start: int, count: int) -> None:
+        """``count`` bytes of a base's file from ``start`` on; they begin where the output tensor ``name`` does."""
+        ...
+
+
+class Work(Protocol):
+    """A piece of work."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The tensors that it finishes."""
+        ...
+
+    def run(self, sink: Sink) -> list[Figures]:
+        """Do it, and tell what was changed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Tensors that stay as they are, side by side in the base's file and in the output's."""
+
+    files: WeightFiles
+    outputs: tuple[str, ...]
+    file: str
+    start: int
+    count: int
+
+    def run(self, sink: Sink) -> list[Figures]:
+        """Copy them as one range of bytes."""
+        sink.copy(self.outputs[0], self.files, self.file, self.start, self.count)
+        return []
+
+
+@dataclass(frozen=True)
+class Values:
+    """A stored tensor's values, dequantised where it is quantised.
+
+    Attributes:
+        files: the base's.
+        name: the tensor's.
+        scale: the name of its scales, for a quantised one.
+    """
+
+    files: WeightFiles
+    name: str
+    scale: str | None = None
+
+    def whole(self) -> Tensor:
+        """All of it, in the shape that it is stored in."""
+        tensor = self.files.read(self.name)
+        return tensor if self.scale is None else dequantized(tensor, self.files.read(self.scale))
+
+    def rows(self, start: int, stop: int, columns: int) -> Tensor:
+        """Rows of it, seen as a matrix of ``columns``."""
+        dtype = self.files.dtype(self.name)
+        size = columns * dtype.itemsize
+        return self.files.bytes(self.name, start * size, (stop - start) * size).view(dtype).view(-1, columns)
+
+
+def dequantized(tensor: Tensor, scale: Tensor) -> Tensor:
+    """float8 values times their scales, in float32; a scale for the whole, for each row, or for each square block."""
+    values, scale = tensor.float(), scale.float()
+    if scale.numel() == 1:
+        return values * scale.reshape(())
+    rows, columns = tensor.shape[-2:]
+    high, wide = (-(-size // count) for size, count in zip((rows, columns), scale.shape[-2:], strict=True))
+    # A last block that is cut off makes the division come out too small: blocks are powers of two.
+    high, wide = (1 << (n - 1).bit_length() if n > 1 else n for n in (high, wide))
+    scale = scale.repeat_interleave(high, -2)[..., :rows, :].repeat_interleave(wide, -1)[..., :columns]
+    return values * scale
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A tensor that only changes its dtype."""
+
+    values: Values
+    name: str
+    dtype: torch.dtype
+    rounding: Rounding
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def run(self, sink: Sink) -> list[Figures]:
+        """Round it, in blocks where it lies in the file as it is."""
+        rounder, position = self.rounding.of(self.name), 0
+        for block in self._blocks():
+            data = rounder(block.float(), self.dtype) if block.dtype != torch.float64 else block.to(self.dtype)
+            sink.put(self.name, position, data.contiguous())
+            position += data.numel() * data.element_size()
+        return []
+
+    def _blocks(self) -> Iterator[Tensor]:
+        if self.values.scale is not None:
+            yield self.values.whole()
+            return
+        count = math.prod(self.values.files.shape(self.values.name))
+        for start in range(0, count, BLOCK_VALUES):
+            yield self.values.rows(start, min(start + BLOCK_VALUES, count), 1).view(-1)
+
+
+@dataclass(frozen=True)
+class Replace:
+    """A tensor that the adapter brings whole."""
+
+    name: str
+    tensor: Tensor
+    before: Values | None
+    dtype: torch.dtype
+    rounding: Rounding
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def run(self, sink: Sink) -> list[Figures]:
+        """Write it in the base's dtype."""
+        if not self.tensor.is_floating_point():
+            sink.put(self.name, 0, self.tensor.to(self.dtype).contiguous())
+            return []
+        after = self.tensor.float()
+        rounded = self.rounding.of(self.name)(after, self.dtype)
+        before = self.before.whole().float() if self.before is not None else torch.zeros(())
+        tally = Tally()
+        tally.add(before if before.shape == after.shape else torch.zeros(()), after, rounded)
+        sink.put(self.name, 0, rounded.contiguous())
+        return [_checked(tally.figures(self.name, NAMES[self.dtype]))]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight that adapters change, and the bias beside it: the sites that mean it, in order."""
+
+    sites: tuple[Site, ...]
+    changes: Changes
+
+    @property
+    def site(self) -> Site:
+        """The first of them; all see the weight alike."""
+        return self.sites[0]
+
+    def patches(self) -> list[Patch]:
+        """What the adapters mean for it."""
+        patches = [patch for site in self.sites for patch in self.changes.patches(site.id)]
+        self.site.check_mergeable(any(patch.low_rank for patch in patches))
+        shifted = any(patch.shift is not None and bool(patch.shift.count_nonzero()) for patch in patches)
+        if shifted and self.site.bias is None:
+            raise MergeError(
+                f"The adapter gives {self.site.name} a bias, and the base's layer has none to hold it.",
+                hint="Keep the adapter unmerged, or leave the layer out with exclude_modules.",
+            )
+        return patches
+
+
+@dataclass(frozen=True)
+class Target:
+    """An output tensor and the stored values that it comes from."""
+
+    name: str
+    values: Values
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A layer whose weight and bias each are a stored tensor."""
+
+    layer: Layer
+    weight: Target | None
+    bias: Target | None
+    rounding: Rounding
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(target.name for target in (self.weight, self.bias) if target is not None)
+
+    def run(self, sink: Sink) -> list[Figures]:
+        """Merge block by block."""
+        patches = self.layer.patches()
+        figures = []
+        if self.weight is not None:
+            figures.append(self._weight(self.weight, patches, sink))
+        if self.bias is not None:
+            figures.append(_bias(self.bias, self.bias.values.whole(), patches, self.rounding, sink))
+        return figures
+
+    def _weight(self, target: Target, patches: Sequence[Patch], sink: Sink) -> Figures:
+        site, values = self.layer.site, target.values
+        empty = site.canonical(torch.empty(site.stored.shape, device="meta"))
+        if values.scale is not None or not empty.is_contiguous() or not all(patch.by_rows for patch in patches):
+            return self._whole(target, patches, sink)
+        tally, rounder = Tally(), self.rounding.of(target.name)
+        rows, columns = empty.shape[-2:]
+        position = 0
+        for index, own in _matrices(empty, patches):
+            for start, stop in _blocks(rows, columns):
+                before = values.rows(index * rows + start, index * rows + stop, columns)
+                data = _merged_block(before, own, start, stop, target.dtype, rounder, tally)
+                sink.put(target.name, position, data)
+                position += data.numel() * data.element_size()
+        return _checked(tally.figures(target.name, NAMES[target.dtype]))
+
+    def _whole(self, target: Target, patches: Sequence[Patch], sink: Sink) -> Figures:
+        stored = target.values.whole()
+        result, figures = merged_whole(self.layer.site, stored, patches, target, self.rounding)
+        sink.put(target.name, 0, result)
+        return figures
+
+
+def merged_whole(
+    site: Site, stored: Tensor, patches: Sequence[Patch], target: Target, rounding: Rounding
+) -> tuple[Tensor, Figures]:
+    """A weight as stored with ``patches`` merged in, for layouts that have no rows in the file."""
+    result = torch.empty(stored.shape, dtype=target.dtype)
+    before, after = site.canonical(stored), site.canonical(result)
+    tally, rounder = Tally(), rounding.of(target.name)
+    for index, own in _matrices(before, patches):
+        one, into = (before[index], after[index]) if before.ndim == 3 else (before, after)
+        by_rows = all(patch.by_rows for patch in own)
+        for start, stop in _blocks(*one.shape) if by_rows else [(0, one.shape[0])]:
+            into[start:stop] = _merged_block(one[start:stop], own, start, stop, target.dtype, rounder, tally)
+    return result, _checked(tally.figures(target.name, NAMES[target.dtype]))
+
+
+def _matrices(weight: Tensor, patches: Sequence[Patch]) -> Iterator[tuple[int, list[Patch]]]:
+    """Each matrix of a weight, by its index, and the patches for it."""
+    if weight.ndim == 2:
+        yield 0, list(patches)
+        return
+    for index in range(weight.shape[0]):
+        yield index, [patch.at(index) for patch in patches]
+
+
+def _blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    step = max(1, BLOCK_VALUES // max(columns, 1))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+@torch.no_grad()
+def _merged_block(
+    before: Tensor, patches: Sequence[Patch], start: int, stop: int, dtype: torch.dtype, rounder: Any, tally: Tally
+) -> Tensor:
+    after = changed_rows(before, patches, start, stop)
+    rounded: Tensor = rounder(after, dtype)
+    tally.add(before.float(), after, rounded)
+    return rounded
+
+
+def _bias(target: Target, bias: Tensor, patches: Sequence[Patch], rounding: Rounding, sink: Sink) -> Figures:
+    after = biases(bias, patches)[-1]
+    assert after is not None
+    rounded = rounding.of(target.name)(after.detach(), target.dtype)
+    tally = Tally()
+    tally.add(bias.float(), after, rounded)
+    sink.put(target.name, 0, rounded.contiguous())
+    return _checked(tally.figures(target.name, NAMES[target.dtype]))
+
+
+def _checked(figures: Figures) -> Figures:
+    if not math.isfinite(figures.change) or not math.isfinite(figures.rounding_error):
+        raise MergeError(
+            f"Merging gives NaN or infinite values in {figures.name}; nothing was merged.",
+            hint="The weight's dtype may be too small for the change: merge with --dtype bfloat16 or float32.",
+        )
+    return figures
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Parameters that are made of several stored tensors, changed and taken apart again.
+
+    Attributes:
+        conversion: how they are made.
+        values: stored tensor -> its values.
+        layers: parameter -> what changes it.
+        saved: parameter -> what takes its place.
+        dtype: of the output.
+        model: the skeleton.
+        rounding: how values are rounded.
+    """
+
+    conversion: Conversion
+    values: Mapping[str, Values]
+    layers: Mapping[str, Layer]
+    saved: Mapping[str, Tensor]
+    dtype: torch.dtype
+    model: Any
+    rounding: Rounding
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.conversion.sources)
+
+    def run(self, sink: Sink) -> list[Figures]:
+        """Merge each parameter whole."""
+        tensors = {name: values.whole() for name, values in self.values.items()}
+        parameters = self.conversion.parameters(tensors, self.model)
+        del tensors
+        figures: list[Figures] = []
+        for name in list(parameters):
+            parameters[name] = self._changed(name, parameters[name], figures)
+        for name, tensor in self.conversion.stored(parameters, self.model).items():
+            sink.put(name, 0, tensor.contiguous())
+        return figures
+
+    def _changed(self, name: str, stored: Tensor, figures: list[Figures]) -> Tensor:
+        rounder = self.rounding.of(name)
+        if name in self.saved:
+            return rounder(self.saved[name].float(), self.dtype)
+        if name not in self.layers:
+            return stored if stored.dtype == self.dtype else rounder(stored.float(), self.dtype)
+        layer = self.layers[name]
+        target = Target(name, next(iter(self.values.values())), self.dtype)
+        result, own = merged_whole(layer.site, stored, layer.patches(), target, self.rounding)
+        figures.append(own)
+        return result
