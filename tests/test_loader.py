@@ -503,7 +503,7 @@ def test_an_adapter_without_values(adapter: Path) -> None:
         ({"use_qalora": True}, UnsupportedError, "use_qalora=True is not available"),
         ({"use_dora": True}, BindError, "lora_magnitude_vector is missing"),
         ({"lora_bias": True}, BindError, "lora_B.bias is missing"),
-        ({"init_lora_weights": "olora"}, UnsupportedError, "olora"),
+        ({"init_lora_weights": "lora_ga"}, UnsupportedError, "belongs to a base that was changed"),
         ({"r": "eight"}, ConfigError, "r='eight' is not of the type int"),
     ],
 )
