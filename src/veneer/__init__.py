@@ -31,19 +31,31 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification,
     )
     from veneer.config import PeftConfig, PeftType, TaskType
+    from veneer.configs.beft import BeftConfig
+    from veneer.configs.boft import BOFTConfig
+    from veneer.configs.bone import BoneConfig
+    from veneer.configs.c3a import C3AConfig
     from veneer.configs.cartridge import CartridgeConfig
-    from veneer.configs.cpt import CPTConfig
+    from veneer.configs.delora import DeloraConfig
+    from veneer.configs.fourierft import FourierFTConfig
+    from veneer.configs.hira import HiraConfig
+    from veneer.configs.hra import HRAConfig
     from veneer.configs.ia3 import IA3Config
+    from veneer.configs.ln_tuning import LNTuningConfig
     from veneer.configs.loha import LoHaConfig
     from veneer.configs.lokr import LoKrConfig
     from veneer.configs.lora import LoraConfig
-    from veneer.configs.multitask_prompt_tuning import MultitaskPromptTuningConfig
+    from veneer.configs.miss import MissConfig
+    from veneer.configs.oft import OFTConfig
     from veneer.configs.p_tuning import PromptEncoderConfig
     from veneer.configs.prefix_tuning import PrefixTuningConfig
     from veneer.configs.prompt_tuning import PromptTuningConfig
     from veneer.configs.pvera import PveraConfig
     from veneer.configs.randlora import RandLoraConfig
+    from veneer.configs.road import RoadConfig
+    from veneer.configs.shira import ShiraConfig
     from veneer.configs.tinylora import TinyLoraConfig
+    from veneer.configs.trainable_tokens import TrainableTokensConfig
     from veneer.configs.unilora import UniLoraConfig
     from veneer.configs.vblora import VBLoRAConfig
     from veneer.configs.vera import VeraConfig
@@ -105,7 +117,16 @@ _HOMES = {
             "AutoPeftModelForTokenClassification"
         ),
         "config": "PeftConfig PeftType TaskType",
+        "configs.beft": "BeftConfig",
+        "configs.boft": "BOFTConfig",
+        "configs.bone": "BoneConfig",
+        "configs.c3a": "C3AConfig",
+        "configs.delora": "DeloraConfig",
+        "configs.fourierft": "FourierFTConfig",
+        "configs.hira": "HiraConfig",
+        "configs.hra": "HRAConfig",
         "configs.ia3": "IA3Config",
+        "configs.ln_tuning": "LNTuningConfig",
         "configs.loha": "LoHaConfig",
         "configs.lokr": "LoKrConfig",
         "configs.lora": "LoraConfig",
@@ -115,11 +136,14 @@ _HOMES = {
         "configs.unilora": "UniLoraConfig",
         "configs.tinylora": "TinyLoraConfig",
         "configs.cartridge": "CartridgeConfig",
-        "configs.cpt": "CPTConfig",
-        "configs.multitask_prompt_tuning": "MultitaskPromptTuningConfig",
         "configs.p_tuning": "PromptEncoderConfig",
         "configs.prefix_tuning": "PrefixTuningConfig",
         "configs.prompt_tuning": "PromptTuningConfig",
+        "configs.miss": "MissConfig",
+        "configs.oft": "OFTConfig",
+        "configs.road": "RoadConfig",
+        "configs.shira": "ShiraConfig",
+        "configs.trainable_tokens": "TrainableTokensConfig",
         "configs.vera": "VeraConfig",
         "errors": (
             "AdapterError BaseMismatchError BaseModelError BindError ConfigError "
@@ -167,19 +191,27 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "BOFTConfig",
     "BaseMismatchError",
     "BaseModelError",
+    "BeftConfig",
     "BindError",
-    "CPTConfig",
+    "BoneConfig",
+    "C3AConfig",
     "CartridgeConfig",
     "ConfigError",
     "CordaConfig",
     "CorruptFileError",
+    "DeloraConfig",
     "DuplicateAdapterError",
     "EvaConfig",
+    "FourierFTConfig",
+    "HRAConfig",
+    "HiraConfig",
     "IA3Config",
     "IncompleteCheckpointError",
     "Inspection",
+    "LNTuningConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoadReport",
@@ -187,9 +219,10 @@ __all__ = [
     "LoraGAConfig",
     "MergeError",
     "MergeReport",
-    "MultitaskPromptTuningConfig",
+    "MissConfig",
     "NonFiniteError",
     "NotACheckpointError",
+    "OFTConfig",
     "PathNotFoundError",
     "PeftConfig",
     "PeftModel",
@@ -208,10 +241,13 @@ __all__ = [
     "PveraConfig",
     "QuantizedMerge",
     "RandLoraConfig",
+    "RoadConfig",
+    "ShiraConfig",
     "SourceError",
     "TargetError",
     "TaskType",
     "TinyLoraConfig",
+    "TrainableTokensConfig",
     "TunerLayerStatus",
     "TunerModelStatus",
     "UniLoraConfig",

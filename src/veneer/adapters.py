@@ -295,7 +295,8 @@ class Adapters:
             adapter.layers.append(one.site.id)
             if one.twin is not None:
                 twin_settings = one.method.settings(adapter.config, one.twin)
-                twin = Bound(one.method, twin_settings, tuple(one.tensors), None)
+                key = one.twin.key if one.method.saves_twins else None
+                twin = Bound(one.method, twin_settings, tuple(one.tensors), key)
                 self._layer(one.twin).bind(adapter.name, twin, one.tensors)
                 adapter.layers.append(one.twin.id)
         adapter.layers = list(dict.fromkeys(adapter.layers))

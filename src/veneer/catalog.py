@@ -13,6 +13,7 @@ from veneer.errors import BaseModelError, TargetError
 from veneer.layer import AdaptedLayer
 from veneer.saved import SavedModule
 from veneer.sites import ParameterSite, Site, bias_site, is_linear, kinds, refusal, sites_for
+from veneer.sites.norm import NormSite, is_norm
 from veneer.targets import ALL_LINEAR, names_match, saved_modules, shortest, target_names, under
 
 
@@ -87,17 +88,18 @@ class Catalog:
         """The names of the modules that ``config`` saves whole."""
         return saved_modules(config, self.modules)
 
-    def sites_at(self, name: str) -> list[Site]:
-        """The sites of a module; none when it cannot carry an adapter."""
-        return sites_for(name, self.modules[name])
+    def sites_at(self, name: str, norms: bool = False) -> list[Site]:
+        """The sites of a module; none when it cannot carry an adapter, and of a norm only where those are wanted."""
+        module = self.modules[name]
+        return [NormSite(name, module)] if norms and is_norm(module) else sites_for(name, module)
 
-    def sites(self, config: TargetedConfig) -> list[Site]:
-        """The sites of the layers that ``config`` adapts.
+    def sites(self, config: TargetedConfig, norms: bool = False) -> list[Site]:
+        """The sites of the layers that ``config`` adapts; ``norms`` when these can be norms too.
 
         Raises:
             TargetError: nothing matches, or a matched module is of a kind that cannot carry an adapter.
         """
-        found = {name: self.sites_at(name) for name in self.targets(config)}
+        found = {name: self.sites_at(name, norms) for name in self.targets(config)}
         refused = [name for name, sites in found.items() if not sites]
         if refused:
             kind = type(self.modules[refused[0]]).__name__

@@ -110,7 +110,13 @@ def write_checkpoint(
     """
     from safetensors.torch import save_file
 
-    own = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
+    own: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for key, tensor in tensors.items():
+        value = tensor.detach().contiguous().cpu()
+        # One tensor under two keys is written twice: the format refuses memory that is shared.
+        own[key] = value.clone() if value.numel() and value.data_ptr() in places else value
+        places.add(value.data_ptr())
     with written_whole(folder / ADAPTER_WEIGHTS) as temporary:
         save_file(own, temporary, metadata={"format": "pt", **metadata})
     config.save_pretrained(folder)

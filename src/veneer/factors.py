@@ -119,6 +119,31 @@ class Matrix:
         return _differs(self.values)
 
 
+@dataclass(frozen=True)
+class NearIdentity:
+    """``1 + P Q`` with few columns: ``left`` is ``P``, shape ``(size, r)``, and ``right`` is ``Q``, ``(r, size)``."""
+
+    left: Tensor
+    right: Tensor
+    is_diagonal = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.left.dtype
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x + (x @ self.right.to(x.dtype).mT) @ self.left.to(x.dtype).mT
+
+    def rows(self, weight: Tensor) -> Tensor:
+        return weight + (weight @ self.left.to(weight.dtype)) @ self.right.to(weight.dtype)
+
+    def at(self, index: int) -> NearIdentity:
+        return NearIdentity(self.left[index], self.right[index])
+
+    def changes(self) -> bool:
+        return bool((self.left.detach().float() @ self.right.detach().float()).abs().max() > ROUNDING)
+
+
 def _differs(matrices: Tensor) -> bool:
     identity = torch.eye(matrices.shape[-1], device=matrices.device)
     return bool((matrices.detach().float() - identity).abs().max() > ROUNDING)

@@ -186,17 +186,12 @@ class AdaptedLayer(nn.Module):
     def base_stored(self) -> nn.Parameter:
         """The base layer's weight as stored, whatever is merged into it now."""
         weight = self.original[0] if self.original else None
-        found: nn.Parameter = self.site.resident(
-            self.site.stored if weight is None else weight, self.site.parameter, below=bool(self.original)
-        )
-        return found
+        return self.site.stored if weight is None else weight
 
     @property
     def base_bias(self) -> nn.Parameter | None:
         """The base layer's bias, whatever is merged into it now."""
-        bias = self.original[1] if self.original else self.site.bias
-        found: nn.Parameter | None = self.site.resident(bias, "bias", below=bool(self.original))
-        return found
+        return self.original[1] if self.original else self.site.bias
 
     def base_weight(self) -> Tensor:
         """The base layer's weight as a canonical matrix, whatever is merged into it now."""
@@ -238,7 +233,7 @@ class AdaptedLayer(nn.Module):
             return FoldedLayer(selected, sources, None, self.base_layer)
         with torch.no_grad():
             patches = self.patches(names)
-            dtype = fold_dtype(self.site.device, self.site.stored.dtype)
+            dtype = fold_dtype(self.base_stored.device, self.base_stored.dtype)
             folded = fold(patches, self.base_bias, dtype) if foldable(patches) else None
         return FoldedLayer(selected, sources, folded, self._base if self.merged else self.base_layer)
 
@@ -302,7 +297,7 @@ class AdaptedLayer(nn.Module):
 
     def _store(self, weight: nn.Parameter | None, bias: nn.Parameter | None) -> None:
         if weight is None:
-            self.site.store_bias(bias)
+            self.site.module.register_parameter("bias", bias)
         else:
             self.site.store(weight, bias)
 

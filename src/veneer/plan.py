@@ -72,6 +72,7 @@ class Plan:
         bindings: the adapted layers.
         saved: module that comes whole -> its parameter -> the checkpoint's key.
         shared: tensor that all layers use -> the checkpoint's key.
+        again: the keys of tensors that another layer has too.
         problems: each reason why it does not fit, a line apiece.
         notes: what is odd and harmless.
     """
@@ -79,15 +80,15 @@ class Plan:
     bindings: list[Binding] = field(default_factory=list)
     saved: dict[str, dict[str, str]] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
+    again: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
     def keys(self) -> list[str]:
         """Every key that binds."""
-        return [k for b in self.bindings for k in b.keys.values()] + [
-            k for p in (self.shared, *self.saved.values()) for k in p.values()
-        ]
+        bound = [k for b in self.bindings for k in b.keys.values()]
+        return bound + self.again + [k for p in (self.shared, *self.saved.values()) for k in p.values()]
 
 
 def make_plan(config: AnyConfig, method: Planned, tensors: Mapping[str, HasShape], catalog: Catalog) -> Plan:
@@ -140,6 +141,13 @@ def _plan_part(
 ) -> None:
     meant = {site.key: site for site in part.sites}
     own = {module: keys for (module, head), keys in held.items() if head == next(iter(part.method.leaves))}
+    if part.method.saves_twins:
+        for twin in part.twins.values():
+            for leaf, key in own.pop(twin.key, {}).items():
+                plan.again.append(key)
+                first = next((keys[leaf] for keys in own.values() if leaf in keys), key)
+                if tuple(tensors[key].shape) != tuple(tensors[first].shape):
+                    plan.problems.append(f"{key}: is {tuple(tensors[key].shape)}, and {first} is not")
     extra = []
     for module in [name for name in own if name not in meant]:
         extra += _plan_extra(plan, module, part.method, own[module], config, tensors, catalog)
@@ -188,7 +196,7 @@ def _plan_site(
     twin: Site | None = None,
 ) -> None:
     method.check_site(site)
-    settings = method.settings(config, site)
+    settings = _settings(method, config, site, {leaf: tensors[key].shape for leaf, key in keys.items()})
     wanted = method.shapes(settings, site)
     problems = [
         f"{site.key}: {leaf} is in the checkpoint, and this layer and config have no such tensor"
@@ -205,6 +213,15 @@ def _plan_site(
     plan.problems += problems
     if not problems:
         plan.bindings.append(Binding(site, method, settings, dict(keys), twin))
+
+
+def _settings(method: AnyMethod, config: AnyConfig, site: Site, stored: Mapping[str, tuple[int, ...]]) -> Any:
+    """What the config means for a layer, or the first of the method's other readings of it that has these shapes."""
+    first = method.settings(config, site)
+    for settings in (first, *method.readings(first, config)):
+        if {leaf: tuple(shape) for leaf, shape in stored.items()} == method.shapes(settings, site):
+            return settings
+    return first
 
 
 def _plan_saved(plan: Plan, key: str, slot: Slot, tensor: HasShape, saved: list[str], catalog: Catalog) -> None:

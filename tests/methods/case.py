@@ -31,6 +31,7 @@ class Case:
         starts_still: whether a fresh adapter changes nothing.
         scramble: (name, parameter, generator) -> the parameter's value under test.
         visible: how much the output must change at least, as a relative gap.
+        lora_targets: what a LoRA beside it targets; the same modules by default.
         prepare: is given the fresh base of either side, for methods that need one of a special kind.
         ours_differs: why peft's unmerged output is wrong here, if it is; then only its merged one is compared with
             (unless ``peer_merges`` is off, for when that is wrong too).
@@ -48,6 +49,7 @@ class Case:
     starts_still: bool = True
     scramble: Callable[[str, Tensor, torch.Generator], Tensor] = scramble
     visible: float = 0.02
+    lora_targets: Any = None
     prepare: Callable[[nn.Module], nn.Module] = lambda model: model
     says_nothing: str | None = None
     ours_differs: str | None = None

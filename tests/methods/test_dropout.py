@@ -16,8 +16,11 @@ from tests.models import gap
 
 TARGETS = ["q_proj", "down_proj"]
 KINDS: dict[str, dict[str, Any]] = {
-    "LoHaConfig": {"r": 4, "module_dropout": 0.999},
-    "LoKrConfig": {"r": 4, "rank_dropout": 0.999},
+    "LoHaConfig": {"r": 4, "module_dropout": 0.9999999},
+    "LoKrConfig": {"r": 4, "rank_dropout": 0.9999999},
+    "HiraConfig": {"r": 4, "hira_dropout": 0.9999999},
+    "MissConfig": {"r": 4, "miss_dropout": 0.9999999},
+    "DeloraConfig": {"r": 4, "module_dropout": 0.9999999},
 }
 
 
@@ -54,3 +57,15 @@ def test_rows_that_are_kept_are_scaled_up() -> None:
     kept = dropped.dense.abs().sum(1) > 0
     assert 0 < kept.sum() < len(kept)
     assert torch.allclose(dropped.dense[kept] * kept.float().mean(), whole.dense[kept])
+
+
+@pytest.mark.parametrize(("kind", "name"), [("OFTConfig", "module_dropout"), ("BOFTConfig", "boft_dropout")])
+def test_blocks_of_a_rotation_are_the_identity(kind: str, name: str) -> None:
+    torch.manual_seed(0)
+    size = {"OFTConfig": {"oft_block_size": 4}, "BOFTConfig": {}}[kind]
+    model = adapted(kind, **size, **{name: 0.5})
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    [whole], [dropped] = layer.patches(["default"]), layer.train().patches_now(["default"])
+    still = (dropped.inner.blocks == torch.eye(4)).all(-1).all(-1)
+    assert still.sum() == len(still) // 2
+    assert torch.equal(dropped.inner.blocks[~still], whole.inner.blocks[~still])

@@ -74,8 +74,8 @@ class DiskCatalog(Catalog):
     def _on_disk(self, sites: Iterable[Site]) -> list[Site]:
         return [site if isinstance(site, OnDisk) else _on_disk(site, self.read) for site in sites]
 
-    def sites_at(self, name: str) -> list[Site]:
-        return self._on_disk(super().sites_at(name))
+    def sites_at(self, name: str, norms: bool = False) -> list[Site]:
+        return self._on_disk(super().sites_at(name, norms))
 
     def parameter_sites(self, wanted: Collection[str]) -> list[Site]:
         return self._on_disk(super().parameter_sites(wanted))

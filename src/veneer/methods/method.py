@@ -67,6 +67,7 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
         fixed: those of them that are saved and never trained.
         frozen: those that only live in memory, beside the others, and are never trained.
         kinds: the kinds of layer that it can adapt.
+        saves_twins: whether a layer that uses another's tensors has them in a checkpoint again.
         trainable: whether the others are trained.
         empty: tensors of a layer that peft writes and that say nothing; they are not loaded.
         shared: tensors that all layers of an adapter use, ``base_model.<leaf>`` on disk; they join the layer's own in
@@ -80,6 +81,7 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
     fixed: ClassVar[frozenset[str]] = frozenset()
     frozen: ClassVar[frozenset[str]] = frozenset()
     kinds: ClassVar[tuple[type[Site], ...]] = (Site,)
+    saves_twins: ClassVar[bool] = False
     trainable: ClassVar[bool] = True
     empty: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[str, ...]] = ()
@@ -138,6 +140,10 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
     @abstractmethod
     def settings(self, config: ConfigT, site: Site) -> SettingsT:
         """What ``config`` means for a layer, its patterns resolved; worked out once a layer."""
+
+    def readings(self, settings: SettingsT, config: ConfigT) -> Sequence[SettingsT]:
+        """Other ``settings`` for a layer, which some checkpoints with the same config were made with."""
+        return ()
 
     def settled(self, settings: SettingsT, tensors: Mapping[str, Tensor], base: Base) -> SettingsT:
         """``settings`` completed with what only a loaded checkpoint's tensors tell."""

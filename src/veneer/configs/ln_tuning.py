@@ -1,0 +1,22 @@
+"""The config of LN tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from veneer.config import PeftType, TargetedConfig
+
+
+@dataclass
+class LNTuningConfig(TargetedConfig):
+    """LN tuning (Zhao et al. 2024, arXiv:2312.11420): the norms' own weights and biases, trained and saved whole.
+
+    Args, beside those of :class:`TargetedConfig` (``target_modules=None`` takes every norm of the model): none.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LN_TUNING
+
+
+CONFIG = LNTuningConfig

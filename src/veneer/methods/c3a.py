@@ -1,0 +1,65 @@
+"""C3A: circular convolution adaptation (Chen et al. 2024, arXiv:2407.19342, section 3.3).
+
+W' = W + C / in      C: circulant blocks, C_mn[j, i] = k_mn[(i - j) mod size]; k: (out / size, in / size, size)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from veneer.configs.c3a import C3AConfig
+from veneer.errors import UnsupportedError
+from veneer.methods.method import Base, Method
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.linear import LinearSite
+from veneer.targets import pattern_value
+
+KERNEL = "c3a_kernel"
+
+
+class C3A(Method[C3AConfig, int]):
+    """C3A on linear layers; its settings are the size of a block."""
+
+    leaves = (KERNEL,)
+    kinds = (LinearSite,)
+
+    def settings(self, config: C3AConfig, site: Site) -> int:
+        size: int = pattern_value(site.name, config.block_size_pattern, config.block_size)
+        if any(width % size for width in site.shape):
+            raise UnsupportedError(
+                f"{site.name} has {site.shape[1]} inputs and {site.shape[0]} outputs, not both multiples of "
+                f"block_size={size}.",
+                hint="Choose one that divides both, for single layers with block_size_pattern.",
+            )
+        return size
+
+    def shapes(self, settings: int, site: Site) -> dict[str, tuple[int, ...]]:
+        out, inner = site.shape
+        return {KERNEL: (out // settings, inner // settings, settings)}
+
+    def init(
+        self, config: C3AConfig, settings: int, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        kernel = torch.zeros(self.shapes(settings, base.site)[KERNEL])
+        if config.init_weights == "gaussian":
+            kernel.normal_(generator=generator)
+        elif config.init_weights is not True:
+            # Bounds as for the whole change: the kernel's own shape says nothing of the layer's.
+            out, inner = base.site.shape
+            bound = math.sqrt(1 / inner if config.init_weights == "kaiming_uniform" else 6 / (inner + out))
+            kernel.uniform_(-bound, bound, generator=generator)
+        return {KERNEL: kernel}
+
+    def lower(self, settings: int, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        kernel = tensors[KERNEL].float()
+        step = torch.arange(settings, device=kernel.device)
+        blocks = kernel[:, :, (step - step.unsqueeze(1)) % settings]
+        return Patch(dense=blocks.transpose(1, 2).reshape(base.site.shape) / base.site.shape[1])
+
+
+METHOD = C3A()

@@ -1,0 +1,70 @@
+"""DeLoRA: decoupled low-rank adaptation (Bini et al. 2025, arXiv:2503.18225, section 3.2).
+
+    W' = W + B diag(lambda / (r |a_i| |b_i|)) A diag(n)      A: (r, in), B: (out, r), lambda: (1,), n: (in,)
+
+``a_i`` is a row of A, ``b_i`` a column of B, and ``n`` the length of each column of the base's weight when the adapter
+was made; it is saved, and not trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.configs.delora import DeloraConfig
+from veneer.methods.method import Base, Method
+from veneer.methods.tucker import started
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.linear import LinearSite
+from veneer.targets import pattern_value
+
+A, B, LAMBDA, NORM = "delora_A", "delora_B", "delora_lambda", "delora_w_norm"
+# No row or column counts as shorter.
+SHORTEST = 1e-4
+
+
+@dataclass(frozen=True)
+class DeloraSettings:
+    """A config's meaning for one layer."""
+
+    r: int
+    size: float
+    dropout: float
+
+
+class Delora(Method[DeloraConfig, DeloraSettings]):
+    """DeLoRA on linear layers."""
+
+    leaves = (A, B, LAMBDA, NORM)
+    fixed = frozenset({NORM})
+    kinds = (LinearSite,)
+
+    def settings(self, config: DeloraConfig, site: Site) -> DeloraSettings:
+        r = pattern_value(site.name, config.rank_pattern, config.r)
+        size = pattern_value(site.name, config.lambda_pattern, config.delora_lambda)
+        return DeloraSettings(r, size, config.module_dropout)
+
+    def shapes(self, settings: DeloraSettings, site: Site) -> dict[str, tuple[int, ...]]:
+        (out, inner), r = site.shape, settings.r
+        return {A: (r, inner), B: (out, r), LAMBDA: (1,), NORM: (inner,)}
+
+    def init(
+        self, config: DeloraConfig, settings: DeloraSettings, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        shapes = {leaf: shape for leaf, shape in self.shapes(settings, base.site).items() if leaf in (A, B)}
+        tensors = started(shapes, {B} if config.init_weights else set(), generator)
+        norm = base.base_weight().float().norm(dim=0)
+        return {**tensors, LAMBDA: torch.full((1,), float(settings.size)), NORM: norm}
+
+    def lower(self, settings: DeloraSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        down, up = tensors[A].float(), tensors[B].float()
+        lengths = down.norm(dim=1).clamp_min(SHORTEST) * up.norm(dim=0).clamp_min(SHORTEST)
+        scaled = up * (tensors[LAMBDA].float() / settings.r / lengths)
+        return Patch(up=scaled, down=down * tensors[NORM].float(), dropout=settings.dropout)
+
+
+METHOD = Delora()

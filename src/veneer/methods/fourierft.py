@@ -1,0 +1,57 @@
+"""FourierFT: few coefficients of the change's Fourier transform (Gao et al. 2024, arXiv:2405.03003, section 3.1).
+
+W' = W + scaling * Re(F^-1(S))      S: sparse, with the trained ``fourierft_spectrum``, (n,), at seeded places
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.configs.fourierft import FourierFTConfig
+from veneer.methods.method import Base, Method
+from veneer.methods.places import random_places, spread
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.linear import LinearSite
+from veneer.targets import pattern_value
+
+SPECTRUM = "fourierft_spectrum"
+
+
+@dataclass(frozen=True)
+class FourierFTSettings:
+    """The coefficients' places on one layer, shape ``(n,)``, and the scale of the change."""
+
+    places: Tensor
+    scale: float
+
+
+class FourierFT(Method[FourierFTConfig, FourierFTSettings]):
+    """FourierFT on linear layers."""
+
+    leaves = (SPECTRUM,)
+    kinds = (LinearSite,)
+
+    def settings(self, config: FourierFTConfig, site: Site) -> FourierFTSettings:
+        count = pattern_value(site.name, config.n_frequency_pattern, config.n_frequency)
+        return FourierFTSettings(random_places(site, count, config.random_loc_seed), config.scaling)
+
+    def shapes(self, settings: FourierFTSettings, site: Site) -> dict[str, tuple[int, ...]]:
+        return {SPECTRUM: tuple(settings.places.shape)}
+
+    def init(
+        self, config: FourierFTConfig, settings: FourierFTSettings, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        std = 0.0 if config.init_weights else 1.0
+        return {SPECTRUM: torch.empty(settings.places.shape).normal_(std=std, generator=generator)}
+
+    def lower(self, settings: FourierFTSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        spectrum = spread(tensors[SPECTRUM].float(), settings.places, *base.site.shape)
+        return Patch(dense=torch.fft.ifft2(spectrum).real * settings.scale)
+
+
+METHOD = FourierFT()

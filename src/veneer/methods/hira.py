@@ -1,0 +1,78 @@
+"""HiRA: Hadamard high-rank adaptation (Huang et al. 2025, openreview:TwJrTz9cRS, section 3).
+
+    W' = W + W * (B A)      A: (r, in), B: (out, r); the product with W is entrywise
+
+A convolution's A holds kernels, (r, in, k1, k2), and its B ones of size 1. W is the base's own weight, for each of
+several adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from veneer.configs.hira import HiraConfig
+from veneer.methods.method import Base, Method
+from veneer.methods.rotation import check_groups
+from veneer.methods.tucker import started
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.conv import ConvSite
+from veneer.sites.embedding import EmbeddingSite
+from veneer.sites.linear import LinearSite
+from veneer.targets import pattern_value
+
+A, B = "hira_A", "hira_B"
+EMBEDDING_A, EMBEDDING_B = "hira_embedding_A", "hira_embedding_B"
+
+
+@dataclass(frozen=True)
+class HiraSettings:
+    """A config's meaning for one layer."""
+
+    r: int
+    dropout: float
+
+
+class Hira(Method[HiraConfig, HiraSettings]):
+    """HiRA on linear layers, convolutions and embeddings."""
+
+    leaves = (A, B, EMBEDDING_A, EMBEDDING_B)
+    kinds = (LinearSite, ConvSite, EmbeddingSite)
+
+    def settings(self, config: HiraConfig, site: Site) -> HiraSettings:
+        check_groups(site, "HiRA")
+        return HiraSettings(pattern_value(site.name, config.rank_pattern, config.r), config.hira_dropout)
+
+    def readings(self, settings: HiraSettings, config: HiraConfig) -> Sequence[HiraSettings]:
+        # peft 0.21 gives the first adapter on a model the rank r everywhere, whatever rank_pattern says.
+        return [replace(settings, r=config.r)]
+
+    def shapes(self, settings: HiraSettings, site: Site) -> dict[str, tuple[int, ...]]:
+        (out, inner), r = site.shape, settings.r
+        if isinstance(site, ConvSite):
+            return {A: (r, *site.stored.shape[1:]), B: (out, r, *site.point)}
+        down, up = (EMBEDDING_A, EMBEDDING_B) if isinstance(site, EmbeddingSite) else (A, B)
+        return {down: (r, inner), up: (out, r)}
+
+    def init(
+        self, config: HiraConfig, settings: HiraSettings, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        shapes = self.shapes(settings, base.site)
+        down, up = shapes
+        if not config.init_weights:
+            return {leaf: torch.randn(shape, generator=generator) for leaf, shape in shapes.items()}
+        tensors = started(shapes, {up}, generator)
+        if config.init_weights == "gaussian":
+            tensors[down].normal_(std=1 / settings.r, generator=generator)
+        return tensors
+
+    def lower(self, settings: HiraSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        down, up = (tensors[leaf].flatten(1).float() for leaf in self.shapes(settings, base.site))
+        return Patch(dense=base.base_weight().float() * (up @ down), dropout=settings.dropout)
+
+
+METHOD = Hira()

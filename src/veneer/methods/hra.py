@@ -1,0 +1,61 @@
+"""HRA: Householder reflection adaptation (Yuan et al. 2024, arXiv:2405.17484, section 3).
+
+    W' = W H_1 H_2 ... H_r      H_i = 1 - 2 u_i u_i^T, each u_i of length 1: a column of u, (in, r)
+
+The chain is ``1 - u T u^T`` with a triangular T, the inverse of ``1/2 + (what of u^T u lies above its diagonal)``
+(Joffrain et al. 2006, doi:10.1145/1141885.1141886), so it costs two products with u. With Gram-Schmidt T is 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from veneer.configs.hra import HRAConfig
+from veneer.factors import NearIdentity
+from veneer.methods.method import Base, Method
+from veneer.methods.rotation import check_groups
+from veneer.methods.tucker import started
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.conv import ConvSite
+from veneer.sites.linear import LinearSite
+
+U = "hra_u"
+
+
+class HRA(Method[HRAConfig, HRAConfig]):
+    """HRA on linear layers and convolutions."""
+
+    leaves = (U,)
+    kinds = (LinearSite, ConvSite)
+
+    def settings(self, config: HRAConfig, site: Site) -> HRAConfig:
+        check_groups(site, "HRA")
+        return config
+
+    def shapes(self, settings: HRAConfig, site: Site) -> dict[str, tuple[int, ...]]:
+        return {U: (site.shape[1], settings.r)}
+
+    def init(
+        self, config: HRAConfig, settings: HRAConfig, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        width, r = base.site.shape[1], config.r
+        if config.init_weights and r % 2 == 0:
+            return {U: started({U: (width, r // 2)}, set(), generator)[U].repeat_interleave(2, dim=1)}
+        return started({U: (width, r)}, set(), generator)
+
+    def lower(self, settings: HRAConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        u = tensors[U].float()
+        if settings.apply_GS:
+            u = torch.linalg.qr(u).Q
+            return Patch(inner=NearIdentity(-2 * u, u.mT))
+        u = u / u.norm(dim=0)
+        half = torch.eye(u.shape[1], device=u.device) / 2
+        inverse = (u.mT @ u).triu(1) + half
+        return Patch(inner=NearIdentity(-u, torch.linalg.solve_triangular(inverse, u.mT, upper=True)))
+
+
+METHOD = HRA()

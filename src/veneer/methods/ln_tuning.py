@@ -1,0 +1,69 @@
+"""LN tuning: the norms alone are trained (Zhao et al. 2024, arXiv:2312.11420, section 3).
+
+    W' = W + (trained W - W)      b' = b + (trained b - b)
+
+Saved are the trained weight and bias themselves. Written as changes they add up when two adapters are active. Layers
+other than norms can be trained whole in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from veneer.configs.ln_tuning import LNTuningConfig
+from veneer.methods.method import Base, Method, Part
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.conv import ConvSite
+from veneer.sites.embedding import EmbeddingSite
+from veneer.sites.linear import LinearSite
+from veneer.sites.norm import NormSite, is_norm
+from veneer.targets import shortest
+
+if TYPE_CHECKING:
+    from veneer.catalog import Catalog
+
+WEIGHT = "ln_tuning_layers.weight"
+BIAS = "ln_tuning_layers.bias"
+
+
+class LNTuning(Method[LNTuningConfig, None]):
+    """LN tuning on norms, and on any other layer that it is pointed at."""
+
+    leaves = (WEIGHT, BIAS)
+    kinds = (NormSite, LinearSite, ConvSite, EmbeddingSite)
+
+    def complete(self, config: LNTuningConfig, catalog: Catalog) -> None:
+        if config.target_modules is None:
+            norms = [name for name, module in catalog.modules.items() if is_norm(module)]
+            config.target_modules = shortest(norms, catalog.modules)
+
+    def parts(self, config: LNTuningConfig, catalog: Catalog) -> list[Part]:
+        return [Part(self, catalog.sites(config, norms=True))]
+
+    def settings(self, config: LNTuningConfig, site: Site) -> None:
+        return None
+
+    def shapes(self, settings: None, site: Site) -> dict[str, tuple[int, ...]]:
+        found = {WEIGHT: tuple(site.stored.shape)}
+        return found if site.bias is None else {**found, BIAS: tuple(site.bias.shape)}
+
+    def init(
+        self, config: LNTuningConfig, settings: None, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        found = {WEIGHT: base.site.as_stored(base.base_weight()).float().clone()}
+        return found if base.base_bias is None else {**found, BIAS: base.base_bias.detach().float().clone()}
+
+    def lower(self, settings: None, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        dense = base.site.canonical(tensors[WEIGHT].float()) - base.base_weight().float()
+        if BIAS not in tensors:
+            return Patch(dense=dense)
+        assert base.base_bias is not None
+        return Patch(dense=dense, shift=tensors[BIAS].float() - base.base_bias.detach().float())
+
+
+METHOD = LNTuning()

@@ -1,0 +1,95 @@
+"""OFT: orthogonal finetuning (Qiu et al. 2023, arXiv:2306.07280, section 3).
+
+    W' = W R^T      R: block-diagonal, each block a rotation made of a skew-symmetric S
+
+The rotation is Cayley's, ``(1 - S) (1 + S)^-1``, or (Qiu et al. 2025, arXiv:2506.19847, section 4) the first terms of
+the series of ``(1 + S) (1 - S)^-1``, which turns the other way. COFT first draws each S into a ball of radius
+``eps / sqrt(blocks)``. Of an embedding the vectors are turned: W' = R^T W for a canonical W, (dim, vocabulary).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.configs.oft import OFTConfig
+from veneer.factors import Blocks
+from veneer.methods.dropout import of_blocks
+from veneer.methods.method import Base, Method
+from veneer.methods.rotation import cayley, check_groups, neumann, skew_of
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.conv import ConvSite
+from veneer.sites.embedding import EmbeddingSite
+from veneer.sites.linear import LinearSite
+
+ENTRIES = "oft_R.weight"
+EMBEDDING_ENTRIES = "oft_embedding_R.weight"
+
+
+@dataclass(frozen=True)
+class OFTSettings:
+    """A config's meaning for one layer: how many rotations, of which size; the series' terms, 0 for Cayley's form."""
+
+    blocks: int
+    size: int
+    terms: int
+    radius: float | None
+    dropout: float
+
+
+class OFT(Method[OFTConfig, OFTSettings]):
+    """OFT and COFT on linear layers, convolutions and embeddings."""
+
+    leaves = (ENTRIES, EMBEDDING_ENTRIES)
+    kinds = (LinearSite, ConvSite, EmbeddingSite)
+
+    def settings(self, config: OFTConfig, site: Site) -> OFTSettings:
+        check_groups(site, "OFT")
+        width = site.shape[0 if isinstance(site, EmbeddingSite) else 1]
+        size = width // _divisor(width, config.r) if config.r else _divisor(width, config.oft_block_size)
+        blocks = 1 if config.block_share else width // size
+        terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else 0
+        return OFTSettings(blocks, size, terms, config.eps if config.coft else None, config.module_dropout)
+
+    def shapes(self, settings: OFTSettings, site: Site) -> dict[str, tuple[int, ...]]:
+        leaf = EMBEDDING_ENTRIES if isinstance(site, EmbeddingSite) else ENTRIES
+        return {leaf: (settings.blocks, settings.size * (settings.size - 1) // 2)}
+
+    def init(
+        self, config: OFTConfig, settings: OFTSettings, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        std = 0.0 if config.init_weights else 0.1
+        shapes = self.shapes(settings, base.site).items()
+        return {leaf: torch.empty(shape).normal_(std=std, generator=generator) for leaf, shape in shapes}
+
+    def lower(self, settings: OFTSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        [entries] = tensors.values()
+        skew = skew_of(entries.float(), settings.size)
+        if settings.radius is not None:
+            skew = _drawn_in(skew, settings.radius)
+        turned = Blocks((neumann(skew, settings.terms) if settings.terms else cayley(skew)).mT)
+        if isinstance(base.site, EmbeddingSite):
+            return Patch(outer=turned)
+        return Patch(inner=turned, drop=of_blocks(settings.dropout))
+
+
+METHOD = OFT()
+
+
+def _drawn_in(skew: Tensor, eps: float) -> Tensor:
+    """``skew`` with each block at most ``eps / sqrt(blocks)`` long; the gradient is that of ``skew`` itself."""
+    radius = eps / len(skew) ** 0.5
+    with torch.no_grad():
+        length = skew.norm(dim=(1, 2), keepdim=True)
+        change = torch.where(length > radius, skew * (radius / length.clamp_min(1e-30)) - skew, torch.zeros_like(skew))
+    return skew + change
+
+
+def _divisor(width: int, wanted: int) -> int:
+    """The divisor of ``width`` nearest to ``wanted``, the smaller of two; ``width`` for any that is larger."""
+    divisors = [n for n in range(1, width + 1) if width % n == 0]
+    return min(divisors, key=lambda n: (abs(n - wanted), n)) if wanted < width else width

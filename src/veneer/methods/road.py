@@ -1,0 +1,82 @@
+"""RoAd: 2D rotary adaptation (Liao & Monz 2024, arXiv:2409.00119, section 3.2, equation 4).
+
+    W' = R W, b' = R b      R: pairs of outputs, each by a matrix [[a cos t, -a sin t], [a sin t, a cos t]]
+
+``t`` is ``road_theta`` and ``a`` is ``road_alpha``: one of each for a pair (road_1), for each row of its matrix
+(road_2), or for each number of its matrix (road_4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.configs.road import VARIANTS, RoadConfig
+from veneer.errors import UnsupportedError
+from veneer.factors import Blocks
+from veneer.methods.method import Base, Method
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.linear import LinearSite
+
+THETA = "road_theta"
+ALPHA = "road_alpha"
+
+
+@dataclass(frozen=True)
+class RoadSettings:
+    """How many numbers each pair of outputs has in either tensor, and the size of a group."""
+
+    numbers: int
+    group: int
+
+
+class Road(Method[RoadConfig, RoadSettings]):
+    """RoAd on linear layers."""
+
+    leaves = (THETA, ALPHA)
+    kinds = (LinearSite,)
+
+    def settings(self, config: RoadConfig, site: Site) -> RoadSettings:
+        if site.shape[0] % config.group_size:
+            raise UnsupportedError(
+                f"{site.name} has {site.shape[0]} outputs, no multiple of group_size={config.group_size}.",
+                hint="Choose a group_size that divides the outputs of every target.",
+            )
+        return RoadSettings(VARIANTS[config.variant], config.group_size)
+
+    def shapes(self, settings: RoadSettings, site: Site) -> dict[str, tuple[int, ...]]:
+        shape = (site.shape[0] // 2 * settings.numbers,)
+        return {THETA: shape, ALPHA: shape}
+
+    def init(
+        self, config: RoadConfig, settings: RoadSettings, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        std = 0.0 if config.init_weights else 0.5
+        shapes = self.shapes(settings, base.site)
+        made = {leaf: torch.empty(shape).normal_(std=std, generator=generator) for leaf, shape in shapes.items()}
+        return {THETA: made[THETA], ALPHA: made[ALPHA] + 1}
+
+    def lower(self, settings: RoadSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        half = settings.group // 2
+        angle, scale = (self._by_row(settings, tensors[leaf].float()) for leaf in (THETA, ALPHA))
+        own, other = scale[0] * angle[0].cos(), scale[1] * angle[1].sin()
+        # An output of a group's first half takes its partner away, one of the second adds it.
+        signs = torch.tensor([-1.0] * half + [1.0] * half, device=own.device).unsqueeze(1)
+        partner = torch.eye(settings.group, device=own.device).roll(half, dims=1) * signs
+        return Patch(outer=Blocks(torch.diag_embed(own) + other.unsqueeze(-1) * partner), outer_on_bias=True)
+
+    def _by_row(self, settings: RoadSettings, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The values for an output itself and for its partner, each ``(groups, group)``."""
+        group = settings.group
+        if settings.numbers == 4:
+            own, other = values.view(-1, 2, group).unbind(1)
+            return own, other
+        rows = values.view(-1, group // 2).repeat(1, 2) if settings.numbers == 1 else values.view(-1, group)
+        return rows, rows
+
+
+METHOD = Road()

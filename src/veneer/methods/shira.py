@@ -1,0 +1,58 @@
+"""SHiRA: sparse high-rank adapters (Bhardwaj et al. 2024, arXiv:2406.13175, section 3).
+
+    W' = W + S      S: sparse, r * (in + out) trained numbers ``shira_weight`` at ``shira_indices``, (2, n): row, column
+
+A new adapter has the mask "SHiRA-Rand": places that are drawn from the config's seed. Those of a checkpoint are in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from veneer.configs.shira import ShiraConfig
+from veneer.errors import UnsupportedError
+from veneer.methods.method import Base, Method
+from veneer.methods.places import random_places, spread
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.linear import LinearSite
+
+VALUES = "shira_weight"
+PLACES = "shira_indices"
+
+
+class Shira(Method[ShiraConfig, int]):
+    """SHiRA on linear layers; its settings are how many numbers a layer has."""
+
+    leaves = (VALUES, PLACES)
+    fixed = frozenset({PLACES})
+    kinds = (LinearSite,)
+
+    def settings(self, config: ShiraConfig, site: Site) -> int:
+        return config.r * sum(site.shape)
+
+    def shapes(self, settings: int, site: Site) -> dict[str, tuple[int, ...]]:
+        return {VALUES: (settings,), PLACES: (2, settings)}
+
+    def init(
+        self, config: ShiraConfig, settings: int, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        if config.mask_type != "random":
+            raise UnsupportedError(
+                f"mask_type={config.mask_type!r} is a function of one's own, which no config holds.",
+                hint='Use "random"; an adapter that was made with another mask loads.',
+            )
+        places = random_places(base.site, settings, config.random_seed).sort().values
+        values = torch.empty(settings).normal_(std=0.0 if config.init_weights else 1.0, generator=generator)
+        columns = base.site.shape[1]
+        return {VALUES: values, PLACES: torch.stack([places // columns, places % columns]).int()}
+
+    def lower(self, settings: int, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        row, column = tensors[PLACES].long()
+        return Patch(dense=spread(tensors[VALUES], row * base.site.shape[1] + column, *base.site.shape))
+
+
+METHOD = Shira()

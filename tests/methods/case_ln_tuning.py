@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+from tests.methods.case import Case
+
+CASES = [
+    Case("llama", "llama", "LNTuningConfig"),
+    Case("bert", "bert", "LNTuningConfig", {"target_modules": ["LayerNorm"]}, lora_targets=["query"]),
+    Case(
+        "any layer",
+        "conv",
+        "LNTuningConfig",
+        {"target_modules": ["norm", "conv2", "first", "last", "embed"]},
+        lora_targets=["first"],
+    ),
+]
