@@ -45,7 +45,7 @@ from veneer.prompts import Prompts, complete, words_of
 from veneer.saved import SavedModule
 from veneer.selection import BASE, NOTHING, Selection, Switch
 from veneer.sites import PackedSite, ParameterSite, Site
-from veneer.targets import names_match
+from veneer.targets import names_match, only_parameters
 
 
 @dataclass
@@ -130,7 +130,9 @@ class Adapters:
         self._settle(plan, checkpoint, strict)
         tensors = checkpoint.read(plan.keys)
         check_finite(tensors, checkpoint.origin)
-        adapter = Adapter(name, _known(config), checkpoint.origin, trainable=trainable, notes=list(plan.notes))
+        adapter = Adapter(
+            name, _known(config), checkpoint.origin, trainable=trainable, notes=[*checkpoint.notes, *plan.notes]
+        )
         stored = {leaf: tensors[key] for leaf, key in plan.shared.items()}
         if isinstance(config, PromptConfig):
             self._restore_prompt(adapter, config, stored, float32, trainable)
@@ -224,7 +226,8 @@ class Adapters:
         method = method_of(config)
         method.complete(config, self.catalog)
         # The layers' names take the place of "all-linear" before anything else depends on them.
-        self.catalog.spell_out(config, self.catalog.targets(config))
+        if not only_parameters(config):
+            self.catalog.spell_out(config, self.catalog.targets(config))
         parts = [part for part in method.parts(config, self.catalog) if not part.optional]
         self._check_places([site.name for part in parts for site in part.sites], roots)
         made = []

@@ -123,7 +123,7 @@ class Catalog:
             for place, parameter in enumerate(own):
                 key = name + ".base_layer" * (len(own) - 1 - place)
                 swapped = bool(getattr(module, "is_transposed", False))
-                found.append(ParameterSite(name, module, parameter, key, swapped))
+                found.append(ParameterSite(name, module, parameter, key, swapped, targeted=True))
         odd = [site for site in found if site.stored.ndim not in (2, 3)]
         if odd or (wanted and not found):
             named = [n for n, p in self.model.named_parameters() if p.ndim == 3][:3]

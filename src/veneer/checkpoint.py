@@ -25,6 +25,7 @@ class Checkpoint:
         config: its config.
         tensors: key -> dtype and shape, in the file's order.
         metadata: the safetensors header's own.
+        notes: what was done to it since.
     """
 
     origin: str
@@ -32,6 +33,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     _files: Mapping[Path, tuple[str, ...]] = field(repr=False)
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def nbytes(self) -> int:

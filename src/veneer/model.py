@@ -29,6 +29,7 @@ from veneer.errors import (
 from veneer.identity import BASE_DIGEST_KEY, base_digest
 from veneer.merging.quantized import QuantizedMerge
 from veneer.positions import prompted
+from veneer.remap import remapped
 from veneer.report import AdapterReport, LoadReport
 from veneer.source import ADAPTER_CONFIG, MODEL_CONFIG, Source, resolve
 from veneer.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
@@ -278,7 +279,7 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = True,
     ) -> AdapterReport:
         _check_is_adapter(source)
-        checkpoint = open_checkpoint(source, strict=strict, config=config)
+        checkpoint = remapped(open_checkpoint(source, strict=strict, config=config), self.adapters.catalog)
         base_check = self._check_identity(checkpoint, strict_base)
         adapter = self.adapters.load(
             name,

@@ -128,6 +128,11 @@ def target_names(
     return kept
 
 
+def only_parameters(config: TargetedConfig) -> bool:
+    """Whether ``config`` adapts parameters by name and no layer."""
+    return bool(getattr(config, "target_parameters", None)) and not config.target_modules
+
+
 def shortest(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
     """The shortest list for ``target_modules`` that means exactly ``chosen`` among ``names``."""
     wanted = list(chosen)

@@ -41,7 +41,7 @@ from veneer.sites.embedding import EmbeddingSite
 from veneer.sites.parameter import ParameterSite
 from veneer.sites.site import unsupported
 from veneer.starts import Layer, begin, is_moved, repeats
-from veneer.targets import pattern_value
+from veneer.targets import only_parameters, pattern_value
 
 if TYPE_CHECKING:
     from veneer.catalog import Catalog
@@ -80,7 +80,8 @@ class Lora(Method[LoraConfig, LoraSettings]):
         return f"{leaf}.weight" if leaf == MAGNITUDE else leaf
 
     def parts(self, config: LoraConfig, catalog: Catalog) -> list[Part]:
-        own = Part(self, [*catalog.sites(config), *catalog.parameter_sites(config.target_parameters or ())])
+        layers = [] if only_parameters(config) else catalog.sites(config)
+        own = Part(self, [*layers, *catalog.parameter_sites(config.target_parameters or ())])
         parts = with_companions(own, config, catalog)
         if config.trainable_token_indices:
             embeddings = catalog.token_sites(config.trainable_token_indices)
@@ -88,8 +89,8 @@ class Lora(Method[LoraConfig, LoraSettings]):
         return parts
 
     def settings(self, config: LoraConfig, site: Site) -> LoraSettings:
-        r = pattern_value(site.name, config.rank_pattern, config.r)
-        alpha = pattern_value(site.name, config.alpha_pattern, config.lora_alpha)
+        r = pattern_value(site.pattern_name, config.rank_pattern, config.r)
+        alpha = pattern_value(site.pattern_name, config.alpha_pattern, config.lora_alpha)
         scale = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         self._check(config, site, r)
         return LoraSettings(

@@ -17,6 +17,7 @@ class ParameterSite(Site):
         swapped: whether it lies as ``(..., in, out)``: experts that say ``is_transposed``.
         gain: multiplies every change. peft (0.21) adds its LoRA of attention's output projection twice, in training
             too, so that twice is what such an adapter was trained to mean.
+        targeted: whether a config names the parameter itself, not its layer.
     """
 
     products = False
@@ -29,14 +30,20 @@ class ParameterSite(Site):
         key: str,
         swapped: bool = False,
         gain: float = 1.0,
+        targeted: bool = False,
     ) -> None:
         super().__init__(name, module, parameter, key)
         self.swapped = swapped
         self.gain = gain
+        self.targeted = targeted
 
     @property
     def id(self) -> str:
         return f"{self.name}:{self.parameter}"
+
+    @property
+    def pattern_name(self) -> str:
+        return f"{self.name}.{self.parameter}" if self.targeted else self.name
 
     @property
     def stack(self) -> int | None:

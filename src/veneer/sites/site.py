@@ -50,6 +50,11 @@ class Site(ABC):
         """What tells this site from every other of the model: its layer's name, for all but special parameters."""
         return self.name if self.parameter == "weight" else f"{self.name}:{self.parameter}"
 
+    @property
+    def pattern_name(self) -> str:
+        """What ``rank_pattern`` and its like are matched with."""
+        return self.name
+
     # -- the parameters ------------------------------------------------------------------------------------
 
     @property
