@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from veneer.configs.hira import HiraConfig
     from veneer.configs.hra import HRAConfig
     from veneer.configs.ia3 import IA3Config
+    from veneer.configs.lily import LilyConfig
     from veneer.configs.ln_tuning import LNTuningConfig
     from veneer.configs.loha import LoHaConfig
     from veneer.configs.lokr import LoKrConfig
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from veneer.configs.miss import MissConfig
     from veneer.configs.oft import OFTConfig
     from veneer.configs.p_tuning import PromptEncoderConfig
+    from veneer.configs.poly import PolyConfig
     from veneer.configs.prefix_tuning import PrefixTuningConfig
     from veneer.configs.prompt_tuning import PromptTuningConfig
     from veneer.configs.pvera import PveraConfig
@@ -136,6 +138,10 @@ _HOMES = {
         "configs.unilora": "UniLoraConfig",
         "configs.tinylora": "TinyLoraConfig",
         "configs.cartridge": "CartridgeConfig",
+        "configs.lily": "LilyConfig",
+        "configs.poly": "PolyConfig",
+        "configs.cpt": "CPTConfig",
+        "configs.multitask_prompt_tuning": "MultitaskPromptTuningConfig",
         "configs.p_tuning": "PromptEncoderConfig",
         "configs.prefix_tuning": "PrefixTuningConfig",
         "configs.prompt_tuning": "PromptTuningConfig",
@@ -212,6 +218,7 @@ __all__ = [
     "IncompleteCheckpointError",
     "Inspection",
     "LNTuningConfig",
+    "LilyConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoadReport",
@@ -234,6 +241,7 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "PickleRefusedError",
+    "PolyConfig",
     "PrefixTuningConfig",
     "Problem",
     "PromptEncoderConfig",

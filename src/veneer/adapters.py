@@ -285,6 +285,7 @@ class Adapters:
         adapter.shared = shared
         # The adapter's own method alone has such tensors; its companions (biases ...) have none.
         config = targeted(adapter.config)
+        _tie(method_of(config), config, made)
         beside = {id(one): more for one, more in self._beside(config, method_of(config), made, shared)}
         if shared:
             self._layer(made[0].site).hold(adapter.name, shared)
@@ -722,6 +723,14 @@ def targeted(config: PeftConfig) -> TargetedConfig:
 def _parameter(tensor: Tensor, device: torch.device, float32: bool, trainable: bool) -> nn.Parameter:
     dtype = torch.float32 if float32 and tensor.is_floating_point() else tensor.dtype
     return nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=trainable)
+
+
+def _tie(method: AnyMethod, config: TargetedConfig, made: Sequence[_Made]) -> None:
+    """Let layers use another's tensor where their method shares it."""
+    own = [one for one in made if one.method is method]
+    for leaf, leaders in method.tied(config, [one.site for one in own]).items():
+        for one, leader in zip(own, leaders, strict=True):
+            one.tensors[leaf] = own[leader].tensors[leaf]
 
 
 def _frozen(more: Mapping[str, Tensor], own: Mapping[str, Tensor], device: torch.device) -> dict[str, nn.Parameter]:

@@ -74,6 +74,7 @@ def foldable(patches: Sequence[Patch]) -> bool:
         patch.dense is None
         and patch.tokens is None
         and patch.gate is None
+        and patch.route is None
         and (patch.inner is None or isinstance(patch.inner, Diagonal))
         and (patch.outer is None or isinstance(patch.outer, Diagonal))
         for patch in patches

@@ -252,8 +252,7 @@ class AdaptedLayer(nn.Module):
         def run(name: str, own_y: Any, own_x: Tensor, *own: Any, **named: Any) -> Any:
             if plain and (folded := self._row_fold(name)) is not None and folded.inner is None:
                 return folded.change(own_y, own_x)
-            wanted = self.patches_now([name])
-            wanted = [p if p.gate is None else replace(p, gate=p.gate.take(groups[name], x.shape[:-1])) for p in wanted]
+            wanted = [patch.take(groups[name], x.shape[:-1]) for patch in self.patches_now([name])]
             if whole_weight(self.site, wanted) or any(patch.inner is not None for patch in wanted):
                 return self._apply_patches(wanted, own_x, *own, **named)
             return apply(self.site, self.base_bias, lambda *_: own_y, wanted, self.training, own_x)

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from veneer.errors import MergeError
 from veneer.factors import Factor
 from veneer.positions import Gate
+from veneer.route import Route
 from veneer.sites.site import Site
 
 GATED = "An adapter that acts on some tokens only (alora_invocation_tokens) cannot be a part of a weight."
@@ -60,6 +61,7 @@ class Patch:
         tokens: vectors that replace the weight's own.
         drop: gives what stands in the patch's place for one training step, for dropout of other kinds.
         gate: the positions of the input on which it acts; all when ``None``. With one it has no merged form.
+        route: adds what depends on the input. With one it has no merged form.
     """
 
     up: Tensor | None = None
@@ -74,6 +76,7 @@ class Patch:
     tokens: Tokens | None = None
     drop: Callable[[Patch], Patch] | None = None
     gate: Gate | None = None
+    route: Route | None = None
 
     def changes(self) -> bool:
         """Whether the patch can change anything: false for a freshly made or an all-zero adapter."""
@@ -86,7 +89,8 @@ class Patch:
         )
         added = any(t is not None and bool(t.count_nonzero()) for t in (self.dense, self.shift))
         turned = any(factor is not None and factor.changes() for factor in (self.inner, self.outer))
-        return low_rank or added or turned or self.tokens is not None
+        routed = self.route is not None and self.route.changes()
+        return low_rank or added or turned or routed or self.tokens is not None
 
     @property
     def low_rank(self) -> bool:
@@ -96,7 +100,7 @@ class Patch:
     @property
     def only_adds(self) -> bool:
         """Whether it is no more than ``U V`` and ``c``, so that several are a sum."""
-        return all(part is None for part in (self.dense, self.inner, self.outer, self.tokens, self.gate))
+        return all(part is None for part in (self.dense, self.inner, self.outer, self.tokens, self.gate, self.route))
 
     @property
     def by_rows(self) -> bool:
@@ -120,6 +124,13 @@ class Patch:
         dense, shift = (None if t is None else t * weight for t in (self.dense, self.shift))
         return replace(self, scale=self.scale * weight, dense=dense, shift=shift)
 
+    def take(self, rows: Tensor, whole: torch.Size) -> Patch:
+        """The patch for some rows of a batch whose input has the leading shape ``whole``."""
+        if self.gate is None and self.route is None:
+            return self
+        gate = None if self.gate is None else self.gate.take(rows, whole)
+        return replace(self, gate=gate, route=None if self.route is None else self.route.take(rows, whole))
+
     # -- merging -------------------------------------------------------------------------------------------
 
     def changed_rows(self, rows: Tensor, start: int, stop: int) -> Tensor:
@@ -129,6 +140,7 @@ class Patch:
         """
         if self.gate is not None:
             raise MergeError(GATED, hint="Keep the adapter unmerged.")
+        assert self.route is None
         in_place = not torch.is_grad_enabled()
         if self.inner is not None:
             rows = self.inner.rows(rows)
@@ -174,6 +186,8 @@ class Patch:
         if self.dense is not None:
             dtype = torch.promote_types(y.dtype, self.dense.dtype)
             y = y + site.product(_as(x, dtype), self.dense.to(dtype))
+        if self.route is not None:
+            y = y + self.route(x, training)
         if self.outer is not None:
             y = self._outer_output(y, bias, site)
         if self.shift is not None:

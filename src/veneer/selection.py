@@ -144,3 +144,9 @@ class Switch:
 
 # Innermost first: (whose choice, the choice).
 _CALLS: ContextVar[tuple[tuple[Switch, Selection], ...] | None] = ContextVar("veneer_selection", default=None)
+
+
+def selected_tasks(length: int) -> Tensor | None:
+    """The task of each row of a batch of ``length``, as the call that is under way names them."""
+    calls = _CALLS.get()
+    return calls[0][1].tasks(length) if calls else None

@@ -71,5 +71,6 @@ NETWORKS: Mapping[str, Network] = {
     "gpt2": Network(lambda: build("gpt2"), lambda: inputs("gpt2")),
     "bert": Network(lambda: build("bert"), lambda: inputs("bert")),
     "t5": Network(lambda: build("t5"), lambda: inputs("t5")),
+    "llama with tasks": Network(lambda: build("llama"), lambda: {**inputs("llama"), "task_ids": torch.tensor([2, 0])}),
     "conv": Network(_conv_net, lambda: {"input_ids": _IDS}),
 }

@@ -19,7 +19,7 @@ import veneer
 from tests.methods.case import Case
 from tests.methods.networks import NETWORKS, Network
 from tests.models import gap
-from veneer.errors import BindError, IncompleteCheckpointError
+from veneer.errors import BindError, IncompleteCheckpointError, MergeError
 
 pytestmark = pytest.mark.oracle
 
@@ -112,6 +112,16 @@ def test_merged_is_unmerged(made: Made) -> None:
     model = made.load()
     expected = made.read(model)
     assert gap(made.read(model.merge_and_unload()), expected) < made.case.close
+
+
+def test_what_has_no_merged_form_says_so(made: Made) -> None:
+    if made.case.merges:
+        pytest.skip("it has a merged form")
+    model = made.load()
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(MergeError, match="no weight"):
+            merge()
+    assert gap(made.read(model), made.unmerged) < made.case.close
 
 
 def test_saving_what_was_loaded_changes_no_bit(made: Made, tmp_path: Path) -> None:

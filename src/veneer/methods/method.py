@@ -119,6 +119,13 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
         """
         return [shared] * len(bases)
 
+    def tied(self, config: ConfigT, sites: Sequence[Site]) -> Mapping[str, Sequence[int]]:
+        """Leaf -> for each layer, the index of the one whose tensor it uses; none are shared so by default.
+
+        A checkpoint holds them once for each layer; in memory they are one.
+        """
+        return {}
+
     def parts(self, config: ConfigT, catalog: Catalog) -> list[Part]:
         """The layers that ``config`` means, and for each the methods that serve it.
 

@@ -1,0 +1,98 @@
+"""Lily: low-rank interconnected adaptation across layers (Zhong et al. 2024, arXiv:2407.09946, section 3).
+
+    y' = y + scaling * (x A) sum_e p_e B_e        p = mean over all tokens of softmax(x A R)
+
+    A: (r, in), shared by neighbouring layers; B: (experts * r, out), shared by all layers of a target; R: (experts, r)
+
+The mean goes over every token of the call, padding included, so that a row's result depends on the rows beside it: so
+it is in peft, and so checkpoints are trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from veneer.configs.lily import LilyConfig
+from veneer.methods.method import Base
+from veneer.methods.routed import RoutedMethod
+from veneer.patch import Patch
+from veneer.sites import Site
+
+A = "lily_A.weight"
+B = "lily_B.weight"
+ROUTER = "lily_router.weight"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The route of one layer."""
+
+    a: Tensor
+    b: Tensor
+    router: Tensor
+    scaling: float
+
+    def changes(self) -> bool:
+        return self.scaling != 0 and bool(self.a.count_nonzero()) and bool(self.b.count_nonzero())
+
+    def take(self, rows: Tensor, whole: torch.Size) -> Mixture:
+        return self
+
+    def __call__(self, x: Tensor, training: bool) -> Tensor:
+        hidden = F.linear(x.to(self.a.dtype), self.a)
+        shares = F.linear(hidden, self.router).softmax(-1).flatten(0, -2).mean(0)
+        mixed = torch.einsum("e,ero->ro", shares, self.b.unflatten(0, (len(self.router), -1)))
+        return hidden @ mixed * self.scaling
+
+
+class Lily(RoutedMethod[LilyConfig, LilyConfig]):
+    """Lily."""
+
+    leaves = (A, B, ROUTER)
+
+    def settings(self, config: LilyConfig, site: Site) -> LilyConfig:
+        return config
+
+    def shapes(self, settings: LilyConfig, site: Site) -> dict[str, tuple[int, ...]]:
+        out, inner = site.shape
+        r, experts = settings.r, settings.num_B
+        return {A: (r, inner), B: (experts * r, out), ROUTER: (experts, r)}
+
+    def init(
+        self, config: LilyConfig, settings: LilyConfig, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        found = {}
+        for leaf, shape in self.shapes(settings, base.site).items():
+            bound = 0.0 if leaf == B and config.init_weights else 1 / math.sqrt(shape[1])
+            found[leaf] = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        return found
+
+    def tied(self, config: LilyConfig, sites: Sequence[Site]) -> dict[str, list[int]]:
+        groups: dict[tuple[str, tuple[int, int]], list[int]] = {}
+        leaders: dict[str, list[int]] = {A: [], B: []}
+        for index, site in enumerate(sites):
+            group = groups.setdefault((_target(config, site.name), site.shape), [])
+            group.append(index)
+            leaders[A].append(group[(len(group) - 1) // config.stride_A * config.stride_A])
+            leaders[B].append(group[0])
+        return leaders
+
+    def lower(self, settings: LilyConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        return Patch(route=Mixture(tensors[A], tensors[B], tensors[ROUTER], settings.scaling))
+
+
+METHOD = Lily()
+
+
+def _target(config: LilyConfig, name: str) -> str:
+    """Which of the config's targets a layer answers to, the longest first; an expression is one target."""
+    targets = config.target_modules
+    if isinstance(targets, str):
+        return targets
+    return max((target for target in targets or () if name.endswith(target)), key=len, default="")

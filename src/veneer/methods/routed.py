@@ -1,0 +1,26 @@
+"""A routed method: its change depends on the input, so it lowers to a route instead of a matrix."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from veneer.config import TargetedConfig
+from veneer.errors import MergeError
+from veneer.methods.method import Method
+from veneer.sites import Site
+from veneer.sites.linear import LinearSite
+
+ConfigT = TypeVar("ConfigT", bound=TargetedConfig)
+SettingsT = TypeVar("SettingsT")
+
+
+class RoutedMethod(Method[ConfigT, SettingsT]):
+    """A method on linear layers whose :meth:`lower` gives a patch with a route."""
+
+    kinds = (LinearSite,)
+
+    def check_mergeable(self, settings: SettingsT, site: Site) -> None:
+        raise MergeError(
+            f"{type(self).__name__} decides by the input what it changes, so no weight can hold it.",
+            hint="Use the adapter unmerged; merge others by name: merge_adapter([...]).",
+        )
