@@ -458,12 +458,19 @@ class Adapters:
                 holders[root] = name
         return Selection(wanted)
 
-    def rows(self, names: Iterable[str]) -> Selection:
-        """The checked selection of one adapter (or ``"__base__"``) for each row of a batch."""
-        wanted = tuple(names)
+    def rows(self, names: Iterable[str | tuple[str, int]]) -> Selection:
+        """The checked selection of one adapter (or ``"__base__"``) for each row of a batch.
+
+        ``(name, tokens)`` instead of a name stands for so many tokens of a packed sequence.
+        """
+        asked = list(names)
+        by_token = any(not isinstance(one, str) for one in asked)
+        if by_token:
+            asked = [name for name, tokens in map(_segment, asked) for _ in range(tokens)]
+        wanted = tuple(map(str, asked))
         for name in set(wanted) - {BASE}:
             self.get(name)
-        return Selection(rows=wanted)
+        return Selection(rows=wanted, by_token=by_token)
 
     def during(self, selection: Selection) -> AbstractContextManager[None]:
         """Use ``selection`` inside a ``with`` block, in this thread or task only."""
@@ -701,6 +708,16 @@ class _Made:
     settings: Any
     tensors: dict[str, nn.Parameter]
     twin: Site | None
+
+
+def _segment(value: Any) -> tuple[str, int]:
+    """A part of a packed sequence: the adapter's name and the number of its tokens."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or not isinstance(value[1], int) or value[1] < 1:
+        raise AdapterError(
+            f"adapter_names holds {value!r}, and elsewhere parts of a packed sequence.",
+            hint='Give a name for each row, or (name, tokens) for each part: [("a", 12), ("b", 7)].',
+        )
+    return value[0], value[1]
 
 
 def _is_finite(tensor: Tensor | None) -> bool:

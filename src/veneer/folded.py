@@ -126,32 +126,18 @@ def _remaining(changed: Tensor | None, bias: Tensor | None, outer: Tensor | None
     return changed - (bias.float() if outer is None else bias.float() * outer)
 
 
-class FoldedLayer:
-    """A layer's forward pass under one selection, as inference keeps it.
+class Sources:
+    """The tensors that something kept was made from.
 
     Args:
-        selected: the selection.
-        sources: the tensors that it was made from.
-        folded: the folded form; ``None`` when the patches have none.
-        base: the base layer, or what computes its output.
+        tensors: all of them.
     """
 
-    __slots__ = ("_parameters", "base", "folded", "selected", "sources", "version")
+    __slots__ = ("sources", "version")
 
-    def __init__(
-        self,
-        selected: tuple[str, ...],
-        sources: Sequence[Tensor],
-        folded: Folded | None,
-        base: Callable[[Tensor], Tensor],
-    ) -> None:
-        self.selected = selected
-        self.sources = [tensor for tensor in sources if not tensor.is_inference()]
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.sources = [tensor for tensor in tensors if not tensor.is_inference()]
         self.version = self._version()
-        self.folded = folded
-        self.base = base
-        # A plain linear layer is called without the detour through its module.
-        self._parameters: Any = base._parameters if type(base) is nn.Linear else None
 
     def _version(self) -> int:
         """A number that grows whenever one of the tensors is changed in place."""
@@ -162,21 +148,54 @@ class FoldedLayer:
         return self._version() == self.version
 
     def wants_grad(self, x: Tensor) -> bool:
-        """Whether a gradient would flow through the layer."""
-        return x.requires_grad or any(tensor.requires_grad for tensor in self.sources)
+        """Whether a gradient would flow through a layer with these tensors and the input ``x``."""
+        return torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in self.sources))
+
+
+class FoldedLayer(Sources):
+    """A layer's forward pass under one selection, as inference keeps it.
+
+    Args:
+        selected: the selection.
+        sources: the tensors that it was made from.
+        folded: the folded form; ``None`` when the patches have none.
+        base: the base layer, or what computes its output.
+    """
+
+    __slots__ = ("base", "folded", "selected")
+
+    def __init__(
+        self,
+        selected: tuple[str, ...],
+        sources: Sequence[Tensor],
+        folded: Folded | None,
+        base: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__(sources)
+        self.selected = selected
+        self.folded = folded
+        self.base = base
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output for the input ``x`` of shape ``(..., in)``."""
         folded = self.folded
         assert folded is not None
         seen = x if folded.inner is None else (x * folded.inner).to(x.dtype)
-        parameters = self._parameters
-        if parameters is None:
-            return folded.change(self.base(seen), x, own=False)
-        base: Any = self.base
-        if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
-            return folded.change(base(seen), x, own=not base._forward_hooks)
-        return folded.change(F.linear(seen, parameters["weight"], parameters["bias"]), x)
+        y, own = base_output(self.base, seen)
+        return folded.change(y, x, own)
+
+
+def base_output(base: Any, x: Tensor) -> tuple[Tensor, bool]:
+    """The output of a base layer, and whether nobody else sees it.
+
+    A plain linear layer is called without the detour through its module.
+    """
+    if type(base) is not nn.Linear:
+        return base(x), False
+    if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
+        return base(x), not base._forward_hooks
+    parameters = base._parameters
+    return F.linear(x, parameters["weight"], parameters["bias"]), True  # type: ignore[arg-type]
 
 
 def fold_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from veneer.folded import Folded, FoldedLayer, fold, fold_dtype, foldable
 from veneer.merging.arithmetic import composed, merged, merged_bias
 from veneer.methods import AnyMethod
+from veneer.mixed import MixedLayer
 from veneer.patch import Patch, apply, apply_rows, biases, for_training, whole_weight
 from veneer.selection import Selection, Switch
 from veneer.sites import Site
+from veneer.sites.site import unsupported
 
 
 class Leaf(nn.Module):
@@ -79,7 +81,8 @@ class AdaptedLayer(nn.Module):
         self.original: list[nn.Parameter | None] = []
         # What the last selection folds to; dropped when tensors are added, moved, or about to be trained.
         self._folded: FoldedLayer | None = None
-        self._row_folds: dict[str, FoldedLayer] = {}
+        # The same for the adapters of the last batch that held several.
+        self._mixed: MixedLayer | None = None
         self.training = site.module.training
 
     def __getattr__(self, name: str) -> Any:
@@ -218,7 +221,7 @@ class AdaptedLayer(nn.Module):
             kept = self._folded
             if kept is None or kept.selected != selection.names or not kept.is_current():
                 kept = self._folded = self._fold(selection.names)
-            if kept.folded is not None and not (torch.is_grad_enabled() and kept.wants_grad(x)):
+            if kept.folded is not None and not kept.wants_grad(x):
                 return kept.forward(x)
         names = self.here(selection.names)
         if names == self.merged:
@@ -228,14 +231,20 @@ class AdaptedLayer(nn.Module):
     def _fold(self, selected: tuple[str, ...]) -> FoldedLayer:
         """The folded form of a selection, which inference keeps until a tensor changes."""
         names = self.here(selected)
-        sources = [t for n in names for s in self.bound[n] for t in (*self.tensors(n, s).values(), *s.shared.values())]
-        if not names or names == self.merged or not self.site.matrix_input:
-            return FoldedLayer(selected, sources, None, self.base_layer)
-        with torch.no_grad():
-            patches = self.patches(names)
-            dtype = fold_dtype(self.base_stored.device, self.base_stored.dtype)
-            folded = fold(patches, self.base_bias, dtype) if foldable(patches) else None
-        return FoldedLayer(selected, sources, folded, self._base if self.merged else self.base_layer)
+        folded = self._folded_form(names) if names and names != self.merged else None
+        return FoldedLayer(selected, self._sources(names), folded, self._base if self.merged else self.base_layer)
+
+    @torch.no_grad()
+    def _folded_form(self, names: tuple[str, ...]) -> Folded | None:
+        if not self.site.matrix_input:
+            return None
+        patches = self.patches(names)
+        dtype = fold_dtype(self.site.device, self.site.stored.dtype)
+        return fold(patches, self.base_bias, dtype) if foldable(patches) else None
+
+    def _sources(self, names: tuple[str, ...]) -> list[Tensor]:
+        """The tensors of adapters, and those that they share with other layers."""
+        return [t for n in names for s in self.bound[n] for t in (*self.tensors(n, s).values(), *s.shared.values())]
 
     def _apply_patches(self, patches: Sequence[Patch], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if patches and whole_weight(self.site, patches):
@@ -245,31 +254,48 @@ class AdaptedLayer(nn.Module):
         return apply(self.site, self.base_bias, self._base, patches, self.training, x, *args, **kwargs)
 
     def _forward_rows(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        y = self._base(x, *args, **kwargs)
-        groups = {n: rows for n, rows in selection.groups(x.shape[0], x.device).items() if n in self.bound}
-        plain = not (self.training or args or kwargs or torch.compiler.is_compiling() or torch.is_grad_enabled())
+        if selection.packed(x):
+            return self._forward_rows(selection, x.squeeze(0), *args, **kwargs).unsqueeze(0)
+        groups = selection.groups(x.shape[0], x.device)
+        names = self.here(selection.used)
+        y, rest = None, names
+        if names and not (self.training or args or kwargs or torch.compiler.is_compiling()):
+            kept = self._mix(names)
+            if kept.together and not kept.wants_grad(x):
+                order = selection.order(kept.together, x.shape[0], x.device)
+                y = kept.forward(self._base if self.merged else self.base_layer, x, order)
+                rest = tuple(name for name in names if kept.members[name] is None)
+        if y is None:
+            y = self._base(x, *args, **kwargs)
 
         def run(name: str, own_y: Any, own_x: Tensor, *own: Any, **named: Any) -> Any:
-            if plain and (folded := self._row_fold(name)) is not None and folded.inner is None:
-                return folded.change(own_y, own_x)
-            wanted = [patch.take(groups[name], x.shape[:-1]) for patch in self.patches_now([name])]
+            wanted = [self._for_rows(patch, selection, groups[name], x) for patch in self.patches_now([name])]
             if whole_weight(self.site, wanted) or any(patch.inner is not None for patch in wanted):
                 return self._apply_patches(wanted, own_x, *own, **named)
-            return apply(self.site, self.base_bias, lambda *_: own_y, wanted, self.training, own_x)
+            return apply(self.site, self.base_bias, lambda *_, **__: own_y, wanted, self.training, own_x)
 
-        return apply_rows(y, run, groups, x, *args, **kwargs)
+        return apply_rows(y, run, {name: groups[name] for name in rest}, x, *args, **kwargs)
 
-    def _row_fold(self, name: str) -> Folded | None:
-        """The folded form of one adapter, kept beside that of the selection for batches of several."""
-        kept = self._row_folds.get(name)
-        if kept is None or not kept.is_current():
-            kept = self._row_folds[name] = self._fold((name,))
-        return kept.folded
+    def _for_rows(self, patch: Patch, selection: Selection, rows: Tensor, x: Tensor) -> Patch:
+        """A patch for some rows of ``x``."""
+        if selection.by_token and (patch.gate is not None or patch.route is not None):
+            # It looks at rows as a whole, and a packed row holds several sequences.
+            raise unsupported(self.site, "an adapter that acts by whole sequences, in a packed one,")
+        return patch.take(rows, x.shape[:-1])
+
+    def _mix(self, names: tuple[str, ...]) -> MixedLayer:
+        """The stacked form of several adapters, which inference keeps until a tensor changes or others are wanted."""
+        kept = self._mixed
+        current = kept is not None and kept.is_current()
+        if kept is None or not current or kept.names != names:
+            known = kept.members if kept is not None and current else {}
+            members = {name: known[name] if name in known else self._folded_form((name,)) for name in names}
+            kept = self._mixed = MixedLayer(names, self._sources(names), members)
+        return kept
 
     def _forget(self) -> None:
         """Drop what inference keeps: the tensors are about to change."""
-        self._folded = None
-        self._row_folds.clear()
+        self._folded = self._mixed = None
 
     # -- merging -------------------------------------------------------------------------------------------
 
@@ -327,7 +353,7 @@ class AdaptedLayer(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded": None, "_row_folds": {}}
+        return {**self.__dict__, "_folded": None, "_mixed": None}
 
     def extra_repr(self) -> str:
         """The adapters, in a model's print-out."""

@@ -35,6 +35,9 @@ from veneer.source import ADAPTER_CONFIG, MODEL_CONFIG, Source, resolve
 from veneer.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
 from veneer.wrapper import fitted_class
 
+# One name for each row of a batch, or (name, tokens) for each part of a packed sequence.
+RowNames = Sequence[str | tuple[str, int]] | None
+
 # Set on a base model whose weights are no longer those of its files.
 _CHANGED = "_veneer_weights_changed"
 
@@ -148,7 +151,7 @@ class PeftModel(nn.Module):
     def forward(
         self,
         *args: Any,
-        adapter_names: Sequence[str] | None = None,
+        adapter_names: RowNames = None,
         task_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -157,7 +160,7 @@ class PeftModel(nn.Module):
         Args:
             *args: as the base model takes them.
             adapter_names: instead of the active adapters, one name for each row of the batch; ``"__base__"`` is
-                the base model alone.
+                the base model alone. For several sequences packed into one row, ``(name, tokens)`` for each of them.
             task_ids: the task of each row, shape ``(rows,)``, for methods that keep several tasks in one adapter.
             **kwargs: as the base model takes them.
         """
@@ -176,7 +179,7 @@ class PeftModel(nn.Module):
         with self._by_row(adapter_names, task_ids), prompted(prompt if isinstance(prompt, Tensor) else None):
             return self.get_base_model().generate(*args, **kwargs)
 
-    def _by_row(self, names: Sequence[str] | None, task_ids: Tensor | None) -> AbstractContextManager[None]:
+    def _by_row(self, names: RowNames, task_ids: Tensor | None) -> AbstractContextManager[None]:
         if names is None and task_ids is None:
             return nullcontext()
         chosen = self.adapters.switch.selection if names is None else self.adapters.rows(names)

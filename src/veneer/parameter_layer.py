@@ -11,7 +11,7 @@ from veneer.layer import AdaptedLayer
 from veneer.merging.arithmetic import composed
 from veneer.patch import apply_rows
 from veneer.selection import NOTHING, Selection
-from veneer.sites.site import call_with
+from veneer.sites.site import call_with, unsupported
 
 
 class AdaptedParameter(AdaptedLayer):
@@ -47,6 +47,9 @@ class AdaptedParameter(AdaptedLayer):
             first, *_ = kwargs
             args = (kwargs.pop(first),)
         x: Tensor = args[0]
+        if selection.by_token and (selection.packed(x) or self.site.stored.ndim != 3):
+            # Attention, and whatever else sees a sequence as a whole.
+            raise unsupported(self.site, "one adapter for each token")
         with self.switch.during(NOTHING):
             y = self._through({}, *args, **kwargs)
 

@@ -81,6 +81,8 @@ class SavedModule(nn.Module):
         return self._forward_rows(selection, *args, **kwargs)
 
     def _forward_rows(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if selection.packed(x):
+            return self._forward_rows(selection, x.squeeze(0), *args, **kwargs).unsqueeze(0)
         y: Tensor = self.original_module(x, *args, **kwargs)
         for name, rows in selection.groups(x.shape[0], x.device).items():
             if name in self.copies:

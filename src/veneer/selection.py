@@ -12,12 +12,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from veneer.errors import AdapterError
+from veneer.row_order import RowOrder, row_order
 
 # The name that stands for "no adapter" in a per-row choice, as in peft.
 BASE = "__base__"
@@ -31,14 +33,34 @@ class Selection:
         names: the adapters, in the order in which they are applied to every row.
         rows: instead, one adapter's name (or ``"__base__"``) for each row of the batch.
         task_ids: the task of each row, shape ``(rows,)``, for methods that keep several tasks in one adapter.
+        by_token: whether ``rows`` are the tokens of one packed sequence, a batch of ``(1, tokens, ...)``.
     """
 
     names: tuple[str, ...] = ()
     rows: tuple[str, ...] | None = None
     task_ids: Tensor | None = field(default=None, compare=False)
+    by_token: bool = False
     _groups: dict[tuple[int, torch.device], Mapping[str, Tensor]] = field(
         default_factory=dict, repr=False, compare=False
     )
+    _orders: dict[Any, RowOrder] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def used(self) -> tuple[str, ...]:
+        """The adapters that rows name, each once."""
+        return tuple(dict.fromkeys(name for name in self.rows or () if name != BASE))
+
+    def order(self, names: tuple[str, ...], length: int, device: torch.device) -> RowOrder:
+        """How ``length`` rows are sorted by adapter, for the layers on which ``names`` are stacked."""
+        key = (names, length, device)
+        if key not in self._orders:
+            groups = self.groups(length, device)
+            self._orders[key] = row_order([groups[name] for name in names], length)
+        return self._orders[key]
+
+    def packed(self, x: Tensor) -> bool:
+        """Whether the rows of ``x`` are the tokens of a packed sequence, behind a first dimension of 1."""
+        return self.by_token and x.ndim > 1 and x.shape[0] == 1
 
     def groups(self, length: int, device: torch.device) -> Mapping[str, Tensor]:
         """Adapter's name -> the indices of its rows in a tensor whose first dimension is ``length``.
@@ -66,9 +88,10 @@ class Selection:
     def _grouped(self, length: int, device: torch.device) -> Mapping[str, Tensor]:
         rows = self.rows or ()
         if not rows or length % len(rows):
+            given, what = ("tokens", "tokens") if self.by_token else ("names", "rows")
             raise AdapterError(
-                f"adapter_names has {len(rows)} names, and the batch {length} rows.",
-                hint=f'Give one name for each row; "{BASE}" is the base model.',
+                f"adapter_names has {len(rows)} {given}, and the batch {length} {what}.",
+                hint=f'Name the adapter of each of the {what}; "{BASE}" is the base model.',
             )
         copies = length // len(rows)
         found: dict[str, list[int]] = {}

@@ -20,6 +20,7 @@ from tests.methods.case import Case
 from tests.methods.networks import NETWORKS, Network
 from tests.models import gap
 from veneer.errors import BindError, IncompleteCheckpointError, MergeError
+from veneer.layer import AdaptedLayer
 
 pytestmark = pytest.mark.oracle
 
@@ -211,6 +212,43 @@ def test_rows_of_a_batch_are_as_one_by_one(made: Made, tmp_path: Path) -> None:
             mixed = made.read(model)
         for index, name in enumerate(rows):
             assert gap(mixed[index], alone[name][index]) < made.case.close
+
+
+# Rows that name the adapters evenly, evenly and out of order, and so unevenly that they are not padded.
+ROWS = {
+    "even": ["default"] * 4 + ["other"] * 4,
+    "unordered": ["other", "__base__", "default", "other", "__base__", "default", "default", "other"],
+    "uneven": ["default", *["other"] * 7],
+    "alone": ["__base__", *["other"] * 7],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_fast_forms_are_the_plain_one(
+    made: Made, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _second(made, tmp_path, made.config(veneer))
+    model = made.load().to(dtype)
+    model.load_adapter(tmp_path, adapter_name="other")
+    batch = {key: torch.cat([value] * 4) for key, value in made.network.batch().items()}
+
+    def outputs() -> dict[str, Tensor]:
+        def run(selection: Any) -> Tensor:
+            with model.adapters.during(selection):
+                found = model(**batch)
+            return found if isinstance(found, Tensor) else found.logits
+
+        chosen = {name: model.adapters.selection(name) for name in ("default", "other")}
+        mixed = {label: model.adapters.rows(rows) for label, rows in ROWS.items()} if made.case.rows else {}
+        return {label: run(selection) for label, selection in {**chosen, **mixed}.items()}
+
+    fast = outputs()
+    for layer in model.adapters.layers.values():
+        layer._forget()
+    monkeypatch.setattr(AdaptedLayer, "_folded_form", lambda *_: None)
+    for label, plain in outputs().items():
+        assert gap(fast[label], plain) < (1e-5 if dtype is torch.float32 else 0.1), label
 
 
 def test_gradients_reach_its_tensors_and_no_other(made: Made) -> None:
