@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification,
     )
     from veneer.config import PeftConfig, PeftType, TaskType
+    from veneer.configs.adalora import AdaLoraConfig
     from veneer.configs.beft import BeftConfig
     from veneer.configs.boft import BOFTConfig
     from veneer.configs.bone import BoneConfig
@@ -119,37 +120,38 @@ _HOMES = {
             "AutoPeftModelForTokenClassification"
         ),
         "config": "PeftConfig PeftType TaskType",
+        "configs.adalora": "AdaLoraConfig",
         "configs.beft": "BeftConfig",
         "configs.boft": "BOFTConfig",
         "configs.bone": "BoneConfig",
         "configs.c3a": "C3AConfig",
+        "configs.cartridge": "CartridgeConfig",
+        "configs.cpt": "CPTConfig",
         "configs.delora": "DeloraConfig",
         "configs.fourierft": "FourierFTConfig",
         "configs.hira": "HiraConfig",
         "configs.hra": "HRAConfig",
         "configs.ia3": "IA3Config",
+        "configs.lily": "LilyConfig",
         "configs.ln_tuning": "LNTuningConfig",
         "configs.loha": "LoHaConfig",
         "configs.lokr": "LoKrConfig",
         "configs.lora": "LoraConfig",
-        "configs.pvera": "PveraConfig",
-        "configs.randlora": "RandLoraConfig",
-        "configs.vblora": "VBLoRAConfig",
-        "configs.unilora": "UniLoraConfig",
-        "configs.tinylora": "TinyLoraConfig",
-        "configs.cartridge": "CartridgeConfig",
-        "configs.lily": "LilyConfig",
-        "configs.poly": "PolyConfig",
-        "configs.cpt": "CPTConfig",
+        "configs.miss": "MissConfig",
         "configs.multitask_prompt_tuning": "MultitaskPromptTuningConfig",
+        "configs.oft": "OFTConfig",
         "configs.p_tuning": "PromptEncoderConfig",
+        "configs.poly": "PolyConfig",
         "configs.prefix_tuning": "PrefixTuningConfig",
         "configs.prompt_tuning": "PromptTuningConfig",
-        "configs.miss": "MissConfig",
-        "configs.oft": "OFTConfig",
+        "configs.pvera": "PveraConfig",
+        "configs.randlora": "RandLoraConfig",
         "configs.road": "RoadConfig",
         "configs.shira": "ShiraConfig",
+        "configs.tinylora": "TinyLoraConfig",
         "configs.trainable_tokens": "TrainableTokensConfig",
+        "configs.unilora": "UniLoraConfig",
+        "configs.vblora": "VBLoRAConfig",
         "configs.vera": "VeraConfig",
         "errors": (
             "AdapterError BaseMismatchError BaseModelError BindError ConfigError "
@@ -179,6 +181,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdaLoraConfig",
     "AdapterError",
     "AdapterReport",
     "AutoModelForCausalLM",

@@ -65,6 +65,7 @@ class Adapter:
         shared: the tensors that all of its layers use.
         stored: checkpoint key -> tensor, where what is in memory is padded and this is to be saved.
         virtual_tokens: how many it puts before the input or into the cache; none for a method that adapts layers.
+        allocation: what training has learned of an AdaLoRA's ranks.
         dtypes: checkpoint key -> dtype on disk, for tensors that are wider in memory and saved as they were.
     """
 
@@ -80,6 +81,7 @@ class Adapter:
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
     stored: dict[str, Tensor] = field(default_factory=dict)
     virtual_tokens: int = 0
+    allocation: Any = None
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
 

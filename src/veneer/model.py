@@ -28,6 +28,7 @@ from veneer.errors import (
 )
 from veneer.identity import BASE_DIGEST_KEY, base_digest
 from veneer.merging.quantized import QuantizedMerge
+from veneer.methods.rank_allocation import allocate, with_penalty
 from veneer.positions import prompted
 from veneer.remap import remapped
 from veneer.report import AdapterReport, LoadReport
@@ -48,9 +49,10 @@ class Tuner(nn.Module):
     ``peft_model.base_model.model`` is the base model, and everything else asked of a tuner is the base's.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, adapters: Adapters) -> None:
         super().__init__()
         self.model = model
+        self.adapters = adapters
         self.training = model.training
 
     def __getattr__(self, name: str) -> Any:
@@ -62,6 +64,10 @@ class Tuner(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward pass."""
         return self.model(*args, **kwargs)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """See :meth:`PeftModel.update_and_allocate`."""
+        allocate(self.adapters, global_step)
 
 
 class PeftModel(nn.Module):
@@ -98,8 +104,8 @@ class PeftModel(nn.Module):
     def __init__(self, model: nn.Module, peft_config: PeftConfig | None = None, adapter_name: str = "default") -> None:
         nn.Module.__init__(self)
         _check_base(model)
-        self._modules["base_model"] = Tuner(model)
         self.adapters = Adapters(model)
+        self._modules["base_model"] = Tuner(model, self.adapters)
         self._modules["prompt_encoder"] = self.adapters.prompts
         self.load_report: LoadReport | None = None
         self._base_digest: str | None = None
@@ -165,7 +171,17 @@ class PeftModel(nn.Module):
             **kwargs: as the base model takes them.
         """
         with self._by_row(adapter_names, task_ids):
-            return self.get_base_model()(*args, **kwargs)
+            return with_penalty(self.adapters, self.get_base_model()(*args, **kwargs))
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Take ranks away from an AdaLoRA that is being trained, as its config's schedule says.
+
+        Call it in each step after ``backward`` and before ``zero_grad``. The ranks that it takes away become zeros.
+
+        Raises:
+            AdapterError: no AdaLoRA is active and trainable.
+        """
+        allocate(self.adapters, global_step)
 
     def generate(
         self,

@@ -1,0 +1,67 @@
+"""AdaLoRA: adaptive low-rank adaptation (Zhang et al. 2023, arXiv:2303.10512, section 3).
+
+    W' = W + alpha / init_r * B diag(e) A      A: (r, in), e: ``lora_E``, (r, 1), B: (out, r)
+
+Training takes those ranks away, over all layers, that matter least (``rank_allocation.py``); a layer may be left with
+none. The scale stays that of the rank that each began with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.configs.adalora import AdaLoraConfig
+from veneer.methods.method import Base, Method
+from veneer.methods.rotation import check_groups
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.conv import ConvSite
+from veneer.sites.linear import LinearSite
+
+A, B, E = "lora_A", "lora_B", "lora_E"
+
+
+@dataclass(frozen=True)
+class AdaLoraSettings:
+    """A config's meaning for one layer."""
+
+    r: int
+    scale: float
+    dropout: float
+
+
+class AdaLora(Method[AdaLoraConfig, AdaLoraSettings]):
+    """AdaLoRA on linear layers and convolutions."""
+
+    leaves = (A, B, E)
+    kinds = (LinearSite, ConvSite)
+
+    def settings(self, config: AdaLoraConfig, site: Site) -> AdaLoraSettings:
+        check_groups(site, "AdaLoRA")
+        left = (config.rank_pattern or {}).get(f"{site.name}.{E}")
+        r = config.init_r if left is None else sum(left)
+        alpha = config.lora_alpha if config.lora_alpha > 0 else r
+        # The denominator is not quite init_r in peft, and was not in training.
+        return AdaLoraSettings(r, alpha / (config.init_r + 1e-5), config.lora_dropout)
+
+    def shapes(self, settings: AdaLoraSettings, site: Site) -> dict[str, tuple[int, ...]]:
+        (out, inner), r = site.shape, settings.r
+        return {A: (r, inner), B: (out, r), E: (r, 1)}
+
+    def init(
+        self, config: AdaLoraConfig, settings: AdaLoraSettings, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        std = 0.02 if config.init_lora_weights else 1.0
+        shapes = self.shapes(settings, base.site).items()
+        made = {leaf: torch.empty(shape).normal_(std=std, generator=generator) for leaf, shape in shapes}
+        return {**made, E: torch.zeros_like(made[E])} if config.init_lora_weights else made
+
+    def lower(self, settings: AdaLoraSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        return Patch(up=tensors[B], down=tensors[A] * tensors[E], scale=settings.scale, dropout=settings.dropout)
+
+
+METHOD = AdaLora()
