@@ -90,6 +90,7 @@ if TYPE_CHECKING:
     from veneer.merging.folder import MergeReport, merge
     from veneer.merging.quantized import QuantizedMerge
     from veneer.model import (
+        PeftMixedModel,
         PeftModel,
         PeftModelForCausalLM,
         PeftModelForFeatureExtraction,
@@ -166,7 +167,7 @@ _HOMES = {
         "merging.folder": "MergeReport merge",
         "merging.quantized": "QuantizedMerge",
         "model": (
-            "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction "
+            "PeftMixedModel PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction "
             "PeftModelForQuestionAnswering PeftModelForSeq2SeqLM "
             "PeftModelForSequenceClassification PeftModelForTokenClassification "
             "get_peft_model"
@@ -235,6 +236,7 @@ __all__ = [
     "OFTConfig",
     "PathNotFoundError",
     "PeftConfig",
+    "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",

@@ -758,8 +758,17 @@ _BY_TASK: dict[TaskType, type[PeftModel]] = {
 }
 
 
+# peft keeps a class of its own for adapters of several methods on one model; here every model takes them.
+PeftMixedModel = PeftModel
+
+
 def get_peft_model(
-    model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", *, seed: int | None = None
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    *,
+    seed: int | None = None,
 ) -> PeftModel:
     """A base model with one new adapter, ready to be trained; the base is frozen.
 
@@ -767,6 +776,7 @@ def get_peft_model(
         model: the base model; its layers are wrapped in place.
         peft_config: the adapter's method and options.
         adapter_name: its name.
+        mixed: accepted for peft's sake; adapters of other methods may join on any model.
         seed: of the random start; torch's own generator when ``None``.
 
     Raises:
