@@ -189,12 +189,17 @@ class AdaptedLayer(nn.Module):
     def base_stored(self) -> nn.Parameter:
         """The base layer's weight as stored, whatever is merged into it now."""
         weight = self.original[0] if self.original else None
-        return self.site.stored if weight is None else weight
+        found: nn.Parameter = self.site.resident(
+            self.site.stored if weight is None else weight, self.site.parameter, below=bool(self.original)
+        )
+        return found
 
     @property
     def base_bias(self) -> nn.Parameter | None:
         """The base layer's bias, whatever is merged into it now."""
-        return self.original[1] if self.original else self.site.bias
+        bias = self.original[1] if self.original else self.site.bias
+        found: nn.Parameter | None = self.site.resident(bias, "bias", below=bool(self.original))
+        return found
 
     def base_weight(self) -> Tensor:
         """The base layer's weight as a canonical matrix, whatever is merged into it now."""
@@ -322,7 +327,7 @@ class AdaptedLayer(nn.Module):
 
     def _store(self, weight: nn.Parameter | None, bias: nn.Parameter | None) -> None:
         if weight is None:
-            self.site.module.register_parameter("bias", bias)
+            self.site.store_bias(bias)
         else:
             self.site.store(weight, bias)
 

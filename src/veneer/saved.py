@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import AdapterError
+from veneer.offload import copy_resident
 from veneer.selection import Selection, Switch
 
 
@@ -58,7 +58,7 @@ class SavedModule(nn.Module):
             tensors: its values (parameter's name -> tensor), used in the wider of their own dtype and the
                 original's, so that nothing is rounded; without them it starts as the original is.
         """
-        own = copy.deepcopy(self.original_module)
+        own = copy_resident(self.original_module)
         own.requires_grad_(False)
         for name, tensor in (tensors or {}).items():
             _set(own, name, tensor)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.errors import UnsupportedError
+from veneer.offload import without_hook
 from veneer.sites.site import Site
 
 # Where a packed layer, or its weight, is defined -> who packs it. Recognised by name: nothing is imported.
@@ -120,10 +121,8 @@ def blank_copy(module: nn.Module, bias: nn.Parameter | None) -> nn.Module:
     """A copy of a layer with its settings and another bias, its weight to be set; no hook comes along."""
     own = copy.copy(module)
     state = own.__dict__
-    for name in ("forward", "_hf_hook", "_old_forward"):
-        state.pop(name, None)
     state["_parameters"] = {**module._parameters, "bias": bias}
-    return own
+    return without_hook(own)
 
 
 def dequantised_bias(site: Site) -> nn.Parameter | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from veneer import offload
 from veneer.errors import UnsupportedError
 
 
@@ -92,15 +93,27 @@ class Site(ABC):
 
     def weight(self) -> Tensor:
         """The weight as a canonical matrix, in the dtype in which the layer holds it."""
-        return self.canonical(self.stored.detach())
+        return self.canonical(self.resident(self.stored, self.parameter).detach())
+
+    def resident(self, tensor: Any, name: str, *, below: bool = False) -> Any:
+        """A parameter of the layer, its values on the device where it computes: see :func:`veneer.offload.resident`."""
+        return tensor if tensor is None else offload.resident(self.module, name, tensor, below=below)
 
     def store(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         """Put parameters (as stored) into the layer. Another layer that shares the old ones keeps them."""
-        _replace(self.module, self.parameter, weight)
-        if bias is not None:
+        if offload.offloading_hook(self.module) is not None:
+            offload.lay_over(self.module, self.parameter, weight)
+        else:
+            _replace(self.module, self.parameter, weight)
+        if bias is not None or self.bias is not None:
+            self.store_bias(bias)
+
+    def store_bias(self, bias: nn.Parameter | None) -> None:
+        """Put a bias into the layer, or take its own away."""
+        if offload.offloading_hook(self.module) is not None:
+            offload.lay_over(self.module, "bias", bias)
+        else:
             self.module.register_parameter("bias", bias)
-        elif self.bias is not None:
-            self.module.bias = None  # type: ignore[assignment]
 
     # -- applying ------------------------------------------------------------------------------------------
 
@@ -137,8 +150,12 @@ def call_with(module: nn.Module, tensors: Mapping[str, Tensor | None], *args: An
     """Call a module with other tensors in the place of its parameters, leaving the module alone.
 
     A shallow copy is called, so that threads do not see each other's tensors. A module whose ``forward`` a hook has
-    replaced is bound to itself, and takes torch's own way instead.
+    replaced is bound to itself, and takes torch's own way instead; but a hook that brings the module's weights would
+    bring them in the given ones' place, so it is left out.
     """
+    if offload.offloading_hook(module) is not None:
+        own = _copy_with(module, {**offload.own_tensors(module), **tensors})
+        return offload.without_hook(own)(*args, **kwargs)
     if "forward" in module.__dict__:
         return functional_call(module, {k: v for k, v in tensors.items() if v is not None}, args, kwargs)
     return _copy_with(module, tensors)(*args, **kwargs)
