@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from veneer import sharding
 from veneer.catalog import Catalog
 from veneer.checkpoint import Checkpoint
 from veneer.codec import SHARED_PREFIX, encode
@@ -44,6 +45,7 @@ from veneer.positions import watch
 from veneer.prompts import Prompts, complete, words_of
 from veneer.saved import SavedModule
 from veneer.selection import BASE, NOTHING, Selection, Switch
+from veneer.sharded_layer import ShardedLayer
 from veneer.sites import PackedSite, ParameterSite, Site
 from veneer.targets import names_match, only_parameters
 
@@ -213,6 +215,8 @@ class Adapters:
             self._check_places([], roots)
             words = words_of(self.model)
             encoder = prompt_of(config).new(config, words, generator)
+            if self.is_spread:
+                sharding.agree(encoder.state_dict().values())
             self._add_prompt(adapter, config, encoder.to(next(words.parameters()).device))
         else:
             self._create_layers(adapter, targeted(config), roots, generator)
@@ -231,6 +235,7 @@ class Adapters:
         if not only_parameters(config):
             self.catalog.spell_out(config, self.catalog.targets(config))
         parts = [part for part in method.parts(config, self.catalog) if not part.optional]
+        self._check_spread([site for part in parts for site in part.sites], roots)
         self._check_places([site.name for part in parts for site in part.sites], roots)
         made = []
         for part in parts:
@@ -250,6 +255,8 @@ class Adapters:
                 for leaf in one.method.leaves
                 if leaf in needed & more.keys()
             )
+        if self.is_spread:
+            sharding.agree([*(t for one in made for t in one.tensors.values()), *shared.values()])
         self._bind(adapter, made, shared)
 
     def _shared(
@@ -342,6 +349,7 @@ class Adapters:
                 raise error
             warnings.warn(error.message + " What fits is used (strict=False).", stacklevel=5)
             plan.notes += plan.problems
+        self._check_spread([b.site for b in plan.bindings], list(plan.saved))
         self._check_places([b.site.name for b in plan.bindings], list(plan.saved))
 
     def _check_saved_exist(self, config: AnyConfig) -> None:
@@ -353,6 +361,13 @@ class Adapters:
                     f"modules_to_save names {name!r}, and the model has no such module.",
                     hint=f"Its output layer is {' or '.join(self.catalog.outputs) or 'unknown'}.",
                 )
+
+    def _check_spread(self, sites: list[Site], roots: list[str]) -> None:
+        """Of a base that is spread over processes, not every layer can be adapted in every way."""
+        for site in sites:
+            sharding.check_site(site)
+        for root in roots:
+            sharding.check_copy(root, self.catalog.modules[root])
 
     def _check_places(self, sites: list[str], roots: list[str]) -> None:
         """One adapter's whole module cannot hold another's adapted layer, nor the reverse."""
@@ -376,8 +391,15 @@ class Adapters:
     def _wrapped(self, site: Site, there: AdaptedLayer | None) -> AdaptedLayer:
         if isinstance(site, PackedSite):
             return PackedLayer(site, self.switch)
+        if sharding.is_tensor_parallel(site.module):
+            return ShardedLayer(site, self.switch, there)
         kind = AdaptedParameter if isinstance(site, ParameterSite) else AdaptedLayer
         return kind(site, self.switch, there)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the base is spread over processes."""
+        return sharding.sharded_parameter(self.catalog.modules.values()) is not None
 
     def _take_off(self, site_id: str) -> None:
         """Remove a wrapper; one around it holds what it held."""
@@ -416,6 +438,8 @@ class Adapters:
             for module, leaf in self._was_trainable:
                 getattr(module, leaf).requires_grad_(False)
         self.entries[adapter.name] = adapter
+        if adapter.trainable and sharding.is_data_parallel(self.catalog.modules.values()):
+            sharding.average_gradients(self.parameters(adapter.name))
 
     # -- selecting -----------------------------------------------------------------------------------------
 
@@ -667,6 +691,8 @@ class Adapters:
                     hint="Use it unmerged; merge other adapters by name: merge_adapter([...]).",
                 )
         for layer in self.layers.values():
+            if layer.here(tuple(names)):
+                sharding.check_merge(layer.site.name, layer.site.module)
             for name in layer.here(tuple(names)):
                 for share in layer.bound[name]:
                     share.method.check_mergeable(share.settings, layer.site)

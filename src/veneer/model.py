@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer import adapter_set
+from veneer import adapter_set, sharding
 from veneer.adapters import Adapter, Adapters
 from veneer.checkpoint import Checkpoint, hold, open_checkpoint, write_checkpoint
 from veneer.config import HEADS, PeftConfig, PromptConfig, TargetedConfig, TaskType
@@ -629,7 +629,8 @@ class PeftModel(nn.Module):
             save_directory: the folder.
             safe_serialization: must be true; pickles are not written.
             selected_adapters: which; all when ``None``.
-            is_main_process: write nothing in other processes.
+            is_main_process: write nothing in other processes. Of a model that is spread over processes the first
+                writes, and all of them have to call this: they gather the tensors together.
             state_dict: take the tensors from here (as named by ``state_dict()``) where it has them.
             **kwargs: for a model without adapters, passed on to transformers.
         """
@@ -643,17 +644,19 @@ class PeftModel(nn.Module):
             )
         names = list(self.adapters.entries) if selected_adapters is None else list(selected_adapters)
         entries = [self.adapters.get(name) for name in names]
-        if is_main_process:
-            for adapter in entries:
-                self._save(adapter, Path(save_directory), state_dict or {})
-            adapter_set.write(Path(save_directory), names, self.adapters.switch.standing.names)
+        tensors = [self._tensors_to_save(adapter, state_dict or {}) for adapter in entries]
+        with sharding.one_writer(self.modules()) as first:
+            if first and is_main_process:
+                for adapter, own in zip(entries, tensors, strict=True):
+                    self._save(adapter, Path(save_directory), own)
+                adapter_set.write(Path(save_directory), names, self.adapters.switch.standing.names)
 
-    def _save(self, adapter: Adapter, folder: Path, state: dict[str, Tensor]) -> None:
+    def _save(self, adapter: Adapter, folder: Path, tensors: dict[str, Tensor]) -> None:
         digest = adapter.base_digest or self.base_digest
         write_checkpoint(
             adapter_set.place(folder, adapter.name),
             self.adapters.config_on_disk(adapter.name),
-            self._tensors_to_save(adapter, state),
+            tensors,
             {} if digest is None else {BASE_DIGEST_KEY: digest},
         )
 
@@ -664,7 +667,13 @@ class PeftModel(nn.Module):
         names = {id(tensor): name for name, tensor in self.state_dict(keep_vars=True).items()} if state else {}
 
         def value(live: Tensor) -> Tensor:
-            return state.get(names.get(id(live), ""), live).detach()
+            tensor: Tensor = sharding.whole(state.get(names.get(id(live), ""), live).detach())
+            if not tensor.numel() and live.ndim:
+                raise AdapterError(
+                    f"The tensors of adapter {adapter.name!r} are empty in this process; nothing was saved.",
+                    hint="Under ZeRO-3 or FSDP1 gather them first, and pass state_dict= with the whole tensors.",
+                )
+            return tensor
 
         found = self.adapters.named_tensors(adapter.name, value)
         return {key: tensor.to(adapter.dtypes.get(key, tensor.dtype)) for key, tensor in found}

@@ -55,12 +55,13 @@ def resident(module: nn.Module, name: str, tensor: Tensor, *, below: bool = Fals
     Args:
         module: the layer.
         name: the parameter's.
-        tensor: the parameter, which is returned unless it is on the meta device.
+        tensor: the parameter, which is returned unless it is on the meta device, or spread over processes.
         below: whether what is merged into the layer is left out.
     """
     hook = offloading_hook(module) if tensor.is_meta else None
     if hook is None:
-        return tensor
+        # Under FSDP2 or tensor parallelism all of it is gathered; every process asks at the same point.
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     values = hook.weights_map
     if below and isinstance(values, Overlay):
         values = values.below
