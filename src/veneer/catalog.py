@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +28,9 @@ class Catalog:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules: dict[str, nn.Module] = dict(model.named_modules())
+        # What was found before: adapters of one model mostly have one config.
+        self._targets: dict[tuple[Any, ...], list[str]] = {}
+        self._sites: dict[tuple[Any, ...], list[Site]] = {}
         for name, module in self.modules.items():
             if isinstance(module, (AdaptedLayer, SavedModule)):
                 raise BaseModelError(
@@ -82,7 +86,10 @@ class Catalog:
 
     def targets(self, config: TargetedConfig) -> list[str]:
         """The names that ``config`` adapts, in the model's order (``TargetError`` when there are none)."""
-        return target_names(config, self.linear, model_type=self.model_type, outputs=self.outputs)
+        key = _signature(config)
+        if key not in self._targets:
+            self._targets[key] = target_names(config, self.linear, model_type=self.model_type, outputs=self.outputs)
+        return list(self._targets[key])
 
     def saved(self, config: AnyConfig) -> list[str]:
         """The names of the modules that ``config`` saves whole."""
@@ -91,7 +98,12 @@ class Catalog:
     def sites_at(self, name: str, norms: bool = False) -> list[Site]:
         """The sites of a module; none when it cannot carry an adapter, and of a norm only where those are wanted."""
         module = self.modules[name]
-        return [NormSite(name, module)] if norms and is_norm(module) else sites_for(name, module)
+        weight = module._parameters.get("weight")
+        # A merge may have put a module or a weight of another kind there.
+        key = (name, norms, id(module), type(weight), None if weight is None else weight.dtype)
+        if key not in self._sites:
+            self._sites[key] = [NormSite(name, module)] if norms and is_norm(module) else sites_for(name, module)
+        return list(self._sites[key])
 
     def sites(self, config: TargetedConfig, norms: bool = False) -> list[Site]:
         """The sites of the layers that ``config`` adapts; ``norms`` when these can be norms too.
@@ -169,6 +181,12 @@ class Catalog:
         if config.target_modules in (None, ALL_LINEAR):
             free = [n for n in self.modules if not names_match(n, config.exclude_modules)]
             config.target_modules = shortest(chosen, free) if config.layers_to_transform is None else chosen
+
+
+def _signature(config: TargetedConfig) -> tuple[Any, ...]:
+    """What of a config says which modules it adapts."""
+    names = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save")
+    return tuple(repr(getattr(config, name, None)) for name in (*names, "layers_to_transform", "layers_pattern"))
 
 
 def _means_one(ending: str, names: Iterable[str]) -> bool:

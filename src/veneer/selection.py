@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ class Selection:
     )
     _orders: dict[Any, RowOrder] = field(default_factory=dict, repr=False, compare=False)
 
-    @cached_property
+    @property
     def used(self) -> tuple[str, ...]:
         """The adapters that rows name, each once."""
         return tuple(dict.fromkeys(name for name in self.rows or () if name != BASE))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -98,12 +99,14 @@ class PackedSite(Site):
 def packer(module: nn.Module) -> str | None:
     """Who packed a layer's weight; ``None`` for one that is not packed."""
     weight = module._parameters.get("weight")
-    for kind in (*type(module).__mro__, *(() if weight is None else type(weight).__mro__)):
-        origin = kind.__module__
-        for place, library in _LIBRARIES.items():
-            if origin == place or origin.startswith(place + "."):
-                return library
-    return None
+    kinds = (*type(module).__mro__, *(() if weight is None else type(weight).__mro__))
+    return next((library for kind in kinds if (library := _library(kind.__module__)) is not None), None)
+
+
+@cache
+def _library(origin: str) -> str | None:
+    """Which of the libraries that pack weights a Python module belongs to."""
+    return next((lib for place, lib in _LIBRARIES.items() if origin == place or origin.startswith(place + ".")), None)
 
 
 def refusal(module: nn.Module) -> str | None:

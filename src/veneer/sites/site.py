@@ -178,7 +178,7 @@ def _copy_with(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Mo
 
 def _find(module: nn.Module, parameter: str) -> Any:
     owner, _, leaf = parameter.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf)
+    return getattr(module.get_submodule(owner) if owner else module, leaf)
 
 
 def _replace(module: nn.Module, parameter: str, value: nn.Parameter) -> None:
