@@ -431,7 +431,20 @@ class Adapters:
         parent, _, child = name.rpartition(".")
         self.catalog.modules[parent]._modules[child] = module
 
+    def _note_ties(self, adapter: Adapter) -> None:
+        """Tell of an adapter that changes one of two layers that share a weight, and not the other."""
+        inputs, outputs = self.catalog.inputs, self.catalog.outputs
+        pairs = [(a, b) for a in inputs for b in outputs if a != b and self.catalog.are_tied(a, b)]
+        touched = {*(self.layers[site].site.name for site in adapter.layers), *adapter.saved}
+        for one, other in [*pairs, *((b, a) for a, b in pairs)]:
+            if one in touched and other not in touched:
+                adapter.notes.append(
+                    f"{one} is changed and {other}, which shares its weight in the base, is not; merged, each has its "
+                    "own."
+                )
+
     def _added(self, adapter: Adapter) -> None:
+        self._note_ties(adapter)
         method = self._kind(adapter.config)
         if isinstance(method, Method) and method.invocation(adapter.config) and not self._watching:
             self._watching = watch(self.model)
@@ -808,12 +821,19 @@ def check_finite(tensors: dict[str, Tensor], origin: str) -> None:
 
 
 def _untie(model: nn.Module) -> None:
-    """Say in the config when a merge has made the tied embeddings differ, so that saving keeps both."""
+    """Tie embeddings again that a merge has changed alike; else say in the config that they differ.
+
+    So a saved model keeps both, or the one that both are.
+    """
     config: Any = getattr(model, "config", None)
     ends = [getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output")]
     if config is None or not getattr(config, "tie_word_embeddings", False) or None in ends:
         return
-    layers = [end() for end in ends if end is not None]
-    weights = [getattr(layer, "weight", None) for layer in layers]
-    if all(isinstance(w, Tensor) for w in weights) and weights[0] is not weights[1]:
+    layers: list[Any] = [end() for end in ends if end is not None]
+    weights: list[Any] = [getattr(layer, "weight", None) for layer in layers]
+    if not all(isinstance(w, Tensor) for w in weights) or weights[0] is weights[1]:
+        return
+    if torch.equal(*weights):
+        layers[1].weight = weights[0]
+    else:
         config.tie_word_embeddings = False

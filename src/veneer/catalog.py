@@ -80,6 +80,11 @@ class Catalog:
         """The output embedding."""
         return self._end("output")
 
+    def are_tied(self, one: str, other: str) -> bool:
+        """Whether two modules of the base share their weight."""
+        weight = self.modules[one]._parameters.get("weight")
+        return weight is not None and weight is self.modules[other]._parameters.get("weight")
+
     def is_end(self, name: str) -> bool:
         """Whether a module is the model's input or output embedding."""
         return name in self.inputs or name in self.outputs

@@ -43,6 +43,7 @@ from veneer.source import (
     resolve,
     weight_files,
 )
+from veneer.vocabulary import resized
 
 # task -> the transformers class that builds it when the base's own class is for another task.
 TASK_CLASSES = {
@@ -360,6 +361,7 @@ def _build(
         # Left packed it would need kernels that few machines have, and could not be merged.
         if hasattr(transformers, "GgufConfig"):
             arguments.setdefault("quantization_config", transformers.GgufConfig(dequantize=True))
+    vocabulary = resized(checkpoints, source, config, str(wanted) if wanted else None) if gguf is None else None
     labels = labels_of(checkpoints)
     if labels is not None and "num_labels" not in arguments:
         arguments["num_labels"] = labels
@@ -376,6 +378,12 @@ def _build(
             ) from error
     model.name_or_path = model.config._name_or_path = _origin(source)
     model.eval()
+    if vocabulary is not None:
+        before = model.get_input_embeddings().weight.shape[0]
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+        report.warnings.append(
+            f"The base's vocabulary was resized from {before} to {vocabulary} tokens, as the adapter's."
+        )
     brought = {k.removeprefix(PREFIX).removeprefix(SHARED_PREFIX) for c in checkpoints for k in c.tensors}
     fresh = sorted(set(info["missing_keys"]) - brought)
     if fresh:

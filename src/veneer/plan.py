@@ -23,6 +23,10 @@ from veneer.targets import under
 # How many problems an error's text spells out; the error object holds them all.
 SHOWN = 4
 
+# peft writes these beside the others when it saves embeddings of its own accord: a module's copy under its name in
+# memory, the base's module under it, and the base's weight under trained tokens.
+_SPARE = (".modules_to_save.", ".original_module.", ".token_adapter.base_layer.")
+
 
 class HasShape(Protocol):
     """What the plan needs of a tensor: a header's entry has it, and so has the tensor itself."""
@@ -98,6 +102,7 @@ def make_plan(config: AnyConfig, method: Planned, tensors: Mapping[str, HasShape
     parts = _parts(plan, config, method, catalog)
     leaves = leaves_of(parts)
     held: dict[tuple[str, str], dict[str, str]] = {}
+    spare: list[str] = []
     empty: list[str] = []
     for key in tensors:
         slot = decode(key, [*leaves, *method.empty], method.prefix)
@@ -108,12 +113,16 @@ def make_plan(config: AnyConfig, method: Planned, tensors: Mapping[str, HasShape
             plan.problems.append(f"{key}: not in the PEFT dialect (it would begin with {method.prefix})")
         elif slot.leaf in method.empty:
             empty.append(key)
+        elif any(infix in key for infix in _SPARE):
+            spare.append(key)
         elif slot.leaf in leaves and not under(slot.module, saved):
             held.setdefault((slot.module, next(iter(leaves[slot.leaf].method.leaves))), {})[slot.leaf] = key
         else:
             _plan_saved(plan, key, slot, tensors[key], saved, catalog)
     if empty:
         plan.notes.append(f"{len(empty)} tensors that say nothing are left out (first: {min(empty)}).")
+    if spare:
+        plan.notes.append(f"{len(spare)} tensors repeat others or the base (first: {min(spare)}); they are not needed.")
     for part in parts:
         _plan_part(plan, part, held, config, tensors, catalog)
     _check_shared(plan, config, method, tensors)
@@ -240,7 +249,9 @@ def _plan_saved(plan: Plan, key: str, slot: Slot, tensor: HasShape, saved: list[
     if have is None:
         plan.problems.append(f"{key}: {root} has no parameter {name}")
     elif tuple(have.shape) != tuple(tensor.shape):
-        plan.problems.append(f"{key}: is {tuple(tensor.shape)}, and the model's is {tuple(have.shape)}")
+        rows = tensor.shape[0] if catalog.is_end(root) else 0
+        mend = f" (resize the base first: resize_token_embeddings({rows}))" if rows else ""
+        plan.problems.append(f"{key}: is {tuple(tensor.shape)}, and the model's is {tuple(have.shape)}{mend}")
     else:
         plan.saved.setdefault(root, {})[name] = key
 

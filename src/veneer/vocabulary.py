@@ -1,0 +1,88 @@
+"""A vocabulary that was resized before training: found from the headers, before anything large is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from veneer.checkpoint import Checkpoint
+from veneer.codec import PREFIX
+from veneer.config import TaskType
+from veneer.errors import BaseModelError
+from veneer.source import Source, read_header, weight_files
+
+INPUT, OUTPUT = "input embedding", "output layer"
+_ENDS = {
+    **dict.fromkeys(("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings"), INPUT),
+    **dict.fromkeys(("lm_head", "embed_out"), OUTPUT),
+}
+# leaf -> the dimension of its tensor that counts tokens; the first two hold every token's vector
+_WHOLE = ("base_layer.weight", "weight")
+_LEAVES = {**dict.fromkeys(_WHOLE, 0), "lora_embedding_A": 1, "lora_B.weight": 0}
+
+
+def resized(checkpoints: Sequence[Checkpoint], base: Source, config: Mapping[str, Any], task: str | None) -> int | None:
+    """The vocabulary that the base must be given for these adapters; ``None`` when its own is right.
+
+    Args:
+        checkpoints: the adapters.
+        base: the base's files.
+        config: its config.
+        task: what it is loaded for.
+
+    Raises:
+        BaseModelError: it would have to be resized, and the adapters do not bring what the new rows hold.
+    """
+    own = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    if not isinstance(own, int):
+        return None
+    found = [_wanted(checkpoint, own) for checkpoint in checkpoints]
+    sizes = {size for size, _ in found if size is not None}
+    if not sizes - {own}:
+        return None
+    brought = set.intersection(*(rows for size, rows in found if size is not None))
+    missing = [end for end in _needed(base, task) if end not in brought]
+    if len(sizes) > 1 or missing:
+        size = max(sizes)
+        what = f"no rows for the {' and the '.join(missing)}" if missing else f"vocabularies of {sorted(sizes)}"
+        raise BaseModelError(
+            f"The adapter was trained on a vocabulary of {size} tokens, the base {base.origin} has {own}, and the "
+            f"adapter brings {what}.",
+            hint=f"Resize the base as before training (resize_token_embeddings({size})) and pass it as base=...; "
+            "an adapter saved with save_embedding_layers=True, or with its embeddings in modules_to_save, needs none.",
+        )
+    return sizes.pop()
+
+
+def _wanted(checkpoint: Checkpoint, own: int) -> tuple[int | None, set[str]]:
+    """The vocabulary that an adapter's tensors have, and the ends for which it brings every new token's vector."""
+    sizes: set[int] = set()
+    brought: set[str] = set()
+    for key, info in checkpoint.tensors.items():
+        name = key.removeprefix(PREFIX)
+        for leaf, dimension in _LEAVES.items():
+            module = name.removesuffix("." + leaf)
+            end = _ENDS.get(module.rpartition(".")[2]) if module != name else None
+            if end is not None and len(info.shape) == 2 and not (leaf == "lora_B.weight" and end == INPUT):
+                sizes.add(info.shape[dimension])
+                brought |= {end} if leaf in _WHOLE else set()
+    tokens = _tokens(checkpoint)
+    if any(token >= own for token in tokens):
+        sizes.add(max(tokens) + 1)
+        brought |= {INPUT} if tokens.issuperset(range(own, max(tokens) + 1)) else set()
+    return (max(sizes) if sizes else None), brought
+
+
+def _tokens(checkpoint: Checkpoint) -> set[int]:
+    wanted: Any = getattr(checkpoint.config, "trainable_token_indices", None) or ()
+    lists: Iterable[Iterable[int]] = wanted.values() if isinstance(wanted, Mapping) else [wanted]
+    return {token for tokens in lists for token in tokens}
+
+
+def _needed(base: Source, task: str | None) -> list[str]:
+    """The ends that have vectors of their own in the model that is loaded."""
+    if task not in (None, TaskType.CAUSAL_LM.value, TaskType.SEQ_2_SEQ_LM.value):
+        return [INPUT]
+    names = [name for file in weight_files(base, "model") for name in read_header(file).tensors]
+    untied = any(name.endswith(".weight") and _ENDS.get(name.split(".")[-2]) == OUTPUT for name in names if "." in name)
+    return [INPUT, OUTPUT] if untied else [INPUT]
