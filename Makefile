@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs adapters clean
+.PHONY: help demo test lint format bench docs methods adapters clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,9 @@ bench: $(VENV)/.dev  ## Measure Veneer beside peft (an hour; ARGS=--quick for a 
 
 docs: $(VENV)/.dev  ## Run every example in the documentation and check its links
 	$(BIN)/python -m pytest tests/test_docs.py $(ARGS)
+
+methods: $(VENV)/.dev  ## Write docs/methods.md from the methods' own files
+	$(BIN)/python -m tests.methods.document
 
 adapters: $(VENV)/.dev  ## Train the demo's adapters again from their recipe
 	$(BIN)/python -m veneer.demo.train $(ARGS)

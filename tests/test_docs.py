@@ -73,7 +73,7 @@ def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_python_runs(page: Path, here: Path) -> None:
     namespace: dict[str, Any] = {"__name__": "docs"}
     for text in blocks(page, "python"):
-        exec(compile(text, f"{title(page)}: {text.splitlines()[0]}", "exec"), namespace)
+        exec(compile(text, f"{title(page)}: {text.splitlines()[0]}", "exec", dont_inherit=True), namespace)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "console")], ids=title)
@@ -105,3 +105,9 @@ def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as they are commonly made: lower case, words joined by hyphens."""
     headings = HEADING.findall(page.read_text())
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_the_page_of_methods_is_current() -> None:
+    from tests.methods import document
+
+    assert document.PAGE.read_text(encoding="utf-8") == document.page(), "run `make methods` and commit the page"

@@ -18,6 +18,7 @@ from veneer.methods.method import Base, Method
 from veneer.patch import Patch
 from veneer.sites import Site
 from veneer.sites.conv import ConvSite
+from veneer.sites.linear import LinearSite
 from veneer.targets import names_match
 
 SCALE = "ia3_l"
@@ -34,6 +35,7 @@ class IA3(Method[IA3Config, IA3Settings]):
     """(IA)3 on linear layers and convolutions."""
 
     leaves = (SCALE,)
+    kinds = (LinearSite, ConvSite)
 
     def settings(self, config: IA3Config, site: Site) -> IA3Settings:
         return IA3Settings(names_match(site.name, config.feedforward_modules))

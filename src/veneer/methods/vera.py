@@ -18,6 +18,7 @@ from veneer.configs.vera import VeraConfig
 from veneer.methods.method import Base, Method
 from veneer.patch import Patch
 from veneer.sites import Site
+from veneer.sites.linear import LinearSite
 
 D = "vera_lambda_d"
 B = "vera_lambda_b"
@@ -29,6 +30,7 @@ class Vera(Method[VeraConfig, VeraConfig]):
     """VeRA on layers with a matrix."""
 
     leaves = (B, D)
+    kinds = (LinearSite,)
     shared = (SHARED_A, SHARED_B)
 
     def settings(self, config: VeraConfig, site: Site) -> VeraConfig:
