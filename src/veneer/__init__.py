@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from veneer.configs.bone import BoneConfig
     from veneer.configs.c3a import C3AConfig
     from veneer.configs.cartridge import CartridgeConfig
+    from veneer.configs.cpt import CPTConfig
     from veneer.configs.delora import DeloraConfig
     from veneer.configs.fourierft import FourierFTConfig
     from veneer.configs.hira import HiraConfig
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from veneer.configs.lokr import LoKrConfig
     from veneer.configs.lora import LoraConfig
     from veneer.configs.miss import MissConfig
+    from veneer.configs.multitask_prompt_tuning import MultitaskPromptTuningConfig
     from veneer.configs.oft import OFTConfig
     from veneer.configs.p_tuning import PromptEncoderConfig
     from veneer.configs.poly import PolyConfig
@@ -141,18 +143,18 @@ _HOMES = {
         "configs.miss": "MissConfig",
         "configs.multitask_prompt_tuning": "MultitaskPromptTuningConfig",
         "configs.oft": "OFTConfig",
+        "configs.pvera": "PveraConfig",
+        "configs.randlora": "RandLoraConfig",
+        "configs.vblora": "VBLoRAConfig",
+        "configs.unilora": "UniLoraConfig",
+        "configs.tinylora": "TinyLoraConfig",
         "configs.p_tuning": "PromptEncoderConfig",
         "configs.poly": "PolyConfig",
         "configs.prefix_tuning": "PrefixTuningConfig",
         "configs.prompt_tuning": "PromptTuningConfig",
-        "configs.pvera": "PveraConfig",
-        "configs.randlora": "RandLoraConfig",
         "configs.road": "RoadConfig",
         "configs.shira": "ShiraConfig",
-        "configs.tinylora": "TinyLoraConfig",
         "configs.trainable_tokens": "TrainableTokensConfig",
-        "configs.unilora": "UniLoraConfig",
-        "configs.vblora": "VBLoRAConfig",
         "configs.vera": "VeraConfig",
         "errors": (
             "AdapterError BaseMismatchError BaseModelError BindError ConfigError "
@@ -208,6 +210,7 @@ __all__ = [
     "BindError",
     "BoneConfig",
     "C3AConfig",
+    "CPTConfig",
     "CartridgeConfig",
     "ConfigError",
     "CordaConfig",
@@ -231,6 +234,7 @@ __all__ = [
     "MergeError",
     "MergeReport",
     "MissConfig",
+    "MultitaskPromptTuningConfig",
     "NonFiniteError",
     "NotACheckpointError",
     "OFTConfig",

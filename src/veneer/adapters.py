@@ -700,8 +700,9 @@ class Adapters:
         """Raise ``MergeError``, before anything is merged, when one of ``names`` cannot be."""
         for name in names:
             if name in self.prompts:
+                entry = self.entries[name]
                 raise MergeError(
-                    f"{name!r} is a prompt ({self.entries[name].config.peft_type}): it changes the input or the cache, "
+                    f"{entry.origin or name} is a prompt ({entry.config.peft_type}): it changes input or cache, "
                     "and no weight could hold it.",
                     hint="Use it unmerged; merge other adapters by name: merge_adapter([...]).",
                 )

@@ -49,6 +49,7 @@ _Types = type | tuple[type, ...]
 _ADAPTER_TYPES: Mapping[str, _Types] = {
     **dict.fromkeys(("peft_type", "base_model_name_or_path", "revision", "task_type"), str),
     "lora_alpha": (int, float),
+    "num_virtual_tokens": int,
     "target_modules": (str, list),
     "modules_to_save": list,
 }
@@ -107,6 +108,7 @@ class AdapterFacts:
         modules_to_save: modules that it brings whole.
         layers: how many layers it adapts.
         weights: its tensors; ``None`` when they cannot be read.
+        virtual_tokens: how many a prompt puts before the input or into the cache.
     """
 
     peft_type: str | None
@@ -121,6 +123,7 @@ class AdapterFacts:
     modules_to_save: list[str] | None
     layers: int
     weights: Weights | None
+    virtual_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -289,6 +292,7 @@ def _adapter(source: Source, problems: list[Problem]) -> AdapterFacts:
         modules_to_save=values.get("modules_to_save"),
         layers=sum(ranks.values()),
         weights=weights,
+        virtual_tokens=values.get("num_virtual_tokens"),
     )
 
 

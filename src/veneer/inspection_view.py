@@ -62,6 +62,8 @@ def _adapter(facts: AdapterFacts) -> Iterable[tuple[str, str]]:
         yield "targets", targets if isinstance(targets, str) else ", ".join(targets)
     if facts.modules_to_save:
         yield "whole modules", ", ".join(facts.modules_to_save)
+    if facts.virtual_tokens:
+        yield "virtual tokens", str(facts.virtual_tokens)
     if facts.layers:
         yield "layers", f"{facts.layers} adapted"
     yield "weights", _weights(facts.weights)

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +26,8 @@ from torch.nn import functional as F
 
 from veneer.config import PromptConfig
 from veneer.errors import AdapterError, BindError, UnsupportedError
-from veneer.methods.prompt import AnyPrompt, PromptEncoder
+from veneer.methods.prompt import IGNORED, AnyPrompt, PromptEncoder
 from veneer.selection import Switch
-
-# Of a token's label: no loss is taken there.
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -199,6 +197,7 @@ class Prompts(nn.Module):
         with contextlib.suppress(UnsupportedError):
             places.append((_taker(model), self._fill))
         self._hooks = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in places]
+        self._hooks.append(front.register_forward_hook(self._finish))
 
     # -- the hooks -----------------------------------------------------------------------------------------
 
@@ -219,9 +218,33 @@ class Prompts(nn.Module):
             call["input_ids"] = None
             values = self._values(False, rows, mask.shape[1]).to(call["inputs_embeds"])
             call["inputs_embeds"] = torch.cat([values, call["inputs_embeds"]], dim=1)
+            types, labels = call.pop("input_type_mask", None), call.get("labels")
             _lengthen(call, new, mask)
+            self._weigh(call, labels, types)
         _fit(module, call, mask, seen, new, "attention_mask")
         return (), call
+
+    def _weigh(self, call: dict[str, Any], labels: Tensor | None, types: Tensor | None) -> None:
+        """Where a prompt has a loss of its own, keep what it takes for :meth:`_finish`."""
+        names = self._active(fills_cache=False)
+        name = names[0]
+        found = None if labels is None else self.methods[name].counted(self.configs[name], labels, types)
+        if found is None:
+            return
+        if self.switch.selection.rows is not None:
+            raise AdapterError(
+                f"{name!r} has a loss of its own, which is not defined for rows under several adapters.",
+                hint="Train it with set_adapter(...).",
+            )
+        call["labels"] = found[0]
+        _WEIGHED.set(found)
+
+    def _finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Put a prompt's own loss in the place of the model's."""
+        found = _WEIGHED.get()
+        if found is not None and self._active(fills_cache=False):
+            _WEIGHED.set(None)
+            output.loss = weighted_loss(output.logits, *found)
 
     def _cross(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Lengthen the mask with which a decoder sees an encoder whose input was lengthened."""
@@ -325,6 +348,23 @@ class Prompts(nn.Module):
         return total
 
 
+# Labels and weights of the call that is under way, for a prompt with a loss of its own.
+_WEIGHED: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("veneer_weighed", default=None)
+
+
+def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """The mean over all labels of the next token's cross-entropy, each times its weight; computed in float32.
+
+    Args:
+        logits: shape ``(rows, tokens, vocabulary)``.
+        labels: shape ``(rows, tokens)``; ``-100`` is none.
+        weights: of the labels, the same shape.
+    """
+    wanted, share = labels[:, 1:].to(logits.device), weights[:, 1:].to(logits.device)
+    losses = F.cross_entropy(logits[:, :-1].float().mT, wanted, reduction="none", ignore_index=IGNORED)
+    return (losses * share).sum() / (wanted != IGNORED).sum()
+
+
 def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """A call's arguments by name."""
     return {**dict(zip(_names(module), args, strict=False)), **kwargs}
@@ -360,7 +400,7 @@ def _check_no_checkpointing(module: nn.Module) -> None:
     if module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
         raise AdapterError(
             "Gradient checkpointing drops the cache, and with it the prefix.",
-            hint="Turn it off: model.gradient_checkpointing_disable().",
+            hint="Turn it off: model.activation_checkpointing_disable().",
         )
 
 

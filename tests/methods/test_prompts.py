@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import veneer
+from tests.adapters import saved_base
 from tests.methods.prompt import PromptCase
 from tests.models import CASES, VOCAB, build, gap, inputs, logits
-from veneer.errors import AdapterError, BindError, MergeError
+from veneer.errors import AdapterError, BindError, ConfigError, MergeError, UnsupportedError
 
 pytestmark = pytest.mark.oracle
 
@@ -298,3 +299,82 @@ def test_a_wrong_shape_and_a_missing_tensor_are_named(made: Made, tmp_path: Path
 def test_in_bfloat16(made: Made) -> None:
     model = veneer.PeftModel.from_pretrained(made.bare().bfloat16(), made.folder)
     assert gap(made.read(model), made.output) < 0.2
+
+
+def test_on_disk_it_is_seen_and_not_merged(tmp_path: Path) -> None:
+    base = saved_base(tmp_path / "base")
+    config = veneer.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = veneer.get_peft_model(build("llama"), config, seed=1)
+    model.save_pretrained(tmp_path / "prompt")
+    found = veneer.inspect(tmp_path / "prompt").adapter
+    assert found is not None
+    assert found.virtual_tokens == 4
+    with pytest.raises(MergeError, match="is a prompt"):
+        veneer.merge(tmp_path / "prompt", base, out=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_call_that_a_prompt_cannot_serve_is_refused() -> None:
+    tokens = inputs("llama")
+    model: Any = veneer.get_peft_model(
+        build("llama"), veneer.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), seed=1
+    )
+    with pytest.raises(UnsupportedError, match="4 dimensions"):
+        model(input_ids=tokens["input_ids"], attention_mask=torch.ones(2, 1, 7, 7, dtype=torch.bool))
+    quietly(model.gradient_checkpointing_enable)
+    with pytest.raises(AdapterError, match="checkpointing"):
+        model.train()(**tokens)
+    multi = veneer.MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_tasks=2)
+    model = veneer.get_peft_model(build("llama"), multi, seed=1)
+    with pytest.raises(AdapterError, match="nothing of tasks"):
+        model(**tokens)
+    with pytest.raises(AdapterError, match="not there"):
+        model(**tokens, task_ids=torch.tensor([0, 2]))
+    with pytest.raises(AdapterError, match="2 rows"):
+        model(**tokens, task_ids=torch.tensor([0, 1, 0]))
+    with pytest.raises(UnsupportedError, match="transformers"):
+        veneer.get_peft_model(nn.Linear(2, 2), veneer.PromptTuningConfig(num_virtual_tokens=4))
+    with pytest.raises(BindError, match="token_dim"):
+        veneer.get_peft_model(build("llama"), veneer.PromptTuningConfig(num_virtual_tokens=4, token_dim=64))
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "said"),
+    [
+        ("PromptTuningConfig", {}, "num_virtual_tokens"),
+        ("PromptTuningConfig", {"num_virtual_tokens": 2, "prompt_tuning_init": "MORE"}, "prompt_tuning_init"),
+        ("PromptTuningConfig", {"num_virtual_tokens": 2, "prompt_tuning_init": "TEXT"}, "no text"),
+        ("PromptEncoderConfig", {"num_virtual_tokens": 2, "encoder_reparameterization_type": "CNN"}, "CNN"),
+        ("PrefixTuningConfig", {"num_virtual_tokens": 2, "init_weights": "one"}, "init_weights"),
+        ("CartridgeConfig", {"num_virtual_tokens": 2, "num_frozen_tokens": 3}, "num_frozen_tokens"),
+        ("CPTConfig", {"task_type": "SEQ_CLS"}, "CAUSAL_LM"),
+        ("CPTConfig", {"task_type": "CAUSAL_LM", "cpt_token_ids": [1, 2], "cpt_mask": [1]}, "length"),
+        (
+            "MultitaskPromptTuningConfig",
+            {"num_virtual_tokens": 2, "prompt_tuning_init": "EXACT_SOURCE_TASK"},
+            "no source",
+        ),
+    ],
+)
+def test_a_config_that_means_nothing_is_refused(config: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        getattr(veneer, config)(**options)
+
+
+@pytest.mark.parametrize(("init", "expected"), [("AVERAGE_SOURCE_TASKS", 0.5), ("EXACT_SOURCE_TASK", 1.0)])
+def test_a_task_begins_from_those_of_a_source(init: str, expected: float, tmp_path: Path) -> None:
+    sizes = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 2, "num_ranks": 1}
+    source = veneer.get_peft_model(build("llama"), veneer.MultitaskPromptTuningConfig(num_tasks=2, **sizes), seed=1)
+    with torch.no_grad():
+        for parameter in source.adapters.parameters("default"):
+            parameter.copy_(torch.arange(len(parameter)).view(-1, *[1] * (parameter.ndim - 1)).expand_as(parameter))
+    source.save_pretrained(tmp_path)
+    config = veneer.MultitaskPromptTuningConfig(
+        prompt_tuning_init=init,
+        prompt_tuning_init_state_dict_path=str(tmp_path / WEIGHTS),
+        prompt_tuning_init_task=1,
+        **sizes,
+    )
+    found = veneer.get_peft_model(build("llama"), config).get_adapter_state_dict()
+    assert torch.equal(found["prefix_task_cols"], torch.full((1, 2, 1), expected))
+    assert torch.equal(found["prompt_embeddings"], torch.tensor([[0.0], [1.0]]).expand(2, 32))

@@ -163,9 +163,7 @@ def collect(adapters: Sequence[Adapter], model: nn.Module, read: Read, strict: b
             changes.roots.append(root)
             changes.saved.update(_saved(checkpoint, root, bound.saved[root].original_module))
     bound.selection(list(changes.weights))
-    for layer in bound.layers.values():
-        for share in (share for shares in layer.bound.values() for share in shares):
-            share.method.check_mergeable(share.settings, layer.site)
+    bound.check_mergeable(list(changes.weights))
     changes.layers = dict(bound.layers)
     bound.unload()
     return changes

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 ConfigT = TypeVar("ConfigT", bound=PromptConfig)
 
 PROMPT = "prompt_embeddings"
+# Of a token's label: no loss is taken there.
+IGNORED = -100
 
 
 class PromptEncoder(nn.Module, ABC):
@@ -120,6 +122,16 @@ class PromptMethod(ABC, Generic[ConfigT]):
             words: the model's input embedding.
             generator: of the random start.
         """
+
+    def counted(self, config: ConfigT, labels: Tensor, types: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Labels of all tokens, virtual ones included, and the weight of each; ``None`` leaves the loss to the model.
+
+        Args:
+            config: the config.
+            labels: of the input's tokens, shape ``(rows, tokens)``.
+            types: the call's ``input_type_mask``, of the same shape.
+        """
+        return None
 
     def restored(self, config: ConfigT, tensors: Mapping[str, nn.Parameter]) -> PromptEncoder:
         """The prompt of a checkpoint's tensors, used as they are."""
