@@ -15,6 +15,8 @@ from veneer.patch import Patch, biases
 
 # Rows of a weight that are worked on at a time: 512 x 4096 float32 values are 8 MB, about a core's cache.
 BLOCK = 512
+# The same as a number of values, for blocks that are written over and over: they stay in the cache.
+VALUES = 1 << 20
 
 
 @torch.no_grad()
@@ -38,11 +40,19 @@ def merged(weight: Tensor, patches: Sequence[Patch]) -> Tensor:
 
 
 def _merge_into(result: Tensor, weight: Tensor, patches: Sequence[Patch]) -> None:
-    rows = weight.shape[0]
-    block = BLOCK if all(patch.by_rows for patch in patches) else max(rows, 1)
+    rows, columns = weight.shape
+    block = max(rows, 1)
+    if all(patch.by_rows for patch in patches):
+        block = min(block, max(VALUES // max(columns, 1), 64))
+    # A float32 result is worked on where it lies; for others one block of memory serves all: fresh memory costs more
+    # than the arithmetic.
+    apart = None if weight.dtype is torch.float32 else weight.new_empty((block, columns), dtype=torch.float32)
     for start in range(0, rows, block):
         stop = min(start + block, rows)
-        result[start:stop] = changed_rows(weight[start:stop], patches, start, stop).to(weight.dtype)
+        own = result[start:stop] if apart is None else apart[: stop - start]
+        changed = _changed(own.copy_(weight[start:stop]), patches, start, stop)
+        if changed is not own or apart is not None:
+            result[start:stop] = changed
 
 
 def composed(weight: Tensor, patches: Sequence[Patch]) -> Tensor:
@@ -52,7 +62,10 @@ def composed(weight: Tensor, patches: Sequence[Patch]) -> Tensor:
 
 def changed_rows(rows: Tensor, patches: Sequence[Patch], start: int, stop: int) -> Tensor:
     """What ``patches`` make of ``rows``, the rows ``start:stop`` of a canonical weight: new, and in float32."""
-    rows = rows.to(torch.float32, copy=True)
+    return _changed(rows.to(torch.float32, copy=True), patches, start, stop)
+
+
+def _changed(rows: Tensor, patches: Sequence[Patch], start: int, stop: int) -> Tensor:
     for patch in patches:
         rows = patch.changed_rows(rows, start, stop)
     return rows
