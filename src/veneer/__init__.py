@@ -38,8 +38,11 @@ if TYPE_CHECKING:
     from veneer.configs.c3a import C3AConfig
     from veneer.configs.cartridge import CartridgeConfig
     from veneer.configs.cpt import CPTConfig
+    from veneer.configs.deft import DeftConfig
     from veneer.configs.delora import DeloraConfig
     from veneer.configs.fourierft import FourierFTConfig
+    from veneer.configs.glora import GloraConfig
+    from veneer.configs.gralora import GraloraConfig
     from veneer.configs.hira import HiraConfig
     from veneer.configs.hra import HRAConfig
     from veneer.configs.ia3 import IA3Config
@@ -51,14 +54,18 @@ if TYPE_CHECKING:
     from veneer.configs.miss import MissConfig
     from veneer.configs.multitask_prompt_tuning import MultitaskPromptTuningConfig
     from veneer.configs.oft import OFTConfig
+    from veneer.configs.osf import OSFConfig
     from veneer.configs.p_tuning import PromptEncoderConfig
+    from veneer.configs.peanut import PeanutConfig
     from veneer.configs.poly import PolyConfig
     from veneer.configs.prefix_tuning import PrefixTuningConfig
     from veneer.configs.prompt_tuning import PromptTuningConfig
+    from veneer.configs.psoft import PsoftConfig
     from veneer.configs.pvera import PveraConfig
     from veneer.configs.randlora import RandLoraConfig
     from veneer.configs.road import RoadConfig
     from veneer.configs.shira import ShiraConfig
+    from veneer.configs.supertuning import SupertuningConfig
     from veneer.configs.tinylora import TinyLoraConfig
     from veneer.configs.trainable_tokens import TrainableTokensConfig
     from veneer.configs.unilora import UniLoraConfig
@@ -155,6 +162,13 @@ _HOMES = {
         "configs.road": "RoadConfig",
         "configs.shira": "ShiraConfig",
         "configs.trainable_tokens": "TrainableTokensConfig",
+        "configs.glora": "GloraConfig",
+        "configs.gralora": "GraloraConfig",
+        "configs.psoft": "PsoftConfig",
+        "configs.osf": "OSFConfig",
+        "configs.peanut": "PeanutConfig",
+        "configs.supertuning": "SupertuningConfig",
+        "configs.deft": "DeftConfig",
         "configs.vera": "VeraConfig",
         "errors": (
             "AdapterError BaseMismatchError BaseModelError BindError ConfigError "
@@ -215,10 +229,13 @@ __all__ = [
     "ConfigError",
     "CordaConfig",
     "CorruptFileError",
+    "DeftConfig",
     "DeloraConfig",
     "DuplicateAdapterError",
     "EvaConfig",
     "FourierFTConfig",
+    "GloraConfig",
+    "GraloraConfig",
     "HRAConfig",
     "HiraConfig",
     "IA3Config",
@@ -238,7 +255,9 @@ __all__ = [
     "NonFiniteError",
     "NotACheckpointError",
     "OFTConfig",
+    "OSFConfig",
     "PathNotFoundError",
+    "PeanutConfig",
     "PeftConfig",
     "PeftMixedModel",
     "PeftModel",
@@ -255,12 +274,14 @@ __all__ = [
     "Problem",
     "PromptEncoderConfig",
     "PromptTuningConfig",
+    "PsoftConfig",
     "PveraConfig",
     "QuantizedMerge",
     "RandLoraConfig",
     "RoadConfig",
     "ShiraConfig",
     "SourceError",
+    "SupertuningConfig",
     "TargetError",
     "TaskType",
     "TinyLoraConfig",

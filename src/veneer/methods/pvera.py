@@ -1,4 +1,4 @@
-"""PVeRA: probabilistic vector-based random matrix adaptation (Leboeuf et al. 2025, arXiv:2512.07703, section 3).
+"""PVeRA: probabilistic vector-based random matrix adaptation (arXiv:2512.07703, section 3).
 
     W' = W + diag(b) B diag(d_1) A_1        d: (2r,), b: (out,)
 

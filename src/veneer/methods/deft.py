@@ -1,0 +1,76 @@
+"""DEFT: decompositional efficient fine-tuning (NeurIPS 2025, section 3), and PaRa.
+
+    W' = (1 - Q M^T) W + s * Q R = W + Q (s * R - M^T W)        Q, M: (out, r), R: (r, in)
+
+``Q = P`` and ``M = relu(P)``, or both are the orthogonal factor of ``P``. PaRa (Chen et al. 2024, arXiv:2406.05641) has
+no ``R``. ``R`` starts at ``M^T W / s``: nothing changes. Dropout acts on the input of the whole change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from veneer.configs.deft import DeftConfig
+from veneer.methods.method import Base, Method
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.linear import LinearSite
+
+P, R = "deft_P", "deft_R"
+
+
+class Deft(Method[DeftConfig, DeftConfig]):
+    """DEFT and PaRa on layers with a matrix."""
+
+    kinds = (LinearSite,)
+    leaves = (P, R)
+
+    def settings(self, config: DeftConfig, site: Site) -> DeftConfig:
+        return config
+
+    def shapes(self, settings: DeftConfig, site: Site) -> dict[str, tuple[int, ...]]:
+        out, inner = site.shape
+        r = _rank(settings, site)
+        return {P: (out, r)} if settings.para else {P: (out, r), R: (r, inner)}
+
+    def init(
+        self, config: DeftConfig, settings: DeftConfig, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        shapes = self.shapes(settings, base.site)
+        tensors = {P: torch.empty(shapes[P]).normal_(std=0.02, generator=generator)}
+        if R in shapes and config.init_weights:
+            _, measure = _projector(settings, tensors[P])
+            weight = base.base_weight().float()
+            tensors[R] = measure.to(weight.device).T @ weight / _scale(settings, base.site)
+        elif R in shapes:
+            tensors[R] = torch.empty(shapes[R]).normal_(std=0.02 * config.init_scale, generator=generator)
+        return tensors
+
+    def lower(self, settings: DeftConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        up, measure = _projector(settings, tensors[P].float())
+        down = -(measure.T @ base.base_weight().float())
+        if R in tensors:
+            down = down + tensors[R].float() * _scale(settings, base.site)
+        return Patch(up=up, down=down, dropout=settings.deft_dropout)
+
+
+METHOD = Deft()
+
+
+def _rank(settings: DeftConfig, site: Site) -> int:
+    return min(settings.r, site.shape[0])
+
+
+def _scale(settings: DeftConfig, site: Site) -> float:
+    return settings.alpha / _rank(settings, site) if settings.alpha else 1.0
+
+
+def _projector(settings: DeftConfig, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """``Q`` and ``M``."""
+    if settings.decomposition_method == "relu":
+        return directions, directions.relu()
+    turned = torch.linalg.qr(directions)[0]
+    return turned, turned

@@ -1,0 +1,85 @@
+"""GLoRA: generalised LoRA (Chavan et al. 2023, arXiv:2306.07967, section 3.2).
+
+    W' = W + W * A + B        b' = b + b * D + E + W C
+
+``A`` and ``B`` multiply and shift the weight entry by entry, ``D`` and ``E`` the bias, and ``C``, ``(in, 1)``, puts a
+share of the weight into the bias. Each is low-rank (``Xd Xu``), a vector, one number, or nothing. A layer without a
+bias has no ``C``, ``D``, ``E``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from veneer.configs.glora import GloraConfig
+from veneer.methods.method import Base, Method
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.linear import LinearSite
+
+A, B, C, D, E = (f"glora_{part}" for part in "ABCDE")
+DOWN, UP, PLAIN = ".Xd", ".Xu", ".X"
+
+
+class Glora(Method[GloraConfig, GloraConfig]):
+    """GLoRA on layers with a matrix."""
+
+    kinds = (LinearSite,)
+    leaves = tuple(part + form for part in (A, B, C, D, E) for form in (DOWN, UP, PLAIN))
+    # What is "none" stands in peft's checkpoints as zeros.
+    empty = tuple(part + ".zeros" for part in (A, B, C, D, E))
+
+    def settings(self, config: GloraConfig, site: Site) -> GloraConfig:
+        return config
+
+    def shapes(self, settings: GloraConfig, site: Site) -> dict[str, tuple[int, ...]]:
+        (out, inner), r = site.shape, settings.r
+        found = {**_shapes(A, settings.config_A_B, out, inner, r), **_shapes(B, settings.config_A_B, out, inner, r)}
+        if site.bias is not None:
+            found.update(_shapes(C, settings.config_C, inner, 1, r))
+            for part in (D, E):
+                found.update({leaf: shape[:1] for leaf, shape in _shapes(part, settings.config_D_E, out, 1, r).items()})
+        return found
+
+    def init(
+        self, config: GloraConfig, settings: GloraConfig, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        tensors = {leaf: torch.zeros(shape) for leaf, shape in self.shapes(settings, base.site).items()}
+        for leaf, tensor in tensors.items():
+            if leaf.endswith(UP):
+                torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+            elif not config.init_weights:
+                tensor.normal_(std=0.02, generator=generator)
+        return tensors
+
+    def lower(self, settings: GloraConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        weight = base.base_weight().float()
+        scale, added = _part(tensors, A), _part(tensors, B)
+        dense = None if scale is None or added is None else (weight * scale + added).expand(base.site.shape)
+        parts = [_part(tensors, part) for part in (C, D, E)]
+        if base.base_bias is None or all(part is None for part in parts):
+            return Patch(dense=dense)
+        bias = base.base_bias.detach().float()
+        share, scale, added = parts
+        shift = torch.zeros_like(bias) if scale is None or added is None else bias * scale + added
+        return Patch(dense=dense, shift=shift if share is None else shift + (weight @ share).squeeze(1))
+
+
+METHOD = Glora()
+
+
+def _shapes(part: str, form: str, rows: int, columns: int, r: int) -> dict[str, tuple[int, ...]]:
+    if form == "lora":
+        return {part + DOWN: (rows, r), part + UP: (r, columns)}
+    return {} if form == "none" else {part + PLAIN: (rows, 1) if form == "vector" else (1,)}
+
+
+def _part(tensors: Mapping[str, Tensor], part: str) -> Tensor | None:
+    """A part in a shape that spreads over what it acts on."""
+    if part + DOWN in tensors:
+        return tensors[part + DOWN].float() @ tensors[part + UP].float()
+    return tensors[part + PLAIN].float() if part + PLAIN in tensors else None

@@ -1,0 +1,69 @@
+"""GraLoRA: granular low-rank adaptation (Jung et al. 2025, arXiv:2505.20355, section 3).
+
+    W' = W + scale * (blocks + B_g A_g)        A: (k, in / k, r), B: (k, r, out / k)
+
+The weight is cut into ``k * k`` blocks. Block ``(j, n)``, of output part ``j`` and input part ``n``, changes by
+``B[j, n-th r / k rows]^T A[n, j-th r / k columns]^T``, of rank ``r / k``. As one product this is ``U V`` with ``k r``
+inner entries, ``V`` block-diagonal. ``A_g`` and ``B_g`` are a plain LoRA of rank ``hybrid_r``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from veneer.configs.gralora import GraloraConfig
+from veneer.methods.method import Base, Method
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.linear import LinearSite
+from veneer.sites.site import unsupported
+
+A, B = "gralora_A", "gralora_B"
+GENERAL_A, GENERAL_B = "gralora_A_general.weight", "gralora_B_general.weight"
+
+
+class Gralora(Method[GraloraConfig, GraloraConfig]):
+    """GraLoRA and its hybrid on layers with a matrix."""
+
+    kinds = (LinearSite,)
+    leaves = (A, B, GENERAL_A, GENERAL_B)
+
+    def settings(self, config: GraloraConfig, site: Site) -> GraloraConfig:
+        if any(side % config.gralora_k for side in site.shape):
+            raise unsupported(site, f"gralora_k={config.gralora_k}, which does not divide its shape {site.shape},")
+        return config
+
+    def shapes(self, settings: GraloraConfig, site: Site) -> dict[str, tuple[int, ...]]:
+        (out, inner), k, r, hybrid = site.shape, settings.gralora_k, settings.r, settings.hybrid_r
+        found: dict[str, tuple[int, ...]] = {A: (k, inner // k, r), B: (k, r, out // k)}
+        return {**found, GENERAL_A: (hybrid, inner), GENERAL_B: (out, hybrid)} if hybrid else found
+
+    def init(
+        self, config: GraloraConfig, settings: GraloraConfig, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        tensors = {leaf: torch.zeros(shape) for leaf, shape in self.shapes(settings, base.site).items()}
+        for leaf, tensor in tensors.items():
+            if leaf in (A, GENERAL_A) or not config.init_weights:
+                # A's columns are the rank: its fan-in is the rows.
+                seen = tensor.mT if leaf == A else tensor
+                bound = 1 / math.sqrt(seen.shape[-1])
+                seen.uniform_(-bound, bound, generator=generator)
+        return tensors
+
+    def lower(self, settings: GraloraConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        k, each = settings.gralora_k, settings.r // settings.gralora_k
+        down = torch.block_diag(*tensors[A].mT.unbind())  # rows (n, j, each)
+        rows = tensors[B].mT.unflatten(2, (k, each))  # (j, out / k, n, each)
+        spread = torch.eye(k, dtype=rows.dtype, device=rows.device)
+        up = torch.einsum("jone,ji->jonie", rows, spread).flatten(2).flatten(0, 1)  # columns (n, j, each)
+        if GENERAL_A in tensors:
+            up, down = torch.cat([up, tensors[GENERAL_B]], 1), torch.cat([down, tensors[GENERAL_A]])
+        scale = settings.alpha / (settings.r + settings.hybrid_r)
+        return Patch(up=up, down=down, scale=scale, dropout=settings.gralora_dropout)
+
+
+METHOD = Gralora()

@@ -1,0 +1,76 @@
+"""OSF: orthogonal subspace fine-tuning (Nayak et al. 2025, arXiv:2504.07097, section 3).
+
+    W = U S V^T        W' = W + (U' S' V'^T - U_low S_low V_low^T)        U': (out, m), S': (m,), V'^T: (m, in)
+
+The last ``m`` singular directions of the base are trained, from what they are. The first are left alone: the gradients
+of ``U'`` and ``V'`` are kept orthogonal to them. What ``U'``, ``S'`` and ``V'`` started from is in no checkpoint and
+worked out again from the base; the difference does not depend on the signs of the decomposition.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from veneer.configs.osf import OSFConfig
+from veneer.methods.method import Base, Method
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.linear import LinearSite
+
+U, S, V = (f"osf_svd_params.{part}_low" for part in "USV")
+BASE_U, BASE_S, BASE_V = (f"osf_{part}" for part in "USV")
+
+
+class OSF(Method[OSFConfig, int]):
+    """OSF on layers with a matrix. Its settings for a layer are how many directions are kept."""
+
+    kinds = (LinearSite,)
+    leaves = (U, S, V)
+
+    def settings(self, config: OSFConfig, site: Site) -> int:
+        small, chosen = min(site.shape), config.effective_rank
+        found = [rank for pattern, rank in (config.rank_pattern or {}).items() if re.search(pattern, site.name)]
+        chosen = found[0] if found else chosen
+        if chosen is None:
+            return small // 2
+        share = isinstance(chosen, float) and 0 < chosen <= 1
+        return min(small, int(small * chosen if share else chosen))
+
+    def shapes(self, settings: int, site: Site) -> dict[str, tuple[int, ...]]:
+        out, inner = site.shape
+        trained = min(out, inner) - settings
+        return {U: (out, trained), S: (trained,), V: (trained, inner)}
+
+    def init(
+        self, config: OSFConfig, settings: int, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        if config.init_weights is False:
+            return {leaf: torch.randn(s, generator=generator) for leaf, s in self.shapes(settings, base.site).items()}
+        u, s, v = torch.linalg.svd(base.base_weight().float(), full_matrices=False)
+        return {U: u[:, settings:].contiguous(), S: s[settings:].clone(), V: v[settings:].contiguous()}
+
+    def beside(self, config: OSFConfig, bases: Sequence[Base], shared: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        parts = (torch.linalg.svd(base.base_weight().float(), full_matrices=False) for base in bases)
+        return [{BASE_U: u, BASE_S: s, BASE_V: v} for u, s, v in parts]
+
+    def lower(self, settings: int, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        kept, u, s, v = settings, tensors[BASE_U], tensors[BASE_S], tensors[BASE_V]
+        left = _away_from(u[:, :kept], tensors[U])
+        right = _away_from(v[:kept].T, tensors[V].T).T
+        up = torch.cat([left * tensors[S], -u[:, kept:] * s[kept:]], 1)
+        return Patch(up=up, down=torch.cat([right, v[kept:]]))
+
+
+METHOD = OSF()
+
+
+def _away_from(kept: Tensor, trained: Tensor) -> Tensor:
+    """``trained``, whose gradient loses its share in the columns of ``kept``."""
+    if not (torch.is_grad_enabled() and trained.requires_grad):
+        return trained
+    free = trained - kept @ (kept.T @ trained)
+    return free + (trained - free).detach()

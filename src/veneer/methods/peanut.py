@@ -1,0 +1,81 @@
+"""PEANuT: a change computed from the weight (Zhong et al. 2024, arXiv:2410.01870, section 3).
+
+    W' = W + scaling * B h^T        h = net(f(W^T A^T))        A: (r, out), B: (out, r), h: (in, r)
+
+``net`` is ``depth`` encoders and as many decoders, ``(r, r)`` each, with the activation ``f`` after each and a residual
+from each encoder's input to its decoder's output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from veneer.configs.peanut import PeanutConfig
+from veneer.errors import ConfigError
+from veneer.methods.companions import with_companions
+from veneer.methods.method import Base, Method, Part
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.linear import LinearSite
+
+if TYPE_CHECKING:
+    from veneer.catalog import Catalog
+
+A, B = "peanut_A.weight", "peanut_B.weight"
+
+
+class Peanut(Method[PeanutConfig, PeanutConfig]):
+    """PEANuT on layers with a matrix.
+
+    Args:
+        depth: how many encoders, and decoders, the network has.
+    """
+
+    kinds = (LinearSite,)
+
+    def __init__(self, depth: int) -> None:
+        self.encoders = [f"peanut_encoders.{index}.weight" for index in range(depth)]
+        self.decoders = [f"peanut_decoders.{index}.weight" for index in range(depth)]
+        self.leaves = (A, B, *self.encoders, *self.decoders)  # type: ignore[misc]
+
+    def parts(self, config: PeanutConfig, catalog: Catalog) -> list[Part]:
+        return with_companions(Part(Peanut(config.depth), catalog.sites(config)), config, catalog)
+
+    def settings(self, config: PeanutConfig, site: Site) -> PeanutConfig:
+        if config.act_fn not in ACT2FN:
+            raise ConfigError(f"act_fn={config.act_fn!r} is unknown.", hint=f"Known: {', '.join(sorted(ACT2FN))}.")
+        return config
+
+    def shapes(self, settings: PeanutConfig, site: Site) -> dict[str, tuple[int, ...]]:
+        out, r = site.shape[0], settings.r
+        return {A: (r, out), B: (out, r), **dict.fromkeys((*self.encoders, *self.decoders), (r, r))}
+
+    def init(
+        self, config: PeanutConfig, settings: PeanutConfig, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        tensors = {leaf: torch.zeros(shape) for leaf, shape in self.shapes(settings, base.site).items()}
+        for leaf, tensor in tensors.items():
+            if leaf != B or not config.init_weights:
+                torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+        return tensors
+
+    def lower(self, settings: PeanutConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        activate: Callable[[Tensor], Tensor] = ACT2FN[settings.act_fn]
+        wide = {leaf: tensor.float() for leaf, tensor in tensors.items()}
+        hidden = activate((wide[A] @ base.base_weight().float()).T)
+        passed = []
+        for leaf in self.encoders:
+            passed.append(hidden)
+            hidden = activate(hidden @ wide[leaf].T)
+        for leaf in self.decoders:
+            hidden = activate(hidden @ wide[leaf].T) + passed.pop()
+        return Patch(up=wide[B], down=hidden.T, scale=settings.scaling)
+
+
+METHOD = Peanut(0)

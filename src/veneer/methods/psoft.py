@@ -1,0 +1,109 @@
+"""PSOFT: orthogonal fine-tuning in the principal subspace (ICLR 2026, section 4).
+
+    W' = W + scale * B (diag(b) Q diag(a) - 1) A        Q = (1 + K) (1 - K)^-1        K: (r, r), skew
+
+``scale B A`` is the first ``r`` singular directions of ``W``, so that ``W'`` is ``W`` with these turned and scaled.
+They are in no checkpoint: they are worked out again from the base, and an adapter means what it meant only on the very
+same weights, decomposed with the same signs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from veneer.configs.psoft import PsoftConfig
+from veneer.methods.method import Base, Method
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.linear import LinearSite
+from veneer.sites.site import unsupported
+
+TURN = "psoft_R.weight"
+AFTER = "psoft_R.vector_b"
+BEFORE = "psoft_R.vector_a"
+A, B = "psoft_A", "psoft_B"
+
+
+class Psoft(Method[PsoftConfig, PsoftConfig]):
+    """PSOFT on layers with a matrix."""
+
+    kinds = (LinearSite,)
+    leaves = (TURN, AFTER, BEFORE)
+
+    def settings(self, config: PsoftConfig, site: Site) -> PsoftConfig:
+        if config.r > min(site.shape):
+            raise unsupported(site, f"r={config.r}, more than its shape {site.shape} has,")
+        return config
+
+    def shapes(self, settings: PsoftConfig, site: Site) -> dict[str, tuple[int, ...]]:
+        r = settings.r
+        found: dict[str, tuple[int, ...]] = {TURN: (r * (r - 1) // 2,) if settings.psoft_orth else (r, r)}
+        scales = {AFTER: settings.psoft_mag_b, BEFORE: settings.psoft_mag_a}
+        return {**found, **{leaf: (r,) for leaf, used in scales.items() if used}}
+
+    def init(
+        self, config: PsoftConfig, settings: PsoftConfig, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        tensors = {leaf: torch.ones(shape) for leaf, shape in self.shapes(settings, base.site).items()}
+        tensors[TURN] = torch.zeros_like(tensors[TURN]) if config.psoft_orth else torch.eye(config.r)
+        if not config.init_weights:
+            tensors[TURN] += 0.1 * torch.randn(tensors[TURN].shape, generator=generator)
+        return tensors
+
+    def beside(
+        self, config: PsoftConfig, bases: Sequence[Base], shared: Mapping[str, Tensor]
+    ) -> list[dict[str, Tensor]]:
+        return [_directions(config, base.base_weight().float()) for base in bases]
+
+    def lower(self, settings: PsoftConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        r, values = settings.r, tensors[TURN].float()
+        turn = _orthogonal(settings, _skew(values, r)) if settings.psoft_orth else values
+        if AFTER in tensors:
+            turn = tensors[AFTER].float().unsqueeze(1) * turn
+        if BEFORE in tensors:
+            turn = turn * tensors[BEFORE].float()
+        up = tensors[B].float() @ (turn - torch.eye(r, device=turn.device))
+        return Patch(up=up, down=tensors[A], scale=settings.psoft_alpha / r, dropout=settings.psoft_dropout)
+
+
+METHOD = Psoft()
+
+
+def _directions(config: PsoftConfig, weight: Tensor) -> dict[str, Tensor]:
+    if config.psoft_svd == "full":
+        u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[] if weight.device.type == "cpu" else [weight.device]):
+            torch.manual_seed(config.random_seed)
+            u, s, transposed = torch.svd_lowrank(weight, q=config.r, niter=config.psoft_svd_lowrank_niter)
+        v = transposed.T
+    u, s, v = u[:, : config.r], s[: config.r] * config.r / config.psoft_alpha, v[: config.r]
+    left, right = (s, torch.ones_like(s)) if config.ab_svd_init == "psoft_init" else (s.sqrt(), s.sqrt())
+    return {A: right.unsqueeze(1) * v, B: u * left}
+
+
+def _skew(values: Tensor, r: int) -> Tensor:
+    """A skew-symmetric matrix from what lies above its diagonal, row by row."""
+    rows, columns = torch.triu_indices(r, r, 1, device=values.device)
+    upper = torch.zeros(r, r, dtype=values.dtype, device=values.device).index_put((rows, columns), values)
+    return upper - upper.T
+
+
+def _orthogonal(settings: PsoftConfig, skew: Tensor) -> Tensor:
+    """The Cayley transform of ``skew``, or its series, whose last term peft counts once."""
+    one = torch.eye(skew.shape[0], dtype=skew.dtype, device=skew.device)
+    if not settings.use_cayley_neumann:
+        turned: Tensor = torch.linalg.solve(one - skew, one + skew, left=False)
+        return turned
+    if settings.cayley_neumann_eps is not None:
+        skew = skew * (settings.cayley_neumann_eps / skew.norm()).clamp(max=1.0)
+    terms = settings.num_cayley_neumann_terms
+    highest = max(terms - 1, 3) if terms > 2 else terms - 1
+    total, power = one, one
+    for index in range(1, highest + 1):
+        power = power @ skew
+        total = total + power * (1 if index == highest and terms > 2 else 2)
+    return total

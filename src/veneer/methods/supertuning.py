@@ -1,0 +1,86 @@
+"""Super-Tuning: the weight's largest entries are trained (arXiv:2607.09287), and Supra: a LoRA beside them.
+
+    W' = W + scatter(values at indices) + lora_alpha / r * B A        values: (n,), indices: (n,)
+
+An index counts the entries of ``W``, ``(out, in)``, row by row; ``n`` is the share that ``sparsity`` leaves. Dropout
+acts on the input of the whole change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from veneer.configs.supertuning import SupertuningConfig
+from veneer.methods.method import Base, Method
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.linear import LinearSite
+from veneer.sites.site import unsupported
+
+VALUES = "supertuning_values"
+INDICES = "supertuning_indices"
+A, B = "supertuning_lora_A.weight", "supertuning_lora_B.weight"
+
+
+class Supertuning(Method[SupertuningConfig, SupertuningConfig]):
+    """Super-Tuning and Supra on layers with a matrix."""
+
+    kinds = (LinearSite,)
+    leaves = (VALUES, INDICES, A, B)
+    fixed = frozenset({INDICES})
+
+    def settings(self, config: SupertuningConfig, site: Site) -> SupertuningConfig:
+        if not _count(config, site):
+            raise unsupported(site, f"sparsity={config.sparsity}, which leaves no entry to train,")
+        return config
+
+    def shapes(self, settings: SupertuningConfig, site: Site) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {VALUES: (_count(settings, site),)}
+        if settings.save_precomputed_indices:
+            found[INDICES] = found[VALUES]
+        if settings.r is not None:
+            found.update({A: (settings.r, site.shape[1]), B: (site.shape[0], settings.r)})
+        return found
+
+    def init(
+        self, config: SupertuningConfig, settings: SupertuningConfig, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        shapes = self.shapes(settings, base.site)
+        tensors = {leaf: torch.zeros(shape) for leaf, shape in shapes.items() if leaf != INDICES}
+        for leaf, tensor in tensors.items():
+            if leaf == A:
+                torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+            elif not config.init_weights:
+                tensor.normal_(generator=generator)
+        return tensors
+
+    def beside(
+        self, config: SupertuningConfig, bases: Sequence[Base], shared: Mapping[str, Tensor]
+    ) -> list[dict[str, Tensor]]:
+        return [{INDICES: _chosen(config, base)} for base in bases]
+
+    def lower(self, settings: SupertuningConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        out, inner = base.site.shape
+        values = tensors[VALUES]
+        dense = torch.zeros(out * inner, dtype=values.dtype, device=values.device)
+        dense = dense.scatter_add(0, tensors[INDICES].long(), values).view(out, inner)
+        if settings.r is None or settings.lora_alpha is None:
+            return Patch(dense=dense)
+        scale = settings.lora_alpha / settings.r
+        return Patch(up=tensors[B], down=tensors[A], scale=scale, dropout=settings.lora_dropout, dense=dense)
+
+
+METHOD = Supertuning()
+
+
+def _count(config: SupertuningConfig, site: Site) -> int:
+    return int(math.prod(site.shape) * (1 - config.sparsity))
+
+
+def _chosen(config: SupertuningConfig, base: Base) -> Tensor:
+    sizes = base.base_weight().abs().flatten()
+    return sizes.topk(_count(config, base.site), largest=config.select_top).indices.int()
