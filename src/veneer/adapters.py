@@ -42,7 +42,7 @@ from veneer.packed_layer import PackedLayer
 from veneer.parameter_layer import AdaptedParameter
 from veneer.plan import Binding, Plan, bind_error, make_plan
 from veneer.positions import watch
-from veneer.prompts import Prompts, complete, words_of
+from veneer.prompts import Prompts, complete, place_of, words_of
 from veneer.saved import SavedModule
 from veneer.selection import BASE, NOTHING, Selection, Switch
 from veneer.sharded_layer import ShardedLayer
@@ -184,9 +184,9 @@ class Adapters:
     def _restore_prompt(
         self, adapter: Adapter, config: PromptConfig, stored: dict[str, Tensor], float32: bool, trainable: bool
     ) -> None:
-        method, device = prompt_of(config), next(words_of(self.model).parameters()).device
+        device = place_of(self.model)
         own = {leaf: _parameter(tensor, device, float32, trainable) for leaf, tensor in stored.items()}
-        self._add_prompt(adapter, config, method.restored(config, own))
+        self._add_prompt(adapter, config, prompt_of(config).restored(config, own))
 
     def _add_prompt(self, adapter: Adapter, config: PromptConfig, encoder: PromptEncoder) -> None:
         self.prompts.add(adapter.name, config, prompt_of(config), encoder, self.model)
@@ -509,6 +509,7 @@ class Adapters:
         wanted = tuple(map(str, asked))
         for name in set(wanted) - {BASE}:
             self.get(name)
+        self.prompts.check_rows(wanted)
         return Selection(rows=wanted, by_token=by_token)
 
     def during(self, selection: Selection) -> AbstractContextManager[None]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -116,6 +116,12 @@ def words_of(model: nn.Module) -> nn.Module:
     return words
 
 
+def place_of(model: nn.Module) -> torch.device:
+    """Where a prompt's tensors are kept: beside the input embedding, or on the CPU where that is offloaded."""
+    device = next(words_of(model).parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def _is_pair(model: nn.Module) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False))
 
@@ -185,6 +191,15 @@ class Prompts(nn.Module):
     def __contains__(self, name: object) -> bool:
         return name in self.methods
 
+    def check_rows(self, names: Iterable[str]) -> None:
+        """Raise ``AdapterError`` when the prompts among ``names`` cannot share a batch."""
+        kinds = {self.methods[name].fills_cache: name for name in names if name in self}
+        if len(kinds) > 1:
+            raise AdapterError(
+                f"{kinds[False]!r} lengthens the input and {kinds[True]!r} fills the cache; no batch holds both.",
+                hint="Run their rows one after the other.",
+            )
+
     def encoder(self, name: str) -> PromptEncoder:
         """The prompt of that name."""
         encoder = self._modules[name]
@@ -203,6 +218,7 @@ class Prompts(nn.Module):
 
     def _prepend(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Put virtual tokens before a call's input."""
+        _WEIGHED.set(None)
         if not self._active(fills_cache=False):
             return None
         call = _call(module, args, kwargs)
@@ -242,7 +258,7 @@ class Prompts(nn.Module):
     def _finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Put a prompt's own loss in the place of the model's."""
         found = _WEIGHED.get()
-        if found is not None and self._active(fills_cache=False):
+        if found is not None:
             _WEIGHED.set(None)
             output.loss = weighted_loss(output.logits, *found)
 

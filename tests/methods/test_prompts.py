@@ -338,6 +338,25 @@ def test_a_call_that_a_prompt_cannot_serve_is_refused() -> None:
         veneer.get_peft_model(build("llama"), veneer.PromptTuningConfig(num_virtual_tokens=4, token_dim=64))
 
 
+def test_prompts_of_two_kinds_do_not_share_a_batch() -> None:
+    sizes = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    model: Any = veneer.get_peft_model(build("llama"), veneer.PrefixTuningConfig(**sizes), seed=1)
+    model.add_adapter("other", veneer.PromptTuningConfig(**sizes), seed=2)
+    with pytest.raises(AdapterError, match="fills the cache"):
+        model(**inputs("llama"), adapter_names=["default", "other"])
+
+
+def test_a_loss_of_its_own_is_that_of_its_call_alone() -> None:
+    config = veneer.CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[5, 6], cpt_tokens_type_mask=[2, 4])
+    model: Any = veneer.get_peft_model(build("llama"), config, seed=1)
+    batch = inputs("llama")
+    model.get_base_model().lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**batch, labels=batch["input_ids"])
+    model.get_base_model().lm_head._forward_pre_hooks.clear()
+    assert model(**batch).loss is None
+
+
 @pytest.mark.parametrize(
     ("config", "options", "said"),
     [
