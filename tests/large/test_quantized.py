@@ -182,6 +182,31 @@ def test_dora_takes_lengths_of_the_dequantised_weight(form: str) -> None:
     assert gap(logits(merged, BATCH), expected) < (0.1 if form in INPUTS_ROUNDED else 1e-3)
 
 
+METHODS = {
+    "IA3Config": {"feedforward_modules": ["o_proj"]},
+    "VeraConfig": {"r": 4},
+    "OFTConfig": {"oft_block_size": 4, "r": 0},
+    "HRAConfig": {"r": 4},
+    "LoHaConfig": {"r": 4},
+    "FourierFTConfig": {"n_frequency": 20},
+    "LNTuningConfig": {},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_works_on_them(method: str, tmp_path: Path) -> None:
+    chosen = getattr(veneer, method)(target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM", **METHODS[method])
+    form = "bitsandbytes 4 bits"
+    model = veneer.get_peft_model(quantized(form), chosen, seed=1).eval()
+    enlarge(model, "default")
+    expected = logits(model, BATCH)
+    assert gap(expected, logits(quantized(form), BATCH)) > 0.02
+    model.save_pretrained(tmp_path)
+    again = veneer.PeftModel.from_pretrained(quantized(form), tmp_path)
+    assert torch.equal(logits(again, BATCH), expected)
+    assert gap(logits(again.merge_and_unload(into="dequantized"), BATCH), expected) < 1e-4
+
+
 def test_all_linear_means_the_packed_layers(form: str) -> None:
     model = veneer.get_peft_model(
         quantized(form), veneer.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")

@@ -49,7 +49,7 @@ class LNTuning(Method[LNTuningConfig, None]):
         return None
 
     def shapes(self, settings: None, site: Site) -> dict[str, tuple[int, ...]]:
-        found = {WEIGHT: tuple(site.stored.shape)}
+        found = {WEIGHT: site.stored_shape}
         return found if site.bias is None else {**found, BIAS: tuple(site.bias.shape)}
 
     def init(

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from veneer.errors import UnsupportedError
 from veneer.offload import without_hook
+from veneer.sites.linear import LinearSite
 from veneer.sites.site import Site
 
 # Where a packed layer, or its weight, is defined -> who packs it. Recognised by name: nothing is imported.
@@ -41,24 +42,17 @@ _LIBRARIES = {
 }
 
 
-class PackedSite(Site):
+class PackedSite(LinearSite):
     """``y = W x + b`` with a packed ``W``, shape ``(out, in)``."""
-
-    matrix_input = True
 
     @property
     def shape(self) -> tuple[int, int]:
         layer: Any = self.module
         return layer.out_features, layer.in_features
 
-    def canonical(self, stored: Tensor) -> Tensor:
-        return stored
-
-    def as_stored(self, matrix: Tensor) -> Tensor:
-        return matrix
-
-    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
-        return F.linear(x, matrix)
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return self.shape
 
     def base_with(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         x = args[0]

@@ -66,6 +66,11 @@ class Site(ABC):
         return weight
 
     @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the weight as stored; of a packed one, as it would be."""
+        return tuple(self.stored.shape)
+
+    @property
     def bias(self) -> nn.Parameter | None:
         """The bias, shape ``(out,)``, if the layer has one."""
         bias = getattr(self.module, "bias", None)
