@@ -109,6 +109,7 @@ if TYPE_CHECKING:
         PeftModelForTokenClassification,
         get_peft_model,
     )
+    from veneer.optimizers import create_loraplus_optimizer
     from veneer.report import AdapterReport, LoadReport
     from veneer.start_configs import CordaConfig, EvaConfig, LoraGAConfig
     from veneer.starts.corda import preprocess_corda
@@ -188,6 +189,7 @@ _HOMES = {
             "PeftModelForSequenceClassification PeftModelForTokenClassification "
             "get_peft_model"
         ),
+        "optimizers": "create_loraplus_optimizer",
         "report": "AdapterReport LoadReport",
         "start_configs": "CordaConfig EvaConfig LoraGAConfig",
         "starts.corda": "preprocess_corda",
@@ -297,6 +299,7 @@ __all__ = [
     "VeneerError",
     "VeraConfig",
     "__version__",
+    "create_loraplus_optimizer",
     "get_peft_model",
     "hotswap_adapter",
     "inspect",

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,7 @@ from veneer.parameter_layer import AdaptedParameter
 from veneer.plan import Binding, Plan, bind_error, make_plan
 from veneer.positions import watch
 from veneer.prompts import Prompts, complete, place_of, words_of
+from veneer.replication import Replication
 from veneer.saved import SavedModule
 from veneer.selection import BASE, NOTHING, Selection, Switch
 from veneer.sharded_layer import ShardedLayer
@@ -106,10 +107,45 @@ class Adapters:
         self.prompts = Prompts(self.switch)
         # Where the base's own parameters wanted gradients, before the first adapter came.
         self._was_trainable: list[tuple[nn.Module, str]] | None = None
+        # Which blocks the model has several times.
+        self._replication: Replication | None = None
         # Hooks on the base, while an adapter needs to know which tokens are read.
         self._watching: list[RemovableHandle] = []
 
     # -- adding --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def replicated(self, config: PeftConfig) -> Iterator[None]:
+        """Let the model have the blocks that ``config`` wants, while an adapter is added; undone if that fails.
+
+        Raises:
+            AdapterError: the adapters that are there are for other blocks.
+        """
+        wanted = [list(pair) for pair in getattr(config, "layer_replication", None) or ()]
+        present = [] if self._replication is None else self._replication.ranges
+        if wanted == present:
+            yield
+            return
+        if self.entries:
+            raise AdapterError(
+                f"The adapter has layer_replication={wanted or None}, and this model's adapters {present or None}.",
+                hint="Load it on another copy of the base.",
+            )
+        self._whole_again()
+        self._replication = Replication(self.model, wanted) if wanted else None
+        self.catalog = Catalog(self.model)
+        try:
+            yield
+        except BaseException:
+            self._whole_again()
+            raise
+
+    def _whole_again(self) -> None:
+        """Give the model the blocks that it came with."""
+        if self._replication is not None:
+            self._replication.undo()
+            self._replication = None
+            self.catalog = Catalog(self.model)
 
     def load(
         self,
@@ -739,6 +775,10 @@ class Adapters:
             handle.remove()
         self.layers, self.saved, self.entries, self._watching = {}, {}, {}, []
         self.switch.standing, self._was_trainable = NOTHING, None
+        if keep and self._replication is not None:  # what was merged into repeated blocks is theirs, and they stay
+            self._replication.settle()
+            self._replication = None
+        self._whole_again()
         return self.model
 
 

@@ -298,15 +298,17 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = True,
     ) -> AdapterReport:
         _check_is_adapter(source)
-        checkpoint = remapped(open_checkpoint(source, strict=strict, config=config), self.adapters.catalog)
+        checkpoint = open_checkpoint(source, strict=strict, config=config)
         base_check = self._check_identity(checkpoint, strict_base)
-        adapter = self.adapters.load(
-            name,
-            checkpoint,
-            trainable=trainable,
-            strict=strict,
-            float32=trainable and autocast_adapter_dtype,
-        )
+        with self.adapters.replicated(checkpoint.config):
+            checkpoint = remapped(checkpoint, self.adapters.catalog)
+            adapter = self.adapters.load(
+                name,
+                checkpoint,
+                trainable=trainable,
+                strict=strict,
+                float32=trainable and autocast_adapter_dtype,
+            )
         adapter.config.inference_mode = not trainable
         adapter.base_digest = checkpoint.metadata.get(BASE_DIGEST_KEY)
         if not self.adapters.switch.standing.names:
@@ -393,7 +395,8 @@ class PeftModel(nn.Module):
             peft_config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
         _add_heads(peft_config)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        self.adapters.create(adapter_name, peft_config, generator=generator)
+        with self.adapters.replicated(peft_config):
+            self.adapters.create(adapter_name, peft_config, generator=generator)
         peft_config.inference_mode = False
         if not self.adapters.switch.standing.names:
             self.adapters.select(adapter_name)

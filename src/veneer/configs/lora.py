@@ -33,6 +33,8 @@ class LoraConfig(TargetedConfig):
             deviation 1/r, B zero), ``"orthogonal"``, ``"pissa"``, ``"pissa_niter_[n]"``, ``"olora"``, ``"corda"``,
             ``"lora_ga"``, or ``False`` (both random: a non-zero start, for tests).
         corda_config, lora_ga_config: options of those starts.
+        layer_replication: ranges of blocks, such as ``[[0, 4], [2, 5]]``, which the model is made of while it has the
+            adapter; repeated blocks share the base's weights and are adapted each on its own.
         alora_invocation_tokens: token ids; the adapter acts from their last occurrence in a prompt on (aLoRA), and
             on nothing where they do not occur.
     """
@@ -72,7 +74,6 @@ class LoraConfig(TargetedConfig):
         "velora_config": (None,),
         "use_qalora": (False, None),
         "monteclora_config": (None,),
-        "layer_replication": (None, []),
         "use_bdlora": (None, False),
         "arrow_config": (None,),
         "kasa_config": (None,),

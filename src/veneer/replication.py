@@ -1,0 +1,102 @@
+"""``layer_replication``: a model with some of its blocks several times, one after the other, weights shared.
+
+``[[0, 4], [2, 5]]`` makes blocks 0, 1, 2, 3, 2, 3, 4 of a model with five. Each copy is adapted on its own, and costs
+no memory until adapters are merged for good: then each block has weights of its own, and can be saved.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from veneer.errors import ConfigError, UnsupportedError
+
+
+class Replication:
+    """A model's blocks, replaced by those of ``ranges``.
+
+    Args:
+        model: a base model with one list of blocks: Llama and its like, BERT, Falcon.
+        ranges: pairs of first block and the one after the last.
+
+    Raises:
+        ConfigError: a range is none of the model's. UnsupportedError: the model's blocks are not found.
+    """
+
+    def __init__(self, model: nn.Module, ranges: Sequence[Sequence[int]]) -> None:
+        self.ranges = [list(pair) for pair in ranges]
+        self.holder, self.name = _blocks(model)
+        self.before: Any = getattr(self.holder, self.name)
+        order = [index for pair in ranges for index in _indices(pair, len(self.before))]
+        blocks = [_shared_copy(self.before[old], new) for new, old in enumerate(order)]
+        setattr(self.holder, self.name, nn.ModuleList(blocks).train(self.before.training))
+        self._restore = _resize_config(getattr(model, "config", None), order)
+
+    def undo(self) -> None:
+        """Give the model the blocks that it came with."""
+        setattr(self.holder, self.name, self.before)
+        self._restore()
+
+    def settle(self) -> None:
+        """Give each block weights of its own."""
+        seen: set[int] = set()
+        for module in getattr(self.holder, self.name).modules():
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None and id(tensor) in seen:
+                    own = tensor.detach().clone()
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    setattr(module, name, nn.Parameter(own, tensor.requires_grad) if is_parameter else own)
+                seen.add(id(tensor))
+
+
+def _indices(pair: Sequence[int], count: int) -> range:
+    if len(pair) != 2 or not 0 <= pair[0] < pair[1] <= count:
+        raise ConfigError(
+            f"layer_replication: {list(pair)!r} is no range of this model's {count} blocks.",
+            hint="A range is [first, one after the last].",
+        )
+    return range(pair[0], pair[1])
+
+
+def _blocks(model: nn.Module) -> tuple[nn.Module, str]:
+    """The module that holds the list of blocks, and the list's name."""
+    inner: Any = model
+    while isinstance(getattr(inner, "model", None), nn.Module):
+        inner = inner.model
+    inner = getattr(inner, "bert", getattr(inner, "transformer", inner))
+    for holder, name in ((inner, "layers"), (getattr(inner, "encoder", None), "layer"), (inner, "h")):
+        if holder is not None and isinstance(getattr(holder, name, None), nn.ModuleList):
+            return holder, name
+    raise UnsupportedError(
+        f"layer_replication: the blocks of {type(model).__name__} were not found.",
+        hint="It is for models with one list of blocks, such as Llama, BERT and Falcon.",
+    )
+
+
+def _shared_copy(block: nn.Module, index: int) -> nn.Module:
+    """A block with modules of its own and the parameters of the old."""
+    kept = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}
+    new = copy.deepcopy(block, kept)
+    for module in new.modules():
+        if hasattr(module, "layer_idx"):
+            module.layer_idx = index  # type: ignore[assignment]
+    return new
+
+
+def _resize_config(config: Any, order: Sequence[int]) -> Callable[[], None]:
+    """Let the config say how many blocks there are, and of what type each is."""
+    before = {name: getattr(config, name) for name in ("layer_types", "num_hidden_layers") if hasattr(config, name)}
+    types = before.get("layer_types")
+    now: dict[str, Any] = {"num_hidden_layers": len(order)}
+    if types:
+        now["layer_types"] = [types[index] for index in order]
+
+    def write(values: dict[str, Any]) -> None:
+        for name in values.keys() & before.keys():
+            setattr(config, name, values[name])
+
+    write(now)
+    return lambda: write(before)
