@@ -397,3 +397,28 @@ def test_a_task_begins_from_those_of_a_source(init: str, expected: float, tmp_pa
     found = veneer.get_peft_model(build("llama"), config).get_adapter_state_dict()
     assert torch.equal(found["prefix_task_cols"], torch.full((1, 2, 1), expected))
     assert torch.equal(found["prompt_embeddings"], torch.tensor([[0.0], [1.0]]).expand(2, 32))
+
+
+def test_examples_without_labels_leave_those_of_the_input() -> None:
+    # peft counts the input's labels on from the last type, 1 here, and then finds none: its loss is NaN.
+    config = veneer.CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[3, 4])
+    model: Any = veneer.get_peft_model(build("llama"), config, seed=1).eval()
+    batch = inputs("llama")
+    output = model(**batch, labels=batch["input_ids"])
+    expected = nn.functional.cross_entropy(output.logits[:, 1:-1].flatten(0, 1), batch["input_ids"].flatten())
+    assert output.loss.item() == pytest.approx(expected.item(), rel=CLOSE)
+
+
+def test_tasks_in_an_encoder_decoder_lengthen_the_encoder_alone(tmp_path: Path) -> None:
+    # peft's forward pass prompts the decoder too and its generate does not; here both are as its generate.
+    case = PromptCase("t5", "MultitaskPromptTuningConfig", tasks=(1, 0))
+    config = peft.MultitaskPromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4, num_tasks=2)
+    torch.manual_seed(0)
+    theirs = enlarged(quietly(peft.get_peft_model, build("t5"), config))
+    theirs.save_pretrained(tmp_path)  # type: ignore[operator]
+    model = veneer.PeftModel.from_pretrained(build("t5"), tmp_path)
+    tokens = generated(model, case, inputs("t5"))
+    assert torch.equal(tokens, generated(theirs, case, inputs("t5")))
+    ids = {name: inputs("t5")[name] for name in ("input_ids", "attention_mask")}
+    again = logits(model, {**ids, "decoder_input_ids": tokens[:, :-1]}, **case.choice).argmax(-1)
+    assert torch.equal(again, tokens[:, 1:])
