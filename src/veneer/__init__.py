@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from veneer.configs.unilora import UniLoraConfig
     from veneer.configs.vblora import VBLoRAConfig
     from veneer.configs.vera import VeraConfig
+    from veneer.configs.waveft import WaveFTConfig
     from veneer.errors import (
         AdapterError,
         BaseMismatchError,
@@ -171,6 +172,7 @@ _HOMES = {
         "configs.supertuning": "SupertuningConfig",
         "configs.deft": "DeftConfig",
         "configs.vera": "VeraConfig",
+        "configs.waveft": "WaveFTConfig",
         "errors": (
             "AdapterError BaseMismatchError BaseModelError BindError ConfigError "
             "CorruptFileError DuplicateAdapterError IncompleteCheckpointError MergeError "
@@ -298,6 +300,7 @@ __all__ = [
     "VBLoRAConfig",
     "VeneerError",
     "VeraConfig",
+    "WaveFTConfig",
     "__version__",
     "create_loraplus_optimizer",
     "get_peft_model",

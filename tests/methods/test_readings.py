@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import veneer
 from tests.methods.case import Case
@@ -140,3 +142,53 @@ def test_a_tied_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
     save_file({**tensors, min(tensors): torch.zeros(3, 32)}, tmp_path / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(BindError, match=r"lm_head.*\(3, 32\)"):
         loaded(tmp_path, "gpt2")
+
+
+def test_every_wavelet_of_peft_is_the_same_here() -> None:
+    from peft.tuners.waveft.waverec2d import waverec2d
+
+    from veneer.methods.wavelets import inverse
+
+    for family in ("db1", "db2", "db7", "sym5", "coif2"):
+        values = torch.randn(40, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        (a, h), (v, d) = (half.chunk(2, 1) for half in values.chunk(2, 0))
+        assert gap(inverse(values, family), waverec2d((a, (h, v, d)), family)) < 1e-5, family
+
+
+class Odd(nn.Module):
+    """A layer whose sizes are odd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(7, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("family", ["db1", "db2"])
+def test_wavelets_on_a_layer_of_odd_sizes(family: str, tmp_path: Path) -> None:
+    options = {"n_frequency": 12, "wavelet_family": family, "target_modules": ["layer"]}
+    model = scrambled(peft.get_peft_model(Odd(), peft.WaveFTConfig(**options)), Case("", "", ""))
+    model.save_pretrained(tmp_path)
+    x, ours = torch.randn(3, 7), veneer.PeftModel.from_pretrained(Odd(), tmp_path)
+    with torch.no_grad():
+        assert gap(ours(x), model(x)) < 1e-5
+        assert gap(ours(x), Odd()(x)) > 0.1
+
+
+def test_a_wavelet_that_nobody_knows_is_refused() -> None:
+    config = veneer.WaveFTConfig(wavelet_family="db99", n_frequency=10, target_modules=TARGETS)
+    with pytest.raises(UnsupportedError, match="db99"):
+        veneer.get_peft_model(NETWORKS["llama"].make(), config)
+
+
+def test_without_its_package_a_wavelet_is_refused_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from veneer.methods.wavelets import low_pass
+
+    monkeypatch.setitem(sys.modules, "pywt", None)
+    low_pass.cache_clear()
+    assert len(low_pass("db1")) == 2
+    with pytest.raises(UnsupportedError, match="PyWavelets"):
+        low_pass("db4")

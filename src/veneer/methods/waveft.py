@@ -1,0 +1,95 @@
+"""WaveFT: few coefficients of the change's wavelet transform (Bilican et al. 2025, arXiv:2505.12532, section 3).
+
+    W' = W + scaling * DWT^-1(S)      S: sparse, with the trained ``waveft_spectrum``, (n,), at seeded places
+
+``S`` has a border as wide as the wavelet's filter takes away, in which no coefficient lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from veneer.configs.waveft import WaveFTConfig
+from veneer.methods.companions import with_companions
+from veneer.methods.method import Base, Method, Part
+from veneer.methods.places import random_places, spread
+from veneer.methods.wavelets import inverse, low_pass
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.linear import LinearSite
+from veneer.targets import pattern_value
+
+if TYPE_CHECKING:
+    from veneer.catalog import Catalog
+
+SPECTRUM = "waveft_spectrum"
+
+
+@dataclass(frozen=True)
+class WaveFTSettings:
+    """A config's meaning for one layer: the coefficients' places, shape ``(n,)``; no family, no transform."""
+
+    places: Tensor
+    scale: float
+    family: str | None
+
+
+class WaveFT(Method[WaveFTConfig, WaveFTSettings]):
+    """WaveFT on linear layers.
+
+    Args:
+        counts: layer's name -> how many coefficients it has, where that depends on the other layers.
+    """
+
+    leaves = (SPECTRUM,)
+    kinds = (LinearSite,)
+
+    def __init__(self, counts: Mapping[str, int] | None = None) -> None:
+        self.counts = counts or {}
+
+    def parts(self, config: WaveFTConfig, catalog: Catalog) -> list[Part]:
+        sites = catalog.sites(config)
+        method = self
+        if config.proportional_parameters:
+            sizes = {site.name: site.shape[0] * site.shape[1] for site in sites}
+            budget = config.n_frequency * len(sizes) / sum(sizes.values())
+            method = WaveFT({name: max(1, round(size * budget)) for name, size in sizes.items()})
+        return with_companions(Part(method, sites), config, catalog)
+
+    def settings(self, config: WaveFTConfig, site: Site) -> WaveFTSettings:
+        count = pattern_value(site.name, config.n_frequency_pattern, config.n_frequency)
+        places = random_places(site, self.counts.get(site.name, count), config.random_loc_seed)
+        if config.use_idwt:
+            low_pass(config.wavelet_family)
+        return WaveFTSettings(places, config.scaling, config.wavelet_family if config.use_idwt else None)
+
+    def shapes(self, settings: WaveFTSettings, site: Site) -> dict[str, tuple[int, ...]]:
+        return {SPECTRUM: tuple(settings.places.shape)}
+
+    def init(
+        self, config: WaveFTConfig, settings: WaveFTSettings, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        std = 0.0 if config.init_weights else 0.01
+        return {SPECTRUM: torch.empty(settings.places.shape).normal_(std=std, generator=generator)}
+
+    def lower(self, settings: WaveFTSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        rows, columns = base.site.shape
+        matrix = spread(tensors[SPECTRUM].float(), settings.places, rows, columns)
+        if settings.family is not None:
+            matrix = inverse(F.pad(matrix, self._border(settings.family, rows, columns)), settings.family)
+        return Patch(dense=matrix[:rows, :columns] * settings.scale)
+
+    def _border(self, family: str, rows: int, columns: int) -> tuple[int, int, int, int]:
+        """How many zeros lie left, right, above and below the coefficients: even sizes, as much as the filter takes."""
+        taken = len(low_pass(family)) - 2
+        wide, high = taken + columns % 2, taken + rows % 2
+        return wide // 2, wide - wide // 2, high // 2, high - high // 2
+
+
+METHOD = WaveFT()
