@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from veneer.configs.vblora import VBLoRAConfig
     from veneer.configs.vera import VeraConfig
     from veneer.configs.waveft import WaveFTConfig
+    from veneer.convert import ConversionReport, convert_to_lora
     from veneer.errors import (
         AdapterError,
         BaseMismatchError,
@@ -173,6 +174,7 @@ _HOMES = {
         "configs.deft": "DeftConfig",
         "configs.vera": "VeraConfig",
         "configs.waveft": "WaveFTConfig",
+        "convert": "ConversionReport convert_to_lora",
         "errors": (
             "AdapterError BaseMismatchError BaseModelError BindError ConfigError "
             "CorruptFileError DuplicateAdapterError IncompleteCheckpointError MergeError "
@@ -231,6 +233,7 @@ __all__ = [
     "CPTConfig",
     "CartridgeConfig",
     "ConfigError",
+    "ConversionReport",
     "CordaConfig",
     "CorruptFileError",
     "DeftConfig",
@@ -302,6 +305,7 @@ __all__ = [
     "VeraConfig",
     "WaveFTConfig",
     "__version__",
+    "convert_to_lora",
     "create_loraplus_optimizer",
     "get_peft_model",
     "hotswap_adapter",

@@ -162,7 +162,7 @@ def _combined(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Up, down and shift of the combined change of one layer."""
     here = [(name, w) for name, w in zip(wanted.names, wanted.weights, strict=True) if name in layer.bound]
-    changes = [_change(layer, layer.patches([name])) for name, _ in here]
+    changes = [change_of(layer, layer.patches([name])) for name, _ in here]
     weights = [weight for _, weight in here]
     shifts = [w * c.shift for w, c in zip(weights, changes, strict=True) if c.shift is not None]
     if shifts and wanted.kind not in ON_FACTORS:
@@ -189,7 +189,7 @@ def _combined(
     return *nearest_dense(_ON_CHANGES[wanted.kind.removesuffix("_svd")](whole, weights, wanted, generator), rank), shift
 
 
-def _change(layer: AdaptedLayer, patches: Sequence[Patch]) -> Change:
+def change_of(layer: AdaptedLayer, patches: Sequence[Patch]) -> Change:
     """What one adapter changes in a layer, as :class:`Change`."""
     if layer.site.shift_only:
         raise UnsupportedError(

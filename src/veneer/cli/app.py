@@ -21,6 +21,7 @@ COMMANDS = {
     "inspect": "inspect_command",
     "generate": "generate_command",
     "merge": "merge_command",
+    "convert": "convert_command",
     "demo": "demo_command",
     "convert-pickle": "convert_pickle_command",
     "digest": "digest_command",
