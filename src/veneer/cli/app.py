@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": "generate_command",
     "merge": "merge_command",
     "convert": "convert_command",
+    "bench": "bench_command",
     "demo": "demo_command",
     "convert-pickle": "convert_pickle_command",
     "digest": "digest_command",
