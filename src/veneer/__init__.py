@@ -30,8 +30,6 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
-    from veneer.benching.result import BenchReport
-    from veneer.benching.run import bench
     from veneer.config import PeftConfig, PeftType, TaskType
     from veneer.configs.adalora import AdaLoraConfig
     from veneer.configs.beft import BeftConfig
@@ -100,8 +98,11 @@ if TYPE_CHECKING:
     from veneer.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
     from veneer.inspection import Inspection, Problem, inspect
     from veneer.loader import load, load_tokenizer
+    from veneer.merging.extract import ExtractReport, extract
     from veneer.merging.folder import MergeReport, merge
     from veneer.merging.quantized import QuantizedMerge
+    from veneer.merging.undo import UnmergeReport, unmerge
+    from veneer.merging.verify import VerifyReport, verify
     from veneer.model import (
         PeftMixedModel,
         PeftModel,
@@ -134,8 +135,6 @@ _HOMES = {
             "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
             "AutoPeftModelForTokenClassification"
         ),
-        "benching.result": "BenchReport",
-        "benching.run": "bench",
         "config": "PeftConfig PeftType TaskType",
         "configs.adalora": "AdaLoraConfig",
         "configs.beft": "BeftConfig",
@@ -189,7 +188,10 @@ _HOMES = {
         "hotswap": "hotswap_adapter prepare_model_for_compiled_hotswap",
         "inspection": "Inspection Problem inspect",
         "loader": "load load_tokenizer",
+        "merging.extract": "ExtractReport extract",
         "merging.folder": "MergeReport merge",
+        "merging.undo": "UnmergeReport unmerge",
+        "merging.verify": "VerifyReport verify",
         "merging.quantized": "QuantizedMerge",
         "model": (
             "PeftMixedModel PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction "
@@ -231,7 +233,6 @@ __all__ = [
     "BaseMismatchError",
     "BaseModelError",
     "BeftConfig",
-    "BenchReport",
     "BindError",
     "BoneConfig",
     "C3AConfig",
@@ -245,6 +246,7 @@ __all__ = [
     "DeloraConfig",
     "DuplicateAdapterError",
     "EvaConfig",
+    "ExtractReport",
     "FourierFTConfig",
     "GloraConfig",
     "GraloraConfig",
@@ -304,15 +306,17 @@ __all__ = [
     "UnknownAdapterError",
     "UnknownKeyError",
     "UnknownMethodError",
+    "UnmergeReport",
     "UnsupportedError",
     "VBLoRAConfig",
     "VeneerError",
     "VeraConfig",
+    "VerifyReport",
     "WaveFTConfig",
     "__version__",
-    "bench",
     "convert_to_lora",
     "create_loraplus_optimizer",
+    "extract",
     "get_peft_model",
     "hotswap_adapter",
     "inspect",
@@ -322,6 +326,8 @@ __all__ = [
     "prepare_model_for_compiled_hotswap",
     "preprocess_corda",
     "preprocess_loraga",
+    "unmerge",
+    "verify",
 ]
 
 

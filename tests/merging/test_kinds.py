@@ -32,7 +32,7 @@ def test_it_computes_what_the_adapter_computes(made: Made, tmp_path: Path) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report = veneer.merge(made.adapter, made.base, out=tmp_path / "out")
-    assert report.warnings == []
+    assert not [text for text in report.warnings if "shares its weight in the base" not in text]
     assert gap(made.read(made.load(tmp_path / "out")), made.unmerged) < CLOSE
     assert gap(made.read(veneer.load(tmp_path / "out")), made.unmerged) < CLOSE
 

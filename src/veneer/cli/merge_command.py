@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as json_module
 from pathlib import Path
 from typing import Annotated
 
@@ -25,18 +26,22 @@ def merge(
     rounding: Annotated[str, typer.Option(help="nearest or stochastic.")] = "nearest",
     seed: Annotated[int, typer.Option(help="Of the stochastic rounding.")] = 0,
     dequantize: Annotated[bool, typer.Option("--dequantize", help="Turn a float8 base into plain numbers.")] = False,
+    reversible: Annotated[bool, typer.Option("--reversible", help="Keep what `veneer unmerge` needs.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Prove the result at once, as `veneer verify` does.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is at OUT.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a merge into OUT was cut off.")] = False,
     revision: Revision = None,
     json: Json = False,
     local_files_only: Local = False,
-) -> None:
+) -> int:
     """Merge adapters into their base: a plain model folder that needs neither."""
     with quiet() as warnings, progress("loading") as on_step:
         from veneer.merging import folder
 
         report = folder.merge(
-            weighted(path, adapter or []),
+            wanted := weighted(path, adapter or []),
             base,
             out=out,
             dtype=dtype,
@@ -44,13 +49,25 @@ def merge(
             rounding=rounding,
             seed=seed,
             dequantize=dequantize,
+            reversible=reversible,
             overwrite=overwrite,
             resume=resume,
             revision=revision,
             local_files_only=local_files_only,
             on_step=on_step,
         )
+        proof = None
+        if verify:
+            from veneer.merging import verify as room
+
+            proof = room.verify(report.out, wanted, base, local_files_only=local_files_only, on_step=on_step)
     tell([text for text in warnings if not any(known in text for known in report.warnings)])
     if json:
         tell(report.warnings)
-    show(report, json)
+    if json and proof is not None:
+        print(json_module.dumps({**report.to_dict(), "verify": proof.to_dict()}, indent=2))
+    else:
+        show(report, json)
+        if proof is not None:
+            show(proof, json)
+    return 0 if proof is None or proof.passed else 2

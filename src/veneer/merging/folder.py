@@ -16,9 +16,10 @@ from veneer.merging.base_files import DTYPES
 from veneer.merging.layout import index_of
 from veneer.merging.manifest import MANIFEST, manifest_of, warnings_of, write_manifest
 from veneer.merging.output import Workshop, check_space, check_target, told_as_merge_error, workshop
+from veneer.merging.panel import panel
 from veneer.merging.prepare import Adapters, Prepared, Where, options_of, prepare
 from veneer.merging.stream import FileSink, Hashing, sha256_of, write_files
-from veneer.printable import printable
+from veneer.merging.undo import DELTA, write_delta
 from veneer.source import INDEX, MODEL_CONFIG, MODEL_STEM, Source
 
 if TYPE_CHECKING:
@@ -84,18 +85,7 @@ class MergeReport:
 
     def __rich__(self) -> RenderableType:
         """A panel with one row a fact."""
-        from rich.markup import escape
-        from rich.panel import Panel
-        from rich.table import Table
-
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="bold")
-        table.add_column()
-        for name, value in self._facts():
-            table.add_row(name, escape(printable(value)))
-        for warning in self.warnings:
-            table.add_row("[yellow]warning[/]", escape(printable(warning)))
-        return Panel(table, title="merge report", title_align="left", border_style="green", expand=False)
+        return panel("merge report", self._facts(), self.warnings)
 
     def _facts(self) -> list[tuple[str, str]]:
         merged = f"{self.layers} layers" + (f" and {', '.join(self.saved_modules)}" if self.saved_modules else "")
@@ -121,6 +111,7 @@ def merge(
     rounding: str = "nearest",
     seed: int = 0,
     dequantize: bool = False,
+    reversible: bool = False,
     overwrite: bool = False,
     resume: bool = False,
     task: str | None = None,
@@ -151,6 +142,7 @@ def merge(
         rounding: ``"nearest"``, or ``"stochastic"``: up or down so that the expected value is exact.
         seed: of the stochastic rounding.
         dequantize: turn a base in float8 into plain numbers (bfloat16, unless ``dtype``) while merging.
+        reversible: keep, compressed beside the weights, what :func:`veneer.unmerge` needs to restore the base.
         overwrite: replace what is at ``out``.
         resume: go on where a merge of the same inputs to ``out`` was killed; one that fails can be resumed too.
         task: what the model is for; by default what the adapter says.
@@ -191,7 +183,7 @@ def merge(
                 f"{target} is the base itself; a merge does not replace it.", hint="Choose another folder."
             )
         with told_as_merge_error(target), workshop(target, _made_from(prepared), resume) as shop:
-            manifest = _write(prepared, shop, on_step)
+            manifest = _write(prepared, shop, reversible, on_step)
             prepared.files.check_unchanged()
             shop.commit()
     finally:
@@ -219,7 +211,7 @@ def _stamp(path: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _write(prepared: Prepared, shop: Workshop, on_step: Callable[[str], None]) -> dict[str, Any]:
+def _write(prepared: Prepared, shop: Workshop, reversible: bool, on_step: Callable[[str], None]) -> dict[str, Any]:
     """Write everything into the workshop, the weights first and the config last; the manifest is returned."""
     plan, files = prepared.plan, prepared.files
     todo = [file for file in plan.files if file.name not in shop.finished]
@@ -236,9 +228,15 @@ def _write(prepared: Prepared, shop: Workshop, on_step: Callable[[str], None]) -
         hashing.close()
     figures = [one for file in plan.files for one in shop.finished[file.name][1]]
     _write_small(prepared, shop.model)
-    inputs |= {path.name: sha256_of(path) for path in _small(prepared.base.root)}
+    index = prepared.base.path(f"{MODEL_STEM}{INDEX}")
+    beside = [*_small(prepared.base.root), *([index] if index.is_file() else [])]
+    inputs |= {path.name: sha256_of(path) for path in beside}
     outputs = {file.name: shop.finished[file.name][0] for file in plan.files}
     outputs |= {p.name: sha256_of(p) for p in sorted(shop.model.iterdir()) if p.is_file() and p.name not in outputs}
+    if reversible:
+        on_step("keeping the way back")
+        write_delta(files, shop.model, beside)
+        outputs |= {f"{DELTA}/{path.name}": sha256_of(path) for path in sorted((shop.model / DELTA).iterdir())}
     adapters = [
         {path.name: sha256_of(path) for path in sorted(source.root.glob("adapter_*")) if path.is_file()}
         for source in prepared.sources

@@ -1,0 +1,36 @@
+"""The panel that every report of this room prints as."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from veneer.printable import printable
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def panel(
+    title: str, facts: Iterable[tuple[str, str]], warnings: Sequence[str] = (), good: bool = True
+) -> RenderableType:
+    """One row a fact, warnings last.
+
+    Args:
+        title: the panel's.
+        facts: name and value of each row.
+        warnings: what a user should know.
+        good: whether the border is green; else red.
+    """
+    from rich.markup import escape
+    from rich.panel import Panel
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in facts:
+        table.add_row(name, escape(printable(value)))
+    for warning in warnings:
+        table.add_row("[yellow]warning[/]", escape(printable(warning)))
+    return Panel(table, title=title, title_align="left", border_style="green" if good else "red", expand=False)

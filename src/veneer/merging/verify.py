@@ -1,0 +1,290 @@
+"""Proof that a merged folder is what its manifest says: the merge done again beside it, and its answers compared."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from veneer.errors import MergeError, VeneerError
+from veneer.merging.base_files import WeightFiles
+from veneer.merging.manifest import read_manifest
+from veneer.merging.panel import panel
+from veneer.merging.prepare import Adapters, Options, Where, find, prepare
+from veneer.merging.stream import run_all, sha256_of
+from veneer.source import MODEL_STEM, read_header, resolve, weight_files
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+PROMPTS = (
+    "The capital of France is",
+    "Write one sentence about the sea.",
+    "def fibonacci(n):",
+    "Question: What is 17 + 25? Answer:",
+)
+# Mean divergence of the answers, in nats, up to which a merged model passes.
+MAX_KL = 0.02
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How the merged model's logits differ from the unmerged one's, over all positions of the prompts.
+
+    Attributes:
+        positions: how many were compared.
+        max_drift: the largest difference of two logits.
+        relative_drift: the same, relative to the largest logit.
+        argmax_agreement: share of positions at which both find the same token likeliest.
+        kl: mean Kullback-Leibler divergence of the merged from the unmerged distribution, in nats.
+    """
+
+    positions: int
+    max_drift: float
+    relative_drift: float
+    argmax_agreement: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What a verification found.
+
+    Attributes:
+        out: the merged folder.
+        tensors: output tensors that were computed again and compared bit for bit.
+        different: those that are not what the adapters and the base give.
+        altered: files that are no longer what the merge wrote.
+        answers: how the logits differ; ``None`` when they were not compared.
+        max_kl: up to which ``answers.kl`` passes.
+        notes: what was left out, and why.
+    """
+
+    out: str
+    tensors: int
+    different: list[str]
+    altered: list[str]
+    answers: Answers | None
+    max_kl: float
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything is as it should be."""
+        return not self.different and not self.altered and (self.answers is None or self.answers.kl <= self.max_kl)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types."""
+        return {"passed": self.passed, **asdict(self)}
+
+    def __rich__(self) -> RenderableType:
+        """A panel with one row a fact."""
+        return panel("verify report", self._facts(), self.notes, good=self.passed)
+
+    def _facts(self) -> list[tuple[str, str]]:
+        def told(bad: Sequence[str], good: str) -> str:
+            return f"{len(bad)} differ: {', '.join(bad[:3])}" if bad else good
+
+        facts = [
+            ("out", self.out),
+            ("tensors", told(self.different, f"{self.tensors} computed again, each bit the same")),
+            ("files", told(self.altered, "as the merge wrote them")),
+        ]
+        if self.answers is not None:
+            one = self.answers
+            facts.append(("drift", f"{one.max_drift:.2e} at most ({one.relative_drift:.1e} of the largest logit)"))
+            facts.append(("argmax", f"{100 * one.argmax_agreement:.1f} % of {one.positions} positions agree"))
+            facts.append(("KL", f"{one.kl:.1e} nats on average (up to {self.max_kl:g} passes)"))
+        return [*facts, ("result", "pass" if self.passed else "FAIL")]
+
+
+class CompareSink:
+    """Compares what a merge would write with what is there."""
+
+    def __init__(self, files: WeightFiles) -> None:
+        self.files = files
+        self.different: set[str] = set()
+        self._lock = threading.Lock()
+
+    def put(self, name: str, start: int, data: Tensor) -> None:
+        """Compare bytes of a tensor."""
+        wanted = data.detach().reshape(-1).view(torch.uint8)
+        place = self.files.places.get(name)
+        fits = place is not None and start + len(wanted) <= place.info.nbytes
+        if not fits or not torch.equal(self.files.bytes(name, start, len(wanted)), wanted):
+            with self._lock:
+                self.different.add(name)
+
+    def copy(self, name: str, files: WeightFiles, file: str, start: int, count: int) -> None:
+        """Compare a range of tensors, one by one."""
+        for place in files.places.values():
+            if place.file == file and start <= place.start < start + count:
+                self.put(place.info.name, 0, files.read(place.info.name))
+
+
+def verify(
+    out: str | Path,
+    adapter: Adapters | None = None,
+    base: str | Path | None = None,
+    *,
+    sample: int | None = None,
+    logits: bool = True,
+    prompts: Sequence[str] | None = None,
+    max_kl: float = MAX_KL,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> VerifyReport:
+    """Merge again beside a merged folder, compare bit for bit, and compare what both models answer.
+
+    Args:
+        out: the merged folder; its ``merge_manifest.json`` says how it was made.
+        adapter: the adapters; by default those that the manifest names. Weights are the manifest's.
+        base: the base; by default what the manifest names.
+        sample: compute only about so many pieces again, spread over the model; all when ``None``.
+        logits: whether to load both models, one after the other and in float32, and compare their logits.
+        prompts: texts to compare on; some are built in. Without a tokenizer, random tokens are taken.
+        max_kl: mean divergence in nats up to which the answers pass.
+        local_files_only: never use the network.
+        trust_remote_code: run code that comes with the base model.
+        on_step: called with what begins now.
+
+    Raises:
+        IncompleteCheckpointError: ``out`` has no manifest. SourceError, BindError ...: as merging raises.
+    """
+    folder = Path(out)
+    manifest = read_manifest(folder)
+    where = Where(local_files_only=local_files_only, trust_remote_code=trust_remote_code)
+    adapters = _weighted(manifest, adapter, where)
+    base = manifest["base"]["origin"] if base is None else base
+    on_step("merging again")
+    tensors, different = _replayed(folder, adapters, base, Options(**manifest["options"]), where, sample)
+    altered = [
+        name
+        for name, digest in manifest["outputs"]["sha256"].items()
+        if not (folder / name).is_file() or sha256_of(folder / name) != digest
+    ]
+    answers, notes = None, []
+    if logits:
+        on_step("comparing answers")
+        answers, note = _answers(folder, adapters, base, list(prompts or PROMPTS), where)
+        notes = [note] if note else []
+    return VerifyReport(str(folder), tensors, different, altered, answers, max_kl, notes)
+
+
+def _weighted(manifest: dict[str, Any], adapter: Adapters | None, where: Where) -> dict[str | Path, float]:
+    weights = [one["weight"] for one in manifest["adapters"]]
+    if adapter is None:
+        paths: list[str | Path] = [one["origin"] for one in manifest["adapters"]]
+    else:
+        paths = [source.root for source in find(adapter, where)[0]]
+    if len(paths) != len(weights):
+        raise MergeError(
+            f"{len(paths)} adapters are given, and {len(weights)} were merged.", hint="Give those, in their order."
+        )
+    return dict(zip(paths, weights, strict=True))
+
+
+def _replayed(
+    folder: Path,
+    adapters: Adapters,
+    base: str | Path,
+    options: Options,
+    where: Where,
+    sample: int | None,
+) -> tuple[int, list[str]]:
+    prepared = prepare(adapters, base, options, where)
+    files = None
+    try:
+        files = WeightFiles([read_header(path) for path in weight_files(resolve(folder), MODEL_STEM)])
+        works = prepared.plan.works
+        if sample is not None:
+            works = works[:: max(1, len(works) // max(sample, 1))]
+        sink = CompareSink(files)
+        for _ in run_all(works, sink):
+            pass
+        names = {name: info for file in prepared.plan.files for name, info in file.tensors.items()}
+        have = {name: (place.info.dtype, place.info.shape) for name, place in files.places.items()}
+        odd = {name for name in names.keys() | have.keys() if name not in names or name not in have}
+        odd |= {n for n, info in names.items() if n in have and have[n] != (info.dtype, tuple(info.shape))}
+        return sum(len(work.outputs) for work in works), sorted(sink.different | odd)
+    finally:
+        prepared.files.close()
+        if files is not None:
+            files.close()
+
+
+def _answers(
+    folder: Path, adapters: dict[str | Path, float], base: str | Path, prompts: list[str], where: Where
+) -> tuple[Answers | None, str]:
+    """The comparison, or why there is none."""
+    from veneer.loader import load
+
+    if any(weight != 1.0 for weight in adapters.values()):
+        return None, "Answers are not compared: weights other than 1 have no unmerged form."
+    options: dict[str, Any] = {
+        "dtype": torch.float32,
+        "local_files_only": where.local_files_only,
+        "trust_remote_code": where.trust_remote_code,
+    }
+    first, *others = adapters
+    model = load(first, base=base, adapter_name="a0", **options)
+    for index, path in enumerate(others, start=1):
+        model.load_adapter(path, adapter_name=f"a{index}")
+    model.set_adapter([f"a{index}" for index in range(len(adapters))])
+    batches = _batches(folder, model, prompts)
+    if not batches:
+        return None, f"Answers are not compared: {type(model.get_base_model()).__name__} reads no text."
+    unmerged = _logits(model, batches)
+    del model
+    gc.collect()
+    return _compared(unmerged, _logits(load(folder, **options), batches)), ""
+
+
+def _batches(folder: Path, model: Any, prompts: list[str]) -> list[dict[str, Tensor]]:
+    base = model.get_base_model()
+    if getattr(base, "main_input_name", "") != "input_ids":
+        return []
+    found = [{"input_ids": ids} for ids in _ids(folder, base.get_input_embeddings().weight.shape[0], prompts)]
+    if base.config.is_encoder_decoder:
+        found = [{**batch, "decoder_input_ids": batch["input_ids"]} for batch in found]
+    return found
+
+
+def _ids(folder: Path, vocabulary: int, prompts: list[str]) -> list[Tensor]:
+    """The prompts' tokens; random ones where there is no tokenizer, or one that knows none of the words."""
+    from transformers import AutoTokenizer
+
+    if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise VeneerError(f"{folder}: its tokenizer cannot be read: {error}.", hint="Use --no-logits.") from error
+        ids = [tokenizer(text, return_tensors="pt")["input_ids"] for text in prompts]
+        return [one for one in ids if one.numel()]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, vocabulary, (1, 16), generator=generator) for _ in range(4)]
+
+
+@torch.inference_mode()
+def _logits(model: Any, batches: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    return [model(**batch).logits.float() for batch in batches]
+
+
+def _compared(unmerged: Sequence[Tensor], merged: Sequence[Tensor]) -> Answers:
+    a, b = (torch.cat([t.reshape(-1, t.shape[-1]) for t in side]) for side in (unmerged, merged))
+    drift = float((a - b).abs().max())
+    kl = torch.nn.functional.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    return Answers(
+        positions=len(a),
+        max_drift=drift,
+        relative_drift=drift / float(a.abs().max()),
+        argmax_agreement=float((a.argmax(-1) == b.argmax(-1)).float().mean()),
+        kl=max(0.0, float(kl.mean())),
+    )
