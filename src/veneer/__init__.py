@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from veneer.configs.deft import DeftConfig
     from veneer.configs.delora import DeloraConfig
     from veneer.configs.fourierft import FourierFTConfig
+    from veneer.configs.frod import FrodConfig
     from veneer.configs.glora import GloraConfig
     from veneer.configs.gralora import GraloraConfig
     from veneer.configs.hira import HiraConfig
@@ -175,6 +176,7 @@ _HOMES = {
         "configs.peanut": "PeanutConfig",
         "configs.supertuning": "SupertuningConfig",
         "configs.deft": "DeftConfig",
+        "configs.frod": "FrodConfig",
         "configs.vera": "VeraConfig",
         "configs.waveft": "WaveFTConfig",
         "convert": "ConversionReport convert_to_lora",
@@ -248,6 +250,7 @@ __all__ = [
     "EvaConfig",
     "ExtractReport",
     "FourierFTConfig",
+    "FrodConfig",
     "GloraConfig",
     "GraloraConfig",
     "HRAConfig",

@@ -1,0 +1,130 @@
+"""FRoD: full-rank adaptation in a basis that the layers of one role share.
+
+    W = U diag(l) V^T        W' = U (S + diag(l)) V^T        V: (in, in), U: (out, in), l: (in,), S: sparse (in, in)
+
+``V`` comes from a joint decomposition of the weights of all layers of a role (Ponnapalli et al. 2011, higher-order
+generalised SVD); ``U`` and the first ``l`` are what ``W`` is in it, the columns of ``U`` of length one. ``l`` and the
+entries of ``S``, at random places off the diagonal, are trained. ``U`` is in no checkpoint and worked out again; so is
+``V`` without ``save_projection``, and then an adapter means what it meant only on the very same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from veneer.configs.frod import FrodConfig
+from veneer.methods.method import Base, Method
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.linear import LinearSite
+
+LENGTHS, ENTRIES = "frod_lambda_l", "frod_lambda_s_values"
+V, PLACES, SIZE = "frod_V", "frod_s_indices", "frod_s_size"
+U = "frod_U"
+
+
+class Frod(Method[FrodConfig, FrodConfig]):
+    """FRoD on layers with a matrix."""
+
+    kinds = (LinearSite,)
+    leaves = (LENGTHS, ENTRIES)
+    shared = (V, PLACES, SIZE)
+
+    def settings(self, config: FrodConfig, site: Site) -> FrodConfig:
+        return config
+
+    def shapes(self, settings: FrodConfig, site: Site) -> dict[str, tuple[int, ...]]:
+        return {LENGTHS: (site.shape[1],), ENTRIES: (_count(settings, site.shape[1]),)}
+
+    def shared_shapes(self, config: FrodConfig, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {}
+        for site in sites:
+            role, inner = _role(site.name), site.shape[1]
+            found.update({f"{V}.{role}": (inner, inner), f"{PLACES}.{role}": (2, _count(config, inner))})
+            found[f"{SIZE}.{role}"] = (2,)
+        return found
+
+    def make_shared(
+        self, config: FrodConfig, bases: Sequence[Base], generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        seeded = torch.Generator().manual_seed(config.projection_prng_key)
+        found: dict[str, Tensor] = {}
+        for role in sorted({_role(base.site.name) for base in bases}):
+            weights = [base.base_weight().float().cpu() for base in bases if _role(base.site.name) == role]
+            inner = weights[0].shape[1]
+            found[f"{V}.{role}"] = _basis(weights, config.regularization_alpha).contiguous()
+            found[f"{PLACES}.{role}"] = _places(inner, _count(config, inner), seeded)
+            found[f"{SIZE}.{role}"] = torch.tensor([inner, inner])
+        return found
+
+    def saves_shared(self, config: FrodConfig) -> bool:
+        return config.save_projection
+
+    def init(
+        self, config: FrodConfig, settings: FrodConfig, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        entries = torch.zeros(_count(settings, base.site.shape[1]))
+        return {ENTRIES: entries if config.init_weights else entries.normal_(std=0.1, generator=generator)}
+
+    def beside(
+        self, config: FrodConfig, bases: Sequence[Base], shared: Mapping[str, Tensor]
+    ) -> list[dict[str, Tensor]]:
+        found = []
+        for base in bases:
+            role = _role(base.site.name)
+            basis = shared[f"{V}.{role}"]
+            left = torch.linalg.solve(basis.double(), base.base_weight().double().T).T
+            lengths = left.norm(dim=0)
+            unit = left / lengths.clamp_min(1e-12)
+            found.append({V: basis, PLACES: shared[f"{PLACES}.{role}"], U: unit.float(), LENGTHS: lengths.float()})
+        return found
+
+    def lower(self, settings: FrodConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        places = tensors[PLACES]
+        middle = torch.diag(tensors[LENGTHS].float()).index_put(
+            (places[0], places[1]), tensors[ENTRIES].float(), accumulate=True
+        )
+        whole = tensors[U].float() @ middle @ tensors[V].float().T
+        return Patch(dense=whole - base.base_weight().float(), dropout=settings.frod_dropout)
+
+
+METHOD = Frod()
+
+
+def _count(config: FrodConfig, inner: int) -> int:
+    """How many entries of ``S`` are trained."""
+    free = inner * (inner - 1)
+    return max(1, min(int(inner * inner * config.sparse_rate), free)) if config.sparse_rate > 0 and free else 0
+
+
+def _role(name: str) -> str:
+    """What layers of a role have in common: the last two parts of their name."""
+    parts = name.split(".")
+    if len(parts) == 1 or parts[-2].isdigit():
+        return parts[-1]
+    return "attention_output" if parts[-3:] == ["attention", "output", "dense"] else "_".join(parts[-2:])
+
+
+def _places(inner: int, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` places off the diagonal, ``(2, count)``, drawn as peft draws them."""
+    index = torch.arange(inner)
+    free = torch.cartesian_prod(index, index)
+    free = free[free[:, 0] != free[:, 1]]
+    return free[torch.randperm(len(free), generator=generator)[:count]].T.contiguous()
+
+
+def _basis(weights: Sequence[Tensor], ridge: float) -> Tensor:
+    """``V`` of the layers of one role."""
+    stacked = torch.cat(list(weights))
+    if stacked.shape[0] < stacked.shape[1]:
+        right: Tensor = torch.linalg.svd(stacked, full_matrices=True)[2]
+        return right.T
+    q, r = torch.linalg.qr(stacked)
+    one = ridge * torch.eye(r.shape[1])
+    inverses = [torch.linalg.inv(part.T @ part + one) for part in q.split([len(weight) for weight in weights])]
+    directions: Tensor = torch.linalg.eigh(torch.stack(inverses).mean(0))[1]
+    basis: Tensor = r.T @ directions
+    return basis
