@@ -16,6 +16,7 @@ from torch import Tensor
 
 from veneer.configs.psoft import PsoftConfig
 from veneer.methods.method import Base, Method
+from veneer.methods.rotation import cayley, neumann, skew_of
 from veneer.patch import Patch
 from veneer.sites import Site
 from veneer.sites.linear import LinearSite
@@ -60,7 +61,7 @@ class Psoft(Method[PsoftConfig, PsoftConfig]):
 
     def lower(self, settings: PsoftConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
         r, values = settings.r, tensors[TURN].float()
-        turn = _orthogonal(settings, _skew(values, r)) if settings.psoft_orth else values
+        turn = _orthogonal(settings, skew_of(values[None], r)[0]) if settings.psoft_orth else values
         if AFTER in tensors:
             turn = tensors[AFTER].float().unsqueeze(1) * turn
         if BEFORE in tensors:
@@ -85,25 +86,10 @@ def _directions(config: PsoftConfig, weight: Tensor) -> dict[str, Tensor]:
     return {A: right.unsqueeze(1) * v, B: u * left}
 
 
-def _skew(values: Tensor, r: int) -> Tensor:
-    """A skew-symmetric matrix from what lies above its diagonal, row by row."""
-    rows, columns = torch.triu_indices(r, r, 1, device=values.device)
-    upper = torch.zeros(r, r, dtype=values.dtype, device=values.device).index_put((rows, columns), values)
-    return upper - upper.T
-
-
 def _orthogonal(settings: PsoftConfig, skew: Tensor) -> Tensor:
-    """The Cayley transform of ``skew``, or its series, whose last term peft counts once."""
-    one = torch.eye(skew.shape[0], dtype=skew.dtype, device=skew.device)
+    """The Cayley transform of ``skew``, or its series."""
     if not settings.use_cayley_neumann:
-        turned: Tensor = torch.linalg.solve(one - skew, one + skew, left=False)
-        return turned
+        return cayley(-skew)
     if settings.cayley_neumann_eps is not None:
         skew = skew * (settings.cayley_neumann_eps / skew.norm()).clamp(max=1.0)
-    terms = settings.num_cayley_neumann_terms
-    highest = max(terms - 1, 3) if terms > 2 else terms - 1
-    total, power = one, one
-    for index in range(1, highest + 1):
-        power = power @ skew
-        total = total + power * (1 if index == highest and terms > 2 else 2)
-    return total
+    return neumann(skew, settings.num_cayley_neumann_terms)
