@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from veneer.benching.result import BenchReport
+    from veneer.benching.run import bench
     from veneer.config import PeftConfig, PeftType, TaskType
     from veneer.configs.adalora import AdaLoraConfig
     from veneer.configs.beft import BeftConfig
@@ -136,6 +138,8 @@ _HOMES = {
             "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
             "AutoPeftModelForTokenClassification"
         ),
+        "benching.result": "BenchReport",
+        "benching.run": "bench",
         "config": "PeftConfig PeftType TaskType",
         "configs.adalora": "AdaLoraConfig",
         "configs.beft": "BeftConfig",
@@ -235,6 +239,7 @@ __all__ = [
     "BaseMismatchError",
     "BaseModelError",
     "BeftConfig",
+    "BenchReport",
     "BindError",
     "BoneConfig",
     "C3AConfig",
@@ -317,6 +322,7 @@ __all__ = [
     "VerifyReport",
     "WaveFTConfig",
     "__version__",
+    "bench",
     "convert_to_lora",
     "create_loraplus_optimizer",
     "extract",

@@ -25,6 +25,7 @@ COMMANDS = {
     "verify": "verify_command",
     "unmerge": "unmerge_command",
     "extract": "extract_command",
+    "bench": "bench_command",
     "demo": "demo_command",
     "convert-pickle": "convert_pickle_command",
     "digest": "digest_command",

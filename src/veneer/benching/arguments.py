@@ -1,0 +1,84 @@
+"""The options of ``veneer bench`` as they are typed: ``1,8``, ``a=80,b=20``, ``16GB``. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+from veneer.errors import ConfigError
+
+# Bytes of a unit, in lower case. 1 GB is 10^9 bytes, as files have it; 1 GiB is 2^30.
+_UNITS: Mapping[str, int] = {
+    "": 1,
+    "b": 1,
+    **{f"{letter}b": int(1000**power) for power, letter in enumerate("kmgt", 1)},
+    **{f"{letter}ib": int(1024**power) for power, letter in enumerate("kmgt", 1)},
+}
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*")
+
+
+def counts(text: str, option: str) -> tuple[int, ...]:
+    """Numbers from 1 on, such as ``1,8``; each once, ascending."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise ConfigError(f"{option} {text!r} is no list of whole numbers from 1 on.", hint=f"Such as {option} 1,8.")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def size(text: str, option: str) -> int:
+    """Bytes, such as ``16GB``, ``512 MiB`` or ``1000000``."""
+    found = _SIZE.fullmatch(text)
+    unit = _UNITS.get(found[2].lower()) if found else None
+    if found is None or unit is None or float(found[1]) * unit < 1:
+        raise ConfigError(f"{option} {text!r} is no amount of memory.", hint=f"Such as {option} 16GB.")
+    return round(float(found[1]) * unit)
+
+
+def shares(text: str, option: str) -> dict[str, float]:
+    """Adapter -> its part of the traffic, such as ``a=80,b=15,c=5``; any unit will do."""
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = part.rpartition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            found = {}
+            break
+    if not found or "" in found or len(found) != text.count("=") or text.count(",") + 1 != len(found):
+        raise ConfigError(
+            f"{option} {text!r} does not say how requests spread over the adapters.",
+            hint=f'Such as {option} "french=80,german=20".',
+        )
+    return found
+
+
+def spread_over(traffic: Mapping[str, float] | None, names: Sequence[str]) -> dict[str, float]:
+    """Adapter -> its share of the requests, the hottest first; equal shares when nothing is known.
+
+    Raises:
+        ConfigError: a name is unknown or missing, or a share is no number from 0 on.
+    """
+    if traffic is None:
+        return dict.fromkeys(names, 1 / len(names))
+    for name in traffic:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            raise ConfigError(
+                f"The traffic names {name!r}, which is none of the adapters.",
+                hint=(f"Did you mean {near[0]!r}? " if near else "") + f"They are: {', '.join(names)}.",
+            )
+    missing = [name for name in names if name not in traffic]
+    if missing:
+        raise ConfigError(
+            f"The traffic says nothing of {', '.join(missing)}.", hint="Give each adapter its part; 0 is one."
+        )
+    total = sum(traffic.values())
+    if not all(math.isfinite(part) and part >= 0 for part in traffic.values()) or not 0 < total < math.inf:
+        raise ConfigError(
+            f"The traffic's parts must be numbers from 0 on, and not all 0: {dict(traffic)}.",
+            hint="Such as a=80, b=20.",
+        )
+    hottest = sorted(names, key=lambda name: -traffic[name])
+    return {name: traffic[name] / total for name in hottest}

@@ -1,0 +1,106 @@
+"""Where a run takes place: what figures depend on, and nothing that tells whose machine it is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from veneer._version import __version__
+from veneer.benching.result import Machine
+from veneer.errors import ConfigError
+
+_PACKAGES = ("torch", "transformers", "safetensors")
+
+
+def machine(device: torch.device) -> Machine:
+    """This machine."""
+    return Machine(
+        cpu=_cpu(),
+        cores=_cores(),
+        threads=torch.get_num_threads(),
+        memory=memory(torch.device("cpu")),
+        accelerator=_accelerator(device),
+        system=f"{platform.system()} {platform.machine()}",
+        versions={"python": platform.python_version(), "veneer": __version__, **_versions()},
+    )
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of that name, after a test that it is there; the CPU when ``None``.
+
+    Raises:
+        ConfigError: there is no such device, or it cannot be used.
+    """
+    try:
+        device = torch.device(name or "cpu")
+        torch.zeros(1, device=device) + 1
+    except Exception as error:  # each backend has its own
+        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        raise ConfigError(f"The device {name!r} cannot be used: {reason}.", hint="Such as cpu or cuda.") from error
+    if device.type == "meta":
+        raise ConfigError("The device 'meta' computes nothing.", hint="Such as cpu or cuda.")
+    return device
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of memory that the device has; of the machine's own for the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+
+
+def peak_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that this process held at most, and holds now: on the device, or all of it for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+    # Not getrusage: a child's begins with its parent's.
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = dict(re.findall(r"^(VmHWM|VmRSS):\s*(\d+) kB$", status.read_text(), re.MULTILINE))
+        return 1024 * int(lines["VmHWM"]), 1024 * int(lines["VmRSS"])
+    if sys.platform == "win32":
+        return 0, 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak, peak
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    """Physical cores that this process may use; their number where only threads can be told."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    siblings = set()
+    for index in usable:
+        file = Path(f"/sys/devices/system/cpu/cpu{index}/topology/thread_siblings_list")
+        siblings.add(file.read_text().strip() if file.is_file() else str(index))
+    return len(siblings)
+
+
+def _accelerator(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        return None
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {memory(device) / 1e9:.0f} GB"
+    return device.type
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,267 @@
+"""The tables and texts of a report, the same for the terminal, HTML and Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from veneer.benching import formats
+from veneer.benching.result import VARIANTS, BenchReport, Figure
+from veneer.benching.samples import Spread
+
+ABSENT = "–"  # noqa: RUF001 - an en dash, as tables have it
+_LOADED = {"base": "base alone", "unmerged": "with its adapters", "merged": "merged while loading"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a title.
+
+    Attributes:
+        title: what it shows.
+        columns: the heads; the first column names the row.
+        rows: a text for each column.
+        note: what to know when reading it.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A quantity as it is shown.
+
+    Attributes:
+        title: of its table and plot.
+        quantity: the figure that it comes from.
+        unit: of the plotted value.
+        value: seconds of the figure, rows, length -> the plotted value.
+        text: the same -> the text in the table.
+        more_is_better: whether larger is better.
+    """
+
+    title: str
+    quantity: str
+    unit: str
+    value: Callable[[float, int, int], float]
+    text: Callable[[float, int, int], str]
+    more_is_better: bool
+
+
+def _rate(seconds: float, amount: int) -> float:
+    return amount / seconds if seconds else 0.0
+
+
+def measures(report: BenchReport) -> list[Measure]:
+    """What is shown of the speed, for this kind of model."""
+    unit = f"{report.setup.unit}s"
+
+    def shown(amount: Callable[[int, int], int]) -> tuple[Callable[..., float], Callable[..., str]]:
+        return (
+            lambda seconds, rows, length: _rate(seconds, amount(rows, length)),
+            lambda seconds, rows, length: formats.number(_rate(seconds, amount(rows, length))),
+        )
+
+    time_ = (lambda seconds, rows, length: 1e3 * seconds, lambda seconds, rows, length: formats.seconds(seconds))
+    if report.setup.kind == "forward":
+        per_second = shown(lambda rows, length: rows)
+        return [
+            Measure("Forward pass", "forward", "ms", *time_, more_is_better=False),
+            Measure("Throughput, rows a second", "forward", "rows/s", *per_second, more_is_better=True),
+        ]
+    decoded = Measure(
+        "Decoding, tokens a second", "decode", "tokens/s", *shown(lambda rows, length: rows), more_is_better=True
+    )
+    first = Measure("Time to the first token", "first", "ms", *time_, more_is_better=False)
+    if not report.setup.lengths:
+        return [decoded, first]
+    prefill = shown(lambda rows, length: rows * length)
+    return [
+        decoded,
+        first,
+        Measure(f"Prefill, {unit} a second", "first", f"{unit}/s", *prefill, more_is_better=True),
+    ]
+
+
+def sizes(report: BenchReport) -> list[tuple[int, int]]:
+    """Rows and length of each input that was measured."""
+    return [(rows, length) for rows in report.setup.batch for length in report.setup.lengths or (0,)]
+
+
+def size_name(report: BenchReport, size: tuple[int, int]) -> str:
+    """Such as ``8 rows of 128``."""
+    rows, length = size
+    return formats.count(rows, "row") + (f" of {length}" if length else "")
+
+
+def present(report: BenchReport) -> list[str]:
+    """The variants that were measured, in their order."""
+    speed = {"first", "decode", "forward"}
+    return [v for v in VARIANTS if any(f.variant == v and f.quantity in speed for f in report.figures)]
+
+
+def speed_table(report: BenchReport, measure: Measure) -> Table:
+    """One quantity: a row for each variant, a column for each size."""
+    rows = []
+    for variant in present(report):
+        figures = [(report.find(measure.quantity, variant, *size), size) for size in sizes(report)]
+        rows.append((VARIANTS[variant], *(_with_spread(figure, measure, size) for figure, size in figures)))
+    return Table(measure.title, ("", *(size_name(report, size) for size in sizes(report))), tuple(rows))
+
+
+def _with_spread(figure: Figure | None, measure: Measure, size: tuple[int, int]) -> str:
+    if figure is None:
+        return ABSENT
+    return measure.text(figure.spread.median, *size) + _off(figure.spread)
+
+
+def _off(found: Spread) -> str:
+    return f" ±{formats.percent(found.relative)}" if found.count > 1 and found.relative else ""
+
+
+def loading_table(report: BenchReport) -> Table:
+    """Load time, memory and disk of base, unmerged and merged."""
+    rows = []
+    adapters = sum(a.nbytes for a in report.setup.adapters)
+    resident = sum(f.samples[0] for f in report.figures if f.quantity == "weights" and f.variant.startswith("adapter "))
+    more = {"base": (0.0, 0.0), "unmerged": (resident, adapters), "merged": (0.0, 0.0)}
+    for variant, name in _LOADED.items():
+        load, peak = (report.find(quantity, variant) for quantity in ("load", "peak"))
+        source = "merged" if variant == "merged" else "base"
+        weights, disk = (report.find(quantity, source) for quantity in ("weights", "disk"))
+        extra_weights, extra_disk = more[variant]
+        rows.append(
+            (
+                name,
+                formats.seconds(load.spread.median) + _off(load.spread) if load else ABSENT,
+                formats.nbytes(peak.samples[0]) if peak else ABSENT,
+                formats.nbytes(weights.samples[0] + extra_weights) if weights else ABSENT,
+                formats.nbytes(disk.samples[0] + extra_disk) if disk else ABSENT,
+            )
+        )
+    columns = ("model", "load", "peak memory", "weights in memory", "weights on disk")
+    return Table("Loading, memory and files", columns, tuple(rows), _NOTES["loading"])
+
+
+def actions_table(report: BenchReport) -> Table:
+    """What is done to adapters, and how long it takes."""
+    actions = {
+        "attach one adapter": ("attach", "unmerged"),
+        "merge one adapter in memory": ("merge", "merged"),
+        "take it out again": ("unmerge", "merged"),
+        "switch to another adapter": ("switch", "switching"),
+    }
+    rows = []
+    for name, key in actions.items():
+        figure = report.find(*key)
+        if figure is not None:
+            rows.append((name, formats.seconds(figure.spread.median) + _off(figure.spread), f"{figure.spread.count}"))
+    return Table("What is done to adapters", ("action", "time", "samples"), tuple(rows))
+
+
+def fidelity_table(report: BenchReport) -> Table:
+    """Merged against unmerged, a row for each adapter."""
+    rows = []
+    for one in report.fidelity:
+        texts = ABSENT if one.same_texts is None else f"{one.same_texts} of {one.prompts}"
+        agreement = ABSENT if one.agreement is None else formats.percent(one.agreement)
+        drift = (formats.percent(one.drift), formats.percent(one.share_of_effect))
+        rows.append((one.adapter, *drift, agreement, texts, f"{one.positions}"))
+    columns = ("adapter", "largest drift", "of its effect", "same choice", "same answer", "positions")
+    return Table("Merged against unmerged", columns, tuple(rows), _NOTES["fidelity"])
+
+
+def plans_table(report: BenchReport) -> Table:
+    """Every plan that was weighed."""
+    advice = report.recommendation
+    rows = []
+    for index, plan in enumerate(advice.plans):
+        name = f"merge {formats.listed(plan.merged)}" if plan.merged else "merge none"
+        mark = "recommended" if index == advice.chosen else "" if plan.fits else "does not fit"
+        change = formats.seconds(plan.change) if plan.change else ABSENT
+        rows.append((name, formats.seconds(plan.request), change, formats.nbytes(plan.memory), mark))
+    columns = ("plan", "a request", "changes, a request", "memory", "")
+    return Table("Ways of serving the adapters", columns, tuple(rows), _assumed(report))
+
+
+def _assumed(report: BenchReport) -> str:
+    advice = report.recommendation
+    shares = ", ".join(f"{name} {formats.percent(share)}" for name, share in advice.traffic.items())
+    every = advice.requests_per_change
+    changes = "never change" if every is None else f"change every {formats.count(every, 'request')}"
+    return (
+        f"Assumed: traffic {shares}; {formats.count(advice.in_flight, 'request')} in flight; the adapters {changes}; "
+        f"{formats.nbytes(advice.memory)} of memory. Gains below {formats.percent(advice.margin)} count as noise."
+    )
+
+
+def facts(report: BenchReport) -> list[tuple[str, str]]:
+    """What was measured, where and when."""
+    setup, machine = report.setup, report.machine
+    adapters = [
+        f"{a.name} ({a.method}, {a.layers} layers, {formats.nbytes(a.nbytes)}, {a.origin})" for a in setup.adapters
+    ]
+    inputs = f"batches of {formats.listed([str(b) for b in setup.batch])}"
+    if setup.lengths:
+        inputs += f", {formats.listed([str(n) for n in setup.lengths])} {setup.unit}s a row"
+    if setup.new_tokens:
+        inputs += f", {setup.new_tokens} new tokens"
+    return [
+        ("base", f"{setup.base}: {setup.model_class}, {formats.number(setup.parameters)} parameters, {setup.dtype}"),
+        ("adapters", "; ".join(adapters)),
+        ("inputs", f"{inputs}; {setup.prompts}"),
+        ("samples", f"{setup.repeats} rounds after a warm-up"),
+        ("device", machine.accelerator or setup.device),
+        ("processor", f"{machine.cpu}, {formats.count(machine.cores, 'core')}, {machine.threads} used by torch"),
+        ("memory", formats.nbytes(machine.memory)),
+        ("system", machine.system),
+        ("versions", ", ".join(f"{name} {version}" for name, version in machine.versions.items())),
+        ("made", f"{report.made}, in {formats.seconds(report.seconds)}"),
+    ]
+
+
+def tables(report: BenchReport) -> list[Table]:
+    """Every table, in the order in which they are shown."""
+    found = [speed_table(report, measure) for measure in measures(report)]
+    found += [loading_table(report), actions_table(report), fidelity_table(report)]
+    return [table for table in found if table.rows]
+
+
+def samples_table(report: BenchReport) -> Table:
+    """Every raw sample."""
+    rows = []
+    for figure in report.figures:
+        size = size_name(report, (figure.batch, figure.length or 0)) if figure.batch else ABSENT
+        shown = formats.seconds if figure.unit == "s" else formats.nbytes
+        rows.append((figure.quantity, figure.variant, size, "  ".join(map(shown, figure.samples))))
+    return Table("Raw samples", ("quantity", "variant", "input", "samples, in order"), tuple(rows))
+
+
+_NOTES = {
+    "loading": (
+        "Fresh processes, after the imports. The peak is that of loading and of answering the largest input; the "
+        "memory of the process itself is in it. A merged folder on disk loads as the base does."
+    ),
+    "fidelity": (
+        "Largest drift: of a logit, as a share of the largest logit. Of its effect: the mean drift as a share of what "
+        "the adapter changes. Same choice: positions with the same likeliest token or class."
+    ),
+}
+
+HOW = (
+    "Times are medians; ± is the larger half of the median's 95 % interval, by the bootstrap over the rounds.",
+    "Base, merged and unmerged are three models in one process that share every weight they have in common. In each "
+    "round each of them runs each input once, in an order that rotates, so that drift of the machine meets all alike.",
+    "Before the first round each runs each input once, untimed.",
+    "The time to the first token is from the call of generate to the choice of its first token, and holds the prefill. "
+    "Decoding is the mean of the steps after it. Decoding is greedy, and does not stop early.",
+    "Switching: each run uses another adapter than the one before it. Mixed batch: the adapters take turns from row "
+    "to row of one batch.",
+    "Merging and taking out are timed in memory, with the weights resident. Loading is timed in fresh processes, the "
+    "imports apart.",
+    "Answers are compared on the same model before and after its merge. A model that generates is compared along its "
+    "own unmerged answer, so that one close call does not count again and again.",
+)

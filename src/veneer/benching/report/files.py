@@ -1,0 +1,76 @@
+"""The files of a report: HTML, Markdown and JSON, and a JSON of every run beside them.
+
+folder/report.html, report.md, report.json     the last run
+folder/runs/2026-01-31T12-00-00Z.json          each run
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from veneer.benching.result import BenchReport
+from veneer.errors import NotACheckpointError, SourceError, VeneerError
+from veneer.files import written_whole
+from veneer.source import read_json
+
+HTML, MARKDOWN, JSON, RUNS = "report.html", "report.md", "report.json", "runs"
+
+
+def write(report: BenchReport, folder: Path) -> Path:
+    """Write all of them; returns the HTML file's path.
+
+    Raises:
+        VeneerError: matplotlib is not installed. SourceError: the folder cannot be written.
+    """
+    check(folder)
+    from veneer.benching.report.html import html
+    from veneer.benching.report.markdown import markdown
+
+    data = json.dumps(report.to_dict(), indent=1) + "\n"
+    run = report.made.replace("+00:00", "Z").replace(":", "-")
+    contents: Mapping[str, str] = {
+        f"{RUNS}/{run}.json": data,
+        JSON: data,
+        MARKDOWN: markdown(report),
+        HTML: html(report),
+    }
+    for name, text in contents.items():
+        with written_whole(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return folder / HTML
+
+
+def check(folder: Path) -> None:
+    """Raise now what would keep :func:`write` from its work, before anything is measured."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise VeneerError(
+            "The report's plots need matplotlib, which is not installed.", hint="Run: pip install 'veneer[bench]'"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise SourceError(f"{folder} is a file.", hint="Give --out a folder.")
+    if any((folder / name).exists() for name in (HTML, MARKDOWN, JSON)):
+        try:
+            read(folder)
+        except SourceError as error:
+            raise SourceError(
+                f"{folder} holds a report of something else; it is not replaced.", hint="Give --out another folder."
+            ) from error
+    nearest = next((place for place in (folder, *folder.parents) if place.exists()), Path())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise SourceError(f"{folder} cannot be written.", hint="Give --out another place.")
+
+
+def read(path: Path) -> BenchReport:
+    """A run from its JSON file, or from a report's folder.
+
+    Raises:
+        SourceError: there is none, or it is damaged.
+    """
+    file = path / JSON if path.is_dir() else path
+    if not file.is_file():
+        raise NotACheckpointError(f"There is no report at {path}.", hint=f"Give a folder or {JSON} of `veneer bench`.")
+    return BenchReport.from_dict(read_json(file), str(path))

@@ -1,0 +1,42 @@
+"""A run as Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from veneer.benching.report.content import HOW, Table, facts, plans_table, samples_table, tables
+from veneer.benching.result import BenchReport
+from veneer.printable import one_line
+
+
+def markdown(report: BenchReport) -> str:
+    """The whole report: summary, tables, machine, method, raw samples."""
+    said = report.recommendation
+    parts = [
+        "# Merge or not?",
+        f"**{_text(said.headline)}**",
+        _items(said.reasons),
+        _items([f"Note: {caution}" for caution in (*said.cautions, *report.notes)]),
+        *map(_table, (plans_table(report), *tables(report))),
+        _table(Table("What was measured, and where", ("", ""), tuple(facts(report)))),
+        "## How the figures were taken",
+        _items(HOW),
+        _table(samples_table(report)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(table: Table) -> str:
+    lines = [table.columns, ("---",) + ("--:",) * (len(table.columns) - 1), *table.rows]
+    drawn = "\n".join(f"| {' | '.join(map(_text, line))} |" for line in lines)
+    return f"## {_text(table.title)}\n\n{drawn}" + (f"\n\n{_text(table.note)}" if table.note else "")
+
+
+def _items(texts: Sequence[str]) -> str:
+    return "\n".join(f"- {_text(text)}" for text in texts)
+
+
+def _text(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", one_line(text))

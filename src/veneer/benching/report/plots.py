@@ -1,0 +1,187 @@
+"""The report's plots: SVG to be put into a page, whose style sheet gives the colours for light and dark.
+
+matplotlib writes fixed colours; each one used here stands for a variable of the page and is replaced by it. Nothing
+is told by colour alone: every bar has its name beside it and its value at its end, every line its own dashes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure as Drawing
+
+from veneer.benching import formats
+from veneer.benching.report import content
+from veneer.benching.result import VARIANTS, BenchReport, Figure
+
+# Name of the page's variable -> the colour that stands for it here.
+COLOURS = {
+    "ink": "#010101",
+    "faint": "#020202",
+    "line": "#030303",
+    **{name: f"#0{index}0404" for index, name in enumerate(VARIANTS)},
+}
+_WIDTH, _ROW = 4.5, 0.235  # inches
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": COLOURS["ink"],
+    "axes.edgecolor": COLOURS["line"],
+    "axes.labelcolor": COLOURS["faint"],
+    "xtick.color": COLOURS["faint"],
+    "ytick.color": COLOURS["ink"],
+}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: its name, value, interval, colour, and the text at its end."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    colour: str
+    text: str
+
+
+def plots(report: BenchReport) -> list[tuple[str, str]]:
+    """Every plot: what it shows, and its SVG."""
+    found = [(measure.title, _speed(report, measure)) for measure in content.measures(report)]
+    found.insert(1, ("When merging is earned back", _break_even(report)))
+    if len(report.recommendation.plans) > 2:
+        found.append(("A request, by how many adapters are merged", _plans(report)))
+    loads = [("Loading, fresh process", "load"), ("Peak memory, fresh process", "peak")]
+    found += [(title, drawn) for title, quantity in loads if (drawn := _loads(report, quantity))]
+    return found
+
+
+def _speed(report: BenchReport, measure: content.Measure) -> str:
+    groups = []
+    for size in content.sizes(report):
+        figures = {v: report.find(measure.quantity, v, *size) for v in content.present(report)}
+        bars = [_bar(VARIANTS[v], v, figure, measure, size) for v, figure in figures.items() if figure]
+        groups.append((content.size_name(report, size), bars))
+    return _bars(groups, measure.title)
+
+
+def _bar(name: str, colour: str, figure: Figure, measure: content.Measure, size: tuple[int, int]) -> Bar:
+    found = figure.spread
+    value, *ends = (measure.value(seconds, *size) for seconds in (found.median, found.low, found.high))
+    return Bar(name, value, min(ends), max(ends), colour, measure.text(found.median, *size))
+
+
+def _loads(report: BenchReport, quantity: str) -> str:
+    bars = []
+    text = formats.seconds if quantity == "load" else formats.nbytes
+    for variant, name in (("base", "base alone"), ("unmerged", "unmerged"), ("merged", "merged")):
+        figure = report.find(quantity, variant)
+        if figure is not None:
+            found = figure.spread
+            bars.append(Bar(name, found.median, found.low, found.high, variant, text(found.median)))
+    return _bars([("", bars)], quantity) if bars else ""
+
+
+def _plans(report: BenchReport) -> str:
+    bars = []
+    for index, plan in enumerate(report.recommendation.plans):
+        name = "none" if not plan.merged else "all" if not plan.unmerged else f"hottest {len(plan.merged)}"
+        text = f"{formats.seconds(plan.cost)}, {formats.nbytes(plan.memory)}" + ("" if plan.fits else ", too large")
+        colour = "merged" if index == report.recommendation.chosen else "base"
+        bars.append(Bar(name, plan.cost, plan.cost, plan.cost, colour, text))
+    return _bars([("", bars)], "plans")
+
+
+def _bars(groups: Sequence[tuple[str, Sequence[Bar]]], salt: str) -> str:
+    """Bars from left to right, below the name of their group."""
+    rows = sum(len(bars) + bool(name) for name, bars in groups)
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": salt}):
+        drawing = Drawing(figsize=(_WIDTH, rows * _ROW + 0.15))
+        axes = drawing.add_axes((0.25, 0.01, 0.74, 0.98))
+        largest = max((bar.high for _, bars in groups for bar in bars), default=1.0) or 1.0
+        longest = max((len(bar.text) for _, bars in groups for bar in bars), default=1)
+        axes.set(xlim=(0, largest * (1.08 + 0.045 * longest)), ylim=(rows - 0.4, -0.6))
+        axes.axis("off")
+        place = 0
+        for name, bars in groups:
+            if name:
+                axes.text(-0.335, place, name, transform=axes.get_yaxis_transform(), va="center", weight="bold")
+                place += 1
+            for bar in bars:
+                _draw(axes, bar, place, largest)
+                place += 1
+        axes.plot([0, 0], [-0.5, rows - 0.5], color=COLOURS["line"], linewidth=1)
+        return _svg(drawing)
+
+
+def _draw(axes: Any, bar: Bar, place: int, largest: float) -> None:
+    axes.barh(place, bar.value, height=0.72, color=COLOURS[bar.colour])
+    if bar.high > bar.low:
+        axes.plot([bar.low, bar.high], [place, place], color=COLOURS["ink"], linewidth=1.2, solid_capstyle="butt")
+    axes.text(-0.02 * largest, place, bar.name, ha="right", va="center", color=COLOURS["faint"], fontsize=9.5)
+    axes.text(max(bar.value, bar.high) + 0.02 * largest, place, bar.text, va="center", fontsize=9.5)
+
+
+def _break_even(report: BenchReport) -> str:
+    """Seconds of a request, its part of the merges included, over the number of requests that share them."""
+    advice = report.recommendation
+    stay, other = advice.plans[0], advice.plans[advice.compared]
+    even = advice.break_even
+    middle = even.requests if even.requests else 100 * max(even.merges / stay.request if stay.request else 1, 1)
+    first, last = max(middle / 100, 1), max(middle * 100, 1000)
+    counts = [first * (last / first) ** (step / 200) for step in range(201)]
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": "break-even"}):
+        drawing = Drawing(figsize=(_WIDTH, 2.9))
+        axes = drawing.add_axes((0.13, 0.17, 0.79, 0.57))
+        factor, unit = _unit(stay.request)
+        flat = [factor * stay.request] * len(counts)
+        curve = [factor * (other.request + even.merges / count) for count in counts]
+        axes.plot(counts, flat, color=COLOURS["unmerged"], linewidth=2.2, label="nothing merged")
+        label = _short(f"{formats.listed(other.merged)} merged")
+        axes.plot(counts, curve, color=COLOURS["merged"], linewidth=2.2, dashes=(5, 1.5), label=label)
+        ends = sorted((flat[-1], curve[-1]))
+        room = max(ends[1] - ends[0], 0.1 * ends[1])
+        axes.set(xscale="log", xlim=(first, last), ylim=(max(ends[0] - room, 0), ends[1] + 2.5 * room))
+        axes.set_xlabel("requests until the next change of the adapters")
+        axes.xaxis.set_major_formatter(lambda value, _: formats.number(value, 1))
+        if even.requests is not None and even.requests >= first:
+            _mark(axes, even.requests, factor * stay.request)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.minorticks_off()
+        drawing.text(0.02, 0.78, f"{unit} a request, merging included", fontsize=9.5, color=COLOURS["faint"])
+        drawing.legend(loc="upper left", frameon=False, bbox_to_anchor=(0.0, 1.03), handlelength=3)
+        return _svg(drawing)
+
+
+def _mark(axes: Any, requests: float, value: float) -> None:
+    axes.plot([requests], [value], "o", color=COLOURS["ink"], markersize=6)
+    text = f"even after {formats.count(math.ceil(requests), 'request')}"
+    axes.annotate(text, (requests, value), xytext=(6, 8), textcoords="offset points")
+
+
+def _unit(seconds: float) -> tuple[float, str]:
+    return (1e3, "milliseconds") if seconds < 1 else (1.0, "seconds")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 44 else text[:43] + "…"
+
+
+def _svg(drawing: Drawing) -> str:
+    """The drawing's ``<svg>`` element, its colours variables of the page."""
+    buffer = io.StringIO()
+    drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r'<svg (.*?)width="[^"]*"(.*?)height="[^"]*"', r"<svg \1\2", text, count=1, flags=re.DOTALL)
+    for name, colour in COLOURS.items():
+        text = text.replace(colour, f"var(--{name})")
+    return text

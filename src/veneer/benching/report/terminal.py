@@ -1,0 +1,49 @@
+"""A run on the terminal: the recommendation first, then the tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table as RichTable
+
+from veneer.benching import formats
+from veneer.benching.report.content import Table, plans_table, tables
+from veneer.benching.result import BenchReport
+from veneer.printable import printable
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def shown(report: BenchReport) -> RenderableType:
+    """The recommendation, the plans and every table."""
+    found = [rich_table(table) for table in (plans_table(report), *tables(report))]
+    return Group(advice(report), *found)
+
+
+def advice(report: BenchReport) -> Panel:
+    """What to do, why, and what else to know."""
+    said = report.recommendation
+    lines = [f"[bold]{_safe(said.headline)}[/]", *(_safe(reason) for reason in said.reasons)]
+    lines += [f"[yellow]Note[/] {_safe(caution)}" for caution in (*said.cautions, *report.notes)]
+    return Panel("\n".join(lines), title="recommendation", title_align="left", border_style="green", expand=False)
+
+
+def rich_table(table: Table) -> RichTable:
+    """A table of the report as rich draws it; numbers to the right."""
+    drawn = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(table.columns):
+        drawn.add_column(_safe(name), justify="right" if index else "left")
+    for row in table.rows:
+        drawn.add_row(*map(_safe, row))
+    if table.note:
+        drawn.caption, drawn.caption_justify = _safe(table.note), "left"
+    return drawn
+
+
+def _safe(text: str) -> str:
+    return escape(printable(formats.plain(text)))

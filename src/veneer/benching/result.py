@@ -1,0 +1,281 @@
+"""What a run measured, as plain data: to JSON and back without loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
+
+from veneer.benching.cost import BreakEven, Plan
+from veneer.benching.samples import Spread, spread
+from veneer.errors import CorruptFileError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SCHEMA = 1
+# The ways of running the model that are compared, in the order in which they are shown.
+VARIANTS: Mapping[str, str] = {
+    "base": "base alone",
+    "merged": "merged",
+    "unmerged": "unmerged",
+    "switching": "switching",
+    "mixed": "mixed batch",
+}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One quantity of one variant, measured one time or more.
+
+    Attributes:
+        quantity: "first" (seconds to the first token), "decode" and "forward" (seconds of a step), "switch",
+            "attach", "merge", "unmerge", "load" and "import" (seconds), "peak", "resident", "weights" and "disk"
+            (bytes).
+        variant: what was measured: one of ``VARIANTS``; for bytes also "kept", or "adapter " and its name.
+        unit: "s" or "B".
+        samples: in the order in which they were taken. Those of the same round of several variants correspond.
+        batch: rows.
+        length: tokens (or frames) of a row; ``None`` where the input has one size.
+    """
+
+    quantity: str
+    variant: str
+    unit: str
+    samples: tuple[float, ...]
+    batch: int | None = None
+    length: int | None = None
+
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        """What makes it the same figure in another run."""
+        return self.quantity, self.variant, self.batch or 0, self.length or 0
+
+    @property
+    def spread(self) -> Spread:
+        """Median and interval."""
+        return spread(self.samples)
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """An adapter that was measured: its name, where it is, its method, its bytes on disk, the layers it changes."""
+
+    name: str
+    origin: str
+    method: str
+    nbytes: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What was measured and how.
+
+    Attributes:
+        path: as asked for.
+        base: the base model's path or id.
+        model_class: its class.
+        kind: "causal", "seq2seq" or "forward".
+        unit: what a row is made of: "token", "image" or "frame".
+        parameters: how many the base has.
+        dtype: of its weights.
+        device: where it ran.
+        adapters: those measured; the hottest first.
+        batch: rows.
+        lengths: tokens of a row; empty where the input has one size.
+        new_tokens: tokens that were generated.
+        repeats: timed rounds.
+        prompts: where the text came from.
+    """
+
+    path: str
+    base: str
+    model_class: str
+    kind: str
+    unit: str
+    parameters: int
+    dtype: str
+    device: str
+    adapters: tuple[AdapterFacts, ...]
+    batch: tuple[int, ...]
+    lengths: tuple[int, ...]
+    new_tokens: int
+    repeats: int
+    prompts: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it ran.
+
+    Attributes:
+        cpu: its name.
+        cores: physical ones.
+        threads: those that torch computes with.
+        memory: bytes.
+        accelerator: a GPU's name and memory, if the run used one.
+        system: the operating system.
+        versions: package -> version, Python included.
+    """
+
+    cpu: str
+    cores: int
+    threads: int
+    memory: int
+    accelerator: str | None
+    system: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How far one adapter's merged answers are from its unmerged ones.
+
+    Attributes:
+        adapter: its name.
+        prompts: inputs compared.
+        positions: places at which logits were compared.
+        drift: the largest difference of a logit, as a share of the largest logit.
+        share_of_effect: the mean difference as a share of what the adapter itself changes in the base's.
+        agreement: the share of positions with the same most likely token (or class); ``None`` without logits.
+        same_texts: how many greedy answers are the same; ``None`` without decode.
+    """
+
+    adapter: str
+    prompts: int
+    positions: int
+    drift: float
+    share_of_effect: float
+    agreement: float | None
+    same_texts: int | None = None
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to do, and why, in numbers.
+
+    Attributes:
+        decision: "merge", "unmerged" or "merge-hottest".
+        headline: the same as a sentence.
+        reasons: why, a sentence each.
+        cautions: what else to know.
+        plans: everything that was weighed.
+        chosen: the index of the plan that won.
+        compared: the index of the plan with merges that the break-even speaks of.
+        break_even: when its merges are earned back.
+        traffic: adapter -> its share, the hottest first.
+        memory: the budget in bytes.
+        requests_per_change: between two changes of the adapters; ``None`` when they never change.
+        in_flight: requests answered at the same time.
+        margin: what counts as noise.
+    """
+
+    decision: str
+    headline: str
+    reasons: tuple[str, ...]
+    cautions: tuple[str, ...]
+    plans: tuple[Plan, ...]
+    chosen: int
+    compared: int
+    break_even: BreakEven
+    traffic: dict[str, float]
+    memory: float
+    requests_per_change: float | None
+    in_flight: int
+    margin: float
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """A run of :func:`veneer.bench`: what was measured, and what follows from it.
+
+    Attributes:
+        made: when, in UTC.
+        setup: what was measured and how.
+        machine: where.
+        figures: every quantity with its raw samples.
+        fidelity: merged against unmerged, for each adapter.
+        recommendation: what to do.
+        notes: what could not be measured, and why.
+        seconds: the whole run took.
+        schema: of this data.
+    """
+
+    made: str
+    setup: Setup
+    machine: Machine
+    figures: tuple[Figure, ...]
+    fidelity: tuple[Fidelity, ...]
+    recommendation: Recommendation
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+    schema: int = field(default=SCHEMA)
+
+    def find(self, quantity: str, variant: str, batch: int = 0, length: int = 0) -> Figure | None:
+        """A figure, if it was measured."""
+        return find(self.figures, quantity, variant, batch, length)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "the report") -> BenchReport:
+        """The inverse of :meth:`to_dict`; ``CorruptFileError`` when the values are no report."""
+        hint = "Give the report.json that `veneer bench --out` wrote."
+        if not isinstance(values, Mapping) or "figures" not in values or "schema" not in values:
+            raise CorruptFileError(f"{where} is no report of `veneer bench`.", hint=hint)
+        if values["schema"] != SCHEMA:
+            raise CorruptFileError(
+                f"{where} is of schema {values['schema']}; this version reads {SCHEMA}.", hint="Measure again."
+            )
+        try:
+            return _made(cls, values)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise CorruptFileError(f"{where} is a damaged report: {error}.", hint=hint) from error
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the report as HTML, Markdown and JSON, and keep the run; returns the HTML file's path."""
+        from veneer.benching.report.files import write
+
+        return write(self, Path(folder))
+
+    def __rich__(self) -> RenderableType:
+        """The tables and the recommendation."""
+        from veneer.benching.report.terminal import shown
+
+        return shown(self)
+
+
+def find(figures: Iterable[Figure], quantity: str, variant: str, batch: int = 0, length: int = 0) -> Figure | None:
+    """The figure of these, if it is among ``figures``."""
+    return next((f for f in figures if f.key == (quantity, variant, batch, length)), None)
+
+
+def _made(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A dataclass from what ``asdict`` and JSON made of it."""
+    hints = get_type_hints(kind)
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: _value(hints[name], value) for name, value in values.items() if name in known})
+
+
+def _value(hint: Any, value: Any) -> Any:
+    if isinstance(hint, type) and is_dataclass(hint):
+        return _made(hint, value)
+    if get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(_value(get_args(hint)[0], item) for item in value)
+    if not isinstance(value, _json_types(hint)) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{value!r} is no {hint}")
+    return value
+
+
+def _json_types(hint: Any) -> tuple[type, ...]:
+    """The types that JSON may hold for a hint; a whole float is read as an int."""
+    parts = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+    kinds = [get_origin(part) or part for part in parts]
+    return (*kinds, int) if float in kinds else tuple(kinds)

@@ -1,0 +1,259 @@
+""":func:`veneer.bench`: measure one model with its adapters, merged and unmerged, and say which to choose."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from veneer.benching import machine
+from veneer.benching.advice import recommend
+from veneer.benching.arguments import spread_over
+from veneer.benching.cost import Needs
+from veneer.benching.fidelity import fidelity
+from veneer.benching.given import Given, Inventory, take_stock
+from veneer.benching.processes import LOADS, Request, in_fresh_process, named
+from veneer.benching.progress import Progress, Timeline
+from veneer.benching.result import AdapterFacts, BenchReport, Fidelity, Figure, Setup
+from veneer.benching.rounds import Cell, Collected, measure, measure_merge, rotated
+from veneer.benching.subjects import Subjects, nbytes, subjects
+from veneer.errors import ConfigError
+from veneer.source import MODEL_STEM, resolve, weight_files
+
+# More fresh processes than this tell nothing new about loading.
+_MOST_LOADS = 3
+
+
+@contextmanager
+def _others_quiet() -> Iterator[None]:
+    """Transformers' bars and remarks put aside: each of a hundred runs would repeat them."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@_others_quiet()
+def bench(
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    adapters: Sequence[str | Path] = (),
+    batch: Sequence[int] = (1, 8),
+    prompt_tokens: Sequence[int] | None = None,
+    new_tokens: int = 32,
+    dtype: Any = "auto",
+    device: str | None = None,
+    prompts: str | Path | None = None,
+    traffic: Mapping[str, float] | None = None,
+    memory: float | None = None,
+    requests_per_change: float | None = None,
+    in_flight: int | None = None,
+    repeats: int = 5,
+    local_files_only: bool = False,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> BenchReport:
+    """Measure what merging would change on this machine, and say whether to do it.
+
+    Leave the machine alone while it runs. Base, merged and unmerged share their weights in memory, and take turns in
+    every round; loading is measured in fresh processes.
+
+    Args:
+        path: an adapter, a set of adapters, or a base model (then ``adapters`` names adapters of it).
+        base: the base: a folder or hub id. By default what the adapter names.
+        adapters: further adapters' paths; for a set also names of its members, which then are all that is taken of it.
+        batch: rows of the inputs.
+        prompt_tokens: tokens of a row; 128 and 512, as far as the model takes them, when ``None``.
+        new_tokens: tokens of an answer, from 2 on.
+        dtype: of the base; ``"auto"`` keeps that of its files.
+        device: such as ``"cuda"``; the CPU when ``None``.
+        prompts: a text file with a prompt on each line, for a model of text.
+        traffic: adapter -> its part of the requests, in any unit; equal parts when ``None``.
+        memory: bytes that serving may take; all that the device has when ``None``.
+        requests_per_change: requests between two changes of the adapters; ``None`` when they never change.
+        in_flight: requests answered at the same time; the largest ``batch`` when ``None``.
+        repeats: timed rounds.
+        local_files_only: use no network.
+        on_progress: called when a step begins.
+
+    Returns:
+        Every figure with its raw samples, and the recommendation. ``save(folder)`` writes it as HTML, Markdown and
+        JSON.
+
+    Raises:
+        ConfigError: an option makes no sense for this model. Whatever loading raises.
+    """
+    started = time.perf_counter()
+    _check_numbers(batch, prompt_tokens, new_tokens, repeats, memory, requests_per_change, in_flight)
+    place = machine.device_of(device)
+    inventory = take_stock(path, base, adapters, local_files_only)
+    shares = spread_over(traffic, [adapter.name for adapter in inventory.adapters])
+    hottest_first = [next(a for a in inventory.adapters if a.name == name) for name in shares]
+    on_progress(Progress("loading", 0.0, None))
+    models = subjects(
+        inventory, hottest_first, dtype=dtype, device=place, prompts=prompts, local_files_only=local_files_only
+    )
+    lengths = models.workload.lengths(tuple(prompt_tokens) if prompt_tokens else None, new_tokens)
+    setup = _setup(str(path), inventory, hottest_first, models, lengths, sorted(set(batch)), new_tokens, repeats)
+    timeline = Timeline(on_progress)
+    cells = [Cell(rows, length) for rows in setup.batch for length in lengths or (0,)]
+    task = next(iter(models.single.peft_config.values())).task_type
+    request = Request(
+        variant="base",
+        base=models.base.name_or_path,
+        adapters=named(hottest_first),
+        task=None if task is None else str(task),
+        model_class=setup.model_class,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(place),
+        rows=cells[-1].batch,
+        length=cells[-1].length,
+        new_tokens=new_tokens,
+    )
+    _expect(timeline, setup, cells)
+    figures = [*measure(models, cells, new_tokens, repeats, timeline, place), *_sizes(models, hottest_first)]
+    figures += measure_merge(models, repeats, timeline)
+    compared = _compare(models, hottest_first, new_tokens, timeline)
+    told = models.warnings
+    del models
+    gc.collect()
+    figures += _loads(request, min(repeats, _MOST_LOADS), cells[0], timeline)
+    needs = Needs(
+        traffic=shares,
+        memory=memory or machine.memory(place) or math.inf,
+        requests_per_change=requests_per_change or math.inf,
+        in_flight=in_flight or max(setup.batch),
+    )
+    return BenchReport(
+        made=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        setup=setup,
+        machine=machine.machine(place),
+        figures=tuple(figures),
+        fidelity=tuple(compared),
+        recommendation=recommend(setup, figures, compared, needs, told),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check_numbers(
+    batch: Sequence[int],
+    prompt_tokens: Sequence[int] | None,
+    new_tokens: int,
+    repeats: int,
+    memory: float | None,
+    requests_per_change: float | None,
+    in_flight: int | None,
+) -> None:
+    least = {
+        "batch": (1, min(batch, default=0)),
+        "prompt_tokens": (1, min(prompt_tokens, default=0) if prompt_tokens is not None else None),
+        "new_tokens": (2, new_tokens),
+        "repeats": (1, repeats),
+        "memory": (1, memory),
+        "requests_per_change": (1, requests_per_change),
+        "in_flight": (1, in_flight),
+    }
+    for name, (smallest, value) in least.items():
+        if value is not None and not value >= smallest:
+            raise ConfigError(f"{name} must be at least {smallest}, not {value}.", hint="Leave it out for the default.")
+
+
+def _setup(
+    path: str,
+    inventory: Inventory,
+    adapters: Sequence[Given],
+    models: Subjects,
+    lengths: tuple[int, ...],
+    batch: Sequence[int],
+    new_tokens: int,
+    repeats: int,
+) -> Setup:
+    entries = models.several.adapters.entries
+    named_base = next(iter(models.single.peft_config.values())).base_model_name_or_path
+    facts = [
+        AdapterFacts(a.name, a.origin, str(entries[a.name].config.peft_type), a.nbytes, len(entries[a.name].layers))
+        for a in adapters
+    ]
+    return Setup(
+        path=path,
+        base=inventory.base or named_base or models.base.name_or_path,
+        model_class=type(models.base).__name__,
+        kind=models.workload.kind,
+        unit=models.workload.unit,
+        parameters=sum(parameter.numel() for parameter in models.base.parameters()),
+        dtype=str(models.base.dtype).removeprefix("torch."),
+        device=str(next(models.base.parameters()).device),
+        adapters=tuple(facts),
+        batch=tuple(batch),
+        lengths=lengths,
+        new_tokens=new_tokens if models.workload.decodes else 0,
+        repeats=repeats,
+        prompts=models.asked,
+    )
+
+
+def _expect(timeline: Timeline, setup: Setup, cells: Sequence[Cell]) -> None:
+    """Plan every step, with a guess of its seconds from the model's size."""
+    variants = {cell: 3 + (len(setup.adapters) > 1) * (1 + (cell.batch > 1)) for cell in cells}
+    for cell in cells:
+        rows, steps = cell.batch * (cell.length or 256), setup.new_tokens or 1
+        guess = setup.parameters * (rows / 1e11 + steps / 1e10)
+        timeline.plan(str(cell), variants[cell] * setup.repeats, guess)
+        timeline.plan(f"warm-up {cell}", variants[cell], setup.parameters * (rows / 1e11 + 2 / 1e10))
+    timeline.plan("merge", setup.repeats, setup.parameters / 2e9)
+    timeline.plan("fidelity", len(setup.adapters), setup.parameters * setup.new_tokens * 2e-9)
+    timeline.plan("load", min(setup.repeats, _MOST_LOADS) * len(LOADS), 5 + setup.parameters / 5e8)
+
+
+def _compare(models: Subjects, adapters: Sequence[Given], new_tokens: int, timeline: Timeline) -> list[Fidelity]:
+    found = []
+    for adapter in adapters:
+        with timeline.step("fidelity", f"comparing answers: {adapter.name}"):
+            found.append(fidelity(models, adapter.name, new_tokens))
+    return found
+
+
+def _sizes(models: Subjects, adapters: Sequence[Given]) -> list[Figure]:
+    """Bytes in memory and on disk."""
+    own = {id(tensor) for tensor in models.base.parameters()}
+    merged = [tensor for tensor in models.merged.parameters() if id(tensor) not in own]
+    collected = Collected()
+    collected.add("weights", "base", nbytes([*models.base.parameters(), *models.base.buffers()]))
+    collected.add("weights", "merged", nbytes([*models.merged.parameters(), *models.merged.buffers()]))
+    collected.add("weights", "kept", nbytes(merged))
+    for adapter in adapters:
+        tensors = [tensor for _, tensor in models.several.adapters.named_tensors(adapter.name)]
+        collected.add("weights", f"adapter {adapter.name}", nbytes(tensors))
+        collected.add("disk", f"adapter {adapter.name}", adapter.nbytes)
+    files = weight_files(resolve(models.base.name_or_path, what="base", local_files_only=True), MODEL_STEM)
+    collected.add("disk", "base", sum(file.stat().st_size for file in files))
+    collected.add("disk", "merged", nbytes(models.merged.parameters()))
+    return collected.figures("B")
+
+
+def _loads(request: Request, repeats: int, smallest: Cell, timeline: Timeline) -> list[Figure]:
+    """Load in fresh processes. The first of each answers the largest input, and its peak memory is kept."""
+    seconds, sizes = Collected(), Collected()
+    for turn in range(repeats):
+        size = {} if turn == 0 else {"rows": smallest.batch, "length": smallest.length, "new_tokens": 2}
+        for variant in rotated(LOADS, turn):
+            with timeline.step("load", f"loading in a fresh process, {turn + 1} of {repeats}: {variant}"):
+                found = in_fresh_process(Request(**{**vars(request), **size, "variant": variant}))
+            for quantity, value in found.items():
+                if quantity not in ("peak", "resident"):
+                    seconds.add(quantity, variant, value)
+                elif turn == 0:
+                    sizes.add(quantity, variant, value)
+    return [*seconds.figures(), *sizes.figures("B")]

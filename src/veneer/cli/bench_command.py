@@ -1,0 +1,128 @@
+"""``veneer bench``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from veneer.cli.options import Base, Dtype, Json, Local
+from veneer.cli.terminal import quiet, show, tell
+from veneer.errors import ConfigError, PathNotFoundError
+
+if TYPE_CHECKING:
+    from veneer.benching.progress import Progress
+
+_PATHS = "An adapter, a set of adapters, or a base model; then further adapters of the same base."
+
+
+def bench(
+    paths: Annotated[list[str] | None, typer.Argument(metavar="PATH [ADAPTER]...", help=_PATHS)] = None,
+    base: Base = None,
+    adapters: Annotated[
+        list[str] | None, typer.Option(help="Further adapters, or some of a set by name; others may follow it.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Rows of the inputs.")] = "1,8",
+    prompt_tokens: Annotated[str | None, typer.Option(help="Tokens of a row; 128,512 if they fit.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 32,
+    dtype: Dtype = "auto",
+    device: Annotated[str | None, typer.Option(help="Such as cuda; by default the CPU.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file, a prompt on each line.")] = None,
+    traffic: Annotated[str | None, typer.Option(help='How requests spread over the adapters: "a=80,b=20".')] = None,
+    memory: Annotated[str | None, typer.Option(help="What serving may take, such as 16GB; by default all.")] = None,
+    change_every: Annotated[
+        float | None, typer.Option(min=1, help="Requests between two changes of the adapters; by default never.")
+    ] = None,
+    in_flight: Annotated[
+        int | None, typer.Option(min=1, help="Requests at the same time; by default the largest batch.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
+    out: Annotated[Path, typer.Option(help="The folder for the report.")] = Path("report"),
+    json: Json = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Compare two reports: --compare OLD NEW.")] = False,
+    local_files_only: Local = False,
+) -> None:
+    """Measure merged against unmerged on this machine, and say whether to merge."""
+    given = paths or []
+    if compare:
+        _compare(given, json)
+        return
+    if not given:
+        raise ConfigError("There is nothing to measure.", hint="`veneer bench PATH`, an adapter's folder or hub id.")
+    from veneer.benching import arguments
+    from veneer.benching.report.files import check
+
+    asked: dict[str, Any] = {
+        "batch": arguments.counts(batch, "--batch"),
+        "prompt_tokens": None if prompt_tokens is None else arguments.counts(prompt_tokens, "--prompt-tokens"),
+        "traffic": None if traffic is None else arguments.shares(traffic, "--traffic"),
+        "memory": None if memory is None else arguments.size(memory, "--memory"),
+    }
+    check(out)
+    with quiet() as warnings, _bar() as on_progress:
+        from veneer.benching.run import bench as measure
+
+        report = measure(
+            given[0],
+            base=base,
+            adapters=[*(adapters or []), *given[1:]],
+            new_tokens=new_tokens,
+            dtype=dtype,
+            device=device,
+            prompts=prompts,
+            requests_per_change=change_every,
+            in_flight=in_flight,
+            repeats=repeats,
+            local_files_only=local_files_only,
+            on_progress=on_progress,
+            **asked,
+        )
+        page = report.save(out)
+    tell(warnings)
+    show(report, json)
+    if not json:
+        print(f"The report is {page}, with report.md and report.json beside it.")
+
+
+def _compare(paths: list[str], json: bool) -> None:
+    from veneer.benching.compare import compare
+    from veneer.benching.report.files import read
+
+    if len(paths) != 2:
+        raise ConfigError(f"--compare takes two reports, not {len(paths)}.", hint="veneer bench --compare OLD NEW")
+    for path in paths:
+        if not Path(path).exists():
+            raise PathNotFoundError(f"{path} does not exist.", hint="Give a report's folder, or a run's JSON file.")
+    show(compare(*(read(Path(path)) for path in paths)), json)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[Progress], None]]:
+    """A bar with the time left, for a person."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda progress: None
+        return
+    columns = (BarColumn(), TextColumn("{task.fields[left]}"), TextColumn("{task.description}"))
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("loading", total=None, left="")
+        yield lambda progress: _advance(bar, task, progress)
+
+
+def _advance(bar: Any, task: Any, progress: Progress) -> None:
+    from veneer.benching import formats
+
+    bar.update(
+        task,
+        description=progress.text,
+        completed=progress.done,
+        total=None if progress.left is None else progress.done + progress.left,
+        left="" if progress.left is None else f"{formats.seconds(progress.left)} left",
+    )

@@ -1,0 +1,105 @@
+"""What is recommended, in words, and how long a run will take."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.benching import made
+from veneer.benching import formats
+from veneer.benching.advice import recommend
+from veneer.benching.progress import Progress, Timeline
+from veneer.benching.result import Recommendation
+
+ONE = made.setup(("pirate",))
+
+
+def words(said: Recommendation) -> str:
+    return formats.plain(" ".join([said.headline, *said.reasons, *said.cautions]))
+
+
+def test_one_adapter_worth_merging() -> None:
+    said = made.report(ONE).recommendation
+    assert said.decision == "merge"
+    assert said.headline == "Merge pirate."
+    # A row's part of eight: first token 0.128 s, then 32 steps of 0.027 s shared by eight; a tenth more unmerged.
+    request = 0.128 + 32 * 0.027 / 8
+    assert said.plans[1].request == pytest.approx(request, rel=0.01)
+    assert said.plans[0].request == pytest.approx(1.1 * request, rel=0.01)
+    assert "9.1 % less" in words(said)
+    assert "Merging pirate takes 100 ms and saves 23.6 ms a request: it is earned back after 5 requests." in words(said)
+    assert said.cautions == ()
+
+
+def test_a_gain_within_the_noise_is_said_to_be() -> None:
+    said = made.report(ONE, unmerged=1.015).recommendation
+    assert (said.decision, said.headline) == ("unmerged", "Leave pirate unmerged.")
+    assert "within the noise of 2.0 %" in words(said)
+
+
+def test_no_gain_is_never_earned_back() -> None:
+    said = made.report(ONE, unmerged=0.95).recommendation
+    assert said.decision == "unmerged"
+    assert "merging saves nothing" in words(said)
+    assert "never earned back" in words(said)
+    assert said.break_even.requests is None
+
+
+def test_adapters_that_change_often_stay_unmerged() -> None:
+    said = made.report(ONE, wanted=made.needs(ONE, requests_per_change=3)).recommendation
+    assert said.decision == "unmerged"
+    assert "earned back after 5 requests, and the adapters change every 3 requests" in words(said)
+
+
+def test_several_adapters() -> None:
+    all_three = made.setup()
+    said = made.report(wanted=made.needs(all_three, in_flight=1)).recommendation
+    assert (said.decision, said.headline) == (
+        "merge",
+        "Merge pirate, json and brief, each into a model of its own.",
+    )
+    assert made.report(mixed=1.1).recommendation.headline == "Leave pirate, json and brief unmerged, on one base."
+    one_model = made.needs(all_three, in_flight=1, memory=1.0e9, traffic={"pirate": 0.5, "json": 0.3, "brief": 0.2})
+    said = made.report(wanted=one_model).recommendation
+    assert (said.decision, said.headline) == (
+        "merge-hottest",
+        "Merge pirate, and leave json and brief unmerged on one base.",
+    )
+    assert "would cost" in words(said)
+    assert "that needs" in words(said)
+
+
+def test_cautions() -> None:
+    differing = made.report(ONE, agreement=0.85)
+    assert "85 % of the likeliest choices and 7 of 8 greedy answers are as unmerged" in words(differing.recommendation)
+    assert "No way of serving" in words(made.report(ONE, wanted=made.needs(ONE, memory=10**6)).recommendation)
+    assert "more than the largest batch" in words(made.report(ONE, wanted=made.needs(ONE, in_flight=64)).recommendation)
+    assert "too few to tell noise" in words(made.report(replace(ONE, repeats=2)).recommendation)
+
+
+def test_drift_that_all_share_is_no_noise() -> None:
+    wild = (1.0, 1.4, 0.7, 1.2, 0.9)
+    assert made.report(ONE, jitter=wild).recommendation.margin == 0.02
+    alone = [
+        replace(f, samples=f.samples[::-1]) if f.variant == "unmerged" else f for f in made.figures(ONE, jitter=wild)
+    ]
+    said = recommend(ONE, alone, made.fidelity(ONE), made.needs(ONE), ["it has no effect"])
+    assert said.margin > 0.1
+    assert "scatter by" in words(said)
+    assert said.cautions[-1] == "it has no effect"
+
+
+def test_the_time_left_is_learned_from_what_is_done() -> None:
+    now = [0.0]
+    told: list[Progress] = []
+    timeline = Timeline(told.append, clock=lambda: now[0])
+    timeline.plan("short", 2, 1.0)
+    timeline.plan("long", 2, 10.0)
+    for kind, seconds in (("short", 2.0), ("long", 40.0), ("short", 2.0), ("long", 40.0)):
+        with timeline.step(kind, kind):
+            now[0] += seconds
+    # After the first a long one is guessed at ten times it; after a long one it is known.
+    assert [progress.left for progress in told] == [None, 2.0 + 2 * 20.0, 2.0 + 40.0, 40.0]
+    assert [progress.done for progress in told] == [0, 2, 42, 44]
+    assert timeline.left() == 0

@@ -1,0 +1,120 @@
+"""The cost model's decisions, on figures for which the answer can be worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from veneer.benching.cost import Measured, Needs, Plan, Speed, break_even, choose, plans
+
+GB = 10**9
+
+
+def measured(unmerged: float = 1.2, shared: float = 1.2, **changes: Any) -> Measured:
+    """A model that decodes in 10 ms a step, whatever the rows, when merged."""
+    values: dict[str, Any] = {
+        "first": {"merged": 0.1, "unmerged": 0.1 * unmerged, "shared": 0.1 * shared},
+        "step": {
+            "merged": Speed(0.01, 0.0),
+            "unmerged": Speed(0.01 * unmerged, 0.0),
+            "shared": Speed(0.01 * shared, 0.0),
+        },
+        "steps": 100,
+        "attach": 0.01,
+        "merge": 1.0,
+        "runtime": 1 * GB,
+        "base": 10 * GB,
+        "merged": 10 * GB,
+        "kept": 8 * GB,
+        "adapters": {"a": GB // 10, "b": GB // 10, "c": GB // 10},
+    }
+    return Measured(**{**values, **changes})
+
+
+def decide(figures: Measured, traffic: dict[str, float], **options: Any) -> Plan:
+    needs = Needs(**{"traffic": traffic, "memory": 100 * GB, **options})
+    return choose(plans(figures, needs), needs.margin)
+
+
+ONE = {"a": 1.0}
+
+
+def test_one_adapter_that_is_never_changed_is_merged() -> None:
+    plan = decide(measured(), ONE)
+    assert (plan.merged, plan.unmerged) == (("a",), ())
+    assert plan.request == pytest.approx(0.1 + 100 * 0.01)
+    assert plan.memory == 1 * GB + 10 * GB
+
+
+def test_a_gain_within_the_noise_is_none() -> None:
+    assert decide(measured(unmerged=1.01), ONE, margin=0.02).merged == ()
+    assert decide(measured(unmerged=1.05), ONE, margin=0.02).merged == ("a",)
+
+
+def test_an_adapter_that_changes_often_stays_unmerged() -> None:
+    # A merge takes 1 s and saves 0.22 s a request, so it is even after 1 / 0.22 = 4.55 requests.
+    assert decide(measured(), ONE, requests_per_change=4).merged == ()
+    assert decide(measured(), ONE, requests_per_change=10).merged == ("a",)
+
+
+def test_the_break_even_is_where_the_saving_has_paid_for_the_merges() -> None:
+    figures = measured()
+    stay, merged = plans(figures, Needs(ONE, 100 * GB))
+    even = break_even(figures, stay, merged)
+    assert (even.merges, even.saving) == (1.0, pytest.approx(0.22))
+    assert even.requests == pytest.approx(1 / 0.22)
+    assert break_even(figures, merged, stay).requests is None
+
+
+def test_several_in_flight_share_a_batch_only_while_unmerged() -> None:
+    # A step costs the same for any number of rows: eight rows on one base take one step, on two models two.
+    equal = {"a": 0.5, "b": 0.5}
+    assert decide(measured(), equal, in_flight=8).merged == ()
+    assert decide(measured(), equal, in_flight=1).merged == ("a", "b")
+
+
+def test_the_hottest_is_merged_where_there_is_room_for_no_other() -> None:
+    # Two merged models beside the base take 1 + 10 + 0.3 + 8 + 10 GB, three without it 1 + 3 * 10.
+    figures = measured(unmerged=2.0, shared=2.0)
+    plan = decide(figures, {"a": 0.9, "b": 0.05, "c": 0.05}, memory=25 * GB)
+    assert (plan.merged, plan.unmerged) == (("a",), ("b", "c"))
+    # 1 of runtime, 10 of base, 0.3 of adapters, 8 of original weights that the merge in place keeps.
+    assert plan.memory == pytest.approx(19.3 * GB)
+    # 90 % of the requests take 1.1 s, the others 2.2 s.
+    assert plan.request == pytest.approx(0.9 * 1.1 + 0.1 * 2.2)
+
+
+def test_memory_rules_plans_out() -> None:
+    equal = {"a": 0.4, "b": 0.3, "c": 0.3}
+    assert decide(measured(), equal).merged == ("a", "b", "c")
+    limited = decide(measured(), equal, memory=20 * GB)
+    assert (limited.merged, limited.fits) == (("a",), True)
+    assert decide(measured(), equal, memory=12 * GB).merged == ()
+    hopeless = decide(measured(), equal, memory=5 * GB)
+    assert (hopeless.merged, hopeless.fits) == ((), False)
+
+
+def test_a_slow_mixed_batch_speaks_for_merging() -> None:
+    equal = {"a": 0.5, "b": 0.5}
+    assert decide(measured(shared=1.2), equal, in_flight=8).merged == ()
+    assert decide(measured(shared=3.0), equal, in_flight=8).merged == ("a", "b")
+
+
+def test_a_speed_is_a_line_through_what_was_measured() -> None:
+    speed = Speed.through({1: 0.02, 8: 0.027})
+    assert (speed.fixed, speed.row) == (pytest.approx(0.019), pytest.approx(0.001))
+    assert Speed.through({4: 0.5}) == Speed(0.5, 0.0)
+    assert Speed.through({1: 0.1, 8: 0.05}) == Speed(pytest.approx(0.075), 0.0)
+    falling = Speed.through({1: 0.001, 10: 0.1})
+    assert falling.fixed == 0
+    assert falling.row == pytest.approx((0.001 + 1.0) / 101)
+
+
+def test_an_expected_step_counts_only_the_rows_that_come() -> None:
+    speed = Speed(1.0, 0.1)
+    assert speed.expected(0.0, 8) == 0
+    assert speed.expected(1.0, 8) == pytest.approx(1.8)
+    assert speed.expected(0.5, 2) == pytest.approx(0.75 + 0.1)
+    assert math.isclose(speed.expected(0.5, 1), 0.55)
