@@ -78,7 +78,7 @@ class Bench:
     @property
     def few(self) -> int:
         """How often something that takes seconds is repeated."""
-        return 2 if self.large else 4
+        return 2
 
     def base(self) -> Any:
         import torch
@@ -143,6 +143,8 @@ def prefill(model: Any, length: int, rows: int = 1, **choice: Any) -> Action:
 
 # How far the peer is followed: each attach takes longer than the one before, and a thousand would take an hour.
 LAST = {"veneer": 1000, "peft": 16}
+# Seconds after which no further adapter is attached.
+LONG = 30
 
 
 def attach(bench: Bench) -> Figures:
@@ -154,6 +156,8 @@ def attach(bench: Bench) -> Figures:
     times = [first]
     for index in range(2, LAST[bench.side] + 1):
         times.append(timed(model.load_adapter, folder, adapter_name=f"a{index}")[0])
+        if sum(times) > LONG:
+            break
     found = {"attach 1": first, "attach 2": times[1]}
     # With its two neighbours: now and then one of them meets Python's collection of garbage.
     found.update({f"attach {i}": statistics.median(times[i - 3 : i]) for i in (16, 100, 1000) if i <= len(times)})
@@ -164,7 +168,7 @@ def attach(bench: Bench) -> Figures:
 def forward(bench: Bench) -> Figures:
     """The base alone, an adapter on it, an adapter merged into it: decoding, and a prefill."""
     models = {"base": bench.base(), "merged": bench.adapted().merge_and_unload(), "unmerged": bench.adapted()}
-    steps, turns = (4, 3) if bench.large else (16, 9)
+    steps, turns = (4, 2) if bench.large else (16, 5)
     decodes = in_turns({name: decode(model, steps) for name, model in models.items()}, turns)
     prefills = in_turns({name: prefill(model, bench.prompt) for name, model in models.items()}, bench.few)
     return {**named("decode", decodes, steps), **named("prefill", prefills)}
