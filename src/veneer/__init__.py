@@ -119,7 +119,7 @@ if TYPE_CHECKING:
     )
     from veneer.optimizers import create_loraplus_optimizer
     from veneer.report import AdapterReport, LoadReport
-    from veneer.start_configs import CordaConfig, EvaConfig, LoraGAConfig
+    from veneer.start_configs import CordaConfig, LoraGAConfig
     from veneer.starts.corda import preprocess_corda
     from veneer.starts.lora_ga import preprocess_loraga
     from veneer.status import TunerLayerStatus, TunerModelStatus
@@ -207,7 +207,7 @@ _HOMES = {
         ),
         "optimizers": "create_loraplus_optimizer",
         "report": "AdapterReport LoadReport",
-        "start_configs": "CordaConfig EvaConfig LoraGAConfig",
+        "start_configs": "CordaConfig LoraGAConfig",
         "starts.corda": "preprocess_corda",
         "starts.lora_ga": "preprocess_loraga",
         "status": "TunerLayerStatus TunerModelStatus",
@@ -252,7 +252,6 @@ __all__ = [
     "DeftConfig",
     "DeloraConfig",
     "DuplicateAdapterError",
-    "EvaConfig",
     "ExtractReport",
     "FourierFTConfig",
     "FrodConfig",

@@ -1,4 +1,4 @@
-"""The options of starting points that have some: ``corda_config``, ``eva_config`` ... of a LoRA config."""
+"""The options of starting points that have some: ``corda_config``, ``lora_ga_config``, of a LoRA config."""
 
 from __future__ import annotations
 
@@ -35,34 +35,6 @@ class CordaConfig(_Checked):
     """
 
     corda_method: Literal["ipm", "kpm"] = "ipm"
-
-
-@dataclass
-class EvaConfig(_Checked):
-    """EVA.
-
-    Args:
-        rho: a layer gets at most ``rho`` times its rank when ranks are dealt out anew; 1 leaves them.
-        tau: how alike two following estimates must be, as a cosine, to be called settled.
-        use_label_mask: leave out tokens whose label is ``label_mask_value``.
-        label_mask_value: see ``use_label_mask``.
-        whiten: divide each direction by the root of its singular value.
-        adjust_scaling_factors: change ``lora_alpha`` with the rank, so that the scale stays.
-    """
-
-    rho: float = 2.0
-    tau: float = 0.99
-    use_label_mask: bool = True
-    label_mask_value: int = -100
-    whiten: bool = False
-    adjust_scaling_factors: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rho < 1 or not 0 <= self.tau <= 1:
-            raise ConfigError(
-                f"EvaConfig: rho={self.rho!r}, tau={self.tau!r}.", hint="rho is at least 1, tau between 0 and 1."
-            )
 
 
 @dataclass

@@ -143,7 +143,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
         embedding = EMBEDDING_A in tensors
         down, up = (EMBEDDING_A, EMBEDDING_B) if embedding else (A, B)
         start = config.init_lora_weights
-        if isinstance(start, str) and start not in ("gaussian", "eva"):
+        if isinstance(start, str) and start != "gaussian":
             tensors.update(self._start(config, settings, base, generator))
         elif start == "gaussian":
             tensors[down].normal_(std=1 / settings.r, generator=generator)
@@ -166,15 +166,15 @@ class Lora(Method[LoraConfig, LoraSettings]):
     ) -> dict[str, Tensor]:
         """A and B of a starting point with a file of its own; of one that is moved, a copy to take off again."""
         how, site = str(config.init_lora_weights), base.site
-        if not site.matrix_input:
-            raise unsupported(site, f"init_lora_weights={how!r}")
-        if how in ("loftq", "mica"):
+        if how in ("eva", "loftq", "mica"):
             raise UnsupportedError(
                 f"init_lora_weights={how!r} is not available for new adapters.",
                 hint='For the error of a quantised base: "pissa" begins from the same singular vectors.'
                 if how == "loftq"
                 else 'Use "pissa", "orthogonal" or True.',
             )
+        if not site.matrix_input:
+            raise unsupported(site, f"init_lora_weights={how!r}")
         options = getattr(config, f"{how}_config", None) or {}
         weight = base.base_weight().float()
         layer = Layer(site.name, weight, settings.r, float(settings.scale), how, options, site.module, generator)
