@@ -25,7 +25,7 @@ from veneer.layer import AdaptedLayer
 from veneer.loader import load
 from veneer.methods.lora import METHOD as LORA
 from veneer.model import PeftModel
-from veneer.printable import printable
+from veneer.panel import panel
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -62,21 +62,12 @@ class ConversionReport:
 
     def __rich__(self) -> RenderableType:
         """A panel with one row a fact."""
-        from rich.markup import escape
-        from rich.panel import Panel
-        from rich.table import Table
-
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="bold")
-        table.add_column()
         rows = [
             ("adapter", f"{self.adapter} ({self.method})"),
             ("out", f"{self.out}: LoRA of rank {self.rank} on {len(self.errors)} layers"),
             ("error", f"{self.error:.1e} of the change; the most is {self.errors[self.worst]:.1e}, in {self.worst}"),
         ]
-        for name, value in rows:
-            table.add_row(name, escape(printable(value)))
-        return Panel(table, title="conversion report", title_align="left", border_style="green", expand=False)
+        return panel("conversion report", rows)
 
 
 def convert_to_lora(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from veneer.printable import printable
+from veneer.panel import panel
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -85,27 +85,17 @@ class LoadReport:
 
     def __rich__(self) -> RenderableType:
         """A panel: one row a fact, the adapters below each other, warnings last."""
-        from rich.panel import Panel
-        from rich.table import Table
-
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="bold")
-        table.add_column()
-        for name, value in self._facts():
-            table.add_row(name, value)
-        for warning in self.warnings:
-            table.add_row("[yellow]warning[/]", _escape(warning))
-        return Panel(table, title="load report", title_align="left", border_style="cyan", expand=False)
+        return panel("load report", self._facts(), self.warnings, border="cyan")
 
     def _facts(self) -> list[tuple[str, str]]:
         facts = [
-            ("path", f"{_escape(self.path)} ({self.kind})"),
-            ("base", f"{_escape(self.base)}: {self.model_class}, {self.dtype}"),
+            ("path", f"{self.path} ({self.kind})"),
+            ("base", f"{self.base}: {self.model_class}, {self.dtype}"),
         ]
         for adapter in self.adapters:
-            facts.append((f"adapter {_escape(adapter.name)}", _adapter_line(adapter)))
+            facts.append((f"adapter {adapter.name}", _adapter_line(adapter)))
         state = "merged into the base" if self.merged else ", ".join(self.active) or "none: the base alone"
-        facts.append(("active", _escape(state)))
+        facts.append(("active", state))
         facts.append(("seconds", ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items())))
         return facts
 
@@ -121,10 +111,4 @@ def _adapter_line(adapter: AdapterReport) -> str:
     if adapter.saved_modules:
         parts.append(f"whole modules: {', '.join(adapter.saved_modules)}")
     parts.append(f"base digest: {adapter.base_check}")
-    return _escape("; ".join(parts))
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(printable(text))
+    return "; ".join(parts)

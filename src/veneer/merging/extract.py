@@ -26,8 +26,8 @@ from veneer.identity import BASE_DIGEST_KEY, base_digest
 from veneer.loader import dtype_of
 from veneer.merging.base_files import WeightFiles
 from veneer.merging.changes import tie_groups
-from veneer.merging.panel import panel
 from veneer.merging.skeleton import Parameters, build_skeleton, stored_names
+from veneer.panel import panel
 from veneer.sites import Site, sites_for
 from veneer.sites.embedding import EmbeddingSite
 from veneer.sites.linear import LinearSite

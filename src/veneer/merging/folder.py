@@ -16,10 +16,10 @@ from veneer.merging.base_files import DTYPES
 from veneer.merging.layout import index_of
 from veneer.merging.manifest import MANIFEST, manifest_of, warnings_of, write_manifest
 from veneer.merging.output import Workshop, check_space, check_target, told_as_merge_error, workshop
-from veneer.merging.panel import panel
 from veneer.merging.prepare import Adapters, Prepared, Where, options_of, prepare
 from veneer.merging.stream import FileSink, Hashing, sha256_of, write_files
 from veneer.merging.undo import DELTA, write_delta
+from veneer.panel import panel
 from veneer.source import INDEX, MODEL_CONFIG, MODEL_STEM, Source
 
 if TYPE_CHECKING:

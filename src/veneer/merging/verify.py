@@ -15,9 +15,9 @@ from torch import Tensor
 from veneer.errors import MergeError, VeneerError
 from veneer.merging.base_files import WeightFiles
 from veneer.merging.manifest import read_manifest
-from veneer.merging.panel import panel
 from veneer.merging.prepare import Adapters, Options, Where, find, prepare
 from veneer.merging.stream import run_all, sha256_of
+from veneer.panel import panel
 from veneer.source import MODEL_STEM, read_header, resolve, weight_files
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class VerifyReport:
 
     def __rich__(self) -> RenderableType:
         """A panel with one row a fact."""
-        return panel("verify report", self._facts(), self.notes, good=self.passed)
+        return panel("verify report", self._facts(), self.notes, border="green" if self.passed else "red")
 
     def _facts(self) -> list[tuple[str, str]]:
         def told(bad: Sequence[str], good: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from veneer.configs.pvera import PveraConfig
 from veneer.methods.method import Base, Method
-from veneer.methods.vera import kaiming
+from veneer.methods.vera import largest, seeded
 from veneer.patch import Patch
 from veneer.sites import Site
 from veneer.sites.linear import LinearSite
@@ -41,15 +41,13 @@ class Pvera(Method[PveraConfig, PveraConfig]):
         return {B: (site.shape[0],), D: (2 * settings.r,)}
 
     def shared_shapes(self, config: PveraConfig, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
-        out, inner = (max(site.shape[side] for site in sites) for side in (0, 1))
+        out, inner = largest(sites)
         return {SHARED_A: (2 * config.r, inner), SHARED_B: (out, config.r)}
 
     def make_shared(
         self, config: PveraConfig, bases: Sequence[Base], generator: torch.Generator | None
     ) -> dict[str, Tensor]:
-        seeded = torch.Generator().manual_seed(config.projection_prng_key)
-        shapes = self.shared_shapes(config, [base.site for base in bases])
-        return {leaf: kaiming(shapes[leaf], seeded) for leaf in (SHARED_A, SHARED_B)}
+        return seeded(self.shared_shapes(config, [base.site for base in bases]), config.projection_prng_key)
 
     def saves_shared(self, config: PveraConfig) -> bool:
         return config.save_projection

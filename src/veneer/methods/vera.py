@@ -40,16 +40,13 @@ class Vera(Method[VeraConfig, VeraConfig]):
         return {B: (site.shape[0],), D: (settings.r,)}
 
     def shared_shapes(self, config: VeraConfig, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
-        out, inner = (max(site.shape[side] for site in sites) for side in (0, 1))
+        out, inner = largest(sites)
         return {SHARED_A: (config.r, inner), SHARED_B: (out, config.r)}
 
     def make_shared(
         self, config: VeraConfig, bases: Sequence[Base], generator: torch.Generator | None
     ) -> dict[str, Tensor]:
-        # Seeded by the config, so that a checkpoint without them means the same everywhere.
-        seeded = torch.Generator().manual_seed(config.projection_prng_key)
-        shapes = self.shared_shapes(config, [base.site for base in bases])
-        return {leaf: kaiming(shapes[leaf], seeded) for leaf in (SHARED_A, SHARED_B)}
+        return seeded(self.shared_shapes(config, [base.site for base in bases]), config.projection_prng_key)
 
     def saves_shared(self, config: VeraConfig) -> bool:
         return config.save_projection
@@ -69,7 +66,18 @@ class Vera(Method[VeraConfig, VeraConfig]):
 METHOD = Vera()
 
 
-def kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def largest(sites: Sequence[Site]) -> tuple[int, int]:
+    """The largest ``out`` and the largest ``in`` of all layers, which tensors for all of them must have room for."""
+    return max(site.shape[0] for site in sites), max(site.shape[1] for site in sites)
+
+
+def seeded(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
+    """Random tensors, in the order of ``shapes``; the same everywhere, so that a checkpoint may leave them out."""
+    generator = torch.Generator().manual_seed(seed)
+    return {leaf: _kaiming(shape, generator) for leaf, shape in shapes.items()}
+
+
+def _kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Uniform with the deviation ``sqrt(2 / fan_in)`` (He et al. 2015), drawn in the order that peft draws in."""
     bound = math.sqrt(6 / shape[1])
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)

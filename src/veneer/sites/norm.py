@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
-from veneer.sites.site import Site
+from veneer.sites.column import ColumnSite
 
 
-class NormSite(Site):
+class NormSite(ColumnSite):
     """A norm. It uses its weight inside its own ``forward``, so a patch acts through the whole changed weight."""
 
     products = False
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.stored.shape[0], 1
-
-    def canonical(self, stored: Tensor) -> Tensor:
-        return stored.unsqueeze(1)
-
-    def as_stored(self, matrix: Tensor) -> Tensor:
-        return matrix.squeeze(1)
 
 
 def is_norm(module: nn.Module) -> bool:

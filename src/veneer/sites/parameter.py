@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from veneer.sites.column import ColumnSite
 from veneer.sites.site import Site
 
 
@@ -67,15 +68,5 @@ class ParameterSite(Site):
         return matrix.mT if self.swapped else matrix
 
 
-class VectorSite(ParameterSite):
+class VectorSite(ColumnSite, ParameterSite):
     """A bias that a larger layer uses itself, as a matrix of one column."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.stored.shape[0], 1
-
-    def canonical(self, stored: Tensor) -> Tensor:
-        return stored.unsqueeze(1)
-
-    def as_stored(self, matrix: Tensor) -> Tensor:
-        return matrix.squeeze(1)

@@ -1,4 +1,4 @@
-"""The panel that every report of this room prints as."""
+"""The panel that every report prints as."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def panel(
-    title: str, facts: Iterable[tuple[str, str]], warnings: Sequence[str] = (), good: bool = True
+    title: str, facts: Iterable[tuple[str, str]], warnings: Sequence[str] = (), border: str = "green"
 ) -> RenderableType:
     """One row a fact, warnings last.
 
@@ -20,7 +20,7 @@ def panel(
         title: the panel's.
         facts: name and value of each row.
         warnings: what a user should know.
-        good: whether the border is green; else red.
+        border: the border's colour.
     """
     from rich.markup import escape
     from rich.panel import Panel
@@ -30,7 +30,7 @@ def panel(
     table.add_column(style="bold")
     table.add_column()
     for name, value in facts:
-        table.add_row(name, escape(printable(value)))
+        table.add_row(escape(printable(name)), escape(printable(value)))
     for warning in warnings:
         table.add_row("[yellow]warning[/]", escape(printable(warning)))
-    return Panel(table, title=title, title_align="left", border_style="green" if good else "red", expand=False)
+    return Panel(table, title=title, title_align="left", border_style=border, expand=False)
