@@ -22,6 +22,7 @@ from tests.adapters import saved
 from tests.models import build
 from veneer.errors import CorruptFileError, MergeError
 from veneer.merging import folder as room
+from veneer.merging.output import Workshop
 from veneer.merging.works import Rewrite
 
 
@@ -91,6 +92,21 @@ def test_it_goes_on_from_the_files_that_are_finished(world: Path, monkeypatch: p
     assert finished & set(made) == {min(finished)}
     assert content(world / "out") == content(world / "right")
     assert hidden(world) == []
+
+
+def test_killed_when_all_but_the_exchange_is_done(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest of the killed run is no output of the next one."""
+
+    def dying(self: Workshop) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workshop, "commit", dying)
+        with pytest.raises(KeyboardInterrupt):
+            merge(world, resume=True)
+    assert (world / ".out.merging" / "model" / "merge_manifest.json").is_file()
+    merge(world, resume=True)
+    assert content(world / "out") == content(world / "right")
 
 
 def test_resuming_something_else_is_refused(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,16 +107,16 @@ def _put_back(shop: Workshop) -> None:
         old.rename(shop.target)
 
 
-def _clear(root: Path) -> None:
-    for path in root.iterdir():
+def _clear(folder: Path, keep: Container[str] = ("lock",)) -> None:
+    for path in folder.iterdir() if folder.is_dir() else ():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != "lock":
+        elif path.name not in keep:
             path.unlink()
 
 
 def _take_up(shop: Workshop) -> None:
-    """Find the weight files that are finished; each is read again and compared with what was noted."""
+    """Keep the weight files that are finished, each read again and compared with what was noted; remove the rest."""
     journal = shop.root / "journal.json"
     if not journal.is_file():
         _clear(shop.root)
@@ -135,6 +135,8 @@ def _take_up(shop: Workshop) -> None:
         path = shop.model / name
         if path.is_file() and sha256_of(path) == entry["sha256"]:
             shop.finished[name] = entry["sha256"], [Figures(**figures) for figures in entry["figures"]]
+    # A kill may have come after the config or the manifest: these are written anew, last, and speak of this run alone.
+    _clear(shop.model, keep=shop.finished)
 
 
 def check_target(target: Path, overwrite: bool) -> None:
