@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 from veneer.config import PeftType, TargetedConfig
 
@@ -19,8 +17,8 @@ class PveraConfig(TargetedConfig):
         save_projection: whether they are saved; without them the adapter is smaller and depends on the seed.
         pvera_dropout: dropout on the adapter's input while training.
         d_initial: what the vector on the rank starts at; the other starts at zero.
-        sample_at_inference: whether inference draws from the distribution; not available.
-        generator_seed: the seed of the draws.
+        sample_at_inference: whether inference draws from the distribution too; such an adapter cannot be merged.
+        generator_seed: the seed of the draws, of which each layer has a sequence of its own; torch's own when ``None``.
     """
 
     r: int = 256
@@ -33,8 +31,6 @@ class PveraConfig(TargetedConfig):
     init_weights: bool = True
     sample_at_inference: bool = False
     generator_seed: int | None = None
-
-    honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {"sample_at_inference": (False,)}
 
     def __post_init__(self) -> None:
         super().__post_init__()

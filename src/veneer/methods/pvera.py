@@ -3,18 +3,23 @@
     W' = W + diag(b) B diag(d_1) A_1        d: (2r,), b: (out,)
 
 ``A``, ``(2r, largest in)``, and ``B``, ``(largest out, r)``, are VeRA's random matrices. The halves of ``d`` and ``A``
-give the mean and the logarithm of the variance of a hidden vector. Here the mean is used, in training too: the second
-halves are kept and change nothing.
+give the mean and the logarithm of the variance of a hidden vector. Inference takes the mean; training, and inference
+with ``sample_at_inference``, draws from the distribution:
+
+    y = W x + diag(b) B (m + exp(v / 2) e)        m = diag(d_1) A_1 x, v = diag(d_2) A_2 x, e: normal
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from veneer.configs.pvera import PveraConfig
+from veneer.errors import MergeError
 from veneer.methods.method import Base, Method
 from veneer.methods.vera import largest, seeded
 from veneer.patch import Patch
@@ -27,18 +32,64 @@ SHARED_A = "pvera_A"
 SHARED_B = "pvera_B"
 
 
-class Pvera(Method[PveraConfig, PveraConfig]):
+@dataclass(frozen=True)
+class PveraSettings:
+    """A config's meaning for one layer; its draws come from a generator of its own where the config has a seed."""
+
+    config: PveraConfig
+    generator: torch.Generator | None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What one draw adds to the mean.
+
+    Attributes:
+        up: ``diag(b) B``, shape ``(out, r)``.
+        down: ``diag(d_2) A_2``, shape ``(r, in)``.
+        generator: of the draws, on the CPU; torch's own when ``None``.
+    """
+
+    up: Tensor
+    down: Tensor
+    generator: torch.Generator | None
+
+    def __call__(self, x: Tensor, training: bool) -> Tensor:
+        deviation = (F.linear(x.to(self.down.dtype), self.down) / 2).exp()
+        return F.linear(deviation * self._draw(deviation), self.up)
+
+    def _draw(self, like: Tensor) -> Tensor:
+        if self.generator is None:
+            return torch.randn_like(like)
+        return torch.randn(like.shape, dtype=like.dtype, generator=self.generator).to(like.device)
+
+    def take(self, rows: Tensor, whole: torch.Size) -> Spread:
+        return self
+
+    def changes(self) -> bool:
+        return bool(self.up.count_nonzero())
+
+
+class Pvera(Method[PveraConfig, PveraSettings]):
     """PVeRA on layers with a matrix."""
 
     kinds = (LinearSite,)
     leaves = (B, D)
     shared = (SHARED_A, SHARED_B)
 
-    def settings(self, config: PveraConfig, site: Site) -> PveraConfig:
-        return config
+    def settings(self, config: PveraConfig, site: Site) -> PveraSettings:
+        seed = config.generator_seed
+        return PveraSettings(config, None if seed is None else torch.Generator().manual_seed(seed))
 
-    def shapes(self, settings: PveraConfig, site: Site) -> dict[str, tuple[int, ...]]:
-        return {B: (site.shape[0],), D: (2 * settings.r,)}
+    def shapes(self, settings: PveraSettings, site: Site) -> dict[str, tuple[int, ...]]:
+        return {B: (site.shape[0],), D: (2 * settings.config.r,)}
+
+    def check_mergeable(self, settings: PveraSettings, site: Site) -> None:
+        if settings.config.sample_at_inference:
+            raise MergeError(
+                "A PVeRA with sample_at_inference draws anew in every pass, so no weight can hold it.",
+                hint="Set sample_at_inference to false in its config to merge the mean.",
+            )
 
     def shared_shapes(self, config: PveraConfig, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
         out, inner = largest(sites)
@@ -53,18 +104,20 @@ class Pvera(Method[PveraConfig, PveraConfig]):
         return config.save_projection
 
     def init(
-        self, config: PveraConfig, settings: PveraConfig, base: Base, generator: torch.Generator | None
+        self, config: PveraConfig, settings: PveraSettings, base: Base, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         if config.init_weights:
             return {B: torch.zeros(base.site.shape[0]), D: torch.full((2 * config.r,), config.d_initial)}
         return {B: torch.ones(base.site.shape[0]), D: torch.randn(2 * config.r, generator=generator)}
 
-    def lower(self, settings: PveraConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: PveraSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
         out, inner = base.site.shape
-        r = settings.r
+        config, r = settings.config, settings.config.r
         up = tensors[B].unsqueeze(1) * tensors[SHARED_B][:out]
-        down = tensors[D][:r].unsqueeze(1) * tensors[SHARED_A][:r, :inner]
-        return Patch(up=up, down=down, dropout=settings.pvera_dropout)
+        down = tensors[D].unsqueeze(1) * tensors[SHARED_A][:, :inner]
+        mean = Patch(up=up, down=down[:r], dropout=config.pvera_dropout)
+        drawn = replace(mean, route=Spread(up, down[r:], settings.generator))
+        return drawn if config.sample_at_inference else replace(mean, drop=lambda _: drawn)
 
 
 METHOD = Pvera()
