@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from veneer.benching.run import bench
     from veneer.config import PeftConfig, PeftType, TaskType
     from veneer.configs.adalora import AdaLoraConfig
+    from veneer.configs.adaption_prompt import AdaptionPromptConfig
     from veneer.configs.beft import BeftConfig
     from veneer.configs.boft import BOFTConfig
     from veneer.configs.bone import BoneConfig
@@ -142,6 +143,7 @@ _HOMES = {
         "benching.run": "bench",
         "config": "PeftConfig PeftType TaskType",
         "configs.adalora": "AdaLoraConfig",
+        "configs.adaption_prompt": "AdaptionPromptConfig",
         "configs.beft": "BeftConfig",
         "configs.boft": "BOFTConfig",
         "configs.bone": "BoneConfig",
@@ -219,6 +221,7 @@ __all__ = [
     "AdaLoraConfig",
     "AdapterError",
     "AdapterReport",
+    "AdaptionPromptConfig",
     "AutoModelForCausalLM",
     "AutoModelForFeatureExtraction",
     "AutoModelForImageClassification",

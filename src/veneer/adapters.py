@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from veneer import sharding
+from veneer.attention_layer import AdaptedAttention
 from veneer.catalog import Catalog
 from veneer.checkpoint import Checkpoint
 from veneer.codec import SHARED_PREFIX, encode
@@ -48,6 +49,7 @@ from veneer.saved import SavedModule
 from veneer.selection import BASE, NOTHING, Selection, Switch
 from veneer.sharded_layer import ShardedLayer
 from veneer.sites import PackedSite, ParameterSite, Site
+from veneer.sites.attention import AttentionSite
 from veneer.targets import names_match, only_parameters
 
 
@@ -429,6 +431,8 @@ class Adapters:
             return PackedLayer(site, self.switch)
         if sharding.is_tensor_parallel(site.module):
             return ShardedLayer(site, self.switch, there)
+        if isinstance(site, AttentionSite):
+            return AdaptedAttention(site, self.switch)
         kind = AdaptedParameter if isinstance(site, ParameterSite) else AdaptedLayer
         return kind(site, self.switch, there)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from veneer.config import TargetedConfig
 from veneer.errors import MergeError
@@ -15,9 +15,9 @@ SettingsT = TypeVar("SettingsT")
 
 
 class RoutedMethod(Method[ConfigT, SettingsT]):
-    """A method on linear layers whose :meth:`lower` gives a patch with a route."""
+    """A method, on linear layers if it says nothing else, whose :meth:`lower` gives a patch with a route."""
 
-    kinds = (LinearSite,)
+    kinds: ClassVar[tuple[type[Site], ...]] = (LinearSite,)
 
     def check_mergeable(self, settings: SettingsT, site: Site) -> None:
         raise MergeError(

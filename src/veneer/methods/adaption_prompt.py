@@ -1,0 +1,110 @@
+"""Adaption prompts: upper layers attend to trained vectors (LLaMA-Adapter, Zhang et al. 2023, arXiv:2303.16199).
+
+    y' = y + W_o (g * softmax(q K^T / sqrt(dim)) V)        K = W_k P, V = W_v P
+
+    P: (1, adapter_len, hidden); g: (1,), zero at the start, so that nothing changes
+
+``q`` is the layer's own queries, turned by their positions; ``K`` and ``V`` have none. The vectors have a softmax of
+their own, so they take no attention from the text (section 3.2). In GPT-2 there is no ``W_o``, and elsewhere a bias of
+``W_o`` is added a second time: so it is in peft, and so checkpoints are trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from veneer.configs.adaption_prompt import AdaptionPromptConfig
+from veneer.errors import TargetError
+from veneer.methods.method import Base, Part
+from veneer.methods.routed import RoutedMethod
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.attention import FORMS, AttentionSite, attention_site
+
+if TYPE_CHECKING:
+    from veneer.catalog import Catalog
+
+PROMPT = "adaption_prompt"
+GATE = "adaption_gate"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The route of one attention module. Its input is queries, ``(rows, length, heads, dim)``."""
+
+    prompt: Tensor
+    gate: Tensor
+    site: AttentionSite
+
+    def changes(self) -> bool:
+        return bool(self.gate.count_nonzero())
+
+    def take(self, rows: Tensor, whole: torch.Size) -> Reading:
+        return self
+
+    def __call__(self, x: Tensor, training: bool) -> Tensor:
+        keys, values = self.site.keys_and_values(self.prompt.to(x.dtype))
+        groups = x.shape[2] // keys.shape[2]
+        keys, values = (part[0].repeat_interleave(groups, 1).float() for part in (keys, values))
+        scores = torch.einsum("blhd,nhd->blhn", x.float(), keys) / math.sqrt(x.shape[-1])
+        return torch.einsum("blhn,nhd->blhd", self.gate.float() * scores.softmax(-1), values).flatten(2)
+
+
+class AdaptionPrompt(RoutedMethod[AdaptionPromptConfig, int]):
+    """LLaMA-Adapter. What it means for a layer is the number of vectors."""
+
+    leaves = (PROMPT, GATE)
+    kinds = (AttentionSite,)
+
+    def complete(self, config: AdaptionPromptConfig, catalog: Catalog) -> None:
+        if config.target_modules is None:
+            config.target_modules = [_name(catalog)]
+
+    def parts(self, config: AdaptionPromptConfig, catalog: Catalog) -> list[Part]:
+        self.complete(config, catalog)
+        found = [attention_site(name, catalog.modules[name]) for name in catalog.targets(config)]
+        sites: list[Site] = [site for site in found if site is not None]
+        count = config.adapter_layers or 0
+        if len(sites) < count:
+            raise TargetError(
+                f"adapter_layers={count}, and {catalog.describe()} has {len(sites)} attention modules that "
+                f"target_modules={config.target_modules!r} means.",
+                hint=f"Known are those of {', '.join(FORMS)}.",
+            )
+        return [Part(self, sites[-count:])]
+
+    def settings(self, config: AdaptionPromptConfig, site: Site) -> int:
+        return config.adapter_len or 0
+
+    def shapes(self, settings: int, site: Site) -> dict[str, tuple[int, ...]]:
+        return {PROMPT: (1, settings, site.shape[1]), GATE: (1,)}
+
+    def init(
+        self, config: AdaptionPromptConfig, settings: int, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        shapes = self.shapes(settings, base.site)
+        return {PROMPT: torch.randn(shapes[PROMPT], generator=generator), GATE: torch.zeros(shapes[GATE])}
+
+    def lower(self, settings: int, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        assert isinstance(base.site, AttentionSite)
+        return Patch(route=Reading(tensors[PROMPT], tensors[GATE], base.site))
+
+
+METHOD = AdaptionPrompt()
+
+
+def _name(catalog: Catalog) -> str:
+    """The usual name of a model's attention modules."""
+    if catalog.model_type is None or catalog.model_type not in FORMS:
+        raise TargetError(
+            f"Adaption prompts need attention of a known form, and {catalog.describe()} is of type "
+            f"{catalog.model_type!r}.",
+            hint=f"Known are {', '.join(FORMS)}. Prefix tuning (PrefixTuningConfig) works on every decoder.",
+        )
+    return FORMS[catalog.model_type][1]
