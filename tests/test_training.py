@@ -78,7 +78,7 @@ def test_gaussian_and_unknown_starts() -> None:
     model = veneer.get_peft_model(build("llama"), config(r=8, init_lora_weights="gaussian"), seed=1)
     down = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.detach()
     assert down.std() == pytest.approx(1 / 8, rel=0.2)
-    for start in ("eva", "loftq", "mica"):
+    for start in ("loftq", "mica"):
         with pytest.raises(UnsupportedError, match=f"'{start}' is not available for new adapters"):
             veneer.get_peft_model(build("llama"), config(init_lora_weights=start))
 

@@ -120,8 +120,9 @@ if TYPE_CHECKING:
     )
     from veneer.optimizers import create_loraplus_optimizer
     from veneer.report import AdapterReport, LoadReport
-    from veneer.start_configs import CordaConfig, LoraGAConfig
+    from veneer.start_configs import CordaConfig, EvaConfig, LoraGAConfig
     from veneer.starts.corda import preprocess_corda
+    from veneer.starts.eva import get_eva_state_dict, initialize_lora_eva_weights
     from veneer.starts.lora_ga import preprocess_loraga
     from veneer.status import TunerLayerStatus, TunerModelStatus
 
@@ -209,8 +210,9 @@ _HOMES = {
         ),
         "optimizers": "create_loraplus_optimizer",
         "report": "AdapterReport LoadReport",
-        "start_configs": "CordaConfig LoraGAConfig",
+        "start_configs": "CordaConfig EvaConfig LoraGAConfig",
         "starts.corda": "preprocess_corda",
+        "starts.eva": "get_eva_state_dict initialize_lora_eva_weights",
         "starts.lora_ga": "preprocess_loraga",
         "status": "TunerLayerStatus TunerModelStatus",
     }.items()
@@ -255,6 +257,7 @@ __all__ = [
     "DeftConfig",
     "DeloraConfig",
     "DuplicateAdapterError",
+    "EvaConfig",
     "ExtractReport",
     "FourierFTConfig",
     "FrodConfig",
@@ -328,8 +331,10 @@ __all__ = [
     "convert_to_lora",
     "create_loraplus_optimizer",
     "extract",
+    "get_eva_state_dict",
     "get_peft_model",
     "hotswap_adapter",
+    "initialize_lora_eva_weights",
     "inspect",
     "load",
     "load_tokenizer",

@@ -1,4 +1,4 @@
-"""The options of starting points that have some: ``corda_config``, ``lora_ga_config``, of a LoRA config."""
+"""The options of starting points that have some: ``eva_config``, ``corda_config``, ``lora_ga_config``."""
 
 from __future__ import annotations
 
@@ -52,6 +52,35 @@ class LoraGAConfig(_Checked):
     direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
     scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
     stable_gamma: int = 16
+
+
+@dataclass
+class EvaConfig(_Checked):
+    """EVA.
+
+    Args:
+        rho: a layer gets this many times its rank at most; 1.0 leaves all ranks as they are.
+        tau: directions are steady when the cosine between two steps is as large as this.
+        use_label_mask: leave out tokens whose label is ``label_mask_value``.
+        label_mask_value: that label.
+        whiten: divide each direction by the root of its singular value.
+        adjust_scaling_factors: multiply a layer's ``lora_alpha`` as its rank, so that the scale stays.
+    """
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.rho >= 1 or not 0 <= self.tau < 1:
+            raise ConfigError(
+                f"EvaConfig: rho={self.rho!r}, tau={self.tau!r}.",
+                hint="rho is at least 1.0, tau lies between 0 and 1 (excluded).",
+            )
 
 
 def options_of(kind: type[StartT], values: Mapping[str, Any]) -> StartT:

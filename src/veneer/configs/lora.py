@@ -31,8 +31,8 @@ class LoraConfig(TargetedConfig):
         alpha_pattern: the same for ``lora_alpha``.
         init_lora_weights: what training starts from: ``True`` (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal of
             deviation 1/r, B zero), ``"orthogonal"``, ``"pissa"``, ``"pissa_niter_[n]"``, ``"olora"``, ``"corda"``,
-            ``"lora_ga"``, or ``False`` (both random: a non-zero start, for tests).
-        corda_config, lora_ga_config: options of those starts.
+            ``"lora_ga"``, ``"eva"``, or ``False`` (both random: a non-zero start, for tests).
+        eva_config, corda_config, lora_ga_config: options of those starts.
         layer_replication: ranges of blocks, such as ``[[0, 4], [2, 5]]``, which the model is made of while it has the
             adapter; repeated blocks share the base's weights and are adapted each on its own.
         alora_invocation_tokens: token ids; the adapter acts from their last occurrence in a prompt on (aLoRA), and

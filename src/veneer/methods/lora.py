@@ -143,7 +143,8 @@ class Lora(Method[LoraConfig, LoraSettings]):
         embedding = EMBEDDING_A in tensors
         down, up = (EMBEDDING_A, EMBEDDING_B) if embedding else (A, B)
         start = config.init_lora_weights
-        if isinstance(start, str) and start != "gaussian":
+        # EVA's own start needs data: initialize_lora_eva_weights gives it to an adapter that begins as any other.
+        if isinstance(start, str) and start not in ("gaussian", "eva"):
             tensors.update(self._start(config, settings, base, generator))
         elif start == "gaussian":
             tensors[down].normal_(std=1 / settings.r, generator=generator)
@@ -166,7 +167,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
     ) -> dict[str, Tensor]:
         """A and B of a starting point with a file of its own; of one that is moved, a copy to take off again."""
         how, site = str(config.init_lora_weights), base.site
-        if how in ("eva", "loftq", "mica"):
+        if how in ("loftq", "mica"):
             raise UnsupportedError(
                 f"init_lora_weights={how!r} is not available for new adapters.",
                 hint='For the error of a quantised base: "pissa" begins from the same singular vectors.'
