@@ -50,7 +50,7 @@ def _merge_into(result: Tensor, weight: Tensor, patches: Sequence[Patch]) -> Non
     for start in range(0, rows, block):
         stop = min(start + block, rows)
         own = result[start:stop] if apart is None else apart[: stop - start]
-        changed = _changed(own.copy_(weight[start:stop]), patches, start, stop)
+        changed = changed_into(own, weight[start:stop], patches, start, stop)
         if changed is not own or apart is not None:
             result[start:stop] = changed
 
@@ -65,10 +65,37 @@ def changed_rows(rows: Tensor, patches: Sequence[Patch], start: int, stop: int) 
     return _changed(rows.to(torch.float32, copy=True), patches, start, stop)
 
 
+def changed_into(own: Tensor, rows: Tensor, patches: Sequence[Patch], start: int, stop: int) -> Tensor:
+    """The same in ``own``, float32, where no gradient is wanted and the patches can work in place."""
+    return _changed(own.copy_(rows), patches, start, stop)
+
+
 def _changed(rows: Tensor, patches: Sequence[Patch], start: int, stop: int) -> Tensor:
     for patch in patches:
         rows = patch.changed_rows(rows, start, stop)
     return rows
+
+
+# Above this rank a pass over the weight costs less than the products of the factors with themselves.
+_FEW = 128
+
+
+@torch.no_grad()
+def added_square(patches: Sequence[Patch]) -> float | None:
+    """The squared norm of what ``patches`` add to a weight, from their factors alone.
+
+        || U V ||^2 = sum (U^T U) * (V V^T)        U^T U and V V^T: (r, r), in double precision
+
+    Returns:
+        ``None`` where they do more than add few products.
+    """
+    factors = [(patch.up, patch.down, patch.scale) for patch in patches if patch.only_adds]
+    ups = [up.double() * scale for up, _, scale in factors if up is not None]
+    downs = [down.double() for _, down, _ in factors if down is not None]
+    if len(ups) != len(patches) or not ups or sum(up.shape[-1] for up in ups) > _FEW:
+        return None
+    up, down = torch.cat(ups, -1), torch.cat(downs, -2)
+    return max(0.0, float(((up.mT @ up) * (down @ down.mT)).sum()))
 
 
 @torch.no_grad()

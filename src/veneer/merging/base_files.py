@@ -100,12 +100,16 @@ class WeightFiles:
 
     def bytes(self, name: str, start: int, count: int) -> Tensor:
         """``count`` bytes of a tensor from its byte ``start`` on, shape ``(count,)``, uint8."""
+        return self.fill(torch.empty(count, dtype=torch.uint8), name, start)
+
+    def fill(self, found: Tensor, name: str, start: int) -> Tensor:
+        """Fill a contiguous tensor with a stored one's bytes, from its byte ``start`` on."""
         place = self.places[name]
-        return self.raw(place.file, place.start + start, count)
+        return read_exactly(self._open[place.file], self.paths[place.file], place.start + start, found)
 
     def raw(self, file: str, start: int, count: int) -> Tensor:
         """``count`` bytes of a file."""
-        return read_exactly(self._open[file], self.paths[file], start, count)
+        return read_exactly(self._open[file], self.paths[file], start, torch.empty(count, dtype=torch.uint8))
 
     def descriptor(self, file: str) -> int:
         """The open file's descriptor."""
@@ -117,12 +121,11 @@ class WeightFiles:
             os.close(self._open.popitem()[1])
 
 
-def read_exactly(descriptor: int, path: Path, start: int, count: int) -> Tensor:
-    """``count`` bytes of an open file from ``start`` on, shape ``(count,)``, uint8."""
-    found = torch.empty(count, dtype=torch.uint8)
-    view = found.numpy().data
+def read_exactly(descriptor: int, path: Path, start: int, found: Tensor) -> Tensor:
+    """Fill a contiguous tensor with the bytes of an open file from ``start`` on."""
+    view = found.view(-1).view(torch.uint8).numpy().data
     done = 0
-    while done < count:
+    while done < len(view):
         try:
             got = os.preadv(descriptor, [view[done:]], start + done)
         except OSError as error:

@@ -46,9 +46,9 @@ class Rounder:
 
     generator: torch.Generator | None
 
-    def __call__(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """``values``, float32, in ``dtype``."""
-        near = values.to(dtype)
+    def __call__(self, values: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        """``values``, float32, in ``dtype``; rounded to the nearest they are put ``into`` a tensor, if one is given."""
+        near = values.to(dtype) if into is None else into.copy_(values)
         if self.generator is None or dtype.itemsize >= values.dtype.itemsize:
             return near
         back = near.to(values.dtype)
@@ -72,18 +72,27 @@ class Tally:
     error: float = 0.0
 
     def add(self, before: Tensor, after: Tensor, rounded: Tensor) -> None:
-        """Count a block: the base's values, the merged ones, both float32, and the merged ones rounded."""
-        self.change += _square(after - before)
+        """Count a tensor: the base's values, the merged ones in float32, and the merged ones rounded."""
+        scratch = torch.empty_like(after, memory_format=torch.contiguous_format)
+        self.add_change(before, after, scratch)
+        self.add_error(after, rounded, scratch)
+
+    def add_change(self, before: Tensor, after: Tensor, scratch: Tensor) -> None:
+        """Count what the adapters add; ``scratch`` is contiguous, float32 and of ``after``'s shape."""
+        self.change += _square_of_gap(before, after, scratch)
+
+    def add_error(self, after: Tensor, rounded: Tensor, scratch: Tensor) -> None:
+        """Count what rounding adds."""
         if rounded.dtype != after.dtype:
-            self.error += _square(rounded.to(after.dtype) - after)
+            self.error += _square_of_gap(rounded, after, scratch)
 
     def figures(self, name: str, dtype: str) -> Figures:
         """The sums as figures."""
         return Figures(name, dtype, math.sqrt(self.change), math.sqrt(self.error))
 
 
-def _square(values: Tensor) -> float:
-    flat = values.reshape(-1)
+def _square_of_gap(values: Tensor, after: Tensor, scratch: Tensor) -> float:
+    flat = scratch.copy_(values).sub_(after).view(-1)
     return float(flat @ flat)
 
 

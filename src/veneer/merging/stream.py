@@ -17,7 +17,9 @@ from veneer.merging.layout import OutFile
 from veneer.merging.rounding import Figures
 from veneer.merging.works import Sink, Work
 
-_BLOCK = 1 << 22
+_BLOCK = 1 << 20
+# What is read at a time while other threads compute: large, for each return from a read waits for its turn in Python.
+_HASHED = 1 << 24
 
 
 class FileSink:
@@ -33,6 +35,8 @@ class FileSink:
         self.files = {file.name: file for file in files}
         self.where = {name: file for file in files for name in file.tensors}
         self._open: dict[str, int] = {}
+        self._pool = ThreadPoolExecutor(1)
+        self._settling: Future[None] | None = None
 
     def make(self, file: OutFile) -> None:
         """Make a file of its full size, holes and a header."""
@@ -53,12 +57,19 @@ class FileSink:
         if out.name in self._open:
             _copy_range(files, file, start, self._open[out.name], out.start(name), count)
 
-    def read(self, file: str, start: int, count: int) -> Tensor:
-        """Bytes that were written before."""
-        return read_exactly(self._open[file], self.folder / file, start, count)
+    def read(self, file: str, start: int, into: Tensor) -> Tensor:
+        """Fill a tensor with bytes that were written before."""
+        return read_exactly(self._open[file], self.folder / file, start, into)
+
+    def settle(self, file: str) -> None:
+        """Begin to bring what is written of a file to the disk, so that little is left at the end."""
+        if self._settling is None or self._settling.done():
+            self._settling = self._pool.submit(os.fsync, self._open[file])
 
     def finish(self, file: str) -> None:
         """Bring a file to the disk for good and close it."""
+        if self._settling is not None:
+            self._settling.result()
         descriptor = self._open.pop(file)
         try:
             os.fsync(descriptor)
@@ -67,6 +78,7 @@ class FileSink:
 
     def close(self) -> None:
         """Close what is open."""
+        self._pool.shutdown(wait=True)
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -156,6 +168,7 @@ def write_files(
                 done[work.outputs[0]] = found
             figures += done[name]
             _hash(digest, sink, file, info.nbytes, file.start(name))
+            sink.settle(file.name)
         sink.finish(file.name)
         finished(file, digest.hexdigest(), figures)
     for _ in results:
@@ -163,18 +176,17 @@ def write_files(
 
 
 def _hash(digest: hashlib._Hash, sink: FileSink, file: OutFile, count: int, start: int) -> None:
-    while count:
-        block = sink.read(file.name, start, min(count, _BLOCK))
-        digest.update(_bytes(block))
-        start, count = start + len(block), count - len(block)
+    block = torch.empty(min(count, _BLOCK), dtype=torch.uint8)
+    for position in range(0, count, _BLOCK):
+        digest.update(_bytes(sink.read(file.name, start + position, block[: count - position])))
 
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
+    digest, block = hashlib.sha256(), memoryview(bytearray(_HASHED))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
     return digest.hexdigest()
 
 

@@ -11,16 +11,13 @@ import torch
 from torch import Tensor
 
 from veneer.errors import MergeError
-from veneer.merging.arithmetic import changed_rows
 from veneer.merging.base_files import NAMES, WeightFiles
+from veneer.merging.blocks import BLOCK_VALUES, Blocks
 from veneer.merging.changes import Changes
 from veneer.merging.rounding import Figures, Rounding, Tally
 from veneer.merging.skeleton import Conversion
 from veneer.patch import Patch, biases
 from veneer.sites import Site
-
-# Values that are worked on at a time: a megabyte in float32, about what a core's cache holds.
-BLOCK_VALUES = 1 << 18
 
 
 class Sink(Protocol):
@@ -83,11 +80,9 @@ class Values:
         tensor = self.files.read(self.name)
         return tensor if self.scale is None else dequantized(tensor, self.files.read(self.scale))
 
-    def rows(self, start: int, stop: int, columns: int) -> Tensor:
-        """Rows of it, seen as a matrix of ``columns``."""
-        dtype = self.files.dtype(self.name)
-        size = columns * dtype.itemsize
-        return self.files.bytes(self.name, start * size, (stop - start) * size).view(dtype).view(-1, columns)
+    def rows(self, start: int, into: Tensor) -> Tensor:
+        """Fill ``into`` with rows of it, seen as a matrix of as many columns, from the row ``start`` on."""
+        return self.files.fill(into, self.name, start * into.shape[1] * into.element_size())
 
 
 def dequantized(tensor: Tensor, scale: Tensor) -> Tensor:
@@ -129,9 +124,11 @@ class Cast:
         if self.values.scale is not None:
             yield self.values.whole()
             return
-        count = math.prod(self.values.files.shape(self.values.name))
+        files, name = self.values.files, self.values.name
+        count = math.prod(files.shape(name))
+        block = torch.empty(min(count, BLOCK_VALUES), dtype=files.dtype(name))
         for start in range(0, count, BLOCK_VALUES):
-            yield self.values.rows(start, min(start + BLOCK_VALUES, count), 1).view(-1)
+            yield self.values.rows(start, block[: count - start].view(-1, 1)).view(-1)
 
 
 @dataclass(frozen=True)
@@ -224,16 +221,17 @@ class Rewrite:
         empty = site.canonical(torch.empty(site.stored.shape, device="meta"))
         if values.scale is not None or not empty.is_contiguous() or not all(patch.by_rows for patch in patches):
             return self._whole(target, patches, sink)
-        tally, rounder = Tally(), self.rounding.of(target.name)
         rows, columns = empty.shape[-2:]
+        blocks = Blocks(rows, columns, target.dtype, self.rounding.of(target.name))
+        stored = torch.empty((blocks.step, columns), dtype=values.files.dtype(values.name))
         position = 0
         for index, own in _matrices(empty, patches):
-            for start, stop in _blocks(rows, columns):
-                before = values.rows(index * rows + start, index * rows + stop, columns)
-                data = _merged_block(before, own, start, stop, target.dtype, rounder, tally)
+            blocks.begin(own)
+            for start, stop in blocks.spans():
+                data = blocks.merge(values.rows(index * rows + start, stored[: stop - start]), start)
                 sink.put(target.name, position, data)
                 position += data.numel() * data.element_size()
-        return _checked(tally.figures(target.name, NAMES[target.dtype]))
+        return _checked(blocks.tally.figures(target.name, NAMES[target.dtype]))
 
     def _whole(self, target: Target, patches: Sequence[Patch], sink: Sink) -> Figures:
         stored = target.values.whole()
@@ -248,13 +246,15 @@ def merged_whole(
     """A weight as stored with ``patches`` merged in, for layouts that have no rows in the file."""
     result = torch.empty(stored.shape, dtype=target.dtype)
     before, after = site.canonical(stored), site.canonical(result)
-    tally, rounder = Tally(), rounding.of(target.name)
+    by_rows = all(patch.by_rows for patch in patches)
+    rows, columns = before.shape[-2:]
+    blocks = Blocks(rows, columns, target.dtype, rounding.of(target.name), by_rows)
     for index, own in _matrices(before, patches):
         one, into = (before[index], after[index]) if before.ndim == 3 else (before, after)
-        by_rows = all(patch.by_rows for patch in own)
-        for start, stop in _blocks(*one.shape) if by_rows else [(0, one.shape[0])]:
-            into[start:stop] = _merged_block(one[start:stop], own, start, stop, target.dtype, rounder, tally)
-    return result, _checked(tally.figures(target.name, NAMES[target.dtype]))
+        blocks.begin(own)
+        for start, stop in blocks.spans():
+            into[start:stop] = blocks.merge(one[start:stop], start)
+    return result, _checked(blocks.tally.figures(target.name, NAMES[target.dtype]))
 
 
 def _matrices(weight: Tensor, patches: Sequence[Patch]) -> Iterator[tuple[int, list[Patch]]]:
@@ -264,22 +264,6 @@ def _matrices(weight: Tensor, patches: Sequence[Patch]) -> Iterator[tuple[int, l
         return
     for index in range(weight.shape[0]):
         yield index, [patch.at(index) for patch in patches]
-
-
-def _blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    step = max(1, BLOCK_VALUES // max(columns, 1))
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
-
-
-@torch.no_grad()
-def _merged_block(
-    before: Tensor, patches: Sequence[Patch], start: int, stop: int, dtype: torch.dtype, rounder: Any, tally: Tally
-) -> Tensor:
-    after = changed_rows(before, patches, start, stop)
-    rounded: Tensor = rounder(after, dtype)
-    tally.add(before.float(), after, rounded)
-    return rounded
 
 
 def _bias(target: Target, bias: Tensor, patches: Sequence[Patch], rounding: Rounding, sink: Sink) -> Figures:
