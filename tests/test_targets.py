@@ -70,6 +70,15 @@ def test_blocks_are_numbers_and_not_prefixes_of_numbers(options: dict[str, Any],
     assert {name.split(".")[2] for name in chosen(target_modules=["q_proj"], **options)} == blocks
 
 
+def test_a_whole_name_says_its_block_itself() -> None:
+    found = chosen(target_modules=["q_proj", "lm_head", "model.layers.3.mlp.up_proj"], layers_to_transform=[1])
+    assert found == ["model.layers.1.self_attn.q_proj", "model.layers.3.mlp.up_proj", "lm_head"]
+
+
+def test_an_empty_list_of_blocks_filters_nothing() -> None:
+    assert len(chosen(target_modules=["q_proj"], layers_to_transform=[])) == 12
+
+
 NESTED = {f"model.layers.{i}.{part}.{j}.q": True for i in range(3) for part in ("layers", "experts") for j in range(3)}
 
 

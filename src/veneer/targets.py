@@ -122,7 +122,9 @@ def target_names(
     else:
         chosen = [n for n in names if names_match(n, wanted)]
     kept = [n for n in chosen if not under(n, saved) and not names_match(n, config.exclude_modules)]
-    kept = [n for n in kept if _in_blocks(n, config)]
+    # A layer's whole name says which block it means, and an empty list of blocks filters nothing (as in peft).
+    named = () if isinstance(wanted, str) else wanted
+    kept = [n for n in kept if n in named or _in_blocks(n, config)]
     if not kept:
         raise TargetError(*_nothing(config, wanted, chosen, names))
     return kept
@@ -142,7 +144,7 @@ def shortest(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
 
 
 def _in_blocks(name: str, config: TargetedConfig) -> bool:
-    if config.layers_to_transform is None:
+    if config.layers_to_transform is None or config.layers_to_transform == []:
         return True
     wanted = config.layers_to_transform
     return block_index(name, config.layers_pattern) in ([wanted] if isinstance(wanted, int) else wanted)
