@@ -35,6 +35,7 @@ from veneer.errors import (
 )
 from veneer.layer import AdaptedLayer, Bound
 from veneer.merging.into_packed import choose, dequantize, measured
+from veneer.merging.new_bias import new_biases
 from veneer.merging.quantized import DEQUANTIZED, QuantizedMerge
 from veneer.methods import AnyMethod, method_of, prompt_of
 from veneer.methods.method import Base, Method
@@ -715,6 +716,7 @@ class Adapters:
         wanted = self.selection(list(self.switch.standing.names if names is None else names)).names
         self.check_mergeable(wanted)
         packed = choose(self.layers.values(), wanted, into, self.catalog.dtype)
+        added = new_biases(self.layers.values(), wanted, self.catalog.model)
         if check:
             self._check_merge(wanted)
         for layer in self.layers.values():
@@ -726,6 +728,7 @@ class Adapters:
             if own:
                 self.catalog.modules[root] = saved.original_module = saved.taken_over(own[0])
         model = self.unload(keep=True)
+        added.put_into(model)
         if changed:
             _untie(model)
         if packed:

@@ -183,6 +183,18 @@ class AdaptedLayer(nn.Module):
         """Those of ``names`` that are bound to this layer, in their order."""
         return tuple(name for name in names if name in self.bound)
 
+    def lacks_bias(self, names: tuple[str, ...]) -> bool:
+        """Whether ``names`` move the output of a layer that has no bias to hold this once they are merged."""
+        if self.site.shift_only or self.base_bias is not None:
+            return False
+        shares = [(name, share) for name in self.here(names) for share in self.bound[name]]
+        return any(
+            bool(tensor.count_nonzero())
+            for name, share in shares
+            for leaf, tensor in self.tensors(name, share).items()
+            if leaf in share.method.bias_leaves
+        )
+
     # -- the base layer as it was --------------------------------------------------------------------------
 
     @property

@@ -102,4 +102,6 @@ def added_square(patches: Sequence[Patch]) -> float | None:
 def merged_bias(bias: Tensor | None, patches: Sequence[Patch], dtype: torch.dtype) -> Tensor | None:
     """The bias with ``patches`` merged in; a layer without one gets one, of ``dtype``, when a patch shifts it."""
     changed = biases(bias, patches)[-1]
-    return None if changed is None else changed.to(dtype if bias is None else bias.dtype)
+    if changed is None or (bias is None and not changed.count_nonzero()):
+        return None
+    return changed.to(dtype if bias is None else bias.dtype)

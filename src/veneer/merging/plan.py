@@ -14,9 +14,10 @@ from veneer.errors import MergeError, UnsupportedError
 from veneer.merging.base_files import DTYPES, FLOATS, NAMES, WeightFiles
 from veneer.merging.changes import Changes, owner, tie_groups
 from veneer.merging.layout import OutFile, Wanted, lay_out
+from veneer.merging.new_bias import NewBiases
 from veneer.merging.rounding import Rounding
 from veneer.merging.skeleton import Stored
-from veneer.merging.works import Cast, Convert, Copy, Layer, Replace, Rewrite, Target, Values, Work
+from veneer.merging.works import Cast, Convert, Copy, Layer, MakeBias, Replace, Rewrite, Target, Values, Work
 from veneer.sites import Site
 from veneer.source import MODEL_CONFIG, Source
 
@@ -87,6 +88,7 @@ class Planner:
         dtype: of the output; the base's own when ``None``.
         rounding: how values are rounded.
         scales: quantised tensor -> its scales.
+        biases: that layers without one get.
     """
 
     def __init__(
@@ -98,9 +100,11 @@ class Planner:
         dtype: torch.dtype | None,
         rounding: Rounding,
         scales: Mapping[str, str],
+        biases: NewBiases | None = None,
     ) -> None:
         self.model, self.base, self.stored, self.changes = model, base, stored, changes
         self.dtype, self.rounding, self.scales = dtype, rounding, scales
+        self.biases = biases or NewBiases()
         self.layers = self._layers()
         self.groups = {name: group for group in tie_groups(model) for name in group}
         self.works: list[Work] = []
@@ -116,6 +120,8 @@ class Planner:
         """The plan, with at most ``limit`` bytes of tensors in a file."""
         for name in self._owned(self._touched()):
             self._plan_parameter(name)
+        for name, shape in self.biases.shapes.items():
+            self._plan_bias(name, shape)
         done = {name for work in self.works for name in work.outputs}
         drop = set(self.scales.values()) | {n for n in self.base.places if n.endswith(("activation_scale",))}
         drop = drop if self.scales else set()
@@ -239,6 +245,14 @@ class Planner:
                 raise MergeError(f"The base has no {bias_name} on disk.", hint="Copy or download it again.")
             bias = Target(lies, self._values(lies), self.out_dtype(lies))
         self.works.append(Rewrite(layer, weight, bias, self.rounding))
+
+    def _plan_bias(self, name: str, shape: tuple[int, ...]) -> None:
+        weight = self.stored.direct.get(f"{name}.weight")
+        target = f"{name}.bias" if weight is None else weight.removesuffix("weight") + "bias"
+        dtype = (self.dtype or self.common) if weight is None else self.out_dtype(weight)
+        self.works.append(MakeBias(target, self.layers.get(f"{name}.weight"), shape, dtype, self.rounding))
+        file = list(self.base.paths)[-1] if weight is None else self.base.places[weight].file
+        self.new.append(Wanted(target, NAMES[dtype], shape, file))
 
     def _plan_conversion(self, name: str) -> None:
         conversion = self.stored.made[name]

@@ -18,6 +18,7 @@ from veneer.loader import dtype_of, find_base, kind_of
 from veneer.merging.base_files import WeightFiles
 from veneer.merging.changes import Adapter, Changes, collect
 from veneer.merging.layout import size_in_bytes
+from veneer.merging.new_bias import new_biases
 from veneer.merging.plan import MergePlan, Planner, config_changes, scales_of
 from veneer.merging.rounding import NEAREST, Rounding
 from veneer.merging.skeleton import Parameters, build_skeleton, stored_names
@@ -190,9 +191,11 @@ def _planned(
     changes = collect(merged, model, read, options.strict)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     rounding = Rounding(options.rounding, options.seed)
-    plan = Planner(model, files, stored, changes, dtype, rounding, scales).plan(options.max_shard_size)
+    biases = new_biases(changes.layers.values(), list(changes.weights), model, skeleton)
+    plan = Planner(model, files, stored, changes, dtype, rounding, scales, biases).plan(options.max_shard_size)
     config = {
         **_config(source, model, dtype or (torch.bfloat16 if scales else None)),
+        **biases.config,
         **config_changes(plan, model, lambda: skeleton(tie_word_embeddings=False)),
     }
     if plan.missing:

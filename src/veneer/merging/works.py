@@ -175,12 +175,6 @@ class Layer:
         """What the adapters mean for it."""
         patches = [patch for site in self.sites for patch in self.changes.patches(site.id)]
         self.site.check_mergeable(any(patch.low_rank for patch in patches))
-        shifted = any(patch.shift is not None and bool(patch.shift.count_nonzero()) for patch in patches)
-        if shifted and self.site.bias is None:
-            raise MergeError(
-                f"The adapter gives {self.site.name} a bias, and the base's layer has none to hold it.",
-                hint="Keep the adapter unmerged, or leave the layer out with exclude_modules.",
-            )
         return patches
 
 
@@ -191,6 +185,31 @@ class Target:
     name: str
     values: Values
     dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class MakeBias:
+    """A bias of a layer that has none in the base: what the adapters shift its output by, or zeros."""
+
+    name: str
+    layer: Layer | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rounding: Rounding
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @torch.no_grad()
+    def run(self, sink: Sink) -> list[Figures]:
+        """Work it out."""
+        moved = None if self.layer is None else biases(None, self.layer.patches())[-1]
+        after, tally = torch.zeros(self.shape) if moved is None else moved, Tally()
+        rounded = self.rounding.of(self.name)(after, self.dtype)
+        tally.add(torch.zeros(self.shape), after, rounded)
+        sink.put(self.name, 0, rounded.contiguous())
+        return [_checked(tally.figures(self.name, NAMES[self.dtype]))]
 
 
 @dataclass(frozen=True)

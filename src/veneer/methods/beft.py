@@ -24,6 +24,7 @@ class Beft(Method[BeftConfig, None]):
     """BEFT on linear layers and convolutions."""
 
     leaves = (SHIFT,)
+    bias_leaves = frozenset({SHIFT})
     kinds = (LinearSite, ConvSite)
 
     def settings(self, config: BeftConfig, site: Site) -> None:

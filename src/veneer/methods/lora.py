@@ -74,6 +74,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
     """LoRA, rsLoRA and DoRA."""
 
     leaves = (A, B, B_BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE)
+    bias_leaves = frozenset({B_BIAS})
     frozen = frozenset({START_A, START_B})
 
     def in_memory(self, leaf: str) -> str:
