@@ -128,7 +128,6 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "modules_to_save": st.none() | st.lists(st.text(min_size=1, max_size=5), max_size=2),
     "base_model_name_or_path": st.none() | st.text(max_size=9),
     "revision": st.none() | st.just("main"),
-    "init_weights": st.booleans(),
     "lora_alpha": st.integers(1, 10**6) | st.floats(0.001, 1e6),
     "rank_pattern": patterns,
     "alpha_pattern": patterns,
