@@ -72,5 +72,8 @@ def test_figures_have_three_digits_and_a_unit() -> None:
         formats.count(1, "request"): "1 request",
         formats.count(1200, "request"): "1 200 requests",
         formats.listed(("a", "b", "c")): "a, b and c",
+        formats.listed("abcde"): "a, b, c, d and e",
+        formats.listed("abcdefg"): "a, b, c, d and 3 others",
+        formats.listed("abcdefg", 7): "a, b, c, d, e, f and g",
     }
     assert [formats.plain(text) for text in shown] == list(shown.values())

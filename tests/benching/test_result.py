@@ -13,6 +13,7 @@ import veneer
 from tests.benching import made
 from veneer.benching.compare import compare
 from veneer.benching.report import files
+from veneer.benching.report.content import shown_plans
 from veneer.benching.result import BenchReport
 from veneer.errors import ConfigError, CorruptFileError, NotACheckpointError, SourceError, VeneerError
 
@@ -113,6 +114,15 @@ def test_what_differs_between_runs_is_said() -> None:
         assert words in cautions
     with pytest.raises(ConfigError, match="no figure in common"):
         compare(replace(old, figures=()), new)
+
+
+def test_of_many_plans_the_telling_ones_are_shown() -> None:
+    def shown(count: int) -> list[int]:
+        return [index for index, _ in shown_plans(made.report(made.setup([f"a{i}" for i in range(count)])))]
+
+    assert shown(8) == list(range(9))
+    assert set(shown(20)) >= {0, 1, 2, 4, 8, 16, 20}
+    assert len(shown(20)) < 10
 
 
 def test_it_is_public() -> None:

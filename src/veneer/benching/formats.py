@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 # A narrow space between thousands, and one that does not break before a unit.
 _THOUSANDS, _SPACE, _MINUS = "\u202f", "\u00a0", "\u2212"
@@ -53,8 +53,10 @@ def plain(text: str) -> str:
     return text.replace(_THOUSANDS, " ").replace(_SPACE, " ")
 
 
-def listed(names: tuple[str, ...] | list[str]) -> str:
-    """Such as ``a, b and c``."""
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Such as ``a, b and c``; of more than ``most`` the first, and how many others there are."""
+    if len(names) > most:
+        names = [*names[: most - 1], f"{len(names) - most + 1} others"]
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 

@@ -11,6 +11,7 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -55,6 +56,11 @@ def interval(samples: Sequence[float]) -> tuple[float, float]:
     """The bootstrap interval of the median; the same samples give the same interval every time."""
     if len(samples) < 2 or min(samples) == max(samples):
         return min(samples), max(samples)
+    return _bootstrap(tuple(samples))
+
+
+@lru_cache(maxsize=1024)  # a report shows each figure several times
+def _bootstrap(samples: tuple[float, ...]) -> tuple[float, float]:
     generator = random.Random(len(samples))
     medians = sorted(statistics.median(generator.choices(samples, k=len(samples))) for _ in range(RESAMPLES))
     cut = round((1 - CONFIDENCE) / 2 * RESAMPLES)

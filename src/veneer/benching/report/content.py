@@ -6,10 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from veneer.benching import formats
+from veneer.benching.cost import Plan
 from veneer.benching.result import VARIANTS, BenchReport, Figure
 from veneer.benching.samples import Spread
 
 ABSENT = "–"  # noqa: RUF001 - an en dash, as tables have it
+# With more adapters than this not every plan is shown.
+_MOST_PLANS = 8
 _LOADED = {"base": "base alone", "unmerged": "with its adapters", "merged": "merged while loading"}
 
 
@@ -129,7 +132,8 @@ def loading_table(report: BenchReport) -> Table:
     resident = sum(f.samples[0] for f in report.figures if f.quantity == "weights" and f.variant.startswith("adapter "))
     more = {"base": (0.0, 0.0), "unmerged": (resident, adapters), "merged": (0.0, 0.0)}
     for variant, name in _LOADED.items():
-        load, peak = (report.find(quantity, variant) for quantity in ("load", "peak"))
+        load = report.find("load", variant)
+        held = [report.find(quantity, variant) for quantity in ("peak", "serving")]
         source = "merged" if variant == "merged" else "base"
         weights, disk = (report.find(quantity, source) for quantity in ("weights", "disk"))
         extra_weights, extra_disk = more[variant]
@@ -137,12 +141,12 @@ def loading_table(report: BenchReport) -> Table:
             (
                 name,
                 formats.seconds(load.spread.median) + _off(load.spread) if load else ABSENT,
-                formats.nbytes(peak.samples[0]) if peak else ABSENT,
+                *(formats.nbytes(figure.samples[0]) if figure else ABSENT for figure in held),
                 formats.nbytes(weights.samples[0] + extra_weights) if weights else ABSENT,
                 formats.nbytes(disk.samples[0] + extra_disk) if disk else ABSENT,
             )
         )
-    columns = ("model", "load", "peak memory", "weights in memory", "weights on disk")
+    columns = ("model", "load", "peak memory", "peak while answering", "weights in memory", "weights on disk")
     return Table("Loading, memory and files", columns, tuple(rows), _NOTES["loading"])
 
 
@@ -174,11 +178,19 @@ def fidelity_table(report: BenchReport) -> Table:
     return Table("Merged against unmerged", columns, tuple(rows), _NOTES["fidelity"])
 
 
+def shown_plans(report: BenchReport) -> list[tuple[int, Plan]]:
+    """The plans that are shown, with their index: all, or of very many the telling ones."""
+    advice = report.recommendation
+    last = len(advice.plans) - 1
+    telling = {0, last, advice.chosen, advice.compared, *(2**power for power in range(last.bit_length()))}
+    return [(index, plan) for index, plan in enumerate(advice.plans) if last <= _MOST_PLANS or index in telling]
+
+
 def plans_table(report: BenchReport) -> Table:
-    """Every plan that was weighed."""
+    """The plans that were weighed."""
     advice = report.recommendation
     rows = []
-    for index, plan in enumerate(advice.plans):
+    for index, plan in shown_plans(report):
         name = f"merge {formats.listed(plan.merged)}" if plan.merged else "merge none"
         mark = "recommended" if index == advice.chosen else "" if plan.fits else "does not fit"
         change = formats.seconds(plan.change) if plan.change else ABSENT
@@ -189,7 +201,7 @@ def plans_table(report: BenchReport) -> Table:
 
 def _assumed(report: BenchReport) -> str:
     advice = report.recommendation
-    shares = ", ".join(f"{name} {formats.percent(share)}" for name, share in advice.traffic.items())
+    shares = formats.listed([f"{name} {formats.percent(share)}" for name, share in advice.traffic.items()])
     every = advice.requests_per_change
     changes = "never change" if every is None else f"change every {formats.count(every, 'request')}"
     return (
@@ -204,9 +216,9 @@ def facts(report: BenchReport) -> list[tuple[str, str]]:
     adapters = [
         f"{a.name} ({a.method}, {a.layers} layers, {formats.nbytes(a.nbytes)}, {a.origin})" for a in setup.adapters
     ]
-    inputs = f"batches of {formats.listed([str(b) for b in setup.batch])}"
+    inputs = f"batches of {formats.listed(list(map(str, setup.batch)), len(setup.batch))}"
     if setup.lengths:
-        inputs += f", {formats.listed([str(n) for n in setup.lengths])} {setup.unit}s a row"
+        inputs += f", {formats.listed(list(map(str, setup.lengths)), len(setup.lengths))} {setup.unit}s a row"
     if setup.new_tokens:
         inputs += f", {setup.new_tokens} new tokens"
     return [
@@ -242,8 +254,8 @@ def samples_table(report: BenchReport) -> Table:
 
 _NOTES = {
     "loading": (
-        "Fresh processes, after the imports. The peak is that of loading and of answering the largest input; the "
-        "memory of the process itself is in it. A merged folder on disk loads as the base does."
+        "Fresh processes, after the imports. Peaks hold the memory of the process itself; the answer is that to the "
+        "largest input. A merged folder on disk loads as the base does."
     ),
     "fidelity": (
         "Largest drift: of a logit, as a share of the largest logit. Of its effect: the mean drift as a share of what "

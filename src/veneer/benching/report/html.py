@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from itertools import zip_longest
 
+from veneer.benching import formats
 from veneer.benching.report.content import HOW, Table, facts, plans_table, samples_table, tables
 from veneer.benching.report.plots import plots
 from veneer.benching.result import BenchReport
@@ -27,21 +29,28 @@ h3 { font-size: 1rem; margin: 0 0 .75rem; }
 .advice strong { display: block; font-size: clamp(1.35rem, 5vw, 2rem); line-height: 1.2; margin-bottom: .75rem; }
 ul { padding-left: 1.2rem; margin: .5rem 0; max-width: 48rem; } li { margin: .3rem 0; }
 .cautions li { color: var(--note); }
-.cards { columns: 2 22rem; column-gap: 1rem; }
+.cards { columns: 3 18rem; column-gap: 1rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: 1rem; min-width: 0;
   margin: 0 0 1rem; break-inside: avoid; }
-.card svg { display: block; width: 100%; height: auto; }
-.wide { overflow-x: auto; }
+.card svg { display: block; width: 100%; max-width: 26rem; height: auto; margin: 0 auto; }
+.card svg text { font-family: inherit !important; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .9rem .4rem 0; text-align: right; vertical-align: top; white-space: nowrap; }
 th { color: var(--faint); font-weight: 500; border-bottom: 1px solid var(--line); }
+td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; }
 th:first-child, td:first-child, .facts td, .samples td { text-align: left; }
 td + td { padding-left: .5rem; } tr + tr td { border-top: 1px solid var(--line); }
 .facts td:last-child { white-space: normal; overflow-wrap: anywhere; } .facts td:first-child { color: var(--faint); }
 .samples td:last-child { white-space: normal; min-width: 16rem; }
 tr.chosen td { font-weight: 600; }
 .note { color: var(--faint); font-size: .9rem; margin: .75rem 0 0; max-width: 48rem; }
-@media (max-width: 40rem) { .wide { font-size: .85rem; } th, td { padding-right: .5rem; } }
+/* A narrow page has no room for columns: each cell becomes a line that names its own. */
+@media (max-width: 56rem) { thead { display: none; } tr { display: block; padding: .5rem 0; }
+  tr + tr { border-top: 1px solid var(--line); } tr + tr td { border-top: none; }
+  td { display: flex; justify-content: space-between; gap: 1rem; padding: .1rem 0; white-space: normal; }
+  td + td { padding-left: 1rem; } td:empty { display: none; } td:first-child { font-weight: 600; }
+  td[data-head]::before { content: attr(data-head); color: var(--faint); font-weight: 400; text-align: left; }
+  .facts td, .samples td { display: block; } .samples td[data-head]::before { content: attr(data-head) ": "; } }
 summary { cursor: pointer; font-weight: 600; } footer { color: var(--faint); font-size: .9rem; margin-top: 2.5rem; }
 """
 
@@ -50,7 +59,7 @@ def html(report: BenchReport) -> str:
     """The whole report: summary, plots, tables, machine, method, raw samples."""
     said = report.recommendation
     cautions = [*said.cautions, *report.notes]
-    adapters = ", ".join(adapter.name for adapter in report.setup.adapters)
+    adapters = formats.listed([adapter.name for adapter in report.setup.adapters])
     body = [
         f"<h1>Merge or not? {_text(adapters)} on {_text(report.setup.base)}</h1>",
         f'<div class="advice"><strong>{_text(said.headline)}</strong>{_items(said.reasons)}</div>',
@@ -91,19 +100,22 @@ def _plot(title: str, drawn: str) -> str:
 
 def _table(table: Table, kind: str = "") -> str:
     title = f"<h3>{_text(table.title)}</h3>" if table.title else ""
-    head = f"<thead><tr>{_cells(table.columns, 'th')}</tr></thead>" if table.columns else ""
-    rows = "".join(f"<tr{_chosen(row)}>{_cells(row, 'td')}</tr>\n" for row in table.rows)
+    heads = "".join(f"<th>{_text(name)}</th>" for name in table.columns)
+    head = f"<thead><tr>{heads}</tr></thead>" if heads else ""
+    rows = "".join(f"<tr{_chosen(row)}>{_cells(table.columns, row)}</tr>\n" for row in table.rows)
     note = f'<p class="note">{_text(table.note)}</p>' if table.note else ""
     drawn = f'<table class="{kind}">{head}<tbody>{rows}</tbody></table>'
-    return f'<section class="card">{title}<div class="wide">{drawn}</div>{note}</section>\n'
+    return f'<section class="card">{title}{drawn}{note}</section>\n'
 
 
 def _chosen(row: Sequence[str]) -> str:
     return ' class="chosen"' if row[-1] == "recommended" else ""
 
 
-def _cells(texts: Sequence[str], tag: str) -> str:
-    return "".join(f"<{tag}>{_text(text)}</{tag}>" for text in texts)
+def _cells(columns: Sequence[str], row: Sequence[str]) -> str:
+    """A row's cells; all but the first say which column they are of, for narrow pages."""
+    heads = ["", *(f' data-head="{_text(name)}"' if name else "" for name in columns[1:])]
+    return "".join(f"<td{head}>{_text(text)}</td>" for head, text in zip_longest(heads, row, fillvalue=""))
 
 
 def _items(texts: Sequence[str], kind: str = "") -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure as Drawing
+from matplotlib.transforms import blended_transform_factory
 
 from veneer.benching import formats
 from veneer.benching.report import content
@@ -27,7 +28,9 @@ COLOURS = {
     "line": "#030303",
     **{name: f"#0{index}0404" for index, name in enumerate(VARIANTS)},
 }
-_WIDTH, _ROW = 4.5, 0.235  # inches
+_WIDTH, _ROW = 3.7, 0.235  # inches
+_LEFT, _TIP = 0.26, 0.99  # where bars begin, and where the text at their tips must end, as shares of the width
+_LETTER = 6.0  # points: the width of a digit in the widest of the usual fonts
 _STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -57,7 +60,7 @@ def plots(report: BenchReport) -> list[tuple[str, str]]:
     found = [(measure.title, _speed(report, measure)) for measure in content.measures(report)]
     found.insert(1, ("When merging is earned back", _break_even(report)))
     if len(report.recommendation.plans) > 2:
-        found.append(("A request, by how many adapters are merged", _plans(report)))
+        found.insert(3, ("A request, by how many adapters are merged", _plans(report)))
     loads = [("Loading, fresh process", "load"), ("Peak memory, fresh process", "peak")]
     found += [(title, drawn) for title, quantity in loads if (drawn := _loads(report, quantity))]
     return found
@@ -91,9 +94,9 @@ def _loads(report: BenchReport, quantity: str) -> str:
 
 def _plans(report: BenchReport) -> str:
     bars = []
-    for index, plan in enumerate(report.recommendation.plans):
+    for index, plan in content.shown_plans(report):
         name = "none" if not plan.merged else "all" if not plan.unmerged else f"hottest {len(plan.merged)}"
-        text = f"{formats.seconds(plan.cost)}, {formats.nbytes(plan.memory)}" + ("" if plan.fits else ", too large")
+        text = f"{formats.seconds(plan.cost)}, {formats.nbytes(plan.memory) if plan.fits else 'too large'}"
         colour = "merged" if index == report.recommendation.chosen else "base"
         bars.append(Bar(name, plan.cost, plan.cost, plan.cost, colour, text))
     return _bars([("", bars)], "plans")
@@ -104,15 +107,17 @@ def _bars(groups: Sequence[tuple[str, Sequence[Bar]]], salt: str) -> str:
     rows = sum(len(bars) + bool(name) for name, bars in groups)
     with mpl.rc_context({**_STYLE, "svg.hashsalt": salt}):
         drawing = Drawing(figsize=(_WIDTH, rows * _ROW + 0.15))
-        axes = drawing.add_axes((0.25, 0.01, 0.74, 0.98))
+        axes = drawing.add_axes((_LEFT, 0.01, _TIP - _LEFT, 0.98))
         largest = max((bar.high for _, bars in groups for bar in bars), default=1.0) or 1.0
         longest = max((len(bar.text) for _, bars in groups for bar in bars), default=1)
-        axes.set(xlim=(0, largest * (1.08 + 0.045 * longest)), ylim=(rows - 0.4, -0.6))
+        for_text = min(_LETTER * longest / (72 * _WIDTH * (_TIP - _LEFT)), 0.75)
+        axes.set(xlim=(0, 1.03 * largest / (1 - for_text)), ylim=(rows - 0.4, -0.6))
         axes.axis("off")
+        across = blended_transform_factory(drawing.transFigure, axes.transData)
         place = 0
         for name, bars in groups:
             if name:
-                axes.text(-0.335, place, name, transform=axes.get_yaxis_transform(), va="center", weight="bold")
+                axes.text(0.005, place, name, transform=across, va="center", weight="bold")
                 place += 1
             for bar in bars:
                 _draw(axes, bar, place, largest)
@@ -138,8 +143,8 @@ def _break_even(report: BenchReport) -> str:
     first, last = max(middle / 100, 1), max(middle * 100, 1000)
     counts = [first * (last / first) ** (step / 200) for step in range(201)]
     with mpl.rc_context({**_STYLE, "svg.hashsalt": "break-even"}):
-        drawing = Drawing(figsize=(_WIDTH, 2.9))
-        axes = drawing.add_axes((0.13, 0.17, 0.79, 0.57))
+        drawing = Drawing(figsize=(_WIDTH, 2.7))
+        axes = drawing.add_axes((0.13, 0.18, 0.79, 0.54))
         factor, unit = _unit(stay.request)
         flat = [factor * stay.request] * len(counts)
         curve = [factor * (other.request + even.merges / count) for count in counts]
@@ -171,7 +176,7 @@ def _unit(seconds: float) -> tuple[float, str]:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= 44 else text[:43] + "…"
+    return text if len(text) <= 34 else text[:33] + "…"
 
 
 def _svg(drawing: Drawing) -> str:
