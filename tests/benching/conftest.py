@@ -37,7 +37,7 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
 
     def answer(request: Request) -> dict[str, float]:
         asked.append(request)
-        found = {"import": 1.0, "load": 0.2, "peak": 4e8, "resident": 4e8}
+        found = {"import": 1.0, "load": 0.2, "peak": 4e8, "serving": 4e8}
         return found | ({"attach": 0.01} if request.variant == "unmerged" else {})
 
     monkeypatch.setattr("veneer.benching.run.in_fresh_process", answer)

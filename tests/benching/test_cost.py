@@ -68,6 +68,48 @@ def test_the_break_even_is_where_the_saving_has_paid_for_the_merges() -> None:
     assert break_even(figures, merged, stay).requests is None
 
 
+def test_one_adapter_of_many_requests_shares_its_batch_merged_or_not() -> None:
+    assert decide(measured(), ONE, in_flight=8).merged == ("a",)
+    assert decide(measured(unmerged=1.0), ONE, in_flight=8).merged == ()
+
+
+def test_one_adapter_takes_no_more_memory_merged() -> None:
+    # Unmerged 1 + 10 + 0.3 GB, merged 1 + 10.
+    plan = decide(measured(), ONE, memory=11.1 * GB)
+    assert (plan.merged, plan.fits) == (("a",), True)
+    assert decide(measured(), ONE, memory=11.1 * GB, requests_per_change=1).merged == ("a",)
+
+
+def test_of_equal_costs_the_plan_that_merges_least_wins() -> None:
+    equal = {"a": 0.5, "b": 0.5}
+    same = measured(unmerged=1.0, shared=1.0)
+    assert len({plan.cost for plan in plans(same, Needs(equal, 100 * GB))}) == 1
+    assert decide(same, equal).merged == ()
+    assert decide(same, equal, margin=0.0).merged == ()
+    # An adapter that no request is for is not worth a merge.
+    assert decide(measured(), {"a": 1.0, "b": 0.0}).merged == ("a",)
+
+
+def test_a_plan_as_cheap_as_the_margin_allows_counts_as_equal() -> None:
+    candidates = [Plan((), ("a",), 1.25, 0.0, 1, True), Plan(("a",), (), 1.0, 0.0, 1, True)]
+    assert choose(candidates, 0.25) is candidates[0]
+    assert choose(candidates, 0.2499) is candidates[1]
+
+
+def test_equally_hot_adapters_keep_the_order_in_which_they_were_given() -> None:
+    found = plans(measured(), Needs({"b": 0.4, "a": 0.4, "c": 0.2}, 100 * GB))
+    assert [plan.merged for plan in found] == [(), ("b",), ("b", "a"), ("b", "a", "c")]
+
+
+def test_a_request_that_costs_nothing_more_unmerged_never_breaks_even() -> None:
+    same = measured(unmerged=1.0)
+    stay, merged = plans(same, Needs(ONE, 100 * GB))
+    assert break_even(same, stay, merged).requests is None
+    free = measured(merge=0.0)
+    stay, merged = plans(free, Needs(ONE, 100 * GB))
+    assert break_even(free, stay, merged).requests == 0
+
+
 def test_several_in_flight_share_a_batch_only_while_unmerged() -> None:
     # A step costs the same for any number of rows: eight rows on one base take one step, on two models two.
     equal = {"a": 0.5, "b": 0.5}

@@ -12,14 +12,24 @@ import torch
 
 import veneer
 from tests.adapters import enlarge
+from tests.models import build
 from veneer.benching.fidelity import fidelity, outputs
 from veneer.benching.given import take_stock
 from veneer.benching.machine import device_of
 from veneer.benching.processes import LOADS, Request, in_fresh_process, load_and_answer
 from veneer.benching.progress import Progress
+from veneer.benching.report.markdown import markdown
 from veneer.benching.run import bench
 from veneer.benching.subjects import Subjects, subjects
-from veneer.errors import BaseModelError, ConfigError, PathNotFoundError, SourceError, VeneerError
+from veneer.errors import (
+    BaseModelError,
+    ConfigError,
+    MergeError,
+    PathNotFoundError,
+    SourceError,
+    UnsupportedError,
+    VeneerError,
+)
 
 Folder = Callable[[str], Path]
 SHORT: dict[str, Any] = {"batch": (1, 3), "new_tokens": 3, "repeats": 2}
@@ -124,7 +134,7 @@ def test_loading_in_a_fresh_process(folder: Folder) -> None:
     fresh = in_fresh_process(requests["unmerged"])
     assert fresh.keys() == found["unmerged"].keys()
     assert all(value > 0 for value in fresh.values())
-    assert fresh["peak"] >= fresh["resident"]
+    assert fresh["peak"] >= fresh["serving"]
 
 
 def test_a_fresh_process_that_fails_says_why(folder: Folder, tmp_path: Path) -> None:
@@ -185,6 +195,46 @@ def test_options_that_make_no_sense(folder: Folder, no_processes: list[Request],
     with pytest.raises(ConfigError, match=words):
         bench(place / "a", base=place / "base", **{**SHORT, **options})
     assert not no_processes
+
+
+def test_what_cannot_be_merged_is_refused_before_anything_is_measured(
+    folder: Folder, tmp_path: Path, no_processes: list[Request]
+) -> None:
+    place, told = folder("llama"), list[Progress]()
+    prompt = veneer.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    veneer.get_peft_model(build("llama"), prompt).save_pretrained(tmp_path / "prompt")
+    with pytest.raises(MergeError, match=r"prompt.*no weight could hold it"):
+        bench(place / "a", base=place / "base", adapters=[tmp_path / "prompt"], **SHORT, on_progress=told.append)
+    assert [progress.text for progress in told] == ["loading"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("not enough memory\nat line 5"), VeneerError("not enough memory")])
+def test_a_size_that_does_not_run_is_named(
+    folder: Folder, no_processes: list[Request], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(self: Any, model: Any, inputs: Any, *arguments: Any, **choice: Any) -> Any:
+        if len(inputs["input_ids"]) > 1:
+            raise error
+        return {"first": 1.0, "decode": 1.0}
+
+    monkeypatch.setattr("veneer.benching.workloads.Workload.run", fail)
+    place = folder("llama")
+    with pytest.raises(UnsupportedError, match=r"base alone, 3 x 4\. .*not enough memory Leave out large --batch"):
+        bench(place / "a", base=place / "base", prompt_tokens=(4,), **SHORT)
+
+
+def test_a_load_that_fails_is_noted_and_loses_nothing(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(request: Request) -> dict[str, float]:
+        raise VeneerError("it was killed")
+
+    monkeypatch.setattr("veneer.benching.run.in_fresh_process", fail)
+    place = folder("llama")
+    report = bench(place / "a", base=place / "base", prompt_tokens=(4,), **SHORT)
+    assert "not measured" in report.notes[0]
+    assert "it was killed" in report.notes[0]
+    assert report.find("load", "base") is None
+    assert report.recommendation.plans[0].memory > 0
+    assert "it was killed" in markdown(report)
 
 
 def test_prompts(folder: Folder, tmp_path: Path, made_up: Path) -> None:

@@ -86,7 +86,7 @@ def measured(figures: Figures) -> Measured:
         steps=1 if setup.kind == "forward" else setup.new_tokens - 1,
         attach=figures.median("attach", "unmerged"),
         merge=figures.median("merge", "merged"),
-        runtime=max(round(figures.median("resident", "base") - base), 0),
+        runtime=max(round(figures.median("serving", "base") - base), 0),
         base=round(base),
         merged=round(figures.median("weights", "merged")),
         kept=round(figures.median("weights", "kept")),

@@ -74,7 +74,7 @@ class Measured:
         steps: how many of those a request takes.
         attach: seconds to attach one adapter.
         merge: seconds to merge one.
-        runtime: bytes of a process beside its weights.
+        runtime: bytes that a process needs beside its weights, at most, while it answers.
         base: bytes of the base's weights.
         merged: bytes of a merged model's.
         kept: bytes of the original weights that a merge in place keeps.

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -55,21 +56,29 @@ def memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
-def peak_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes that this process held at most, and holds now: on the device, or all of it for the CPU."""
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process held at most since it began or :func:`forget_peak`: of the device, or of the machine."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device)
     # Not getrusage: a child's begins with its parent's.
     status = Path("/proc/self/status")
     if status.is_file():
-        lines = dict(re.findall(r"^(VmHWM|VmRSS):\s*(\d+) kB$", status.read_text(), re.MULTILINE))
-        return 1024 * int(lines["VmHWM"]), 1024 * int(lines["VmRSS"])
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
+        return 1024 * int(found[1]) if found else 0
     if sys.platform == "win32":
-        return 0, 0
+        return 0
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak, peak
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let the peak begin anew, where the system can: elsewhere it stays that of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the number that proc(5) gives for VmHWM
 
 
 def _cpu() -> str:

@@ -57,7 +57,9 @@ def named(adapters: Sequence[Given]) -> tuple[tuple[str, str], ...]:
 
 
 def in_fresh_process(request: Request) -> dict[str, float]:
-    """Let a fresh process do it: seconds ("import", "load", "attach") and bytes ("peak", "resident").
+    """Let a fresh process do it: seconds ("import", "load", "attach") and bytes.
+
+    The bytes are "peak", the most that it held, and "serving", the most while it answered.
 
     Raises:
         VeneerError: it failed.
@@ -83,7 +85,7 @@ def load_and_answer(request: Request) -> dict[str, float]:
     started = time.perf_counter()
     import transformers
 
-    from veneer.benching.machine import device_of, peak_memory
+    from veneer.benching.machine import device_of, forget_peak, peak_memory
     from veneer.benching.workloads import workload_of
     from veneer.loader import load
 
@@ -107,9 +109,11 @@ def load_and_answer(request: Request) -> dict[str, float]:
     loaded = time.perf_counter()
     workload = workload_of(model.get_base_model())
     inputs = {key: value.to(device) for key, value in workload.feed(request.rows, request.length).items()}
+    loading = peak_memory(device)
+    forget_peak(device)
     workload.run(model, inputs, request.new_tokens)
-    peak, resident = peak_memory(device)
-    found = {"import": imported - started, "load": loaded - imported, "peak": peak, "resident": resident}
+    serving = peak_memory(device)
+    found = {"import": imported - started, "load": loaded - imported, "peak": max(loading, serving), "serving": serving}
     if request.variant == "unmerged":
         found["attach"] = attached / len(request.adapters)
     return found

@@ -34,7 +34,7 @@ class Figure:
 
     Attributes:
         quantity: "first" (seconds to the first token), "decode" and "forward" (seconds of a step), "switch",
-            "attach", "merge", "unmerge", "load" and "import" (seconds), "peak", "resident", "weights" and "disk"
+            "attach", "merge", "unmerge", "load" and "import" (seconds), "peak", "serving", "weights" and "disk"
             (bytes).
         variant: what was measured: one of ``VARIANTS``; for bytes also "kept", or "adapter " and its name.
         unit: "s" or "B".

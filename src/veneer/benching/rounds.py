@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 
@@ -13,6 +14,7 @@ from veneer.benching.progress import Timeline
 from veneer.benching.result import VARIANTS, Figure
 from veneer.benching.subjects import Subjects
 from veneer.benching.workloads import Inputs, now
+from veneer.errors import UnsupportedError, VeneerError
 
 # Tokens of a warm-up's answer: enough to touch all that a longer one does.
 _WARM = 2
@@ -77,13 +79,18 @@ def variants(subjects: Subjects, cell: Cell, collected: Collected) -> dict[str, 
 def measure(
     subjects: Subjects, cells: Sequence[Cell], new_tokens: int, repeats: int, timeline: Timeline, device: torch.device
 ) -> list[Figure]:
-    """Run every variant at every size ``repeats`` times, after a warm-up of each."""
+    """Run every variant at every size ``repeats`` times, after a warm-up of each.
+
+    Raises:
+        UnsupportedError: one of them does not run at one of the sizes.
+    """
     collected = Collected()
-    inputs = {cell: _moved(subjects.workload.feed(cell.batch, cell.length), device) for cell in cells}
+    inputs: dict[Cell, Inputs] = {}
     runs = {cell: variants(subjects, cell, collected) for cell in cells}
     for cell in cells:
         for name, run in runs[cell].items():
-            with timeline.step(f"warm-up {cell}", f"warming up, {cell}: {VARIANTS[name]}"):
+            with timeline.step(f"warm-up {cell}", f"warming up, {cell}: {VARIANTS[name]}"), _refusal(name, cell):
+                inputs[cell] = inputs.get(cell) or _moved(subjects.workload.feed(cell.batch, cell.length), device)
                 run(inputs[cell], min(_WARM, new_tokens))
     for turn in range(repeats):
         for cell in cells:
@@ -106,6 +113,19 @@ def measure_merge(subjects: Subjects, repeats: int, timeline: Timeline) -> list[
                 act()
                 collected.add(quantity, "merged", now(row) - started)
     return collected.figures()
+
+
+@contextmanager
+def _refusal(variant: str, cell: Cell) -> Iterator[None]:
+    """What keeps a model from running, such as too little memory, as one error that says what was tried."""
+    try:
+        yield
+    except Exception as error:  # each model and backend has its own
+        text = error.message if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UnsupportedError(
+            f"This cannot be measured: {VARIANTS[variant]}, {cell}. {text}",
+            hint="Leave out large --batch and --prompt-tokens, or measure the adapters one by one.",
+        ) from error
 
 
 def rotated(names: Sequence[str], turn: int) -> list[str]:

@@ -24,7 +24,7 @@ from veneer.benching.progress import Progress, Timeline
 from veneer.benching.result import AdapterFacts, BenchReport, Fidelity, Figure, Setup
 from veneer.benching.rounds import Cell, Collected, measure, measure_merge, rotated
 from veneer.benching.subjects import Subjects, nbytes, subjects
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, VeneerError
 from veneer.source import MODEL_STEM, resolve, weight_files
 
 # More fresh processes than this tell nothing new about loading.
@@ -129,7 +129,11 @@ def bench(
     told = models.warnings
     del models
     gc.collect()
-    figures += _loads(request, min(repeats, _MOST_LOADS), cells[0], timeline)
+    notes = []
+    try:
+        figures += _loads(request, min(repeats, _MOST_LOADS), cells[0], timeline)
+    except VeneerError as error:  # what was measured before it took minutes, and holds without it
+        notes.append(f"Loading and peak memory are not measured, and memory is counted without them. {error}")
     needs = Needs(
         traffic=shares,
         memory=memory or machine.memory(place) or math.inf,
@@ -143,6 +147,7 @@ def bench(
         figures=tuple(figures),
         fidelity=tuple(compared),
         recommendation=recommend(setup, figures, compared, needs, told),
+        notes=tuple(notes),
         seconds=time.perf_counter() - started,
     )
 
@@ -252,7 +257,7 @@ def _loads(request: Request, repeats: int, smallest: Cell, timeline: Timeline) -
             with timeline.step("load", f"loading in a fresh process, {turn + 1} of {repeats}: {variant}"):
                 found = in_fresh_process(Request(**{**vars(request), **size, "variant": variant}))
             for quantity, value in found.items():
-                if quantity not in ("peak", "resident"):
+                if quantity not in ("peak", "serving"):
                     seconds.add(quantity, variant, value)
                 elif turn == 0:
                     sizes.add(quantity, variant, value)

@@ -77,6 +77,9 @@ def subjects(
         device: where all of it goes.
         prompts: a file with a prompt on each line.
         local_files_only: use no network.
+
+    Raises:
+        MergeError: one of the adapters cannot be merged. Whatever loading raises.
     """
     texts = None if prompts is None else _lines(Path(prompts))
     loaded = load(inventory.entry, base=inventory.base, dtype=dtype, local_files_only=local_files_only)
@@ -97,11 +100,13 @@ def subjects(
     workload = workload_of(base, torch.cat(questions) if questions else None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # loading has told them once
+        several = _on(base, adapters)
+        several.adapters.check_mergeable([adapter.name for adapter in adapters])
         return Subjects(
             base=base,
             merged=_on(base, adapters[:1]).merge_and_unload(),
             single=_on(base, adapters[:1]),
-            several=_on(base, adapters),
+            several=several,
             workload=workload,
             questions=tuple(_rows(workload, questions, device)),
             asked=asked,
