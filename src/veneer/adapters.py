@@ -754,6 +754,8 @@ class Adapters:
             for name in layer.here(tuple(names)):
                 for share in layer.bound[name]:
                     share.method.check_mergeable(share.settings, layer.site)
+            if layer.site.narrow:
+                layer.weight_patches(layer.here(tuple(names)))
 
     def _check_merge(self, names: tuple[str, ...]) -> None:
         for name, layer in self.layers.items():

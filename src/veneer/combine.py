@@ -162,7 +162,7 @@ def _combined(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Up, down and shift of the combined change of one layer."""
     here = [(name, w) for name, w in zip(wanted.names, wanted.weights, strict=True) if name in layer.bound]
-    changes = [change_of(layer, layer.patches([name])) for name, _ in here]
+    changes = [change_of(layer, layer.weight_patches([name])) for name, _ in here]
     weights = [weight for _, weight in here]
     shifts = [w * c.shift for w, c in zip(weights, changes, strict=True) if c.shift is not None]
     if shifts and wanted.kind not in ON_FACTORS:

@@ -149,6 +149,6 @@ def _left(layer: AdaptedLayer, adapter: str, config: LoraConfig, tensors: Mappin
     patch = LORA.lower(LORA.settings(config, layer.site), leaves, layer)
     assert patch.up is not None
     assert patch.down is not None
-    change = change_of(layer, layer.patches([adapter])).whole()
+    change = change_of(layer, layer.weight_patches([adapter])).whole()
     rest = change - patch.scale * (patch.up @ patch.down)
     return float(rest.double().square().sum()), float(change.double().square().sum())

@@ -174,6 +174,10 @@ class AdaptedLayer(nn.Module):
             for share in self.bound[name]
         ]
 
+    def weight_patches(self, names: Sequence[str]) -> list[Patch]:
+        """The same as changes of the layer's weight; ``MergeError`` where no weight can hold one."""
+        return [self.site.in_weight(patch) for patch in self.patches(names)]
+
     def patches_now(self, names: Sequence[str]) -> list[Patch]:
         """The same for one forward pass, which drops some of it while training."""
         patches = self.patches(names)
@@ -328,8 +332,7 @@ class AdaptedLayer(nn.Module):
 
     def merged_parameters(self, names: tuple[str, ...]) -> tuple[nn.Parameter | None, nn.Parameter | None]:
         """The weight (as stored) and bias that the layer has with ``names`` merged; nothing is changed."""
-        patches = self.patches(self.here(names))
-        self.site.check_mergeable(any(patch.low_rank for patch in patches))
+        patches = self.weight_patches(self.here(names))
         bias = self.base_bias
         if self.site.shift_only:
             return None, _like(merged_bias(bias, patches, torch.float32), bias)

@@ -173,9 +173,7 @@ class Layer:
 
     def patches(self) -> list[Patch]:
         """What the adapters mean for it."""
-        patches = [patch for site in self.sites for patch in self.changes.patches(site.id)]
-        self.site.check_mergeable(any(patch.low_rank for patch in patches))
-        return patches
+        return [site.in_weight(patch) for site in self.sites for patch in self.changes.patches(site.id)]
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,6 @@ class Lora(Method[LoraConfig, LoraSettings]):
     def check_mergeable(self, settings: LoraSettings, site: Site) -> None:
         if settings.invocation:
             raise MergeError(GATED, hint="Keep the adapter unmerged.")
-        site.check_mergeable(low_rank=True)
 
     def shapes(self, settings: LoraSettings, site: Site) -> dict[str, tuple[int, ...]]:
         out, inner = site.shape

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.errors import MergeError
 from veneer.sites.site import Site
 
+if TYPE_CHECKING:
+    from veneer.patch import Patch
+
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+# A share of a change that float32 may leave where there is nothing.
+_ROUNDING = 1e-6
 _FUNCTIONS: Mapping[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -24,7 +31,8 @@ class ConvSite(Site):
     """A convolution.
 
     A low-rank change is a convolution to ``r`` channels with the layer's own geometry, followed by one with kernel
-    1. The first sees every input channel; the second has the layer's groups, as peft has it.
+    1. The first sees every input channel; the second has the layer's groups, as peft has it. With groups such a change
+    has a merged form only where each group's part of the first sees no more than that group's channels.
     """
 
     channel = 1
@@ -69,10 +77,38 @@ class ConvSite(Site):
         kernels = matrix.reshape(*matrix.shape, *self.point)
         return _FUNCTIONS[len(self.kernel)](hidden, kernels, groups=self.conv.groups)
 
-    def check_mergeable(self, low_rank: bool) -> None:
-        if low_rank and self.conv.groups > 1:
+    @property
+    def narrow(self) -> bool:
+        return self.conv.groups > 1
+
+    @torch.no_grad()
+    def in_weight(self, patch: Patch) -> Patch:
+        if patch.up is None or patch.down is None or not self.narrow:
+            return patch
+        across = self._across(patch.up.float(), patch.down.float())
+        own = torch.stack([across[group, :, group] for group in range(self.conv.groups)])
+        for group in range(self.conv.groups):
+            across[group, :, group] = 0
+        left, kept = float(across.norm()), float(own.norm())
+        if left > _ROUNDING * kept:
             raise MergeError(
-                f"{self.name} has {self.conv.groups} groups, and its LoRA connects channels across them; no weight of "
-                "that layer can hold this.",
+                f"{self.name} has {self.conv.groups} groups, and its LoRA connects channels across them: "
+                f"{left / math.hypot(left, kept):.0%} of its change. No weight of that layer can hold this.",
                 hint="Keep the adapter unmerged, or train with this layer in exclude_modules.",
             )
+        dense = patch.scale * own.reshape(self.shape)
+        return replace(patch, up=None, down=None, dense=dense if patch.dense is None else dense + patch.dense)
+
+    def _across(self, up: Tensor, down: Tensor) -> Tensor:
+        """What a low-rank change makes of every group's input for every group's output.
+
+        Args:
+            up: shape ``(out, r / groups)``.
+            down: shape ``(r, in * k1 * k2 ...)``.
+
+        Returns:
+            shape ``(groups, out / groups, groups, in / groups * k1 * k2 ...)``.
+        """
+        groups = self.conv.groups
+        found: Tensor = up.reshape(groups, -1, up.shape[1]) @ down.reshape(groups, -1, down.shape[1])
+        return found.reshape(*found.shape[:2], groups, -1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch.func import functional_call
 
 from veneer import offload
 from veneer.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from veneer.patch import Patch
 
 
 class Site(ABC):
@@ -141,8 +144,18 @@ class Site(ABC):
         """``matrix``, shape ``(out, rows)``, applied to what :meth:`product` gave."""
         return nn.functional.linear(hidden, matrix)
 
-    def check_mergeable(self, low_rank: bool) -> None:  # noqa: B027 - most kinds refuse nothing
-        """Raise ``MergeError`` when a patch cannot become a part of this layer's weight."""
+    @property
+    def narrow(self) -> bool:
+        """Whether there are changes of the layer's output that no weight of it can hold."""
+        return False
+
+    def in_weight(self, patch: Patch) -> Patch:
+        """``patch`` in a form that changes the layer's weight: itself, but on a :attr:`narrow` layer.
+
+        Raises:
+            MergeError: no weight of the layer can hold it.
+        """
+        return patch
 
     def expand(self, vector: Tensor, output: Tensor) -> Tensor:
         """A vector ``(out,)`` in the shape that broadcasts over the layer's output."""
