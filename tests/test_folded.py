@@ -175,3 +175,32 @@ def test_attention_has_one_adapter_for_a_sequence() -> None:
     tokens_apart = model.adapters.during(model.adapters.rows([("default", 4)]))
     with tokens_apart, pytest.raises(UnsupportedError, match="one adapter for each token"):
         base.attention(x, x, x)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_input_that_is_changed_in_place_is_read_again(dtype: torch.dtype, length: int, mode: Any) -> None:
+    model = several("llama").to(dtype)
+    block: Any = model.get_base_model().model.layers[0].self_attn
+    with mode():
+        x = torch.randn(1, length, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+        first = block.q_proj(x)
+        expected, changed = block.v_proj(x), block.v_proj(x + 1)
+        assert gap(changed, expected) > 0.1
+        assert torch.equal(block.q_proj(x), first)
+        x += 1
+        assert torch.equal(block.v_proj(x), changed)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_half_precision_is_as_near_to_float32_as_the_plain_path(length: int) -> None:
+    exact, half = several("llama"), several("llama").to(torch.bfloat16)
+    x = torch.randn(2, length, 32, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    layers: list[Any] = [m.get_base_model().model.layers[0].self_attn.q_proj for m in (exact, half)]
+    with torch.no_grad():
+        folded = layers[1](x)
+        expected = layers[0](x.float())
+    plain = layers[1](x.requires_grad_())  # a gradient is wanted, so nothing is folded
+    assert folded.dtype is torch.bfloat16
+    assert gap(folded.float(), expected) < 1.5 * gap(plain.detach().float(), expected) + 1e-3

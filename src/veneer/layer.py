@@ -242,7 +242,7 @@ class AdaptedLayer(nn.Module):
             kept = self._folded
             if kept is None or kept.selected != selection.names or not kept.is_current():
                 kept = self._folded = self._fold(selection.names)
-            if kept.folded is not None and not kept.wants_grad(x):
+            if kept.forward is not None and not kept.wants_grad(x):
                 return kept.forward(x)
         names = self.here(selection.names)
         if names == self.merged:
@@ -253,7 +253,8 @@ class AdaptedLayer(nn.Module):
         """The folded form of a selection, which inference keeps until a tensor changes."""
         names = self.here(selected)
         folded = self._folded_form(names) if names and names != self.merged else None
-        return FoldedLayer(selected, self._sources(names), folded, self._base if self.merged else self.base_layer)
+        base = self._base if self.merged else self.base_layer
+        return FoldedLayer(selected, self._sources(names), folded, base, self.switch.widened)
 
     @torch.no_grad()
     def _folded_form(self, names: tuple[str, ...]) -> Folded | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from veneer.errors import AdapterError
 from veneer.row_order import RowOrder, row_order
+from veneer.widened import Widened
 
 # The name that stands for "no adapter" in a per-row choice, as in peft.
 BASE = "__base__"
@@ -119,21 +120,22 @@ class Switch:
         self.enabled = True
         # What compiled code sees of the context variable below.
         self._thread = _Thread()
+        self.widened = Widened()
 
     @property
     def selection(self) -> Selection:
         """What a forward pass in this context uses."""
-        chosen = self._chosen()
+        chosen = self._thread.chosen if torch.compiler.is_compiling() else self._in_context()
         if chosen is not None:
             return chosen
         return self.standing if self.enabled else NOTHING
 
-    def _chosen(self) -> Selection | None:
-        """The choice made for this call, if one was."""
-        return self._thread.chosen if torch.compiler.is_compiling() else self._in_context()
-
     def _in_context(self) -> Selection | None:
-        return next((selection for switch, selection in _CALLS.get() or () if switch is self), None)
+        """The choice made for this call, if one was."""
+        for switch, selection in _CALLS.get() or ():
+            if switch is self:
+                return selection
+        return None
 
     @contextmanager
     def during(self, selection: Selection) -> Iterator[None]:
@@ -161,7 +163,7 @@ class Switch:
         return {"standing": self.standing, "enabled": self.enabled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _thread=_Thread())
+        self.__dict__.update(state, _thread=_Thread(), widened=Widened())
 
 
 # Innermost first: (whose choice, the choice).
