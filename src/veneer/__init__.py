@@ -120,9 +120,10 @@ if TYPE_CHECKING:
     )
     from veneer.optimizers import create_loraplus_optimizer
     from veneer.report import AdapterReport, LoadReport
-    from veneer.start_configs import CordaConfig, EvaConfig, LoraGAConfig
+    from veneer.start_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
     from veneer.starts.corda import preprocess_corda
     from veneer.starts.eva import get_eva_state_dict, initialize_lora_eva_weights
+    from veneer.starts.loftq_packed import replace_lora_weights_loftq
     from veneer.starts.lora_ga import preprocess_loraga
     from veneer.status import TunerLayerStatus, TunerModelStatus
 
@@ -210,9 +211,10 @@ _HOMES = {
         ),
         "optimizers": "create_loraplus_optimizer",
         "report": "AdapterReport LoadReport",
-        "start_configs": "CordaConfig EvaConfig LoraGAConfig",
+        "start_configs": "CordaConfig EvaConfig LoftQConfig LoraGAConfig",
         "starts.corda": "preprocess_corda",
         "starts.eva": "get_eva_state_dict initialize_lora_eva_weights",
+        "starts.loftq_packed": "replace_lora_weights_loftq",
         "starts.lora_ga": "preprocess_loraga",
         "status": "TunerLayerStatus TunerModelStatus",
     }.items()
@@ -273,6 +275,7 @@ __all__ = [
     "LoHaConfig",
     "LoKrConfig",
     "LoadReport",
+    "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",
     "MergeError",
@@ -342,6 +345,7 @@ __all__ = [
     "prepare_model_for_compiled_hotswap",
     "preprocess_corda",
     "preprocess_loraga",
+    "replace_lora_weights_loftq",
     "unmerge",
     "verify",
 ]

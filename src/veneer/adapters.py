@@ -73,6 +73,7 @@ class Adapter:
         virtual_tokens: how many it puts before the input or into the cache; none for a method that adapts layers.
         allocation: what training has learned of an AdaLoRA's ranks.
         dtypes: checkpoint key -> dtype on disk, for tensors that are wider in memory and saved as they were.
+        alone: whether no other such adapter can be active beside it.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Adapter:
     virtual_tokens: int = 0
     allocation: Any = None
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    alone: bool = False
 
 
 class Adapters:
@@ -352,6 +354,7 @@ class Adapters:
                 self._layer(one.twin).bind(adapter.name, twin, one.tensors)
                 adapter.layers.append(one.twin.id)
         adapter.layers = list(dict.fromkeys(adapter.layers))
+        adapter.alone = any(one.method.alone for one in made)
         self.note_zero_layers(adapter)
 
     def note_zero_layers(self, adapter: Adapter) -> None:
@@ -526,6 +529,13 @@ class Adapters:
             raise AdapterError(
                 f"{prompts[0]!r} and {prompts[1]!r} are prompts; they cannot be active together.",
                 hint="Select one of them, or give each row of a batch its own with adapter_names=[...].",
+            )
+        alone = [name for name in wanted if self.entries[name].alone]
+        if len(alone) > 1:
+            raise AdapterError(
+                f"{alone[0]!r} and {alone[1]!r} each put another weight in the base's place (LoftQ); they cannot be "
+                "active together.",
+                hint="Select one of them, or load them on a base that is quantised.",
             )
         holders: dict[str, str] = {}
         for name in wanted:

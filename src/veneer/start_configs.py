@@ -1,4 +1,4 @@
-"""The options of starting points that have some: ``eva_config``, ``corda_config``, ``lora_ga_config``."""
+"""The options of starting points that have some: ``eva_config``, ``loftq_config`` and so on."""
 
 from __future__ import annotations
 
@@ -81,6 +81,24 @@ class EvaConfig(_Checked):
                 f"EvaConfig: rho={self.rho!r}, tau={self.tau!r}.",
                 hint="rho is at least 1.0, tau lies between 0 and 1 (excluded).",
             )
+
+
+@dataclass
+class LoftQConfig(_Checked):
+    """LoftQ.
+
+    Args:
+        loftq_bits: 4 (NormalFloats, blocks of 64) or 8 (whole numbers, a scale a row).
+        loftq_iter: how often quantising and making up for it take turns.
+    """
+
+    loftq_bits: Literal[4, 8] = 4
+    loftq_iter: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loftq_iter < 1:
+            raise ConfigError(f"LoftQConfig: loftq_iter={self.loftq_iter!r}.", hint="It is at least 1.")
 
 
 def options_of(kind: type[StartT], values: Mapping[str, Any]) -> StartT:

@@ -184,7 +184,7 @@ def test_peft_converts_as_is_done_here(tmp_path: Path) -> None:
     assert gap(logits(here, inputs("llama")), expected) < CLOSE
 
 
-@pytest.mark.parametrize("how", ["corda", "lora_ga", "pissa_niter_4", "loftq"])
+@pytest.mark.parametrize("how", ["corda", "lora_ga", "pissa_niter_4"])
 def test_what_cannot_be_worked_out_again_is_refused(how: str, tmp_path: Path) -> None:
     ours(build("llama"), True).save_pretrained(tmp_path)
     edit_config(tmp_path, init_lora_weights=how)
@@ -216,7 +216,10 @@ def test_only_the_adapter_learns_and_its_start_stays() -> None:
         ({"how": "pissa", "r": 64}, veneer.ConfigError, "at most"),
         ({"how": "lora_ga", "lora_ga_config": {"scale": "long"}}, veneer.ConfigError, "scale='long'"),
         ({"how": "pissa", "target_modules": ["embed_tokens"]}, veneer.UnsupportedError, "not defined"),
-        ({"how": "loftq"}, veneer.UnsupportedError, "loftq"),
+        ({"how": "loftq", "use_dora": True}, veneer.UnsupportedError, "DoRA"),
+        ({"how": "loftq", "loftq_config": {"loftq_bits": 2}}, veneer.ConfigError, "loftq_bits=2"),
+        ({"how": "loftq", "loftq_config": {"loftq_iter": 0}}, veneer.ConfigError, "at least 1"),
+        ({"how": "mica", "r": 64}, veneer.ConfigError, "at most"),
     ],
 )
 def test_each_mistake_has_its_error(options: dict[str, Any], kind: type[Exception], message: str) -> None:

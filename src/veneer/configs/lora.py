@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from veneer.config import PeftType, TargetedConfig, check_regex
 from veneer.errors import ConfigError
+from veneer.start_configs import LoftQConfig
 
 STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_[n]", "olora", "eva", "corda", "lora_ga", "loftq", "mica")
 _START_CONFIGS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")
@@ -31,8 +32,8 @@ class LoraConfig(TargetedConfig):
         alpha_pattern: the same for ``lora_alpha``.
         init_lora_weights: what training starts from: ``True`` (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal of
             deviation 1/r, B zero), ``"orthogonal"``, ``"pissa"``, ``"pissa_niter_[n]"``, ``"olora"``, ``"corda"``,
-            ``"lora_ga"``, ``"eva"``, or ``False`` (both random: a non-zero start, for tests).
-        eva_config, corda_config, lora_ga_config: options of those starts.
+            ``"lora_ga"``, ``"eva"``, ``"loftq"``, ``"mica"``, or ``False`` (both random: a non-zero start, for tests).
+        eva_config, corda_config, lora_ga_config, loftq_config: options of those starts.
         layer_replication: ranges of blocks, such as ``[[0, 4], [2, 5]]``, which the model is made of while it has the
             adapter; repeated blocks share the base's weights and are adapted each on its own.
         alora_invocation_tokens: token ids; the adapter acts from their last occurrence in a prompt on (aLoRA), and
@@ -85,6 +86,8 @@ class LoraConfig(TargetedConfig):
             options = getattr(self, name)
             if dataclasses.is_dataclass(options) and not isinstance(options, type):
                 setattr(self, name, dataclasses.asdict(options))
+        if self.init_lora_weights == "loftq" and not self.loftq_config:
+            self.loftq_config = dataclasses.asdict(LoftQConfig())  # peft wants them written out
         super().__post_init__()
         self.peft_type = PeftType.LORA
         self.rank_pattern = dict(self.rank_pattern)

@@ -31,11 +31,12 @@ from veneer.errors import MergeError, UnsupportedError
 from veneer.factors import Diagonal
 from veneer.merging.arithmetic import BLOCK
 from veneer.methods.companions import with_companions
+from veneer.methods.loftq_base import LOFTQ_BASE
 from veneer.methods.method import Base, Method, Part
 from veneer.methods.tokens import TOKENS
 from veneer.patch import GATED, Patch
 from veneer.positions import Gate
-from veneer.sites import Site
+from veneer.sites import PackedSite, Site
 from veneer.sites.conv import ConvSite
 from veneer.sites.embedding import EmbeddingSite
 from veneer.sites.parameter import ParameterSite
@@ -82,8 +83,12 @@ class Lora(Method[LoraConfig, LoraSettings]):
 
     def parts(self, config: LoraConfig, catalog: Catalog) -> list[Part]:
         layers = [] if only_parameters(config) else catalog.sites(config)
-        own = Part(self, [*layers, *catalog.parameter_sites(config.target_parameters or ())])
+        method = MICA if config.init_lora_weights == "mica" else self
+        own = Part(method, [*layers, *catalog.parameter_sites(config.target_parameters or ())])
         parts = with_companions(own, config, catalog)
+        if config.init_lora_weights == "loftq":
+            plain = [site for site in layers if site.matrix_input and not isinstance(site, PackedSite)]
+            parts.insert(0, Part(LOFTQ_BASE, plain))
         if config.trainable_token_indices:
             embeddings = catalog.token_sites(config.trainable_token_indices)
             parts.append(Part(TOKENS, embeddings, twins=catalog.tied_twins(embeddings)))
@@ -107,6 +112,8 @@ class Lora(Method[LoraConfig, LoraSettings]):
             )
         if config.use_dora and (groups > 1 or isinstance(site, ParameterSite)):
             raise unsupported(site, "DoRA (use_dora)")
+        if config.use_dora and config.init_lora_weights == "loftq" and not isinstance(site, PackedSite):
+            raise unsupported(site, 'DoRA (use_dora) with init_lora_weights="loftq"')
         if config.alora_invocation_tokens and not site.matrix_input:
             raise unsupported(site, "alora_invocation_tokens")
         if config.lora_bias and isinstance(site, (EmbeddingSite, ParameterSite)):
@@ -167,12 +174,10 @@ class Lora(Method[LoraConfig, LoraSettings]):
     ) -> dict[str, Tensor]:
         """A and B of a starting point with a file of its own; of one that is moved, a copy to take off again."""
         how, site = str(config.init_lora_weights), base.site
-        if how in ("loftq", "mica"):
+        if how == "loftq" and isinstance(site, PackedSite):
             raise UnsupportedError(
-                f"init_lora_weights={how!r} is not available for new adapters.",
-                hint='For the error of a quantised base: "pissa" begins from the same singular vectors.'
-                if how == "loftq"
-                else 'Use "pissa", "orthogonal" or True.',
+                f'{site.name}: init_lora_weights="loftq" needs the weight as it was before the base was quantised.',
+                hint="Begin with True, then call replace_lora_weights_loftq(model).",
             )
         if not site.matrix_input:
             raise unsupported(site, f"init_lora_weights={how!r}")
@@ -184,7 +189,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
 
     def restored(self, config: LoraConfig, settings: LoraSettings, base: Callable[[], Base]) -> dict[str, Tensor]:
         how = config.init_lora_weights
-        if how != "loftq" and not is_moved(how):
+        if not is_moved(how):
             return {}
         if not repeats(how):
             raise UnsupportedError(
@@ -204,6 +209,8 @@ class Lora(Method[LoraConfig, LoraSettings]):
         return {**kept, **_without_start(tensors)}
 
     def config_on_disk(self, config: LoraConfig) -> LoraConfig:
+        if not is_moved(config.init_lora_weights):
+            return config
         grown = math.sqrt(2) if config.use_rslora else 2
         return replace(
             config,
@@ -234,7 +241,14 @@ class Lora(Method[LoraConfig, LoraSettings]):
         return Patch(up=up, down=down, scale=scale, dropout=settings.dropout, shift=shift, gate=gate)
 
 
+class Mica(Lora):
+    """LoRA whose ``B`` stays as it began (:mod:`veneer.starts.mica`)."""
+
+    fixed = frozenset({B})
+
+
 METHOD = Lora()
+MICA = Mica()
 
 
 def _factors(settings: LoraSettings, tensors: Mapping[str, Tensor], site: Site) -> tuple[Tensor, Tensor]:

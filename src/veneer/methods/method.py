@@ -75,6 +75,7 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
             what :meth:`lower` gets. ``"v"`` also means ``v.0``, ``v.1`` ...
         trains_shared: whether those are trained.
         prefix: what begins the checkpoint key of a module that is saved whole.
+        alone: whether two adapters that have it on layers cannot be active together.
     """
 
     leaves: ClassVar[tuple[str, ...]]
@@ -89,6 +90,7 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
     shared: ClassVar[tuple[str, ...]] = ()
     trains_shared: ClassVar[bool] = False
     prefix: ClassVar[str] = PREFIX
+    alone: ClassVar[bool] = False
 
     def shared_shapes(self, config: ConfigT, sites: Sequence[Site]) -> Mapping[str, tuple[int, ...]]:
         """Shared leaf -> the shape it must have."""
