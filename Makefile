@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs methods adapters clean
+.PHONY: help demo test lint format bench docs methods checks adapters clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,10 @@ docs: $(VENV)/.dev  ## Run every example in the documentation and check its link
 	$(BIN)/python -m pytest tests/test_docs.py $(ARGS)
 
 methods: $(VENV)/.dev  ## Write docs/methods.md from the methods' own files
+	$(BIN)/python -m tests.methods.document
+
+checks: $(VENV)/.dev  ## Hold the methods to their contract (ARGS="hra oft" for these alone) and record the outcomes
+	$(BIN)/python -m tests.methods.checks $(ARGS)
 	$(BIN)/python -m tests.methods.document
 
 adapters: $(VENV)/.dev  ## Train the demo's adapters again from their recipe

@@ -111,3 +111,16 @@ def test_the_page_of_methods_is_current() -> None:
     from tests.methods import document
 
     assert document.PAGE.read_text(encoding="utf-8") == document.page(), "run `make methods` and commit the page"
+
+
+def test_the_checks_of_methods_are_recorded() -> None:
+    """The table of checks speaks of the methods and cases that there are now."""
+    from collections import Counter
+
+    from tests.methods.case import cases
+    from tests.methods.checks import recorded
+    from tests.methods.document import count
+
+    now = Counter(name.upper() for kind in ("case", "prompt") for name, _ in cases(kind))
+    assert {name: count(own) for name, own in recorded().items()} == now, "run `make checks ARGS=method` and commit"
+    assert not [name for name, own in recorded().items() if any("failed" in found for found in own.values())]

@@ -4,6 +4,7 @@ from tests.methods.case import Case
 
 CASES = [
     Case("llama", "llama", "LNTuningConfig"),
+    Case("gpt2", "gpt2", "LNTuningConfig"),
     Case("bert", "bert", "LNTuningConfig", {"target_modules": ["LayerNorm"]}, lora_targets=["query"]),
     Case(
         "any layer",

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import veneer.configs
+from tests.methods.case import cases
+from tests.methods.checks import recorded
 from veneer.methods.method import Method
 from veneer.methods.prompt import PROMPT, PromptMethod
 from veneer.methods.routed import RoutedMethod
@@ -22,16 +26,36 @@ from veneer.sites.conv import ConvSite
 from veneer.sites.embedding import EmbeddingSite
 from veneer.sites.linear import LinearSite
 
-PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "methods.md"
+MEASURED = ROOT / "benchmarks" / "results.json"
 HEAD = """# The methods
 
 Made by `make methods` from the methods' own files; a test fails when it is not current. What each `peft_type` changes,
 on which layers, and what the tests hold it to: outputs as in peft 0.21.2 where that has the method, merged as unmerged,
 saved bit for bit as it was loaded. `W`, of shape (out, in), is a layer's weight, and `b` its bias; primed they are what
-the adapter makes of them.
+the adapter makes of them. Unmerged: the time of decoding beside the base's, peft's in parentheses, from
+[the benchmark](../benchmarks/RESULTS.md), where it was measured. [What was checked](#what-was-checked) is below.
 
 """
-COLUMNS = ("`peft_type`", "changes", "linear", "convolution", "embedding", "merges", "mixed batch", "compared on")
+CHECKED = """## What was checked
+
+By the contract that every method is held to (`tests/methods/test_contract.py`, `test_prompts.py` for prompts): in how
+many of a method's cases a check passed. A dash: it does not apply, as merging what has no merged form, or the peer's
+merge where that has none. The recorded run had no failure.
+
+"""
+COLUMNS = (
+    "`peft_type`",
+    "changes",
+    "linear",
+    "convolution",
+    "embedding",
+    "merges",
+    "mixed batch",
+    "unmerged",
+    "compared on",
+)
 YES, NO = "yes", "no"
 
 
@@ -43,7 +67,34 @@ def names() -> list[str]:
 def page() -> str:
     """The text of the page."""
     rows = [_cells(COLUMNS), _cells(["---"] * len(COLUMNS)), *(_cells(_row(name)) for name in names())]
-    return HEAD + "\n".join(rows) + "\n\n" + "\n".join(map(_section, names()))
+    return "\n".join([HEAD + "\n".join(rows), "", *map(_section, names()), CHECKED + "\n\n".join(_tables())]) + "\n"
+
+
+def _tables() -> list[str]:
+    """For weights and for prompts: the checks by number, and a row a method."""
+    found = recorded()
+    prompts = [name for name in found if isinstance(_part("methods", name).METHOD, PromptMethod)]
+    return [_table({name: found[name] for name in own}) for own in (sorted(found.keys() - prompts), prompts) if own]
+
+
+def _table(found: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
+    checks = list(dict.fromkeys(check for own in found.values() for check in own))
+    legend = [f"{number}. {check.removeprefix('test_').replace('_', ' ')}" for number, check in enumerate(checks, 1)]
+    head = ["`peft_type`", "cases", *(str(number) for number in range(1, len(checks) + 1))]
+    rows = [
+        [name, str(_count(own)), *(_outcome(own.get(check, {})) for check in checks)] for name, own in found.items()
+    ]
+    return "\n".join([*legend, "", *(_cells(row) for row in (head, ["---"] * len(head), *rows))])
+
+
+def count(own: Mapping[str, Mapping[str, int]]) -> int:
+    """How many cases a method has: some checks run twice for each."""
+    return min(sum(outcomes.values()) for outcomes in own.values())
+
+
+def _outcome(outcomes: Mapping[str, int]) -> str:
+    failed = outcomes.get("failed", 0)
+    return f"{failed} failed" if failed else str(outcomes.get("passed", "-"))
 
 
 def _part(kind: str, name: str) -> Any:
@@ -52,10 +103,7 @@ def _part(kind: str, name: str) -> Any:
 
 def _cases(name: str) -> list[Any]:
     """The contract's cases of a method: none for one that today's peft does not have."""
-    for prefix in ("case", "prompt"):
-        if (Path(__file__).parent / f"{prefix}_{name.lower()}.py").exists():
-            return list(importlib.import_module(f"tests.methods.{prefix}_{name.lower()}").CASES)
-    return []
+    return [case for kind in ("case", "prompt") for method, case in cases(kind) if method == name.lower()]
 
 
 def _cells(values: Sequence[str]) -> str:
@@ -64,17 +112,31 @@ def _cells(values: Sequence[str]) -> str:
 
 def _row(name: str) -> list[str]:
     method = _part("methods", name).METHOD
-    cases = _cases(name)
-    networks = dict.fromkeys(getattr(case, "network", getattr(case, "arch", "")) for case in cases)
-    mixed = all(getattr(case, "rows", True) for case in cases)
+    own = _cases(name)
+    networks = dict.fromkeys(getattr(case, "network", getattr(case, "arch", "")) for case in own)
+    mixed = all(getattr(case, "rows", True) for case in own)
     return [
         f"[{name}](#{name.lower()})",
         _changes(name),
         *(_adapts(method, kind) for kind in (LinearSite, ConvSite, EmbeddingSite)),
         NO if isinstance(method, (PromptMethod, RoutedMethod)) else YES,
         YES if mixed else NO,
+        _overhead(name),
         ", ".join(networks) or "tests of its own",
     ]
+
+
+def _overhead(name: str) -> str:
+    """Decoding unmerged beside the base, by the benchmark's medians; its labels are the methods' names as written."""
+    sides = json.loads(MEASURED.read_text()).get("methods 135M bfloat16", {})
+    figures = {}
+    for side, runs in sides.items():
+        values = [run[key] for run in runs for key in run if key.upper() == f"{name} DECODE"]
+        if values:
+            figures[side] = f"{statistics.median(values):.2f}"
+    if "veneer" not in figures:
+        return ""
+    return figures["veneer"] + (f" ({figures['peft']})" if "peft" in figures else "")
 
 
 def _adapts(method: Any, kind: type[Site]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import warnings
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import veneer
-from tests.methods.case import Case
+from tests.methods.case import Case, cases
 from tests.methods.networks import NETWORKS, Network
 from tests.models import gap
 from veneer.errors import BindError, IncompleteCheckpointError, MergeError
@@ -27,12 +26,6 @@ pytestmark = pytest.mark.oracle
 WEIGHTS = "adapter_model.safetensors"
 # Composed changes are larger than a single one, and float32 keeps seven digits.
 COMPOSED = 1e-4
-
-
-def _cases() -> list[tuple[str, Case]]:
-    files = sorted(Path(__file__).parent.glob("case_*.py"))
-    names = [file.stem.removeprefix("case_") for file in files]
-    return [(name, case) for name in names for case in importlib.import_module(f"tests.methods.case_{name}").CASES]
 
 
 @torch.no_grad()
@@ -78,11 +71,11 @@ class Made:
         return getattr(library, self.case.config)(**{**self.case.options, **more})
 
 
-@pytest.fixture(scope="module", params=_cases(), ids=lambda pair: f"{pair[0]}, {pair[1].label}")
+@pytest.fixture(scope="module", params=cases(), ids=lambda pair: f"{pair[0]}, {pair[1].label}")
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     case: Case = request.param[1]
     network, folder = NETWORKS[case.network], tmp_path_factory.mktemp("made")
-    base = case.prepare(network.make())
+    base = case.peer_prepare(case.prepare(network.make()))
     before = network.read(base)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -148,7 +141,7 @@ def test_peft_reads_what_is_made_here(made: Made, tmp_path: Path) -> None:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.PeftModel.from_pretrained(made.bare(), tmp_path).eval()
+        model = peft.PeftModel.from_pretrained(made.case.peer_prepare(made.bare()), tmp_path).eval()
     assert gap(made.read(model), expected) < made.case.close
 
 

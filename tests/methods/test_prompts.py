@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 import veneer
 from tests.adapters import saved_base
+from tests.methods.case import cases
 from tests.methods.prompt import PromptCase
 from tests.models import CASES, VOCAB, build, gap, inputs, logits
 from veneer.errors import AdapterError, BindError, ConfigError, MergeError, UnsupportedError
@@ -27,12 +27,6 @@ WEIGHTS = "adapter_model.safetensors"
 CLOSE = 1e-5
 VISIBLE = 0.02
 NEW = 6
-
-
-def _cases() -> list[tuple[str, PromptCase]]:
-    files = sorted(Path(__file__).parent.glob("prompt_*.py"))
-    names = [file.stem.removeprefix("prompt_") for file in files]
-    return [(name, case) for name in names for case in importlib.import_module(f"tests.methods.prompt_{name}").CASES]
 
 
 @torch.no_grad()
@@ -90,7 +84,7 @@ class Made:
         return self.case.arch != "bert"
 
 
-@pytest.fixture(scope="module", params=_cases(), ids=lambda pair: f"{pair[0]}, {pair[1].arch} {pair[1].label}")
+@pytest.fixture(scope="module", params=cases("prompt"), ids=lambda pair: f"{pair[0]}, {pair[1].arch} {pair[1].label}")
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     case: PromptCase = request.param[1]
     folder = tmp_path_factory.mktemp("made")
