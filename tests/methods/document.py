@@ -81,9 +81,7 @@ def _table(found: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
     checks = list(dict.fromkeys(check for own in found.values() for check in own))
     legend = [f"{number}. {check.removeprefix('test_').replace('_', ' ')}" for number, check in enumerate(checks, 1)]
     head = ["`peft_type`", "cases", *(str(number) for number in range(1, len(checks) + 1))]
-    rows = [
-        [name, str(_count(own)), *(_outcome(own.get(check, {})) for check in checks)] for name, own in found.items()
-    ]
+    rows = [[name, str(count(own)), *(_outcome(own.get(check, {})) for check in checks)] for name, own in found.items()]
     return "\n".join([*legend, "", *(_cells(row) for row in (head, ["---"] * len(head), *rows))])
 
 
