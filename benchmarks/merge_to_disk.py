@@ -1,9 +1,15 @@
 """Merging from disk to disk beside `cp -r` and peft's load, merge and save: seconds and peak memory, whole processes.
 
+Veneer's output is on the disk when its process ends; that of the others is on its way there, so the time until then
+stands beside.
+
 The models have random weights: "135M" the shape of SmolLM2-135M, "1B" that of TinyLlama, "large" that of Llama 3 8B
 with as many layers as --layers says (32 take 16 GB). bfloat16, LoRA r=16 on all linear layers.
 
     python benchmarks/merge_to_disk.py [--models 135M 1B] [--sides cp veneer peft] [--layers 6] [--data LIMIT_IN_MB]
+
+`--data` limits the memory of Veneer's processes (RLIMIT_DATA: all but mapped files). `--keep` writes what was measured
+into `merge_to_disk.json`, from which `make bench` makes its table.
 """
 
 from __future__ import annotations
@@ -46,6 +52,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
     },
 }
+KEPT = Path(__file__).parent / "merge_to_disk.json"
 VENEER = "import sys, veneer; veneer.merge(sys.argv[1], sys.argv[2], out=sys.argv[3])"
 PEFT = (
     "import sys, torch, transformers, peft\n"
@@ -69,13 +76,15 @@ def make(name: str, layers: int, folder: Path) -> None:
     (folder / "base").mkdir(parents=True)
     config.save_pretrained(folder / "base")
     torch.manual_seed(0)
+    values = (torch.randn(1 << 24) * 0.02).bfloat16()
     parts: list[dict[str, Any]] = [{}]
     for key, parameter in model.named_parameters():
         if sum(t.nbytes for t in parts[-1].values()) > 2e9:
             _save(parts[-1], folder, len(parts), save_file)
             parts[-1] = dict.fromkeys(parts[-1])
             parts.append({})
-        parts[-1][key] = (torch.randn(parameter.shape, dtype=torch.bfloat16) * 0.02).contiguous()
+        repeated = values.repeat(-(-parameter.numel() // len(values)))
+        parts[-1][key] = repeated[: parameter.numel()].view(parameter.shape).clone()
     _save(parts[-1], folder, len(parts), save_file)
     index = {key: f"model-{i:05d}.safetensors" for i, part in enumerate(parts, start=1) for key in part}
     if len(parts) == 1:
@@ -99,8 +108,8 @@ def _save(part: dict[str, Any], folder: Path, number: int, save_file: Any) -> No
     save_file(part, folder / "base" / f"model-{number:05d}.safetensors", metadata={"format": "pt"})
 
 
-def run(command: list[Any], limit: int | None) -> tuple[float, float]:
-    """Seconds, and peak memory in MB, of a process."""
+def run(command: list[Any], limit: int | None) -> tuple[float, float, float]:
+    """Seconds of a process, the same until what it wrote is on the disk, and its peak memory in MB."""
 
     def before() -> None:
         if limit is not None:
@@ -113,7 +122,19 @@ def run(command: list[Any], limit: int | None) -> tuple[float, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{command} failed: {process.returncode}")
-    return time.perf_counter() - started, usage.ru_maxrss / 1024
+    seconds = time.perf_counter() - started
+    os.sync()
+    return seconds, time.perf_counter() - started, usage.ru_maxrss / 1024
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """What was measured, in Markdown."""
+    lines = ["| base | side | memory limit | seconds | until on the disk | peak MB |", "|---|---|---|---|---|---|"]
+    for row in found:
+        limit = "" if row["limit"] is None else f"{row['limit']} MB"
+        times = f"{row['seconds']:.1f} | {row['on disk']:.1f} | {row['peak']:.0f}"
+        lines.append(f"| {row['model']}, {row['GB']:.1f} GB | {row['side']} | {limit} | {times} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -123,10 +144,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6, help="of the large model")
     parser.add_argument("--data", type=int, help="limit of the process's own memory in MB (RLIMIT_DATA)")
     parser.add_argument("--work", type=Path, help="keep the models here")
+    parser.add_argument("--keep", action="store_true", help="write the figures beside those kept before")
     asked = parser.parse_args()
+    kept: dict[str, Any] = json.loads(KEPT.read_text()) if asked.keep and KEPT.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
         work = asked.work or Path(temporary)
-        print(f"{'model':8}{'side':8}{'seconds':>10}{'peak MB':>10}", flush=True)
+        print(f"{'model':8}{'side':8}{'seconds':>10}{'on disk':>10}{'peak MB':>10}", flush=True)
         for name in asked.models:
             folder = work / (name if name != "large" else f"{name}{asked.layers}")
             if not folder.exists():
@@ -135,9 +158,15 @@ def main() -> None:
                 base, adapter, out = folder / "base", folder / "adapter", folder / "out"
                 code = {"veneer": VENEER, "peft": PEFT}.get(side)
                 command = ["cp", "-r", base, out] if code is None else [sys.executable, "-c", code, adapter, base, out]
-                seconds, peak = run(command, asked.data if side == "veneer" else None)
-                print(f"{name:8}{side:8}{seconds:10.2f}{peak:10.0f}", flush=True)
+                limit = asked.data if side == "veneer" else None
+                seconds, on_disk, peak = run(command, limit)
+                print(f"{name:8}{side:8}{seconds:10.2f}{on_disk:10.2f}{peak:10.0f}", flush=True)
                 shutil.rmtree(out)
+                size = sum(path.stat().st_size for path in base.iterdir()) / 1e9
+                row = {"model": name, "GB": size, "side": side, "limit": limit}
+                kept[f"{name} {side} {limit}"] = {**row, "seconds": seconds, "on disk": on_disk, "peak": peak}
+    if asked.keep:
+        KEPT.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

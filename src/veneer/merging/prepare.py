@@ -19,6 +19,7 @@ from veneer.merging.base_files import WeightFiles
 from veneer.merging.changes import Adapter, Changes, collect
 from veneer.merging.layout import size_in_bytes
 from veneer.merging.new_bias import new_biases
+from veneer.merging.plain import plain_skeleton, plainly_stored
 from veneer.merging.plan import MergePlan, Planner, config_changes, scales_of
 from veneer.merging.rounding import NEAREST, Rounding
 from veneer.merging.skeleton import Parameters, build_skeleton, stored_names
@@ -179,9 +180,12 @@ def _planned(
     def skeleton(**changes: Any) -> Any:
         return build_skeleton(source, checkpoints, options.task, where.trust_remote_code, **changes)
 
-    model = skeleton()
     shapes = {name: place.info.shape for name, place in files.places.items()}
-    stored = stored_names(model, shapes, shapes)
+    model = plain_skeleton(source, files, checkpoints, options.task)
+    stored = plainly_stored(files) if model is not None else None
+    if model is None or stored is None:
+        model = skeleton()
+        stored = stored_names(model, shapes, shapes)
     if not stored.direct and not stored.made:
         raise BaseModelError(
             f"No tensor of {source.origin} belongs to its own model class, {type(model).__name__}.",
