@@ -6,7 +6,7 @@
                                        .mlp.{gate,up,down}_proj
 
 Importing transformers' model classes takes longer than merging a model of a billion weights. What is not exactly this
-(another family or task, a tensor too many, a shape that the config does not say) is left to transformers.
+(another family, method or task, a tensor too many, a shape that the config does not say) is left to transformers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from veneer.checkpoint import Checkpoint
-from veneer.config import TargetedConfig, TaskType
+from veneer.config import AnyConfig, TaskType
+from veneer.configs.lora import LoraConfig
 from veneer.merging.base_files import DTYPES, WeightFiles
 from veneer.merging.skeleton import Stored
 from veneer.source import MODEL_CONFIG, Source
@@ -102,7 +103,7 @@ def plain_skeleton(
         family is None
         or config.get("architectures") != [family.kind]
         or not tasks <= {None, TaskType.CAUSAL_LM}
-        or not all(isinstance(checkpoint.config, TargetedConfig) for checkpoint in checkpoints)
+        or not all(_is_lora(checkpoint.config) for checkpoint in checkpoints)
         or any(config.get(key) is not None for key in ("quantization_config", "auto_map"))
         or not all(isinstance(config.get(size), int) for size in (*_SIZES, "vocab_size"))
     ):
@@ -117,6 +118,11 @@ def plain_skeleton(
     if shapes != {name: place.info.shape for name, place in files.places.items()}:
         return None
     return _built(family, config, {name: DTYPES[place.info.dtype] for name, place in files.places.items()}, shapes)
+
+
+def _is_lora(config: AnyConfig) -> bool:
+    """Whether an adapter adds nothing but factors; one that adds biases may need more of the config than is here."""
+    return isinstance(config, LoraConfig) and not config.lora_bias
 
 
 def plainly_stored(files: WeightFiles) -> Stored:
