@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import merge_to_disk
+
 HERE = Path(__file__).parent
 KEPT, TABLE, PLOT = HERE / "results.json", HERE / "RESULTS.md", HERE / "results.svg"
 NOTES = HERE / "notes.md"
@@ -176,9 +178,17 @@ def write(kept: Results) -> None:
     text = NOTES.read_text() if NOTES.exists() else ""
     TABLE.write_text(
         "# Veneer beside peft\n\nMade by `make bench`; do not edit. " + machine() + "\n\n"
-        "![Veneer beside peft](results.svg)\n\n" + table(kept) + "\n\n" + text
+        "![Veneer beside peft](results.svg)\n\n" + table(kept) + "\n\n" + merges() + text
     )
     plot(kept)
+
+
+def merges() -> str:
+    """The section on merging from disk to disk; empty where that was not measured."""
+    if not merge_to_disk.KEPT.exists():
+        return ""
+    found = merge_to_disk.table(list(json.loads(merge_to_disk.KEPT.read_text()).values()))
+    return f"## Merging from disk to disk, whole processes\n\nMade by `merge_to_disk.py`.\n\n{found}\n\n"
 
 
 def plot(kept: Results) -> None:

@@ -85,6 +85,9 @@ def main() -> None:
                     kept[f"{section} {model} {dtype}"] = runs
                     if not asked.quick:
                         report.keep(kept)
+    if not asked.sections and not asked.report:
+        rest = ["--models", "135M"] if asked.quick else ["--keep"]
+        subprocess.run([sys.executable, str(HERE / "merge_to_disk.py"), *rest], check=True)
     if not asked.quick:
         report.write(kept)
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from veneer.checkpoint import Checkpoint
-from veneer.config import AnyConfig, TaskType
+from veneer.config import PeftConfig, TaskType
 from veneer.configs.lora import LoraConfig
 from veneer.merging.base_files import DTYPES, WeightFiles
 from veneer.merging.skeleton import Stored
@@ -120,7 +120,7 @@ def plain_skeleton(
     return _built(family, config, {name: DTYPES[place.info.dtype] for name, place in files.places.items()}, shapes)
 
 
-def _is_lora(config: AnyConfig) -> bool:
+def _is_lora(config: PeftConfig) -> bool:
     """Whether an adapter adds nothing but factors; one that adds biases may need more of the config than is here."""
     return isinstance(config, LoraConfig) and not config.lora_bias
 
