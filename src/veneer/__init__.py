@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from veneer._version import __version__
 
 if TYPE_CHECKING:
+    from veneer.arrow import create_arrow_model
+    from veneer.arrow_config import ArrowConfig
     from veneer.auto import (
         AutoModelForCausalLM,
         AutoModelForFeatureExtraction,
@@ -131,6 +133,8 @@ if TYPE_CHECKING:
 _HOMES = {
     name: module
     for module, names in {
+        "arrow": "create_arrow_model",
+        "arrow_config": "ArrowConfig",
         "auto": (
             "AutoModelForCausalLM AutoModelForFeatureExtraction "
             "AutoModelForImageClassification AutoModelForImageTextToText "
@@ -226,6 +230,7 @@ __all__ = [
     "AdapterError",
     "AdapterReport",
     "AdaptionPromptConfig",
+    "ArrowConfig",
     "AutoModelForCausalLM",
     "AutoModelForFeatureExtraction",
     "AutoModelForImageClassification",
@@ -332,6 +337,7 @@ __all__ = [
     "__version__",
     "bench",
     "convert_to_lora",
+    "create_arrow_model",
     "create_loraplus_optimizer",
     "extract",
     "get_eva_state_dict",

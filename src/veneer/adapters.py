@@ -40,6 +40,7 @@ from veneer.merging.quantized import DEQUANTIZED, QuantizedMerge
 from veneer.methods import AnyMethod, method_of, prompt_of
 from veneer.methods.method import Base, Method
 from veneer.methods.prompt import AnyPrompt, PromptEncoder
+from veneer.mixture import check_unused, meet_experts
 from veneer.packed_layer import PackedLayer
 from veneer.parameter_layer import AdaptedParameter
 from veneer.plan import Binding, Plan, bind_error, make_plan
@@ -171,6 +172,7 @@ class Adapters:
         self.check_new(name)
         config = checkpoint.config
         method = self._kind(config)
+        self._meet_experts(config)
         plan = make_plan(_known(config), method, checkpoint.tensors, self.catalog)
         self._settle(plan, checkpoint, strict)
         tensors = checkpoint.read(plan.keys)
@@ -201,6 +203,10 @@ class Adapters:
         method = prompt_of(config)
         complete(config, method, self.model)
         return method
+
+    def _meet_experts(self, config: PeftConfig) -> None:
+        if isinstance(config, TargetedConfig) and config.experts:
+            meet_experts(config, self)
 
     def _restore_layers(
         self,
@@ -248,6 +254,7 @@ class Adapters:
         """
         self.check_new(name)
         config.check_honoured()
+        self._meet_experts(config)
         adapter = Adapter(name, _known(config), trainable=True)
         roots = self.catalog.saved(adapter.config)
         self._check_saved_exist(adapter.config)
@@ -513,9 +520,10 @@ class Adapters:
         """
         wanted = self.selection(names)
         self.switch.standing = wanted
+        used = {*wanted.names, *(expert for name in wanted.names for expert in self.entries[name].config.experts)}
         for adapter in self.entries.values():
             if adapter.trainable:
-                self.require_grad(adapter, adapter.name in wanted.names)
+                self.require_grad(adapter, adapter.name in used)
 
     def selection(self, names: str | Sequence[str]) -> Selection:
         """The checked selection of one adapter or of several at once."""
@@ -651,6 +659,7 @@ class Adapters:
     def delete(self, name: str) -> None:
         """Remove an adapter. If it was selected, the rest of the selection stays (the base alone if none)."""
         adapter = self.get(name)
+        check_unused(name, self)
         for module in adapter.layers:
             self._leave(module, name)
         if name in self.prompts:
@@ -683,6 +692,7 @@ class Adapters:
         if new == old:
             return
         self.check_new(new)
+        check_unused(old, self)
         for module in adapter.layers:
             self.layers[module].rename(old, new)
         if old in self.prompts:

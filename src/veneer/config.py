@@ -152,6 +152,16 @@ class PeftConfig:
         """Whether the method changes the input instead of weights."""
         return False
 
+    @property
+    def method_name(self) -> str:
+        """Names the method that serves it, a file in ``methods/``: one ``peft_type`` may have several."""
+        return str(self.peft_type)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Adapters on the same model that this one mixes, by their names."""
+        return ()
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = "config", strict: bool = True) -> PeftConfig:
         """The config that ``values`` (a parsed ``adapter_config.json``) describes.

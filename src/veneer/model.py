@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from veneer import adapter_set, sharding
 from veneer.adapters import Adapter, Adapters
 from veneer.checkpoint import Checkpoint, hold, open_checkpoint, write_checkpoint
-from veneer.config import HEADS, PeftConfig, PromptConfig, TargetedConfig, TaskType
+from veneer.config import HEADS, PeftConfig, PeftType, PromptConfig, TargetedConfig, TaskType
 from veneer.errors import (
     AdapterError,
     BaseMismatchError,
@@ -334,7 +334,8 @@ class PeftModel(nn.Module):
         trainable: bool,
         options: dict[str, Any],
     ) -> None:
-        for member in members:
+        # Those that mix others come after them.
+        for member in sorted(members, key=lambda member: _mixes(member.source)):
             self._load(member.source, member.name, trainable and member.name in active, **options)
         self.adapters.select(active)
 
@@ -862,6 +863,12 @@ def _check_is_adapter(source: Source) -> None:
 def _config_of(source: Source) -> PeftConfig:
     _check_is_adapter(source)
     return open_checkpoint(source).config
+
+
+def _mixes(source: Source) -> bool:
+    """Whether an adapter mixes others, by its config's file."""
+    values = source.json(ADAPTER_CONFIG)
+    return bool(values.get("arrow_config")) or values.get("peft_type") == PeftType.XLORA
 
 
 def _digest_of(origin: str | None) -> str | None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from veneer.arrow_config import ArrowConfig
 from veneer.config import PeftType, TargetedConfig, check_regex
 from veneer.errors import ConfigError
 from veneer.start_configs import LoftQConfig
@@ -38,6 +39,7 @@ class LoraConfig(TargetedConfig):
             adapter; repeated blocks share the base's weights and are adapted each on its own.
         alora_invocation_tokens: token ids; the adapter acts from their last occurrence in a prompt on (aLoRA), and
             on nothing where they do not occur.
+        arrow_config: an :class:`~veneer.arrow_config.ArrowConfig`: the adapter routes tokens over others (Arrow).
     """
 
     r: int = 8
@@ -76,13 +78,12 @@ class LoraConfig(TargetedConfig):
         "use_qalora": (False, None),
         "monteclora_config": (None,),
         "use_bdlora": (None, False),
-        "arrow_config": (None,),
         "kasa_config": (None,),
         "ensure_weight_tying": (False, None),
     }
 
     def __post_init__(self) -> None:
-        for name in _START_CONFIGS:
+        for name in (*_START_CONFIGS, "arrow_config"):
             options = getattr(self, name)
             if dataclasses.is_dataclass(options) and not isinstance(options, type):
                 setattr(self, name, dataclasses.asdict(options))
@@ -93,6 +94,14 @@ class LoraConfig(TargetedConfig):
         self.rank_pattern = dict(self.rank_pattern)
         self.alpha_pattern = dict(self.alpha_pattern)
         self._check()
+
+    @property
+    def method_name(self) -> str:
+        return "ARROW" if self.arrow_config else super().method_name
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return ArrowConfig(**self.arrow_config).experts if self.arrow_config else ()
 
     def _check(self) -> None:
         self._check_start()

@@ -43,11 +43,11 @@ def prompt_of(config: PromptConfig) -> PromptMethod[Any]:
 
 
 def _found(config: PeftConfig) -> Any:
-    name = str(config.peft_type)
+    name = config.method_name
     if name not in _METHODS:
-        if name not in registered():
+        if str(config.peft_type) not in registered():
             raise UnknownMethodError(
-                f"peft_type {name!r} names no method of this version of Veneer.",
+                f"peft_type {str(config.peft_type)!r} names no method of this version of Veneer.",
                 hint=f"Use one of the config classes: known are {', '.join(registered())}.",
             )
         _METHODS[name] = importlib.import_module(f"veneer.methods.{name.lower()}").METHOD

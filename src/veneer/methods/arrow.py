@@ -1,0 +1,145 @@
+"""Arrow: each token goes to the LoRAs that would change it most (Ostapenko et al. 2024, arXiv:2405.11157, section 3.2).
+
+    y' = y + sum_i w_i scale_i B_i A_i x        w = softmax over the top k of |v_i . x| / temperature
+
+``v_i``, (in,), is the direction that ``B_i A_i`` lengthens most: its first right singular vector. With ``use_gks`` the
+mean ``A`` and ``B`` of general adapters are taken off each ``A_i`` and ``B_i`` first (GenKnowSub, Bagherifard et al.
+2025, ACL short papers 54).
+
+It is a LoRA whose config has an ``arrow_config``. Its own A and B do nothing; they are there because peft saves them.
+peft estimates ``v_i`` by a few steps from a random start, and writes the subtraction into the task adapters; here the
+directions are exact and the adapters stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from veneer.arrow_config import ArrowConfig
+from veneer.configs.lora import LoraConfig
+from veneer.errors import MergeError, UnsupportedError
+from veneer.methods.lora import Lora, LoraSettings
+from veneer.methods.method import Base
+from veneer.mixture import Live, mixed
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.linear import LinearSite
+
+
+@dataclass
+class Prepared:
+    """The experts of one layer, what is taken off them done, and their directions; kept until a tensor changes."""
+
+    source: list[tuple[int, int]] = field(default_factory=list)
+    experts: list[Patch] = field(default_factory=list)
+    directions: Tensor | None = None
+
+    @torch.no_grad()
+    def bring(self, experts: Sequence[Patch], general: Sequence[Patch]) -> None:
+        """Work them out, unless that was done with the same tensors."""
+        tensors = [t for patch in (*experts, *general) for t in (patch.up, patch.down) if t is not None]
+        source = [(t.data_ptr(), t._version) for t in tensors]
+        if source != self.source:
+            self.experts = _less(experts, general) if general else list(experts)
+            self.directions = torch.stack([_direction(patch) for patch in self.experts])
+            self.source = source
+
+
+def _factors(patch: Patch) -> tuple[Tensor, Tensor]:
+    """``B`` and ``A``, in float32."""
+    assert patch.up is not None
+    assert patch.down is not None
+    return patch.up.float(), patch.down.float()
+
+
+def _direction(patch: Patch) -> Tensor:
+    """The first right singular vector of ``B A``, shape ``(in,)``, float32."""
+    up, down = _factors(patch)
+    basis, triangle = torch.linalg.qr(down.T)
+    turned: Tensor = torch.linalg.svd(up @ triangle.T, full_matrices=False)[2]
+    return basis @ turned[0]
+
+
+def _less(experts: Sequence[Patch], general: Sequence[Patch]) -> list[Patch]:
+    """``experts`` without the mean ``B`` and the mean ``A`` of the general adapters."""
+    ups, downs = zip(*(_factors(patch) for patch in general), strict=True)
+    up, down = torch.stack(ups).mean(0), torch.stack(downs).mean(0)
+    own = [(patch, *_factors(patch)) for patch in experts]
+    return [replace(patch, up=own_up - up, down=own_down - down) for patch, own_up, own_down in own]
+
+
+@dataclass(frozen=True)
+class ArrowSettings(LoraSettings):
+    """A config's meaning for one layer, and what was worked out there."""
+
+    arrow: ArrowConfig = field(default_factory=ArrowConfig)
+    prepared: Prepared = field(default_factory=Prepared, compare=False)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The route of one layer."""
+
+    site: Site
+    arrow: ArrowConfig
+    experts: Sequence[Patch]
+    directions: Tensor
+
+    def changes(self) -> bool:
+        return any(patch.changes() for patch in self.experts)
+
+    def take(self, rows: Tensor, whole: torch.Size) -> Routing:
+        return self
+
+    def __call__(self, x: Tensor, training: bool) -> Tensor:
+        scores = (x.float() @ self.directions.T).abs()
+        best, index = scores.topk(min(self.arrow.top_k, len(self.experts)), -1)
+        shares = (best / self.arrow.router_temperature).softmax(-1)
+        return mixed(self.site, self.experts, torch.zeros_like(scores).scatter(-1, index, shares), x, training)
+
+
+class Arrow(Lora):
+    """Arrow routing on linear layers."""
+
+    kinds = (LinearSite,)
+    trainable = False
+
+    def settings(self, config: LoraConfig, site: Site) -> ArrowSettings:
+        plain = super().settings(config, site)
+        return ArrowSettings(**vars(plain), arrow=ArrowConfig(**(config.arrow_config or {})))
+
+    def check_mergeable(self, settings: LoraSettings, site: Site) -> None:
+        raise MergeError(
+            "Arrow decides for each token which LoRA changes it, so no weight can hold it.",
+            hint="Use it unmerged; merge others by name: merge_adapter([...]).",
+        )
+
+    def lower(self, settings: LoraSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        assert isinstance(settings, ArrowSettings)
+        # No merge from disk comes here: it is refused before.
+        layer, arrow = cast(Live, base), settings.arrow
+        experts = layer.patches(layer.here(tuple(arrow.task_adapter_names or ())))
+        general = layer.patches(layer.here(tuple(arrow.gks_adapter_names or ()))) if arrow.use_gks else []
+        if not experts:
+            return Patch()
+        _check_ranks(base.site, [*experts, *general] if general else [])
+        prepared = settings.prepared
+        prepared.bring(experts, general)
+        assert prepared.directions is not None
+        return Patch(route=Routing(base.site, arrow, prepared.experts, prepared.directions))
+
+
+METHOD = Arrow()
+
+
+def _check_ranks(site: Site, patches: Sequence[Patch]) -> None:
+    if len({patch.down.shape for patch in patches if patch.down is not None}) > 1:
+        raise UnsupportedError(
+            f"{site.name}: use_gks takes general adapters off others, and they have different ranks.",
+            hint="Use adapters of one rank, or turn use_gks off.",
+        )
