@@ -61,8 +61,9 @@ def _direction(patch: Patch) -> Tensor:
     """The first right singular vector of ``B A``, shape ``(in,)``, float32."""
     up, down = _factors(patch)
     basis, triangle = torch.linalg.qr(down.T)
-    turned: Tensor = torch.linalg.svd(up @ triangle.T, full_matrices=False)[2]
-    return basis @ turned[0]
+    turned = torch.linalg.svd(up @ triangle.T, full_matrices=False)[2]
+    found: Tensor = basis @ turned[0]
+    return found
 
 
 def _less(experts: Sequence[Patch], general: Sequence[Patch]) -> list[Patch]:
