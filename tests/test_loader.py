@@ -500,7 +500,7 @@ def test_an_adapter_without_values(adapter: Path) -> None:
         ({"peft_type": ...}, ConfigError, "no peft_type"),
         ({"use_rsloraa": True}, UnknownKeyError, "use_rsloraa=True is unknown.*Did you mean 'use_rslora'"),
         ({"brand_new_config": {"x": 1}}, UnknownKeyError, "may change the maths"),
-        ({"use_qalora": True}, UnsupportedError, "use_qalora=True is not available"),
+        ({"megatron_config": {"a": 1}}, UnsupportedError, "megatron_config={'a': 1} is not available"),
         ({"use_dora": True}, BindError, "lora_magnitude_vector is missing"),
         ({"lora_bias": True}, BindError, "lora_B.bias is missing"),
         ({"init_lora_weights": "lora_ga"}, UnsupportedError, "belongs to a base that was changed"),

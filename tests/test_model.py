@@ -385,8 +385,8 @@ def test_configs_that_mean_nothing_usable_are_refused() -> None:
         veneer.get_peft_model(build("llama"), veneer.LoraConfig(target_modules=["q_prj"]))
     with pytest.raises(TargetError, match=r"cannot carry an adapter.*norm \(LlamaRMSNorm\)"):
         veneer.get_peft_model(build("llama"), veneer.LoraConfig(target_modules=["norm"]))
-    with pytest.raises(UnsupportedError, match="use_qalora=True"):
-        veneer.get_peft_model(build("llama"), config(use_qalora=True))
+    with pytest.raises(UnsupportedError, match="megatron_config="):
+        veneer.get_peft_model(build("llama"), config(megatron_config={"params_dtype": "float32"}))
     with pytest.raises(BaseModelError, match="not the path"):
         veneer.PeftModel.from_pretrained("some/base", "some/adapter")  # type: ignore[arg-type]
 

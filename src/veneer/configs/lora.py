@@ -37,6 +37,7 @@ class LoraConfig(TargetedConfig):
         eva_config, corda_config, lora_ga_config, loftq_config: options of those starts.
         layer_replication: ranges of blocks, such as ``[[0, 4], [2, 5]]``, which the model is made of while it has the
             adapter; repeated blocks share the base's weights and are adapted each on its own.
+        use_qalora, qalora_group_size: QA-LoRA (arXiv:2309.14717): so many inputs of a layer share a column of A.
         alora_invocation_tokens: token ids; the adapter acts from their last occurrence in a prompt on (aLoRA), and
             on nothing where they do not occur.
         arrow_config: an :class:`~veneer.arrow_config.ArrowConfig`: the adapter routes tokens over others (Arrow).
@@ -75,7 +76,6 @@ class LoraConfig(TargetedConfig):
     honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "megatron_config": (None,),
         "velora_config": (None,),
-        "use_qalora": (False, None),
         "monteclora_config": (None,),
         "use_bdlora": (None, False),
         "kasa_config": (None,),
@@ -109,6 +109,12 @@ class LoraConfig(TargetedConfig):
             raise ConfigError(
                 f"alora_invocation_tokens={self.alora_invocation_tokens!r} with use_dora={self.use_dora!r}.",
                 hint="Give at least one token id, and leave DoRA off.",
+            )
+        if self.use_qalora and (self.qalora_group_size < 1 or self.init_lora_weights not in (True, False, "gaussian")):
+            raise ConfigError(
+                f"use_qalora with qalora_group_size={self.qalora_group_size!r} and "
+                f"init_lora_weights={self.init_lora_weights!r}.",
+                hint='The size is at least 1, and the start True, False or "gaussian".',
             )
         ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}
         for name, rank in ranks.items():

@@ -10,6 +10,11 @@ DoRA (Liu et al. 2024, arXiv:2402.09353, equation 5) gives each row of the resul
 aLoRA (Greenewald et al. 2025, arXiv:2504.12397) acts from the last ``alora_invocation_tokens`` of the prompt on: what a
 cache holds of the text before is the base's own.
 
+QA-LoRA (Xu et al. 2023, arXiv:2309.14717, section 3.3) gives one column of A to each group of ``g`` inputs; it reads
+their mean, ``in / g`` times:
+
+    W' = W + scale * B A P        P: (in / g, in), in / g^2 where an input is in a group, else 0
+
 A starting point that takes its part off the weight (:mod:`veneer.starts`) is kept beside A and B, the weight left as it
 is. Saved, it is a plain adapter of twice the rank, for the base as it is on disk:
 
@@ -61,7 +66,10 @@ START_B = "lora_start_B.weight"
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """A config's meaning for one layer; the scale is a tensor where compiled code must be able to take another."""
+    """A config's meaning for one layer; the scale is a tensor where compiled code must be able to take another.
+
+    ``group`` is how many inputs share a column of A.
+    """
 
     r: int
     scale: float | Tensor
@@ -69,6 +77,7 @@ class LoraSettings:
     dora: bool = False
     bias: bool = False
     invocation: tuple[int, ...] = ()
+    group: int = 1
 
 
 class Lora(Method[LoraConfig, LoraSettings]):
@@ -99,9 +108,14 @@ class Lora(Method[LoraConfig, LoraSettings]):
         alpha = pattern_value(site.pattern_name, config.alpha_pattern, config.lora_alpha)
         scale = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         self._check(config, site, r)
+        group = config.qalora_group_size if config.use_qalora else 1
         return LoraSettings(
-            r, scale, config.lora_dropout, bool(config.use_dora), bool(config.lora_bias), self.invocation(config)
+            r, scale, config.lora_dropout, bool(config.use_dora), bool(config.lora_bias), self.invocation(config), group
         )
+
+    def readings(self, settings: LoraSettings, config: LoraConfig) -> list[LoraSettings]:
+        # peft has QA-LoRA on GPTQ layers only; on others it leaves the option aside and saves a plain LoRA.
+        return [replace(settings, group=1)] if settings.group > 1 else []
 
     def _check(self, config: LoraConfig, site: Site, r: int) -> None:
         groups = site.conv.groups if isinstance(site, ConvSite) else 1
@@ -116,6 +130,13 @@ class Lora(Method[LoraConfig, LoraSettings]):
             raise unsupported(site, 'DoRA (use_dora) with init_lora_weights="loftq"')
         if config.alora_invocation_tokens and not site.matrix_input:
             raise unsupported(site, "alora_invocation_tokens")
+        if config.use_qalora and not site.matrix_input:
+            raise unsupported(site, "QA-LoRA (use_qalora)")
+        if config.use_qalora and site.shape[1] % config.qalora_group_size:
+            raise UnsupportedError(
+                f"{site.name} has {site.shape[1]} inputs, no multiple of qalora_group_size={config.qalora_group_size}.",
+                hint="Choose a size that divides them, or leave the layer out with exclude_modules.",
+            )
         if config.lora_bias and isinstance(site, (EmbeddingSite, ParameterSite)):
             raise unsupported(site, "lora_bias")
 
@@ -136,7 +157,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
             found = {A: (r, conv.in_channels, *site.kernel), B: (out, r // conv.groups, *site.point)}
         else:
             stack = (site.stack or 1) if isinstance(site, ParameterSite) else 1
-            found = {A: (r * stack, inner), B: (out, r * stack)}
+            found = {A: (r * stack, inner // settings.group), B: (out, r * stack)}
         if settings.dora:
             found[MAGNITUDE] = (1, out, *site.point) if isinstance(site, ConvSite) else (out,)
         if settings.bias:
@@ -261,6 +282,8 @@ def _factors(settings: LoraSettings, tensors: Mapping[str, Tensor], site: Site) 
     if isinstance(site, ConvSite):
         return up.flatten(1), down.flatten(1)
     stack = site.stack if isinstance(site, ParameterSite) else None
+    if settings.group > 1:
+        down = down.repeat_interleave(settings.group, 1) * (down.shape[1] / settings.group)
     if stack is None:
         return up, down
     # The experts lie apart in A and interleaved in B: (experts * r, in) and (out, r * experts).
