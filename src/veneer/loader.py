@@ -313,6 +313,13 @@ def _named_base(
 def _checked(base: FoundBase) -> FoundBase:
     """Read the base's headers, so that a broken one is known before anything large is loaded."""
     source = base.source
+    gguf = sorted(path.name for path in source.root.glob("*.gguf"))
+    if gguf and not any(source.root.glob("*.safetensors")):
+        raise BaseModelError(
+            f"{source.origin} holds its weights as GGUF ({gguf[0]}), which is read into memory only.",
+            hint=f'Load it by name: veneer.load(ADAPTER, base="{source.origin}", gguf_file="{gguf[0]}"); with '
+            "merge=True, its save_pretrained(OUT) writes the merged model.",
+        )
     if not source.has(MODEL_CONFIG):
         if source.has(ADAPTER_CONFIG):
             own = source.json(ADAPTER_CONFIG).get("base_model_name_or_path")

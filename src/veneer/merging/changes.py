@@ -17,6 +17,7 @@ from veneer.config import TargetedConfig
 from veneer.errors import MergeError
 from veneer.layer import AdaptedLayer
 from veneer.patch import Patch
+from veneer.remap import remapped
 from veneer.sites import Site
 
 Read = Callable[[str], Tensor]
@@ -154,7 +155,7 @@ def collect(adapters: Sequence[Adapter], model: nn.Module, read: Read, strict: b
     bound.catalog = DiskCatalog(model, read)
     changes = Changes()
     for index, adapter in enumerate(adapters):
-        name, checkpoint = f"adapter{index}", adapter.checkpoint
+        name, checkpoint = f"adapter{index}", remapped(adapter.checkpoint, bound.catalog)
         loaded = bound.load(name, checkpoint, trainable=False, strict=strict)
         changes.weights[name], changes.origins[name] = adapter.weight, checkpoint.origin
         changes.notes += loaded.notes

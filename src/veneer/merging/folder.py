@@ -275,7 +275,7 @@ def _write_config(base: Source, changes: Mapping[str, Any], target: Path) -> Non
     target.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-_NESTED = ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")
+_NESTED = ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config", "vocab_size")
 
 
 def _bring_along(origin: Path, folder: Path) -> None:

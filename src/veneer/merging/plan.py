@@ -66,7 +66,8 @@ def scales_of(source: Source, files: WeightFiles, dequantize: bool) -> dict[str,
     if method not in ("fp8", "float8", "fbgemm_fp8"):
         raise UnsupportedError(
             f"The base {source.origin} is quantised as {method}, which is not undone while streaming.",
-            hint="Dequantise it first: transformers' from_pretrained(...).dequantize().save_pretrained(...).",
+            hint='Merge it in memory: veneer.load(ADAPTER, base=BASE, merge=True, into="dequantized")'
+            ".save_pretrained(OUT).",
         )
     found = {name: next((name + end for end in _SCALES if name + end in files), "") for name in narrow}
     bare = [name for name, scale in found.items() if not scale]
@@ -89,6 +90,7 @@ class Planner:
         rounding: how values are rounded.
         scales: quantised tensor -> its scales.
         biases: that layers without one get.
+        lengths: stored tensor -> its first size in the output, where that is another.
     """
 
     def __init__(
@@ -101,14 +103,15 @@ class Planner:
         rounding: Rounding,
         scales: Mapping[str, str],
         biases: NewBiases | None = None,
+        lengths: Mapping[str, int] | None = None,
     ) -> None:
         self.model, self.base, self.stored, self.changes = model, base, stored, changes
         self.dtype, self.rounding, self.scales = dtype, rounding, scales
-        self.biases = biases or NewBiases()
+        self.biases, self.lengths = biases or NewBiases(), lengths or {}
         self.layers = self._layers()
         self.groups = {name: group for group in tie_groups(model) for name in group}
         self.works: list[Work] = []
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes = {name: (length, *base.shape(name)[1:]) for name, length in self.lengths.items()}
         self.new: list[Wanted] = []
         self.untied: list[str] = []
         counts = Counter[str]()
@@ -132,7 +135,8 @@ class Planner:
             for shape in [self.shapes.get(name, place.info.shape)]
         ]
         for tensor in wanted:
-            if tensor.name not in done and tensor.dtype != self.base.places[tensor.name].info.dtype:
+            own = self.base.places[tensor.name].info
+            if tensor.name not in done and (tensor.dtype, tensor.shape) != (own.dtype, own.shape):
                 self.works.append(
                     Cast(self._values(tensor.name), tensor.name, self.out_dtype(tensor.name), self.rounding)
                 )
@@ -157,7 +161,7 @@ class Planner:
         return self.dtype if self.dtype is not None and self._casts(name) else own
 
     def _values(self, name: str) -> Values:
-        return Values(self.base, name, self.scales.get(name))
+        return Values(self.base, name, self.scales.get(name), self.lengths.get(name))
 
     # -- what is changed -----------------------------------------------------------------------------------
 
@@ -221,7 +225,8 @@ class Planner:
         elif lies is None:
             self.works.append(Cast(self._values(source), target, dtype, self.rounding))
         if target not in self.base:
-            shape = self.changes.saved[name].shape if name in self.changes.saved else self.base.shape(str(source))
+            own = self.shapes.get(str(source)) or self.base.shape(str(source)) if source else ()
+            shape = self.changes.saved[name].shape if name in self.changes.saved else own
             self.new.append(Wanted(target, NAMES[dtype], tuple(shape), list(self.base.paths)[-1]))
 
     def _plan_saved(self, name: str, target: str, source: str | None, dtype: torch.dtype) -> None:

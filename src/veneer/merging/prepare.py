@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from veneer import adapter_set
-from veneer.checkpoint import open_checkpoint
-from veneer.errors import BaseMismatchError, BaseModelError, MergeError
+from veneer.checkpoint import Checkpoint, open_checkpoint
+from veneer.errors import BaseMismatchError, BaseModelError, MergeError, UnsupportedError
 from veneer.identity import BASE_DIGEST_KEY, base_digest
 from veneer.loader import dtype_of, find_base, kind_of
 from veneer.merging.base_files import WeightFiles
@@ -22,9 +22,10 @@ from veneer.merging.new_bias import new_biases
 from veneer.merging.plain import plain_skeleton, plainly_stored
 from veneer.merging.plan import MergePlan, Planner, config_changes, scales_of
 from veneer.merging.rounding import NEAREST, Rounding
-from veneer.merging.skeleton import Parameters, build_skeleton, stored_names
+from veneer.merging.skeleton import Parameters, build_skeleton, lengthen, stored_names
 from veneer.merging.works import Values
 from veneer.source import MODEL_CONFIG, MODEL_STEM, Source, read_header, resolve, weight_files
+from veneer.vocabulary import resized
 
 # One adapter, several in their order, or several with weights.
 Adapters = str | Path | Sequence[str | Path] | Mapping[str | Path, float]
@@ -153,6 +154,7 @@ def prepare(
     """
     sources, weights = find(adapters, where)
     checkpoints = [open_checkpoint(source, strict=options.strict) for source in sources]
+    _check_blocks(checkpoints)
     merged = [Adapter(checkpoint, weight) for checkpoint, weight in zip(checkpoints, weights, strict=True)]
     found = find_base(sources[0], checkpoints, base, where.base_revision, where.hub)
     told = _check_identity(merged, found.source, strict_base)
@@ -181,25 +183,29 @@ def _planned(
         return build_skeleton(source, checkpoints, options.task, where.trust_remote_code, **changes)
 
     shapes = {name: place.info.shape for name, place in files.places.items()}
-    model = plain_skeleton(source, files, checkpoints, options.task)
+    vocabulary = _vocabulary(checkpoints, source, options.task)
+    model = None if vocabulary is not None else plain_skeleton(source, files, checkpoints, options.task)
     stored = plainly_stored(files) if model is not None else None
     if model is None or stored is None:
         model = skeleton()
         stored = stored_names(model, shapes, shapes)
+    lengths = {} if vocabulary is None else lengthen(model, vocabulary, stored)
     if not stored.direct and not stored.made:
         raise BaseModelError(
             f"No tensor of {source.origin} belongs to its own model class, {type(model).__name__}.",
             hint="Check that config and weights are from the same model.",
         )
-    read = Parameters(model, stored, lambda name: Values(files, name, scales.get(name)).whole())
+    read = Parameters(model, stored, lambda name: Values(files, name, scales.get(name), lengths.get(name)).whole())
     changes = collect(merged, model, read, options.strict)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     rounding = Rounding(options.rounding, options.seed)
     biases = new_biases(changes.layers.values(), list(changes.weights), model, skeleton)
-    plan = Planner(model, files, stored, changes, dtype, rounding, scales, biases).plan(options.max_shard_size)
+    planner = Planner(model, files, stored, changes, dtype, rounding, scales, biases, lengths)
+    plan = planner.plan(options.max_shard_size)
     config = {
         **_config(source, model, dtype or (torch.bfloat16 if scales else None)),
         **biases.config,
+        **({} if vocabulary is None else {"vocab_size": vocabulary}),
         **config_changes(plan, model, lambda: skeleton(tie_word_embeddings=False)),
     }
     if plan.missing:
@@ -207,9 +213,26 @@ def _planned(
             f"{len(plan.missing)} weights of {type(model).__name__} are not in the base and start random when the "
             f"output is loaded: {', '.join(plan.missing[:3])}."
         )
+    if vocabulary is not None:
+        told.append(f"The base's vocabulary was resized to {vocabulary} tokens, as the adapter's.")
     told += changes.notes
     text = f"{source.origin}, {found.why}"
     return Prepared(merged, sources, source, text, files, changes, plan, config, options, told)
+
+
+def _vocabulary(checkpoints: Sequence[Checkpoint], source: Source, task: str | None) -> int | None:
+    """The vocabulary that the output has where it is not the base's."""
+    wanted = task or next((c.config.task_type for c in checkpoints if c.config.task_type), None)
+    return resized(checkpoints, source, source.json(MODEL_CONFIG), str(wanted) if wanted else None)
+
+
+def _check_blocks(checkpoints: Sequence[Checkpoint]) -> None:
+    for checkpoint in checkpoints:
+        if getattr(checkpoint.config, "layer_replication", None):
+            raise UnsupportedError(
+                f"{checkpoint.origin} repeats blocks (layer_replication), which is not done from disk to disk.",
+                hint="Merge it in memory: veneer.load(ADAPTER, base=BASE, merge=True).save_pretrained(OUT).",
+            )
 
 
 def _config(source: Source, model: Any, dtype: torch.dtype | None) -> dict[str, Any]:

@@ -172,6 +172,17 @@ def stored_names(model: Any, names: Iterable[str], shapes: Mapping[str, tuple[in
     return Stored(direct, made)
 
 
+def lengthen(model: Any, vocabulary: int, stored: Stored) -> dict[str, int]:
+    """Resize a skeleton's vocabulary; stored tensor -> the first size that its parameter has then."""
+    before = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+    model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    return {
+        stored.direct[name]: parameter.shape[0]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name in stored.direct and parameter.shape != before[name]
+    }
+
+
 class Parameters:
     """Reads a model's parameters from its checkpoint, by their names in the model.
 

@@ -69,16 +69,27 @@ class Values:
         files: the base's.
         name: the tensor's.
         scale: the name of its scales, for a quantised one.
+        length: its first size where the output's is another: rows of zeros are added, or the last left out.
     """
 
     files: WeightFiles
     name: str
     scale: str | None = None
+    length: int | None = None
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether its values lie in the file, each in its place."""
+        return self.scale is None and self.length is None
 
     def whole(self) -> Tensor:
-        """All of it, in the shape that it is stored in."""
+        """All of it, in the shape that it is stored in but for its length."""
         tensor = self.files.read(self.name)
-        return tensor if self.scale is None else dequantized(tensor, self.files.read(self.scale))
+        tensor = tensor if self.scale is None else dequantized(tensor, self.files.read(self.scale))
+        if self.length is None:
+            return tensor
+        missing = max(self.length - tensor.shape[0], 0)
+        return torch.cat([tensor[: self.length], tensor.new_zeros(missing, *tensor.shape[1:])])
 
     def rows(self, start: int, into: Tensor) -> Tensor:
         """Fill ``into`` with rows of it, seen as a matrix of as many columns, from the row ``start`` on."""
@@ -121,7 +132,7 @@ class Cast:
         return []
 
     def _blocks(self) -> Iterator[Tensor]:
-        if self.values.scale is not None:
+        if not self.values.as_stored:
             yield self.values.whole()
             return
         files, name = self.values.files, self.values.name
@@ -236,7 +247,7 @@ class Rewrite:
     def _weight(self, target: Target, patches: Sequence[Patch], sink: Sink) -> Figures:
         site, values = self.layer.site, target.values
         empty = site.canonical(torch.empty(site.stored.shape, device="meta"))
-        if values.scale is not None or not empty.is_contiguous() or not all(patch.by_rows for patch in patches):
+        if not values.as_stored or not empty.is_contiguous() or not all(patch.by_rows for patch in patches):
             return self._whole(target, patches, sink)
         rows, columns = empty.shape[-2:]
         blocks = Blocks(rows, columns, target.dtype, self.rounding.of(target.name))
