@@ -12,6 +12,7 @@ import veneer
 from tests.adapters import adapted, config, enlarge
 from tests.models import gap, logits, tokens
 from veneer.errors import AdapterError, UnsupportedError
+from veneer.layer import AdaptedLayer
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 OTHERS: dict[str, Any] = {
@@ -204,3 +205,31 @@ def test_half_precision_is_as_near_to_float32_as_the_plain_path(length: int) -> 
     plain = layers[1](x.requires_grad_())  # a gradient is wanted, so nothing is folded
     assert folded.dtype is torch.bfloat16
     assert gap(folded.float(), expected) < 1.5 * gap(plain.detach().float(), expected) + 1e-3
+
+
+@pytest.mark.parametrize(("method", "kept"), [("turns", True), ("dense", False)])
+def test_small_patches_are_lowered_once_and_large_ones_take_no_memory(
+    method: str, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = several("llama"), tokens(1, 3)
+    model.add_adapter("turns", veneer.OFTConfig(oft_block_size=4, target_modules=["v_proj"]), seed=1)
+    enlarge(model, "turns", 1)
+    model.set_requires_grad("turns", False)
+    model.set_adapter(method, inference_mode=True)
+    lowered: list[str] = []
+    plain = AdaptedLayer.patches
+
+    def patches(self: AdaptedLayer, names: Any) -> Any:
+        lowered.append(self.site.name)
+        return plain(self, names)
+
+    monkeypatch.setattr(AdaptedLayer, "patches", patches)
+    first = logits(model, batch)
+    lowered.clear()
+    assert torch.equal(logits(model, batch), first)
+    assert bool(lowered) != kept
+    enlarge(model, method, 9)
+    model.set_requires_grad(method, False)
+    changed = logits(model, batch)
+    assert gap(changed, first) > 1e-3
+    assert gap(logits(model.merge_and_unload(), batch), changed) < 1e-5

@@ -159,37 +159,33 @@ class Sources:
         return torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in self.sources))
 
 
-class FoldedLayer(Sources):
+class Kept(Sources):
     """A layer's forward pass under one selection, as inference keeps it.
 
     Args:
         selected: the selection.
         sources: the tensors that it was made from.
-        folded: the folded form; ``None`` when the patches have none.
-        base: the base layer, or what computes its output.
-        widened: shared by the layers of a model.
-
-    Attributes:
-        forward: gives the layer's output for an input of shape ``(..., in)``; ``None`` without a folded form.
+        forward: gives the layer's output for its input; ``None`` where nothing is kept.
     """
 
     __slots__ = ("forward", "selected")
 
     def __init__(
-        self,
-        selected: tuple[str, ...],
-        sources: Sequence[Tensor],
-        folded: Folded | None,
-        base: Callable[[Tensor], Tensor],
-        widened: Widened,
+        self, selected: tuple[str, ...], sources: Sequence[Tensor], forward: Callable[[Tensor], Tensor] | None
     ) -> None:
         super().__init__(sources)
         self.selected = selected
-        self.forward = None if folded is None else _forward(folded, base, widened)
+        self.forward = forward
 
 
-def _forward(folded: Folded, base: Any, widened: Widened) -> Callable[[Tensor], Tensor]:
-    """The forward pass of a layer whose patches are ``folded``."""
+def folded_forward(folded: Folded, base: Any, widened: Widened) -> Callable[[Tensor], Tensor]:
+    """The forward pass of a layer whose patches are ``folded``, for inputs of shape ``(..., in)``.
+
+    Args:
+        folded: the patches.
+        base: the base layer, or what computes its output.
+        widened: shared by the layers of a model.
+    """
     inner, down, up = folded.inner, folded.down, folded.up
     if type(base) is nn.Linear and down is not None and up is not None and folded.only_adds:
         return _adding(base, down, up, widened)

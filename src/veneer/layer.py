@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer.folded import Folded, FoldedLayer, fold, fold_dtype, foldable
+from veneer.folded import Folded, Kept, fold, fold_dtype, foldable, folded_forward
 from veneer.merging.arithmetic import composed, merged, merged_bias
 from veneer.methods import AnyMethod
 from veneer.mixed import MixedLayer
@@ -17,6 +18,9 @@ from veneer.patch import Patch, apply, apply_rows, biases, for_training, whole_w
 from veneer.selection import Selection, Switch
 from veneer.sites import Site
 from veneer.sites.site import unsupported
+
+# What inference keeps of a layer's lowered patches is at most one such part of the weight's own memory.
+KEPT_PART = 4
 
 
 class Leaf(nn.Module):
@@ -80,7 +84,7 @@ class AdaptedLayer(nn.Module):
         self.merged: tuple[str, ...] = ()
         self.original: list[nn.Parameter | None] = []
         # What the last selection folds to; dropped when tensors are added, moved, or about to be trained.
-        self._folded: FoldedLayer | None = None
+        self._folded: Kept | None = None
         # The same for the adapters of the last batch that held several.
         self._mixed: MixedLayer | None = None
         self.training = site.module.training
@@ -249,12 +253,25 @@ class AdaptedLayer(nn.Module):
             return self.base_layer(x, *args, **kwargs)
         return self._apply_patches(self.patches_now(names), x, *args, **kwargs)
 
-    def _fold(self, selected: tuple[str, ...]) -> FoldedLayer:
-        """The folded form of a selection, which inference keeps until a tensor changes."""
+    def _fold(self, selected: tuple[str, ...]) -> Kept:
+        """The forward pass under a selection, which inference keeps until a tensor changes."""
         names = self.here(selected)
-        folded = self._folded_form(names) if names and names != self.merged else None
-        base = self._base if self.merged else self.base_layer
-        return FoldedLayer(selected, self._sources(names), folded, base, self.switch.widened)
+        forward = self._kept_forward(names) if names and names != self.merged else None
+        return Kept(selected, self._sources(names), forward)
+
+    @torch.no_grad()
+    def _kept_forward(self, names: tuple[str, ...]) -> Callable[[Tensor], Any] | None:
+        folded = self._folded_form(names)
+        if folded is not None:
+            return folded_forward(folded, self._base if self.merged else self.base_layer, self.switch.widened)
+        patches = self.patches(names)
+        return partial(self._apply_patches, patches) if self._may_keep(patches) else None
+
+    def _may_keep(self, patches: Sequence[Patch]) -> bool:
+        """Whether inference keeps lowered patches: not a matrix as large as the weight, which would double the base."""
+        if self.site.shift_only or any(patch.route is not None for patch in patches):
+            return False
+        return KEPT_PART * sum(patch.nbytes for patch in patches) <= self.site.stored.nbytes
 
     @torch.no_grad()
     def _folded_form(self, names: tuple[str, ...]) -> Folded | None:

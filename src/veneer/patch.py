@@ -13,7 +13,7 @@ what the first has made of the weight. Merged and unmerged are the same composit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -96,6 +96,11 @@ class Patch:
     def low_rank(self) -> bool:
         """Whether it has a part ``U V``."""
         return self.up is not None
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that its tensors take."""
+        return _nbytes(self)
 
     @property
     def only_adds(self) -> bool:
@@ -211,6 +216,14 @@ class Patch:
             y = y - kept
         y = self.outer.apply(y.movedim(site.channel, -1)).movedim(-1, site.channel)
         return y if kept is None else y + kept
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if is_dataclass(value):
+        return sum(_nbytes(getattr(value, f.name)) for f in fields(value))
+    return sum(map(_nbytes, value)) if isinstance(value, (tuple, list)) else 0
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
