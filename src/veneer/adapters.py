@@ -174,6 +174,8 @@ class Adapters:
         method = self._kind(config)
         self._meet_experts(config)
         plan = make_plan(_known(config), method, checkpoint.tensors, self.catalog)
+        if trainable:
+            self._check_trains_apart(_known(config))
         self._settle(plan, checkpoint, strict)
         tensors = checkpoint.read(plan.keys)
         check_finite(tensors, checkpoint.origin)
@@ -279,6 +281,7 @@ class Adapters:
     ) -> None:
         method = method_of(config)
         method.complete(config, self.catalog)
+        self._check_trains_apart(config)
         # The layers' names take the place of "all-linear" before anything else depends on them.
         if not only_parameters(config):
             self.catalog.spell_out(config, self.catalog.targets(config))
@@ -480,10 +483,24 @@ class Adapters:
         parent, _, child = name.rpartition(".")
         self.catalog.modules[parent]._modules[child] = module
 
+    def _check_trains_apart(self, config: AnyConfig) -> None:
+        """Of two layers that share a weight each is trained on its own, so that nothing may ask to keep them alike."""
+        tied = {name for pair in self.catalog.tied_ends for name in pair}
+        if not getattr(config, "ensure_weight_tying", False) or not tied:
+            return
+        layers = [] if only_parameters(targeted(config)) else self.catalog.targets(targeted(config))
+        trained = sorted(tied.intersection((*layers, *self.catalog.saved(config))))
+        if trained:
+            raise UnsupportedError(
+                f"ensure_weight_tying=True: {trained[0]} is to be trained, and the layer that shares its weight with "
+                "it; here each is trained on its own.",
+                hint="Train with ensure_weight_tying=False, or only some tokens (trainable_token_indices), which stay "
+                "tied. An adapter that was trained so loads without is_trainable.",
+            )
+
     def _note_ties(self, adapter: Adapter) -> None:
         """Tell of an adapter that changes one of two layers that share a weight, and not the other."""
-        inputs, outputs = self.catalog.inputs, self.catalog.outputs
-        pairs = [(a, b) for a in inputs for b in outputs if a != b and self.catalog.are_tied(a, b)]
+        pairs = self.catalog.tied_ends
         touched = {*(self.layers[site].site.name for site in adapter.layers), *adapter.saved}
         for one, other in [*pairs, *((b, a) for a, b in pairs)]:
             if one in touched and other not in touched:

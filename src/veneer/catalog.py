@@ -85,6 +85,11 @@ class Catalog:
         weight = self.modules[one]._parameters.get("weight")
         return weight is not None and weight is self.modules[other]._parameters.get("weight")
 
+    @property
+    def tied_ends(self) -> list[tuple[str, str]]:
+        """The input and the output embedding where they share their weight."""
+        return [(a, b) for a in self.inputs for b in self.outputs if a != b and self.are_tied(a, b)]
+
     def is_end(self, name: str) -> bool:
         """Whether a module is the model's input or output embedding."""
         return name in self.inputs or name in self.outputs

@@ -83,3 +83,14 @@ class LoraTokens(TokenRows[LoraConfig]):
 
 
 TOKENS = LoraTokens()
+
+
+def own_rows(config: LoraConfig, sites: Sequence[Site]) -> list[Site]:
+    """``sites`` without an output layer that shares the embedding's weight and has the same tokens."""
+    embeddings = [site for site in sites if isinstance(site, EmbeddingSite)]
+
+    def repeats(site: Site) -> bool:
+        tokens = TOKENS.wanted(config, site)
+        return any(site.stored is e.stored and TOKENS.wanted(config, e) == tokens for e in embeddings)
+
+    return [site for site in sites if isinstance(site, EmbeddingSite) or not repeats(site)]
