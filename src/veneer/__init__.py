@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     from veneer.configs.vblora import VBLoRAConfig
     from veneer.configs.vera import VeraConfig
     from veneer.configs.waveft import WaveFTConfig
+    from veneer.configs.xlora import XLoraConfig
     from veneer.convert import ConversionReport, convert_to_lora
     from veneer.errors import (
         AdapterError,
@@ -191,6 +192,7 @@ _HOMES = {
         "configs.frod": "FrodConfig",
         "configs.vera": "VeraConfig",
         "configs.waveft": "WaveFTConfig",
+        "configs.xlora": "XLoraConfig",
         "convert": "ConversionReport convert_to_lora",
         "errors": (
             "AdapterError BaseMismatchError BaseModelError BindError ConfigError "
@@ -334,6 +336,7 @@ __all__ = [
     "VeraConfig",
     "VerifyReport",
     "WaveFTConfig",
+    "XLoraConfig",
     "__version__",
     "bench",
     "convert_to_lora",

@@ -43,11 +43,13 @@ def members(source: Source) -> list[Member]:
 
     A folder with an adapter at its root and none below it is a single adapter. A trainer's ``checkpoint-500``
     below is an earlier state of the adapter, no member, unless the set file names it; nor is a folder with a dot in
-    its name (``.hidden``, ``v1.5``), which cannot name an adapter.
+    its name (``.hidden``, ``v1.5``), which cannot name an adapter. Those below an X-LoRA come with it.
     """
     if source.file is not None:
         return []
     listed = _read(source)[0]
+    if not listed and source.has(ADAPTER_CONFIG) and source.json(ADAPTER_CONFIG).get("peft_type") == "XLORA":
+        return []
     below = {
         child.name: Member(child.name, replace(source, root=child, origin=f"{source.origin}/{child.name}"))
         for child in sorted(source.root.iterdir())

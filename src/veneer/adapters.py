@@ -48,6 +48,7 @@ from veneer.positions import watch
 from veneer.prompts import Prompts, complete, place_of, words_of
 from veneer.replication import Replication
 from veneer.saved import SavedModule
+from veneer.scalings import Scalings
 from veneer.selection import BASE, NOTHING, Selection, Switch
 from veneer.sharded_layer import ShardedLayer
 from veneer.sites import PackedSite, ParameterSite, Site
@@ -111,6 +112,7 @@ class Adapters:
         # What the last merge into quantised weights lost.
         self.quantized_merge: QuantizedMerge | None = None
         self.prompts = Prompts(self.switch)
+        self.scalings = Scalings(self)
         # Where the base's own parameters wanted gradients, before the first adapter came.
         self._was_trainable: list[tuple[nn.Module, str]] | None = None
         # Which blocks the model has several times.
@@ -519,6 +521,7 @@ class Adapters:
             for module, leaf in self._was_trainable:
                 getattr(module, leaf).requires_grad_(False)
         self.entries[adapter.name] = adapter
+        self.scalings.watch()
         if adapter.trainable and sharding.is_data_parallel(self.catalog.modules.values()):
             sharding.average_gradients(self.parameters(adapter.name))
 
@@ -686,6 +689,7 @@ class Adapters:
             if not self.saved[root].copies:
                 self._put(root, self.saved.pop(root).original_module)
         del self.entries[name]
+        self.scalings.watch()
         kept = self.switch.standing.names
         self.switch.standing = Selection(tuple(other for other in kept if other != name))
 
@@ -821,6 +825,7 @@ class Adapters:
             handle.remove()
         self.layers, self.saved, self.entries, self._watching = {}, {}, {}, []
         self.switch.standing, self._was_trainable = NOTHING, None
+        self.scalings.watch()
         if keep and self._replication is not None:  # what was merged into repeated blocks is theirs, and they stay
             self._replication.settle()
             self._replication = None

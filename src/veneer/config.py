@@ -162,6 +162,11 @@ class PeftConfig:
         """Adapters on the same model that this one mixes, by their names."""
         return ()
 
+    @property
+    def expert_paths(self) -> Mapping[str, str]:
+        """Where those of :attr:`experts` are that come with it: name -> folder or hub id."""
+        return {}
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = "config", strict: bool = True) -> PeftConfig:
         """The config that ``values`` (a parsed ``adapter_config.json``) describes.

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from veneer.codec import PREFIX
 from veneer.config import TargetedConfig
 from veneer.errors import AdapterError, UnsupportedError
 from veneer.methods.method import Base
 from veneer.patch import Patch
 from veneer.sites import Site
+from veneer.source import ADAPTER_CONFIG, Source, read_header, resolve, weight_files
 
 if TYPE_CHECKING:
     from veneer.adapters import Adapters
@@ -100,6 +103,31 @@ def check_unused(name: str, adapters: Adapters) -> None:
         )
 
 
+def low_rank_patches(layer: Live, names: tuple[str, ...]) -> list[Patch]:
+    """The product of matrices that each expert, bound to a layer, adds there."""
+    return [patch for patch in layer.patches(names) if patch.low_rank]
+
+
+def expert_source(name: str, index: int, path: str, beside: Source | None) -> Source:
+    """Where an expert is: beside the adapter, in a folder of its name or number; else where ``path`` says."""
+    if beside is None or beside.file is not None:
+        return resolve(path, what="adapter")
+    for folder in (name, str(index)):
+        own = replace(beside, root=beside.root / folder, origin=f"{beside.origin}/{folder}")
+        if own.has(ADAPTER_CONFIG) and _is_whole(own):
+            return own
+    relative = beside.root / path
+    return resolve(relative if not Path(path).exists() and relative.exists() else path, what="adapter")
+
+
+def _is_whole(source: Source) -> bool:
+    """Whether a LoRA beside an X-LoRA is one: peft 0.21 writes a part of it there, and a part of the base."""
+    headers = [read_header(path) for path in weight_files(source, "adapter_model")]
+    return all(key.startswith(PREFIX) for header in headers for key in header.tensors)
+
+
 def _is_plain(patch: Patch) -> bool:
-    bare = replace(patch, up=None, down=None, scale=1.0, dropout=0.0)
-    return patch.low_rank and bare == Patch()
+    """Whether it is a product of matrices alone; a copy of the base's weights beside one says nothing."""
+    if not patch.low_rank:
+        return not patch.changes()
+    return replace(patch, up=None, down=None, scale=1.0, dropout=0.0) == Patch()

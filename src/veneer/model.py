@@ -29,9 +29,11 @@ from veneer.errors import (
 from veneer.identity import BASE_DIGEST_KEY, base_digest
 from veneer.merging.quantized import QuantizedMerge
 from veneer.methods.rank_allocation import allocate, with_penalty
+from veneer.mixture import expert_source
 from veneer.positions import prompted
 from veneer.remap import remapped
 from veneer.report import AdapterReport, LoadReport
+from veneer.scaling_face import ScalingFace
 from veneer.source import ADAPTER_CONFIG, MODEL_CONFIG, Source, resolve
 from veneer.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
 from veneer.wrapper import fitted_class
@@ -70,7 +72,7 @@ class Tuner(nn.Module):
         allocate(self.adapters, global_step)
 
 
-class PeftModel(nn.Module):
+class PeftModel(ScalingFace, nn.Module):
     """A base model and any number of adapters on it.
 
     It behaves as the base model does (``generate``, ``config``, ``device``, pipelines, ``Trainer``) and adds the
@@ -300,7 +302,7 @@ class PeftModel(nn.Module):
         _check_is_adapter(source)
         checkpoint = open_checkpoint(source, strict=strict, config=config)
         base_check = self._check_identity(checkpoint, strict_base)
-        with self.adapters.replicated(checkpoint.config):
+        with self.adapters.replicated(checkpoint.config), self._with_experts(checkpoint.config, source, trainable):
             checkpoint = remapped(checkpoint, self.adapters.catalog)
             adapter = self.adapters.load(
                 name,
@@ -316,6 +318,24 @@ class PeftModel(nn.Module):
         report = _adapter_report(adapter, checkpoint, base_check, self.adapters)
         self._reported(report)
         return report
+
+    @contextmanager
+    def _with_experts(self, config: PeftConfig, beside: Source | None, trainable: bool) -> Iterator[None]:
+        """Load the adapters that ``config`` mixes, unless they are here; take them off again if the block fails."""
+        here, standing = set(self.adapters.entries), self.adapters.switch.standing
+        trainable = trainable and bool(getattr(config, "use_trainable_adapters", False))
+        try:
+            for index, (name, path) in enumerate(config.expert_paths.items()):
+                source = expert_source(name, index, path, beside)
+                if name not in here or self.adapters.get(name).origin != source.origin:
+                    self._load(source, name, trainable)
+            self.adapters.switch.standing = standing
+            yield
+        except BaseException:
+            for name in self.adapters.entries.keys() - here:
+                self.adapters.delete(name)
+            self.adapters.switch.standing = standing
+            raise
 
     def _swapped(self, adapter: Adapter, checkpoint: Checkpoint) -> None:
         """Note that an adapter has another's weights now."""
@@ -396,7 +416,7 @@ class PeftModel(nn.Module):
             peft_config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
         _add_heads(peft_config)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        with self.adapters.replicated(peft_config):
+        with self.adapters.replicated(peft_config), self._with_experts(peft_config, None, True):
             self.adapters.create(adapter_name, peft_config, generator=generator)
         peft_config.inference_mode = False
         if not self.adapters.switch.standing.names:

@@ -149,7 +149,7 @@ def _plan_part(
     catalog: Catalog,
 ) -> None:
     meant = {site.key: site for site in part.sites}
-    own = {module: keys for (module, head), keys in held.items() if head == next(iter(part.method.leaves))}
+    own = {module: keys for (module, head), keys in held.items() if head == next(iter(part.method.leaves), "")}
     if part.method.saves_twins:
         for twin in part.twins.values():
             for leaf, key in own.pop(twin.key, {}).items():

@@ -81,7 +81,7 @@ def complete(config: PromptConfig, method: AnyPrompt, model: nn.Module) -> None:
         config.num_transformer_submodules = 2 if config.task_type == "SEQ_2_SEQ_LM" else 1
     if method.fills_cache:
         _taker(model)
-    elif _is_pair(model) and "input_ids" not in _names(_encoder(model)):
+    elif _is_pair(model) and "input_ids" not in taken_names(_encoder(model)):
         raise _unsupported(model, "has no tokens as its input")
 
 
@@ -131,7 +131,8 @@ def _encoder(model: nn.Module) -> nn.Module:
     return encoder
 
 
-def _names(module: nn.Module) -> tuple[str, ...]:
+def taken_names(module: nn.Module) -> tuple[str, ...]:
+    """The names of what a module's forward pass takes."""
     return _parameters(type(module).forward)
 
 
@@ -144,7 +145,7 @@ def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
 def _taker(model: nn.Module) -> nn.Module:
     """The module to give a cache to: the model, or the backbone below its head."""
     for module in (model, getattr(model, str(getattr(model, "base_model_prefix", "")), None)):
-        if isinstance(module, nn.Module) and "past_key_values" in _names(module):
+        if isinstance(module, nn.Module) and "past_key_values" in taken_names(module):
             return module
     raise _unsupported(model, "takes no past_key_values")
 
@@ -221,8 +222,8 @@ class Prompts(nn.Module):
         _WEIGHED.set(None)
         if not self._active(fills_cache=False):
             return None
-        call = _call(module, args, kwargs)
-        rows, new, device = _size(call)
+        call = named_call(module, args, kwargs)
+        rows, new, device = call_size(call)
         mask = self._mask(False, rows, device)
         if mask is None:
             return None
@@ -266,10 +267,10 @@ class Prompts(nn.Module):
         """Lengthen the mask with which a decoder sees an encoder whose input was lengthened."""
         if not self._active(fills_cache=False):
             return None
-        call = _call(module, args, kwargs)
+        call = named_call(module, args, kwargs)
         made = call.get("encoder_outputs")
         if made is None:
-            rows, length, device = _size(call)
+            rows, length, device = call_size(call)
         else:
             (rows, length), device = made[0].shape[:2], made[0].device
         mask = self._mask(False, rows, device)
@@ -283,15 +284,15 @@ class Prompts(nn.Module):
         """Put a prefix into an empty cache."""
         if not self._active(fills_cache=True):
             return None
-        call = _call(module, args, kwargs)
-        decoder = "decoder_" if "decoder_input_ids" in _names(module) else ""
-        rows, new, device = _size(call, decoder)
+        call = named_call(module, args, kwargs)
+        decoder = "decoder_" if "decoder_input_ids" in taken_names(module) else ""
+        rows, new, device = call_size(call, decoder)
         mask = self._mask(True, rows, device)
         if mask is None:
             return None
         # Without caching the model still hands back the cache that holds the prefix; it is not to be continued.
         if call.get("past_key_values") is None or call.get("use_cache") is False:
-            call["past_key_values"] = _new_cache(module)
+            call["past_key_values"] = new_cache(module)
         cache = call["past_key_values"]
         seen = _seen(cache)
         if not seen:
@@ -381,12 +382,12 @@ def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     return (losses * share).sum() / (wanted != IGNORED).sum()
 
 
-def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def named_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """A call's arguments by name."""
-    return {**dict(zip(_names(module), args, strict=False)), **kwargs}
+    return {**dict(zip(taken_names(module), args, strict=False)), **kwargs}
 
 
-def _size(call: Mapping[str, Any], prefix: str = "") -> tuple[int, int, torch.device]:
+def call_size(call: Mapping[str, Any], prefix: str = "") -> tuple[int, int, torch.device]:
     """Rows and tokens of a call's input, and where it is."""
     for name in (f"{prefix}input_ids", f"{prefix}inputs_embeds", *(["labels"] if prefix else [])):
         given = call.get(name)
@@ -403,7 +404,8 @@ def _seen(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def _new_cache(module: nn.Module) -> Any:
+def new_cache(module: nn.Module) -> Any:
+    """An empty cache for a model."""
     from transformers import DynamicCache, EncoderDecoderCache
 
     config: Any = module.config
@@ -467,7 +469,7 @@ def _fit(module: nn.Module, call: dict[str, Any], mask: Tensor, seen: int, new: 
     tokens = mask.shape[1]
     others = new + (seen - tokens if seen else 0)
     whole = call[mask_name] = _joined(mask, call.get(mask_name), others)
-    if "position_ids" not in _names(module):
+    if "position_ids" not in taken_names(module):
         return
     inserted = not seen and call.get("inputs_embeds") is not None and call["inputs_embeds"].shape[1] == new + tokens
     positions = call.get("position_ids")

@@ -25,7 +25,7 @@ from veneer.configs.lora import LoraConfig
 from veneer.errors import MergeError, UnsupportedError
 from veneer.methods.lora import Lora, LoraSettings
 from veneer.methods.method import Base
-from veneer.mixture import Live, mixed
+from veneer.mixture import Live, low_rank_patches, mixed
 from veneer.patch import Patch
 from veneer.sites import Site
 from veneer.sites.linear import LinearSite
@@ -124,8 +124,8 @@ class Arrow(Lora):
         assert isinstance(settings, ArrowSettings)
         # No merge from disk comes here: it is refused before.
         layer, arrow = cast(Live, base), settings.arrow
-        experts = layer.patches(layer.here(tuple(arrow.task_adapter_names or ())))
-        general = layer.patches(layer.here(tuple(arrow.gks_adapter_names or ()))) if arrow.use_gks else []
+        experts = low_rank_patches(layer, layer.here(tuple(arrow.task_adapter_names or ())))
+        general = low_rank_patches(layer, layer.here(tuple(arrow.gks_adapter_names or ()))) if arrow.use_gks else []
         if not experts:
             return Patch()
         _check_ranks(base.site, [*experts, *general] if general else [])

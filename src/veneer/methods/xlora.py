@@ -1,0 +1,182 @@
+"""X-LoRA: a classifier weighs LoRA adapters at each token (Buehler and Buehler 2024, arXiv:2402.07148, section 2).
+
+    y' = y + g sum_i s_i scale_i B_i A_i x        s = softmax(classifier(h) / temperature)
+
+``h``, (rows, length, hidden), are the base's last hidden states, from a first pass of the model over the same tokens.
+The classifier has ``xlora_depth`` linear layers; what it says is for all layers, or for each its own. The LoRAs, frozen
+unless ``use_trainable_adapters``, are adapters of their own on the model. The first pass keeps keys and values of its
+own in the cache, so generation works with it; peft computes every token anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from veneer.configs.xlora import XLoraConfig
+from veneer.errors import AdapterError, UnsupportedError
+from veneer.methods.method import Base, Part
+from veneer.methods.routed import RoutedMethod
+from veneer.mixture import Live, low_rank_patches, mixed
+from veneer.patch import Patch
+from veneer.scalings import current
+from veneer.sites import Site
+from veneer.sites.embedding import EmbeddingSite
+from veneer.sites.linear import LinearSite
+
+if TYPE_CHECKING:
+    from veneer.catalog import Catalog
+
+CLASSIFIER = "internal_xlora_classifier"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A config, and which of the adapted layers one is."""
+
+    config: XLoraConfig
+    layer: int
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """The route of one layer.
+
+    Attributes:
+        site: the layer.
+        place: which of the adapted layers it is.
+        experts: the LoRAs that are on it.
+        columns: which of all LoRAs they are.
+        rows: which rows of the batch the layer is given; all when ``None``.
+    """
+
+    site: Site
+    place: Place
+    experts: Sequence[Patch]
+    columns: list[int]
+    rows: Tensor | None = None
+
+    def changes(self) -> bool:
+        return self.place.config.global_scaling_weight != 0 and any(patch.changes() for patch in self.experts)
+
+    def take(self, rows: Tensor, whole: torch.Size) -> Mixing:
+        return replace(self, rows=rows)
+
+    def __call__(self, x: Tensor, training: bool) -> Tensor:
+        config = self.place.config
+        scalings = current(config)[:, :, self.place.layer]
+        if self.rows is not None:
+            scalings = scalings[self.rows]
+        if x.shape[:2] != scalings.shape[:2]:
+            raise AdapterError(
+                f"{self.site.name} was given {tuple(x.shape[:2])} inputs; X-LoRA weighs {tuple(scalings.shape[:2])}.",
+                hint="X-LoRA fits layers that see every token once, and works without a prompt beside it.",
+            )
+        weights = _chosen(config, scalings)[..., self.columns] * config.global_scaling_weight
+        return mixed(self.site, self.experts, weights, x, training)
+
+
+def _chosen(config: XLoraConfig, scalings: Tensor) -> Tensor:
+    """The weights of all LoRAs, ``(rows, length, experts)``, with those that a token does not use at zero."""
+    if config.top_k_lora is not None:
+        best = scalings.topk(min(config.top_k_lora, scalings.shape[-1]), -1).indices
+        scalings = scalings * torch.zeros_like(scalings).scatter(-1, best, 1.0)
+    if not config.enable_softmax_topk:
+        return scalings
+    used = scalings != 0
+    return scalings.masked_fill(~used, -math.inf).softmax(-1).masked_fill(~used, 0.0)
+
+
+class XLora(RoutedMethod[XLoraConfig, Place]):
+    """X-LoRA on linear layers and embeddings."""
+
+    leaves = ()
+    kinds = (LinearSite, EmbeddingSite)
+    shared = (CLASSIFIER,)
+    trains_shared = True
+
+    def complete(self, config: XLoraConfig, catalog: Catalog) -> None:
+        own = getattr(catalog.model, "config", None)
+        if own is None or getattr(own, "is_encoder_decoder", False):
+            raise UnsupportedError(
+                f"X-LoRA reads a model's last hidden states, and {catalog.describe()} has no single stack of them.",
+                hint="Use it on a decoder or an encoder of transformers.",
+            )
+        if config.hidden_size is None:
+            config.hidden_size = int(own.get_text_config().hidden_size)
+
+    def parts(self, config: XLoraConfig, catalog: Catalog) -> list[Part]:
+        self.complete(config, catalog)
+        return [Part(self, catalog.sites(config))]
+
+    def settings(self, config: XLoraConfig, site: Site) -> Place:
+        return Place(config, list(config.target_modules or ()).index(site.name))
+
+    def shapes(self, settings: Place, site: Site) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def shared_shapes(self, config: XLoraConfig, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
+        last = len(config.experts) * (len(config.target_modules or ()) if config.layerwise_scalings else 1)
+        widths = [config.hidden_size or 0, *[config.xlora_size] * (config.xlora_depth - 1), last]
+        found: dict[str, tuple[int, ...]] = {}
+        for name, inner, out in zip(linears(config), widths, widths[1:], strict=False):
+            found |= {f"{name}.weight": (out, inner), f"{name}.bias": (out,)}
+        return found
+
+    def make_shared(
+        self, config: XLoraConfig, bases: Sequence[Base], generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        shapes = self.shared_shapes(config, [base.site for base in bases])
+        bounds = {leaf: 1 / math.sqrt(shapes[f"{leaf.rpartition('.')[0]}.weight"][1]) for leaf in shapes}
+        return {
+            leaf: torch.empty(shape).uniform_(-bounds[leaf], bounds[leaf], generator=generator)
+            for leaf, shape in shapes.items()
+        }
+
+    def init(
+        self, config: XLoraConfig, settings: Place, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        return {}
+
+    def lower(self, settings: Place, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        # No merge from disk comes here: it is refused before.
+        layer, experts = cast(Live, base), settings.config.experts
+        here = layer.here(experts)
+        return Patch(
+            route=Mixing(base.site, settings, low_rank_patches(layer, here), [experts.index(name) for name in here])
+        )
+
+
+METHOD = XLora()
+
+
+def linears(config: XLoraConfig) -> list[str]:
+    """The classifier's linear layers, as named on disk: between them are an activation, and dropout if it has any."""
+    step = 3 if config.xlora_dropout_p > 0 else 2
+    return [f"{CLASSIFIER}.layers.{step * place}" for place in range(config.xlora_depth)]
+
+
+def predict(config: XLoraConfig, tensors: Mapping[str, Tensor], hidden: Tensor, training: bool) -> Tensor:
+    """The weight of each LoRA at each token, ``(rows, length, layers, experts)``.
+
+    Args:
+        config: of the adapter.
+        tensors: the classifier's.
+        hidden: the base's last hidden states, ``(rows, length, hidden)``.
+        training: whether dropout is on.
+    """
+    *first, last = linears(config)
+    hidden = hidden.to(tensors[f"{last}.weight"].dtype)
+    for name in first:
+        hidden = F.linear(hidden, tensors[f"{name}.weight"], tensors[f"{name}.bias"]).relu()
+        hidden = F.dropout(hidden, config.xlora_dropout_p, training)
+    said = F.linear(hidden, tensors[f"{last}.weight"], tensors[f"{last}.bias"]).unflatten(-1, (-1, len(config.experts)))
+    scalings = said.expand(-1, -1, len(config.target_modules or ()), -1)
+    found: Tensor = (scalings / config.softmax_temperature).softmax(-1) if config.enable_softmax else scalings
+    return found
