@@ -129,6 +129,7 @@ if TYPE_CHECKING:
     from veneer.starts.loftq_packed import replace_lora_weights_loftq
     from veneer.starts.lora_ga import preprocess_loraga
     from veneer.status import TunerLayerStatus, TunerModelStatus
+    from veneer.variant_configs import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 # Public name -> the module that defines it.
 _HOMES = {
@@ -218,6 +219,7 @@ _HOMES = {
         "optimizers": "create_loraplus_optimizer",
         "report": "AdapterReport LoadReport",
         "start_configs": "CordaConfig EvaConfig LoftQConfig LoraGAConfig",
+        "variant_configs": "BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
         "starts.corda": "preprocess_corda",
         "starts.eva": "get_eva_state_dict initialize_lora_eva_weights",
         "starts.loftq_packed": "replace_lora_weights_loftq",
@@ -252,6 +254,7 @@ __all__ = [
     "BOFTConfig",
     "BaseMismatchError",
     "BaseModelError",
+    "BdLoraConfig",
     "BeftConfig",
     "BenchReport",
     "BindError",
@@ -277,6 +280,7 @@ __all__ = [
     "IA3Config",
     "IncompleteCheckpointError",
     "Inspection",
+    "KasaConfig",
     "LNTuningConfig",
     "LilyConfig",
     "LoHaConfig",
@@ -288,6 +292,7 @@ __all__ = [
     "MergeError",
     "MergeReport",
     "MissConfig",
+    "MontecloraConfig",
     "MultitaskPromptTuningConfig",
     "NonFiniteError",
     "NotACheckpointError",
@@ -332,6 +337,7 @@ __all__ = [
     "UnmergeReport",
     "UnsupportedError",
     "VBLoRAConfig",
+    "VeloraConfig",
     "VeneerError",
     "VeraConfig",
     "VerifyReport",

@@ -61,7 +61,7 @@ def prepare_model_for_compiled_hotswap(model: PeftModel, *, target_rank: int | N
 
 
 def _check_can_be_padded(entry: Adapter, layer: AdaptedLayer, share: Bound, rank: int | None) -> None:
-    if not isinstance(share.method, Lora):
+    if not isinstance(share.method, Lora) or share.settings.variant is not None:
         raise UnsupportedError(
             f"{entry.name!r} holds more than a LoRA at {layer.site.name}; only LoRA can be prepared for hot-swapping.",
             hint="hotswap_adapter takes it unprepared, for adapters of the same shapes and scale.",

@@ -28,8 +28,9 @@ from veneer.errors import (
 )
 from veneer.identity import BASE_DIGEST_KEY, base_digest
 from veneer.merging.quantized import QuantizedMerge
-from veneer.methods.rank_allocation import allocate, with_penalty
+from veneer.methods.rank_allocation import allocate
 from veneer.mixture import expert_source
+from veneer.penalty import with_penalty
 from veneer.positions import prompted
 from veneer.remap import remapped
 from veneer.report import AdapterReport, LoadReport

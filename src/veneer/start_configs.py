@@ -13,7 +13,7 @@ from veneer.value_types import fits
 StartT = TypeVar("StartT")
 
 
-class _Checked:
+class Checked:
     """Options whose values are of the declared types."""
 
     def __post_init__(self) -> None:
@@ -27,7 +27,7 @@ class _Checked:
 
 
 @dataclass
-class CordaConfig(_Checked):
+class CordaConfig(Checked):
     """CorDA.
 
     Args:
@@ -38,7 +38,7 @@ class CordaConfig(_Checked):
 
 
 @dataclass
-class LoraGAConfig(_Checked):
+class LoraGAConfig(Checked):
     """LoRA-GA.
 
     Args:
@@ -55,7 +55,7 @@ class LoraGAConfig(_Checked):
 
 
 @dataclass
-class EvaConfig(_Checked):
+class EvaConfig(Checked):
     """EVA.
 
     Args:
@@ -84,7 +84,7 @@ class EvaConfig(_Checked):
 
 
 @dataclass
-class LoftQConfig(_Checked):
+class LoftQConfig(Checked):
     """LoftQ.
 
     Args:

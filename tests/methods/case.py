@@ -32,6 +32,7 @@ class Case:
         rows: whether rows of a batch may use different adapters.
         close: how near the outputs must be, as a relative gap in float32.
         starts_still: whether a fresh adapter changes nothing.
+        learns_in_training: whether some of its tensors have a part in training alone.
         scramble: (name, parameter, generator) -> the parameter's value under test.
         visible: how much the output must change at least, as a relative gap.
         lora_targets: what a LoRA beside it targets; the same modules by default.
@@ -51,6 +52,7 @@ class Case:
     rows: bool = True
     close: float = 1e-5
     starts_still: bool = True
+    learns_in_training: bool = False
     scramble: Callable[[str, Tensor, torch.Generator], Tensor] = scramble
     visible: float = 0.02
     lora_targets: Any = None

@@ -245,7 +245,7 @@ def test_the_fast_forms_are_the_plain_one(
 
 
 def test_gradients_reach_its_tensors_and_no_other(made: Made) -> None:
-    model = made.load(is_trainable=True)
+    model = made.load(is_trainable=True).train(made.case.learns_in_training)
     made.network.output(model).float().square().mean().backward()
     wanted = {id(parameter) for parameter in model.adapters.parameters("default")}
     assert wanted

@@ -16,6 +16,8 @@ from veneer.start_configs import LoftQConfig
 
 STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_[n]", "olora", "eva", "corda", "lora_ga", "loftq", "mica")
 _START_CONFIGS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")
+# The options of variants that have tensors or a training of their own.
+VARIANTS = ("use_bdlora", "kasa_config", "monteclora_config", "velora_config")
 
 
 @dataclass
@@ -35,6 +37,10 @@ class LoraConfig(TargetedConfig):
             deviation 1/r, B zero), ``"orthogonal"``, ``"pissa"``, ``"pissa_niter_[n]"``, ``"olora"``, ``"corda"``,
             ``"lora_ga"``, ``"eva"``, ``"loftq"``, ``"mica"``, or ``False`` (both random: a non-zero start, for tests).
         eva_config, corda_config, lora_ga_config, loftq_config: options of those starts.
+        use_bdlora: a :class:`BdLoraConfig`, for factors that are block-diagonal.
+        kasa_config: a :class:`KasaConfig`, for trained singular values on a weight that loses its smallest.
+        monteclora_config: a :class:`MontecloraConfig`, for training under noise of a learned size.
+        velora_config: a :class:`VeloraConfig`, for training that keeps less of a layer's input.
         layer_replication: ranges of blocks, such as ``[[0, 4], [2, 5]]``, which the model is made of while it has the
             adapter; repeated blocks share the base's weights and are adapted each on its own.
         use_qalora, qalora_group_size: QA-LoRA (arXiv:2309.14717): so many inputs of a layer share a column of A.
@@ -70,21 +76,17 @@ class LoraConfig(TargetedConfig):
     layer_replication: list[list[int]] | None = None
     lora_bias: bool = False
     target_parameters: list[str] | None = None
-    use_bdlora: dict[str, Any] | None = None
+    use_bdlora: dict[str, Any] | bool | None = None
     arrow_config: dict[str, Any] | None = None
     kasa_config: dict[str, Any] | None = None
     ensure_weight_tying: bool = False
 
     honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "megatron_config": (None,),
-        "velora_config": (None,),
-        "monteclora_config": (None,),
-        "use_bdlora": (None, False),
-        "kasa_config": (None,),
     }
 
     def __post_init__(self) -> None:
-        for name in (*_START_CONFIGS, "arrow_config"):
+        for name in (*_START_CONFIGS, *VARIANTS, "arrow_config"):
             options = getattr(self, name)
             if dataclasses.is_dataclass(options) and not isinstance(options, type):
                 setattr(self, name, dataclasses.asdict(options))
@@ -106,6 +108,7 @@ class LoraConfig(TargetedConfig):
 
     def _check(self) -> None:
         self._check_start()
+        self._check_variant()
         if self.alora_invocation_tokens is not None and (self.use_dora or not self.alora_invocation_tokens):
             raise ConfigError(
                 f"alora_invocation_tokens={self.alora_invocation_tokens!r} with use_dora={self.use_dora!r}.",
@@ -129,6 +132,18 @@ class LoraConfig(TargetedConfig):
         for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for pattern in patterns:
                 check_regex(name, pattern)
+
+    def _check_variant(self) -> None:
+        names = (*VARIANTS, "use_dora", "alora_invocation_tokens", "arrow_config")
+        chosen = [name for name in names if getattr(self, name) not in (None, False)]
+        if self.use_bdlora is True or (len(chosen) > 1 and chosen[0] in VARIANTS):
+            options = ", ".join(f"{name}={getattr(self, name)!r}" for name in chosen)
+            raise ConfigError(
+                f"{options}: variants of LoRA have options, and exclude each other.",
+                hint="Choose one, with its options: use_bdlora=BdLoraConfig(...), kasa_config=KasaConfig() ...",
+            )
+        if self.use_bdlora and self.lora_bias:
+            raise ConfigError("use_bdlora with lora_bias.", hint="A block-diagonal B has no bias; leave lora_bias off.")
 
     def _check_start(self) -> None:
         start = self.init_lora_weights

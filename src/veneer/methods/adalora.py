@@ -8,7 +8,7 @@ none. The scale stays that of the rank that each began with.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,12 @@ class AdaLora(Method[AdaLoraConfig, AdaLoraSettings]):
 
     def lower(self, settings: AdaLoraSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
         return Patch(up=tensors[B], down=tensors[A] * tensors[E], scale=settings.scale, dropout=settings.dropout)
+
+    def penalty(self, config: AdaLoraConfig, layers: Sequence[tuple[AdaLoraSettings, Mapping[str, Tensor]]]) -> Tensor:
+        """How far the factors are from orthogonal (equation 4)."""
+        factors = [part.float() for _, own in layers for part in (own[A], own[B].mT)]
+        gaps = [(f @ f.mT - torch.eye(len(f), device=f.device)).norm().to(factors[0].device) for f in factors]
+        return config.orth_reg_weight * torch.stack(gaps).mean()
 
 
 METHOD = AdaLora()

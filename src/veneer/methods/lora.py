@@ -24,7 +24,7 @@ is. Saved, it is a plain adapter of twice the rank, for the base as it is on dis
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -48,12 +48,14 @@ from veneer.sites.parameter import ParameterSite
 from veneer.sites.site import unsupported
 from veneer.starts import Layer, begin, is_moved, repeats
 from veneer.targets import only_parameters, pattern_value
+from veneer.variants import FIXED, FROZEN, LEAVES, Variant, variant_of
+from veneer.variants.variant import LORA_A, LORA_B
 
 if TYPE_CHECKING:
     from veneer.catalog import Catalog
 
-A = "lora_A.weight"
-B = "lora_B.weight"
+A = LORA_A
+B = LORA_B
 B_BIAS = "lora_B.bias"
 EMBEDDING_A = "lora_embedding_A"
 EMBEDDING_B = "lora_embedding_B"
@@ -78,14 +80,16 @@ class LoraSettings:
     bias: bool = False
     invocation: tuple[int, ...] = ()
     group: int = 1
+    variant: Variant | None = None
 
 
 class Lora(Method[LoraConfig, LoraSettings]):
-    """LoRA, rsLoRA and DoRA."""
+    """LoRA, rsLoRA, DoRA, and the variants in :mod:`veneer.variants`."""
 
-    leaves = (A, B, B_BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE)
+    leaves = (A, B, B_BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, *LEAVES)
     bias_leaves = frozenset({B_BIAS})
-    frozen = frozenset({START_A, START_B})
+    fixed = FIXED
+    frozen = frozenset({START_A, START_B}) | FROZEN
 
     def in_memory(self, leaf: str) -> str:
         return f"{leaf}.weight" if leaf == MAGNITUDE else leaf
@@ -108,10 +112,10 @@ class Lora(Method[LoraConfig, LoraSettings]):
         alpha = pattern_value(site.pattern_name, config.alpha_pattern, config.lora_alpha)
         scale = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         self._check(config, site, r)
+        dora, bias, invocation = bool(config.use_dora), bool(config.lora_bias), self.invocation(config)
         group = config.qalora_group_size if config.use_qalora else 1
-        return LoraSettings(
-            r, scale, config.lora_dropout, bool(config.use_dora), bool(config.lora_bias), self.invocation(config), group
-        )
+        variant = variant_of(config, site, r)
+        return LoraSettings(r, scale, config.lora_dropout, dora, bias, invocation, group, variant)
 
     def readings(self, settings: LoraSettings, config: LoraConfig) -> list[LoraSettings]:
         # peft has QA-LoRA on GPTQ layers only; on others it leaves the option aside and saves a plain LoRA.
@@ -162,7 +166,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
             found[MAGNITUDE] = (1, out, *site.point) if isinstance(site, ConvSite) else (out,)
         if settings.bias:
             found[B_BIAS] = (out,)
-        return found
+        return found if settings.variant is None else settings.variant.shapes(found, site)
 
     def init(
         self, config: LoraConfig, settings: LoraSettings, base: Base, generator: torch.Generator | None
@@ -181,6 +185,8 @@ class Lora(Method[LoraConfig, LoraSettings]):
             tensors[up].normal_(generator=generator)
         else:
             torch.nn.init.kaiming_uniform_(tensors[down], a=math.sqrt(5), generator=generator)
+        if settings.variant is not None:
+            tensors.update(settings.variant.init(base, generator))
         if start is False:
             tensors[down if embedding else up].normal_(std=0.02, generator=generator)
         if settings.dora:
@@ -210,6 +216,8 @@ class Lora(Method[LoraConfig, LoraSettings]):
 
     def restored(self, config: LoraConfig, settings: LoraSettings, base: Callable[[], Base]) -> dict[str, Tensor]:
         how = config.init_lora_weights
+        if settings.variant is not None:
+            return settings.variant.restored(base)
         if not is_moved(how):
             return {}
         if not repeats(how):
@@ -224,10 +232,8 @@ class Lora(Method[LoraConfig, LoraSettings]):
         return {leaf: made[leaf] for leaf in (START_A, START_B)}
 
     def on_disk(self, settings: LoraSettings, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        if START_A not in tensors:
-            return tensors
         kept = {leaf: tensor for leaf, tensor in tensors.items() if leaf not in self.frozen}
-        return {**kept, **_without_start(tensors)}
+        return {**kept, **_without_start(tensors)} if START_A in tensors else kept
 
     def config_on_disk(self, config: LoraConfig) -> LoraConfig:
         if not is_moved(config.init_lora_weights):
@@ -259,7 +265,12 @@ class Lora(Method[LoraConfig, LoraSettings]):
         if isinstance(scale, Tensor):
             up, scale = up.float() * scale, 1.0
         gate = Gate(settings.invocation) if settings.invocation else None
-        return Patch(up=up, down=down, scale=scale, dropout=settings.dropout, shift=shift, gate=gate)
+        patch = Patch(up=up, down=down, scale=scale, dropout=settings.dropout, shift=shift, gate=gate)
+        return patch if settings.variant is None else settings.variant.patch(patch, tensors)
+
+    def penalty(self, config: LoraConfig, layers: Sequence[tuple[LoraSettings, Mapping[str, Tensor]]]) -> Tensor | None:
+        varied = [(settings.variant, tensors) for settings, tensors in layers if settings.variant is not None]
+        return varied[0][0].penalty([tensors for _, tensors in varied]) if varied else None
 
 
 class Mica(Lora):

@@ -193,6 +193,10 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
     def lower(self, settings: SettingsT, tensors: Mapping[str, Tensor], base: Base) -> Patch:
         """What the tensors mean for the layer. Pure and differentiable."""
 
+    def penalty(self, config: ConfigT, layers: Sequence[tuple[SettingsT, Mapping[str, Tensor]]]) -> Tensor | None:
+        """What training adds to the model's loss, for each layer's settings and tensors; nothing by default."""
+        return None
+
 
 AnyMethod = Method[Any, Any]
 

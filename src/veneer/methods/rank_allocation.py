@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -102,19 +102,6 @@ def allocate(adapters: Adapters, step: int) -> None:
     for adapter, config in found:
         adapter.allocation = adapter.allocation or RankAllocation()
         adapter.allocation.step(config, _layers(adapters, adapter), step)
-
-
-def with_penalty(adapters: Adapters, output: Any) -> Any:
-    """A model's output, to whose loss a trained AdaLoRA adds how far its factors are from orthogonal (equation 4)."""
-    loss: Any = getattr(output, "loss", None)
-    found = _trained(adapters) if isinstance(loss, Tensor) and adapters.model.training else []
-    for adapter, config in found:
-        factors = [part for layer in _layers(adapters, adapter) for part in (layer[A], layer[B].mT)]
-        gaps = [(f @ f.mT - torch.eye(len(f), dtype=f.dtype, device=f.device)).norm() for f in factors]
-        loss = loss + config.orth_reg_weight * torch.stack(gaps).mean().to(loss.device)
-    if found:
-        output.loss = loss
-    return output
 
 
 def _trained(adapters: Adapters) -> list[tuple[Adapter, AdaLoraConfig]]:
