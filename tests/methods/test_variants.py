@@ -91,6 +91,7 @@ def test_kasa_adds_its_penalty_to_the_loss(tmp_path: Path) -> None:
     assert _penalty(ours).item() == pytest.approx(theirs.base_model._get_kasa_loss().item(), rel=1e-4)
 
 
+@torch.no_grad()
 def test_kasa_gives_up_what_the_weight_has_least_of() -> None:
     model = veneer.get_peft_model(LLAMA.make(), veneer.LoraConfig(**_options(kasa_config=veneer.KasaConfig())))
     weight = LLAMA.make().model.layers[0].self_attn.q_proj.weight
