@@ -219,7 +219,6 @@ _HOMES = {
         "optimizers": "create_loraplus_optimizer",
         "report": "AdapterReport LoadReport",
         "start_configs": "CordaConfig EvaConfig LoftQConfig LoraGAConfig",
-        "start_configs": "CordaConfig EvaConfig LoraGAConfig",
         "variant_configs": "BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
         "starts.corda": "preprocess_corda",
         "starts.eva": "get_eva_state_dict initialize_lora_eva_weights",
