@@ -134,7 +134,7 @@ class LoraConfig(TargetedConfig):
                 check_regex(name, pattern)
 
     def _check_variant(self) -> None:
-        names = (*VARIANTS, "use_dora", "alora_invocation_tokens", "arrow_config")
+        names = (*VARIANTS, "use_dora", "alora_invocation_tokens", "use_qalora", "arrow_config")
         chosen = [name for name in names if getattr(self, name) not in (None, False)]
         if self.use_bdlora is True or (len(chosen) > 1 and chosen[0] in VARIANTS):
             options = ", ".join(f"{name}={getattr(self, name)!r}" for name in chosen)
