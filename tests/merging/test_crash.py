@@ -227,6 +227,18 @@ def test_a_base_that_is_cut_meanwhile(world: Path, monkeypatch: pytest.MonkeyPat
     assert hidden(world) == []
 
 
+@pytest.mark.parametrize("place", [".", "inner"])
+def test_the_current_folder_is_not_replaced(world: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell or a program that stands in it would stand in a folder that is gone."""
+    (world / "out" / place).mkdir(parents=True)
+    monkeypatch.chdir(world / "out" / place)
+    with pytest.raises(MergeError, match="is the current folder, or one above it"):
+        merge(world, overwrite=True)
+    with pytest.raises(MergeError, match="is the current folder"):
+        veneer.merge(world / "adapter", world / "base", out=".")
+    assert hidden(world) == []
+
+
 def test_two_at_once(world: Path) -> None:
     import fcntl
 

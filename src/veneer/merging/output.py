@@ -143,6 +143,11 @@ def check_target(target: Path, overwrite: bool) -> None:
     """Raise ``MergeError`` unless ``target`` can be written."""
     if target.is_file():
         raise MergeError(f"{target} is a file.", hint="Give a folder that does not exist yet.")
+    if target.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise MergeError(
+            f"{target} is the current folder, or one above it; the finished output would take its place.",
+            hint="Give a folder that does not exist yet, such as merged.",
+        )
     nearest = _nearest(target)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise MergeError(
