@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +33,7 @@ from veneer.errors import (
     UnknownAdapterError,
     UnsupportedError,
 )
-from veneer.layer import AdaptedLayer, Bound
+from veneer.layer import AdaptedLayer, Bound, Untouched
 from veneer.merging.into_packed import choose, dequantize, measured
 from veneer.merging.new_bias import new_biases
 from veneer.merging.quantized import DEQUANTIZED, QuantizedMerge
@@ -68,6 +68,7 @@ class Adapter:
         saved: the names of the modules that it brings whole.
         trainable: whether its tensors are to be trained while it is selected.
         zero: those of ``layers`` in which it changes nothing, known when it was loaded.
+        bound: how many of its checkpoint's tensors are in use.
         base_digest: the digest of the base it was trained on, where the checkpoint records it.
         notes: what was odd about it.
         shared: the tensors that all of its layers use.
@@ -85,6 +86,7 @@ class Adapter:
     saved: list[str] = field(default_factory=list)
     trainable: bool = False
     zero: list[str] = field(default_factory=list)
+    bound: int = 0
     base_digest: str | None = None
     notes: list[str] = field(default_factory=list)
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -180,15 +182,16 @@ class Adapters:
             self._check_trains_apart(_known(config))
         self._settle(plan, checkpoint, strict)
         tensors = checkpoint.read(plan.keys)
-        check_finite(tensors, checkpoint.origin)
-        adapter = Adapter(
-            name, _known(config), checkpoint.origin, trainable=trainable, notes=[*checkpoint.notes, *plan.notes]
-        )
+        sums = check_finite(tensors, checkpoint.origin)
+        notes = [*checkpoint.notes, *plan.notes]
+        adapter = Adapter(name, _known(config), checkpoint.origin, trainable=trainable, notes=notes)
+        adapter.bound = len(plan.keys)
         stored = {leaf: tensors[key] for leaf, key in plan.shared.items()}
         if isinstance(config, PromptConfig):
             self._restore_prompt(adapter, config, stored, float32, trainable)
         else:
             self._restore_layers(adapter, plan, tensors, stored, float32, trainable)
+            self.note_zero_layers(adapter, _sure_to_change(plan, sums))
         for root, keys in plan.saved.items():
             values = {leaf: tensors[key] for leaf, key in keys.items()}
             self._saved(root).add(name, values).requires_grad_(trainable)
@@ -224,8 +227,9 @@ class Adapters:
         config = targeted(adapter.config)
         made = []
         for binding in plan.bindings:
+            device = binding.site.device
             parameters = {
-                leaf: _parameter(tensors[key], binding.site.device, float32, trainable and binding.method.trains(leaf))
+                leaf: _parameter(tensors[key], device, float32, trainable and binding.method.trains(leaf))
                 for leaf, key in binding.keys.items()
             }
             parameters.update(self._restored(binding, config))
@@ -311,6 +315,7 @@ class Adapters:
         if self.is_spread:
             sharding.agree([*(t for one in made for t in one.tensors.values()), *shared.values()])
         self._bind(adapter, made, shared)
+        self.note_zero_layers(adapter)
 
     def _shared(
         self,
@@ -354,7 +359,7 @@ class Adapters:
         for one in made:
             layer = self._layer(one.site)
             settings = one.method.settled(one.settings, one.tensors, layer)
-            joining = _frozen(beside.get(id(one), {}), one.tensors, one.site.device)
+            joining = _frozen(beside.get(id(one), {}), one.tensors, one.site)
             layer.hold(adapter.name, {k: t for k, t in joining.items() if not any(t is s for s in shared.values())})
             share = Bound(one.method, settings, tuple(one.tensors), one.site.key, joining)
             layer.bind(adapter.name, share, one.tensors)
@@ -367,19 +372,18 @@ class Adapters:
                 adapter.layers.append(one.twin.id)
         adapter.layers = list(dict.fromkeys(adapter.layers))
         adapter.alone = any(one.method.alone for one in made)
-        self.note_zero_layers(adapter)
 
-    def note_zero_layers(self, adapter: Adapter) -> None:
-        """Find the layers in which an adapter changes nothing."""
+    def note_zero_layers(self, adapter: Adapter, sure: Collection[str] = ()) -> None:
+        """Find the layers in which an adapter changes nothing; those in ``sure`` need not be looked at."""
         adapter.zero = [
             name
             for name in adapter.layers
-            if not any(patch.changes() for patch in self.layers[name].patches([adapter.name]))
+            if name not in sure and not any(patch.changes() for patch in self.layers[name].patches([adapter.name]))
         ]
 
     def _base(self, site: Site) -> Base:
         """A base layer as it was before any adapter, for a method to start from."""
-        return self.layers.get(site.id) or AdaptedLayer(site, self.switch)
+        return self.layers.get(site.id) or Untouched(site)
 
     def check_new(self, name: str) -> None:
         """Raise ``DuplicateAdapterError`` unless ``name`` can be a new adapter's."""
@@ -661,6 +665,19 @@ class Adapters:
             found += [(encode(root, leaf, prefix), value(tensor)) for leaf, tensor in own.items()]
         return found
 
+    def dtypes(self, name: str) -> set[torch.dtype]:
+        """The dtypes of an adapter's tensors in memory."""
+        adapter = self.get(name)
+        own = {
+            tensor.dtype
+            for module in adapter.layers
+            for share in self.layers[module].bound[name]
+            for tensor in self.layers[module].tensors(name, share).values()
+        }
+        whole = [tensor for root in adapter.saved for tensor in self._copy(root, name).state_dict().values()]
+        prompt = self.prompts.encoder(name).tensors().values() if name in self.prompts else ()
+        return own | {tensor.dtype for tensor in (*adapter.shared.values(), *whole, *prompt)}
+
     def config_on_disk(self, name: str) -> AnyConfig:
         """The config that goes with :meth:`named_tensors`."""
         adapter = self.get(name)
@@ -884,10 +901,10 @@ def _tie(method: AnyMethod, config: TargetedConfig, made: Sequence[_Made]) -> No
             one.tensors[leaf] = own[leader].tensors[leaf]
 
 
-def _frozen(more: Mapping[str, Tensor], own: Mapping[str, Tensor], device: torch.device) -> dict[str, nn.Parameter]:
+def _frozen(more: Mapping[str, Tensor], own: Mapping[str, Tensor], site: Site) -> dict[str, nn.Parameter]:
     """What joins a layer's own tensors, as parameters; those that are parameters already are used as they are."""
     return {
-        leaf: tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.to(device), requires_grad=False)
+        leaf: tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.to(site.device), requires_grad=False)
         for leaf, tensor in more.items()
         if leaf not in own
     }
@@ -897,13 +914,25 @@ def _trainable(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
     return [(m, leaf) for m in modules for leaf, p in m._parameters.items() if p is not None and p.requires_grad]
 
 
-def check_finite(tensors: dict[str, Tensor], origin: str) -> None:
-    """Raise ``NonFiniteError`` when a tensor of the adapter ``origin`` holds NaN or infinity."""
+def _sure_to_change(plan: Plan, sums: Mapping[str, float]) -> set[str]:
+    """The layers that change, as far as the sums of an adapter's tensors tell."""
+    return {
+        binding.site.id
+        for binding in plan.bindings
+        if binding.method.changes_unless_zero(binding.settings) and all(sums.get(k) for k in binding.keys.values())
+    }
+
+
+def check_finite(tensors: Mapping[str, Tensor], origin: str) -> dict[str, float]:
+    """The sum of each floating-point tensor; ``NonFiniteError`` when one of the adapter ``origin`` is not finite."""
     # The sum of a tensor is read off many times faster than each value; it is finite where all of them are, but for
     # values so large that a second look costs nothing.
-    sums = [tensor.sum(dtype=torch.float32) for tensor in tensors.values() if tensor.is_floating_point()]
-    if not sums or _is_finite(torch.stack(sums)):
-        return
+    floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
+    if not floating:
+        return {}
+    sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in floating.values()])
+    if _is_finite(sums):
+        return dict(zip(floating, sums.tolist(), strict=True))
     bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise NonFiniteError(
@@ -911,6 +940,7 @@ def check_finite(tensors: dict[str, Tensor], origin: str) -> None:
             f"is {bad[0]}.",
             hint="Its training diverged or its file is damaged; take an earlier checkpoint.",
         )
+    return {}
 
 
 def _untie(model: nn.Module) -> None:

@@ -31,6 +31,8 @@ class Catalog:
         # What was found before: adapters of one model mostly have one config.
         self._targets: dict[tuple[Any, ...], list[str]] = {}
         self._sites: dict[tuple[Any, ...], list[Site]] = {}
+        # The same for what goes where: see plan.py.
+        self.plans: dict[Any, Any] = {}
         for name, module in self.modules.items():
             if isinstance(module, (AdaptedLayer, SavedModule)):
                 raise BaseModelError(

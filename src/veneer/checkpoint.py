@@ -1,4 +1,4 @@
-"""An adapter on disk: opened by its header, read tensor by tensor, written whole or not at all."""
+"""An adapter on disk: opened by its header, used where it lies, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from veneer.config import PeftConfig
 from veneer.errors import IncompleteCheckpointError
 from veneer.files import written_whole
-from veneer.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Source, TensorInfo, read_header, weight_files
+from veneer.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Header, Source, TensorInfo, read_header, weight_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ class Checkpoint:
     config: PeftConfig
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
-    _files: Mapping[Path, tuple[str, ...]] = field(repr=False)
+    _headers: tuple[Header, ...] = field(repr=False)
     notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
@@ -42,14 +42,10 @@ class Checkpoint:
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """Key -> tensor, as it lies in the file: its dtype, its bytes."""
-        from safetensors import safe_open
+        from veneer.mapped import read_mapped
 
         wanted = set(keys)
-        found: dict[str, Tensor] = {}
-        for path, held in self._files.items():
-            with safe_open(path, framework="pt") as file:
-                found.update({key: file.get_tensor(key) for key in held if key in wanted})
-        return found
+        return {key: tensor for header in self._headers for key, tensor in read_mapped(header, wanted).items()}
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ def hold(config: PeftConfig, tensors: Mapping[str, Tensor], origin: str) -> Held
         key: TensorInfo(key, str(t.dtype).removeprefix("torch."), tuple(t.shape), 0, t.nbytes)
         for key, t in tensors.items()
     }
-    return HeldCheckpoint(origin, config, info, {}, {}, tensors)
+    return HeldCheckpoint(origin, config, info, {}, (), tensors)
 
 
 def open_checkpoint(source: Source, *, strict: bool = True, config: PeftConfig | None = None) -> Checkpoint:
@@ -96,7 +92,7 @@ def open_checkpoint(source: Source, *, strict: bool = True, config: PeftConfig |
             "with stage3_gather_16bit_weights_on_model_save, or gather before saving.",
         )
     metadata = {key: value for header in headers for key, value in header.metadata.items()}
-    return Checkpoint(source.origin, config, tensors, metadata, {h.path: tuple(h.tensors) for h in headers})
+    return Checkpoint(source.origin, config, tensors, metadata, tuple(headers))
 
 
 def write_checkpoint(

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
@@ -108,6 +109,10 @@ _DESCRIPTIVE = frozenset({"_name_or_path", "model_id", "tags", "license", "langu
 _PATTERNS = frozenset({"rank_pattern", "alpha_pattern"})
 
 
+# Worked out from the annotations' text, which takes longer than everything else about a config.
+_declared = lru_cache(maxsize=None)(get_type_hints)
+
+
 @dataclass
 class PeftConfig:
     """What every adapter's config holds, whatever its method.
@@ -136,14 +141,14 @@ class PeftConfig:
                 self.task_type = TaskType(self.task_type)
 
     def _check_types(self) -> None:
-        declared = get_type_hints(type(self))
+        kind: Any = type(self)
+        declared = _declared(kind)
         for own in dataclasses.fields(self):
             value = getattr(self, own.name)
             if not fits(value, declared[own.name]):
-                kind = own.type if isinstance(own.type, str) else str(own.type)
                 shown = repr(value)
                 raise ConfigError(
-                    f"{own.name}={shown if len(shown) <= 60 else shown[:59] + '…'} is not of the type {kind}.",
+                    f"{own.name}={shown if len(shown) <= 60 else shown[:59] + '…'} is not of the type {own.type}.",
                     hint="Compare it with a config that loads.",
                 )
 

@@ -149,6 +149,7 @@ def hotswap_adapter(
         adapters.leave_layers(entry, [name for name in entry.layers if name not in bound])
     _swap_shared(entry, plan, tensors)
     entry.config, entry.origin, entry.notes = config, checkpoint.origin, list(plan.notes)
+    entry.bound = len(plan.keys)
     entry.stored = dict(tensors) if entry.stored else {}
     model._swapped(entry, checkpoint)
 

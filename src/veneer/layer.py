@@ -22,12 +22,25 @@ from veneer.sites.site import unsupported
 # What inference keeps of a layer's lowered patches is at most one such part of the weight's own memory.
 KEPT_PART = 4
 
+# What every module keeps beside its tensors, empty at first: name -> what makes it.
+_KEPT = {k: type(v) for k, v in vars(nn.Module()).items() if k not in ("training", "_parameters")}
+
 
 class Leaf(nn.Module):
     """Holds tensors by name: ``lora_A`` those of each adapter, ``lora_A.default`` one's ``weight``.
 
     ``layer.lora_A["default"].weight`` works as on peft's layers.
     """
+
+    def __init__(self, training: bool) -> None:
+        # Not nn.Module's own, which makes a dozen containers; of a thousand adapters there are as many leaves as
+        # tensors. The containers are made when something asks for them.
+        vars(self).update(training=training, _parameters={})
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _KEPT:
+            return vars(self).setdefault(name, _KEPT[name]())
+        return super().__getattr__(name)
 
     def __getitem__(self, name: str) -> Any:
         return self._modules[name] if name in self._modules else self._parameters[name]
@@ -57,6 +70,23 @@ class Bound:
     leaves: tuple[str, ...]
     key: str | None
     shared: Mapping[str, nn.Parameter] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Untouched:
+    """A base layer that carries no adapter yet, as a method sees it."""
+
+    site: Site
+
+    @property
+    def base_bias(self) -> nn.Parameter | None:
+        """Its bias, shape ``(out,)``."""
+        found: nn.Parameter | None = self.site.resident(self.site.bias, "bias")
+        return found
+
+    def base_weight(self) -> Tensor:
+        """Its weight as a canonical matrix."""
+        return self.site.weight()
 
 
 class AdaptedLayer(nn.Module):
@@ -113,12 +143,14 @@ class AdaptedLayer(nn.Module):
             return
         leaves = self._holder(head)._modules
         if adapter not in leaves:
-            leaves[adapter] = Leaf().train(self.training)
+            leaves[adapter] = Leaf(self.training)
         # Not register_parameter, which allows no dots: "encoders.0.weight" has the tail "0.weight".
         leaves[adapter]._parameters[tail] = parameter  # type: ignore[union-attr]
 
     def hold(self, adapter: str, kept: Mapping[str, nn.Parameter]) -> None:
         """Keep tensors that are not this layer's own share among its own, so that they move with the model."""
+        if not kept:
+            return
         for leaf, parameter in kept.items():
             self._place(adapter, leaf, parameter)
         self.held[adapter] = {**self.held.get(adapter, {}), **kept}
@@ -157,9 +189,8 @@ class AdaptedLayer(nn.Module):
         for leaf in share.leaves:
             head, _, tail = share.method.in_memory(leaf).partition(".")
             holder = self._holder(head)
-            parameter = getattr(holder._modules[adapter], tail) if tail else holder._parameters[adapter]
-            assert isinstance(parameter, nn.Parameter)
-            found[leaf] = parameter
+            own = holder._modules[adapter]._parameters[tail] if tail else holder._parameters[adapter]  # type: ignore[union-attr]
+            found[leaf] = own  # type: ignore[assignment]
         return found
 
     def _holder(self, head: str) -> nn.Module:
@@ -167,7 +198,7 @@ class AdaptedLayer(nn.Module):
         # Not ModuleDict's own methods: those forbid names such as "keys" or "forward".
         holder = self._modules.get(head)
         if holder is None:
-            holder = self._modules[head] = Leaf().train(self.training)
+            holder = self._modules[head] = Leaf(self.training)
         return holder
 
     def patches(self, names: Sequence[str]) -> list[Patch]:
@@ -334,7 +365,8 @@ class AdaptedLayer(nn.Module):
 
     def _forget(self) -> None:
         """Drop what inference keeps: the tensors are about to change."""
-        self._folded = self._mixed = None
+        if self._folded is not None or self._mixed is not None:
+            self._folded = self._mixed = None
 
     # -- merging -------------------------------------------------------------------------------------------
 

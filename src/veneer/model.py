@@ -392,6 +392,10 @@ class PeftModel(ScalingFace, nn.Module):
         if self.load_report is not None:
             present = self.adapters.entries
             self.load_report.adapters = [a for a in self.load_report.adapters if a.name in present]
+        self._note_active()
+
+    def _note_active(self) -> None:
+        if self.load_report is not None:
             self.load_report.active = list(self.adapters.switch.standing.names)
 
     def _finish_report(self, report: LoadReport, started: float) -> None:
@@ -527,7 +531,7 @@ class PeftModel(ScalingFace, nn.Module):
         if inference_mode:
             for name in self.adapters.active:
                 self.set_requires_grad(name, False)
-        self._keep_report()
+        self._note_active()
 
     def using(self, adapter_name: str | Sequence[str]) -> AbstractContextManager[None]:
         """Inside the ``with`` block use these adapters; other threads and tasks do not see it."""
@@ -916,15 +920,14 @@ def _add_heads(config: PeftConfig) -> None:
 
 
 def _adapter_report(adapter: Adapter, checkpoint: Checkpoint, base_check: str, adapters: Adapters) -> AdapterReport:
-    live = [tensor for _, tensor in adapters.named_tensors(adapter.name)]
     return AdapterReport(
         name=adapter.name,
         origin=checkpoint.origin,
         peft_type=str(adapter.config.peft_type),
-        tensors_bound=len(live),
+        tensors_bound=adapter.bound,
         tensors_total=len(checkpoint.tensors),
         nbytes=checkpoint.nbytes,
-        dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in live}),
+        dtypes=sorted(str(dtype).removeprefix("torch.") for dtype in adapters.dtypes(adapter.name)),
         layers=list(adapter.layers),
         zero_layers=list(adapter.zero),
         saved_modules=list(adapter.saved),

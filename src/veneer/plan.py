@@ -1,14 +1,15 @@
 """Checkpoint + model -> what goes where.
 
 Each key of the checkpoint's header decodes to a slot, each slot is looked up in the model's catalog, and every
-problem is collected before one error is raised. No tensor is read and the model is not touched.
+problem is collected before one error is raised. No tensor is read and the model is not touched. A plan is kept for
+the next adapter with the same config and keys.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from veneer.catalog import Catalog
@@ -97,6 +98,36 @@ class Plan:
 
 def make_plan(config: AnyConfig, method: Planned, tensors: Mapping[str, HasShape], catalog: Catalog) -> Plan:
     """Pair a checkpoint's tensors with a model's modules."""
+    key = method, repr(config), tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items())
+    kept: _Kept | None = catalog.plans.get(key)
+    if kept is None or not kept.is_current(catalog):
+        plan = _made_plan(config, method, tensors, catalog)
+        if plan.problems or plan.saved or any(binding.settings is config for binding in plan.bindings):
+            return plan
+        kept = catalog.plans[key] = _Kept(plan, _states(plan, catalog))
+    return replace(kept.plan, again=list(kept.plan.again), notes=list(kept.plan.notes))
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A plan, and how the layers were when it was made."""
+
+    plan: Plan
+    states: list[Any]
+
+    def is_current(self, catalog: Catalog) -> bool:
+        return self.states == _states(self.plan, catalog)
+
+
+def _states(plan: Plan, catalog: Catalog) -> list[Any]:
+    """What of the layers a plan depends on: which they are, and their parameters' kinds and shapes."""
+    return [
+        (id(module), *[None if p is None else (type(p), p.dtype, p.shape) for p in module._parameters.values()])
+        for module in [catalog.modules[binding.site.name] for binding in plan.bindings]
+    ]
+
+
+def _made_plan(config: AnyConfig, method: Planned, tensors: Mapping[str, HasShape], catalog: Catalog) -> Plan:
     plan = Plan()
     saved = catalog.saved(config)
     parts = _parts(plan, config, method, catalog)

@@ -21,6 +21,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from veneer.catalog import Catalog
@@ -133,7 +134,7 @@ def remapped(checkpoint: Checkpoint, catalog: Catalog) -> Checkpoint:
     if not unknown and not routers:
         return checkpoint
     moved = _moved(unknown, set(keys), catalog)
-    now = Remapped(checkpoint.origin, config, dict(checkpoint.tensors), checkpoint.metadata, {}, old=checkpoint)
+    now = Remapped(checkpoint.origin, config, dict(checkpoint.tensors), checkpoint.metadata, (), old=checkpoint)
     now = _renamed(now, moved, keys)
     if isinstance(config, LoraConfig):
         now = _fused(now, [name for name in unknown if name not in moved], keys, catalog)
@@ -141,6 +142,7 @@ def remapped(checkpoint: Checkpoint, catalog: Catalog) -> Checkpoint:
     return now if now.notes else checkpoint
 
 
+@lru_cache(maxsize=1 << 13)
 def _module_of(key: str) -> str:
     name = key.removeprefix(PREFIX)
     return re.sub(r"\.(lora_[A-Za-z_]+(\.(weight|bias))?|[^.]+)$", "", name) if key.startswith(PREFIX) else ""

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -374,18 +374,33 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise _unreadable(path, error) from error
     try:
-        values = json.loads(raw, object_pairs_hook=lambda pairs: _unique(path, pairs))
+        tensors, metadata, end = _described(raw)
+        _check_extent(end, size - 8 - length)
+    except _DamagedError as error:
+        raise CorruptFileError(f"{path} is damaged: {error}.", hint=_AGAIN) from error
+    return Header(path, tensors, metadata, 8 + length)
+
+
+class _DamagedError(Exception):
+    """What is wrong with a header."""
+
+
+# Adapters of one training script have one header, byte by byte: it is read once.
+@lru_cache(maxsize=8)
+def _described(raw: bytes) -> tuple[Mapping[str, TensorInfo], Mapping[str, str], int]:
+    """The tensors and the metadata of a header, and the bytes that the tensors take."""
+    try:
+        values = json.loads(raw, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise _corrupt(path, "its header is no valid JSON") from error
+        raise _DamagedError("its header is no valid JSON") from error
     if not isinstance(values, dict):
-        raise _corrupt(path, "its header is no JSON object")
+        raise _DamagedError("its header is no JSON object")
     metadata = values.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _corrupt(path, "its __metadata__ must map names to strings")
-    tensors = {name: _tensor(path, name, value) for name, value in values.items()}
-    _check_extent(path, tensors, size - 8 - length)
-    return Header(path, tensors, metadata, 8 + length)
+        raise _DamagedError("its __metadata__ must map names to strings")
+    tensors = {name: _tensor(name, value) for name, value in values.items()}
+    return tensors, metadata, _extent(tensors)
 
 
 def _check_start(path: Path, start: bytes, length: int, size: int, after: bytes) -> None:
@@ -395,53 +410,55 @@ def _check_start(path: Path, start: bytes, length: int, size: int, after: bytes)
     if text[:1] == b"<" and (b"<html" in text.lower() or text.lower().startswith(b"<!doctype")):
         raise CorruptFileError(f"{path}: a web page, not weights.", hint="The download failed; download it again.")
     if size < 8:
-        raise _corrupt(path, f"it has {size} bytes, and a header alone takes 8")
+        raise CorruptFileError(f"{path} is damaged: it has {size} bytes, and a header alone takes 8.", hint=_AGAIN)
     if length > min(size - 8, _MAX_HEADER):
-        raise _corrupt(
-            path, f"its header would take {length:,} bytes, and the file has {size:,}: truncated, or no safetensors"
+        raise CorruptFileError(
+            f"{path} is damaged: its header would take {length:,} bytes, and the file has {size:,}: truncated, or no "
+            "safetensors.",
+            hint=_AGAIN,
         )
 
 
-def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise _corrupt(path, "its header names a tensor twice")
+        raise _DamagedError("its header names a tensor twice")
     return values
 
 
-def _tensor(path: Path, name: str, value: Any) -> TensorInfo:
+def _tensor(name: str, value: Any) -> TensorInfo:
     try:
         dtype, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
-        raise _corrupt(path, f"its header does not describe {name!r}") from error
+        raise _DamagedError(f"its header does not describe {name!r}") from error
     # A bool is an int to Python, and a string of digits a sequence.
     whole = isinstance(shape, list) and all(type(n) is int and n < _MAX_NUMBER for n in (*shape, start, end))
     if not whole or not isinstance(dtype, str):
-        raise _corrupt(path, f"its header does not describe {name!r}")
+        raise _DamagedError(f"its header does not describe {name!r}")
     info = TensorInfo(name, dtype, tuple(shape), start, end)
     if dtype not in DTYPE_BITS:
-        raise _corrupt(path, f"its header gives {name!r} the dtype {dtype!r}, which is none of safetensors'")
+        raise _DamagedError(f"its header gives {name!r} the dtype {dtype!r}, which is none of safetensors'")
     if min((*shape, start, end - start)) < 0 or info.nbytes * 8 != info.numel * DTYPE_BITS[dtype]:
-        raise _corrupt(path, f"its header gives {name!r} {info.nbytes} bytes for shape {shape} of {dtype}")
+        raise _DamagedError(f"its header gives {name!r} {info.nbytes} bytes for shape {shape} of {dtype}")
     return info
 
 
-def _check_extent(path: Path, tensors: Mapping[str, TensorInfo], available: int) -> None:
-    """The tensors fill the data part: no overlap, no hole, nothing missing, nothing left over."""
+def _extent(tensors: Mapping[str, TensorInfo]) -> int:
+    """The bytes of all tensors, which lie side by side: no overlap, no hole."""
     position = 0
     for info in sorted(tensors.values(), key=lambda info: (info.start, info.end)):
         if info.start != position:
             what = "overlaps another tensor's" if info.start < position else "leaves a hole before it"
-            raise _corrupt(path, f"the data of {info.name!r} {what}")
+            raise _DamagedError(f"the data of {info.name!r} {what}")
         position = info.end
-    if position > available:
-        raise _corrupt(path, f"truncated: its tensors take {position:,} bytes, and {available:,} are there")
-    if position < available:
-        raise _corrupt(path, f"its tensors take {position:,} bytes, and {available:,} are there")
+    return position
 
 
-def _corrupt(path: Path, why: str) -> CorruptFileError:
-    return CorruptFileError(f"{path} is damaged: {why}.", hint=_AGAIN)
+def _check_extent(end: int, available: int) -> None:
+    """The tensors fill the data part: nothing missing, nothing left over."""
+    if end != available:
+        cut = "truncated: " if end > available else ""
+        raise _DamagedError(f"{cut}its tensors take {end:,} bytes, and {available:,} are there")
 
 
 def _unreadable(path: Path, error: OSError) -> SourceError:

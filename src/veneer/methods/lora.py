@@ -151,6 +151,9 @@ class Lora(Method[LoraConfig, LoraSettings]):
         if settings.invocation:
             raise MergeError(GATED, hint="Keep the adapter unmerged.")
 
+    def changes_unless_zero(self, settings: LoraSettings) -> bool:
+        return bool(settings.scale)
+
     def shapes(self, settings: LoraSettings, site: Site) -> dict[str, tuple[int, ...]]:
         out, inner = site.shape
         r = settings.r

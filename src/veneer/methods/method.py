@@ -148,6 +148,10 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
         """The name of a leaf in memory, where the adapter's name follows its head; as on disk by default."""
         return leaf
 
+    def changes_unless_zero(self, settings: SettingsT) -> bool:
+        """Whether it changes any layer of which no tensor is all zero; where not, :meth:`lower` has to tell."""
+        return False
+
     @abstractmethod
     def settings(self, config: ConfigT, site: Site) -> SettingsT:
         """What ``config`` means for a layer, its patterns resolved; worked out once a layer."""
