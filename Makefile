@@ -27,7 +27,7 @@ format: $(VENV)/.dev  ## Put the code into its format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev  ## Measure Veneer beside peft (an hour; ARGS=--quick for a look; leave the machine alone)
+bench: $(VENV)/.dev  ## Measure Veneer beside peft (under an hour; ARGS=--quick for a look; leave the machine alone)
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 docs: $(VENV)/.dev  ## Run every example in the documentation and check its links

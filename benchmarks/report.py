@@ -1,4 +1,4 @@
-"""From ``results.json`` to a table with a verdict on each target, and a plot."""
+"""From ``results.json`` to a table with a verdict on each target, a plot, and the few figures in the README."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ import merge_to_disk
 HERE = Path(__file__).parent
 KEPT, TABLE, PLOT = HERE / "results.json", HERE / "RESULTS.md", HERE / "results.svg"
 NOTES = HERE / "notes.md"
+README, BEGIN, END = HERE.parent / "README.md", "<!-- speed: made by make bench -->\n", "<!-- end of speed -->"
+# Where in the results stands what could not be measured: "section model dtype, side" -> why.
+FAILED = "failed"
 Results = dict[str, Any]
 
 
@@ -49,6 +52,10 @@ def rows() -> list[Row]:
         Row("attach the 16th", "attach 135M bfloat16", "attach 16", faster=40),
         Row("attach the 100th / the 2nd", "attach 135M bfloat16", "attach 100", "attach 2", most=1.25),
         Row("attach the 1,000th / the 2nd", "attach 135M bfloat16", "attach 1000", "attach 2", most=1.25),
+        Row("an attached adapter, own memory beside its file's (MB)", "attach 135M bfloat16", "attach, MB"),
+        Row("attach the 1st adapter", "attach 1B bfloat16", "attach 1", faster=10),
+        Row("attach the 2nd", "attach 1B bfloat16", "attach 2", faster=10),
+        Row("attach the 100th / the 2nd", "attach 1B bfloat16", "attach 100", "attach 2", most=1.25),
         Row("switch the active adapter", "attach 135M bfloat16", "switch", most=0.05e-3),
     ]
     for on, limit in [*((on, 1.10) for on in small), *((on, 1.05) for on in large)]:
@@ -142,13 +149,13 @@ def table(kept: Results) -> str:
     return "\n".join(lines)
 
 
-def show(section: str, model: str, dtype: str, runs: Results) -> None:
+def show(key: str, runs: Results) -> None:
     """Print a section's medians as they come."""
-    print(f"{section} {model} {dtype}")
+    print(key)
     names = list(dict.fromkeys(name for side in runs.values() for run in side for name in run))
     for name in names:
         ours, theirs = (
-            statistics.median([run[name] for run in runs[side] if name in run] or [float("nan")])
+            statistics.median([run[name] for run in runs.get(side, []) if name in run] or [float("nan")])
             for side in ("veneer", "peft")
         )
         print(f"  {name:28} veneer {ours:10.5f}   peft {theirs:10.5f}   peft/veneer {theirs / ours:7.2f}", flush=True)
@@ -175,13 +182,67 @@ def _processor() -> str:
 
 
 def write(kept: Results) -> None:
-    """Write the table with the notes on it, and the plot."""
+    """Write the table with the notes on it, the plot, and the README's figures."""
     text = NOTES.read_text() if NOTES.exists() else ""
     TABLE.write_text(
         "# Veneer beside peft\n\nMade by `make bench`; do not edit. " + machine() + "\n\n"
-        "![Veneer beside peft](results.svg)\n\n" + table(kept) + "\n\n" + merges() + text
+        "![Veneer beside peft](results.svg)\n\n"
+        + table(kept)
+        + "\n\n"
+        + "\n".join(remarks(kept))
+        + "\n\n"
+        + merges()
+        + text
     )
     plot(kept)
+    README.write_text(with_speed(README.read_text(), kept))
+
+
+def remarks(kept: Results) -> list[str]:
+    """How often everything was measured, and what was not."""
+    counts = sorted({len(runs) for key, sides in kept.items() if key != FAILED for runs in sides.values() if runs})
+    rounds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else "".join(map(str, counts))
+    missing = sorted({row.run for row in rows() if value(row, kept, "veneer") is None})
+    found = [f"Each figure is the median of {rounds} processes a side, which took turns."]
+    if missing:
+        found.append(f"Not measured: {'; '.join(missing)}.")
+    return found + [f"Failed: {what}: {why}." for what, why in sorted(kept.get(FAILED, {}).items())]
+
+
+# The README's lines: in words, and where they stand above.
+HEADLINES = (
+    ("Attach the first adapter", "attach 135M bfloat16", "attach 1", None),
+    ("Attach the 16th", "attach 135M bfloat16", "attach 16", None),
+    ("Switch the active adapter", "attach 135M bfloat16", "switch", None),
+    ("Decode: unmerged / merged", "forward 135M bfloat16", "decode unmerged", "decode merged"),
+    ("Decode, 8 rows: 8 adapters / one", "mixed 135M bfloat16", "mixed decode 8", "mixed decode one"),
+    ("Training step", "train 135M bfloat16", "train step", None),
+    ("Merge in memory", "merge 135M bfloat16", "merge", None),
+    ("The same, 1B", "merge 1B bfloat16", "merge", None),
+    ("Save an adapter", "save 135M bfloat16", "save", None),
+    ("Import, after torch and transformers", "process 135M bfloat16", "import after torch", None),
+    ("`veneer inspect`, the whole process", "process 135M bfloat16", "inspect", None),
+)
+
+
+def speed(kept: Results) -> str:
+    """The README's table."""
+    lines = ["| SmolLM2-135M, bfloat16, LoRA r=16 | peft | Veneer | |", "|---|---|---|---|"]
+    for what, run, figure, over in HEADLINES:
+        row = Row(what, run, figure, over)
+        ours, theirs = value(row, kept, "veneer"), value(row, kept, "peft")
+        if ours is None:
+            continue
+        ratio = "" if theirs is None or over else f"{theirs / ours:.1f}x"
+        lines.append(f"| {what} | {shown(row, theirs)} | {shown(row, ours)} | {ratio} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_speed(text: str, kept: Results) -> str:
+    """A README with the table between its marks brought up to date."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + speed(kept) + END + after
 
 
 def merges() -> str:

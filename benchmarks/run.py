@@ -1,19 +1,29 @@
-"""Veneer beside peft: runs the sections of ``workloads.py`` and writes ``RESULTS.md`` and ``results.svg``.
+"""Veneer beside peft: runs the sections of ``workloads.py`` and writes ``RESULTS.md``, ``results.svg``, README's table.
 
-    python benchmarks/run.py [SECTION ...] [--model 135M] [--dtype bfloat16] [--rounds 2] [--quick] [--report]
+    python benchmarks/run.py [SECTION ...] [--model 135M] [--dtype bfloat16] [--rounds 3] [--minutes 45] [--resume]
+                             [--quick] [--report]
 
 Each measurement is a fresh process; the two sides alternate, and each figure is the median over the rounds. This kind
 of machine drifts by up to a factor of two within minutes: ratios hold, absolute times are the machine's of that day.
-What was measured is kept in ``results.json``, from which the report is made, so that the sections can be run one by
-one. ``--quick`` runs one round on the small model alone and keeps nothing; ``--report`` only writes the report.
+
+A round goes through all sections before the next begins, so that the time given is spent evenly: what it does not
+suffice for is left out of the later rounds, and said. What was measured is kept in ``results.json`` after each
+measurement, from which the report is made, so that sections can be run one by one and a run that was broken off be
+taken up with ``--resume``. A measurement that fails or takes too long is reported, and the others go on. ``--quick``
+runs one round on the small model alone and keeps nothing; ``--report`` only writes the report.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,47 +33,129 @@ from workloads import SECTIONS
 
 HERE = Path(__file__).parent
 MODELS, DTYPES, SIDES = ("135M", "1B"), ("bfloat16", "float32"), ("veneer", "peft")
-# Sections that say enough on one model in one dtype.
-SMALL_ONLY = {"attach": "bfloat16", "mixed64": "bfloat16", "methods": "bfloat16", "save": "bfloat16"}
-ONCE = {**SMALL_ONLY, "process": "bfloat16"}
+# Sections that say enough on one model, in one dtype.
+SMALL_ONLY = frozenset({"mixed64", "methods", "save", "process"})
+BFLOAT16_ONLY = frozenset({*SMALL_ONLY, "attach"})
+# Seconds after which one measurement is given up.
+LIMIT = 240
 
 
-def is_meant(section: str, model: str, dtype: str) -> bool:
-    """Whether a section is run on a model in a dtype."""
-    if section == "mixed" and dtype == "float32":
-        return model == "135M"
-    return section not in ONCE or (model == "135M" and dtype == ONCE[section])
+@dataclass(frozen=True)
+class Job:
+    """A section on a model in a dtype."""
+
+    section: str
+    model: str
+    dtype: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.section} {self.model} {self.dtype}"
+
+    @property
+    def is_meant(self) -> bool:
+        if self.section == "mixed" and self.dtype == "float32":
+            return self.model == "135M"
+        return not (self.section in SMALL_ONLY and self.model != "135M") and not (
+            self.section in BFLOAT16_ONLY and self.dtype != "bfloat16"
+        )
+
+    def prepare(self) -> None:
+        """Make what the section needs before its time is taken."""
+        copies = {"mixed": 8, "mixed64": 64}.get(self.section, 0)
+        materials.adapter(self.model)
+        for copy in range(copies):
+            materials.adapter(self.model, copy=copy + 1)
+        if self.section == "methods":
+            import veneer
+
+            for name, (kind, _) in materials.METHODS.items():
+                if hasattr(veneer, kind):
+                    materials.adapter(self.model, name)
+
+    def run(self, side: str, limit: float) -> dict[str, float]:
+        """The figures of one side, from a fresh process; ``RuntimeError`` when it fails or takes too long."""
+        command = [sys.executable, str(HERE / "workloads.py"), self.section, self.model, self.dtype, side]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        try:
+            out, errors = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            raise RuntimeError(f"not done after {limit:.0f} s") from error
+        if process.returncode:
+            said = [line for line in errors.splitlines() if line.strip()]
+            raise RuntimeError(said[-1] if said else f"exit code {process.returncode}")
+        found: dict[str, float] = json.loads(out.splitlines()[-1])
+        return found
 
 
-def prepare(section: str, model: str) -> None:
-    """Make what a section needs before its time is taken."""
-    copies = {"mixed": 8, "mixed64": 64}.get(section, 0)
-    materials.adapter(model)
-    for copy in range(copies):
-        materials.adapter(model, copy=copy + 1)
-    if section == "methods":
-        import veneer
+@dataclass
+class Run:
+    """One run through the jobs, in rounds, until the time is over.
 
-        for name, (kind, _) in materials.METHODS.items():
-            if hasattr(veneer, kind):
-                materials.adapter(model, name)
+    Attributes:
+        kept: what is measured, as in the file.
+        until: when it has to be over, on the clock of ``time.monotonic``.
+        is_saved: whether it is written to the file.
+        took: job and side -> how long it took the last time.
+    """
+
+    kept: report.Results
+    until: float
+    is_saved: bool
+    took: dict[tuple[Job, str], float] = field(default_factory=dict)
+
+    def round(self, jobs: Iterable[Job], number: int) -> None:
+        """Measure each job once on each side, those that have as many rounds already or failed left out."""
+        for job in jobs:
+            for side in SIDES if number % 2 else reversed(SIDES):
+                done = len(self.kept.get(job.key, {}).get(side, []))
+                if done < number and (job.key, side) not in self._failed():
+                    self._measure(job, side)
+            if job.key in self.kept:
+                report.show(job.key, self.kept[job.key])
+
+    def _measure(self, job: Job, side: str) -> None:
+        left = self.until - time.monotonic()
+        if left < self.took.get((job, side), 0):
+            print(f"{job.key}, {side}: no time left for it")
+            return
+        started = time.monotonic()
+        try:
+            job.prepare()
+            runs = self.kept.setdefault(job.key, {}).setdefault(side, [])
+            runs.append(job.run(side, min(LIMIT, max(left, 1))))
+        except Exception as error:  # whatever a section or a library does: the others are measured all the same
+            self.kept.setdefault(report.FAILED, {})[f"{job.key}, {side}"] = f"{error}"[:200]
+            print(f"{job.key}, {side}: FAILED: {error}")
+        self.took[job, side] = time.monotonic() - started
+        print(f"{time.monotonic() - started:6.0f} s  {job.key}, {side}; {max(left, 0) / 60:.0f} min left", flush=True)
+        if self.is_saved:
+            report.keep(self.kept)
+
+    def _failed(self) -> set[tuple[str, str]]:
+        return {(key.rpartition(", ")[0], key.rpartition(", ")[2]) for key in self.kept.get(report.FAILED, {})}
 
 
-def in_fresh_process(section: str, model: str, dtype: str, side: str) -> dict[str, float]:
-    command = [sys.executable, str(HERE / "workloads.py"), section, model, dtype, side]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def measure(section: str, model: str, dtype: str, rounds: int) -> dict[str, list[dict[str, float]]]:
-    """One run a round for each side, in turns."""
-    prepare(section, model)
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for _ in range(rounds):
+def forget(kept: report.Results, jobs: Iterable[Job]) -> None:
+    """Drop what was measured of ``jobs`` before."""
+    failed = kept.get(report.FAILED, {})
+    for job in jobs:
+        kept.pop(job.key, None)
         for side in SIDES:
-            found[side].append(in_fresh_process(section, model, dtype, side))
-    return found
+            failed.pop(f"{job.key}, {side}", None)
+
+
+def merge_to_disk(quick: bool) -> None:
+    """The merge from folder to folder, which has a script and a file of results of its own."""
+    command = [sys.executable, str(HERE / "merge_to_disk.py"), *(["--models", "135M"] if quick else ["--keep"])]
+    try:
+        subprocess.run(command, check=True, timeout=3 * LIMIT)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        print(f"merge_to_disk.py: FAILED: {error}", flush=True)
 
 
 def main() -> None:
@@ -71,23 +163,28 @@ def main() -> None:
     parser.add_argument("sections", nargs="*", choices=[[], *SECTIONS], metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--model", choices=MODELS, help="both unless given")
     parser.add_argument("--dtype", choices=DTYPES, help="both unless given")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=45, help="for all but the merge to disk, which takes up to 12")
+    parser.add_argument("--resume", action="store_true", help="take up a run that was broken off")
     parser.add_argument("--quick", action="store_true", help="a look: one round, the small model, nothing kept")
     parser.add_argument("--report", action="store_true", help="write the report from what was measured before")
     asked = parser.parse_args()
-    kept = report.read()
-    for section in [] if asked.report else (asked.sections or SECTIONS):
-        for model in [asked.model] if asked.model else MODELS[: 1 if asked.quick else 2]:
-            for dtype in [asked.dtype] if asked.dtype else DTYPES[: 1 if asked.quick else 2]:
-                if is_meant(section, model, dtype):
-                    runs: Any = measure(section, model, dtype, 1 if asked.quick else asked.rounds)
-                    report.show(section, model, dtype, runs)
-                    kept[f"{section} {model} {dtype}"] = runs
-                    if not asked.quick:
-                        report.keep(kept)
-    if not asked.sections and not asked.report:
-        rest = ["--models", "135M"] if asked.quick else ["--keep"]
-        subprocess.run([sys.executable, str(HERE / "merge_to_disk.py"), *rest], check=True)
+    kept: Any = report.read()
+    if not asked.report:
+        models = [asked.model] if asked.model else MODELS[: 1 if asked.quick else 2]
+        dtypes = [asked.dtype] if asked.dtype else DTYPES[: 1 if asked.quick else 2]
+        # The small model first, which is quick and says most.
+        every = [Job(s, m, d) for m in models for d in dtypes for s in (asked.sections or SECTIONS)]
+        jobs = [job for job in every if job.is_meant]
+        if asked.resume:
+            kept.pop(report.FAILED, None)  # to be tried again
+        else:
+            forget(kept, jobs)
+        run = Run(kept, time.monotonic() + 60 * asked.minutes, not asked.quick)
+        for number in range(1, 1 + (1 if asked.quick else asked.rounds)):
+            run.round(jobs, number)
+        if not asked.sections:
+            merge_to_disk(asked.quick)
     if not asked.quick:
         report.write(kept)
 
