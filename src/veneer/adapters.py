@@ -37,6 +37,7 @@ from veneer.layer import AdaptedLayer, Bound, Untouched
 from veneer.merging.into_packed import choose, dequantize, measured
 from veneer.merging.new_bias import new_biases
 from veneer.merging.quantized import DEQUANTIZED, QuantizedMerge
+from veneer.merging.threads import for_each
 from veneer.methods import AnyMethod, method_of, prompt_of
 from veneer.methods.method import Base, Method
 from veneer.methods.prompt import AnyPrompt, PromptEncoder
@@ -757,10 +758,26 @@ class Adapters:
         packed = choose(self.layers.values(), selection.names, into, self.catalog.dtype)
         if check:
             self._check_merge(selection.names)
-        for layer in self.layers.values():
-            layer.merge(selection.names)
+        self._change(self.layers.values(), lambda layer: layer.merge(selection.names))
         self.select(selection.names)
         self.quantized_merge = measured(packed) or self.quantized_merge
+
+    def _change(self, layers: Collection[AdaptedLayer], action: Callable[[AdaptedLayer], None]) -> None:
+        """Change the weights of layers: several at a time where they lie in memory and are torch's own."""
+        # Layers of one module change its bias in turn.
+        groups: dict[int, list[AdaptedLayer]] = {}
+        for layer in layers:
+            groups.setdefault(id(layer.site.module), []).append(layer)
+
+        def run(group: list[AdaptedLayer]) -> None:
+            for layer in group:
+                action(layer)
+
+        if all(map(_is_in_memory, layers)):
+            for_each(run, groups.values())
+        else:
+            for group in groups.values():
+                run(group)
 
     def unmerge(self) -> None:
         """Take every merged adapter out again: the base weights get their original bytes back."""
@@ -777,9 +794,8 @@ class Adapters:
         added = new_biases(self.layers.values(), wanted, self.catalog.model)
         if check:
             self._check_merge(wanted)
-        for layer in self.layers.values():
-            if layer.here(wanted):
-                layer.store_merged(wanted)
+        here = [layer for layer in self.layers.values() if layer.here(wanted)]
+        self._change(here, lambda layer: layer.store_merged(wanted))
         changed = bool(wanted)
         for root, saved in self.saved.items():
             own = saved.here(wanted)
@@ -859,6 +875,11 @@ class _Made:
     settings: Any
     tensors: dict[str, nn.Parameter]
     twin: Site | None
+
+
+def _is_in_memory(layer: AdaptedLayer) -> bool:
+    plain = not isinstance(layer, (PackedLayer, ShardedLayer))
+    return plain and all(p.device.type == "cpu" for p in layer.site.module.parameters())
 
 
 def _segment(value: Any) -> tuple[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 from veneer.merging.base_files import WeightFiles, read_exactly
 from veneer.merging.layout import OutFile
 from veneer.merging.rounding import Figures
+from veneer.merging.threads import one_thread_each
 from veneer.merging.works import Sink, Work
 
 _BLOCK = 1 << 20
@@ -109,31 +109,12 @@ def _copy_range(files: WeightFiles, file: str, start: int, out: int, position: i
         start, position, count = start + len(block), position + len(block), count - len(block)
 
 
-@contextlib.contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Let torch compute in the thread that calls it: the pieces of work share the cores among themselves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run_all(works: Sequence[Work], sink: Sink, workers: int | None = None) -> Iterator[tuple[Work, list[Figures]]]:
     """Do every piece, several at a time, and yield each when it and all before it are done.
 
     When one fails, those that have not begun are dropped and its error is raised.
     """
-    with (
-        one_thread_each(),
-        ThreadPoolExecutor(workers or cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):
+    with one_thread_each(workers) as pool:
         futures: list[Future[list[Figures]]] = [pool.submit(work.run, sink) for work in works]
         try:
             for work, future in zip(works, futures, strict=True):

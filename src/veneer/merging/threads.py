@@ -1,0 +1,41 @@
+"""Sharing the cores among pieces of work, each of which computes in one thread."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def one_thread_each(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
+    """A pool of threads, one for each core, in which torch computes in the thread that calls it.
+
+    Args:
+        workers: how many threads, if not one for each core.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers or cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def for_each(action: Callable[[T], object], items: Iterable[T]) -> None:
+    """Do ``action`` with each item, on as many cores as torch uses; an error is raised when the others are done."""
+    with one_thread_each(torch.get_num_threads()) as pool:
+        for _ in pool.map(action, items):
+            pass
