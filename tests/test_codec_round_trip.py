@@ -25,16 +25,17 @@ from veneer.methods import method_of
 from veneer.methods.method import Part, leaves_of
 
 # What a config needs beside its defaults, where its method has no case of its own.
-NEEDED: dict[str, dict[str, Any]] = {"CPT": {"task_type": "CAUSAL_LM"}}
+NEEDED: dict[str, dict[str, Any]] = {"CPT": {"task_type": "CAUSAL_LM"}, "XLORA": {"adapters": {"0": "path"}}}
 LAYER_METHODS = [name for name in registered() if not issubclass(config_class(name, "test"), PromptConfig)]
 
 
 def config_of(peft_type: str, **options: Any) -> PeftConfig:
     kind = config_class(peft_type, "test")
+    needed = NEEDED.get(peft_type, {})
     if issubclass(kind, PromptConfig):
-        return kind(**{"num_virtual_tokens": 4, **NEEDED.get(peft_type, {}), **options})
+        return kind(**{"num_virtual_tokens": 4, **needed, **options})
     own = f"tests.methods.case_{peft_type.lower()}"
-    case = import_module(own).CASES[0].options if find_spec(own) else {}
+    case = import_module(own).CASES[0].options if find_spec(own) else needed
     return kind(**{**case, **options})
 
 
@@ -123,6 +124,8 @@ unknown = st.dictionaries(
     max_size=2,
 )
 patterns = st.dictionaries(st.sampled_from(["q", "layers.1.q", "é", ".*q", "b", "a"]), st.integers(1, 64), max_size=4)
+# AdaLoRA's ranks are masks; X-LoRA's layers are its experts'.
+NOT_SAVED = {"ADALORA": {"rank_pattern"}, "XLORA": {"target_modules"}}
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "target_modules": targets,
     "modules_to_save": st.none() | st.lists(st.text(min_size=1, max_size=5), max_size=2),
@@ -139,7 +142,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
 @given(data=st.data(), extra=unknown)
 def test_a_config_is_the_same_after_its_json(peft_type: str, data: st.DataObject, extra: dict[str, Any]) -> None:
     own = {f.name for f in dataclasses.fields(config_class(peft_type, "test"))}
-    own -= {"rank_pattern"} if peft_type == "ADALORA" else set()  # its ranks are masks
+    own -= NOT_SAVED.get(peft_type, set())
     drawn = {name: data.draw(values, name) for name, values in FIELDS.items() if name in own}
     try:
         config = config_of(peft_type, **drawn)
