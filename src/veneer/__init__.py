@@ -121,7 +121,7 @@ if TYPE_CHECKING:
         PeftModelForTokenClassification,
         get_peft_model,
     )
-    from veneer.optimizers import create_loraplus_optimizer
+    from veneer.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
     from veneer.report import AdapterReport, LoadReport
     from veneer.start_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
     from veneer.starts.corda import preprocess_corda
@@ -216,7 +216,7 @@ _HOMES = {
             "PeftModelForSequenceClassification PeftModelForTokenClassification "
             "get_peft_model"
         ),
-        "optimizers": "create_loraplus_optimizer",
+        "optimizers": "create_lorafa_optimizer create_loraplus_optimizer",
         "report": "AdapterReport LoadReport",
         "start_configs": "CordaConfig EvaConfig LoftQConfig LoraGAConfig",
         "variant_configs": "BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
@@ -347,6 +347,7 @@ __all__ = [
     "bench",
     "convert_to_lora",
     "create_arrow_model",
+    "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "extract",
     "get_eva_state_dict",
