@@ -497,7 +497,6 @@ def test_an_adapter_without_values(adapter: Path) -> None:
     ("changes", "kind", "words"),
     [
         ({"peft_type": "LORRA"}, UnknownMethodError, "'LORRA' is unknown.*Did you mean 'LORA'"),
-        ({"peft_type": "SHADOW"}, UnsupportedError, "SHADOW trains a second backbone.*Use peft"),
         ({"peft_type": ...}, ConfigError, "no peft_type"),
         ({"use_rsloraa": True}, UnknownKeyError, "use_rsloraa=True is unknown.*Did you mean 'use_rslora'"),
         ({"brand_new_config": {"x": 1}}, UnknownKeyError, "may change the maths"),

@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from veneer.configs.pvera import PveraConfig
     from veneer.configs.randlora import RandLoraConfig
     from veneer.configs.road import RoadConfig
+    from veneer.configs.shadow import ShadowConfig
     from veneer.configs.shira import ShiraConfig
     from veneer.configs.supertuning import SupertuningConfig
     from veneer.configs.tinylora import TinyLoraConfig
@@ -181,6 +182,7 @@ _HOMES = {
         "configs.prefix_tuning": "PrefixTuningConfig",
         "configs.prompt_tuning": "PromptTuningConfig",
         "configs.road": "RoadConfig",
+        "configs.shadow": "ShadowConfig",
         "configs.shira": "ShiraConfig",
         "configs.trainable_tokens": "TrainableTokensConfig",
         "configs.glora": "GloraConfig",
@@ -321,6 +323,7 @@ __all__ = [
     "QuantizedMerge",
     "RandLoraConfig",
     "RoadConfig",
+    "ShadowConfig",
     "ShiraConfig",
     "SourceError",
     "SupertuningConfig",

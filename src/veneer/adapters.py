@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from veneer import sharding
 from veneer.attention_layer import AdaptedAttention
+from veneer.block_layer import AdaptedBlock
 from veneer.catalog import Catalog
 from veneer.checkpoint import Checkpoint
 from veneer.codec import SHARED_PREFIX, encode
@@ -51,9 +52,11 @@ from veneer.replication import Replication
 from veneer.saved import SavedModule
 from veneer.scalings import Scalings
 from veneer.selection import BASE, NOTHING, Selection, Switch
+from veneer.shadows import Shadows
 from veneer.sharded_layer import ShardedLayer
 from veneer.sites import PackedSite, ParameterSite, Site
 from veneer.sites.attention import AttentionSite
+from veneer.sites.block import BlockSite
 from veneer.targets import names_match, only_parameters
 
 
@@ -116,6 +119,7 @@ class Adapters:
         self.quantized_merge: QuantizedMerge | None = None
         self.prompts = Prompts(self.switch)
         self.scalings = Scalings(self)
+        self.shadows = Shadows(self)
         # Where the base's own parameters wanted gradients, before the first adapter came.
         self._was_trainable: list[tuple[nn.Module, str]] | None = None
         # Which blocks the model has several times.
@@ -454,6 +458,8 @@ class Adapters:
             return ShardedLayer(site, self.switch, there)
         if isinstance(site, AttentionSite):
             return AdaptedAttention(site, self.switch)
+        if isinstance(site, BlockSite):
+            return AdaptedBlock(site, self.switch)
         kind = AdaptedParameter if isinstance(site, ParameterSite) else AdaptedLayer
         return kind(site, self.switch, there)
 
@@ -527,6 +533,7 @@ class Adapters:
                 getattr(module, leaf).requires_grad_(False)
         self.entries[adapter.name] = adapter
         self.scalings.watch()
+        self.shadows.watch()
         if adapter.trainable and sharding.is_data_parallel(self.catalog.modules.values()):
             sharding.average_gradients(self.parameters(adapter.name))
 
@@ -708,6 +715,7 @@ class Adapters:
                 self._put(root, self.saved.pop(root).original_module)
         del self.entries[name]
         self.scalings.watch()
+        self.shadows.watch()
         kept = self.switch.standing.names
         self.switch.standing = Selection(tuple(other for other in kept if other != name))
 
@@ -859,6 +867,7 @@ class Adapters:
         self.layers, self.saved, self.entries, self._watching = {}, {}, {}, []
         self.switch.standing, self._was_trainable = NOTHING, None
         self.scalings.watch()
+        self.shadows.watch()
         if keep and self._replication is not None:  # what was merged into repeated blocks is theirs, and they stay
             self._replication.settle()
             self._replication = None

@@ -313,11 +313,6 @@ AnyConfig = TargetedConfig | PromptConfig
 
 _CONFIGS: dict[str, type[PeftConfig]] = {}
 
-# Methods of the field that are not built here, and why.
-_NOT_BUILT: Mapping[str, str] = {
-    PeftType.SHADOW: "SHADOW trains a second backbone, whose states run beside the base's from block to block",
-}
-
 
 def register_config(peft_type: str, kind: type[PeftConfig]) -> None:
     """Let ``peft_type`` in an ``adapter_config.json`` be read as ``kind``: for methods that are not Veneer's own."""
@@ -343,9 +338,9 @@ def config_class(peft_type: Any, where: str) -> type[PeftConfig]:
     if name not in _CONFIGS:
         if name not in registered():
             if name in set(PeftType):
-                reason = _NOT_BUILT.get(name, f"{name} is a method of peft's")
                 raise UnsupportedError(
-                    f"{where}: {reason}; this version of Veneer does not run it.", hint="Use peft for this adapter."
+                    f"{where}: {name} is a method of peft's that this version of Veneer does not run.",
+                    hint="Use peft for this adapter.",
                 )
             near = difflib.get_close_matches(name.upper(), registered(), n=1)
             raise UnknownMethodError(

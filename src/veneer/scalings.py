@@ -87,7 +87,7 @@ class Scalings:
         if not configs:
             return None
         call = named_call(module, args, kwargs)
-        if _wants_cache(module, call):
+        if wants_cache(module, call):
             call["past_key_values"] = new_cache(module)
         made = {}
         for place, (name, config) in enumerate(configs.items()):
@@ -131,7 +131,7 @@ def _after(module: nn.Module, args: Any, output: Any) -> None:
     _CURRENT.set(None)
 
 
-def _wants_cache(module: nn.Module, call: Mapping[str, Any]) -> bool:
+def wants_cache(module: nn.Module, call: Mapping[str, Any]) -> bool:
     """Whether the model would make a cache of its own, which the first pass must have a part of."""
     if call.get("past_key_values") is not None or "past_key_values" not in taken_names(module) or module.training:
         return False

@@ -1,0 +1,46 @@
+"""The wrapper for a whole block, whose input a route moves by states that run beside it."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor
+
+from veneer.layer import AdaptedLayer
+from veneer.methods.shadow import Riding
+from veneer.selection import Selection
+from veneer.shadows import states
+
+
+class AdaptedBlock(AdaptedLayer):
+    """Moves what the base block reads, and the states by what it gives."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base block's output under the selected adapters; arguments and results are its own."""
+        selection = self.switch.selection
+        names = self.here(selection.names if selection.rows is None else selection.used)
+        if not names:
+            return self.base_layer(*args, **kwargs)
+        h: Tensor = args[0] if args else kwargs["hidden_states"]
+        current = states()
+        routes = {name: self._route(name) for name in names}
+        for name, route in routes.items():
+            h = self._moved(name, route, selection, h, current[name])
+        output = self.base_layer(
+            h, *args[1:], **{key: value for key, value in kwargs.items() if key != "hidden_states"}
+        )
+        y: Tensor = output[0] if isinstance(output, tuple) else output
+        for name, route in routes.items():
+            own = y if selection.rows is None else y[selection.groups(len(y), y.device)[name]]
+            current[name] = route.moved_on(current[name].to(y.device), own)
+        return output
+
+    def _route(self, name: str) -> Riding:
+        return cast(Riding, self.patches_now([name])[0].route)
+
+    def _moved(self, name: str, route: Riding, selection: Selection, h: Tensor, state: Tensor) -> Tensor:
+        """``h``, shape ``(rows, length, hidden)``, with what an adapter adds to its rows."""
+        rows = None if selection.rows is None else selection.groups(len(h), h.device)[name]
+        own = h if rows is None else h[rows]
+        own = own + route(own.float() - state.to(h.device).float(), self.training).to(h.dtype)
+        return own if rows is None else h.index_copy(0, rows, own)

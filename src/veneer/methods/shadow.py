@@ -1,0 +1,241 @@
+"""SHADOW: a small decoder runs beside the base, and its states move the inputs of the base's blocks (ShadowPEFT).
+
+    h <- h + alpha * W_up W_down (h - s)        before a block, h its input
+    s <- (1 - g) s + g T(h)                     after it, h its output        g = sigmoid(G(h))
+
+    W_down: (r, hidden)    W_up: (hidden, r), zero at the start, so that nothing changes
+    T, G: two linear layers with a GELU between, ``update_hidden_size`` wide
+
+``s`` begins as the last states of the small decoder, ``shadow_backbone``, projected to the base's width where it has
+another. Training adds the loss of its own prediction, the base's output layer on those states. It reads the base's
+embeddings if it is as wide; its keys and values lie behind the base's in the cache, so generation works with it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from veneer.configs.shadow import ShadowConfig
+from veneer.errors import TargetError, UnsupportedError
+from veneer.methods.method import Base, Part
+from veneer.methods.routed import RoutedMethod
+from veneer.patch import Patch
+from veneer.sites import Site
+from veneer.sites.block import LISTS, BlockSite, stack_name
+
+if TYPE_CHECKING:
+    from veneer.catalog import Catalog
+
+BACKBONE = "shadow_backbone"
+PROJECTION = "shadow_projection"
+# peft writes this name for every adapter's.
+_NAMED = ".default."
+DOWN, UP = (f"shadow_{end}{_NAMED}weight" for end in ("down", "up"))
+TRANSFORM, GATE = (f"shadow_update_{kind}{_NAMED}" for kind in ("transform", "gate"))
+_UPDATES = tuple(f"{net}{place}.{leaf}" for net in (TRANSFORM, GATE) for place in (0, 2) for leaf in ("weight", "bias"))
+
+# What a size is called in the configs of transformers.
+_SIZES: Mapping[str, tuple[str, ...]] = {
+    "shadow_num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "shadow_hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "shadow_intermediate_size": ("intermediate_size", "ffn_dim", "n_inner"),
+    "shadow_num_attention_heads": ("num_attention_heads", "n_head", "num_heads"),
+}
+
+
+@dataclass(frozen=True)
+class Riding:
+    """The route of one block. Its input is ``h - s``, ``(rows, length, hidden)``, and it adds to the block's own."""
+
+    config: ShadowConfig
+    tensors: Mapping[str, Tensor]
+
+    def changes(self) -> bool:
+        return self.config.shadow_alpha != 0 and bool(self.tensors[UP].count_nonzero())
+
+    def take(self, rows: Tensor, whole: torch.Size) -> Riding:
+        return self
+
+    def __call__(self, x: Tensor, training: bool) -> Tensor:
+        x = F.dropout(x.float(), self.config.shadow_dropout, training)
+        down, up = (self.tensors[leaf].float() for leaf in (DOWN, UP))
+        return self.config.shadow_alpha * F.linear(F.linear(x, down), up)
+
+    def moved_on(self, state: Tensor, h: Tensor) -> Tensor:
+        """The state after the block, whose output is ``h``."""
+        h = h.float()
+        gate = self._network(GATE, h).sigmoid()
+        return (1 - gate) * state.float() + gate * self._network(TRANSFORM, h)
+
+    def _network(self, name: str, h: Tensor) -> Tensor:
+        own = {leaf.removeprefix(name): t.float() for leaf, t in self.tensors.items() if leaf.startswith(name)}
+        hidden = F.gelu(F.linear(h, own["0.weight"], own["0.bias"]))
+        return F.linear(hidden, own["2.weight"], own["2.bias"])
+
+
+class Shadow(RoutedMethod[ShadowConfig, ShadowConfig]):
+    """SHADOW on the blocks of a decoder."""
+
+    leaves = (DOWN, UP, *_UPDATES)
+    kinds = (BlockSite,)
+    shared = (BACKBONE, PROJECTION)
+    trains_shared = True
+
+    def in_memory(self, leaf: str) -> str:
+        return leaf.replace(_NAMED, ".")
+
+    def complete(self, config: ShadowConfig, catalog: Catalog) -> None:
+        blocks = _blocks(catalog)
+        if config.target_modules is None:
+            config.target_modules = list(blocks)
+
+    def parts(self, config: ShadowConfig, catalog: Catalog) -> list[Part]:
+        self.complete(config, catalog)
+        blocks, targets = _blocks(catalog), catalog.targets(config)
+        if any(name not in blocks for name in targets):
+            raise TargetError(
+                f"target_modules={config.target_modules!r} means {next(n for n in targets if n not in blocks)}, which "
+                "is no block of the decoder.",
+                hint=f"SHADOW adapts whole blocks, such as {next(iter(blocks))}; leave it out to adapt all.",
+            )
+        return [Part(self, [blocks[name] for name in targets])]
+
+    def settings(self, config: ShadowConfig, site: Site) -> ShadowConfig:
+        return config
+
+    def shapes(self, settings: ShadowConfig, site: Site) -> dict[str, tuple[int, ...]]:
+        width, _ = site.shape
+        inner = settings.update_hidden_size or settings.r
+        found: dict[str, tuple[int, ...]] = {DOWN: (settings.r, width), UP: (width, settings.r)}
+        for net in (TRANSFORM, GATE):
+            found |= {f"{net}0.weight": (inner, width), f"{net}0.bias": (inner,)}
+            found |= {f"{net}2.weight": (width, inner), f"{net}2.bias": (width,)}
+        return found
+
+    def shared_shapes(self, config: ShadowConfig, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
+        if not sites:
+            return {}
+        stack = cast(BlockSite, sites[0]).stack
+        with torch.device("meta"):
+            found = {leaf: tuple(t.shape) for leaf, t in stored(small_decoder(config, stack), config, stack).items()}
+        own, width = config.shadow_hidden_size, sites[0].shape[0]
+        return found if own in (None, width) else {**found, f"{PROJECTION}{_NAMED}weight": (width, own or width)}
+
+    def make_shared(
+        self, config: ShadowConfig, bases: Sequence[Base], generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        site = cast(BlockSite, bases[0].site)
+        seed = int(torch.randint(2**31, (), generator=generator))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            found = stored(small_decoder(config, site.stack), config, site.stack)
+        shape = self.shared_shapes(config, [site]).get(f"{PROJECTION}{_NAMED}weight")
+        if shape is not None:
+            found[f"{PROJECTION}{_NAMED}weight"] = _uniform(shape, shape[1], generator)
+        return {leaf: tensor.detach().float() for leaf, tensor in found.items()}
+
+    def init(
+        self, config: ShadowConfig, settings: ShadowConfig, base: Base, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        shapes = self.shapes(settings, base.site)
+        made = {
+            leaf: _uniform(shape, shapes[leaf.replace("bias", "weight")][1], generator)
+            for leaf, shape in shapes.items()
+        }
+        return {**made, UP: torch.zeros(shapes[UP])} if config.init_weights else made
+
+    def lower(self, settings: ShadowConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        return Patch(route=Riding(settings, {leaf: tensors[leaf] for leaf in self.leaves}))
+
+
+METHOD = Shadow()
+
+
+def small_decoder(config: ShadowConfig, stack: nn.Module) -> nn.Module:
+    """The small decoder, of the class of the base's, with new values.
+
+    Raises:
+        UnsupportedError: the base's config has no such size.
+    """
+    sizes: Any = copy.deepcopy(stack.config)
+    wanted = {key: getattr(config, key) for key in _SIZES} | {
+        "shadow_num_hidden_layers": config.shadow_num_hidden_layers or 1
+    }
+    for key, value in wanted.items():
+        if value is None:
+            continue
+        name = next((name for name in _SIZES[key] if hasattr(sizes, name)), None)
+        if name is None:
+            raise UnsupportedError(
+                f"{key}={value}: the config of {type(stack).__name__} has no such size.", hint="Leave it out."
+            )
+        setattr(sizes, name, value)
+    _fit_lists(sizes, wanted["shadow_num_hidden_layers"])
+    decoder: nn.Module = type(stack)(sizes)
+    return decoder
+
+
+def _fit_lists(sizes: Any, count: int) -> None:
+    """Let what a config says of each block be as long as there are blocks."""
+    kinds = list(getattr(sizes, "layer_types", None) or ())
+    if kinds:
+        sizes.layer_types = (kinds + kinds[-1:] * count)[:count]
+    if isinstance(getattr(sizes, "max_window_layers", None), int):
+        sizes.max_window_layers = min(sizes.max_window_layers, count)
+
+
+def shares(config: ShadowConfig, stack: nn.Module) -> bool:
+    """Whether the small decoder reads the base's embeddings."""
+    return config.share_embeddings and config.shadow_hidden_size in (None, stack.config.hidden_size)  # type: ignore[union-attr]
+
+
+def stored(decoder: nn.Module, config: ShadowConfig, stack: nn.Module) -> dict[str, Tensor]:
+    """The small decoder's tensors by their shared leaf. Embeddings that it does not use are there under odd names."""
+    # peft takes off those named so, and saves unused ones of other names.
+    unused = "embed_tokens." if shares(config, stack) else None
+    return {
+        f"{BACKBONE}{_NAMED}{leaf}": tensor
+        for leaf, tensor in decoder.state_dict().items()
+        if unused is None or not leaf.startswith(unused)
+    }
+
+
+def decoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`stored`."""
+    start = f"{BACKBONE}{_NAMED}"
+    return {leaf.removeprefix(start): tensor for leaf, tensor in tensors.items() if leaf.startswith(start)}
+
+
+def projected(states: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The small decoder's last states in the base's width, ``(rows, length, hidden)``."""
+    weight = tensors.get(f"{PROJECTION}{_NAMED}weight")
+    return states if weight is None else F.linear(states.to(weight.dtype), weight)
+
+
+def _blocks(catalog: Catalog) -> dict[str, BlockSite]:
+    """The decoder's blocks by their names."""
+    name = stack_name(catalog.model)
+    if name is None:
+        raise UnsupportedError(
+            f"SHADOW runs beside a decoder of transformers, and {catalog.describe()} has no list of blocks that it "
+            "knows.",
+            hint="Use it on a causal language model.",
+        )
+    stack = catalog.modules[name]
+    kind = next(kind for kind in LISTS if isinstance(getattr(stack, kind, None), nn.ModuleList))
+    start = f"{name}.{kind}." if name else f"{kind}."
+    own = {found: module for found, module in catalog.modules.items() if found.rpartition(".")[0] + "." == start}
+    return {found: BlockSite(found, module, stack) for found, module in own.items()}
+
+
+def _uniform(shape: tuple[int, ...], inner: int, generator: torch.Generator | None) -> Tensor:
+    bound = 1 / math.sqrt(inner)
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

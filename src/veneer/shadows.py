@@ -1,0 +1,198 @@
+"""The runtime of SHADOW: the small decoders run before the base's own, and training adds their loss.
+
+Hooks on the base's decoder do it when a SHADOW adapter is selected. With a cache, the small decoder keeps keys and
+values of its own behind the model's layers in it, so what reorders or crops the one does so to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from veneer.config import TaskType
+from veneer.configs.shadow import ShadowConfig
+from veneer.errors import AdapterError
+from veneer.prompts import named_call, new_cache
+from veneer.scalings import wants_cache
+from veneer.sites.block import stack_name
+from veneer.sites.site import call_with
+
+if TYPE_CHECKING:
+    from veneer.adapters import Adapters
+
+# Adapter's name -> its states now, and those that it began with: ``(its rows, length, hidden)``.
+_STATES: ContextVar[dict[str, Tensor] | None] = ContextVar("veneer_shadow_states", default=None)
+_FIRST: ContextVar[Mapping[str, Tensor] | None] = ContextVar("veneer_shadow_first", default=None)
+# Whose a layer of a cache is, where it is not the base's.
+_OWNER = "veneer_owner"
+
+
+def states() -> dict[str, Tensor]:
+    """The states of the call that is under way, by their adapters' names; blocks put new ones in their place."""
+    found = _STATES.get()
+    if found is None:
+        raise AdapterError(
+            "A SHADOW adapter is active, and its small decoder was not run for this call.",
+            hint="Call the model, or its decoder, as a whole.",
+        )
+    return found
+
+
+class Shadows:
+    """The small decoders of the SHADOW adapters on one model."""
+
+    def __init__(self, adapters: Adapters) -> None:
+        self.adapters = adapters
+        # Adapter's name -> its config, and the decoder that it means, without values.
+        self._decoders: dict[str, tuple[ShadowConfig, nn.Module]] = {}
+        self._hooks: list[RemovableHandle] = []
+
+    def watch(self) -> None:
+        """Run them from now on if there are any, and no longer if there are none."""
+        entries = self.adapters.entries
+        wanted = any(isinstance(entry.config, ShadowConfig) for entry in entries.values())
+        self._decoders = {name: made for name, made in self._decoders.items() if name in entries}
+        if wanted and not self._hooks:
+            model = self.adapters.model
+            stack = model.get_submodule(stack_name(model) or "")
+            self._hooks = [
+                stack.register_forward_pre_hook(self._before, with_kwargs=True),
+                stack.register_forward_hook(_after_stack, always_call=True),
+                model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            ]
+        while self._hooks and not wanted:
+            self._hooks.pop().remove()
+
+    def _selected(self) -> dict[str, ShadowConfig]:
+        selection = self.adapters.switch.selection
+        names = selection.names if selection.rows is None else selection.used
+        configs = {name: self.adapters.entries[name].config for name in names}
+        found = {name: config for name, config in configs.items() if isinstance(config, ShadowConfig)}
+        other = next((name for name in names if str(configs[name].peft_type) == "XLORA"), None)
+        if found and other is not None:
+            raise AdapterError(
+                f"{next(iter(found))!r} (SHADOW) and {other!r} (X-LoRA) cannot be active together: each makes a pass "
+                "of its own.",
+                hint="Select one of them.",
+            )
+        if found and selection.by_token:
+            raise AdapterError(
+                f"{next(iter(found))!r} (SHADOW) reads whole rows, and a packed sequence has parts under others.",
+                hint='Give one name for each row: adapter_names=["a", "b"].',
+            )
+        return found
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        configs = self._selected()
+        _FIRST.set(None)
+        if not configs:
+            return None
+        call = named_call(module, args, kwargs)
+        if wants_cache(module, call):
+            call["past_key_values"] = new_cache(module)
+        selection = self.adapters.switch.selection
+        first = {}
+        for name, config in configs.items():
+            made = self._run(module, call, name, config)
+            rows = None if selection.rows is None else selection.groups(len(made), made.device)[name]
+            first[name] = made if rows is None else made[rows]
+        _FIRST.set(first)
+        _STATES.set(dict(first))
+        return (), call
+
+    def _run(self, stack: nn.Module, call: Mapping[str, Any], name: str, config: ShadowConfig) -> Tensor:
+        """The small decoder's last states in the base's width, for all rows."""
+        from veneer.methods.shadow import decoder_tensors, projected, shares
+
+        shared = self.adapters.entries[name].shared
+        tensors = decoder_tensors(shared)
+        decoder, device = self._decoder(name, config, stack), next(iter(tensors.values())).device
+        decoder.train(stack.training)
+        for buffers in (module._buffers for module in decoder.modules()):
+            buffers.update((leaf, b.to(device)) for leaf, b in buffers.items() if b is not None)
+        given = call.get("inputs_embeds")
+        if given is None and shares(config, stack):
+            given = stack.get_input_embeddings()(call["input_ids"])  # type: ignore[operator]
+        own: dict[str, Any] = {"attention_mask": call.get("attention_mask"), "return_dict": True}
+        if given is None:
+            own["input_ids"] = call["input_ids"]
+        else:
+            own["inputs_embeds"] = given.to(next(iter(tensors.values())).dtype)
+        if call.get("position_ids") is not None:
+            own["position_ids"] = call["position_ids"]
+        cache = call.get("past_key_values")
+        own["use_cache"] = cache is not None
+        own["past_key_values"] = None if cache is None else _own_cache(cache, stack, decoder, name)
+        return projected(call_with(decoder, tensors, **own).last_hidden_state, shared)
+
+    def _decoder(self, name: str, config: ShadowConfig, stack: nn.Module) -> nn.Module:
+        """The small decoder without values: they are given with each call."""
+        from veneer.methods.shadow import small_decoder
+
+        kept = self._decoders.get(name)
+        if kept is not None and kept[0] is config:
+            return kept[1]
+        # Made on a real device, for its buffers are worked out then.
+        with torch.random.fork_rng(devices=[]):
+            made = small_decoder(config, stack)
+        for module in made.modules():
+            for leaf, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    module._parameters[leaf] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        self._decoders[name] = config, made
+        return made
+
+    def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        first = _FIRST.get()
+        _FIRST.set(None)
+        loss, labels = getattr(output, "loss", None), named_call(module, args, kwargs).get("labels")
+        if first is None or loss is None or labels is None or not module.training:
+            return
+        for name, state in first.items():
+            config = self.adapters.entries[name].config
+            assert isinstance(config, ShadowConfig)
+            if config.auxiliary_loss_weight > 0 and config.task_type == TaskType.CAUSAL_LM:
+                own = self._own_labels(name, labels)
+                loss = loss + config.auxiliary_loss_weight * _prediction_loss(module, state, own).to(loss.device)
+        output.loss = loss
+
+    def _own_labels(self, name: str, labels: Tensor) -> Tensor:
+        selection = self.adapters.switch.selection
+        return labels if selection.rows is None else labels[selection.groups(len(labels), labels.device)[name]]
+
+
+def _after_stack(module: nn.Module, args: Any, output: Any) -> None:
+    _STATES.set(None)
+
+
+def _prediction_loss(model: nn.Module, state: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy of the next tokens that the base's output layer reads off ``(rows, length, hidden)``."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    logits = head(state.to(head.weight.dtype)).float()
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device))
+
+
+def _own_cache(cache: Any, stack: nn.Module, decoder: nn.Module, name: str) -> Any:
+    """The part of a cache for one small decoder: layers behind the base's own."""
+    from transformers.cache_utils import Cache
+
+    own = [layer for layer in cache.layers if getattr(layer, _OWNER, None) == name]
+    if not own:
+        if cache.get_seq_length():
+            raise AdapterError(
+                f"The cache was filled without {name!r} (SHADOW), which is active now.",
+                hint="Begin with an empty cache, or give all tokens again.",
+            )
+        if not cache.layers:
+            cache.layers.extend(new_cache(stack).layers)
+        own = new_cache(decoder).layers
+        for layer in own:
+            setattr(layer, _OWNER, name)
+        cache.layers.extend(own)
+    return Cache(layers=own)
