@@ -26,9 +26,8 @@ class AdaptedBlock(AdaptedLayer):
         routes = {name: self._route(name) for name in names}
         for name, route in routes.items():
             h = self._moved(name, route, selection, h, current[name])
-        output = self.base_layer(
-            h, *args[1:], **{key: value for key, value in kwargs.items() if key != "hidden_states"}
-        )
+        kwargs.pop("hidden_states", None)
+        output = self.base_layer(h, *args[1:], **kwargs)
         y: Tensor = output[0] if isinstance(output, tuple) else output
         for name, route in routes.items():
             own = y if selection.rows is None else y[selection.groups(len(y), y.device)[name]]

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from veneer.config import TaskType
 from veneer.configs.shadow import ShadowConfig
+from veneer.configs.xlora import XLoraConfig
 from veneer.errors import AdapterError
 from veneer.prompts import named_call, new_cache
 from veneer.scalings import wants_cache
@@ -74,7 +75,7 @@ class Shadows:
         names = selection.names if selection.rows is None else selection.used
         configs = {name: self.adapters.entries[name].config for name in names}
         found = {name: config for name, config in configs.items() if isinstance(config, ShadowConfig)}
-        other = next((name for name in names if str(configs[name].peft_type) == "XLORA"), None)
+        other = next((name for name in names if isinstance(configs[name], XLoraConfig)), None)
         if found and other is not None:
             raise AdapterError(
                 f"{next(iter(found))!r} (SHADOW) and {other!r} (X-LoRA) cannot be active together: each makes a pass "
@@ -112,24 +113,25 @@ class Shadows:
 
         shared = self.adapters.entries[name].shared
         tensors = decoder_tensors(shared)
-        decoder, device = self._decoder(name, config, stack), next(iter(tensors.values())).device
+        decoder, like = self._decoder(name, config, stack), next(iter(tensors.values()))
         decoder.train(stack.training)
         for buffers in (module._buffers for module in decoder.modules()):
-            buffers.update((leaf, b.to(device)) for leaf, b in buffers.items() if b is not None)
+            buffers.update((leaf, b.to(like.device)) for leaf, b in buffers.items() if b is not None)
         given = call.get("inputs_embeds")
         if given is None and shares(config, stack):
             given = stack.get_input_embeddings()(call["input_ids"])  # type: ignore[operator]
-        own: dict[str, Any] = {"attention_mask": call.get("attention_mask"), "return_dict": True}
-        if given is None:
-            own["input_ids"] = call["input_ids"]
-        else:
-            own["inputs_embeds"] = given.to(next(iter(tensors.values())).dtype)
-        if call.get("position_ids") is not None:
-            own["position_ids"] = call["position_ids"]
+        if given is not None and given.shape[-1] != (config.shadow_hidden_size or given.shape[-1]):
+            raise AdapterError(
+                f"{name!r} (SHADOW) is narrower than the base and reads tokens, and the call has embeddings.",
+                hint="Give input_ids, without a prompt beside it; or train it without shadow_hidden_size.",
+            )
+        own = {key: call[key] for key in ("attention_mask", "position_ids") if call.get(key) is not None}
+        own |= {"input_ids": call["input_ids"]} if given is None else {"inputs_embeds": given.to(like)}
         cache = call.get("past_key_values")
-        own["use_cache"] = cache is not None
-        own["past_key_values"] = None if cache is None else _own_cache(cache, stack, decoder, name)
-        return projected(call_with(decoder, tensors, **own).last_hidden_state, shared)
+        if cache is not None:
+            own["past_key_values"] = _own_cache(cache, stack, decoder, name)
+        output = call_with(decoder, tensors, **own, use_cache=cache is not None, return_dict=True)
+        return projected(output.last_hidden_state, shared)
 
     def _decoder(self, name: str, config: ShadowConfig, stack: nn.Module) -> nn.Module:
         """The small decoder without values: they are given with each call."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,47 @@ def test_the_loss_of_training_and_its_gradients_are_as_in_peft(checkpointing: bo
     assert all("shadow_" in n for n, p in ours.named_parameters() if p.requires_grad)
 
 
+@pytest.mark.oracle
+@pytest.mark.parametrize("options", [{"target_modules": ["layers.1"]}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_some_blocks_and_a_head_are_as_in_peft(options: dict[str, Any], tmp_path: Path) -> None:
+    theirs = _theirs(build("llama"), **options)
+    ours = veneer.PeftModel.from_pretrained(build("llama"), _saved(theirs, tmp_path))
+    assert gap(logits(ours, inputs("llama")), logits(theirs, inputs("llama"))) < 1e-5
+
+
+def test_blocks_are_chosen_by_their_places(tmp_path: Path) -> None:
+    model: Any = veneer.get_peft_model(build("llama"), veneer.ShadowConfig(**SHARP, layers_to_transform=[1]))
+    assert model.peft_config["default"].target_modules == ["model.layers.1"]
+    wanted = logits(model.eval(), inputs("llama"))
+    model.save_pretrained(tmp_path)
+    again = veneer.PeftModel.from_pretrained(build("llama"), tmp_path)
+    assert torch.equal(logits(again, inputs("llama")), wanted)
+
+
+def test_two_and_a_prompt_are_active_together_and_a_copy_is_the_same() -> None:
+    prompt = veneer.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model: Any = veneer.get_peft_model(build("llama"), prompt, seed=1).eval()
+    model.add_adapter("a", veneer.ShadowConfig(**SHARP))
+    model.add_adapter("b", veneer.ShadowConfig(**SHARP, share_embeddings=False))
+    found = []
+    for names in (["default"], ["default", "a"], ["default", "a", "b"]):
+        model.set_adapter(names)
+        found.append(logits(model.eval(), inputs("llama")))
+    assert gap(found[0], found[1]) > 0.01
+    assert gap(found[1], found[2]) > 0.01
+    # Through the cache as without it.
+    ran: dict[str, Any] = {**inputs("llama"), "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(**ran), model.generate(**ran, use_cache=False))
+    assert torch.equal(logits(copy.deepcopy(model), inputs("llama")), found[2])
+
+
+def test_a_base_in_bfloat16_gives_nearly_the_same(tmp_path: Path) -> None:
+    folder = _ours(tmp_path)
+    wanted = logits(veneer.PeftModel.from_pretrained(build("llama"), folder), inputs("llama"))
+    model = veneer.PeftModel.from_pretrained(build("llama").to(torch.bfloat16), folder)
+    assert gap(logits(model, inputs("llama")), wanted) < 0.03
+
+
 def test_a_new_one_changes_nothing_and_learns() -> None:
     model = veneer.get_peft_model(build("llama"), veneer.ShadowConfig(task_type="CAUSAL_LM", shadow_dropout=0.0))
     batch = {**inputs("llama"), "labels": inputs("llama")["input_ids"]}
@@ -207,6 +249,9 @@ def test_what_it_cannot_do_is_refused_with_a_mend(tmp_path: Path) -> None:
         cache = model(**inputs("llama"), use_cache=True).past_key_values
     with pytest.raises(AdapterError, match="filled without 'default'"):
         model(input_ids=inputs("llama")["input_ids"][:, :1], past_key_values=cache)
+    narrow: Any = veneer.get_peft_model(build("llama"), veneer.ShadowConfig(**SMALL))
+    with pytest.raises(AdapterError, match=r"is narrower than the base.*Give input_ids"):
+        narrow(inputs_embeds=torch.zeros(1, 3, 32))
     with pytest.raises(UnsupportedError, match=r"T5\w+ has no list of blocks"):
         veneer.get_peft_model(build("t5"), veneer.ShadowConfig())
     with pytest.raises(TargetError, match="is no block of the decoder"):

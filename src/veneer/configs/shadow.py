@@ -35,7 +35,7 @@ class ShadowConfig(TargetedConfig):
         shadow_intermediate_size: the width of its feed-forward layers.
         share_embeddings: whether it reads the base's embeddings, where the widths are equal.
         update_hidden_size: the width of the two small networks that move its states on; ``r`` when ``None``.
-        auxiliary_loss_weight: how much its own loss counts in training.
+        auxiliary_loss_weight: how much its own loss counts in training, with ``task_type="CAUSAL_LM"``.
     """
 
     r: int = 8

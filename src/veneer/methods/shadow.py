@@ -95,7 +95,9 @@ class Shadow(RoutedMethod[ShadowConfig, ShadowConfig]):
     def complete(self, config: ShadowConfig, catalog: Catalog) -> None:
         blocks = _blocks(catalog)
         if config.target_modules is None:
-            config.target_modules = list(blocks)
+            wanted = config.layers_to_transform
+            places = [wanted] if isinstance(wanted, int) else wanted
+            config.target_modules = [n for i, n in enumerate(blocks) if places is None or i in places]
 
     def parts(self, config: ShadowConfig, catalog: Catalog) -> list[Part]:
         self.complete(config, catalog)
@@ -198,8 +200,8 @@ def shares(config: ShadowConfig, stack: nn.Module) -> bool:
 
 
 def stored(decoder: nn.Module, config: ShadowConfig, stack: nn.Module) -> dict[str, Tensor]:
-    """The small decoder's tensors by their shared leaf. Embeddings that it does not use are there under odd names."""
-    # peft takes off those named so, and saves unused ones of other names.
+    """The small decoder's tensors by their shared leaf."""
+    # Where it reads the base's embeddings, peft leaves out its own of this name, and saves unused ones of any other.
     unused = "embed_tokens." if shares(config, stack) else None
     return {
         f"{BACKBONE}{_NAMED}{leaf}": tensor
