@@ -118,12 +118,12 @@ class Shadows:
         for buffers in (module._buffers for module in decoder.modules()):
             buffers.update((leaf, b.to(like.device)) for leaf, b in buffers.items() if b is not None)
         given = call.get("inputs_embeds")
-        if given is None and shares(config, stack):
-            given = stack.get_input_embeddings()(call["input_ids"])  # type: ignore[operator]
-        if given is not None and given.shape[-1] != (config.shadow_hidden_size or given.shape[-1]):
+        if shares(config, stack):
+            given = stack.get_input_embeddings()(call["input_ids"]) if given is None else given  # type: ignore[operator]
+        elif given is not None:
             raise AdapterError(
-                f"{name!r} (SHADOW) is narrower than the base and reads tokens, and the call has embeddings.",
-                hint="Give input_ids, without a prompt beside it; or train it without shadow_hidden_size.",
+                f"{name!r} (SHADOW) has embeddings of its own and reads tokens, and the call has embeddings.",
+                hint="Give input_ids, without a prompt beside it; or train it with the base's (share_embeddings=True).",
             )
         own = {key: call[key] for key in ("attention_mask", "position_ids") if call.get(key) is not None}
         own |= {"input_ids": call["input_ids"]} if given is None else {"inputs_embeds": given.to(like)}
