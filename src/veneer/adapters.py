@@ -10,7 +10,7 @@ import difflib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ from veneer.sites import PackedSite, ParameterSite, Site
 from veneer.sites.attention import AttentionSite
 from veneer.sites.block import BlockSite
 from veneer.targets import names_match, only_parameters
+from veneer.tied import check_both, name_both, parted, tied_ends
 
 
 @dataclass
@@ -183,10 +184,10 @@ class Adapters:
         method = self._kind(config)
         self._meet_experts(config)
         plan = make_plan(_known(config), method, checkpoint.tensors, self.catalog)
-        if trainable:
-            self._check_trains_apart(_known(config))
         self._settle(plan, checkpoint, strict)
         tensors = checkpoint.read(plan.keys)
+        if trainable and not isinstance(config, PromptConfig):
+            self._check_trained_alike(_known(config), plan, tensors)
         sums = check_finite(tensors, checkpoint.origin)
         notes = [*checkpoint.notes, *plan.notes]
         adapter = Adapter(name, _known(config), checkpoint.origin, trainable=trainable, notes=notes)
@@ -205,6 +206,7 @@ class Adapters:
                 adapter.dtypes.update(
                     {encode(root, leaf, method.prefix): tensor.dtype for leaf, tensor in values.items()}
                 )
+        self._join_saved(adapter)
         self._added(adapter)
         return adapter
 
@@ -239,6 +241,7 @@ class Adapters:
             }
             parameters.update(self._restored(binding, config))
             made.append(_Made(binding.site, binding.method, binding.settings, parameters, binding.twin))
+        made = _join(made, method_of(config), tied_ends(config, self.catalog), new=False, trainable=trainable)
         self._bind(adapter, made, self._shared(config, method_of(config), made, stored, float32, trainable, None))
 
     def _restore_prompt(
@@ -269,6 +272,7 @@ class Adapters:
         config.check_honoured()
         self._meet_experts(config)
         adapter = Adapter(name, _known(config), trainable=True)
+        name_both(adapter.config, self.catalog)
         roots = self.catalog.saved(adapter.config)
         self._check_saved_exist(adapter.config)
         if isinstance(config, PromptConfig):
@@ -284,6 +288,7 @@ class Adapters:
         for root in roots:
             self._saved(root).add(name).requires_grad_(True)
             adapter.saved.append(root)
+        self._join_saved(adapter)
         self._added(adapter)
         return adapter
 
@@ -292,7 +297,6 @@ class Adapters:
     ) -> None:
         method = method_of(config)
         method.complete(config, self.catalog)
-        self._check_trains_apart(config)
         # The layers' names take the place of "all-linear" before anything else depends on them.
         if not only_parameters(config):
             self.catalog.spell_out(config, self.catalog.targets(config))
@@ -317,6 +321,7 @@ class Adapters:
                 for leaf in one.method.leaves
                 if leaf in needed & more.keys()
             )
+        made = _join(made, method, tied_ends(config, self.catalog), new=True, trainable=True)
         if self.is_spread:
             sharding.agree([*(t for one in made for t in one.tensors.values()), *shared.values()])
         self._bind(adapter, made, shared)
@@ -496,20 +501,40 @@ class Adapters:
         parent, _, child = name.rpartition(".")
         self.catalog.modules[parent]._modules[child] = module
 
-    def _check_trains_apart(self, config: AnyConfig) -> None:
-        """Of two layers that share a weight each is trained on its own, so that nothing may ask to keep them alike."""
-        tied = {name for pair in self.catalog.tied_ends for name in pair}
-        if not getattr(config, "ensure_weight_tying", False) or not tied:
-            return
-        layers = [] if only_parameters(targeted(config)) else self.catalog.targets(targeted(config))
-        trained = sorted(tied.intersection((*layers, *self.catalog.saved(config))))
-        if trained:
-            raise UnsupportedError(
-                f"ensure_weight_tying=True: {trained[0]} is to be trained, and the layer that shares its weight with "
-                "it; here each is trained on its own.",
-                hint="Train with ensure_weight_tying=False, or only some tokens (trainable_token_indices), which stay "
-                "tied. An adapter that was trained so loads without is_trainable.",
-            )
+    def _join_saved(self, adapter: Adapter) -> None:
+        """Let two copies of layers that share a weight, and are to stay alike, share theirs where it is the same."""
+        for pair in tied_ends(adapter.config, self.catalog):
+            if set(pair) <= set(adapter.saved):
+                one, other = (self._copy(root, adapter.name)._parameters for root in pair)
+                if _equal(one["weight"], other["weight"]):
+                    other["weight"] = one["weight"]
+
+    def _check_trained_alike(self, config: AnyConfig, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+        """Of two layers that are to stay alike both must be there, and be the same where they come whole."""
+        pairs = tied_ends(config, self.catalog)
+        adapted = [binding.site.name for binding in plan.bindings if binding.method is method_of(config)]
+        check_both(pairs, [*adapted, *plan.saved])
+        for pair in pairs:
+            if set(pair) <= plan.saved.keys():
+                one, other = (tensors[plan.saved[root]["weight"]] for root in pair)
+                if not _equal(one, other):
+                    raise parted(pair)
+
+    def _stay_alike(self, names: Sequence[str]) -> bool:
+        """Whether adapters change two layers that share a weight by the same tensors."""
+
+        def used(end: str) -> set[int]:
+            layers = [layer for layer in self.layers.values() if layer.site.name == end]
+            return {
+                id(tensor)
+                for layer in layers
+                for name in layer.here(tuple(names))
+                for share in layer.bound[name]
+                for tensor in layer.tensors(name, share).values()
+            }
+
+        alike = all(getattr(self.entries[name].config, "ensure_weight_tying", False) for name in names)
+        return alike and any(used(one) and used(one) == used(other) for one, other in self.catalog.tied_ends)
 
     def _note_ties(self, adapter: Adapter) -> None:
         """Tell of an adapter that changes one of two layers that share a weight, and not the other."""
@@ -648,7 +673,8 @@ class Adapters:
         return [*own.values(), *self._saved_parameters(adapter)]
 
     def _saved_parameters(self, adapter: Adapter) -> list[nn.Parameter]:
-        return [p for root in adapter.saved for p in self._copy(root, adapter.name).parameters()]
+        found = [p for root in adapter.saved for p in self._copy(root, adapter.name).parameters()]
+        return list({id(p): p for p in found}.values())
 
     def named_tensors(
         self, name: str, value: Callable[[Tensor], Tensor] = lambda tensor: tensor
@@ -804,7 +830,7 @@ class Adapters:
             self._check_merge(wanted)
         here = [layer for layer in self.layers.values() if layer.here(wanted)]
         self._change(here, lambda layer: layer.store_merged(wanted))
-        changed = bool(wanted)
+        changed, alike = bool(wanted), self._stay_alike(wanted)
         for root, saved in self.saved.items():
             own = saved.here(wanted)
             if own:
@@ -812,7 +838,7 @@ class Adapters:
         model = self.unload(keep=True)
         added.put_into(model)
         if changed:
-            _untie(model)
+            _untie(model, alike)
         if packed:
             self.quantized_merge = measured(packed)
             if into == DEQUANTIZED:
@@ -931,6 +957,41 @@ def _tie(method: AnyMethod, config: TargetedConfig, made: Sequence[_Made]) -> No
             one.tensors[leaf] = own[leader].tensors[leaf]
 
 
+def _join(
+    made: Sequence[_Made], method: AnyMethod, pairs: Sequence[tuple[str, str]], *, new: bool, trainable: bool
+) -> list[_Made]:
+    """Let output layers use the tensors of the embeddings that they are to stay like; loaded ones where they are equal.
+
+    Raises:
+        UnsupportedError: they are to be trained, and cannot be changed alike.
+    """
+    found = list(made)
+    places = {one.site.name: place for place, one in enumerate(made) if one.method is method}
+    for pair in pairs:
+        if not places.keys() >= set(pair):
+            continue
+        embedding, output = (found[places[name]] for name in pair)
+        settings = method.joined(embedding.settings, output.settings)
+        if settings is not None and (new or _is_again(output, settings, embedding.tensors)):
+            found[places[pair[1]]] = replace(output, settings=settings, tensors=dict(embedding.tensors))
+        elif trainable:
+            raise parted(pair)
+    return found
+
+
+def _is_again(output: _Made, settings: Any, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether an output layer's tensors are what saving those of its embedding would give."""
+    again = output.method.on_disk(settings, tensors)
+    return again.keys() == output.tensors.keys() and all(_equal(again[k], t) for k, t in output.tensors.items())
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors hold the same; those of a model without memory, as a merge on disk has, tell nothing."""
+    if one is None or other is None or one.is_meta or other.is_meta:
+        return False
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
 def _frozen(more: Mapping[str, Tensor], own: Mapping[str, Tensor], site: Site) -> dict[str, nn.Parameter]:
     """What joins a layer's own tensors, as parameters; those that are parameters already are used as they are."""
     return {
@@ -973,10 +1034,10 @@ def check_finite(tensors: Mapping[str, Tensor], origin: str) -> dict[str, float]
     return {}
 
 
-def _untie(model: nn.Module) -> None:
+def _untie(model: nn.Module, alike: bool) -> None:
     """Tie embeddings again that a merge has changed alike; else say in the config that they differ.
 
-    So a saved model keeps both, or the one that both are.
+    So a saved model keeps both, or the one that both are. ``alike`` says that only rounding can part them.
     """
     config: Any = getattr(model, "config", None)
     ends = [getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output")]
@@ -986,7 +1047,7 @@ def _untie(model: nn.Module) -> None:
     weights: list[Any] = [getattr(layer, "weight", None) for layer in layers]
     if not all(isinstance(w, Tensor) for w in weights) or weights[0] is weights[1]:
         return
-    if torch.equal(*weights):
+    if alike or torch.equal(*weights):
         layers[1].weight = weights[0]
     else:
         config.tie_word_embeddings = False

@@ -44,8 +44,8 @@ class LoraConfig(TargetedConfig):
         layer_replication: ranges of blocks, such as ``[[0, 4], [2, 5]]``, which the model is made of while it has the
             adapter; repeated blocks share the base's weights and are adapted each on its own.
         use_qalora, qalora_group_size: QA-LoRA (arXiv:2309.14717): so many inputs of a layer share a column of A.
-        ensure_weight_tying: embedding and output layer, which share a weight, were trained together in peft. Such an
-            adapter loads, merges and saves; to train it so is refused.
+        ensure_weight_tying: where embedding and output layer share a weight and one of them is adapted or saved whole,
+            both are, by one set of tensors; a merge keeps them one.
         alora_invocation_tokens: token ids; the adapter acts from their last occurrence in a prompt on (aLoRA), and
             on nothing where they do not occur.
         arrow_config: an :class:`~veneer.arrow_config.ArrowConfig`: the adapter routes tokens over others (Arrow).

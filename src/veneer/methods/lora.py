@@ -70,7 +70,8 @@ START_B = "lora_start_B.weight"
 class LoraSettings:
     """A config's meaning for one layer; the scale is a tensor where compiled code must be able to take another.
 
-    ``group`` is how many inputs share a column of A.
+    ``group`` is how many inputs share a column of A; ``of_embedding`` says that an output layer uses the tensors of the
+    embedding whose weight it shares: the change is then that of the embedding, transposed.
     """
 
     r: int
@@ -81,6 +82,7 @@ class LoraSettings:
     invocation: tuple[int, ...] = ()
     group: int = 1
     variant: Variant | None = None
+    of_embedding: bool = False
 
 
 class Lora(Method[LoraConfig, LoraSettings]):
@@ -121,6 +123,10 @@ class Lora(Method[LoraConfig, LoraSettings]):
         # peft has QA-LoRA on GPTQ layers only; on others it leaves the option aside and saves a plain LoRA.
         return [replace(settings, group=1)] if settings.group > 1 else []
 
+    def joined(self, embedding: LoraSettings, output: LoraSettings) -> LoraSettings | None:
+        alike = (embedding.r, embedding.scale) == (output.r, output.scale)
+        return replace(output, of_embedding=True) if alike and not output.dora and output.variant is None else None
+
     def _check(self, config: LoraConfig, site: Site, r: int) -> None:
         groups = site.conv.groups if isinstance(site, ConvSite) else 1
         if r % groups:
@@ -157,6 +163,8 @@ class Lora(Method[LoraConfig, LoraSettings]):
     def shapes(self, settings: LoraSettings, site: Site) -> dict[str, tuple[int, ...]]:
         out, inner = site.shape
         r = settings.r
+        if settings.of_embedding:
+            return {EMBEDDING_A: (r, out), EMBEDDING_B: (inner, r)}
         if isinstance(site, EmbeddingSite):
             found: dict[str, tuple[int, ...]] = {EMBEDDING_A: (r, inner), EMBEDDING_B: (out, r)}
         elif isinstance(site, ConvSite):
@@ -235,6 +243,13 @@ class Lora(Method[LoraConfig, LoraSettings]):
         return {leaf: made[leaf] for leaf in (START_A, START_B)}
 
     def on_disk(self, settings: LoraSettings, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if settings.of_embedding:
+            # Copies, since a file holds no tensor that shares its memory with another.
+            shape = torch.contiguous_format
+            return {
+                A: tensors[EMBEDDING_B].T.clone(memory_format=shape),
+                B: tensors[EMBEDDING_A].T.clone(memory_format=shape),
+            }
         kept = {leaf: tensor for leaf, tensor in tensors.items() if leaf not in self.frozen}
         return {**kept, **_without_start(tensors)} if START_A in tensors else kept
 
@@ -288,6 +303,8 @@ MICA = Mica()
 
 def _factors(settings: LoraSettings, tensors: Mapping[str, Tensor], site: Site) -> tuple[Tensor, Tensor]:
     """``U`` and ``V`` of a layer's canonical weight."""
+    if settings.of_embedding:
+        return tensors[EMBEDDING_A].T, tensors[EMBEDDING_B].T
     if EMBEDDING_A in tensors:
         return tensors[EMBEDDING_B], tensors[EMBEDDING_A]
     if START_A in tensors:

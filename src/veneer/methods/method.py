@@ -130,6 +130,13 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
         """
         return {}
 
+    def joined(self, embedding: SettingsT, output: SettingsT) -> SettingsT | None:
+        """The settings of an output layer that uses the tensors of the embedding whose weight it shares.
+
+        ``None`` where the two cannot be changed alike, which is so for a method that does not say how.
+        """
+        return None
+
     def parts(self, config: ConfigT, catalog: Catalog) -> list[Part]:
         """The layers that ``config`` means, and for each the methods that serve it.
 
