@@ -17,6 +17,7 @@ from torch import nn
 
 from veneer.errors import MergeError
 from veneer.layer import AdaptedLayer
+from veneer.offload import lay_over, offloading_hook
 
 # Makes the model of the same config with some keys set otherwise, without weights.
 Build = Callable[..., nn.Module]
@@ -41,9 +42,13 @@ class NewBiases:
         for name, shape in self.shapes.items():
             module = model.get_submodule(name)
             if module._parameters.get("bias") is None:
-                weight = module.weight
-                zeros = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-                module.register_parameter("bias", nn.Parameter(zeros, requires_grad=weight.requires_grad))
+                weight, is_offloaded = module.weight, offloading_hook(module) is not None
+                zeros = torch.zeros(shape, dtype=weight.dtype, device="cpu" if is_offloaded else weight.device)
+                bias = nn.Parameter(zeros, requires_grad=weight.requires_grad)
+                if is_offloaded:
+                    lay_over(module, "bias", bias)
+                else:
+                    module.register_parameter("bias", bias)
 
 
 def new_biases(
