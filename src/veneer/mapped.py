@@ -10,24 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from veneer.dtypes import DTYPES
 from veneer.errors import CorruptFileError
 from veneer.source import Header, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def read_mapped(header: Header, wanted: Collection[str]) -> dict[str, Tensor]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.adapter_set import SET_FILE
+from veneer.dtypes import DTYPES
 from veneer.errors import MergeError
-from veneer.merging.base_files import DTYPES
 from veneer.merging.layout import index_of
 from veneer.merging.manifest import MANIFEST, manifest_of, warnings_of, write_manifest
 from veneer.merging.output import Workshop, check_space, check_target, told_as_merge_error, workshop

@@ -22,7 +22,8 @@ from torch import nn
 from veneer.checkpoint import Checkpoint
 from veneer.config import PeftConfig, TaskType
 from veneer.configs.lora import LoraConfig
-from veneer.merging.base_files import DTYPES, WeightFiles
+from veneer.dtypes import DTYPES
+from veneer.merging.base_files import WeightFiles
 from veneer.merging.skeleton import Stored
 from veneer.source import MODEL_CONFIG, Source
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.dtypes import DTYPES
 from veneer.errors import MergeError, UnsupportedError
-from veneer.merging.base_files import DTYPES, FLOATS, NAMES, WeightFiles
+from veneer.merging.base_files import FLOATS, NAMES, WeightFiles
 from veneer.merging.changes import Changes, owner, tie_groups
 from veneer.merging.layout import OutFile, Wanted, lay_out
 from veneer.merging.new_bias import NewBiases
