@@ -25,7 +25,7 @@ class AdaptedAttention(AdaptedLayer):
         """The base module's output under the selected adapters; arguments and results are its own."""
         output = self.base_layer(*args, **kwargs)
         selection = self.switch.selection
-        names = self.here(selection.names if selection.rows is None else selection.used)
+        names = self.here(selection.applied)
         if not names:
             return output
         x: Tensor = args[0] if args else kwargs["hidden_states"]

@@ -18,7 +18,7 @@ class AdaptedBlock(AdaptedLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base block's output under the selected adapters; arguments and results are its own."""
         selection = self.switch.selection
-        names = self.here(selection.names if selection.rows is None else selection.used)
+        names = self.here(selection.applied)
         if not names:
             return self.base_layer(*args, **kwargs)
         h: Tensor = args[0] if args else kwargs["hidden_states"]
@@ -30,8 +30,8 @@ class AdaptedBlock(AdaptedLayer):
         output = self.base_layer(h, *args[1:], **kwargs)
         y: Tensor = output[0] if isinstance(output, tuple) else output
         for name, route in routes.items():
-            own = y if selection.rows is None else y[selection.groups(len(y), y.device)[name]]
-            current[name] = route.moved_on(current[name].to(y.device), own)
+            rows = selection.rows_of(name, len(y), y.device)
+            current[name] = route.moved_on(current[name].to(y.device), y if rows is None else y[rows])
         return output
 
     def _route(self, name: str) -> Riding:
@@ -39,7 +39,7 @@ class AdaptedBlock(AdaptedLayer):
 
     def _moved(self, name: str, route: Riding, selection: Selection, h: Tensor, state: Tensor) -> Tensor:
         """``h``, shape ``(rows, length, hidden)``, with what an adapter adds to its rows."""
-        rows = None if selection.rows is None else selection.groups(len(h), h.device)[name]
+        rows = selection.rows_of(name, len(h), h.device)
         own = h if rows is None else h[rows]
         own = own + route(own.float() - state.to(h.device).float(), self.training).to(h.dtype)
         return own if rows is None else h.index_copy(0, rows, own)

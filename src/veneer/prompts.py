@@ -319,8 +319,7 @@ class Prompts(nn.Module):
 
     def _active(self, fills_cache: bool) -> list[str]:
         """The selected prompts of one kind."""
-        selection = self.switch.selection
-        names = dict.fromkeys(selection.names if selection.rows is None else selection.rows)
+        names = self.switch.selection.applied
         return [n for n in names if n in self.methods and self.methods[n].fills_cache == fills_cache]
 
     def _rows(self, fills_cache: bool, rows: int, device: torch.device) -> dict[str, Tensor | None]:

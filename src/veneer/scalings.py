@@ -76,8 +76,7 @@ class Scalings:
 
     def _selected(self) -> dict[str, XLoraConfig]:
         selection = self.adapters.switch.selection
-        names = selection.names if selection.rows is None else selection.used
-        configs = {name: self.adapters.entries[name].config for name in sorted(names)}
+        configs = {name: self.adapters.entries[name].config for name in sorted(selection.applied)}
         return {name: config for name, config in configs.items() if isinstance(config, XLoraConfig)}
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

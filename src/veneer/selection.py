@@ -50,6 +50,15 @@ class Selection:
         """The adapters that rows name, each once."""
         return tuple(dict.fromkeys(name for name in self.rows or () if name != BASE))
 
+    @property
+    def applied(self) -> tuple[str, ...]:
+        """The adapters of the pass, each once, whether all rows use them or some."""
+        return self.names if self.rows is None else self.used
+
+    def rows_of(self, name: str, length: int, device: torch.device) -> Tensor | None:
+        """The indices of the rows that use an adapter, as in :meth:`groups`; ``None`` is all of them."""
+        return None if self.rows is None else self.groups(length, device)[name]
+
     def order(self, names: tuple[str, ...], length: int, device: torch.device) -> RowOrder:
         """How ``length`` rows are sorted by adapter, for the layers on which ``names`` are stacked."""
         key = (names, length, device)

@@ -72,7 +72,7 @@ class Shadows:
 
     def _selected(self) -> dict[str, ShadowConfig]:
         selection = self.adapters.switch.selection
-        names = selection.names if selection.rows is None else selection.used
+        names = selection.applied
         configs = {name: self.adapters.entries[name].config for name in names}
         found = {name: config for name, config in configs.items() if isinstance(config, ShadowConfig)}
         other = next((name for name in names if isinstance(configs[name], XLoraConfig)), None)
@@ -101,7 +101,7 @@ class Shadows:
         first = {}
         for name, config in configs.items():
             made = self._run(module, call, name, config)
-            rows = None if selection.rows is None else selection.groups(len(made), made.device)[name]
+            rows = selection.rows_of(name, len(made), made.device)
             first[name] = made if rows is None else made[rows]
         _FIRST.set(first)
         _STATES.set(dict(first))
@@ -165,8 +165,8 @@ class Shadows:
         output.loss = loss
 
     def _own_labels(self, name: str, labels: Tensor) -> Tensor:
-        selection = self.adapters.switch.selection
-        return labels if selection.rows is None else labels[selection.groups(len(labels), labels.device)[name]]
+        rows = self.adapters.switch.selection.rows_of(name, len(labels), labels.device)
+        return labels if rows is None else labels[rows]
 
 
 def _after_stack(module: nn.Module, args: Any, output: Any) -> None:
