@@ -21,7 +21,8 @@ FEEDFORWARD = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward
 SOME = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
 LORA: Mapping[str, Any] = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"}
 
-# label -> the config's class, the same here and in peft, and its options.
+# label -> the config's class, the same here and in peft, and its options. All that fit weights, as the page of methods
+# calls them; those that are given a prompt, tasks or other adapters run otherwise.
 METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "LoRA": ("LoraConfig", LORA),
     "DoRA": ("LoraConfig", {**LORA, "use_dora": True}),
@@ -30,6 +31,31 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "LoHa": ("LoHaConfig", {"r": 8, "alpha": 8, **SOME}),
     "LoKr": ("LoKrConfig", {"r": 8, "alpha": 8, **SOME}),
     "OFT": ("OFTConfig", {"oft_block_size": 32, **SOME}),
+    "AdaLoRA": ("AdaLoraConfig", {"init_r": 12, "total_step": 100, **SOME}),
+    "BEFT": ("BeftConfig", SOME),
+    "BOFT": ("BOFTConfig", {"boft_block_size": 8, **SOME}),
+    "C3A": ("C3AConfig", {"block_size": 64, **SOME}),
+    "DEFT": ("DeftConfig", SOME),
+    "DeLoRA": ("DeloraConfig", {"r": 8, **SOME}),
+    "FourierFT": ("FourierFTConfig", {"n_frequency": 1000, **SOME}),
+    "GLoRA": ("GloraConfig", {"r": 8, **SOME}),
+    "GraLoRA": ("GraloraConfig", {"r": 32, "gralora_k": 2, **SOME}),
+    "HiRA": ("HiraConfig", {"r": 8, **SOME}),
+    "HRA": ("HRAConfig", {"r": 8, **SOME}),
+    "Lily": ("LilyConfig", {"r": 8, "num_B": 3, **SOME}),
+    "LN_Tuning": ("LNTuningConfig", {"target_modules": ["input_layernorm", "post_attention_layernorm"]}),
+    "MiSS": ("MissConfig", {"r": 64, **SOME}),
+    "PEANuT": ("PeanutConfig", {"r": 8, **SOME}),
+    "PSOFT": ("PsoftConfig", {"r": 16, **SOME}),
+    "PVeRA": ("PveraConfig", {"r": 64, "target_modules": ["q_proj", "o_proj"]}),
+    "RandLoRA": ("RandLoraConfig", {"r": 16, **SOME}),
+    "RoAd": ("RoadConfig", {"group_size": 64, **SOME}),
+    "SHiRA": ("ShiraConfig", {"r": 8, **SOME}),
+    "SuperTuning": ("SupertuningConfig", {"sparsity": 0.99, **SOME}),
+    "TinyLoRA": ("TinyLoraConfig", {"r": 4, "u": 8, **SOME}),
+    "UniLoRA": ("UniLoraConfig", {"r": 4, "theta_d_length": 256, **SOME}),
+    "VBLoRA": ("VBLoRAConfig", {"num_vectors": 60, "vector_length": 64, **SOME}),
+    "WaveFT": ("WaveFTConfig", {"n_frequency": 1000, **SOME}),
 }
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import materials
 import merge_to_disk
 
 HERE = Path(__file__).parent
@@ -96,9 +97,9 @@ def rows() -> list[Row]:
         Row("import alone", "process 135M bfloat16", "import", most=0.05),
         Row("inspect, whole process", "process 135M bfloat16", "inspect", most=0.2),
     ]
-    for name in ("LoRA", "DoRA", "VeRA", "IA3", "LoHa", "LoKr", "OFT"):
+    for name in materials.METHODS:
         for how in ("decode", "prefill"):
-            found.append(Row(f"{name} / base, {how}", "methods 135M bfloat16", f"{name} {how}"))
+            found.append(Row(f"{name} / base, {how}", f"methods:{name} 135M bfloat16", how))
     return found
 
 

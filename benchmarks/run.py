@@ -38,11 +38,13 @@ SMALL_ONLY = frozenset({"mixed64", "methods", "save", "process"})
 BFLOAT16_ONLY = frozenset({*SMALL_ONLY, "attach"})
 # Seconds after which one measurement is given up.
 LIMIT = 240
+# The section that runs once for each method, each in processes of its own: ``methods:LoRA``.
+METHODS = "methods"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A section on a model in a dtype."""
+    """A section on a model in a dtype; the section ``methods`` with one of them after a colon."""
 
     section: str
     model: str
@@ -53,11 +55,16 @@ class Job:
         return f"{self.section} {self.model} {self.dtype}"
 
     @property
+    def method(self) -> str:
+        return self.section.partition(":")[2]
+
+    @property
     def is_meant(self) -> bool:
-        if self.section == "mixed" and self.dtype == "float32":
+        section = METHODS if self.method else self.section
+        if section == "mixed" and self.dtype == "float32":
             return self.model == "135M"
-        return not (self.section in SMALL_ONLY and self.model != "135M") and not (
-            self.section in BFLOAT16_ONLY and self.dtype != "bfloat16"
+        return not (section in SMALL_ONLY and self.model != "135M") and not (
+            section in BFLOAT16_ONLY and self.dtype != "bfloat16"
         )
 
     def prepare(self) -> None:
@@ -66,12 +73,8 @@ class Job:
         materials.adapter(self.model)
         for copy in range(copies):
             materials.adapter(self.model, copy=copy + 1)
-        if self.section == "methods":
-            import veneer
-
-            for name, (kind, _) in materials.METHODS.items():
-                if hasattr(veneer, kind):
-                    materials.adapter(self.model, name)
+        if self.method:
+            materials.adapter(self.model, self.method)
 
     def run(self, side: str, limit: float) -> dict[str, float]:
         """The figures of one side, from a fresh process; ``RuntimeError`` when it fails or takes too long."""
@@ -149,6 +152,12 @@ def forget(kept: report.Results, jobs: Iterable[Job]) -> None:
             failed.pop(f"{job.key}, {side}", None)
 
 
+def named(sections: Iterable[str]) -> list[str]:
+    """The sections to run, that of the methods as one for each."""
+    each = [f"{METHODS}:{name}" for name in materials.METHODS]
+    return [own for section in sections for own in (each if section == METHODS else [section])]
+
+
 def merge_to_disk(quick: bool) -> None:
     """The merge from folder to folder, which has a script and a file of results of its own."""
     command = [sys.executable, str(HERE / "merge_to_disk.py"), *(["--models", "135M"] if quick else ["--keep"])]
@@ -160,7 +169,9 @@ def merge_to_disk(quick: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", choices=[[], *SECTIONS], metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument(
+        "sections", nargs="*", choices=[[], *SECTIONS, *named([METHODS])], metavar="SECTION", help=", ".join(SECTIONS)
+    )
     parser.add_argument("--model", choices=MODELS, help="both unless given")
     parser.add_argument("--dtype", choices=DTYPES, help="both unless given")
     parser.add_argument("--rounds", type=int, default=3)
@@ -174,7 +185,7 @@ def main() -> None:
         models = [asked.model] if asked.model else MODELS[: 1 if asked.quick else 2]
         dtypes = [asked.dtype] if asked.dtype else DTYPES[: 1 if asked.quick else 2]
         # The small model first, which is quick and says most.
-        every = [Job(s, m, d) for m in models for d in dtypes for s in (asked.sections or SECTIONS)]
+        every = [Job(s, m, d) for m in models for d in dtypes for s in named(asked.sections or SECTIONS)]
         jobs = [job for job in every if job.is_meant]
         if asked.resume:
             kept.pop(report.FAILED, None)  # to be tried again
@@ -182,7 +193,8 @@ def main() -> None:
             forget(kept, jobs)
         run = Run(kept, time.monotonic() + 60 * asked.minutes, not asked.quick)
         for number in range(1, 1 + (1 if asked.quick else asked.rounds)):
-            run.round(jobs, number)
+            # Their figures are ratios of one process each, and there are many: one round says enough.
+            run.round([job for job in jobs if number == 1 or not job.method], number)
         if not asked.sections:
             merge_to_disk(asked.quick)
     if not asked.quick:

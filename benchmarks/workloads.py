@@ -270,21 +270,19 @@ def memory(bench: Bench) -> Figures:
     return {"peak in use, MB": peak()}
 
 
-def methods(bench: Bench) -> Figures:
-    """Each method unmerged beside the base: a prefill of 64 tokens, and decoding. Ratios."""
-    import veneer
+def methods(bench: Bench, method: str) -> Figures:
+    """One method unmerged beside the base: decoding, and a prefill of 64 tokens. Ratios."""
+    plain, model = bench.base(), bench.adapted(method)
+    return {
+        "decode": beside(decode(plain, 8), decode(model, 8)),
+        "prefill": beside(prefill(plain, 64), prefill(model, 64)),
+    }
 
-    plain = bench.base()
-    found: Figures = {}
-    for name, (kind, _) in materials.METHODS.items():
-        if not hasattr(veneer, kind):
-            continue
-        model = bench.adapted(name)
-        decodes = in_turns({"base": decode(plain, 8), "own": decode(model, 8)}, 4)
-        prefills = in_turns({"base": prefill(plain, 64), "own": prefill(model, 64)}, 2)
-        found[f"{name} decode"] = decodes["own"] / decodes["base"]
-        found[f"{name} prefill"] = prefills["own"] / prefills["base"]
-    return found
+
+def beside(base: Action, own: Action) -> float:
+    """How many times the base's time the other takes; one that takes seconds is run once."""
+    figures = in_turns({"base": base, "own": own}, 5 if timed(own)[0] < 1 else 1)
+    return figures["own"] / figures["base"]
 
 
 def process(bench: Bench) -> Figures:
@@ -307,7 +305,7 @@ def process(bench: Bench) -> Figures:
     return found
 
 
-SECTIONS: Mapping[str, Callable[[Bench], Figures]] = {
+SECTIONS: Mapping[str, Callable[..., Figures]] = {
     section.__name__: section
     for section in (attach, forward, train, mixed, mixed64, merge, load, save, memory, methods, process)
 }
@@ -315,7 +313,7 @@ SECTIONS: Mapping[str, Callable[[Bench], Figures]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("section", choices=SECTIONS)
+    parser.add_argument("section", help=f"{', '.join(SECTIONS)}; methods with one of them, as in methods:LoRA")
     parser.add_argument("model", choices=("135M", "1B"))
     parser.add_argument("dtype", choices=("bfloat16", "float32"))
     parser.add_argument("side", choices=("veneer", "peft"))
@@ -323,7 +321,9 @@ def main() -> None:
     # The figures are the output: no progress bars, and no warnings that are peft's own.
     os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
     warnings.simplefilter("ignore")
-    print(json.dumps(SECTIONS[asked.section](Bench(asked.side, asked.model, asked.dtype))))
+    section, _, method = asked.section.partition(":")
+    figures = SECTIONS[section](Bench(asked.side, asked.model, asked.dtype), *([method] if method else []))
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -90,6 +90,20 @@ def test_drift_that_all_share_is_no_noise() -> None:
     assert said.cautions[-1] == "it has no effect"
 
 
+def test_a_part_that_scatters_counts_by_its_share_of_a_request() -> None:
+    wild = (1.0, 1.4, 0.7, 1.2, 0.9)
+    found = made.figures(ONE)
+    shaken = [
+        replace(f, samples=tuple(value * j for value, j in zip(f.samples, wild, strict=True)))
+        if (f.quantity, f.variant, f.batch) == ("first", "unmerged", 1)
+        else f
+        for f in found
+    ]
+    # A row's first token takes 0.128 of its 0.768 seconds.
+    margin = recommend(ONE, shaken, made.fidelity(ONE), made.needs(ONE)).margin
+    assert 0.02 < margin < 0.4 / 4
+
+
 def test_the_time_left_is_learned_from_what_is_done() -> None:
     now = [0.0]
     told: list[Progress] = []

@@ -126,12 +126,9 @@ def _row(name: str) -> list[str]:
 
 def _overhead(name: str) -> str:
     """Decoding unmerged beside the base, by the benchmark's medians; its labels are the methods' names as written."""
-    sides = json.loads(MEASURED.read_text()).get("methods 135M bfloat16", {})
-    figures = {}
-    for side, runs in sides.items():
-        values = [run[key] for run in runs for key in run if key.upper() == f"{name} DECODE"]
-        if values:
-            figures[side] = f"{statistics.median(values):.2f}"
+    kept = json.loads(MEASURED.read_text())
+    sides = next((kept[key] for key in kept if key.upper() == f"METHODS:{name} 135M BFLOAT16"), {})
+    figures = {side: f"{statistics.median(run['decode'] for run in runs):.2f}" for side, runs in sides.items() if runs}
     if "veneer" not in figures:
         return ""
     return figures["veneer"] + (f" ({figures['peft']})" if "peft" in figures else "")

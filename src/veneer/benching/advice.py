@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from veneer.benching import formats
 from veneer.benching.cost import BreakEven, Measured, Needs, Plan, Speed, break_even, choose, plans
@@ -60,13 +61,25 @@ class Figures:
         batch = min(self.setup.batch)
         return self.median("first", variant, batch, self.length) / batch
 
+    @property
+    def steps(self) -> int:
+        """How many steps a request takes after its first token."""
+        return 1 if self.setup.kind == "forward" else self.setup.new_tokens - 1
+
+    def requests(self, variant: str, batch: int) -> list[float]:
+        """Seconds of a whole request, round by round."""
+        first, step = (self.samples(quantity, variant, batch, self.length) for quantity in ("first", self.step))
+        return [a + self.steps * b for a, b in zip_longest(first, step, fillvalue=0.0)]
+
     def noise(self) -> float:
-        """How far the ratio of unmerged to merged may be off, as a share; at least ``LEAST_MARGIN``."""
+        """How far the ratio of unmerged to merged may be off, as a share; at least ``LEAST_MARGIN``.
+
+        Of whole requests, as the plans weigh them: a part that scatters counts by its share of a request's time.
+        """
         spreads = [
             spread(found).relative
-            for quantity in ("first", self.step)
             for batch in self.setup.batch
-            if (found := ratios(*(self.samples(quantity, v, batch, self.length) for v in ("unmerged", "merged"))))
+            if (found := ratios(self.requests("unmerged", batch), self.requests("merged", batch)))
         ]
         return max([LEAST_MARGIN, *spreads])
 
@@ -83,7 +96,7 @@ def measured(figures: Figures) -> Measured:
             "shared": figures.first("switching" if several else "unmerged"),
         },
         step={"merged": figures.speed("merged"), "unmerged": figures.speed("unmerged"), "shared": shared},
-        steps=1 if setup.kind == "forward" else setup.new_tokens - 1,
+        steps=figures.steps,
         attach=figures.median("attach", "unmerged"),
         merge=figures.median("merge", "merged"),
         runtime=max(round(figures.median("serving", "base") - base), 0),
