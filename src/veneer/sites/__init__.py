@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers.pytorch_utils import Conv1D
 
 from veneer.sites.conv import ConvSite
+from veneer.sites.conv1d import Conv1D
 from veneer.sites.embedding import EmbeddingSite
 from veneer.sites.linear import Conv1DSite, LinearSite
 from veneer.sites.packed import PackedSite, packer, refusal
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 # Kinds that can carry an adapter, most common first; the first that fits a layer is used.
-KINDS: tuple[tuple[type[nn.Module], Callable[[str, nn.Module], Site]], ...] = (
+KINDS: tuple[tuple[type, Callable[[str, nn.Module], Site]], ...] = (
     (nn.Linear, LinearSite),
     (Conv1D, Conv1DSite),
     (nn.Embedding, EmbeddingSite),

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
+from veneer.sites.conv1d import is_plain_conv1d
 from veneer.sites.site import Site
 
 
@@ -52,6 +52,6 @@ class Conv1DSite(LinearSite):
         return matrix.T
 
     def base_with(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-        if type(self.module) is Conv1D and len(args) == 1 and not kwargs:
+        if is_plain_conv1d(self.module) and len(args) == 1 and not kwargs:
             return F.linear(args[0], weight.T, bias)
         return Site.base_with(self, weight, bias, *args, **kwargs)
