@@ -20,7 +20,7 @@ from veneer.sites import Site
 from veneer.sites.site import unsupported
 
 # What inference keeps of a layer's lowered patches is at most one such part of the weight's own memory.
-KEPT_PART = 4
+KEPT_PART = 2
 
 # What every module keeps beside its tensors, empty at first: name -> what makes it.
 _KEPT = {k: type(v) for k, v in vars(nn.Module()).items() if k not in ("training", "_parameters")}

@@ -25,6 +25,7 @@ from veneer.factors import Factor
 from veneer.positions import Gate
 from veneer.route import Route
 from veneer.sites.site import Site
+from veneer.structured import Structured
 
 GATED = "An adapter that acts on some tokens only (alora_invocation_tokens) cannot be a part of a weight."
 
@@ -53,7 +54,7 @@ class Patch:
         down: ``V``, shape ``(r, in)``.
         scale: multiplies ``U V``.
         dropout: share of the input to ``U V`` and ``D`` that is dropped while training.
-        dense: ``D``, shape ``(out, in)``.
+        dense: ``D``, shape ``(out, in)``; a linear layer's may be given in a form cheaper than a matrix.
         inner: ``I``.
         outer: ``O``.
         outer_on_bias: whether ``O`` multiplies the bias too.
@@ -68,7 +69,7 @@ class Patch:
     down: Tensor | None = None
     scale: float = 1.0
     dropout: float = 0.0
-    dense: Tensor | None = None
+    dense: Tensor | Structured | None = None
     inner: Factor | None = None
     outer: Factor | None = None
     outer_on_bias: bool = False
@@ -87,7 +88,7 @@ class Patch:
             and bool(self.up.count_nonzero())
             and bool(self.down.count_nonzero())
         )
-        added = any(t is not None and bool(t.count_nonzero()) for t in (self.dense, self.shift))
+        added = any(_changes(part) for part in (self.dense, self.shift))
         turned = any(factor is not None and factor.changes() for factor in (self.inner, self.outer))
         routed = self.route is not None and self.route.changes()
         return low_rank or added or turned or routed or self.tokens is not None
@@ -126,7 +127,8 @@ class Patch:
         added = ("up", "down", "scale", "dropout", "dense", "shift", "drop")
         if any(getattr(self, f.name) is not f.default for f in fields(self) if f.name not in added):
             return None
-        dense, shift = (None if t is None else t * weight for t in (self.dense, self.shift))
+        dense = self.dense.times(weight) if isinstance(self.dense, Structured) else _times(self.dense, weight)
+        shift = _times(self.shift, weight)
         return replace(self, scale=self.scale * weight, dense=dense, shift=shift)
 
     def take(self, rows: Tensor, whole: torch.Size) -> Patch:
@@ -156,7 +158,7 @@ class Patch:
             else:
                 rows = rows + self.scale * (up @ down)
         if self.dense is not None:
-            rows = rows + self.dense[..., start:stop, :].float()
+            rows = rows + _rows(self.dense, start, stop).float()
         if self.outer is not None:
             rows = _outer_rows(self.outer, rows, start, stop)
         return rows if self.tokens is None else _with_tokens(self.tokens, rows, start, stop)
@@ -189,8 +191,7 @@ class Patch:
         if self.up is not None and self.down is not None:
             y = y + self._low_rank_output(x, y, site)
         if self.dense is not None:
-            dtype = torch.promote_types(y.dtype, self.dense.dtype)
-            y = y + site.product(_as(x, dtype), self.dense.to(dtype))
+            y = y + _product(site, x, self.dense, torch.promote_types(y.dtype, self.dense.dtype))
         if self.route is not None:
             y = y + self.route(x, training)
         if self.outer is not None:
@@ -218,8 +219,27 @@ class Patch:
         return y if kept is None else y + kept
 
 
+def _changes(part: Tensor | Structured | None) -> bool:
+    if part is None:
+        return False
+    return part.changes() if isinstance(part, Structured) else bool(part.count_nonzero())
+
+
+def _rows(matrix: Tensor | Structured, start: int, stop: int) -> Tensor:
+    return matrix.rows(start, stop) if isinstance(matrix, Structured) else matrix[..., start:stop, :]
+
+
+def _product(site: Site, x: Tensor, matrix: Tensor | Structured, dtype: torch.dtype) -> Tensor:
+    own = _as(x, dtype)
+    return matrix.apply(own) if isinstance(matrix, Structured) else site.product(own, matrix.to(dtype))
+
+
+def _times(values: Tensor | None, factor: float) -> Tensor | None:
+    return None if values is None else values * factor
+
+
 def _nbytes(value: Any) -> int:
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, Structured)):
         return value.nbytes
     if is_dataclass(value):
         return sum(_nbytes(getattr(value, f.name)) for f in fields(value))

@@ -59,6 +59,17 @@ def test_rows_that_are_kept_are_scaled_up() -> None:
     assert torch.allclose(dropped.dense[kept] * kept.float().mean(), whole.dense[kept])
 
 
+def test_rows_of_two_factors_are_those_of_the_first() -> None:
+    torch.manual_seed(0)
+    model = adapted("LoHaConfig", r=1, rank_dropout=0.5)
+    layer = model.get_base_model().model.layers[0].mlp.down_proj
+    [whole], [dropped] = layer.patches(["default"]), layer.train().patches_now(["default"])
+    assert whole.dense is None
+    kept = dropped.up.abs().sum(1) > 0
+    assert 0 < kept.sum() < len(kept)
+    assert torch.equal(dropped.down, whole.down)
+
+
 @pytest.mark.parametrize(("kind", "name"), [("OFTConfig", "module_dropout"), ("BOFTConfig", "boft_dropout")])
 def test_blocks_of_a_rotation_are_the_identity(kind: str, name: str) -> None:
     torch.manual_seed(0)

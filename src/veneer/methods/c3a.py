@@ -17,6 +17,7 @@ from veneer.methods.method import Base, Method
 from veneer.patch import Patch
 from veneer.sites import Site
 from veneer.sites.linear import LinearSite
+from veneer.structured import Circulant
 from veneer.targets import pattern_value
 
 KERNEL = "c3a_kernel"
@@ -56,10 +57,7 @@ class C3A(Method[C3AConfig, int]):
         return {KERNEL: kernel}
 
     def lower(self, settings: int, tensors: Mapping[str, Tensor], base: Base) -> Patch:
-        kernel = tensors[KERNEL].float()
-        step = torch.arange(settings, device=kernel.device)
-        blocks = kernel[:, :, (step - step.unsqueeze(1)) % settings]
-        return Patch(dense=blocks.transpose(1, 2).reshape(base.site.shape) / base.site.shape[1])
+        return Patch(dense=Circulant(tensors[KERNEL].float() / base.site.shape[1]))
 
 
 METHOD = C3A()

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from veneer.factors import Blocks, Factor
 from veneer.patch import Patch
+from veneer.structured import made_whole
 
 Drop = Callable[[Patch], Patch]
 
 
 def of_delta(module: float, rows: float, rescale: bool) -> Drop | None:
-    """Leave out all of ``D`` in a share ``module`` of the steps, else a share ``rows`` of its rows.
+    """Leave out all of ``U V`` or ``D`` in a share ``module`` of the steps, else a share ``rows`` of its rows.
 
     Args:
         module: from 0 to 1.
@@ -24,10 +25,14 @@ def of_delta(module: float, rows: float, rescale: bool) -> Drop | None:
     """
 
     def drop(patch: Patch) -> Patch:
-        assert patch.dense is not None
         if float(torch.rand(1)) < module:
             return Patch()
-        return replace(patch, dense=_some_rows(patch.dense, rows, rescale) if rows else patch.dense)
+        if not rows:
+            return patch
+        if patch.up is not None:
+            return replace(patch, up=_some_rows(patch.up, rows, rescale))
+        assert patch.dense is not None
+        return replace(patch, dense=_some_rows(made_whole(patch.dense), rows, rescale))
 
     return drop if module or rows else None
 

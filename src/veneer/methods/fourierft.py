@@ -13,10 +13,11 @@ from torch import Tensor
 
 from veneer.configs.fourierft import FourierFTConfig
 from veneer.methods.method import Base, Method
-from veneer.methods.places import random_places, spread
+from veneer.methods.places import random_places
 from veneer.patch import Patch
 from veneer.sites import Site
 from veneer.sites.linear import LinearSite
+from veneer.structured import Sparse, Transformed
 from veneer.targets import pattern_value
 
 SPECTRUM = "fourierft_spectrum"
@@ -50,8 +51,21 @@ class FourierFT(Method[FourierFTConfig, FourierFTSettings]):
         return {SPECTRUM: torch.empty(settings.places.shape).normal_(std=std, generator=generator)}
 
     def lower(self, settings: FourierFTSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
-        spectrum = spread(tensors[SPECTRUM].float(), settings.places, *base.site.shape)
-        return Patch(dense=torch.fft.ifft2(spectrum).real * settings.scale)
+        # Scaled here: the inverse transform of the input is the matrix's along its inputs, that of S's output the rest.
+        values = tensors[SPECTRUM].float() * settings.scale
+        places, shape = settings.places.to(values.device, torch.int32), base.site.shape
+        sparse = Sparse(values, places // shape[1], places % shape[1], shape)
+        return Patch(dense=Transformed(sparse, torch.fft.ifft, _real_inverse, _whole))
 
 
 METHOD = FourierFT()
+
+
+def _real_inverse(spectrum: Tensor) -> Tensor:
+    found: Tensor = torch.fft.ifft(spectrum)
+    return found.real
+
+
+def _whole(spectrum: Tensor) -> Tensor:
+    found: Tensor = torch.fft.ifft2(spectrum)
+    return found.real

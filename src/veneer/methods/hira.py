@@ -23,6 +23,7 @@ from veneer.sites import Site
 from veneer.sites.conv import ConvSite
 from veneer.sites.embedding import EmbeddingSite
 from veneer.sites.linear import LinearSite
+from veneer.structured import EntryScaled
 from veneer.targets import pattern_value
 
 A, B = "hira_A", "hira_B"
@@ -72,6 +73,8 @@ class Hira(Method[HiraConfig, HiraSettings]):
 
     def lower(self, settings: HiraSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
         down, up = (tensors[leaf].flatten(1).float() for leaf in self.shapes(settings, base.site))
+        if isinstance(base.site, LinearSite):
+            return Patch(dense=EntryScaled(base.base_weight(), up, down), dropout=settings.dropout)
         return Patch(dense=base.base_weight().float() * (up @ down), dropout=settings.dropout)
 
 

@@ -4,6 +4,9 @@
 
 A convolution's two matrices can each be a Tucker decomposition of its kernels instead (proposition 3): a core
 ``(r, r, k1, k2)`` with A: (r, out) and B: (r, in).
+
+The entrywise product of two matrices of rank r has rank r^2: its factors are all products of a column of A1 with one of
+A2, and of a row of B1 with one of B2 (proposition 1). A layer large enough for it applies these, and no whole matrix.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch import Tensor
 from veneer.configs.loha import LoHaConfig
 from veneer.methods.dropout import Drop, of_delta
 from veneer.methods.method import Base, Method
-from veneer.methods.tucker import channels, core_kernel, started, tucker
+from veneer.methods.tucker import as_low_rank, channels, core_kernel, started, tucker
 from veneer.patch import Patch
 from veneer.sites import Site
 from veneer.sites.conv import ConvSite
@@ -64,6 +67,10 @@ class LoHa(Method[LoHaConfig, LoHaSettings]):
         return started(self.shapes(settings, base.site), {B2} if config.init_weights else set(), generator)
 
     def lower(self, settings: LoHaSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        if as_low_rank(settings.r**2, base.site):
+            up = (tensors[A1].unsqueeze(2) * tensors[A2].unsqueeze(1)).flatten(1)
+            down = (tensors[B1].unsqueeze(1) * tensors[B2].unsqueeze(0)).flatten(0, 1)
+            return Patch(up=up, down=down, scale=settings.scale, drop=settings.drop)
         if settings.core is None:
             first, second = tensors[A1] @ tensors[B1], tensors[A2] @ tensors[B2]
         else:

@@ -5,6 +5,8 @@
 Either factor is held whole or, where the rank is small enough to save anything, as a product of two: C = C1 C2 and
 D = D1 D2. Of a convolution D holds the kernels too: whole ``(b, d, k1, k2)``, a product ``(b, r) (r, d * k1 * k2)``,
 or a Tucker decomposition.
+
+A linear layer's change is applied factor by factor, and made whole only to be merged.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from veneer.patch import Patch
 from veneer.sites import Site
 from veneer.sites.conv import ConvSite
 from veneer.sites.linear import LinearSite
+from veneer.structured import Kronecker
 from veneer.targets import pattern_value
 
 C, C1, C2 = "lokr_w1", "lokr_w1_a", "lokr_w1_b"
@@ -84,6 +87,8 @@ class LoKr(Method[LoKrConfig, LoKrSettings]):
             second = tensors[D1] @ tensors[D2]
         else:
             second = tucker(tensors[CORE], tensors[D1], tensors[D2])
+        if isinstance(base.site, LinearSite):
+            return Patch(dense=Kronecker(settings.scale * first, second), drop=settings.drop)
         if second.ndim == 4:
             first = first[..., None, None]
         # With a whole D of one spatial dimension peft pairs C with the last two of its three, which is no product of

@@ -15,10 +15,11 @@ from torch import Tensor
 from veneer.configs.shira import ShiraConfig
 from veneer.errors import UnsupportedError
 from veneer.methods.method import Base, Method
-from veneer.methods.places import random_places, spread
+from veneer.methods.places import random_places
 from veneer.patch import Patch
 from veneer.sites import Site
 from veneer.sites.linear import LinearSite
+from veneer.structured import Sparse
 
 VALUES = "shira_weight"
 PLACES = "shira_indices"
@@ -51,8 +52,8 @@ class Shira(Method[ShiraConfig, int]):
         return {VALUES: values, PLACES: torch.stack([places // columns, places % columns]).int()}
 
     def lower(self, settings: int, tensors: Mapping[str, Tensor], base: Base) -> Patch:
-        row, column = tensors[PLACES].long()
-        return Patch(dense=spread(tensors[VALUES], row * base.site.shape[1] + column, *base.site.shape))
+        row, column = tensors[PLACES].int()
+        return Patch(dense=Sparse(tensors[VALUES], row, column, base.site.shape))
 
 
 METHOD = Shira()

@@ -20,6 +20,7 @@ from veneer.patch import Patch
 from veneer.sites import Site
 from veneer.sites.linear import LinearSite
 from veneer.sites.site import unsupported
+from veneer.structured import Sparse
 
 VALUES = "supertuning_values"
 INDICES = "supertuning_indices"
@@ -64,10 +65,8 @@ class Supertuning(Method[SupertuningConfig, SupertuningConfig]):
         return [{INDICES: _chosen(config, base)} for base in bases]
 
     def lower(self, settings: SupertuningConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
-        out, inner = base.site.shape
-        values = tensors[VALUES]
-        dense = torch.zeros(out * inner, dtype=values.dtype, device=values.device)
-        dense = dense.scatter_add(0, tensors[INDICES].long(), values).view(out, inner)
+        places, columns = tensors[INDICES].int(), base.site.shape[1]
+        dense = Sparse(tensors[VALUES], places // columns, places % columns, base.site.shape)
         if settings.r is None or settings.lora_alpha is None:
             return Patch(dense=dense)
         scale = settings.lora_alpha / settings.r

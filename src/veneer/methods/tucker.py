@@ -1,4 +1,4 @@
-"""What LoHa and LoKr share: kernels of a convolution rebuilt from a Tucker decomposition, and how both start."""
+"""What LoHa and LoKr share: kernels of a Tucker decomposition, when a low-rank form pays, and how both start."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from veneer.sites import Site
 from veneer.sites.conv import ConvSite
+from veneer.sites.linear import LinearSite
 from veneer.sites.site import unsupported
 
 
@@ -35,6 +36,15 @@ def core_kernel(site: Site, wanted: bool) -> tuple[int, int] | None:
 def channels(site: Site) -> int:
     """How many input channels one kernel of the layer sees; of a linear layer, its inputs."""
     return site.stored.shape[1] if isinstance(site, ConvSite) else site.shape[1]
+
+
+def as_low_rank(rank: int, site: Site) -> bool:
+    """Whether a change of this rank is better held as two factors than as a matrix: where these are half its size.
+
+    On a convolution it is a matrix: what it adds may stay within groups of channels, which two factors do not.
+    """
+    out, inner = site.shape
+    return isinstance(site, LinearSite) and 2 * rank * (out + inner) <= out * inner
 
 
 def started(

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from veneer.configs.waveft import WaveFTConfig
 from veneer.methods.companions import with_companions
 from veneer.methods.method import Base, Method, Part
-from veneer.methods.places import random_places, spread
-from veneer.methods.wavelets import inverse, low_pass
+from veneer.methods.places import random_places
+from veneer.methods.wavelets import between, low_pass
 from veneer.patch import Patch
 from veneer.sites import Site
 from veneer.sites.linear import LinearSite
+from veneer.structured import Sparse
 from veneer.targets import pattern_value
 
 if TYPE_CHECKING:
@@ -80,10 +80,13 @@ class WaveFT(Method[WaveFTConfig, WaveFTSettings]):
 
     def lower(self, settings: WaveFTSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
         rows, columns = base.site.shape
-        matrix = spread(tensors[SPECTRUM].float(), settings.places, rows, columns)
-        if settings.family is not None:
-            matrix = inverse(F.pad(matrix, self._border(settings.family, rows, columns)), settings.family)
-        return Patch(dense=matrix[:rows, :columns] * settings.scale)
+        values = tensors[SPECTRUM].float() * settings.scale
+        places = settings.places.to(values.device, torch.int32)
+        sparse = Sparse(values, places // columns, places % columns, base.site.shape)
+        if settings.family is None:
+            return Patch(dense=sparse)
+        border = self._border(settings.family, rows, columns)
+        return Patch(dense=between(sparse, border, settings.family))
 
     def _border(self, family: str, rows: int, columns: int) -> tuple[int, int, int, int]:
         """How many zeros lie left, right, above and below the coefficients: even sizes, as much as the filter takes."""

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from veneer.errors import MergeError
 from veneer.sites.site import Site
+from veneer.structured import made_whole
 
 if TYPE_CHECKING:
     from veneer.patch import Patch
@@ -97,7 +98,9 @@ class ConvSite(Site):
                 hint="Keep the adapter unmerged, or train with this layer in exclude_modules.",
             )
         dense = patch.scale * own.reshape(self.shape)
-        return replace(patch, up=None, down=None, dense=dense if patch.dense is None else dense + patch.dense)
+        return replace(
+            patch, up=None, down=None, dense=dense if patch.dense is None else dense + made_whole(patch.dense)
+        )
 
     def _across(self, up: Tensor, down: Tensor) -> Tensor:
         """What a low-rank change makes of every group's input for every group's output.
