@@ -20,7 +20,7 @@ OTHERS: dict[str, Any] = {
     "dora": veneer.LoraConfig(r=3, target_modules=TARGETS, init_lora_weights=False, use_dora=True),
     "shifts": veneer.LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False, lora_bias=True),
     "scales": veneer.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"], init_ia3_weights=False),
-    "dense": veneer.LoKrConfig(r=2, target_modules=["v_proj"]),
+    "dense": veneer.LoHaConfig(r=8, target_modules=["v_proj"]),
     "elsewhere": veneer.LoraConfig(r=4, target_modules=["o_proj"], init_lora_weights=False),
 }
 NAMES = ["default", *OTHERS, "__base__"]
