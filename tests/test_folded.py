@@ -207,14 +207,16 @@ def test_half_precision_is_as_near_to_float32_as_the_plain_path(length: int) -> 
     assert gap(folded.float(), expected) < 1.5 * gap(plain.detach().float(), expected) + 1e-3
 
 
-@pytest.mark.parametrize(("method", "kept"), [("turns", True), ("dense", False)])
+@pytest.mark.parametrize(("method", "kept"), [("turns", True), ("norms", True), ("dense", False)])
 def test_small_patches_are_lowered_once_and_large_ones_take_no_memory(
     method: str, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, batch = several("llama"), tokens(1, 3)
     model.add_adapter("turns", veneer.OFTConfig(oft_block_size=4, target_modules=["v_proj"]), seed=1)
-    enlarge(model, "turns", 1)
-    model.set_requires_grad("turns", False)
+    model.add_adapter("norms", veneer.LNTuningConfig(target_modules=["input_layernorm"]), seed=1)
+    for name in ("turns", "norms"):
+        enlarge(model, name, 1)
+        model.set_requires_grad(name, False)
     model.set_adapter(method, inference_mode=True)
     lowered: list[str] = []
     plain = AdaptedLayer.patches

@@ -296,6 +296,8 @@ class AdaptedLayer(nn.Module):
         if folded is not None:
             return folded_forward(folded, self._base if self.merged else self.base_layer, self.switch.widened)
         patches = self.patches(names)
+        if self.site.stored.ndim == 1 and whole_weight(self.site, patches):
+            return partial(self.call_with, *self._whole(patches))
         return partial(self._apply_patches, patches) if self._may_keep(patches) else None
 
     def _may_keep(self, patches: Sequence[Patch]) -> bool:
@@ -318,10 +320,14 @@ class AdaptedLayer(nn.Module):
 
     def _apply_patches(self, patches: Sequence[Patch], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if patches and whole_weight(self.site, patches):
-            weight = self.site.as_stored(composed(self.base_weight(), patches)).to(self.base_stored.dtype)
-            bias = biases(self.base_bias, patches)[-1]
-            return self.call_with(weight, None if bias is None else bias.to(weight.dtype), x, *args, **kwargs)
+            return self.call_with(*self._whole(patches), x, *args, **kwargs)
         return apply(self.site, self.base_bias, self._base, patches, self.training, x, *args, **kwargs)
+
+    def _whole(self, patches: Sequence[Patch]) -> tuple[Tensor, Tensor | None]:
+        """The weight, as stored, and the bias with ``patches``, rounded once."""
+        weight = self.site.as_stored(composed(self.base_weight(), patches)).to(self.base_stored.dtype)
+        bias = biases(self.base_bias, patches)[-1]
+        return weight, None if bias is None else bias.to(weight.dtype)
 
     def _forward_rows(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if selection.packed(x):
