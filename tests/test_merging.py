@@ -126,7 +126,7 @@ def test_nothing_is_left_of_a_merge_that_failed(tmp_path: Path, monkeypatch: pyt
     def fail(*args: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("veneer.merging.folder.shutil.copyfile", fail)
+    monkeypatch.setattr("veneer.merging.writing.shutil.copyfile", fail)
     (base / "tokenizer.json").write_text("{}")
     with pytest.raises(OSError, match="disk full"):
         veneer.merge(adapter, base, out=tmp_path / "out")

@@ -107,8 +107,9 @@ if TYPE_CHECKING:
     from veneer.inspection import Inspection, Problem, inspect
     from veneer.loader import load, load_tokenizer
     from veneer.merging.extract import ExtractReport, extract
-    from veneer.merging.folder import MergeReport, merge
+    from veneer.merging.folder import merge
     from veneer.merging.quantized import QuantizedMerge
+    from veneer.merging.report import MergeReport
     from veneer.merging.undo import UnmergeReport, unmerge
     from veneer.merging.verify import VerifyReport, verify
     from veneer.model import (
@@ -208,7 +209,8 @@ _HOMES = {
         "inspection": "Inspection Problem inspect",
         "loader": "load load_tokenizer",
         "merging.extract": "ExtractReport extract",
-        "merging.folder": "MergeReport merge",
+        "merging.folder": "merge",
+        "merging.report": "MergeReport",
         "merging.undo": "UnmergeReport unmerge",
         "merging.verify": "VerifyReport verify",
         "merging.quantized": "QuantizedMerge",

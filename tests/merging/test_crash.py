@@ -21,7 +21,7 @@ import veneer
 from tests.adapters import saved
 from tests.models import build
 from veneer.errors import CorruptFileError, MergeError
-from veneer.merging import folder as room
+from veneer.merging import writing as room
 from veneer.merging.output import Workshop
 from veneer.merging.works import Rewrite
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from veneer.dtypes import DTYPES
 from veneer.errors import CorruptFileError, MergeError, SourceError
+from veneer.merging.hashing import Stamp, stamp_of
 from veneer.source import Header, TensorInfo
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -34,6 +35,9 @@ class WeightFiles:
 
     Args:
         headers: of its files.
+
+    Attributes:
+        at_opening: file's name -> what it was when it was opened.
     """
 
     headers: Sequence[Header]
@@ -47,20 +51,19 @@ class WeightFiles:
         }
         self.paths: dict[str, Path] = {header.path.name: header.path for header in self.headers}
         self._open: dict[str, int] = {name: _opened(path) for name, path in self.paths.items()}
-        self._stamps = self.stamps()
+        self.at_opening = self.stamps()
 
     def __contains__(self, name: object) -> bool:
         return name in self.places
 
-    def stamps(self) -> dict[str, tuple[int, int, int]]:
-        """File's name -> size, time of change in nanoseconds, and inode."""
-        stats = {name: path.stat() for name, path in self.paths.items()}
-        return {name: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items()}
+    def stamps(self) -> dict[str, Stamp]:
+        """File's name -> what it is now."""
+        return {name: stamp_of(path) for name, path in self.paths.items()}
 
     def check_unchanged(self) -> None:
         """Raise ``MergeError`` when a file is no longer what it was at the start."""
         try:
-            changed = [name for name, stamp in self.stamps().items() if stamp != self._stamps[name]]
+            changed = [name for name, stamp in self.stamps().items() if stamp != self.at_opening[name]]
         except OSError as error:
             raise MergeError(f"A file of the base went away meanwhile: {error}.", hint="Merge again.") from error
         if changed:

@@ -21,8 +21,8 @@ from typing import Any
 
 from veneer.errors import MergeError
 from veneer.files import written_whole
+from veneer.merging.hashing import sha256_of
 from veneer.merging.rounding import Figures
-from veneer.merging.stream import sha256_of
 from veneer.source import ADAPTER_CONFIG, MODEL_CONFIG, read_json
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

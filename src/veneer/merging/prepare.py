@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from veneer.identity import BASE_DIGEST_KEY, base_digest
 from veneer.loader import dtype_of, find_base, kind_of
 from veneer.merging.base_files import WeightFiles
 from veneer.merging.changes import Adapter, Changes, collect
+from veneer.merging.inputs import Adapters, Where, weighted
 from veneer.merging.layout import size_in_bytes
 from veneer.merging.new_bias import new_biases
 from veneer.merging.plain import plain_skeleton, plainly_stored
@@ -26,9 +27,6 @@ from veneer.merging.skeleton import Parameters, build_skeleton, lengthen, stored
 from veneer.merging.works import Values
 from veneer.source import MODEL_CONFIG, MODEL_STEM, Source, read_header, resolve, weight_files
 from veneer.vocabulary import resized
-
-# One adapter, several in their order, or several with weights.
-Adapters = str | Path | Sequence[str | Path] | Mapping[str | Path, float]
 
 
 @dataclass(frozen=True)
@@ -65,23 +63,6 @@ def options_of(dtype: Any, max_shard_size: str | int | None, **others: Any) -> O
     return Options(name, None if max_shard_size is None else size_in_bytes(max_shard_size), **others)
 
 
-@dataclass(frozen=True)
-class Where:
-    """How paths are resolved: revisions, token, and whether the network may be used."""
-
-    revision: str | None = None
-    base_revision: str | None = None
-    subfolder: str | None = None
-    token: str | None = None
-    local_files_only: bool = False
-    trust_remote_code: bool = False
-
-    @property
-    def hub(self) -> dict[str, Any]:
-        """What every look-up is given."""
-        return {"token": self.token, "local_files_only": self.local_files_only}
-
-
 @dataclass
 class Prepared:
     """A merge that is ready to be written, or to be replayed.
@@ -113,12 +94,12 @@ class Prepared:
 
 def find(adapters: Adapters, where: Where) -> tuple[list[Source], list[float]]:
     """The adapters' folders in their order, and their weights. A set stands for those of it that are active."""
-    weighted = _weighted(adapters)
-    if not weighted:
+    pairs = weighted(adapters)
+    if not pairs:
         raise MergeError("There is no adapter to merge.", hint="Give its path.")
     sources: list[Source] = []
     weights: list[float] = []
-    for path, weight in weighted:
+    for path, weight in pairs:
         source = resolve(path, revision=where.revision, subfolder=where.subfolder, **where.hub)
         members = adapter_set.members(source)
         kind = kind_of(source, members)
@@ -129,14 +110,6 @@ def find(adapters: Adapters, where: Where) -> tuple[list[Source], list[float]]:
         sources += own
         weights += [weight] * len(own)
     return sources, weights
-
-
-def _weighted(adapters: Adapters) -> list[tuple[str | Path, float]]:
-    if isinstance(adapters, (str, Path)):
-        return [(adapters, 1.0)]
-    if isinstance(adapters, Mapping):
-        return [(path, float(weight)) for path, weight in adapters.items()]
-    return [(path, 1.0) for path in adapters]
 
 
 def prepare(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,8 +18,6 @@ from veneer.merging.threads import one_thread_each
 from veneer.merging.works import Sink, Work
 
 _BLOCK = 1 << 20
-# What is read at a time while other threads compute: large, for each return from a read waits for its turn in Python.
-_HASHED = 1 << 24
 
 
 class FileSink:
@@ -160,32 +158,3 @@ def _hash(digest: hashlib._Hash, sink: FileSink, file: OutFile, count: int, star
     block = torch.empty(min(count, _BLOCK), dtype=torch.uint8)
     for position in range(0, count, _BLOCK):
         digest.update(_bytes(sink.read(file.name, start + position, block[: count - position])))
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file."""
-    digest, block = hashlib.sha256(), memoryview(bytearray(_HASHED))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
-    return digest.hexdigest()
-
-
-class Hashing:
-    """Hashes files in the background, one after the other.
-
-    Args:
-        paths: name -> file.
-    """
-
-    def __init__(self, paths: Mapping[str, Path]) -> None:
-        self._pool = ThreadPoolExecutor(1)
-        self._futures = {name: self._pool.submit(sha256_of, path) for name, path in paths.items()}
-
-    def result(self) -> dict[str, str]:
-        """Name -> SHA-256; waits for the last."""
-        return {name: future.result() for name, future in self._futures.items()}
-
-    def close(self) -> None:
-        """Drop what has not begun."""
-        self._pool.shutdown(wait=True, cancel_futures=True)

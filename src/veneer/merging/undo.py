@@ -26,10 +26,10 @@ from torch import Tensor
 
 from veneer.errors import CorruptFileError, MergeError, VeneerError
 from veneer.merging.base_files import WeightFiles
+from veneer.merging.cores import cores
+from veneer.merging.hashing import sha256_of
 from veneer.merging.manifest import read_manifest
 from veneer.merging.output import check_space, check_target, told_as_merge_error, workshop
-from veneer.merging.stream import sha256_of
-from veneer.merging.threads import cores
 from veneer.panel import panel
 from veneer.source import DTYPE_BITS, MODEL_STEM, Header, Source, read_header, resolve, weight_files
 

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from veneer.errors import MergeError, VeneerError
 from veneer.merging.base_files import WeightFiles
+from veneer.merging.hashing import sha256_of
+from veneer.merging.inputs import Adapters, Where
 from veneer.merging.manifest import read_manifest
-from veneer.merging.prepare import Adapters, Options, Where, find, prepare
-from veneer.merging.stream import run_all, sha256_of
+from veneer.merging.prepare import Options, find, prepare
+from veneer.merging.stream import run_all
 from veneer.panel import panel
 from veneer.source import MODEL_STEM, read_header, resolve, weight_files
 

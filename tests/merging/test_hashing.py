@@ -1,0 +1,134 @@
+"""The base's files are hashed from the first moment on, and what changed since is hashed again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import veneer
+from tests.adapters import edit_config, saved, saved_base
+from veneer.merging import hashing as room
+from veneer.merging import prepare
+from veneer.merging.hashing import Hashing, sha256_of, stamp_of
+from veneer.merging.inputs import Where, likely_weights
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    """``base/`` and ``adapter/``, whose config names no base."""
+    saved_base(tmp_path / "base")
+    saved(tmp_path / "adapter")
+    edit_config(tmp_path / "adapter", base_model_name_or_path=None)
+    return tmp_path
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_name_of_merge_brings_no_torch() -> None:
+    code = (
+        "import sys, veneer; veneer.merge; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_files_are_found_without_torch(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, weights = world / "adapter", [world / "base" / "model.safetensors"]
+    assert likely_weights(adapter, world / "base", Where()) == weights
+    assert likely_weights(adapter, str(world / "base"), Where()) == weights
+    assert likely_weights({adapter: 0.5}, None, Where()) == []
+    edit_config(adapter, base_model_name_or_path="../base")
+    assert [path.resolve() for path in likely_weights([adapter, "other"], None, Where())] == weights
+    edit_config(adapter, base_model_name_or_path="acme/base")
+    assert likely_weights(adapter, None, Where()) == []
+    monkeypatch.setenv("VENEER_BASE_MAP", f"acme/base={world / 'base'}")
+    assert likely_weights(adapter, None, Where()) == weights
+
+
+@pytest.mark.parametrize("adapters", [[], "nowhere", 7, {}])
+def test_a_guess_never_complains(adapters: Any) -> None:
+    assert likely_weights(adapters, None, Where()) == likely_weights(adapters, "nowhere/at-all", Where()) == []
+
+
+def test_each_file_is_hashed_once_and_before_anything_is_read(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Path] = []
+    before: list[Path] = []
+
+    def counting(path: Path, given_up: Callable[[], bool] = lambda: False) -> str:
+        begun.append(path)
+        return sha256_of(path, given_up)
+
+    def preparing(*args: Any, real: Any = prepare.prepare) -> Any:
+        before.extend(begun)
+        return real(*args)
+
+    monkeypatch.setattr(room, "sha256_of", counting)
+    monkeypatch.setattr(room.ThreadPoolExecutor, "submit", at_once)
+    monkeypatch.setattr(prepare, "prepare", preparing)
+    veneer.merge(world / "adapter", world / "base", out=world / "out")
+    assert before == [world / "base" / "model.safetensors"]
+    assert set(Counter(begun).values()) == {1}
+
+
+def at_once(self: Any, action: Callable[..., Any], *args: Any) -> Any:
+    """What a pool does, in the thread that asks for it."""
+    future: Any = room.Future()
+    future.set_result(action(*args))
+    return future
+
+
+def test_a_base_that_changes_before_it_is_opened_is_hashed_again(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = world / "base" / "model.safetensors"
+    first = digest(path)
+
+    def preparing(*args: Any, real: Any = prepare.prepare) -> Any:
+        save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "prepare", preparing)
+        veneer.merge(world / "adapter", world / "base", out=world / "out")
+    told = json.loads((world / "out" / "merge_manifest.json").read_text())["base"]["sha256"][path.name]
+    assert told == digest(path) != first
+    assert veneer.verify(world / "out", world / "adapter", world / "base").passed
+
+
+def test_files_that_were_not_foreseen_are_hashed_too(tmp_path: Path) -> None:
+    paths = {name: tmp_path / name for name in ("a", "b")}
+    for name, path in paths.items():
+        path.write_bytes(name.encode() * 1000)
+    hashing = Hashing([paths["a"], tmp_path / "gone"])
+    hashing.expect(paths, {name: stamp_of(path) for name, path in paths.items()})
+    assert hashing.result() == {name: digest(path) for name, path in paths.items()}
+    hashing.close()
+
+
+def test_it_is_given_up_in_the_middle_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(bytes(100))
+    with pytest.raises(CancelledError):
+        sha256_of(tmp_path / "large", lambda: True)
+
+
+def test_it_hashes_while_torch_is_imported(world: Path) -> None:
+    """The command that matters, in a process of its own: hashing begins and only then torch comes."""
+    code = (
+        "import sys, veneer\n"
+        "from veneer.merging import hashing\n"
+        "def told(*a, real=hashing.Hashing._begin): print('torch' in sys.modules); return real(*a)\n"
+        "hashing.Hashing._begin = told\n"
+        "veneer.merge(sys.argv[1], sys.argv[2], out=sys.argv[3])"
+    )
+    command = [sys.executable, "-c", code, *(str(world / name) for name in ("adapter", "base", "out"))]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
+    assert veneer.inspect(world / "out").kind == "model"
