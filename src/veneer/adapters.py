@@ -35,7 +35,7 @@ from veneer.errors import (
     UnsupportedError,
 )
 from veneer.layer import AdaptedLayer, Bound, Untouched
-from veneer.merging.into_packed import choose, dequantize, measured
+from veneer.merging.into_packed import choose, dequantize, forget_loading, measured
 from veneer.merging.new_bias import new_biases
 from veneer.merging.quantized import DEQUANTIZED, QuantizedMerge
 from veneer.merging.threads import for_each
@@ -843,6 +843,7 @@ class Adapters:
             self.quantized_merge = measured(packed)
             if into == DEQUANTIZED:
                 dequantize(model, self.catalog.dtype)
+            forget_loading(model)
             self.catalog = Catalog(model)
         return model
 

@@ -60,7 +60,7 @@ class PackedLayer(AdaptedLayer):
         assert exact is not None
         if self._into.choice == DEQUANTIZED:
             layer: nn.Module = self.site.plain(exact, bias, self._into.dtype)
-            held = self.site.canonical(layer.get_parameter("weight")).float()
+            held = exact.to(self._into.dtype).float()
         else:
             layer = self.site.packed(exact, bias)
             held = type(self.site)(self.site.name, layer).weight()

@@ -323,6 +323,27 @@ def test_loaded_merged_and_saved_through_transformers(kind: str, tmp_path: Path)
     assert gap(logits(again, BATCH), logits(packed, BATCH)) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["4", "8"])
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_a_base_that_is_stored_quantised_is_saved_merged(kind: str, arch: str, tmp_path: Path) -> None:
+    options, batch = on_the_fly(kind), inputs(arch)
+    saved_base(tmp_path / "plain", arch)
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", **options).save_pretrained(tmp_path / "base")
+    model = veneer.load(tmp_path / "base")
+    model.add_adapter("default", config(target_modules=["q_proj" if arch == "llama" else "c_proj"]), seed=1)
+    enlarge(model, "default")
+    model.save_pretrained(tmp_path / "adapter")
+    with model.disable_adapter():
+        without = logits(model, batch)
+    for into in ("dequantized", "requantized"):
+        merged = veneer.load(tmp_path / "adapter", base=tmp_path / "base").merge_and_unload(into=into).eval()
+        merged.save_pretrained(tmp_path / into)
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / into)
+        assert hasattr(again.config, "quantization_config") == (into == "requantized")
+        assert gap(logits(again, batch), logits(merged, batch)) < 1e-6
+        assert gap(logits(again, batch), without) > 0.05
+
+
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_as_the_peer_has_it(form: str, options: dict[str, Any], tmp_path: Path) -> None:
     if form == "torchao int4" or (form.startswith("HQQ") and options):

@@ -63,3 +63,11 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
+
+
+def forget_loading(model: Any) -> None:
+    """Drop the rules that packed weights were loaded by: transformers saves by their inverses, which they lack."""
+    rules = getattr(model, "_weight_conversions", None)
+    if rules:
+        steps = [(rule, getattr(rule, "operations", ())) for rule in rules]
+        model._weight_conversions = [rule for rule, ops in steps if not any(hasattr(op, "hf_quantizer") for op in ops)]

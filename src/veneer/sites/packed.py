@@ -81,10 +81,15 @@ class PackedSite(LinearSite):
     def packed(self, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
         """A layer of this kind that holds a float32 ``weight``, packed with this one's own settings."""
 
-    def plain(self, weight: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> nn.Linear:
-        """An ``nn.Linear`` that holds ``weight`` in ``dtype``."""
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-        layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    def plain(self, weight: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> nn.Module:
+        """A layer of the class that this one took the place of, which holds ``weight``, shape ``(out, in)``."""
+        # transformers keeps the class, and a saved model is one of it again: GPT-2's has its weight transposed.
+        own: Any = getattr(self.module, "source_cls", nn.Linear)
+        turned = own.__name__ == "Conv1D"
+        outputs, inputs = weight.shape
+        with torch.device("meta"):
+            layer: nn.Module = own(outputs, inputs) if turned else nn.Linear(inputs, outputs, bias=bias is not None)
+        layer.weight = nn.Parameter((weight.T if turned else weight).to(dtype).contiguous(), requires_grad=False)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
         return layer.train(self.module.training)
