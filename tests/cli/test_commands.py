@@ -99,6 +99,28 @@ def test_merge(run: Run, made: Path, tmp_path: Path) -> None:
     assert half["dtype"] == "bfloat16"
 
 
+def test_merge_dequantises(run: Run, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    # Its layout for some processors wants larger layers than these.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained(made / "base", quantization_config=how).save_pretrained(tmp_path / "base")
+    arguments = ("merge", made / "adapter", "--base", tmp_path / "base", "--out", tmp_path / "out")
+    refused = run(*arguments)
+    [line] = refused.err.splitlines()
+    assert (refused.code, refused.out, line.startswith("error: ")) == (2, "", True)
+    assert "quantised (bitsandbytes)" in line
+    assert "--dequantize" in line
+    assert not (tmp_path / "out").exists()
+    assert told(run, *arguments, "--dequantize", "--verify")["dtype"] == "float32"
+    plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with pytest.warns(UserWarning, match="another base"):
+        unmerged = veneer.load(made / "adapter", base=tmp_path / "base")
+    assert gap(logits(plain, inputs("llama")), logits(unmerged, inputs("llama"))) < 1e-5
+
+
 def test_convert_pickle(run: Run, made: Path, tmp_path: Path) -> None:
     torch.save(load_file(made / "adapter" / WEIGHTS), tmp_path / "adapter_model.bin")
     result = run("convert-pickle", tmp_path)

@@ -25,7 +25,7 @@ def merge(
     ] = None,
     rounding: Annotated[str, typer.Option(help="nearest or stochastic.")] = "nearest",
     seed: Annotated[int, typer.Option(help="Of the stochastic rounding.")] = 0,
-    dequantize: Annotated[bool, typer.Option("--dequantize", help="Turn a float8 base into plain numbers.")] = False,
+    dequantize: Annotated[bool, typer.Option("--dequantize", help="Turn a quantised base into plain numbers.")] = False,
     reversible: Annotated[bool, typer.Option("--reversible", help="Keep what `veneer unmerge` needs.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Prove the result at once, as `veneer verify` does.")

@@ -56,7 +56,8 @@ def merge(
         max_shard_size: bytes in one weight file, as a number or such as ``"5GB"``; the base's division if ``None``.
         rounding: ``"nearest"``, or ``"stochastic"``: up or down so that the expected value is exact.
         seed: of the stochastic rounding.
-        dequantize: turn a base in float8 into plain numbers (bfloat16, unless ``dtype``) while merging.
+        dequantize: turn a base in float8 or of bitsandbytes into plain numbers: ``dtype``, or that of its
+            other weights.
         reversible: keep, compressed beside the weights, what :func:`veneer.unmerge` needs to restore the base.
         overwrite: replace what is at ``out``.
         resume: go on where a merge of the same inputs to ``out`` was killed; one that fails can be resumed too.

@@ -11,20 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from veneer.dtypes import DTYPES
-from veneer.errors import MergeError, UnsupportedError
+from veneer.errors import MergeError
 from veneer.merging.base_files import FLOATS, NAMES, WeightFiles
 from veneer.merging.changes import Changes, owner, tie_groups
 from veneer.merging.layout import OutFile, Wanted, lay_out
 from veneer.merging.new_bias import NewBiases
+from veneer.merging.packed import Packed
 from veneer.merging.rounding import Rounding
 from veneer.merging.skeleton import Stored
 from veneer.merging.works import Cast, Convert, Copy, Layer, MakeBias, Replace, Rewrite, Target, Values, Work
 from veneer.sites import Site
-from veneer.source import MODEL_CONFIG, Source
 
 # Bytes that one piece of copying moves at most, so that several cores take part.
 _RUN = 1 << 26
-_SCALES = ("_scale_inv", "_scale")
 
 
 @dataclass
@@ -46,39 +45,6 @@ class MergePlan:
     dtype: str = "F32"
 
 
-def scales_of(source: Source, files: WeightFiles, dequantize: bool) -> dict[str, str]:
-    """Quantised tensor -> the name of its scales; empty for a base that is not quantised.
-
-    Raises:
-        MergeError: it is quantised and that was not asked to be undone. UnsupportedError: it cannot be undone here.
-    """
-    config = source.json(MODEL_CONFIG)
-    quantized = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
-    narrow = [name for name, place in files.places.items() if place.info.dtype.startswith("F8_E")]
-    narrow = [name for name in narrow if not name.endswith(_SCALES)]
-    if quantized is None and not narrow:
-        return {}
-    method = str(quantized.get("quant_method", "?")) if isinstance(quantized, dict) else "float8"
-    if not dequantize:
-        raise MergeError(
-            f"The base {source.origin} is quantised ({method}); a merged weight does not fit into that form.",
-            hint="Merge into the original base, or dequantise this one: --dequantize (dequantize=True).",
-        )
-    if method not in ("fp8", "float8", "fbgemm_fp8"):
-        raise UnsupportedError(
-            f"The base {source.origin} is quantised as {method}, which is not undone while streaming.",
-            hint='Merge it in memory: veneer.load(ADAPTER, base=BASE, merge=True, into="dequantized")'
-            ".save_pretrained(OUT).",
-        )
-    found = {name: next((name + end for end in _SCALES if name + end in files), "") for name in narrow}
-    bare = [name for name, scale in found.items() if not scale]
-    if bare:
-        raise UnsupportedError(
-            f"{bare[0]} is stored in 8 bits and has no scales.", hint="Use another copy of the base."
-        )
-    return found
-
-
 class Planner:
     """Works out a :class:`MergePlan`.
 
@@ -89,7 +55,7 @@ class Planner:
         changes: what the adapters do.
         dtype: of the output; the base's own when ``None``.
         rounding: how values are rounded.
-        scales: quantised tensor -> its scales.
+        packed: quantised tensor -> how it is quantised.
         biases: that layers without one get.
         lengths: stored tensor -> its first size in the output, where that is another.
     """
@@ -102,22 +68,27 @@ class Planner:
         changes: Changes,
         dtype: torch.dtype | None,
         rounding: Rounding,
-        scales: Mapping[str, str],
+        packed: Mapping[str, Packed],
         biases: NewBiases | None = None,
         lengths: Mapping[str, int] | None = None,
     ) -> None:
         self.model, self.base, self.stored, self.changes = model, base, stored, changes
-        self.dtype, self.rounding, self.scales = dtype, rounding, scales
+        self.dtype, self.rounding, self.packed = dtype, rounding, packed
         self.biases, self.lengths = biases or NewBiases(), lengths or {}
         self.layers = self._layers()
         self.groups = {name: group for group in tie_groups(model) for name in group}
         self.works: list[Work] = []
-        self.shapes = {name: (length, *base.shape(name)[1:]) for name, length in self.lengths.items()}
+        self.shapes = {name: one.shape for name, one in packed.items()}
+        self.shapes |= {
+            name: (length, *self.shapes.get(name, base.shape(name))[1:]) for name, length in self.lengths.items()
+        }
         self.new: list[Wanted] = []
         self.untied: list[str] = []
+        self.parts = {part for one in packed.values() for part in one.parts}
         counts = Counter[str]()
-        for place in base.places.values():
-            counts[place.info.dtype] += place.info.numel if place.info.dtype in FLOATS else 0
+        for name, place in base.places.items():
+            plain = place.info.dtype in FLOATS and name not in self.parts and name not in packed
+            counts[place.info.dtype] += place.info.numel if plain else 0
         self.common = DTYPES[counts.most_common(1)[0][0]] if counts.total() else torch.bfloat16
 
     def plan(self, limit: int | None) -> MergePlan:
@@ -127,8 +98,8 @@ class Planner:
         for name, shape in self.biases.shapes.items():
             self._plan_bias(name, shape)
         done = {name for work in self.works for name in work.outputs}
-        drop = set(self.scales.values()) | {n for n in self.base.places if n.endswith(("activation_scale",))}
-        drop = drop if self.scales else set()
+        drop = set(self.parts)
+        drop |= {name for name in self.base.places if name.endswith("activation_scale")} if self.packed else set()
         wanted = [
             Wanted(name, NAMES[self.out_dtype(name)] if self._casts(name) else place.info.dtype, shape, place.file)
             for name, place in self.base.places.items()
@@ -152,17 +123,17 @@ class Planner:
     # -- dtypes and values ---------------------------------------------------------------------------------
 
     def _casts(self, name: str) -> bool:
-        return name in self.scales or self.base.places[name].info.dtype in FLOATS
+        return name in self.packed or self.base.places[name].info.dtype in FLOATS
 
     def out_dtype(self, name: str) -> torch.dtype:
         """The dtype that a stored tensor gets."""
-        if name in self.scales:
-            return self.dtype or torch.bfloat16
+        if name in self.packed:
+            return self.dtype or self.common
         own = self.base.dtype(name)
         return self.dtype if self.dtype is not None and self._casts(name) else own
 
     def _values(self, name: str) -> Values:
-        return Values(self.base, name, self.scales.get(name), self.lengths.get(name))
+        return Values(self.base, name, self.packed.get(name), self.lengths.get(name))
 
     # -- what is changed -----------------------------------------------------------------------------------
 

@@ -20,8 +20,9 @@ from veneer.merging.changes import Adapter, Changes, collect
 from veneer.merging.inputs import Adapters, Where, weighted
 from veneer.merging.layout import size_in_bytes
 from veneer.merging.new_bias import new_biases
+from veneer.merging.packed import as_in_model, packed_tensors
 from veneer.merging.plain import plain_skeleton, plainly_stored
-from veneer.merging.plan import MergePlan, Planner, config_changes, scales_of
+from veneer.merging.plan import MergePlan, Planner, config_changes
 from veneer.merging.rounding import NEAREST, Rounding
 from veneer.merging.skeleton import Parameters, build_skeleton, lengthen, stored_names
 from veneer.merging.works import Values
@@ -38,7 +39,7 @@ class Options:
         max_shard_size: bytes of tensors in one file; the base's division when ``None``.
         rounding: ``"nearest"`` or ``"stochastic"``.
         seed: of the stochastic rounding.
-        dequantize: whether a float8 base is turned into plain numbers first.
+        dequantize: whether a quantised base is turned into plain numbers first.
         task: what the model is for; by default what the adapter says.
         strict: refuse adapters that do not fit.
     """
@@ -150,33 +151,36 @@ def _planned(
 ) -> Prepared:
     source: Source = found.source
     checkpoints = [adapter.checkpoint for adapter in merged]
-    scales = scales_of(source, files, options.dequantize)
+    packed = packed_tensors(source, files, options.dequantize)
 
     def skeleton(**changes: Any) -> Any:
         return build_skeleton(source, checkpoints, options.task, where.trust_remote_code, **changes)
 
-    shapes = {name: place.info.shape for name, place in files.places.items()}
+    parts = {part for one in packed.values() for part in one.parts}
+    shapes = {name: place.info.shape for name, place in files.places.items() if name not in parts}
+    shapes |= {name: one.shape for name, one in packed.items()}
     vocabulary = _vocabulary(checkpoints, source, options.task)
     model = None if vocabulary is not None else plain_skeleton(source, files, checkpoints, options.task)
     stored = plainly_stored(files) if model is not None else None
     if model is None or stored is None:
         model = skeleton()
         stored = stored_names(model, shapes, shapes)
+    packed = as_in_model(packed, model, stored.direct)
     lengths = {} if vocabulary is None else lengthen(model, vocabulary, stored)
     if not stored.direct and not stored.made:
         raise BaseModelError(
             f"No tensor of {source.origin} belongs to its own model class, {type(model).__name__}.",
             hint="Check that config and weights are from the same model.",
         )
-    read = Parameters(model, stored, lambda name: Values(files, name, scales.get(name), lengths.get(name)).whole())
+    read = Parameters(model, stored, lambda name: Values(files, name, packed.get(name), lengths.get(name)).whole())
     changes = collect(merged, model, read, options.strict)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     rounding = Rounding(options.rounding, options.seed)
     biases = new_biases(changes.layers.values(), list(changes.weights), model, skeleton)
-    planner = Planner(model, files, stored, changes, dtype, rounding, scales, biases, lengths)
+    planner = Planner(model, files, stored, changes, dtype, rounding, packed, biases, lengths)
     plan = planner.plan(options.max_shard_size)
     config = {
-        **_config(source, model, dtype or (torch.bfloat16 if scales else None)),
+        **_config(source, model, dtype or (planner.common if packed else None)),
         **biases.config,
         **({} if vocabulary is None else {"vocab_size": vocabulary}),
         **config_changes(plan, model, lambda: skeleton(tie_word_embeddings=False)),

@@ -14,6 +14,7 @@ from veneer.errors import MergeError
 from veneer.merging.base_files import NAMES, WeightFiles
 from veneer.merging.blocks import BLOCK_VALUES, Blocks
 from veneer.merging.changes import Changes
+from veneer.merging.packed import Packed
 from veneer.merging.rounding import Figures, Rounding, Tally
 from veneer.merging.skeleton import Conversion
 from veneer.patch import Patch, biases
@@ -68,24 +69,23 @@ class Values:
     Attributes:
         files: the base's.
         name: the tensor's.
-        scale: the name of its scales, for a quantised one.
+        packed: how it is quantised, where it is.
         length: its first size where the output's is another: rows of zeros are added, or the last left out.
     """
 
     files: WeightFiles
     name: str
-    scale: str | None = None
+    packed: Packed | None = None
     length: int | None = None
 
     @property
     def as_stored(self) -> bool:
         """Whether its values lie in the file, each in its place."""
-        return self.scale is None and self.length is None
+        return self.packed is None and self.length is None
 
     def whole(self) -> Tensor:
-        """All of it, in the shape that it is stored in but for its length."""
-        tensor = self.files.read(self.name)
-        tensor = tensor if self.scale is None else dequantized(tensor, self.files.read(self.scale))
+        """All of it, in the shape that it is stored in but for its length; float32 where it was quantised."""
+        tensor = self.files.read(self.name) if self.packed is None else self.packed.values(self.files, self.name)
         if self.length is None:
             return tensor
         missing = max(self.length - tensor.shape[0], 0)
@@ -94,19 +94,6 @@ class Values:
     def rows(self, start: int, into: Tensor) -> Tensor:
         """Fill ``into`` with rows of it, seen as a matrix of as many columns, from the row ``start`` on."""
         return self.files.fill(into, self.name, start * into.shape[1] * into.element_size())
-
-
-def dequantized(tensor: Tensor, scale: Tensor) -> Tensor:
-    """float8 values times their scales, in float32; a scale for the whole, for each row, or for each square block."""
-    values, scale = tensor.float(), scale.float()
-    if scale.numel() == 1:
-        return values * scale.reshape(())
-    rows, columns = tensor.shape[-2:]
-    high, wide = (-(-size // count) for size, count in zip((rows, columns), scale.shape[-2:], strict=True))
-    # A last block that is cut off makes the division come out too small: blocks are powers of two.
-    high, wide = (1 << (n - 1).bit_length() if n > 1 else n for n in (high, wide))
-    scale = scale.repeat_interleave(high, -2)[..., :rows, :].repeat_interleave(wide, -1)[..., :columns]
-    return values * scale
 
 
 @dataclass(frozen=True)

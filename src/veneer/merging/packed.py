@@ -1,0 +1,268 @@
+"""The quantised tensors of a checkpoint: the others that each needs, and the values that they stand for.
+
+float8                 NAME, NAME_scale_inv or NAME_scale
+bitsandbytes, 4 bits   NAME (two values a byte), NAME.absmax (the scale of each block), NAME.quant_map,
+                       NAME.quant_state.bitsandbytes__nf4 or __fp4 (JSON: shape, size of a block);
+                       scales that are quantised too have NAME.nested_absmax and NAME.nested_quant_map
+bitsandbytes, 8 bits   LAYER.weight, LAYER.SCB (a row's scale, times 127), LAYER.weight_format (0: by rows)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import CorruptFileError, MergeError, UnsupportedError
+from veneer.merging.base_files import WeightFiles
+from veneer.source import MODEL_CONFIG, Source
+
+_SCALES = ("_scale_inv", "_scale")
+_STATES = {f".quant_state.bitsandbytes__{kind}": kind for kind in ("nf4", "fp4")}
+_BLOCK_SIZES = tuple(1 << n for n in range(5, 13))
+
+
+@dataclass(frozen=True)
+class Packed(ABC):
+    """What a quantised tensor is.
+
+    Attributes:
+        shape: of its values.
+        parts: the tensors that belong to it; the output has none of them.
+    """
+
+    shape: tuple[int, ...]
+    parts: tuple[str, ...]
+
+    @abstractmethod
+    def values(self, files: WeightFiles, name: str) -> Tensor:
+        """Its values, shape ``shape``, in float32."""
+
+
+@dataclass(frozen=True)
+class Float8(Packed):
+    """float8 values and their scales, the first of ``parts``."""
+
+    def values(self, files: WeightFiles, name: str) -> Tensor:
+        return dequantized(files.read(name), files.read(self.parts[0]))
+
+
+@dataclass(frozen=True)
+class Bits8(Packed):
+    """int8 values of bitsandbytes, a scale a row: the first of ``parts``."""
+
+    def values(self, files: WeightFiles, name: str) -> Tensor:
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        matrix: Tensor = int8_vectorwise_dequant(files.read(name), files.read(self.parts[0]))
+        return matrix
+
+
+@dataclass(frozen=True)
+class Bits4(Packed):
+    """Blocks of 4-bit values of bitsandbytes, a scale a block.
+
+    Attributes:
+        kind: ``"nf4"`` or ``"fp4"``.
+        block: values that share a scale.
+        nested: how many scales share one, and what is added to each; ``None`` where scales are plain.
+    """
+
+    kind: str
+    block: int
+    nested: tuple[int, float] | None
+
+    def values(self, files: WeightFiles, name: str) -> Tensor:
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        # The values in one column, since one row is taken for a transpose.
+        data = files.read(name).view(-1).view(torch.uint8).view(-1, 1)
+        state = QuantState(
+            self._scales(files, name),
+            torch.Size(self.shape),
+            blocksize=self.block,
+            quant_type=self.kind,
+            dtype=torch.float32,
+        )
+        matrix: Tensor = dequantize_4bit(data, state)
+        return matrix
+
+    def _scales(self, files: WeightFiles, name: str) -> Tensor:
+        from bitsandbytes.functional import dequantize_blockwise
+
+        scales = files.read(f"{name}.absmax")
+        if self.nested is None:
+            return scales
+        block, offset = self.nested
+        of_scales, code = files.read(f"{name}.nested_absmax"), files.read(f"{name}.nested_quant_map")
+        plain: Tensor = dequantize_blockwise(scales, absmax=of_scales, code=code, blocksize=block)
+        return plain + offset
+
+
+@dataclass(frozen=True)
+class Turned(Packed):
+    """A tensor that is quantised as the transpose of what the model has."""
+
+    of: Packed
+
+    def values(self, files: WeightFiles, name: str) -> Tensor:
+        return self.of.values(files, name).T.contiguous()
+
+
+def dequantized(tensor: Tensor, scale: Tensor) -> Tensor:
+    """float8 values times their scales, in float32; a scale for the whole, for each row, or for each square block."""
+    values, scale = tensor.float(), scale.float()
+    if scale.numel() == 1:
+        return values * scale.reshape(())
+    rows, columns = tensor.shape[-2:]
+    high, wide = (-(-size // count) for size, count in zip((rows, columns), scale.shape[-2:], strict=True))
+    # A last block that is cut off makes the division come out too small: blocks are powers of two.
+    high, wide = (1 << (n - 1).bit_length() if n > 1 else n for n in (high, wide))
+    scale = scale.repeat_interleave(high, -2)[..., :rows, :].repeat_interleave(wide, -1)[..., :columns]
+    return values * scale
+
+
+# -- which tensors are quantised -------------------------------------------------------------------------------
+
+
+def packed_tensors(source: Source, files: WeightFiles, dequantize: bool) -> dict[str, Packed]:
+    """The quantised tensors of a base by their names; none for a base that is not quantised.
+
+    Raises:
+        MergeError: it is quantised and that was not asked to be undone. UnsupportedError: it cannot be undone here.
+        CorruptFileError: what belongs to a tensor is missing or of another size.
+    """
+    config = source.json(MODEL_CONFIG)
+    quantized = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    narrow = [name for name, place in files.places.items() if place.info.dtype.startswith("F8_E")]
+    narrow = [name for name in narrow if not name.endswith(_SCALES)]
+    if quantized is None and not narrow:
+        return {}
+    method = _method(quantized) if isinstance(quantized, dict) else "float8"
+    if not dequantize:
+        raise MergeError(
+            f"The base {source.origin} is quantised ({method}); a merged weight does not fit into that form.",
+            hint="Merge into the original base, or dequantise this one: --dequantize (dequantize=True).",
+        )
+    if method in ("fp8", "float8", "fbgemm_fp8"):
+        return {name: _float8(files, name) for name in narrow}
+    if method == "bitsandbytes":
+        return _bitsandbytes(source, files)
+    in_memory = method in ("torchao", "hqq")
+    raise UnsupportedError(
+        f"The base {source.origin} is quantised as {method}, which is not undone while streaming.",
+        hint='Merge it in memory: veneer.load(ADAPTER, base=BASE, merge=True, into="dequantized").save_pretrained(OUT).'
+        if in_memory
+        else "Merge into the original base, which this one was quantised from.",
+    )
+
+
+def _method(quantized: Mapping[str, Any]) -> str:
+    """The name of a config's method; early ones of bitsandbytes have none."""
+    early = quantized.get("load_in_4bit") or quantized.get("load_in_8bit")
+    return str(quantized.get("quant_method", "bitsandbytes" if early else "?"))
+
+
+def _float8(files: WeightFiles, name: str) -> Float8:
+    scale = next((name + end for end in _SCALES if name + end in files), None)
+    if scale is None:
+        raise UnsupportedError(f"{name} is stored in 8 bits and has no scales.", hint="Use another copy of the base.")
+    return Float8(files.shape(name), (scale,))
+
+
+def _bitsandbytes(source: Source, files: WeightFiles) -> dict[str, Packed]:
+    found: dict[str, Packed] = {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UnsupportedError(
+            f"The base {source.origin} is quantised by bitsandbytes, which is not installed.",
+            hint="Run: pip install 'veneer[quant]'",
+        )
+    for part in files.places:
+        name, end = next(((part.removesuffix(end), end) for end in _STATES if part.endswith(end)), (part, ""))
+        if end:
+            found[name] = _bits4(files, name, part, _STATES[end])
+        elif part.endswith(".SCB"):
+            name = part.removesuffix("SCB") + "weight"
+            found[name] = _bits8(files, name, part)
+    return found
+
+
+def _bits8(files: WeightFiles, name: str, scale: str) -> Bits8:
+    form = name + "_format"
+    if form in files:
+        _expect(files, form, "U8", 1)
+        if files.read(form).item():
+            raise UnsupportedError(
+                f"{name} is in a layout of bitsandbytes for one kind of GPU ({form}).",
+                hint="Use another copy of the base.",
+            )
+    _expect(files, name, "I8")
+    if len(files.shape(name)) != 2:
+        raise _damaged(name)
+    _expect(files, scale, "F32", files.shape(name)[0])
+    return Bits8(files.shape(name), (scale, form) if form in files else (scale,))
+
+
+def _bits4(files: WeightFiles, name: str, state: str, kind: str) -> Bits4:
+    try:
+        told = json.loads(files.read(state).numpy().tobytes())
+        shape, block = tuple(map(int, told["shape"])), int(told["blocksize"])
+        nested = (int(told["nested_blocksize"]), float(told["nested_offset"])) if "nested_blocksize" in told else None
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise _damaged(state) from error
+    if {block, nested[0] if nested else block} - set(_BLOCK_SIZES) or len(shape) != 2 or min(shape) < 1:
+        raise _damaged(state)
+    scales = -(-math.prod(shape) // block)
+    if name not in files or files.places[name].info.nbytes != -(-math.prod(shape) // 2):
+        raise _damaged(name)
+    _expect(files, f"{name}.absmax", "U8" if nested else "F32", scales)
+    _expect(files, f"{name}.quant_map", "F32", 16)
+    if not torch.allclose(files.read(f"{name}.quant_map"), _code(kind), atol=1e-6):
+        raise UnsupportedError(
+            f"{name}: its 16 values ({name}.quant_map) are not those of {kind}.", hint="Use another copy of the base."
+        )
+    if nested:
+        _expect(files, f"{name}.nested_absmax", "F32", -(-scales // nested[0]))
+        _expect(files, f"{name}.nested_quant_map", "F32", 256)
+    parts = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")[: 4 if nested else 2]
+    return Bits4(shape, (state, *(f"{name}.{part}" for part in parts)), kind, block, nested)
+
+
+@cache
+def _code(kind: str) -> Tensor:
+    """The values that bitsandbytes' arithmetic has for the 16 codes of a kind, whatever the file says."""
+    from bitsandbytes.functional import get_4bit_type
+
+    values: Tensor = get_4bit_type(kind, device="cpu")
+    return values
+
+
+def _expect(files: WeightFiles, name: str, dtype: str, numel: int | None = None) -> None:
+    info = files.places[name].info if name in files else None
+    if info is None or info.dtype != dtype or (numel is not None and info.numel != numel):
+        raise _damaged(name)
+
+
+def _damaged(name: str) -> CorruptFileError:
+    return CorruptFileError(
+        f"The base's {name} is missing, or is not what bitsandbytes writes.", hint="Copy or download the base again."
+    )
+
+
+def as_in_model(packed: Mapping[str, Packed], model: nn.Module, direct: Mapping[str, str]) -> dict[str, Packed]:
+    """Quantised tensors in the orientation that the model's layers have; ``direct``: parameter -> stored tensor."""
+    found = dict(packed)
+    for parameter, name in direct.items():
+        layer = type(model.get_submodule(parameter.rpartition(".")[0])).__name__
+        # Quantised, GPT-2's layers become ordinary linear ones, whose weights lie the other way.
+        if layer == "Conv1D" and isinstance(packed.get(name), (Bits4, Bits8)):
+            found[name] = Turned(packed[name].shape[::-1], packed[name].parts, packed[name])
+    return found
