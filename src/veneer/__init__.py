@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from veneer.benching.run import bench
     from veneer.config import PeftConfig, PeftType, TaskType
     from veneer.configs.adalora import AdaLoraConfig
+    from veneer.configs.adamss import AdamssConfig
     from veneer.configs.adaption_prompt import AdaptionPromptConfig
     from veneer.configs.beft import BeftConfig
     from veneer.configs.boft import BOFTConfig
@@ -153,6 +154,7 @@ _HOMES = {
         "benching.run": "bench",
         "config": "PeftConfig PeftType TaskType",
         "configs.adalora": "AdaLoraConfig",
+        "configs.adamss": "AdamssConfig",
         "configs.adaption_prompt": "AdaptionPromptConfig",
         "configs.beft": "BeftConfig",
         "configs.boft": "BOFTConfig",
@@ -235,6 +237,7 @@ _HOMES = {
 
 __all__ = [
     "AdaLoraConfig",
+    "AdamssConfig",
     "AdapterError",
     "AdapterReport",
     "AdaptionPromptConfig",

@@ -79,7 +79,7 @@ class Adapter:
         shared: the tensors that all of its layers use.
         stored: checkpoint key -> tensor, where what is in memory is padded and this is to be saved.
         virtual_tokens: how many it puts before the input or into the cache; none for a method that adapts layers.
-        allocation: what training has learned of an AdaLoRA's ranks.
+        allocation: what training has learned of an AdaLoRA's ranks, or of an AdaMSS's groups.
         dtypes: checkpoint key -> dtype on disk, for tensors that are wider in memory and saved as they were.
         alone: whether no other such adapter can be active beside it.
     """

@@ -28,7 +28,7 @@ from veneer.errors import (
 )
 from veneer.identity import BASE_DIGEST_KEY, base_digest
 from veneer.merging.quantized import QuantizedMerge
-from veneer.methods.rank_allocation import allocate
+from veneer.methods.allocation import allocate
 from veneer.mixture import expert_source
 from veneer.penalty import with_penalty
 from veneer.positions import prompted
@@ -177,12 +177,12 @@ class PeftModel(ScalingFace, nn.Module):
             return with_penalty(self.adapters, self.get_base_model()(*args, **kwargs))
 
     def update_and_allocate(self, global_step: int) -> None:
-        """Take ranks away from an AdaLoRA that is being trained, as its config's schedule says.
+        """Take ranks away from an AdaLoRA in training, or freeze groups of an AdaMSS, as its config's schedule says.
 
         Call it in each step after ``backward`` and before ``zero_grad``. The ranks that it takes away become zeros.
 
         Raises:
-            AdapterError: no AdaLoRA is active and trainable.
+            AdapterError: none such is active and trainable.
         """
         allocate(self.adapters, global_step)
 

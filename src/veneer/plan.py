@@ -168,7 +168,7 @@ def _parts(plan: Plan, config: AnyConfig, method: Planned, catalog: Catalog) -> 
     except TargetError as error:
         plan.notes.append(f"The config's targets could not be checked: {error.message}")
         assert isinstance(method, Method)
-        return [Part(method, [], optional=True)]
+        return [Part(method.for_config(config), [], optional=True)]
 
 
 def _plan_part(
@@ -257,9 +257,10 @@ def _plan_site(
 
 def _settings(method: AnyMethod, config: AnyConfig, site: Site, stored: Mapping[str, tuple[int, ...]]) -> Any:
     """What the config means for a layer, or the first of the method's other readings of it that has these shapes."""
-    first = method.settings(config, site)
+    shapes = {leaf: tuple(shape) for leaf, shape in stored.items()}
+    first = method.fitted(method.settings(config, site), shapes, site)
     for settings in (first, *method.readings(first, config)):
-        if {leaf: tuple(shape) for leaf, shape in stored.items()} == method.shapes(settings, site):
+        if shapes == method.shapes(settings, site):
             return settings
     return first
 

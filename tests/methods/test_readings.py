@@ -61,6 +61,12 @@ def test_boft_that_was_made_without_the_cuda_extension_has_one_factor(
     assert gap(loaded(tmp_path), expected) < 1e-5
 
 
+def test_layers_that_the_targets_do_not_tell_have_all_their_tensors(tmp_path: Path) -> None:
+    expected = made(tmp_path, "PeanutConfig", r=4, depth=2)
+    edit(tmp_path, target_modules=["nowhere"])
+    assert gap(loaded(tmp_path), expected) < 1e-5
+
+
 def test_shira_with_a_mask_of_ones_own_loads(tmp_path: Path) -> None:
     expected = made(tmp_path, "ShiraConfig", r=4, random_seed=8)
     edit(tmp_path, mask_type="mine", random_seed=None)
@@ -108,6 +114,9 @@ def test_oft_merged_into_a_convolution_is_as_in_peft_where_its_unmerged_form_is_
         ("MissConfig", {"init_weights": "big"}, "big"),
         ("BoneConfig", {"init_weights": "mini"}, "mini"),
         ("HiraConfig", {"init_weights": "pissa"}, "pissa"),
+        ("AdamssConfig", {"num_subspaces": 0}, "num_subspaces=0"),
+        ("AdamssConfig", {"init_weights": "zeros"}, "zeros"),
+        ("AdamssConfig", {"use_asa": True, "final_warmup": 50}, "final_warmup=50"),
     ],
 )
 def test_a_config_that_means_nothing_is_refused(kind: str, options: dict[str, Any], match: str) -> None:

@@ -137,14 +137,19 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
         """
         return None
 
+    def for_config(self, config: ConfigT) -> AnyMethod:
+        """The method with the leaves that ``config`` gives to a layer; itself where all configs give the same."""
+        return self
+
     def parts(self, config: ConfigT, catalog: Catalog) -> list[Part]:
         """The layers that ``config`` means, and for each the methods that serve it.
 
-        By default this one for all, with what comes along in a checkpoint: biases, and embeddings saved whole.
+        By default :meth:`for_config` for all, with what comes along in a checkpoint: biases, and embeddings saved
+        whole.
         """
         from veneer.methods.companions import with_companions  # they are methods themselves
 
-        return with_companions(Part(self, catalog.sites(config)), config, catalog)
+        return with_companions(Part(self.for_config(config), catalog.sites(config)), config, catalog)
 
     def check_site(self, site: Site) -> None:
         """Raise ``UnsupportedError`` unless the method can adapt this kind of layer."""
@@ -162,6 +167,10 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
     @abstractmethod
     def settings(self, config: ConfigT, site: Site) -> SettingsT:
         """What ``config`` means for a layer, its patterns resolved; worked out once a layer."""
+
+    def fitted(self, settings: SettingsT, stored: Mapping[str, tuple[int, ...]], site: Site) -> SettingsT:
+        """``settings`` with what only the shapes in a checkpoint (leaf -> shape) tell."""
+        return settings
 
     def readings(self, settings: SettingsT, config: ConfigT) -> Sequence[SettingsT]:
         """Other ``settings`` for a layer, which some checkpoints with the same config were made with."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,14 +17,10 @@ from transformers.activations import ACT2FN
 
 from veneer.configs.peanut import PeanutConfig
 from veneer.errors import ConfigError
-from veneer.methods.companions import with_companions
-from veneer.methods.method import Base, Method, Part
+from veneer.methods.method import Base, Method
 from veneer.patch import Patch
 from veneer.sites import Site
 from veneer.sites.linear import LinearSite
-
-if TYPE_CHECKING:
-    from veneer.catalog import Catalog
 
 A, B = "peanut_A.weight", "peanut_B.weight"
 
@@ -44,8 +39,8 @@ class Peanut(Method[PeanutConfig, PeanutConfig]):
         self.decoders = [f"peanut_decoders.{index}.weight" for index in range(depth)]
         self.leaves = (A, B, *self.encoders, *self.decoders)  # type: ignore[misc]
 
-    def parts(self, config: PeanutConfig, catalog: Catalog) -> list[Part]:
-        return with_companions(Part(Peanut(config.depth), catalog.sites(config)), config, catalog)
+    def for_config(self, config: PeanutConfig) -> Peanut:
+        return Peanut(config.depth)
 
     def settings(self, config: PeanutConfig, site: Site) -> PeanutConfig:
         if config.act_fn not in ACT2FN:

@@ -13,17 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from veneer.configs.adalora import AdaLoraConfig
-from veneer.errors import AdapterError
 from veneer.methods.adalora import A, B, E
-
-if TYPE_CHECKING:
-    from veneer.adapters import Adapter, Adapters
 
 Layers = Sequence[Mapping[str, Tensor]]
 
@@ -85,35 +80,3 @@ def _budget(config: AdaLoraConfig, layers: int, step: int) -> int:
     first, final = config.init_r * layers, config.target_r * layers
     left = 1 - (step - config.tinit) / (config.total_step - config.tfinal - config.tinit)
     return int((first - final) * max(left, 0.0) ** 3 + final)
-
-
-def allocate(adapters: Adapters, step: int) -> None:
-    """Let the AdaLoRA that is being trained take ranks away, as its config says for step ``step``.
-
-    Raises:
-        AdapterError: no AdaLoRA is active and trainable, or its config has no ``total_step``.
-    """
-    found = _trained(adapters)
-    if not found or any(config.total_step is None for _, config in found):
-        raise AdapterError(
-            "update_and_allocate needs an active, trainable AdaLoRA whose config has a total_step.",
-            hint="Make it with AdaLoraConfig(total_step=...), or load it with is_trainable=True.",
-        )
-    for adapter, config in found:
-        adapter.allocation = adapter.allocation or RankAllocation()
-        adapter.allocation.step(config, _layers(adapters, adapter), step)
-
-
-def _trained(adapters: Adapters) -> list[tuple[Adapter, AdaLoraConfig]]:
-    entries = [adapters.entries[name] for name in adapters.active]
-    return [(e, e.config) for e in entries if e.trainable and isinstance(e.config, AdaLoraConfig)]
-
-
-def _layers(adapters: Adapters, adapter: Adapter) -> Layers:
-    """The tensors of each layer of an adapter, without its biases."""
-    return [
-        tensors
-        for module in adapter.layers
-        for share in adapters.layers[module].bound[adapter.name]
-        if E in (tensors := adapters.layers[module].tensors(adapter.name, share))
-    ]
