@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from veneer.merging.working import block_for
 from veneer.patch import Patch, biases
 
 # Rows of a weight that are worked on at a time: 512 x 4096 float32 values are 8 MB, about a core's cache.
@@ -46,7 +47,7 @@ def _merge_into(result: Tensor, weight: Tensor, patches: Sequence[Patch]) -> Non
         block = min(block, max(VALUES // max(columns, 1), 64))
     # A float32 result is worked on where it lies; for others one block of memory serves all: fresh memory costs more
     # than the arithmetic.
-    apart = None if weight.dtype is torch.float32 else weight.new_empty((block, columns), dtype=torch.float32)
+    apart = None if weight.dtype is torch.float32 else block_for(weight, block)
     for start in range(0, rows, block):
         stop = min(start + block, rows)
         own = result[start:stop] if apart is None else apart[: stop - start]

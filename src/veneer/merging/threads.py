@@ -10,21 +10,31 @@ from typing import TypeVar
 import torch
 
 from veneer.merging.cores import cores
+from veneer.merging.working import keep_block
 
 T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def one_thread_each(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
+def one_thread_each(
+    workers: int | None = None, prepare: Callable[[], None] | None = None
+) -> Iterator[ThreadPoolExecutor]:
     """A pool of threads, one for each core, in which torch computes in the thread that calls it.
 
     Args:
         workers: how many threads, if not one for each core.
+        prepare: what each thread does first.
     """
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        if prepare is not None:
+            prepare()
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(workers or cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(workers or cores(), initializer=start) as pool:
             yield pool
     finally:
         torch.set_num_threads(threads)
@@ -32,6 +42,6 @@ def one_thread_each(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
 
 def for_each(action: Callable[[T], object], items: Iterable[T]) -> None:
     """Do ``action`` with each item, on as many cores as torch uses; an error is raised when the others are done."""
-    with one_thread_each(torch.get_num_threads()) as pool:
+    with one_thread_each(torch.get_num_threads(), keep_block) as pool:
         for _ in pool.map(action, items):
             pass
