@@ -13,7 +13,7 @@ import veneer
 from tests.adapters import enlarge, saved, saved_base
 from tests.models import build, gap, inputs, logits
 from veneer.cli.app import run
-from veneer.errors import AdapterError, ConfigError, UnsupportedError
+from veneer.errors import AdapterError, ConfigError, MergeError, UnsupportedError
 
 TARGETS: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"]}
 
@@ -82,3 +82,31 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("")
     with pytest.raises(AdapterError, match="not empty"):
         veneer.convert_to_lora(_model(veneer.VeraConfig(**TARGETS)), out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "why"),
+    [
+        (veneer.PolyConfig(r=2, n_skills=2, **TARGETS), MergeError, "decides by the input"),
+        (veneer.LNTuningConfig(target_modules=["norm"]), UnsupportedError, "norm.*not defined on this kind of layer"),
+        (veneer.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), MergeError, "prompt"),
+    ],
+    ids=lambda value: str(getattr(value, "peft_type", "")),
+)
+def test_what_no_lora_holds_is_refused_and_nothing_is_written(
+    config: Any, error: type[Exception], why: str, tmp_path: Path
+) -> None:
+    model = veneer.get_peft_model(build("llama"), config, seed=1)
+    for rank in (None, 4):
+        with pytest.raises(error, match=why):
+            veneer.convert_to_lora(model, out=tmp_path / "lora", rank=rank)
+    assert not (tmp_path / "lora").exists()
+
+
+def test_what_a_layers_output_is_moved_by_comes_along(tmp_path: Path) -> None:
+    model = _model(veneer.BeftConfig(target_modules=["q_proj", "down_proj"]))
+    veneer.convert_to_lora(model, out=tmp_path / "lora", rank=1)
+    expected = logits(model, inputs("llama"))
+    with model.disable_adapter():
+        assert gap(logits(model, inputs("llama")), expected) > 0.02
+    assert gap(_read(tmp_path / "lora"), expected) < 1e-5

@@ -1,7 +1,8 @@
 """The documentation is true: its Python runs, its commands run, its links lead somewhere.
 
 The blocks of a page run in order, in one namespace, in a folder that holds what the pages speak of: ``base/`` (a
-tiny Llama with a tokenizer), adapters for it below ``adapters/``, and ``set/``, two of them saved together.
+tiny Llama with a tokenizer), LoRA adapters for it below ``adapters/``, ``set/``, two of them saved together, and
+``oft/``, one of another method.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.add_adapter(name, config)
     model.save_pretrained(root / "adapters")
     shutil.copytree(root / "adapters", root / "set")
+    turned = veneer.OFTConfig(oft_block_size=8, target_modules=["q_proj", "v_proj"], init_weights=False)
+    veneer.get_peft_model(veneer.load(root / "base").get_base_model(), turned, seed=1).save_pretrained(root / "oft")
     return root
 
 

@@ -24,6 +24,7 @@ from veneer.identity import BASE_DIGEST_KEY
 from veneer.layer import AdaptedLayer
 from veneer.loader import load
 from veneer.methods.lora import METHOD as LORA
+from veneer.methods.lora import check_can_be_made
 from veneer.model import PeftModel
 from veneer.panel import panel
 
@@ -91,6 +92,7 @@ def convert_to_lora(
 
     Raises:
         AdapterError: ``out`` is taken, or ``source`` has no single active adapter.
+        MergeError: the adapter's change depends on the input, so that no weights hold it.
         UnsupportedError: no LoRA can hold the adapter, or ``rank`` is missing. Whatever loading raises.
     """
     target = Path(out)
@@ -99,7 +101,8 @@ def convert_to_lora(
     model = source if isinstance(source, PeftModel) else load(source, base=base, **load_options)
     adapter = model.adapters.get(_name(model, adapter_name))
     layers = [model.adapters.layers[name] for name in adapter.layers]
-    _check_rank(layers, adapter.name, rank)
+    model.adapters.check_mergeable([adapter.name])
+    _check_layers(layers, adapter.name, rank)
     wanted = Combination((adapter.name,), (1.0,), "cat" if rank is None else "svd", rank)
     made, tensors = combine(model.adapters, wanted)
     config = replace(made, base_model_name_or_path=adapter.config.base_model_name_or_path)
@@ -130,7 +133,7 @@ def _name(model: PeftModel, wanted: str | None) -> str:
 
 
 @torch.no_grad()
-def _check_rank(layers: Sequence[AdaptedLayer], adapter: str, rank: int | None) -> None:
+def _check_layers(layers: Sequence[AdaptedLayer], adapter: str, rank: int | None) -> None:
     """Raise ``UnsupportedError`` when a change has no low rank and none is given."""
     for layer in layers:
         if rank is None and not all(patch.only_adds for patch in layer.patches([adapter])):

@@ -42,6 +42,7 @@ from veneer.methods.tokens import TOKENS, own_rows
 from veneer.patch import GATED, Patch
 from veneer.positions import Gate
 from veneer.sites import PackedSite, Site
+from veneer.sites.column import ColumnSite
 from veneer.sites.conv import ConvSite
 from veneer.sites.embedding import EmbeddingSite
 from veneer.sites.parameter import ParameterSite
@@ -322,6 +323,12 @@ def _factors(settings: LoraSettings, tensors: Mapping[str, Tensor], site: Site) 
     return up.reshape(up.shape[0], r, stack).permute(2, 0, 1), down.reshape(stack, r, down.shape[1])
 
 
+def check_can_be_made(site: Site) -> None:
+    """Raise ``UnsupportedError`` where no LoRA can hold a change of the weight: on a norm, or one with groups."""
+    if isinstance(site, ColumnSite) or (isinstance(site, ConvSite) and site.conv.groups > 1):
+        raise unsupported(site, "a LoRA made from a change of the weight")
+
+
 def as_leaves(up: Tensor, down: Tensor, site: Site) -> dict[str, Tensor]:
     """The leaves of a LoRA of scale 1 that changes a layer's canonical weight by ``up @ down``.
 
@@ -329,12 +336,14 @@ def as_leaves(up: Tensor, down: Tensor, site: Site) -> dict[str, Tensor]:
         up: shape ``(out, r)``, or ``(n, out, r)`` for a stack of matrices.
         down: shape ``(r, in)``, or ``(n, r, in)``.
         site: the layer.
+
+    Raises:
+        UnsupportedError: no LoRA can be made there.
     """
+    check_can_be_made(site)
     if isinstance(site, EmbeddingSite):
         return {EMBEDDING_A: down, EMBEDDING_B: up}
     if isinstance(site, ConvSite):
-        if site.conv.groups > 1:
-            raise unsupported(site, "a LoRA made from a change of the weight")
         return {A: down.reshape(-1, site.conv.in_channels, *site.kernel), B: up.reshape(*up.shape, *site.point)}
     if isinstance(site, ParameterSite):
         up = up / site.gain
