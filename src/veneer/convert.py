@@ -134,8 +134,9 @@ def _name(model: PeftModel, wanted: str | None) -> str:
 
 @torch.no_grad()
 def _check_layers(layers: Sequence[AdaptedLayer], adapter: str, rank: int | None) -> None:
-    """Raise ``UnsupportedError`` when a change has no low rank and none is given."""
+    """Raise ``UnsupportedError`` where no LoRA can be, or when a change has no low rank and none is given."""
     for layer in layers:
+        check_can_be_made(layer.site)
         if rank is None and not all(patch.only_adds for patch in layer.patches([adapter])):
             raise UnsupportedError(
                 f"{layer.site.name}: the adapter's change has no low rank of its own, so that one must be chosen.",

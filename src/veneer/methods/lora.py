@@ -324,7 +324,7 @@ def _factors(settings: LoraSettings, tensors: Mapping[str, Tensor], site: Site) 
 
 
 def check_can_be_made(site: Site) -> None:
-    """Raise ``UnsupportedError`` where no LoRA can hold a change of the weight: on a norm, or one with groups."""
+    """Raise ``UnsupportedError`` where no LoRA can hold a change of the weight: norms, and convolutions with groups."""
     if isinstance(site, ColumnSite) or (isinstance(site, ConvSite) and site.conv.groups > 1):
         raise unsupported(site, "a LoRA made from a change of the weight")
 
