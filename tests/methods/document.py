@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import veneer.configs
 from tests.methods.case import cases
 from tests.methods.checks import recorded
+from tests.methods.networks import NETWORKS
 from veneer.methods.method import Method
 from veneer.methods.prompt import PROMPT, PromptMethod
 from veneer.methods.routed import RoutedMethod
@@ -34,7 +36,8 @@ HEAD = """# The methods
 Made by `make methods` from the methods' own files; a test fails when it is not current. What each `peft_type` changes,
 on which layers, and what the tests hold it to: outputs as in peft 0.21.2 where that has the method, merged as unmerged,
 saved bit for bit as it was loaded. `W`, of shape (out, in), is a layer's weight, and `b` its bias; primed they are what
-the adapter makes of them. Unmerged: the time of decoding beside the base's, peft's in parentheses, from
+the adapter makes of them. Compared on: the models whose layers were adapted, and the kinds of layer in a network of
+single ones. Unmerged: the time of decoding beside the base's, peft's in parentheses, from
 [the benchmark](../benchmarks/RESULTS.md), where it was measured. [What was checked](#what-was-checked) is below.
 
 """
@@ -45,6 +48,18 @@ many of a method's cases a check passed. A dash: it does not apply, as merging w
 merge where that has none. The recorded run had no failure.
 
 """
+APART = """## Tests of their own
+
+What the contract's cases do not fit: tests by hand, which run with the others.
+
+"""
+# Method -> its tests, a part of their names, and the networks on which they compare it with peft.
+OWN_TESTS: Mapping[str, tuple[str, str, str]] = {
+    "BONE": ("tests/methods/test_readings.py", "bone", "llama, as MISS of the same values"),
+    "SHADOW": ("tests/methods/test_shadow.py", "", "llama, gpt2, qwen3, opt, gpt_neox"),
+    "XLORA": ("tests/test_xlora.py", "", "llama"),
+}
+TEST = re.compile(r"^def test_(\w+)\(", re.MULTILINE)
 COLUMNS = (
     "`peft_type`",
     "changes",
@@ -57,6 +72,8 @@ COLUMNS = (
     "compared on",
 )
 YES, NO = "yes", "no"
+# The network that is no model, and has one layer or two of each kind.
+LAYERS = "conv"
 
 
 def names() -> list[str]:
@@ -67,7 +84,8 @@ def names() -> list[str]:
 def page() -> str:
     """The text of the page."""
     rows = [_cells(COLUMNS), _cells(["---"] * len(COLUMNS)), *(_cells(_row(name)) for name in names())]
-    return "\n".join([HEAD + "\n".join(rows), "", *map(_section, names()), CHECKED + "\n\n".join(_tables())]) + "\n"
+    checked = [CHECKED + "\n\n".join(_tables()), "", APART + "\n".join(map(_apart, OWN_TESTS))]
+    return "\n".join([HEAD + "\n".join(rows), "", *map(_section, names()), *checked]) + "\n"
 
 
 def _tables() -> list[str]:
@@ -75,6 +93,13 @@ def _tables() -> list[str]:
     found = recorded()
     prompts = [name for name in found if isinstance(_part("methods", name).METHOD, PromptMethod)]
     return [_table({name: found[name] for name in own}) for own in (sorted(found.keys() - prompts), prompts) if own]
+
+
+def _apart(name: str) -> str:
+    """What a method's tests of its own are called."""
+    file, part, _ = OWN_TESTS[name]
+    found = [test.replace("_", " ") for test in TEST.findall((ROOT / file).read_text()) if part in test]
+    return f"- {name} (`{file}`): {'; '.join(found)}."
 
 
 def _table(found: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
@@ -111,7 +136,6 @@ def _cells(values: Sequence[str]) -> str:
 def _row(name: str) -> list[str]:
     method = _part("methods", name).METHOD
     own = _cases(name)
-    networks = dict.fromkeys(getattr(case, "network", getattr(case, "arch", "")) for case in own)
     mixed = all(getattr(case, "rows", True) for case in own)
     return [
         f"[{name}](#{name.lower()})",
@@ -120,8 +144,20 @@ def _row(name: str) -> list[str]:
         NO if isinstance(method, (PromptMethod, RoutedMethod)) else YES,
         YES if mixed else NO,
         _overhead(name),
-        ", ".join(networks) or "tests of its own",
+        _compared(name),
     ]
+
+
+def _compared(name: str) -> str:
+    """The networks of a method's cases, and the kinds of layer of the small one that holds all kinds."""
+    if name in OWN_TESTS:
+        return f"{OWN_TESTS[name][2]} ([its own tests](#tests-of-their-own))"
+    own = _cases(name)
+    networks = dict.fromkeys(getattr(case, "network", getattr(case, "arch", "")) for case in own)
+    targets = {end for case in own if getattr(case, "network", "") == LAYERS for end in case.options["target_modules"]}
+    modules = [module for end, module in NETWORKS[LAYERS].make().named_children() if end in targets]
+    kinds = dict.fromkeys(type(module).__name__ for module in modules)
+    return ", ".join([*(network for network in networks if network != LAYERS), *(f"`{kind}`" for kind in kinds)])
 
 
 def _overhead(name: str) -> str:
