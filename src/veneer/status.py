@@ -83,13 +83,17 @@ def layer_status(adapters: Adapters) -> list[TunerLayerStatus]:
 
 def _of_layer(adapters: Adapters, name: str, layer: AdaptedLayer) -> TunerLayerStatus:
     tensors = {a: [p for s in shares for p in layer.tensors(a, s).values()] for a, shares in layer.bound.items()}
+    trained = {
+        a: [p for s in shares for leaf, p in layer.tensors(a, s).items() if s.method.trains(leaf)]
+        for a, shares in layer.bound.items()
+    }
     return TunerLayerStatus(
         name=name,
         module_type=type(layer.site.module).__name__,
         enabled=adapters.switch.enabled,
         active_adapters=adapters.active,
         merged_adapters=list(layer.merged),
-        requires_grad={a: _trained(own) for a, own in tensors.items()},
+        requires_grad={a: _trained(own) for a, own in trained.items()},
         available_adapters=list(layer.bound),
         devices={a: sorted({str(p.device) for p in own}) for a, own in tensors.items()},
     )

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 import veneer
+from tests.methods.case import Case
 from tests.methods.networks import NETWORKS
+from tests.methods.test_contract import scrambled
 from tests.methods.test_readings import edit, loaded, made
 from tests.models import gap
 from veneer.errors import BaseMismatchError, UnsupportedError
@@ -69,6 +71,19 @@ def test_rows_that_are_all_the_same_are_no_groups() -> None:
     torch.nn.init.ones_(base.get_submodule("model.layers.0.self_attn.q_proj").weight)
     with pytest.raises(UnsupportedError, match=r"q_proj: its rows do not fall into 3 groups"):
         veneer.get_peft_model(base, veneer.AdamssConfig(**{**SIZES, "r": 1}))
+
+
+def test_merged_from_disk_to_disk_it_is_what_it_is_in_memory(tmp_path: Path) -> None:
+    gpt2 = NETWORKS["gpt2"]
+    gpt2.make().save_pretrained(tmp_path / "base")
+    model = veneer.get_peft_model(gpt2.make(), veneer.AdamssConfig(**{**SIZES, "target_modules": ["c_attn"]}))
+    assert model.get_layer_status()[0].requires_grad == {"default": True}
+    expected = gpt2.read(scrambled(model, Case("", "", "")))
+    model.save_pretrained(tmp_path / "adapter")
+    veneer.merge(tmp_path / "adapter", base=tmp_path / "base", out=tmp_path / "merged")
+    merged = veneer.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert gap(gpt2.read(merged), expected) < 1e-5
+    assert gap(expected, gpt2.read(gpt2.make())) > 0.02
 
 
 def train(model: Any, steps: range) -> None:
