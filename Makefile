@@ -16,7 +16,7 @@ demo: $(VENV)/.demo  ## Show the main job on a real model (under three minutes)
 	$(BIN)/veneer demo $(ARGS)
 
 test: $(VENV)/.dev  ## Run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.dev  ## Check format, lint and types
 	$(BIN)/ruff format --check .

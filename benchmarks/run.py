@@ -36,8 +36,8 @@ MODELS, DTYPES, SIDES = ("135M", "1B"), ("bfloat16", "float32"), ("veneer", "pef
 # Sections that say enough on one model, in one dtype.
 SMALL_ONLY = frozenset({"mixed64", "methods", "save", "process"})
 BFLOAT16_ONLY = frozenset({*SMALL_ONLY, "attach"})
-# Seconds after which one measurement is given up.
-LIMIT = 240
+# Seconds after which one measurement is given up; one of a method.
+LIMIT, LIMIT_OF_A_METHOD = 240, 100
 # The section that runs once for each method, each in processes of its own: ``methods:LoRA``.
 METHODS = "methods"
 
@@ -130,7 +130,8 @@ class Run:
         try:
             job.prepare()
             runs = self.kept.setdefault(job.key, {}).setdefault(side, [])
-            runs.append(job.run(side, min(LIMIT, max(left, 1))))
+            limit = LIMIT_OF_A_METHOD if job.method else LIMIT
+            runs.append(job.run(side, min(limit, max(left, 1))))
         except Exception as error:  # whatever a section or a library does: the others are measured all the same
             self.kept.setdefault(report.FAILED, {})[f"{job.key}, {side}"] = f"{error}"[:200]
             print(f"{job.key}, {side}: FAILED: {error}")
@@ -186,7 +187,8 @@ def main() -> None:
         dtypes = [asked.dtype] if asked.dtype else DTYPES[: 1 if asked.quick else 2]
         # The small model first, which is quick and says most.
         every = [Job(s, m, d) for m in models for d in dtypes for s in named(asked.sections or SECTIONS)]
-        jobs = [job for job in every if job.is_meant]
+        # The methods last, since they are many.
+        jobs = sorted((job for job in every if job.is_meant), key=lambda job: bool(job.method))
         if asked.resume:
             kept.pop(report.FAILED, None)  # to be tried again
         else:
