@@ -254,7 +254,8 @@ def test_inspection_is_quick(made: Path) -> None:
 def test_a_terminal_that_knows_ascii_alone(made: Path, tmp_path: Path, options: list[str]) -> None:
     folder = shutil.copytree(made / "adapter", tmp_path / "naïve字")
     command = [sys.executable, "-m", "veneer", "inspect", str(folder), *options]
-    result = subprocess.run(command, capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "200"}
+    result = subprocess.run(command, capture_output=True, check=False, env=environment)
     assert (result.returncode, result.stderr) == (0, b"")
     assert rb"\u5b57" in result.stdout
     assert result.stdout.isascii()

@@ -51,21 +51,19 @@ class FourierFT(Method[FourierFTConfig, FourierFTSettings]):
         return {SPECTRUM: torch.empty(settings.places.shape).normal_(std=std, generator=generator)}
 
     def lower(self, settings: FourierFTSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
-        # Scaled here: the inverse transform of the input is the matrix's along its inputs, that of S's output the rest.
-        values = tensors[SPECTRUM].float() * settings.scale
-        places, shape = settings.places.to(values.device, torch.int32), base.site.shape
+        values, shape = tensors[SPECTRUM].float(), base.site.shape
+        places = settings.places.to(values.device, torch.int32)
         sparse = Sparse(values, places // shape[1], places % shape[1], shape)
-        return Patch(dense=Transformed(sparse, torch.fft.ifft, _real_inverse, _whole))
+
+        def outer(spectrum: Tensor) -> Tensor:
+            found: Tensor = torch.fft.ifft(spectrum)
+            return found.real * settings.scale
+
+        def matrix(spectrum: Tensor) -> Tensor:
+            found: Tensor = torch.fft.ifft2(spectrum)
+            return found.real * settings.scale
+
+        return Patch(dense=Transformed(sparse, torch.fft.ifft, outer, matrix))
 
 
 METHOD = FourierFT()
-
-
-def _real_inverse(spectrum: Tensor) -> Tensor:
-    found: Tensor = torch.fft.ifft(spectrum)
-    return found.real
-
-
-def _whole(spectrum: Tensor) -> Tensor:
-    found: Tensor = torch.fft.ifft2(spectrum)
-    return found.real
