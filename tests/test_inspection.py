@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import re
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 
 import veneer
 from tests.adapters import CONFIG, WEIGHTS, adapted, config, edit_config, edit_tensors, enlarge, saved, saved_base
-from tests.models import CASES
+from tests.models import CASES, build
 from veneer.errors import CorruptFileError, NotACheckpointError, PathNotFoundError
 
 
@@ -35,6 +36,40 @@ def named(folder: Path, **changes: Any) -> Path:
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     return named(saved(tmp_path / "adapter", rank_pattern={r"layers\.1\..*": 2}, lora_alpha=12, use_rslora=True))
+
+
+@pytest.mark.parametrize(
+    ("made", "layers"),
+    [
+        (veneer.ShadowConfig(task_type="CAUSAL_LM"), 2),
+        (veneer.LoHaConfig(target_modules=["q_proj", "down_proj"]), 4),
+        (veneer.AdaLoraConfig(target_modules=["q_proj"], total_step=10), 2),
+        (veneer.VeraConfig(target_modules=["q_proj", "v_proj"]), 4),
+        (veneer.LNTuningConfig(), 5),
+        (veneer.AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM"), 1),
+        (veneer.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), 0),
+    ],
+    ids=lambda value: str(getattr(value, "peft_type", "")),
+)
+def test_what_an_adapter_of_any_method_sits_on_is_counted(made: Any, layers: int, tmp_path: Path) -> None:
+    veneer.get_peft_model(build("llama"), made).save_pretrained(tmp_path)
+    found = veneer.inspect(tmp_path)
+    assert found.adapter is not None
+    assert found.adapter.layers == layers
+    assert (f"{layers} adapted" in panel(found)) == (layers > 0)
+
+
+def test_every_methods_tensors_are_told_by_their_names() -> None:
+    from tests.methods.document import names
+    from veneer.inspection import _layers
+    from veneer.source import TensorInfo
+
+    for name in names():
+        method = importlib.import_module(f"veneer.methods.{name.lower()}").METHOD
+        tensors = [
+            TensorInfo(f"base_model.model.a.{leaf}", "F32", (1,), 0, 4) for leaf in getattr(method, "leaves", ())
+        ]
+        assert _layers(name, tensors) == bool(tensors), name
 
 
 def test_an_adapter(adapter: Path) -> None:

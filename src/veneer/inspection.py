@@ -62,6 +62,10 @@ _MODEL_TYPES: Mapping[str, _Types] = {
 # Leaves whose first dimension is a rank, and of which an adapted layer has one.
 _DOWN = (".lora_A.weight", ".lora_embedding_A")
 
+# Where an adapted layer's tensors lie, and what begins a tensor's name where that is not the method's own.
+_LAYER = "base_model.model."
+_HEADS = {"ADALORA": "lora", "ADAPTION_PROMPT": "adaption", "LOHA": "hada"}
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -106,7 +110,7 @@ class AdapterFacts:
         options: the method's options that are on, such as ``use_rslora``.
         target_modules: as in the config.
         modules_to_save: modules that it brings whole.
-        layers: how many layers it adapts.
+        layers: how many layers it adapts; of SHADOW, blocks.
         weights: its tensors; ``None`` when they cannot be read.
         virtual_tokens: how many a prompt puts before the input or into the cache.
     """
@@ -290,7 +294,7 @@ def _adapter(source: Source, problems: list[Problem]) -> AdapterFacts:
         | {k: values[k] for k in ("rank_pattern", "alpha_pattern") if values.get(k)},
         target_modules=values.get("target_modules"),
         modules_to_save=values.get("modules_to_save"),
-        layers=sum(ranks.values()),
+        layers=sum(ranks.values()) or _layers(values.get("peft_type"), tensors),
         weights=weights,
         virtual_tokens=values.get("num_virtual_tokens"),
     )
@@ -357,6 +361,15 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except OSError:  # a name that is too long, a folder that is closed to us
         return False
+
+
+def _layers(method: str | None, tensors: Iterable[TensorInfo]) -> int:
+    """How many layers have tensors of a method: those whose names begin with its own."""
+    if method is None:
+        return 0
+    head = f".{_HEADS.get(method, method.lower())}_"
+    own = (info.name for info in tensors if info.name.startswith(_LAYER))
+    return len({name.partition(head)[0] for name in own if head in name})
 
 
 def _ranks(tensors: Iterable[TensorInfo]) -> dict[int, int]:
