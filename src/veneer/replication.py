@@ -14,6 +14,9 @@ from torch import nn
 
 from veneer.errors import ConfigError, UnsupportedError
 
+# What a config has a list of, an entry for each block; some families work it out instead.
+_PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
+
 
 class Replication:
     """A model's blocks, replaced by those of ``ranges``.
@@ -21,6 +24,10 @@ class Replication:
     Args:
         model: a base model with one list of blocks: Llama and its like, BERT, Falcon.
         ranges: pairs of first block and the one after the last.
+
+    Attributes:
+        name: of the list of blocks, in the module that holds it.
+        order: for each block that the model has now, its number before.
 
     Raises:
         ConfigError: a range is none of the model's. UnsupportedError: the model's blocks are not found.
@@ -30,10 +37,10 @@ class Replication:
         self.ranges = [list(pair) for pair in ranges]
         self.holder, self.name = _blocks(model)
         self.before: Any = getattr(self.holder, self.name)
-        order = [index for pair in ranges for index in _indices(pair, len(self.before))]
-        blocks = [_shared_copy(self.before[old], new) for new, old in enumerate(order)]
+        self.order = [index for pair in ranges for index in _indices(pair, len(self.before))]
+        blocks = [_shared_copy(self.before[old], new) for new, old in enumerate(self.order)]
         setattr(self.holder, self.name, nn.ModuleList(blocks).train(self.before.training))
-        self._restore = _resize_config(getattr(model, "config", None), order)
+        self._restore = _resize_config(getattr(model, "config", None), self.order)
 
     def undo(self) -> None:
         """Give the model the blocks that it came with."""
@@ -88,15 +95,15 @@ def _shared_copy(block: nn.Module, index: int) -> nn.Module:
 
 def _resize_config(config: Any, order: Sequence[int]) -> Callable[[], None]:
     """Let the config say how many blocks there are, and of what type each is."""
-    before = {name: getattr(config, name) for name in ("layer_types", "num_hidden_layers") if hasattr(config, name)}
-    types = before.get("layer_types")
-    now: dict[str, Any] = {"num_hidden_layers": len(order)}
-    if types:
-        now["layer_types"] = [types[index] for index in order]
+    own = getattr(config, "__dict__", {})
+    before: dict[str, Any] = {name: own[name] for name in _PER_BLOCK if own.get(name)}
+    now: dict[str, Any] = {name: [values[index] for index in order] for name, values in before.items()}
+    if hasattr(config, "num_hidden_layers"):
+        before["num_hidden_layers"], now["num_hidden_layers"] = config.num_hidden_layers, len(order)
 
     def write(values: dict[str, Any]) -> None:
-        for name in values.keys() & before.keys():
-            setattr(config, name, values[name])
+        for name, value in values.items():
+            setattr(config, name, value)
 
     write(now)
     return lambda: write(before)

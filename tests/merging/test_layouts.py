@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import veneer
-from tests.adapters import adapted, config, enlarge, saved, saved_base
+from tests.adapters import config, enlarge, saved, saved_base
 from tests.models import build, gap, inputs, logits
 from tests.oracle.peer import scramble
 from tests.test_remap import OLD, Old, moe, old_experts, seeing
@@ -247,19 +247,3 @@ def test_a_base_in_gguf_says_how_to_go_on(tmp_path: Path) -> None:
 
 def _merging(adapter: Path, base: Path) -> Callable[[], Any]:
     return lambda: veneer.merge(adapter, base, out=adapter.parent / "out")
-
-
-# -- repeated blocks -------------------------------------------------------------------------------------------
-
-
-def test_repeated_blocks_are_merged_in_memory(tmp_path: Path) -> None:
-    base = saved_base(tmp_path / "base")
-    model = adapted(layer_replication=[[0, 2], [0, 1]])
-    model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UnsupportedError, match="layer_replication") as caught:
-        veneer.merge(tmp_path / "adapter", base, out=tmp_path / "out")
-    assert "merge=True" in str(caught.value.hint)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        veneer.load(tmp_path / "adapter", base=base, merge=True).save_pretrained(tmp_path / "memory")
-    assert gap(read(tmp_path / "memory"), logits(model, BATCH)) < CLOSE

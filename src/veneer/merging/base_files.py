@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -55,6 +56,12 @@ class WeightFiles:
 
     def __contains__(self, name: object) -> bool:
         return name in self.places
+
+    def seen_as(self, places: dict[str, Place]) -> WeightFiles:
+        """The same open files with other names for what is in them; they are closed together."""
+        found = copy.copy(self)
+        found.places = places
+        return found
 
     def stamps(self) -> dict[str, Stamp]:
         """File's name -> what it is now."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from veneer import adapter_set
 from veneer.checkpoint import Checkpoint, open_checkpoint
-from veneer.errors import BaseMismatchError, BaseModelError, MergeError, UnsupportedError
+from veneer.errors import BaseMismatchError, BaseModelError, MergeError
 from veneer.identity import BASE_DIGEST_KEY, base_digest
 from veneer.loader import dtype_of, find_base, kind_of
 from veneer.merging.base_files import WeightFiles
@@ -23,6 +24,7 @@ from veneer.merging.new_bias import new_biases
 from veneer.merging.packed import as_in_model, packed_tensors
 from veneer.merging.plain import plain_skeleton, plainly_stored
 from veneer.merging.plan import MergePlan, Planner, config_changes
+from veneer.merging.repeated import repeated_blocks
 from veneer.merging.rounding import NEAREST, Rounding
 from veneer.merging.skeleton import Parameters, build_skeleton, lengthen, stored_names
 from veneer.merging.works import Values
@@ -128,7 +130,6 @@ def prepare(
     """
     sources, weights = find(adapters, where)
     checkpoints = [open_checkpoint(source, strict=options.strict) for source in sources]
-    _check_blocks(checkpoints)
     merged = [Adapter(checkpoint, weight) for checkpoint, weight in zip(checkpoints, weights, strict=True)]
     found = find_base(sources[0], checkpoints, base, where.base_revision, where.hub)
     told = _check_identity(merged, found.source, strict_base)
@@ -151,17 +152,18 @@ def _planned(
 ) -> Prepared:
     source: Source = found.source
     checkpoints = [adapter.checkpoint for adapter in merged]
-    packed = packed_tensors(source, files, options.dequantize)
-
-    def skeleton(**changes: Any) -> Any:
-        return build_skeleton(source, checkpoints, options.task, where.trust_remote_code, **changes)
-
+    build: Any = partial(build_skeleton, source, checkpoints, options.task, where.trust_remote_code)
+    repeated = repeated_blocks(checkpoints, source, build)
+    base = files if repeated is None else repeated.seen_in(files)
+    deeper = {} if repeated is None else dict(repeated.config)
+    skeleton: Any = partial(build, **deeper)
+    packed = packed_tensors(source, base, options.dequantize)
     parts = {part for one in packed.values() for part in one.parts}
-    shapes = {name: place.info.shape for name, place in files.places.items() if name not in parts}
+    shapes = {name: place.info.shape for name, place in base.places.items() if name not in parts}
     shapes |= {name: one.shape for name, one in packed.items()}
     vocabulary = _vocabulary(checkpoints, source, options.task)
-    model = None if vocabulary is not None else plain_skeleton(source, files, checkpoints, options.task)
-    stored = plainly_stored(files) if model is not None else None
+    model = None if vocabulary is not None else plain_skeleton(source, base, checkpoints, options.task, **deeper)
+    stored = plainly_stored(base) if model is not None else None
     if model is None or stored is None:
         model = skeleton()
         stored = stored_names(model, shapes, shapes)
@@ -172,15 +174,17 @@ def _planned(
             f"No tensor of {source.origin} belongs to its own model class, {type(model).__name__}.",
             hint="Check that config and weights are from the same model.",
         )
-    read = Parameters(model, stored, lambda name: Values(files, name, packed.get(name), lengths.get(name)).whole())
+    read = Parameters(model, stored, lambda name: Values(base, name, packed.get(name), lengths.get(name)).whole())
     changes = collect(merged, model, read, options.strict)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     rounding = Rounding(options.rounding, options.seed)
     biases = new_biases(changes.layers.values(), list(changes.weights), model, skeleton)
-    planner = Planner(model, files, stored, changes, dtype, rounding, packed, biases, lengths)
-    plan = planner.plan(options.max_shard_size)
+    planner = Planner(model, base, stored, changes, dtype, rounding, packed, biases, lengths)
+    own_size = None if repeated is None else repeated.file_size(files)
+    plan = planner.plan(options.max_shard_size or own_size)
     config = {
         **_config(source, model, dtype or (planner.common if packed else None)),
+        **deeper,
         **biases.config,
         **({} if vocabulary is None else {"vocab_size": vocabulary}),
         **config_changes(plan, model, lambda: skeleton(tie_word_embeddings=False)),
@@ -192,6 +196,8 @@ def _planned(
         )
     if vocabulary is not None:
         told.append(f"The base's vocabulary was resized to {vocabulary} tokens, as the adapter's.")
+    if repeated is not None:
+        told.append(f"The output has {len(repeated.order)} blocks, each from one of the base's (layer_replication).")
     told += changes.notes
     text = f"{source.origin}, {found.why}"
     return Prepared(merged, sources, source, text, files, changes, plan, config, options, told)
@@ -201,15 +207,6 @@ def _vocabulary(checkpoints: Sequence[Checkpoint], source: Source, task: str | N
     """The vocabulary that the output has where it is not the base's."""
     wanted = task or next((c.config.task_type for c in checkpoints if c.config.task_type), None)
     return resized(checkpoints, source, source.json(MODEL_CONFIG), str(wanted) if wanted else None)
-
-
-def _check_blocks(checkpoints: Sequence[Checkpoint]) -> None:
-    for checkpoint in checkpoints:
-        if getattr(checkpoint.config, "layer_replication", None):
-            raise UnsupportedError(
-                f"{checkpoint.origin} repeats blocks (layer_replication), which is not done from disk to disk.",
-                hint="Merge it in memory: veneer.load(ADAPTER, base=BASE, merge=True).save_pretrained(OUT).",
-            )
 
 
 def _config(source: Source, model: Any, dtype: torch.dtype | None) -> dict[str, Any]:

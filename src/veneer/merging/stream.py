@@ -49,11 +49,11 @@ class FileSink:
         if file.name in self._open:
             _write(self._open[file.name], _bytes(data), file.start(name) + start)
 
-    def copy(self, name: str, files: WeightFiles, file: str, start: int, count: int) -> None:
+    def copy(self, names: Sequence[str], files: WeightFiles, file: str, start: int, count: int) -> None:
         """Copy a range inside the system, or through memory where it cannot."""
-        out = self.where[name]
+        out = self.where[names[0]]
         if out.name in self._open:
-            _copy_range(files, file, start, self._open[out.name], out.start(name), count)
+            _copy_range(files, file, start, self._open[out.name], out.start(names[0]), count)
 
     def read(self, file: str, start: int, into: Tensor) -> Tensor:
         """Fill a tensor with bytes that were written before."""

@@ -28,8 +28,8 @@ class Sink(Protocol):
         """Bytes of the output tensor ``name`` from its byte ``start`` on; ``data`` is contiguous."""
         ...
 
-    def copy(self, name: str, files: WeightFiles, file: str, start: int, count: int) -> None:
-        """``count`` bytes of a base's file from ``start`` on; they begin where the output tensor ``name`` does."""
+    def copy(self, names: Sequence[str], files: WeightFiles, file: str, start: int, count: int) -> None:
+        """``count`` bytes of a base's file from ``start`` on: the output tensors ``names``, side by side in both."""
         ...
 
 
@@ -58,7 +58,7 @@ class Copy:
 
     def run(self, sink: Sink) -> list[Figures]:
         """Copy them as one range of bytes."""
-        sink.copy(self.outputs[0], self.files, self.file, self.start, self.count)
+        sink.copy(self.outputs, self.files, self.file, self.start, self.count)
         return []
 
 
