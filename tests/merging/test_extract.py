@@ -102,3 +102,15 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MergeError, match="is not empty"):
         veneer.extract(base, base, out=tmp_path / "mine")
     assert not (tmp_path / "found").exists()
+
+
+def test_ends_that_are_one_weight_are_both_named(tmp_path: Path) -> None:
+    def tune(name: str, tensor: Tensor) -> None:
+        if "wte" in name:
+            tensor.mul_(2)
+
+    base, tuned = save(tmp_path / "base", "gpt2"), save(tmp_path / "tuned", "gpt2", tune)
+    with pytest.raises(MergeError, match=r"^lm_head\.weight and transformer\.wte\.weight are one weight") as caught:
+        veneer.extract(tuned, base, out=tmp_path / "found")
+    assert "Untie" in str(caught.value.hint)
+    assert not (tmp_path / "found").exists()

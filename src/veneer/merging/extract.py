@@ -266,11 +266,9 @@ def factors(change: Tensor, rank: int, energy: float | None) -> tuple[Tensor, Te
 def _check_ties(found: _Found, model: nn.Module) -> None:
     """A tied embedding that was trained has no LoRA of its own: both ends would have to carry it."""
     for group in tie_groups(model):
-        layers = {name.rpartition(".")[0] for name in group} & found.ranks.keys()
-        if layers:
+        if {name.rpartition(".")[0] for name in group} & found.ranks.keys():
             raise MergeError(
-                f"{min(layers)} was trained and is shared with {', '.join(sorted(set(group)))}; LoRA on one of them "
-                "would part them.",
+                f"{' and '.join(sorted(group))} are one weight, which was trained; LoRA on one of them parts them.",
                 hint="Untie the embeddings of both models first.",
             )
 
