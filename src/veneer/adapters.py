@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from veneer.errors import (
     UnsupportedError,
 )
 from veneer.layer import AdaptedLayer, Bound, Untouched
+from veneer.merging.direct import Unwrapped
 from veneer.merging.into_packed import choose, dequantize, forget_loading, measured
 from veneer.merging.new_bias import new_biases
 from veneer.merging.quantized import DEQUANTIZED, QuantizedMerge
@@ -127,8 +128,23 @@ class Adapters:
         self._replication: Replication | None = None
         # Hooks on the base, while an adapter needs to know which tokens are read.
         self._watching: list[RemovableHandle] = []
+        # Whether adapters that are loaded can be run: see unwrapped.
+        self._wraps = True
 
     # -- adding --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def unwrapped(self) -> Iterator[None]:
+        """Wrap nothing inside the ``with`` block, in which adapters are loaded and merged for good.
+
+        Packed layers are wrapped all the same, for their wrapper does the merge, and so are those that are spread over
+        processes, which refuse it.
+        """
+        self._wraps = False
+        try:
+            yield
+        finally:
+            self._wraps = True
 
     @contextmanager
     def replicated(self, config: PeftConfig) -> Iterator[None]:
@@ -453,7 +469,8 @@ class Adapters:
         if site.id not in self.layers:
             there = self._at(site.name)
             self.layers[site.id] = layer = self._wrapped(site, there if isinstance(there, AdaptedLayer) else None)
-            self._put(site.name, layer)
+            if isinstance(layer, AdaptedLayer):
+                self._put(site.name, layer)
         return self.layers[site.id]
 
     def _wrapped(self, site: Site, there: AdaptedLayer | None) -> AdaptedLayer:
@@ -461,6 +478,9 @@ class Adapters:
             return PackedLayer(site, self.switch)
         if sharding.is_tensor_parallel(site.module):
             return ShardedLayer(site, self.switch, there)
+        if not self._wraps:
+            # Not one, but it answers all that is asked of one until it is merged.
+            return cast(AdaptedLayer, Unwrapped(site))
         if isinstance(site, AttentionSite):
             return AdaptedAttention(site, self.switch)
         if isinstance(site, BlockSite):
@@ -482,12 +502,14 @@ class Adapters:
             return
         while isinstance(outer, AdaptedLayer) and outer.base_layer is not layer:
             outer = outer.base_layer
-        outer._modules["base_layer"] = layer.base_layer
+        if isinstance(outer, AdaptedLayer):  # else the layer never stood in the model
+            outer._modules["base_layer"] = layer.base_layer
 
     def _saved(self, root: str) -> SavedModule:
         if root not in self.saved:
             self.saved[root] = SavedModule(self.catalog.modules[root], self.switch)
-            self._put(root, self.saved[root])
+            if self._wraps:
+                self._put(root, self.saved[root])
         return self.saved[root]
 
     def _at(self, name: str) -> nn.Module:

@@ -89,7 +89,89 @@ class Untouched:
         return self.site.weight()
 
 
-class AdaptedLayer(nn.Module):
+class Shares:
+    """A base layer and the adapters that are bound to it: what these mean for its weight and bias.
+
+    Attributes:
+        site: the base layer.
+        bound: adapter's name -> its shares of this layer, in the order in which they apply.
+        original: the parameters that the base layer had before a merge that can be undone; empty when none is made.
+    """
+
+    site: Site
+    bound: dict[str, list[Bound]]
+    original: Sequence[nn.Parameter | None] = ()
+
+    def tensors(self, adapter: str, share: Bound) -> dict[str, nn.Parameter]:
+        """Leaf -> the parameter of an adapter's share of this layer."""
+        raise NotImplementedError(f"{type(self).__name__} holds no tensors")
+
+    def patches(self, names: Sequence[str]) -> list[Patch]:
+        """What adapters that are bound here mean for this layer, in the order in which they apply."""
+        return [
+            share.method.lower(share.settings, {**self.tensors(name, share), **share.shared}, self)
+            for name in names
+            for share in self.bound[name]
+        ]
+
+    def weight_patches(self, names: Sequence[str]) -> list[Patch]:
+        """The same as changes of the layer's weight; ``MergeError`` where no weight can hold one."""
+        return [self.site.in_weight(patch) for patch in self.patches(names)]
+
+    def here(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of ``names`` that are bound to this layer, in their order."""
+        return tuple(name for name in names if name in self.bound)
+
+    def lacks_bias(self, names: tuple[str, ...]) -> bool:
+        """Whether ``names`` move the output of a layer that has no bias to hold this once they are merged."""
+        if self.site.shift_only or self.base_bias is not None:
+            return False
+        shares = [(name, share) for name in self.here(names) for share in self.bound[name]]
+        return any(
+            bool(tensor.count_nonzero())
+            for name, share in shares
+            for leaf, tensor in self.tensors(name, share).items()
+            if leaf in share.method.bias_leaves
+        )
+
+    @property
+    def base_stored(self) -> nn.Parameter:
+        """The base layer's weight as stored, whatever is merged into it now."""
+        weight = self.original[0] if self.original else None
+        found: nn.Parameter = self.site.resident(
+            self.site.stored if weight is None else weight, self.site.parameter, below=bool(self.original)
+        )
+        return found
+
+    @property
+    def base_bias(self) -> nn.Parameter | None:
+        """The base layer's bias, whatever is merged into it now."""
+        bias = self.original[1] if self.original else self.site.bias
+        found: nn.Parameter | None = self.site.resident(bias, "bias", below=bool(self.original))
+        return found
+
+    def base_weight(self) -> Tensor:
+        """The base layer's weight as a canonical matrix, whatever is merged into it now."""
+        return self.site.canonical(self.base_stored.detach()) if self.original else self.site.weight()
+
+    def merged_parameters(self, names: tuple[str, ...]) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        """The weight (as stored) and bias that the layer has with ``names`` merged; nothing is changed."""
+        patches = self.weight_patches(self.here(names))
+        bias = self.base_bias
+        if self.site.shift_only:
+            return None, _like(merged_bias(bias, patches, torch.float32), bias)
+        stored = self.base_stored
+        weight = self.site.as_stored(merged(self.base_weight(), patches))
+        return _like(weight, stored), _like(merged_bias(bias, patches, stored.dtype), bias)
+
+    def _store(self, weight: nn.Parameter | None, bias: nn.Parameter | None) -> None:
+        if weight is None:
+            self.site.store_bias(bias)
+        else:
+            self.site.store(weight, bias)
+
+
+class AdaptedLayer(Shares, nn.Module):
     """Stands in the place of a base layer that carries adapters.
 
     Its parameters are named as in peft: ``base_layer.weight``, ``lora_A.<adapter>.weight``. Attributes that it
@@ -201,60 +283,12 @@ class AdaptedLayer(nn.Module):
             holder = self._modules[head] = Leaf(self.training)
         return holder
 
-    def patches(self, names: Sequence[str]) -> list[Patch]:
-        """What adapters that are bound here mean for this layer, in the order in which they apply."""
-        return [
-            share.method.lower(share.settings, {**self.tensors(name, share), **share.shared}, self)
-            for name in names
-            for share in self.bound[name]
-        ]
-
-    def weight_patches(self, names: Sequence[str]) -> list[Patch]:
-        """The same as changes of the layer's weight; ``MergeError`` where no weight can hold one."""
-        return [self.site.in_weight(patch) for patch in self.patches(names)]
-
     def patches_now(self, names: Sequence[str]) -> list[Patch]:
         """The same for one forward pass, which drops some of it while training."""
         patches = self.patches(names)
         return for_training(patches) if self.training else patches
 
-    def here(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of ``names`` that are bound to this layer, in their order."""
-        return tuple(name for name in names if name in self.bound)
-
-    def lacks_bias(self, names: tuple[str, ...]) -> bool:
-        """Whether ``names`` move the output of a layer that has no bias to hold this once they are merged."""
-        if self.site.shift_only or self.base_bias is not None:
-            return False
-        shares = [(name, share) for name in self.here(names) for share in self.bound[name]]
-        return any(
-            bool(tensor.count_nonzero())
-            for name, share in shares
-            for leaf, tensor in self.tensors(name, share).items()
-            if leaf in share.method.bias_leaves
-        )
-
     # -- the base layer as it was --------------------------------------------------------------------------
-
-    @property
-    def base_stored(self) -> nn.Parameter:
-        """The base layer's weight as stored, whatever is merged into it now."""
-        weight = self.original[0] if self.original else None
-        found: nn.Parameter = self.site.resident(
-            self.site.stored if weight is None else weight, self.site.parameter, below=bool(self.original)
-        )
-        return found
-
-    @property
-    def base_bias(self) -> nn.Parameter | None:
-        """The base layer's bias, whatever is merged into it now."""
-        bias = self.original[1] if self.original else self.site.bias
-        found: nn.Parameter | None = self.site.resident(bias, "bias", below=bool(self.original))
-        return found
-
-    def base_weight(self) -> Tensor:
-        """The base layer's weight as a canonical matrix, whatever is merged into it now."""
-        return self.site.canonical(self.base_stored.detach()) if self.original else self.site.weight()
 
     def _base(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output with its original parameters, merged or not."""
@@ -385,22 +419,6 @@ class AdaptedLayer(nn.Module):
             self._store(*self.merged_parameters(names))
             self.original, self.merged = original, names
             self._forget()
-
-    def merged_parameters(self, names: tuple[str, ...]) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-        """The weight (as stored) and bias that the layer has with ``names`` merged; nothing is changed."""
-        patches = self.weight_patches(self.here(names))
-        bias = self.base_bias
-        if self.site.shift_only:
-            return None, _like(merged_bias(bias, patches, torch.float32), bias)
-        stored = self.base_stored
-        weight = self.site.as_stored(merged(self.base_weight(), patches))
-        return _like(weight, stored), _like(merged_bias(bias, patches, stored.dtype), bias)
-
-    def _store(self, weight: nn.Parameter | None, bias: nn.Parameter | None) -> None:
-        if weight is None:
-            self.site.store_bias(bias)
-        else:
-            self.site.store(weight, bias)
 
     def store_merged(self, names: tuple[str, ...]) -> None:
         """Merge for good: the original parameters are given up."""

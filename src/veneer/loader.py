@@ -149,14 +149,15 @@ def load(
     report.seconds["base"] = time.perf_counter() - started
     model.load_report = report
     how: dict[str, Any] = {"strict": strict, "strict_base": strict_base}
-    if members:
-        model._load_set(members, adapter_set.active(source, members), is_trainable, how)
-    elif checkpoints:
-        model._load(source, adapter_name, is_trainable, **how)
-    report.seconds["adapters"] = time.perf_counter() - started - report.seconds["base"]
-    if merge and model.adapters.entries:
-        model.merge_and_unload(into=into)
-        report.merged = True
+    with model.adapters.unwrapped() if merge else contextlib.nullcontext():
+        if members:
+            model._load_set(members, adapter_set.active(source, members), is_trainable, how)
+        elif checkpoints:
+            model._load(source, adapter_name, is_trainable, **how)
+        report.seconds["adapters"] = time.perf_counter() - started - report.seconds["base"]
+        if merge and model.adapters.entries:
+            model.merge_and_unload(into=into)
+            report.merged = True
     model._finish_report(report, started)
     return model
 
