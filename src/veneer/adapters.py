@@ -360,7 +360,7 @@ class Adapters:
         missing = method.shared_shapes(config, sites).keys() - stored.keys()
         fresh = method.make_shared(config, [self._base(site) for site in sites], generator) if missing else {}
         return {
-            leaf: _parameter(tensor, sites[0].device, float32, trainable and method.trains_shared)
+            leaf: _parameter(tensor, sites[0].device, float32, trainable and method.trains_shared_leaf(config, leaf))
             for leaf, tensor in {**fresh, **stored}.items()
         }
 
@@ -690,8 +690,9 @@ class Adapters:
             for leaf, p in self.layers[module].tensors(name, share).items()
             if share.method.trains(leaf)
         }
-        if adapter.shared and method_of(adapter.config).trains_shared:
-            own.update((id(p), p) for p in adapter.shared.values())
+        if adapter.shared:
+            trains = method_of(adapter.config).trains_shared_leaf
+            own.update((id(p), p) for leaf, p in adapter.shared.items() if trains(adapter.config, leaf))
         return [*own.values(), *self._saved_parameters(adapter)]
 
     def _saved_parameters(self, adapter: Adapter) -> list[nn.Parameter]:

@@ -109,10 +109,10 @@ class Shadows:
 
     def _run(self, stack: nn.Module, call: Mapping[str, Any], name: str, config: ShadowConfig) -> Tensor:
         """The small decoder's last states in the base's width, for all rows."""
-        from veneer.methods.shadow import decoder_tensors, projected, shares
+        from veneer.methods.shadow import BACKBONE, own_tensors, projected, shares
 
         shared = self.adapters.entries[name].shared
-        tensors = decoder_tensors(shared)
+        tensors = own_tensors(shared, BACKBONE)
         decoder, like = self._decoder(name, config, stack), next(iter(tensors.values()))
         decoder.train(stack.training)
         for buffers in (module._buffers for module in decoder.modules()):
@@ -153,20 +153,34 @@ class Shadows:
     def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         first = _FIRST.get()
         _FIRST.set(None)
-        loss, labels = getattr(output, "loss", None), named_call(module, args, kwargs).get("labels")
-        if first is None or loss is None or labels is None or not module.training:
+        call, loss = named_call(module, args, kwargs), getattr(output, "loss", None)
+        if first is None or loss is None or call.get("labels") is None or not module.training:
             return
         for name, state in first.items():
             config = self.adapters.entries[name].config
             assert isinstance(config, ShadowConfig)
-            if config.auxiliary_loss_weight > 0 and config.task_type == TaskType.CAUSAL_LM:
-                own = self._own_labels(name, labels)
-                loss = loss + config.auxiliary_loss_weight * _prediction_loss(module, state, own).to(loss.device)
+            own = self._own_loss(name, config, state, call) if config.auxiliary_loss_weight > 0 else None
+            if own is not None:
+                loss = loss + config.auxiliary_loss_weight * own.to(loss.device)
         output.loss = loss
 
-    def _own_labels(self, name: str, labels: Tensor) -> Tensor:
-        rows = self.adapters.switch.selection.rows_of(name, len(labels), labels.device)
-        return labels if rows is None else labels[rows]
+    def _own_loss(self, name: str, config: ShadowConfig, state: Tensor, call: Mapping[str, Any]) -> Tensor | None:
+        """The loss of what the small decoder says alone, if its task has one."""
+        from veneer.methods.shadow import HEAD, classifier, own_tensors
+
+        labels, mask = self._own_rows(name, call["labels"]), call.get("attention_mask")
+        if config.task_type == TaskType.CAUSAL_LM:
+            return _prediction_loss(self.adapters.model, state, labels)
+        head, tensors = classifier(self.adapters.catalog), own_tensors(self.adapters.entries[name].shared, HEAD)
+        if head is None or not tensors:
+            return None
+        last = _last_tokens(state, None if mask is None else self._own_rows(name, mask))
+        logits: Tensor = call_with(head, tensors, last.to(next(iter(tensors.values()))))
+        return _classification_loss(logits.float(), labels.to(logits.device))
+
+    def _own_rows(self, name: str, value: Tensor) -> Tensor:
+        rows = self.adapters.switch.selection.rows_of(name, len(value), value.device)
+        return value if rows is None else value[rows]
 
 
 def _after_stack(module: nn.Module, args: Any, output: Any) -> None:
@@ -178,6 +192,25 @@ def _prediction_loss(model: nn.Module, state: Tensor, labels: Tensor) -> Tensor:
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     logits = head(state.to(head.weight.dtype)).float()
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device))
+
+
+def _last_tokens(state: Tensor, mask: Tensor | None) -> Tensor:
+    """The state of each row's last token that is no padding, ``(rows, hidden)``."""
+    if mask is None:
+        return state[:, -1]
+    # A prefix in the cache has a part of the mask, and no states.
+    mask = mask[:, -state.shape[1] :].to(state.device)
+    last = (mask.ne(0) * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
+    return state[torch.arange(len(state), device=state.device), last]
+
+
+def _classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """As transformers has it: of one number, of one class in several, or of several at once, by the labels given."""
+    if logits.shape[-1] == 1:
+        return F.mse_loss(logits.flatten(), labels.flatten().to(logits.dtype))
+    if labels.is_floating_point():
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    return F.cross_entropy(logits, labels.flatten())
 
 
 def _own_cache(cache: Any, stack: nn.Module, decoder: nn.Module, name: str) -> Any:

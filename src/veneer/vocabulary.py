@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from veneer.checkpoint import Checkpoint
-from veneer.codec import PREFIX
-from veneer.config import TaskType
+from veneer.codec import PREFIX, SHARED_PREFIX
+from veneer.config import PromptConfig, TaskType
 from veneer.errors import BaseModelError
+from veneer.methods import method_of, prompt_of
 from veneer.source import Source, read_header, weight_files
 
 INPUT, OUTPUT = "input embedding", "output layer"
@@ -58,7 +59,11 @@ def _wanted(checkpoint: Checkpoint, own: int) -> tuple[int | None, set[str]]:
     """The vocabulary that an adapter's tensors have, and the ends for which it brings every new token's vector."""
     sizes: set[int] = set()
     brought: set[str] = set()
+    config = checkpoint.config
+    own_parts = prompt_of(config).shared if isinstance(config, PromptConfig) else method_of(config).shared
     for key, info in checkpoint.tensors.items():
+        if key.removeprefix(SHARED_PREFIX).partition(".")[0] in own_parts:
+            continue  # of no module of the base: a small decoder of the adapter's has a vocabulary of its own
         name = key.removeprefix(PREFIX)
         for leaf, dimension in _LEAVES.items():
             module = name.removesuffix("." + leaf)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +14,28 @@ import peft
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import veneer
 from tests.adapters import WEIGHTS, edit_config, saved_base
 from tests.models import BLOCKS, LLAMA, TEXT, build, gap, inputs, logits
-from veneer.errors import AdapterError, BindError, ConfigError, MergeError, TargetError, UnsupportedError
+from veneer.errors import (
+    AdapterError,
+    BindError,
+    ConfigError,
+    CorruptFileError,
+    IncompleteCheckpointError,
+    MergeError,
+    PathNotFoundError,
+    PickleRefusedError,
+    TargetError,
+    UnsupportedError,
+)
 
 SHARP: dict[str, Any] = {"task_type": "CAUSAL_LM", "init_weights": False, "shadow_alpha": 2.0}
 SMALL: dict[str, Any] = {"shadow_hidden_size": 16, "shadow_num_attention_heads": 2, "shadow_num_hidden_layers": 2}
+CLASSES: dict[str, Any] = {**SMALL, "task_type": "SEQ_CLS"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "as wide": {},
     "small": {**SMALL, "update_hidden_size": 5, "shadow_intermediate_size": 24},
@@ -31,7 +48,13 @@ def _theirs(model: Any, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(1)
-        return peft.get_peft_model(model, peft.ShadowConfig(**{**SHARP, **options})).eval()
+        made = peft.get_peft_model(model, peft.ShadowConfig(**{**SHARP, **options})).eval()
+    # What is copied from the base is to differ from it.
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "shadow_head" in name or "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter))
+    return made
 
 
 def _saved(model: Any, folder: Path) -> Path:
@@ -52,21 +75,36 @@ def _padded(arch: str) -> dict[str, Any]:
     return batch
 
 
-@pytest.mark.oracle
-@pytest.mark.parametrize("arch", ["llama", "gpt2"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_it_is_as_in_peft_both_ways(arch: str, options: dict[str, Any], tmp_path: Path) -> None:
-    theirs = _theirs(build(arch), **options)
+def _check_both_ways(make: Callable[[], Any], arch: str, options: dict[str, Any], tmp_path: Path) -> tuple[Any, Any]:
+    """Ours and theirs of one adapter, compared: theirs loaded here and ours there, their files byte for byte."""
+    theirs = _theirs(make(), **options)
     wanted = logits(theirs, _padded(arch))
-    assert gap(wanted, logits(build(arch), _padded(arch))) > 0.1
-    ours: Any = veneer.PeftModel.from_pretrained(build(arch), _saved(theirs, tmp_path / "theirs"))
+    assert gap(wanted, logits(make(), _padded(arch))) > 0.1
+    ours: Any = veneer.PeftModel.from_pretrained(make(), _saved(theirs, tmp_path / "theirs"))
     assert gap(logits(ours, _padded(arch)), wanted) < 1e-5
     ours.save_pretrained(tmp_path / "ours")
     assert (tmp_path / "ours" / WEIGHTS).read_bytes() == (tmp_path / "theirs" / WEIGHTS).read_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        again = peft.PeftModel.from_pretrained(build(arch), tmp_path / "ours").eval()
+        again = peft.PeftModel.from_pretrained(make(), tmp_path / "ours").eval()
     assert gap(logits(again, _padded(arch)), wanted) < 1e-6
+    return ours, theirs
+
+
+def _generated(model: Any, arch: str, **options: Any) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokens: Tensor = model.generate(
+            **_padded(arch), **options, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0
+        )
+    return tokens
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_it_is_as_in_peft_both_ways(arch: str, options: dict[str, Any], tmp_path: Path) -> None:
+    _check_both_ways(lambda: build(arch), arch, options, tmp_path)
 
 
 @pytest.mark.oracle
@@ -75,15 +113,7 @@ def test_it_is_as_in_peft_both_ways(arch: str, options: dict[str, Any], tmp_path
 def test_generation_is_as_in_peft_with_padding(arch: str, options: dict[str, Any], tmp_path: Path) -> None:
     theirs = _theirs(build(arch), **SMALL)
     ours: Any = veneer.PeftModel.from_pretrained(build(arch), _saved(theirs, tmp_path))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = [
-            model.generate(
-                **_padded(arch), **options, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0
-            )
-            for model in (ours, theirs)
-        ]
-    assert torch.equal(*found)
+    assert torch.equal(*(_generated(model, arch, **options) for model in (ours, theirs)))
 
 
 OTHERS: dict[str, Any] = {
@@ -106,6 +136,32 @@ def test_other_decoders_are_as_in_peft(arch: str, tmp_path: Path) -> None:
     assert gap(logits(ours, inputs("llama")), logits(theirs, inputs("llama"))) < 1e-5
 
 
+def _gradients(model: Any) -> dict[str, Tensor]:
+    """Parameter's name -> its gradient. What all blocks share lies on the first here, and beside the model in peft."""
+    place = re.compile(r"model\.model\.layers\.0\.(shadow_(?:backbone|projection|head))\.default")
+    return {
+        place.sub(r"\1", name.removeprefix("base_model.")): parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def _check_trained_alike(ours: Any, theirs: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Compare the losses of training and their gradients; returns ours."""
+    losses = [model(**batch).loss for model in (ours, theirs)]
+    for loss in losses:
+        loss.backward()
+    ours_loss, theirs_loss = (loss.detach() for loss in losses)
+    assert gap(ours_loss, theirs_loss) < 1e-5
+    with torch.no_grad():
+        evaluated = ours.eval()(**batch).loss
+    assert gap(ours_loss, evaluated) > 0.1
+    found, wanted = _gradients(ours), _gradients(theirs)
+    assert found.keys() == wanted.keys()
+    assert all(gap(found[name], wanted[name]) < 1e-4 for name in wanted)
+    return found
+
+
 @pytest.mark.oracle
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_the_loss_of_training_and_its_gradients_are_as_in_peft(checkpointing: bool, tmp_path: Path) -> None:
@@ -115,26 +171,8 @@ def test_the_loss_of_training_and_its_gradients_are_as_in_peft(checkpointing: bo
     if checkpointing:
         ours.activation_checkpointing_enable()
     batch = _padded("llama")
-    losses = [model(**batch, labels=batch["input_ids"]).loss for model in (ours, theirs)]
-    for loss in losses:
-        loss.backward()
-    ours_loss, theirs_loss = (loss.detach() for loss in losses)
-    assert gap(ours_loss, theirs_loss) < 1e-5
-    with torch.no_grad():
-        evaluated = ours.eval()(**batch, labels=batch["input_ids"]).loss
-    assert gap(ours_loss, evaluated) > 0.1
-    # The small decoder's tensors lie on the first block here, and beside the model in peft.
-    wanted = {n.removeprefix("base_model."): p.grad for n, p in theirs.named_parameters() if p.grad is not None}
-    found = {
-        n.removeprefix("base_model.")
-        .replace("model.model.layers.0.shadow_backbone.default", "shadow_backbone")
-        .replace("model.model.layers.0.shadow_projection.default", "shadow_projection"): p.grad
-        for n, p in ours.named_parameters()
-        if p.grad is not None
-    }
-    assert found.keys() == wanted.keys()
+    found = _check_trained_alike(ours, theirs, {**batch, "labels": batch["input_ids"]})
     assert sum("shadow_backbone" in name for name in found) == 1 + 9 * 2 + 1
-    assert all(gap(found[name], wanted[name]) < 1e-4 for name in wanted)
     # The states after the last block are read by nobody; all others are trained, and nothing else.
     idle = {n for n, p in ours.named_parameters() if p.requires_grad and p.grad is None}
     assert all("layers.1.shadow_update" in name for name in idle)
@@ -183,10 +221,7 @@ def test_a_base_in_bfloat16_gives_nearly_the_same(tmp_path: Path) -> None:
     assert gap(logits(model, inputs("llama")), wanted) < 0.03
 
 
-def test_a_new_one_changes_nothing_and_learns() -> None:
-    model = veneer.get_peft_model(build("llama"), veneer.ShadowConfig(task_type="CAUSAL_LM", shadow_dropout=0.0))
-    batch = {**inputs("llama"), "labels": inputs("llama")["input_ids"]}
-    assert torch.equal(logits(model, inputs("llama")), logits(build("llama"), inputs("llama")))
+def _check_it_learns(model: Any, batch: dict[str, Any]) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(6):
@@ -195,6 +230,13 @@ def test_a_new_one_changes_nothing_and_learns() -> None:
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < losses[0]
+
+
+def test_a_new_one_changes_nothing_and_learns() -> None:
+    model = veneer.get_peft_model(build("llama"), veneer.ShadowConfig(task_type="CAUSAL_LM", shadow_dropout=0.0))
+    batch = {**inputs("llama"), "labels": inputs("llama")["input_ids"]}
+    assert torch.equal(logits(model, inputs("llama")), logits(build("llama"), inputs("llama")))
+    _check_it_learns(model, batch)
     assert gap(logits(model.eval(), inputs("llama")), logits(build("llama"), inputs("llama"))) > 1e-3
 
 
@@ -257,12 +299,177 @@ def test_what_it_cannot_do_is_refused_with_a_mend(tmp_path: Path) -> None:
         veneer.get_peft_model(build("t5"), veneer.ShadowConfig())
     with pytest.raises(TargetError, match="is no block of the decoder"):
         veneer.get_peft_model(build("llama"), veneer.ShadowConfig(target_modules=["q_proj"]))
-    with pytest.raises(UnsupportedError, match="second classifier"):
-        veneer.get_peft_model(build("llama"), veneer.ShadowConfig(task_type="SEQ_CLS"))
-    with pytest.raises(UnsupportedError, match="shadow_model='other'"):
-        veneer.get_peft_model(build("llama"), veneer.ShadowConfig(shadow_model="other"))
     with pytest.raises(ConfigError, match="r=0 is too small"):
         veneer.ShadowConfig(r=0)
     edit_config(folder, shadow_num_hidden_layers=2)
     with pytest.raises(BindError, match=r"shadow_backbone.default.layers.1.*is missing"):
         veneer.PeftModel.from_pretrained(build("llama"), folder)
+
+
+def _classifier(arch: str, labels: int = 3) -> Any:
+    """A sequence classifier on the decoder of a language model."""
+    base: Any = build(arch)
+    config = copy.deepcopy(base.config)
+    config.num_labels = labels
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model: Any = tf.AutoModelForSequenceClassification.from_config(config)
+    model.base_model.load_state_dict(base.base_model.state_dict())
+    return model.eval()
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_a_classifier_is_as_in_peft_both_ways(arch: str, tmp_path: Path) -> None:
+    _check_both_ways(lambda: _classifier(arch), arch, CLASSES, tmp_path)
+
+
+LABELS: dict[str, tuple[int, Tensor]] = {
+    "one of three": (3, torch.tensor([2, 0])),
+    "a number": (1, torch.tensor([1.5, -1.0])),
+    "some of three": (3, torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])),
+}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(("count", "labels"), LABELS.values(), ids=LABELS)
+def test_a_classifiers_loss_and_its_gradients_are_as_in_peft(count: int, labels: Tensor, tmp_path: Path) -> None:
+    options = {**CLASSES, "shadow_dropout": 0.0, "auxiliary_loss_weight": 0.5}
+    theirs = _theirs(_classifier("llama", count), **options).train()
+    ours: Any = veneer.PeftModel.from_pretrained(
+        _classifier("llama", count), _saved(theirs, tmp_path), is_trainable=True
+    ).train()
+    batch = inputs("llama")
+    batch["input_ids"][0, -2:], batch["attention_mask"][0, -2:] = 0, 0
+    found = _check_trained_alike(ours, theirs, {**batch, "labels": labels})
+    assert {"shadow_head.default.weight", "model.score.modules_to_save.default.weight"} < found.keys()
+
+
+def test_a_new_classifier_learns_and_is_loaded_on_a_language_model(tmp_path: Path) -> None:
+    config = veneer.ShadowConfig(**{**SHARP, **CLASSES}, shadow_dropout=0.0)
+    model: Any = veneer.get_peft_model(_classifier("llama"), config, seed=1)
+    _check_it_learns(model, {**inputs("llama"), "labels": torch.tensor([2, 0])})
+    heads = [t for key, t in model.adapters.named_tensors("default") if "shadow_head" in key or "score" in key]
+    start = _classifier("llama").score.weight
+    assert len({t.detach().numpy().tobytes() for t in (*heads, start)}) == 3
+    model.save_pretrained(tmp_path / "adapter")
+    again = veneer.load(tmp_path / "adapter", base=saved_base(tmp_path / "base", "llama"))
+    assert isinstance(again, veneer.PeftModelForSequenceClassification)
+    assert torch.equal(logits(again, inputs("llama")), logits(model.eval(), inputs("llama")))
+    assert torch.equal(model.unload().score.weight, start)
+
+
+def test_rows_of_one_batch_have_their_own_classifier() -> None:
+    options = {**SHARP, **CLASSES, "shadow_dropout": 0.0}
+    model: Any = veneer.get_peft_model(_classifier("llama"), veneer.ShadowConfig(**options), seed=1)
+    torch.manual_seed(2)
+    model.add_adapter("other", veneer.ShadowConfig(**options))
+    with torch.no_grad():
+        for key, tensor in model.adapters.named_tensors("other"):
+            if "shadow_head" in key or "score" in key:
+                tensor.add_(torch.randn_like(tensor))
+    batch, names = inputs("llama"), ["other", "default"]
+    mixed = logits(model.eval(), batch, adapter_names=names)
+    alone = [logits(model, batch, adapter_names=[name] * 2) for name in names]
+    assert gap(alone[0], alone[1]) > 0.1
+    assert all(gap(mixed[row], alone[row][row]) < 1e-5 for row in range(2))
+
+    @torch.no_grad()
+    def added(rows: slice) -> Tensor:
+        """What the loss of training has beside the model's own."""
+        part = {key: value[rows] for key, value in {**batch, "labels": torch.tensor([2, 0])}.items()}
+        losses = []
+        for weight in (0.5, 0.0):
+            for config in model.peft_config.values():
+                config.auxiliary_loss_weight = weight
+            losses.append(model.train()(**part, adapter_names=names[rows]).loss)
+        return losses[0] - losses[1]
+
+    assert gap(added(slice(2)), added(slice(1)) + added(slice(1, 2))) < 1e-4
+
+
+def _on_disk(folder: Path, kind: str) -> Path:
+    """A decoder that is a model of its own; all but one are narrower than the base, with another vocabulary."""
+    sizes = {**LLAMA, "hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 120}
+    torch.manual_seed(5)
+    model: Any = build("gpt2") if kind == "of another class" else tf.LlamaForCausalLM(tf.LlamaConfig(**sizes))
+    if kind != "projected":
+        model.save_pretrained(folder)
+        return folder
+    tensors = {f"shadow_model.{name}": tensor for name, tensor in model.model.state_dict().items()}
+    folder.mkdir()
+    save_file({**tensors, "shadow_hidden_projection.weight": torch.randn(32, 16)}, folder / "model.safetensors")
+    own = json.loads(model.config.to_json_string())
+    values = {"model_type": "causal_lm_with_hidden_projection", "shadow_model_config": own}
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", ["narrow", "of another class", "projected"])
+def test_a_model_of_its_own_is_as_in_peft_both_ways(kind: str, tmp_path: Path) -> None:
+    options = {"shadow_model": str(_on_disk(tmp_path / "decoder", kind))}
+    ours, theirs = _check_both_ways(lambda: build("llama"), "llama", options, tmp_path)
+    assert torch.equal(*(_generated(model, "llama") for model in (ours, theirs)))
+    again = veneer.load(tmp_path / "theirs", base=saved_base(tmp_path / "base", "llama"))
+    assert torch.equal(logits(again, inputs("llama")), logits(ours, inputs("llama")))
+    # A new one starts from the same values.
+    new: Any = veneer.get_peft_model(build("llama"), veneer.ShadowConfig(**SHARP, **options))
+    made, wanted = dict(new.adapters.named_tensors("default")), load_file(tmp_path / "theirs" / WEIGHTS)
+    assert made.keys() == wanted.keys()
+    given = [key for key in wanted if "backbone" in key or (kind == "projected" and "projection" in key)]
+    assert all(torch.equal(made[key], wanted[key]) for key in given)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+def test_the_embeddings_of_a_model_of_its_own_are_not_trained(task: str, tmp_path: Path) -> None:
+    decoder = str(_on_disk(tmp_path / "decoder", "projected"))
+    options = {"shadow_model": decoder, "shadow_dropout": 0.0, "auxiliary_loss_weight": 0.5, "task_type": task}
+
+    def make() -> Any:
+        return build("llama") if task == "CAUSAL_LM" else _classifier("llama")
+
+    theirs = _theirs(make(), **options).train()
+    ours: Any = veneer.PeftModel.from_pretrained(make(), _saved(theirs, tmp_path / "a"), is_trainable=True).train()
+    batch = inputs("llama")
+    labels = batch["input_ids"] if task == "CAUSAL_LM" else torch.tensor([2, 0])
+    _check_trained_alike(ours, theirs, {**batch, "labels": labels})
+    ours.set_adapter("default")
+    frozen = [name for name, p in ours.named_parameters() if "shadow_" in name and not p.requires_grad]
+    assert len(frozen) == 1
+    assert frozen[0].endswith("shadow_backbone.default.default.embed_tokens.weight")
+
+
+def _edit(file: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    save_file(change(tensors), file, metadata={"format": "pt"})
+
+
+def test_a_decoder_that_cannot_be_used_is_refused_with_a_mend(tmp_path: Path) -> None:
+    def refused(kind: type[Exception], match: str, path: Path | str) -> None:
+        with pytest.raises(kind, match=match):
+            veneer.get_peft_model(build("llama"), veneer.ShadowConfig(shadow_model=str(path)))
+
+    refused(PathNotFoundError, "The shadow_model .* does not exist", tmp_path / "nowhere")
+    refused(PathNotFoundError, r"neither a local path nor in the hub's cache.*Download it first", "nobody/nothing")
+    pair: Any = build("t5")
+    pair.save_pretrained(tmp_path / "pair")
+    refused(UnsupportedError, "a t5 is no decoder", tmp_path / "pair")
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "own.py").write_text("raise SystemExit")
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    (tmp_path / "code" / "config.json").write_text(json.dumps(own))
+    refused(UnsupportedError, r"transformers cannot load.*is not run", tmp_path / "code")
+    with pytest.raises(ConfigError, match="has sizes of its own, and the config gives shadow_hidden_size"):
+        veneer.ShadowConfig(shadow_model="other", shadow_hidden_size=16)
+    narrow = _on_disk(tmp_path / "narrow", "narrow") / "model.safetensors"
+    _edit(narrow, lambda tensors: {k: t for k, t in tensors.items() if k != "model.norm.weight"})
+    refused(IncompleteCheckpointError, r"1 weights of LlamaModel are missing.*norm.weight", narrow.parent)
+    narrow.rename(narrow.with_name("pytorch_model.bin"))
+    refused(PickleRefusedError, "only as a pickle", narrow.parent)
+    projected = _on_disk(tmp_path / "projected", "projected") / "model.safetensors"
+    _edit(projected, lambda tensors: {**tensors, "shadow_hidden_projection.weight": torch.ones(24, 16)})
+    refused(UnsupportedError, r"is \(24, 16\), and this base wants \(32, 16\)", projected.parent)
+    _edit(projected, lambda tensors: {k: t for k, t in tensors.items() if "q_proj" not in k})
+    refused(CorruptFileError, "q_proj.weight is not as its config says", projected.parent)

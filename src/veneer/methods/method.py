@@ -106,6 +106,10 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
         """Whether the shared tensors are written to a checkpoint; without them they can be made from the config."""
         return True
 
+    def trains_shared_leaf(self, config: ConfigT, leaf: str) -> bool:
+        """Whether a shared tensor is trained: all or none, by :attr:`trains_shared`, if a method does not say which."""
+        return self.trains_shared
+
     def trains(self, leaf: str) -> bool:
         """Whether a leaf is trained."""
         return self.trainable and leaf not in self.frozen | self.fixed

@@ -7,8 +7,10 @@
     T, G: two linear layers with a GELU between, ``update_hidden_size`` wide
 
 ``s`` begins as the last states of the small decoder, ``shadow_backbone``, projected to the base's width where it has
-another. Training adds the loss of its own prediction, the base's output layer on those states. It reads the base's
-embeddings if it is as wide; its keys and values lie behind the base's in the cache, so generation works with it.
+another. Training adds the loss of its own prediction: of the base's output layer on those states, or, for sequence
+classification, of a second classifier, ``shadow_head``, on the last of them. It reads the base's embeddings if it is as
+wide and no model of its own (``shadow_model``); its keys and values lie behind the base's in the cache, so generation
+works with it.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.configs.shadow import ShadowConfig
+from veneer.config import HEADS, TaskType
+from veneer.configs.shadow import MIRROR, ShadowConfig
 from veneer.errors import TargetError, UnsupportedError
 from veneer.methods.method import Base, Part
 from veneer.methods.routed import RoutedMethod
 from veneer.patch import Patch
+from veneer.shadow_source import embedding_leaves, shadow_source
 from veneer.sites import Site
 from veneer.sites.block import LISTS, BlockSite, stack_name
 
@@ -36,10 +40,12 @@ if TYPE_CHECKING:
 
 BACKBONE = "shadow_backbone"
 PROJECTION = "shadow_projection"
+HEAD = "shadow_head"
 # peft writes this name for every adapter's.
 _NAMED = ".default."
 DOWN, UP = (f"shadow_{end}{_NAMED}weight" for end in ("down", "up"))
 TRANSFORM, GATE = (f"shadow_update_{kind}{_NAMED}" for kind in ("transform", "gate"))
+_WIDENING = f"{PROJECTION}{_NAMED}weight"
 _UPDATES = tuple(f"{net}{place}.{leaf}" for net in (TRANSFORM, GATE) for place in (0, 2) for leaf in ("weight", "bias"))
 
 # What a size is called in the configs of transformers.
@@ -86,8 +92,14 @@ class Shadow(RoutedMethod[ShadowConfig, ShadowConfig]):
 
     leaves = (DOWN, UP, *_UPDATES)
     kinds = (BlockSite,)
-    shared = (BACKBONE, PROJECTION)
+    shared = (BACKBONE, PROJECTION, HEAD)
     trains_shared = True
+
+    def trains_shared_leaf(self, config: ShadowConfig, leaf: str) -> bool:
+        if config.shadow_model == MIRROR:
+            return True
+        # As in peft: they may be most of what a model of its own has.
+        return leaf.removeprefix(f"{BACKBONE}{_NAMED}") not in embedding_leaves(config.shadow_model)
 
     def in_memory(self, leaf: str) -> str:
         return leaf.replace(_NAMED, ".")
@@ -125,11 +137,15 @@ class Shadow(RoutedMethod[ShadowConfig, ShadowConfig]):
     def shared_shapes(self, config: ShadowConfig, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
         if not sites:
             return {}
-        stack = cast(BlockSite, sites[0]).stack
+        site = cast(BlockSite, sites[0])
         with torch.device("meta"):
-            found = {leaf: tuple(t.shape) for leaf, t in stored(small_decoder(config, stack), config, stack).items()}
-        own, width = config.shadow_hidden_size, sites[0].shape[0]
-        return found if own in (None, width) else {**found, f"{PROJECTION}{_NAMED}weight": (width, own or width)}
+            decoder = small_decoder(config, site.stack)
+        tensors = {**stored(decoder.state_dict(), config, site.stack), **_head_start(config, site)}
+        found = {leaf: tuple(tensor.shape) for leaf, tensor in tensors.items()}
+        own, width = int(decoder.config.hidden_size), site.shape[0]  # type: ignore[union-attr, arg-type]
+        if own != width or (config.shadow_model != MIRROR and shadow_source(config.shadow_model).projected):
+            found[_WIDENING] = (width, own)
+        return found
 
     def make_shared(
         self, config: ShadowConfig, bases: Sequence[Base], generator: torch.Generator | None
@@ -138,11 +154,14 @@ class Shadow(RoutedMethod[ShadowConfig, ShadowConfig]):
         seed = int(torch.randint(2**31, (), generator=generator))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            found = stored(small_decoder(config, site.stack), config, site.stack)
-        shape = self.shared_shapes(config, [site]).get(f"{PROJECTION}{_NAMED}weight")
+            values, projection = _start(config, site.stack)
+        found = {**stored(values, config, site.stack), **_head_start(config, site)}
+        shape = self.shared_shapes(config, [site]).get(_WIDENING)
         if shape is not None:
-            found[f"{PROJECTION}{_NAMED}weight"] = _uniform(shape, shape[1], generator)
-        return {leaf: tensor.detach().float() for leaf, tensor in found.items()}
+            found[_WIDENING] = _uniform(shape, shape[1], generator) if projection is None else projection
+            _check_widening(found[_WIDENING], shape, config)
+        # Of their own memory: the classifier stays the base's.
+        return {leaf: tensor.detach().float().clone() for leaf, tensor in found.items()}
 
     def init(
         self, config: ShadowConfig, settings: ShadowConfig, base: Base, generator: torch.Generator | None
@@ -162,11 +181,14 @@ METHOD = Shadow()
 
 
 def small_decoder(config: ShadowConfig, stack: nn.Module) -> nn.Module:
-    """The small decoder, of the class of the base's, with new values.
+    """The small decoder, of the class of the base's or of a model of its own, with new values.
 
     Raises:
-        UnsupportedError: the base's config has no such size.
+        SourceError: there is no such model.
+        UnsupportedError: it is no decoder, or the base's config has no such size.
     """
+    if config.shadow_model != MIRROR:
+        return shadow_source(config.shadow_model).decoder()
     sizes: Any = copy.deepcopy(stack.config)
     wanted = {key: getattr(config, key) for key in _SIZES} | {
         "shadow_num_hidden_layers": config.shadow_num_hidden_layers or 1
@@ -196,30 +218,59 @@ def _fit_lists(sizes: Any, count: int) -> None:
 
 def shares(config: ShadowConfig, stack: nn.Module) -> bool:
     """Whether the small decoder reads the base's embeddings."""
-    return config.share_embeddings and config.shadow_hidden_size in (None, stack.config.hidden_size)  # type: ignore[union-attr]
+    as_wide = config.shadow_hidden_size in (None, stack.config.hidden_size)  # type: ignore[union-attr]
+    return config.share_embeddings and config.shadow_model == MIRROR and as_wide
 
 
-def stored(decoder: nn.Module, config: ShadowConfig, stack: nn.Module) -> dict[str, Tensor]:
-    """The small decoder's tensors by their shared leaf."""
+def stored(tensors: Mapping[str, Tensor], config: ShadowConfig, stack: nn.Module) -> dict[str, Tensor]:
+    """The small decoder's tensors, given by their names in it, by their shared leaf."""
     # Where it reads the base's embeddings, peft leaves out its own of this name, and saves unused ones of any other.
     unused = "embed_tokens." if shares(config, stack) else None
     return {
         f"{BACKBONE}{_NAMED}{leaf}": tensor
-        for leaf, tensor in decoder.state_dict().items()
+        for leaf, tensor in tensors.items()
         if unused is None or not leaf.startswith(unused)
     }
 
 
-def decoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of :func:`stored`."""
-    start = f"{BACKBONE}{_NAMED}"
+def own_tensors(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """The tensors of :data:`BACKBONE` or :data:`HEAD` among the shared ones, by their names in that module."""
+    start = f"{part}{_NAMED}"
     return {leaf.removeprefix(start): tensor for leaf, tensor in tensors.items() if leaf.startswith(start)}
 
 
 def projected(states: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     """The small decoder's last states in the base's width, ``(rows, length, hidden)``."""
-    weight = tensors.get(f"{PROJECTION}{_NAMED}weight")
+    weight = tensors.get(_WIDENING)
     return states if weight is None else F.linear(states.to(weight.dtype), weight)
+
+
+def classifier(catalog: Catalog) -> nn.Module | None:
+    """The base's own classifier, if it has one."""
+    return next((catalog.modules[name] for name in HEADS[TaskType.SEQ_CLS] if name in catalog.modules), None)
+
+
+def _head_start(config: ShadowConfig, site: BlockSite) -> dict[str, Tensor]:
+    """The second classifier as it starts: as the base's own, for sequence classification; empty for other tasks."""
+    if site.head is None or config.task_type != TaskType.SEQ_CLS:
+        return {}
+    return {f"{HEAD}{_NAMED}{leaf}": tensor for leaf, tensor in site.head.state_dict().items()}
+
+
+def _start(config: ShadowConfig, stack: nn.Module) -> tuple[Mapping[str, Tensor], Tensor | None]:
+    """The small decoder's tensors as it starts, and its projection where one comes with it."""
+    if config.shadow_model != MIRROR:
+        return shadow_source(config.shadow_model).values()
+    return small_decoder(config, stack).state_dict(), None
+
+
+def _check_widening(weight: Tensor, shape: tuple[int, ...], config: ShadowConfig) -> None:
+    if tuple(weight.shape) != shape:
+        raise UnsupportedError(
+            f"The projection of shadow_model={config.shadow_model!r} is {tuple(weight.shape)}, and this base wants "
+            f"{shape}.",
+            hint="It was made for a base of another width; take one that fits.",
+        )
 
 
 def _blocks(catalog: Catalog) -> dict[str, BlockSite]:
@@ -234,8 +285,9 @@ def _blocks(catalog: Catalog) -> dict[str, BlockSite]:
     stack = catalog.modules[name]
     kind = next(kind for kind in LISTS if isinstance(getattr(stack, kind, None), nn.ModuleList))
     start = f"{name}.{kind}." if name else f"{kind}."
+    head = classifier(catalog)
     own = {found: module for found, module in catalog.modules.items() if found.rpartition(".")[0] + "." == start}
-    return {found: BlockSite(found, module, stack) for found, module in own.items()}
+    return {found: BlockSite(found, module, stack, head) for found, module in own.items()}
 
 
 def _uniform(shape: tuple[int, ...], inner: int, generator: torch.Generator | None) -> Tensor:

@@ -18,13 +18,14 @@ class BlockSite(Site):
         name: the block's name in the base model.
         module: the block.
         stack: the decoder that it is a block of.
+        head: the classifier that reads the decoder's states, if the model has one.
     """
 
     products = False
 
-    def __init__(self, name: str, module: nn.Module, stack: nn.Module) -> None:
+    def __init__(self, name: str, module: nn.Module, stack: nn.Module, head: nn.Module | None = None) -> None:
         super().__init__(name, module, next(leaf for leaf, _ in module.named_parameters()))
-        self.stack = stack
+        self.stack, self.head = stack, head
 
     @property
     def id(self) -> str:
