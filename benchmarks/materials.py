@@ -32,6 +32,7 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "LoKr": ("LoKrConfig", {"r": 8, "alpha": 8, **SOME}),
     "OFT": ("OFTConfig", {"oft_block_size": 32, **SOME}),
     "AdaLoRA": ("AdaLoraConfig", {"init_r": 12, "total_step": 100, **SOME}),
+    "AdaMSS": ("AdamssConfig", SOME),
     "BEFT": ("BeftConfig", SOME),
     "BOFT": ("BOFTConfig", {"boft_block_size": 8, **SOME}),
     "C3A": ("C3AConfig", {"block_size": 64, **SOME}),

@@ -85,9 +85,11 @@ class Job:
         try:
             out, errors = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
             raise RuntimeError(f"not done after {limit:.0f} s") from error
+        finally:  # also when the run is broken off: what goes on would disturb the next measurement
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         if process.returncode:
             said = [line for line in errors.splitlines() if line.strip()]
             raise RuntimeError(said[-1] if said else f"exit code {process.returncode}")

@@ -85,7 +85,7 @@ class Bench:
     @property
     def few(self) -> int:
         """How often something that takes seconds is repeated."""
-        return 2
+        return 1 if self.large else 2
 
     def base(self) -> Any:
         import torch
@@ -188,12 +188,12 @@ def forward(bench: Bench) -> Figures:
 
 
 def train(bench: Bench) -> Figures:
-    """One step on 4 rows of 16 tokens: forward, backward, AdamW on the adapter."""
+    """One step on 4 rows of 16 tokens, on the large model on one: forward, backward, AdamW on the adapter."""
     import torch
 
     model = bench.adapted(is_trainable=True).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    ids = tokens(4, 16)
+    ids = tokens(1 if bench.large else 4, 16)
 
     def step() -> None:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -205,14 +205,14 @@ def train(bench: Bench) -> Figures:
 
 def mixed(bench: Bench) -> Figures:
     """8 rows with 1 to 8 adapters among them, and with one in the usual way: decoding, and a prefill."""
-    model, length = bench.with_adapters(8), bench.prompt // 8
+    model, length, steps = bench.with_adapters(8), bench.prompt // 8, 2 if bench.large else 8
     choices = {str(count): [f"a{row % count}" for row in range(8)] for count in (1, 2, 4, 8)}
-    decodes = {name: decode(model, 8, 8, adapter_names=rows) for name, rows in choices.items()}
+    decodes = {name: decode(model, steps, 8, adapter_names=rows) for name, rows in choices.items()}
     prefills = {name: prefill(model, length, 8, adapter_names=rows) for name, rows in choices.items()}
     model.set_adapter("a0")
-    decodes["one"], prefills["one"] = decode(model, 8, 8), prefill(model, length, 8)
+    decodes["one"], prefills["one"] = decode(model, steps, 8), prefill(model, length, 8)
     return {
-        **named("mixed decode", in_turns(decodes, bench.few), 8),
+        **named("mixed decode", in_turns(decodes, bench.few), steps),
         **named("mixed prefill", in_turns(prefills, bench.few)),
     }
 
@@ -284,7 +284,7 @@ def beside(base: Action, own: Action) -> float:
     first = timed(own)[0]
     if first > 5:
         return first / in_turns({"base": base}, 3)["base"]
-    figures = in_turns({"base": base, "own": own}, 5)
+    figures = in_turns({"base": base, "own": own}, 3)
     return figures["own"] / figures["base"]
 
 
