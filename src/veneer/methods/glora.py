@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from veneer.methods.method import Base, Method
 from veneer.patch import Patch
 from veneer.sites import Site
 from veneer.sites.linear import LinearSite
+from veneer.structured import EntryScaled
 
 A, B, C, D, E = (f"glora_{part}" for part in "ABCDE")
 DOWN, UP, PLAIN = ".Xd", ".Xu", ".X"
@@ -57,16 +59,25 @@ class Glora(Method[GloraConfig, GloraConfig]):
         return tensors
 
     def lower(self, settings: GloraConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
-        weight = base.base_weight().float()
-        scale, added = _part(tensors, A), _part(tensors, B)
-        dense = None if scale is None or added is None else (weight * scale + added).expand(base.site.shape)
+        patch = self._of_weight(tensors, base)
         parts = [_part(tensors, part) for part in (C, D, E)]
         if base.base_bias is None or all(part is None for part in parts):
-            return Patch(dense=dense)
+            return patch
         bias = base.base_bias.detach().float()
         share, scale, added = parts
         shift = torch.zeros_like(bias) if scale is None or added is None else bias * scale + added
-        return Patch(dense=dense, shift=shift if share is None else shift + (weight @ share).squeeze(1))
+        if share is not None:
+            shift = shift + (base.base_weight().float() @ share).squeeze(1)
+        return replace(patch, shift=shift)
+
+    def _of_weight(self, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+        if A + DOWN in tensors:
+            entries = EntryScaled(base.base_weight(), tensors[A + DOWN].float(), tensors[A + UP].float())
+            return Patch(up=tensors[B + DOWN], down=tensors[B + UP], dense=entries)
+        scale, added = _part(tensors, A), _part(tensors, B)
+        if scale is None or added is None:
+            return Patch()
+        return Patch(dense=(base.base_weight().float() * scale + added).expand(base.site.shape))
 
 
 METHOD = Glora()
