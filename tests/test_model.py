@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -461,3 +463,20 @@ def test_uploading_saves_and_makes_the_repository(monkeypatch: pytest.MonkeyPatc
         ("me/mine", {"private": True, "exist_ok": True}),
         ["adapter_config.json", "adapter_model.safetensors"],
     ]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_model_that_is_dropped_takes_no_memory(merged: bool) -> None:
+    made = veneer.get_peft_model(build("llama"), veneer.LoraConfig(target_modules=["q_proj"]), seed=0)
+    kept = weakref.ref(made.adapters)
+    layer = weakref.ref(made.get_base_model().model.layers[0].self_attn.q_proj)
+    gc.collect()
+    gc.disable()
+    try:
+        if merged:
+            layer = weakref.ref(made.merge_and_unload().model.layers[0].self_attn.q_proj)
+        del made
+        assert kept() is None
+        assert layer() is None
+    finally:
+        gc.enable()

@@ -120,8 +120,8 @@ class Adapters:
         # What the last merge into quantised weights lost.
         self.quantized_merge: QuantizedMerge | None = None
         self.prompts = Prompts(self.switch)
-        self.scalings = Scalings(self)
-        self.shadows = Shadows(self)
+        self.scalings = Scalings()
+        self.shadows = Shadows()
         # Where the base's own parameters wanted gradients, before the first adapter came.
         self._was_trainable: list[tuple[nn.Module, str]] | None = None
         # Which blocks the model has several times.
@@ -579,8 +579,8 @@ class Adapters:
             for module, leaf in self._was_trainable:
                 getattr(module, leaf).requires_grad_(False)
         self.entries[adapter.name] = adapter
-        self.scalings.watch()
-        self.shadows.watch()
+        self.scalings.watch(self)
+        self.shadows.watch(self)
         if adapter.trainable and sharding.is_data_parallel(self.catalog.modules.values()):
             sharding.average_gradients(self.parameters(adapter.name))
 
@@ -763,8 +763,8 @@ class Adapters:
             if not self.saved[root].copies:
                 self._put(root, self.saved.pop(root).original_module)
         del self.entries[name]
-        self.scalings.watch()
-        self.shadows.watch()
+        self.scalings.watch(self)
+        self.shadows.watch(self)
         kept = self.switch.standing.names
         self.switch.standing = Selection(tuple(other for other in kept if other != name))
 
@@ -916,8 +916,8 @@ class Adapters:
             handle.remove()
         self.layers, self.saved, self.entries, self._watching = {}, {}, {}, []
         self.switch.standing, self._was_trainable = NOTHING, None
-        self.scalings.watch()
-        self.shadows.watch()
+        self.scalings.watch(self)
+        self.shadows.watch(self)
         if keep and self._replication is not None:  # what was merged into repeated blocks is theirs, and they stay
             self._replication.settle()
             self._replication = None

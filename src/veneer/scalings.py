@@ -55,22 +55,27 @@ class Scalings:
         log: those of every call while ``logging`` is on.
     """
 
-    def __init__(self, adapters: Adapters) -> None:
-        self.adapters = adapters
+    # Known while there is something to watch for, and no longer: a cycle keeps a model that is dropped, until Python
+    # collects its garbage.
+    adapters: Adapters
+
+    def __init__(self) -> None:
         self.latest: dict[str, Tensor] = {}
         self.log: list[Tensor] = []
         self.logging = False
         self._hooks: list[RemovableHandle] = []
 
-    def watch(self) -> None:
+    def watch(self, adapters: Adapters) -> None:
         """Make the passes from now on if there is an X-LoRA, and no longer if there is none."""
-        wanted = any(isinstance(entry.config, XLoraConfig) for entry in self.adapters.entries.values())
+        wanted = any(isinstance(entry.config, XLoraConfig) for entry in adapters.entries.values())
         if wanted and not self._hooks:
-            model = self.adapters.model
+            self.adapters, model = adapters, adapters.model
             self._hooks = [
                 model.register_forward_pre_hook(self._before, with_kwargs=True),
                 model.register_forward_hook(_after, always_call=True),
             ]
+        if self._hooks and not wanted:
+            del self.adapters
         while self._hooks and not wanted:
             self._hooks.pop().remove()
 

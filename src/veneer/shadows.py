@@ -48,25 +48,30 @@ def states() -> dict[str, Tensor]:
 class Shadows:
     """The small decoders of the SHADOW adapters on one model."""
 
-    def __init__(self, adapters: Adapters) -> None:
-        self.adapters = adapters
+    # Known while there is something to watch for, and no longer: a cycle keeps a model that is dropped, until Python
+    # collects its garbage.
+    adapters: Adapters
+
+    def __init__(self) -> None:
         # Adapter's name -> its config, and the decoder that it means, without values.
         self._decoders: dict[str, tuple[ShadowConfig, nn.Module]] = {}
         self._hooks: list[RemovableHandle] = []
 
-    def watch(self) -> None:
+    def watch(self, adapters: Adapters) -> None:
         """Run them from now on if there are any, and no longer if there are none."""
-        entries = self.adapters.entries
+        entries = adapters.entries
         wanted = any(isinstance(entry.config, ShadowConfig) for entry in entries.values())
         self._decoders = {name: made for name, made in self._decoders.items() if name in entries}
         if wanted and not self._hooks:
-            model = self.adapters.model
+            self.adapters, model = adapters, adapters.model
             stack = model.get_submodule(stack_name(model) or "")
             self._hooks = [
                 stack.register_forward_pre_hook(self._before, with_kwargs=True),
                 stack.register_forward_hook(_after_stack, always_call=True),
                 model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
             ]
+        if self._hooks and not wanted:
+            del self.adapters
         while self._hooks and not wanted:
             self._hooks.pop().remove()
 
