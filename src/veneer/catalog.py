@@ -13,8 +13,7 @@ from veneer.config import AnyConfig, TargetedConfig
 from veneer.errors import BaseModelError, TargetError
 from veneer.layer import AdaptedLayer
 from veneer.saved import SavedModule
-from veneer.sites import ParameterSite, Site, bias_site, is_linear, kinds, refusal, sites_for
-from veneer.sites.norm import NormSite, is_norm
+from veneer.sites import ParameterSite, Site, bias_site, is_linear, kinds, refusal, sites_for, whole_sites
 from veneer.targets import ALL_LINEAR, names_match, saved_modules, shortest, target_names, under
 
 
@@ -107,23 +106,23 @@ class Catalog:
         """The names of the modules that ``config`` saves whole."""
         return saved_modules(config, self.modules)
 
-    def sites_at(self, name: str, norms: bool = False) -> list[Site]:
-        """The sites of a module; none when it cannot carry an adapter, and of a norm only where those are wanted."""
+    def sites_at(self, name: str, whole: bool = False) -> list[Site]:
+        """The sites of a module, for a method that trains layers ``whole`` or another; none when it has none."""
         module = self.modules[name]
         weight = module._parameters.get("weight")
         # A merge may have put a module or a weight of another kind there.
-        key = (name, norms, id(module), type(weight), None if weight is None else weight.dtype)
+        key = (name, whole, id(module), type(weight), None if weight is None else weight.dtype)
         if key not in self._sites:
-            self._sites[key] = [NormSite(name, module)] if norms and is_norm(module) else sites_for(name, module)
+            self._sites[key] = (whole_sites if whole else sites_for)(name, module)
         return list(self._sites[key])
 
-    def sites(self, config: TargetedConfig, norms: bool = False) -> list[Site]:
-        """The sites of the layers that ``config`` adapts; ``norms`` when these can be norms too.
+    def sites(self, config: TargetedConfig, whole: bool = False) -> list[Site]:
+        """The sites of the layers that ``config`` adapts; ``whole`` when these can be norms and the like too.
 
         Raises:
             TargetError: nothing matches, or a matched module is of a kind that cannot carry an adapter.
         """
-        found = {name: self.sites_at(name, norms) for name in self.targets(config)}
+        found = {name: self.sites_at(name, whole) for name in self.targets(config)}
         refused = [name for name, sites in found.items() if not sites]
         if refused:
             kind = type(self.modules[refused[0]]).__name__

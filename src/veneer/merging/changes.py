@@ -75,8 +75,8 @@ class DiskCatalog(Catalog):
     def _on_disk(self, sites: Iterable[Site]) -> list[Site]:
         return [site if isinstance(site, OnDisk) else _on_disk(site, self.read) for site in sites]
 
-    def sites_at(self, name: str, norms: bool = False) -> list[Site]:
-        return self._on_disk(super().sites_at(name, norms))
+    def sites_at(self, name: str, whole: bool = False) -> list[Site]:
+        return self._on_disk(super().sites_at(name, whole))
 
     def parameter_sites(self, wanted: Collection[str]) -> list[Site]:
         return self._on_disk(super().parameter_sites(wanted))

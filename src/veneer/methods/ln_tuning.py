@@ -22,6 +22,7 @@ from veneer.sites.conv import ConvSite
 from veneer.sites.embedding import EmbeddingSite
 from veneer.sites.linear import LinearSite
 from veneer.sites.norm import NormSite, is_norm
+from veneer.sites.whole import WholeSite
 from veneer.targets import shortest
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class LNTuning(Method[LNTuningConfig, None]):
     """LN tuning on norms, and on any other layer that it is pointed at."""
 
     leaves = (WEIGHT, BIAS)
-    kinds = (NormSite, LinearSite, ConvSite, EmbeddingSite)
+    kinds = (NormSite, LinearSite, ConvSite, EmbeddingSite, WholeSite)
 
     def complete(self, config: LNTuningConfig, catalog: Catalog) -> None:
         if config.target_modules is None:
@@ -43,7 +44,7 @@ class LNTuning(Method[LNTuningConfig, None]):
             config.target_modules = shortest(norms, catalog.modules)
 
     def parts(self, config: LNTuningConfig, catalog: Catalog) -> list[Part]:
-        return [Part(self, catalog.sites(config, norms=True))]
+        return [Part(self, catalog.sites(config, whole=True))]
 
     def settings(self, config: LNTuningConfig, site: Site) -> None:
         return None

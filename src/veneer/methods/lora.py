@@ -47,6 +47,7 @@ from veneer.sites.conv import ConvSite
 from veneer.sites.embedding import EmbeddingSite
 from veneer.sites.parameter import ParameterSite
 from veneer.sites.site import unsupported
+from veneer.sites.whole import WholeSite
 from veneer.starts import Layer, begin, is_moved, repeats
 from veneer.targets import only_parameters, pattern_value
 from veneer.variants import FIXED, FROZEN, LEAVES, Variant, variant_of
@@ -324,8 +325,8 @@ def _factors(settings: LoraSettings, tensors: Mapping[str, Tensor], site: Site) 
 
 
 def check_can_be_made(site: Site) -> None:
-    """Raise ``UnsupportedError`` where no LoRA can hold a change of the weight: norms, and convolutions with groups."""
-    if isinstance(site, ColumnSite) or (isinstance(site, ConvSite) and site.conv.groups > 1):
+    """Raise ``UnsupportedError`` where no LoRA holds a change of the weight: norms, and convolutions with groups."""
+    if isinstance(site, (ColumnSite, WholeSite)) or (isinstance(site, ConvSite) and site.conv.groups > 1):
         raise unsupported(site, "a LoRA made from a change of the weight")
 
 

@@ -11,6 +11,7 @@ from veneer.sites.conv import ConvSite
 from veneer.sites.conv1d import Conv1D
 from veneer.sites.embedding import EmbeddingSite
 from veneer.sites.linear import Conv1DSite, LinearSite
+from veneer.sites.norm import NormSite, is_norm
 from veneer.sites.packed import PackedSite, packer, refusal
 from veneer.sites.packed_bitsandbytes import bitsandbytes_site
 from veneer.sites.packed_hqq import HqqSite
@@ -18,6 +19,7 @@ from veneer.sites.packed_torchao import TorchaoSite
 from veneer.sites.parameter import ParameterSite, VectorSite
 from veneer.sites.shift import ShiftSite
 from veneer.sites.site import Site
+from veneer.sites.whole import WholeSite, is_whole
 
 __all__ = [
     "KINDS",
@@ -30,6 +32,7 @@ __all__ = [
     "packed_site",
     "refusal",
     "sites_for",
+    "whole_sites",
 ]
 
 # Kinds that can carry an adapter, most common first; the first that fits a layer is used.
@@ -63,6 +66,14 @@ def sites_for(name: str, module: nn.Module) -> list[Site]:
             usable = isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.itemsize > 1
             return [make(name, module)] if usable else []
     return []
+
+
+def whole_sites(name: str, module: nn.Module) -> list[Site]:
+    """The same for a method that trains layers whole: norms have a site too, and layers of any kind with one weight."""
+    if is_norm(module):
+        return [NormSite(name, module)]
+    known = packer(module) is not None or isinstance(module, tuple(kind for kind, _ in KINDS))
+    return [WholeSite(name, module)] if is_whole(module) and not known else sites_for(name, module)
 
 
 def packed_site(name: str, module: nn.Module) -> PackedSite | None:
