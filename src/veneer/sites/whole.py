@@ -13,7 +13,7 @@ from veneer.sites.site import Site
 
 
 class WholeSite(Site):
-    """A layer that uses its weight inside its own ``forward``, so that a patch acts through the whole changed weight."""
+    """A layer that uses its weight in its own ``forward``, so that a patch acts through the whole changed weight."""
 
     products = False
 
