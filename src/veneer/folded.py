@@ -190,6 +190,9 @@ def folded_forward(folded: Folded, base: Any, widened: Widened) -> Callable[[Ten
     if type(base) is nn.Linear and down is not None and up is not None and folded.only_adds:
         return _adding(base, down, up, widened)
 
+    if type(base) is nn.Linear and down is None and folded.shift is None:
+        return _scaling(base, folded)
+
     def forward(x: Tensor) -> Tensor:
         seen = x if inner is None else (x * inner).to(x.dtype)
         return folded.change(*base_output(base, seen), x, widened)
@@ -219,6 +222,27 @@ def _adding(base: nn.Linear, down: Tensor, up: Tensor, widened: Widened) -> Call
         return y.add_(change if len(change) == 1 else change.view_as(y))
 
     return forward
+
+
+def _scaling(base: nn.Linear, folded: Folded) -> Callable[[Tensor], Tensor]:
+    """The same for factors alone, in the layer's own dtype where it holds them exactly: one rounding, as in float32."""
+    inner, outer = (_exactly(values, base.weight.dtype) for values in (folded.inner, folded.outer))
+
+    def forward(x: Tensor) -> Tensor:
+        y, own = base_output(base, x if inner is None else (x * inner).to(x.dtype))
+        if outer is None:
+            return y
+        return y.mul_(outer) if own and y.dtype is outer.dtype else (y * outer).to(y.dtype)
+
+    return forward
+
+
+def _exactly(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``values`` in ``dtype`` if that loses nothing, else as they are."""
+    if values is None or not dtype.is_floating_point:
+        return values
+    narrow = values.to(dtype)
+    return narrow if torch.equal(narrow.to(values.dtype), values) else values
 
 
 def base_output(base: Any, x: Tensor) -> tuple[Tensor, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import NoneType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from veneer.merging.arithmetic import composed, merged, merged_bias
 from veneer.methods import AnyMethod
 from veneer.mixed import MixedLayer
 from veneer.patch import Patch, apply, apply_rows, biases, for_training, whole_weight
+from veneer.route import Lasting
 from veneer.selection import Selection, Switch
 from veneer.sites import Site
 from veneer.sites.site import unsupported
@@ -332,11 +334,14 @@ class AdaptedLayer(Shares, nn.Module):
         patches = self.patches(names)
         if self.site.stored.ndim == 1 and whole_weight(self.site, patches):
             return partial(self.call_with, *self._whole(patches))
-        return partial(self._apply_patches, patches) if self._may_keep(patches) else None
+        if not self._may_keep(patches):
+            return None
+        dtype = fold_dtype(self.site.device, self.site.stored.dtype)
+        return partial(self._apply_patches, [_lasting(patch, dtype) for patch in patches])
 
     def _may_keep(self, patches: Sequence[Patch]) -> bool:
         """Whether inference keeps lowered patches: not a matrix as large as the weight, which would double the base."""
-        if self.site.shift_only or any(patch.route is not None for patch in patches):
+        if self.site.shift_only or any(not isinstance(patch.route, (Lasting, NoneType)) for patch in patches):
             return False
         return KEPT_PART * sum(patch.nbytes for patch in patches) <= self.site.stored.nbytes
 
@@ -452,6 +457,11 @@ class AdaptedLayer(Shares, nn.Module):
     def extra_repr(self) -> str:
         """The adapters, in a model's print-out."""
         return f"adapters={list(self.bound)}" + (f", merged={list(self.merged)}" if self.merged else "")
+
+
+def _lasting(patch: Patch, dtype: torch.dtype) -> Patch:
+    """A patch as inference keeps it."""
+    return replace(patch, route=patch.route.for_inference(dtype)) if isinstance(patch.route, Lasting) else patch
 
 
 def _like(tensor: Tensor | None, model: nn.Parameter | None) -> Any:

@@ -25,3 +25,15 @@ class Route(Protocol):
     def changes(self) -> bool:
         """Whether it can add anything but zero."""
         ...
+
+
+class Lasting:
+    """A route that nothing but its tensors and the input decides, so that inference may keep it."""
+
+    def for_inference(self, dtype: torch.dtype) -> Route:
+        """The same, without dropout, in the form that is cheapest to run.
+
+        Args:
+            dtype: in which small products are cheapest.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no form for inference")
