@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import veneer
@@ -16,6 +17,7 @@ from tests.adapters import bits, config, enlarge, same_bits, saved_base
 from tests.models import build, gap, inputs, logits
 from veneer.errors import MergeError
 from veneer.layer import AdaptedLayer
+from veneer.merging.direct import Unwrapped
 
 VISIBLE = 1e-2
 MERGEABLE: Mapping[str, tuple[str, veneer.PeftConfig]] = {
@@ -95,6 +97,58 @@ def test_several_on_one_layer_are_merged_in_their_order(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "set")
     found = check_alike(tmp_path / "set", tmp_path / "base")
     assert gap(logits(found, inputs("llama")), logits(model, inputs("llama"))) < 1e-5
+
+
+@contextmanager
+def places() -> Iterator[list[tuple[int, int]]]:
+    """Where the weight of each layer lies before and after it is merged."""
+    found = []
+    merge = Unwrapped.store_merged
+
+    def watch(layer: Unwrapped, names: tuple[str, ...]) -> None:
+        before = layer.site.stored.data_ptr()
+        merge(layer, names)
+        found.append((before, layer.site.stored.data_ptr()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Unwrapped, "store_merged", watch)
+        yield found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_of_a_base_that_nobody_else_holds_is_taken_and_its_files_stay(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    adapter, base = make(tmp_path / "adapter", "llama", config()), saved_base(tmp_path / "base")
+    veneer.load(base, dtype=dtype).get_base_model().save_pretrained(base)
+    files = {path: path.read_bytes() for path in base.iterdir()}
+    plain = veneer.load(base, dtype=dtype).get_base_model()
+    before = bits(plain)
+    with places() as found:
+        merged = veneer.load(adapter, base=base, dtype=dtype, merge=True).get_base_model()
+    assert found
+    assert all(one == other for one, other in found)
+    assert not same_bits(bits(merged), before)
+    assert same_bits(bits(plain), before), "another model of the same files"
+    assert {path: path.read_bytes() for path in base.iterdir()} == files
+
+
+def test_the_memory_of_a_base_that_was_given_or_is_shared_is_not_taken(tmp_path: Path) -> None:
+    given = build("llama")
+    kept = dict(given.named_parameters())
+    before = bits(given)
+    with places() as found:
+        veneer.load(make(tmp_path / "a", "llama", config()), base=given, merge=True)
+    assert found
+    assert all(one != other for one, other in found)
+    assert all(torch.equal(before[name], parameter) for name, parameter in kept.items())
+
+    tied = make(tmp_path / "b", "gpt2", config("gpt2", target_modules=["lm_head", "c_fc"]))
+    base = saved_base(tmp_path / "base", "gpt2")
+    with places() as found:
+        merged = veneer.load(tied, base=base, merge=True).get_base_model()
+    assert [one == other for one, other in found].count(False) == 1
+    assert torch.equal(merged.transformer.wte.weight, build("gpt2").transformer.wte.weight)
 
 
 @pytest.mark.parametrize("name", REFUSED)

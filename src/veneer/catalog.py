@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from typing import Any
@@ -39,6 +40,17 @@ class Catalog:
                     hint="Add another with load_adapter(...) or add_adapter(...) on the model that has them, or "
                     "call its unload() first.",
                 )
+
+    @cached_property
+    def _holders(self) -> Counter[int]:
+        """Where a parameter's memory begins -> how many parameters begin there."""
+        parameters = (p for module in self.modules.values() for p in module._parameters.values())
+        return Counter(_place(p) for p in parameters if p is not None)
+
+    def is_alone(self, parameter: nn.Parameter) -> bool:
+        """Whether no other parameter of the model has the same memory, and this one has any."""
+        place = _place(parameter)
+        return place != 0 and self._holders[place] == 1
 
     @cached_property
     def linear(self) -> dict[str, bool]:
@@ -198,6 +210,12 @@ def _signature(config: TargetedConfig) -> tuple[Any, ...]:
     """What of a config says which modules it adapts."""
     names = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save")
     return tuple(repr(getattr(config, name, None)) for name in (*names, "layers_to_transform", "layers_pattern"))
+
+
+def _place(parameter: nn.Parameter) -> int:
+    """Where a parameter's memory begins; 0 for one that has none here, or of a kind that torch cannot tell."""
+    values = parameter.data
+    return values.data_ptr() if type(values) is torch.Tensor else 0
 
 
 def _means_one(ending: str, names: Iterable[str]) -> bool:

@@ -30,6 +30,7 @@ from veneer.configs.lora import LoraConfig
 from veneer.errors import AdapterError, ConfigError, UnsupportedError
 from veneer.layer import AdaptedLayer
 from veneer.merging.arithmetic import composed
+from veneer.merging.in_memory import check_mergeable
 from veneer.methods.lora import B_BIAS, as_leaves
 from veneer.patch import Patch, biases
 
@@ -113,7 +114,7 @@ def combine(adapters: Adapters, wanted: Combination) -> tuple[LoraConfig, dict[s
         UnsupportedError: one brings whole modules, or changes something that LoRA cannot hold.
     """
     entries = [adapters.get(name) for name in wanted.names]
-    adapters.check_mergeable(wanted.names)
+    check_mergeable(adapters, wanted.names)
     for entry in entries:
         if entry.saved:
             raise UnsupportedError(

@@ -413,3 +413,17 @@ def _peft_type(name: str) -> PeftType | str:
 
 def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
+
+
+def known(config: PeftConfig) -> AnyConfig:
+    """The config as a prompt's, or as one that says which layers it adapts; ``UnsupportedError`` when it is neither."""
+    return config if isinstance(config, PromptConfig) else targeted(config)
+
+
+def targeted(config: PeftConfig) -> TargetedConfig:
+    """The config as one that says which layers it adapts; ``UnsupportedError`` when it does not."""
+    if not isinstance(config, TargetedConfig):
+        raise UnsupportedError(
+            f"{type(config).__name__} does not say which layers to adapt.", hint="Use a method's config: LoraConfig ..."
+        )
+    return config

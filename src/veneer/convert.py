@@ -23,6 +23,7 @@ from veneer.errors import AdapterError, UnsupportedError
 from veneer.identity import BASE_DIGEST_KEY
 from veneer.layer import AdaptedLayer
 from veneer.loader import load
+from veneer.merging.in_memory import check_mergeable
 from veneer.methods.lora import METHOD as LORA
 from veneer.methods.lora import check_can_be_made
 from veneer.model import PeftModel
@@ -101,7 +102,7 @@ def convert_to_lora(
     model = source if isinstance(source, PeftModel) else load(source, base=base, **load_options)
     adapter = model.adapters.get(_name(model, adapter_name))
     layers = [model.adapters.layers[name] for name in adapter.layers]
-    model.adapters.check_mergeable([adapter.name])
+    check_mergeable(model.adapters, [adapter.name])
     _check_layers(layers, adapter.name, rank)
     wanted = Combination((adapter.name,), (1.0,), "cat" if rank is None else "svd", rank)
     made, tensors = combine(model.adapters, wanted)

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters import Adapter, check_finite, targeted
+from veneer.adapters import Adapter
+from veneer.adding import check_finite
 from veneer.checkpoint import Checkpoint, open_checkpoint
+from veneer.config import targeted
 from veneer.errors import AdapterError, MergeError, UnsupportedError
 from veneer.layer import AdaptedLayer, Bound
 from veneer.methods import method_of

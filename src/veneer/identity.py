@@ -55,7 +55,7 @@ def base_digest(base: Source | str | Path, *, full: bool = False) -> str:
         for name in sorted(where):
             header = where[name]
             if header.path not in files:
-                files[header.path] = header.path.open("rb")
+                files[header.path] = header.path.open("rb", buffering=0)
             info = header.tensors[name]
             digest.update(f"{name}\0{info.dtype}\0{list(info.shape)}\0".encode())
             (_all if full else _samples)(digest, files[header.path], header.data_start + info.start, info)

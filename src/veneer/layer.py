@@ -98,11 +98,13 @@ class Shares:
         site: the base layer.
         bound: adapter's name -> its shares of this layer, in the order in which they apply.
         original: the parameters that the base layer had before a merge that can be undone; empty when none is made.
+        overwrite: whether a merge may take the memory of the weight.
     """
 
     site: Site
     bound: dict[str, list[Bound]]
     original: Sequence[nn.Parameter | None] = ()
+    overwrite = False
 
     def tensors(self, adapter: str, share: Bound) -> dict[str, nn.Parameter]:
         """Leaf -> the parameter of an adapter's share of this layer."""
@@ -157,13 +159,16 @@ class Shares:
         return self.site.canonical(self.base_stored.detach()) if self.original else self.site.weight()
 
     def merged_parameters(self, names: tuple[str, ...]) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-        """The weight (as stored) and bias that the layer has with ``names`` merged; nothing is changed."""
+        """The weight (as stored) and bias that the layer has with ``names`` merged; nothing is changed yet.
+
+        Unless :attr:`overwrite` says that the weight's memory may be taken.
+        """
         patches = self.weight_patches(self.here(names))
         bias = self.base_bias
         if self.site.shift_only:
             return None, _like(merged_bias(bias, patches, torch.float32), bias)
         stored = self.base_stored
-        weight = self.site.as_stored(merged(self.base_weight(), patches))
+        weight = self.site.as_stored(merged(self.base_weight(), patches, overwrite=self.overwrite))
         return _like(weight, stored), _like(merged_bias(bias, patches, stored.dtype), bias)
 
     def _store(self, weight: nn.Parameter | None, bias: nn.Parameter | None) -> None:
@@ -185,23 +190,33 @@ class AdaptedLayer(Shares, nn.Module):
         inner: stands in the base layer's place: an adapted layer for another parameter of it.
     """
 
+    base_layer: Any
+    switch: Switch
+    # adapter's name -> tensors that lie here and are not of its shares: common ones, frozen ones
+    held: dict[str, Mapping[str, nn.Parameter]]
+    # The adapters whose patches are in the base layer's weight now, and the parameters that it had before.
+    merged: tuple[str, ...]
+    original: list[nn.Parameter | None]
+    # What the last selection folds to; dropped when tensors are added, moved, or about to be trained.
+    _folded: Kept | None
+    # The same for the adapters of the last batch that held several.
+    _mixed: MixedLayer | None
+
     def __init__(self, site: Site, switch: Switch, inner: AdaptedLayer | None = None) -> None:
         super().__init__()
-        self.base_layer = inner or site.module
-        self.site = site
-        self.switch = switch
-        # adapter's name -> its shares of this layer, in the order in which they apply
-        self.bound: dict[str, list[Bound]] = {}
-        # adapter's name -> tensors that lie here and are not of its shares: common ones, frozen ones
-        self.held: dict[str, Mapping[str, nn.Parameter]] = {}
-        # The adapters whose patches are in the base layer's weight now, and the parameters that it had before.
-        self.merged: tuple[str, ...] = ()
-        self.original: list[nn.Parameter | None] = []
-        # What the last selection folds to; dropped when tensors are added, moved, or about to be trained.
-        self._folded: Kept | None = None
-        # The same for the adapters of the last batch that held several.
-        self._mixed: MixedLayer | None = None
-        self.training = site.module.training
+        self._modules["base_layer"] = inner or site.module
+        # Not one by one: nn.Module looks through its containers each time, which a model pays for in each layer.
+        vars(self).update(
+            site=site,
+            switch=switch,
+            bound={},
+            held={},
+            merged=(),
+            original=[],
+            _folded=None,
+            _mixed=None,
+            training=site.module.training,
+        )
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -136,6 +136,7 @@ def load(
     checkpoints = [open_checkpoint(m.source, strict=strict) for m in members] if members else []
     if not members and source.has(ADAPTER_CONFIG):
         checkpoints = [open_checkpoint(source, strict=strict)]
+    in_memory = isinstance(base, nn.Module)
     if isinstance(base, nn.Module):
         model, report.base = _in_memory(base, checkpoints, source, task)
     else:
@@ -149,7 +150,7 @@ def load(
     report.seconds["base"] = time.perf_counter() - started
     model.load_report = report
     how: dict[str, Any] = {"strict": strict, "strict_base": strict_base}
-    with model.adapters.unwrapped() if merge else contextlib.nullcontext():
+    with model.adapters.unwrapped(overwrite=not in_memory) if merge else contextlib.nullcontext():
         if members:
             model._load_set(members, adapter_set.active(source, members), is_trainable, how)
         elif checkpoints:

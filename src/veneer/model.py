@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer import adapter_set, sharding
+from veneer import adapter_set, adding, sharding
 from veneer.adapters import Adapter, Adapters
 from veneer.checkpoint import Checkpoint, hold, open_checkpoint, write_checkpoint
 from veneer.config import HEADS, PeftConfig, PeftType, PromptConfig, TargetedConfig, TaskType
@@ -27,6 +27,7 @@ from veneer.errors import (
     VeneerError,
 )
 from veneer.identity import BASE_DIGEST_KEY, base_digest
+from veneer.merging import in_memory
 from veneer.merging.quantized import QuantizedMerge
 from veneer.methods.allocation import allocate
 from veneer.mixture import expert_source
@@ -305,7 +306,8 @@ class PeftModel(ScalingFace, nn.Module):
         base_check = self._check_identity(checkpoint, strict_base)
         with self.adapters.replicated(checkpoint.config), self._with_experts(checkpoint.config, source, trainable):
             checkpoint = remapped(checkpoint, self.adapters.catalog)
-            adapter = self.adapters.load(
+            adapter = adding.load(
+                self.adapters,
                 name,
                 checkpoint,
                 trainable=trainable,
@@ -422,7 +424,7 @@ class PeftModel(ScalingFace, nn.Module):
         _add_heads(peft_config)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         with self.adapters.replicated(peft_config), self._with_experts(peft_config, None, True):
-            self.adapters.create(adapter_name, peft_config, generator=generator)
+            adding.create(self.adapters, adapter_name, peft_config, generator=generator)
         peft_config.inference_mode = False
         if not self.adapters.switch.standing.names:
             self.adapters.select(adapter_name)
@@ -482,7 +484,7 @@ class PeftModel(ScalingFace, nn.Module):
         self.adapters.check_new(adapter_name)
         config, tensors = combine(self.adapters, wanted)
         checkpoint = hold(config, tensors, f"the combination of {', '.join(adapters)}")
-        made = self.adapters.load(adapter_name, checkpoint, trainable=False)
+        made = adding.load(self.adapters, adapter_name, checkpoint, trainable=False)
         made.origin, made.base_digest = None, self.base_digest
         if not self.adapters.switch.standing.names:
             self.adapters.select(adapter_name)
@@ -598,7 +600,7 @@ class PeftModel(ScalingFace, nn.Module):
             into: required where the base is quantised, see :meth:`merge_and_unload`; only the adapted layers are
                 dequantised, until they are unmerged.
         """
-        self.adapters.merge(adapter_names, check=safe_merge, into=into)
+        in_memory.merge(self.adapters, adapter_names, check=safe_merge, into=into)
         self._keep_report()
 
     def unmerge_adapter(self) -> None:
@@ -623,7 +625,7 @@ class PeftModel(ScalingFace, nn.Module):
                 the adapter away. :attr:`quantized_merge` says what was lost.
         """
         with _progress("merging", progressbar):
-            merged = self.adapters.merge_and_unload(adapter_names, check=safe_merge, into=into)
+            merged = in_memory.merge_and_unload(self.adapters, adapter_names, check=safe_merge, into=into)
         setattr(merged, _CHANGED, True)
         self._base_digest = None
         return merged

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import veneer
+from tests.adapters import bits
 from tests.methods.case import Case, cases
 from tests.methods.networks import NETWORKS, Network
 from tests.models import gap
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.oracle
 WEIGHTS = "adapter_model.safetensors"
 # Composed changes are larger than a single one, and float32 keeps seven digits.
 COMPOSED = 1e-4
+FLOAT32 = 1e-6
 
 
 @torch.no_grad()
@@ -106,6 +108,19 @@ def test_merged_is_unmerged(made: Made) -> None:
     model = made.load()
     expected = made.read(model)
     assert gap(made.read(model.merge_and_unload()), expected) < made.case.close
+
+
+def test_merging_into_the_weights_own_memory_is_the_same_merge(made: Made) -> None:
+    if not made.case.merges:
+        pytest.skip("it has no merged form")
+    model = veneer.PeftModel(made.bare())
+    with model.adapters.unwrapped(overwrite=True):
+        model.load_adapter(made.folder)
+        merged = model.merge_and_unload()
+    found, expected = bits(merged), bits(made.load().merge_and_unload())
+    assert found.keys() == expected.keys()
+    # Products in float32 are rounded otherwise where the numbers lie otherwise.
+    assert max(gap(found[name], tensor) for name, tensor in expected.items()) < FLOAT32
 
 
 def test_what_has_no_merged_form_says_so(made: Made) -> None:

@@ -17,6 +17,7 @@ from veneer.benching.given import Given, Inventory
 from veneer.benching.workloads import Inputs, Workload, workload_of
 from veneer.errors import ConfigError, SourceError, VeneerError
 from veneer.loader import load, load_tokenizer
+from veneer.merging.in_memory import check_mergeable
 from veneer.model import PeftModel
 
 # What is asked where a model of text brings a tokenizer and no prompts were given.
@@ -101,7 +102,7 @@ def subjects(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # loading has told them once
         several = _on(base, adapters)
-        several.adapters.check_mergeable([adapter.name for adapter in adapters])
+        check_mergeable(several.adapters, [adapter.name for adapter in adapters])
         return Subjects(
             base=base,
             merged=_on(base, adapters[:1]).merge_and_unload(),

@@ -21,17 +21,18 @@ VALUES = 1 << 20
 
 
 @torch.no_grad()
-def merged(weight: Tensor, patches: Sequence[Patch]) -> Tensor:
-    """A new weight with ``patches`` merged in, in their order.
+def merged(weight: Tensor, patches: Sequence[Patch], *, overwrite: bool = False) -> Tensor:
+    """A weight with ``patches`` merged in, in their order.
 
     Args:
-        weight: canonical, shape ``(out, in)``, or a stack of such; any floating dtype; not changed.
-        patches: on the same device.
+        weight: canonical, shape ``(out, in)``, or a stack of such; any floating dtype.
+        patches: on the same device. They may read the weight, of which they see the rows that they change, unchanged.
+        overwrite: use its memory for the result; else it is not changed.
 
     Returns:
         The merged weight, of ``weight``'s shape, dtype and memory layout.
     """
-    result = torch.empty_like(weight)
+    result = weight if overwrite else torch.empty_like(weight)
     if weight.ndim == 3:
         for index in range(weight.shape[0]):
             _merge_into(result[index], weight[index], [patch.at(index) for patch in patches])
@@ -45,9 +46,9 @@ def _merge_into(result: Tensor, weight: Tensor, patches: Sequence[Patch]) -> Non
     block = max(rows, 1)
     if all(patch.by_rows for patch in patches):
         block = min(block, max(VALUES // max(columns, 1), 64))
-    # A float32 result is worked on where it lies; for others one block of memory serves all: fresh memory costs more
-    # than the arithmetic.
-    apart = None if weight.dtype is torch.float32 else block_for(weight, block)
+    # A new float32 result is worked on where it lies; for others one block of memory serves all: fresh memory costs
+    # more than the arithmetic.
+    apart = None if weight.dtype is torch.float32 and result is not weight else block_for(weight, block)
     for start in range(0, rows, block):
         stop = min(start + block, rows)
         own = result[start:stop] if apart is None else apart[: stop - start]

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters import Adapters
+from veneer.adding import load
 from veneer.catalog import Catalog
 from veneer.checkpoint import Checkpoint
 from veneer.codec import encode
 from veneer.config import TargetedConfig
 from veneer.errors import MergeError
 from veneer.layer import AdaptedLayer
+from veneer.merging.in_memory import check_mergeable
 from veneer.patch import Patch
 from veneer.remap import remapped
 from veneer.sites import Site
@@ -156,7 +158,7 @@ def collect(adapters: Sequence[Adapter], model: nn.Module, read: Read, strict: b
     changes = Changes()
     for index, adapter in enumerate(adapters):
         name, checkpoint = f"adapter{index}", remapped(adapter.checkpoint, bound.catalog)
-        loaded = bound.load(name, checkpoint, trainable=False, strict=strict)
+        loaded = load(bound, name, checkpoint, trainable=False, strict=strict)
         changes.weights[name], changes.origins[name] = adapter.weight, checkpoint.origin
         changes.notes += loaded.notes
         for root in loaded.saved:
@@ -164,7 +166,7 @@ def collect(adapters: Sequence[Adapter], model: nn.Module, read: Read, strict: b
             changes.roots.append(root)
             changes.saved.update(_saved(checkpoint, root, bound.saved[root].original_module))
     bound.selection(list(changes.weights))
-    bound.check_mergeable(list(changes.weights))
+    check_mergeable(bound, list(changes.weights))
     changes.layers = dict(bound.layers)
     bound.unload()
     return changes

@@ -18,12 +18,14 @@ class Unwrapped(Shares):
 
     Args:
         site: the base layer.
+        overwrite: whether what is merged may take the memory of the layer's weight.
     """
 
     merged: tuple[str, ...] = ()
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, overwrite: bool) -> None:
         self.site = site
+        self.overwrite = overwrite
         self.bound: dict[str, list[Bound]] = {}
         # (adapter's name, a tensor's name in memory) -> the tensor
         self._tensors: dict[tuple[str, str], nn.Parameter] = {}
