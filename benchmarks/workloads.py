@@ -9,6 +9,7 @@ on all linear layers unless a section says otherwise. What is to be compared wit
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import resource
@@ -159,11 +160,15 @@ def attach(bench: Bench) -> Figures:
 
     It is one file each time: a thousand of its size would take 10 GB of disk. Each adapter has tensors of its own.
     """
+    import torch
+
     folder, base = materials.adapter(bench.model), bench.base()
     for parameter in base.parameters():
         parameter.sum()  # reads what is memory-mapped: the base's files are not what is measured
-    # Imports are not what is measured either: see the section "process".
-    attach_to, _ = bench.library.PeftModel.from_pretrained, bench.library.LoraConfig()
+    # Imports are not what is measured either, early or late ones: see the section "process".
+    tiny = bench.library.LoraConfig(target_modules=["0"])
+    bench.library.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), tiny)
+    attach_to = bench.library.PeftModel.from_pretrained
     first, model = timed(attach_to, base, folder)
     times = [first]
     before = own_memory()
@@ -179,12 +184,22 @@ def attach(bench: Bench) -> Figures:
 
 
 def forward(bench: Bench) -> Figures:
-    """The base alone, an adapter on it, an adapter merged into it: decoding, and a prefill."""
-    models = {"base": bench.base(), "merged": bench.adapted().merge_and_unload(), "unmerged": bench.adapted()}
-    steps, turns = (4, 2) if bench.large else (16, 5)
+    """The base alone, an adapter merged into it, an adapter on it: decoding, and a prefill.
+
+    All three run on one set of weights, for time depends on where these lie (by up to a quarter), not on their values.
+    """
+    merged = bench.adapted().merge_and_unload()
+    unmerged = bench.library.PeftModel.from_pretrained(on_the_same_weights(merged), materials.adapter(bench.model))
+    models = {"base": on_the_same_weights(merged), "merged": merged, "unmerged": unmerged.eval()}
+    steps, turns = (4, 3) if bench.large else (16, 9)
     decodes = in_turns({name: decode(model, steps) for name, model in models.items()}, turns)
     prefills = in_turns({name: prefill(model, bench.prompt) for name, model in models.items()}, bench.few)
     return {**named("decode", decodes, steps), **named("prefill", prefills)}
+
+
+def on_the_same_weights(model: Any) -> Any:
+    """A model with modules of its own and the parameters of ``model``."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def train(bench: Bench) -> Figures:
