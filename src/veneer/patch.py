@@ -207,7 +207,8 @@ class Patch:
         assert self.down is not None
         dtype = torch.promote_types(y.dtype, self.up.dtype)
         hidden = site.product(_as(x, dtype), self.down.to(dtype))
-        return site.mix(hidden, self.up.to(dtype)) * self.scale
+        # The smaller of the two outputs is scaled, which a training step does again backwards.
+        return site.mix(hidden if self.scale == 1 else hidden * self.scale, self.up.to(dtype))
 
     def _outer_output(self, y: Tensor, bias: Tensor | None, site: Site) -> Tensor:
         assert self.outer is not None
