@@ -20,6 +20,8 @@ NOTES = HERE / "notes.md"
 README, BEGIN, END = HERE.parent / "README.md", "<!-- speed: made by make bench -->\n", "<!-- end of speed -->"
 # Where in the results stands what could not be measured: "section model dtype, side" -> why.
 FAILED = "failed"
+# Two sides that differ by no more cannot be told apart: a process of either differs as much from the next one.
+NOISE = 0.03
 Results = dict[str, Any]
 
 
@@ -112,14 +114,13 @@ def value(row: Row, kept: Results, side: str) -> float | None:
 
 def verdict(row: Row, ours: float, theirs: float | None) -> tuple[str, str]:
     """The target in words, and whether it is met."""
+    if theirs is not None and (row.faster == 1 or row.run.startswith("methods")):
+        return "no slower", "met" if ours <= theirs else "equal" if ours <= theirs * (1 + NOISE) else "missed"
     if row.faster is not None and theirs is not None:
-        words = f"{row.faster:g}x faster" if row.faster > 1 else "no slower"
-        return words, "met" if theirs / ours >= row.faster else "missed"
+        return f"{row.faster:g}x faster", "met" if theirs / ours >= row.faster else "missed"
     if row.most is not None:
         limit = row.most if row.over else f"{_seconds(row.most)}"
         return f"at most {limit}", "met" if ours <= row.most else "missed"
-    if row.run.startswith("methods") and theirs is not None:
-        return "no slower", "met" if ours <= theirs else "missed"
     return "", ""
 
 
@@ -204,7 +205,10 @@ def remarks(kept: Results) -> list[str]:
     counts = sorted({len(runs) for key, sides in kept.items() if key != FAILED for runs in sides.values() if runs})
     rounds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else "".join(map(str, counts))
     missing = sorted({row.run for row in rows() if value(row, kept, "veneer") is None})
-    found = [f"Each figure is the median of {rounds} processes a side, which took turns."]
+    found = [
+        f"Each figure is the median of {rounds} processes a side, which took turns; sides that differ by at most "
+        f"{NOISE:.0%} are called equal."
+    ]
     if missing:
         found.append(f"Not measured: {'; '.join(missing)}.")
     return found + [f"Failed: {what}: {why}." for what, why in sorted(kept.get(FAILED, {}).items())]

@@ -22,6 +22,7 @@ from veneer.base_map import relocated
 from veneer.checkpoint import Checkpoint, open_checkpoint
 from veneer.codec import PREFIX, SHARED_PREFIX
 from veneer.config import TaskType
+from veneer.dtypes import DTYPES
 from veneer.errors import (
     BaseModelError,
     ConfigError,
@@ -38,6 +39,7 @@ from veneer.source import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     MODEL_CONFIG,
+    MODEL_STEM,
     Source,
     read_header,
     resolve,
@@ -136,7 +138,7 @@ def load(
     checkpoints = [open_checkpoint(m.source, strict=strict) for m in members] if members else []
     if not members and source.has(ADAPTER_CONFIG):
         checkpoints = [open_checkpoint(source, strict=strict)]
-    in_memory = isinstance(base, nn.Module)
+    own: frozenset[torch.dtype] = frozenset()
     if isinstance(base, nn.Module):
         model, report.base = _in_memory(base, checkpoints, source, task)
     else:
@@ -146,11 +148,12 @@ def load(
         else:
             found = find_base(source, checkpoints, base, base_revision, options)
         report.base = f"{found.source.origin}, {found.why}"
+        own = _converted(found.source) if merge else own
         model = _build(found.source, checkpoints, task, report, dtype, device_map, trust_remote_code, model_kwargs)
     report.seconds["base"] = time.perf_counter() - started
     model.load_report = report
     how: dict[str, Any] = {"strict": strict, "strict_base": strict_base}
-    with model.adapters.unwrapped(overwrite=not in_memory) if merge else contextlib.nullcontext():
+    with model.adapters.unwrapped(own) if merge else contextlib.nullcontext():
         if members:
             model._load_set(members, adapter_set.active(source, members), is_trainable, how)
         elif checkpoints:
@@ -161,6 +164,19 @@ def load(
             report.merged = True
     model._finish_report(report, started)
     return model
+
+
+def _converted(base: Source) -> frozenset[torch.dtype]:
+    """The dtypes in which weights in memory are copies of those in a base's files, and not the mapped files themselves.
+
+    Writing to a mapped page costs more than new memory, and the page that is given up costs nothing.
+    """
+    try:
+        headers = [read_header(path) for path in weight_files(base, MODEL_STEM)]
+    except SourceError:  # other files than safetensors
+        return frozenset()
+    stored = {DTYPES.get(info.dtype) for header in headers for info in header.tensors.values()}
+    return frozenset({torch.float32, torch.bfloat16, torch.float16} - stored)
 
 
 def load_tokenizer(model: PeftModel) -> Any:

@@ -6,10 +6,11 @@ Taking it out again leaves the model as it was, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import cast
 
+import torch
 from torch import nn
 
 from veneer import sharding
@@ -52,20 +53,21 @@ class Wrappers:
         self.saved: dict[str, SavedModule] = {}
         # Whether adapters that are loaded can be run: see unwrapped.
         self._wraps = True
-        # Whether what is then merged may take the memory of the base's weights.
-        self._overwrites = False
+        # In which dtypes what is then merged may take the memory of the base's weights.
+        self._overwritten: Collection[torch.dtype] = ()
 
     @contextmanager
-    def unwrapped(self, *, overwrite: bool) -> Iterator[None]:
+    def unwrapped(self, overwritten: Collection[torch.dtype] = ()) -> Iterator[None]:
         """Wrap nothing inside the ``with`` block, in which adapters are loaded and merged for good.
 
         Packed layers are wrapped all the same, for their wrapper does the merge, and so are those that are spread over
         processes, which refuse it.
 
         Args:
-            overwrite: whether nobody else holds the base's weights, so that merged ones may take their memory.
+            overwritten: the dtypes in which nobody else holds the base's weights, so that merged ones may take their
+                memory.
         """
-        self._wraps, self._overwrites = False, overwrite
+        self._wraps, self._overwritten = False, overwritten
         try:
             yield
         finally:
@@ -87,7 +89,7 @@ class Wrappers:
             return ShardedLayer(site, self.switch, there)
         if not self._wraps:
             # Not one, but it answers all that is asked of one until it is merged.
-            overwrite = self._overwrites and self.catalog.is_alone(site.stored)
+            overwrite = site.stored.dtype in self._overwritten and self.catalog.is_alone(site.stored)
             return cast(AdaptedLayer, Unwrapped(site, overwrite))
         if isinstance(site, AttentionSite):
             return AdaptedAttention(site, self.switch)
