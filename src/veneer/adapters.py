@@ -89,6 +89,8 @@ class Adapters(Wrappers):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.entries: dict[str, Adapter] = {}
+        # Whether one of them is, or was, to be trained.
+        self.trains = False
         # What the last merge into quantised weights lost.
         self.quantized_merge: QuantizedMerge | None = None
         self.prompts = Prompts(self.switch)
@@ -186,6 +188,7 @@ class Adapters(Wrappers):
             for module, leaf in self._was_trainable:
                 getattr(module, leaf).requires_grad_(False)
         self.entries[adapter.name] = adapter
+        self.trains = self.trains or adapter.trainable
         self.scalings.watch(self)
         self.shadows.watch(self)
         if adapter.trainable and sharding.is_data_parallel(self.catalog.modules.values()):
@@ -206,6 +209,8 @@ class Adapters(Wrappers):
         """
         wanted = self.selection(names)
         self.switch.standing = wanted
+        if not self.trains:
+            return
         used = {*wanted.names, *(expert for name in wanted.names for expert in self.entries[name].config.experts)}
         for adapter in self.entries.values():
             if adapter.trainable:

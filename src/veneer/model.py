@@ -561,6 +561,7 @@ class PeftModel(ScalingFace, nn.Module):
                     hint="Load it again for training.",
                 )
             adapter.trainable = requires_grad
+            self.adapters.trains = self.adapters.trains or requires_grad
             self.adapters.require_grad(adapter, requires_grad and name in self.adapters.switch.standing.names)
 
     def delete_adapter(self, adapter_name: str) -> None:
