@@ -385,7 +385,7 @@ def check_finite(tensors: Mapping[str, Tensor], origin: str) -> dict[str, float]
     if not floating:
         return {}
     sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in floating.values()])
-    if _is_finite(sums):
+    if bool(torch.isfinite(sums).all()):
         return dict(zip(floating, sums.tolist(), strict=True))
     bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
@@ -395,7 +395,3 @@ def check_finite(tensors: Mapping[str, Tensor], origin: str) -> dict[str, float]
             hint="Its training diverged or its file is damaged; take an earlier checkpoint.",
         )
     return {}
-
-
-def _is_finite(tensor: Tensor | None) -> bool:
-    return tensor is None or bool(torch.isfinite(tensor).all())

@@ -189,7 +189,6 @@ def folded_forward(folded: Folded, base: Any, widened: Widened) -> Callable[[Ten
     inner, down, up = folded.inner, folded.down, folded.up
     if type(base) is nn.Linear and down is not None and up is not None and folded.only_adds:
         return _adding(base, down, up, widened)
-
     if type(base) is nn.Linear and down is None and folded.shift is None:
         return _scaling(base, folded)
 

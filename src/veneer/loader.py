@@ -19,6 +19,7 @@ from torch import nn
 
 from veneer import adapter_set
 from veneer.base_map import relocated
+from veneer.by_transformers import by_transformers, first_line
 from veneer.checkpoint import Checkpoint, open_checkpoint
 from veneer.codec import PREFIX, SHARED_PREFIX
 from veneer.config import TaskType
@@ -31,7 +32,6 @@ from veneer.errors import (
     NotACheckpointError,
     PathNotFoundError,
     SourceError,
-    VeneerError,
 )
 from veneer.model import PeftModel, wrap
 from veneer.report import LoadReport
@@ -46,6 +46,9 @@ from veneer.source import (
     weight_files,
 )
 from veneer.vocabulary import resized
+
+# What to do where transformers cannot make a model.
+ANOTHER_CLASS = "`veneer inspect` tells what is there; task= chooses another class."
 
 # task -> the transformers class that builds it when the base's own class is for another task.
 TASK_CLASSES = {
@@ -391,16 +394,9 @@ def _build(
     if labels is not None and "num_labels" not in arguments:
         arguments["num_labels"] = labels
         arguments.setdefault("ignore_mismatched_sizes", True)
-    with without_adapter(source) as folder:
-        try:
-            model, info = kind.from_pretrained(folder, output_loading_info=True, **arguments)
-        except (VeneerError, MemoryError):
-            raise
-        except Exception as error:  # whatever transformers makes of a config or of weights that it cannot use
-            raise BaseModelError(
-                f"transformers cannot load {source.origin} as {kind.__name__}: {first_line(error)}",
-                hint="`veneer inspect` tells what is there; task= chooses another class.",
-            ) from error
+    what = f"transformers cannot load {source.origin} as {kind.__name__}"
+    with without_adapter(source) as folder, by_transformers(BaseModelError, what, ANOTHER_CLASS):
+        model, info = kind.from_pretrained(folder, output_loading_info=True, **arguments)
     model.name_or_path = model.config._name_or_path = _origin(source)
     model.eval()
     if vocabulary is not None:
@@ -477,8 +473,3 @@ def without_adapter(source: Source) -> Iterator[Path]:
 def _origin(source: Source) -> str:
     """What the model remembers as its origin: an absolute path, or the hub id."""
     return str(source.root.resolve()) if Path(source.origin).exists() else source.origin
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text that says something."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

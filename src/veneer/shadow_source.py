@@ -12,8 +12,8 @@ Neither the network nor code from the checkpoint is used: what is on the hub mus
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import CorruptFileError, IncompleteCheckpointError, UnsupportedError, VeneerError
+from veneer.by_transformers import by_transformers
+from veneer.errors import CorruptFileError, IncompleteCheckpointError, UnsupportedError
 from veneer.source import MODEL_CONFIG, MODEL_STEM, Source, read_header, resolve, weight_files
 
 PROJECTED = "causal_lm_with_hidden_projection"
@@ -50,7 +51,7 @@ class ShadowSource:
         import transformers
 
         auto: Any = transformers.AutoModel
-        with _by_transformers(self.source.origin):
+        with _reading(self.source.origin):
             made: nn.Module = auto.from_config(copy.deepcopy(self.config), dtype=torch.float32, trust_remote_code=False)
         return made
 
@@ -71,7 +72,7 @@ class ShadowSource:
         from veneer.loader import without_adapter
 
         auto: Any = transformers.AutoModel
-        with without_adapter(self.source) as folder, _by_transformers(self.source.origin):
+        with without_adapter(self.source) as folder, _reading(self.source.origin):
             model, info = auto.from_pretrained(
                 folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True, output_loading_info=True
             )
@@ -116,10 +117,10 @@ def shadow_source(path: str) -> ShadowSource:
         inner = values.get("shadow_model_config")
         if not isinstance(inner, dict) or not isinstance(inner.get("model_type"), str):
             raise CorruptFileError(f"{path}/{MODEL_CONFIG}: shadow_model_config names no model_type.", hint=_AGAIN)
-        with _by_transformers(path):
+        with _reading(path):
             config = auto.for_model(**inner)
     else:
-        with _by_transformers(path):
+        with _reading(path):
             config = auto.from_pretrained(source.root, local_files_only=True, trust_remote_code=False)
     _check_decoder(config, path)
     return ShadowSource(source, config, projected)
@@ -151,17 +152,10 @@ def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
     return None if tensor is None else tuple(tensor.shape)
 
 
-@contextmanager
-def _by_transformers(path: str) -> Iterator[None]:
+def _reading(path: str) -> AbstractContextManager[None]:
     """Say whose the error is when transformers cannot read a decoder."""
-    from veneer.loader import first_line
-
-    try:
-        yield
-    except (VeneerError, MemoryError):
-        raise
-    except Exception as error:  # whatever transformers makes of a config or of weights that it cannot use
-        raise UnsupportedError(
-            f"transformers cannot load shadow_model={path!r}: {first_line(error)}",
-            hint="It is a model's folder, of a class that transformers has; code that comes with it is not run.",
-        ) from error
+    return by_transformers(
+        UnsupportedError,
+        f"transformers cannot load shadow_model={path!r}",
+        "It is a model's folder, of a class that transformers has; code that comes with it is not run.",
+    )

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.by_transformers import by_transformers
 from veneer.checkpoint import Checkpoint
-from veneer.errors import BaseModelError, MergeError, VeneerError
-from veneer.loader import first_line, labels_of, model_class_of, without_adapter
+from veneer.errors import BaseModelError, MergeError
+from veneer.loader import ANOTHER_CLASS, labels_of, model_class_of, without_adapter
 from veneer.source import MODEL_CONFIG, Source
 
 
@@ -49,22 +50,15 @@ def build_skeleton(
     labels = labels_of(list(checkpoints))
     if labels is not None:
         changes["num_labels"] = labels
-    try:
-        with without_adapter(source) as folder:
-            config = transformers.AutoConfig.from_pretrained(
-                folder, trust_remote_code=trust_remote_code, local_files_only=True, **changes
-            )
-            if hasattr(config, "quantization_config"):
-                del config.quantization_config
-            with torch.device("meta"), no_init_weights():
-                model: Any = _made(kind, config, trust_remote_code)
-    except (VeneerError, MemoryError):
-        raise
-    except Exception as error:  # whatever transformers makes of a config that it cannot use
-        raise BaseModelError(
-            f"transformers cannot build {source.origin} as {kind.__name__}: {first_line(error)}",
-            hint="`veneer inspect` tells what is there; task= chooses another class.",
-        ) from error
+    what = f"transformers cannot build {source.origin} as {kind.__name__}"
+    with by_transformers(BaseModelError, what, ANOTHER_CLASS), without_adapter(source) as folder:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True, **changes
+        )
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"), no_init_weights():
+            model: Any = _made(kind, config, trust_remote_code)
     model.tie_weights()
     return model.eval()  # type: ignore[no-any-return]
 
