@@ -34,6 +34,7 @@ from veneer.errors import (
     SourceError,
 )
 from veneer.model import PeftModel, wrap
+from veneer.packages import GGUF_PACKAGES, require
 from veneer.report import LoadReport
 from veneer.source import (
     ADAPTER_CONFIG,
@@ -281,6 +282,7 @@ def _gguf_base(base: str | Path, file: str, revision: str | None, options: dict[
 
 def _gguf_config(source: Source, file: str) -> dict[str, Any]:
     """What a GGUF file's metadata says of the model, as a config."""
+    require("A base in a GGUF file", *GGUF_PACKAGES, extra="demo", error=BaseModelError)
     import transformers
 
     try:
@@ -288,7 +290,7 @@ def _gguf_config(source: Source, file: str) -> dict[str, Any]:
     except Exception as error:  # whatever transformers makes of a damaged file, or of one it has no class for
         raise BaseModelError(
             f"transformers cannot read {source.origin}/{file}: {first_line(error)}",
-            hint="It needs the package gguf, and an architecture that transformers reads from GGUF.",
+            hint="It needs an architecture that transformers reads from GGUF.",
         ) from error
     return dict(config.to_dict())
 
@@ -382,6 +384,7 @@ def _build(
         **model_kwargs,
     }
     if device_map is not None:
+        require("device_map=", "accelerate", extra="device-map", error=BaseModelError)
         arguments["device_map"] = device_map
     if gguf is not None:
         import transformers

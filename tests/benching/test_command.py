@@ -110,4 +110,4 @@ def test_a_spoiled_adapter(run: Run, here: Path, no_processes: list[Request], sp
 
 def test_without_matplotlib(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'veneer[bench]'" in refused(run("bench", "a", "--base", "base"))
+    assert "pip install '.[bench]'" in refused(run("bench", "a", "--base", "base"))

@@ -65,7 +65,7 @@ def test_what_is_there_is_not_replaced(tmp_path: Path) -> None:
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(VeneerError, match=r"need matplotlib.*pip install 'veneer\[bench\]'"):
+    with pytest.raises(VeneerError, match=r"needs matplotlib.*pip install matplotlib \(.*pip install '\.\[bench\]'"):
         made.report().save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

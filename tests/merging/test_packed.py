@@ -18,7 +18,6 @@ import veneer
 from tests.adapters import config, enlarge
 from tests.models import build, gap, inputs, logits
 from veneer.errors import CorruptFileError, MergeError, UnsupportedError, VeneerError
-from veneer.merging import packed
 
 pytest.importorskip("bitsandbytes")
 
@@ -128,10 +127,11 @@ def test_it_asks_first(bases: Any, tmp_path: Path) -> None:
 def test_it_needs_bitsandbytes(bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = bases("nf4")
     real = importlib.util.find_spec
-    monkeypatch.setattr(packed.importlib.util, "find_spec", lambda n: None if n == "bitsandbytes" else real(n))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "bitsandbytes" else real(n))
     with pytest.raises(UnsupportedError, match="not installed") as caught:
         veneer.merge(adapter, base, out=tmp_path / "out", dequantize=True)
-    assert "veneer[quant]" in str(caught.value.hint)
+    assert "pip install bitsandbytes" in str(caught.value.hint)
+    assert "pip install '.[quant]'" in str(caught.value.hint)
 
 
 FIRST = "model.layers.0.self_attn.q_proj.weight"

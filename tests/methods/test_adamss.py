@@ -61,8 +61,8 @@ def test_layers_that_the_targets_do_not_tell_have_all_their_groups(tmp_path: Pat
 
 
 def test_without_its_package_it_is_refused_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
-    with pytest.raises(UnsupportedError, match=r"scikit-learn.*veneer\[adamss\]"):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(UnsupportedError, match=r"scikit-learn.*pip install '\.\[adamss\]'"):
         veneer.get_peft_model(LLAMA.make(), veneer.AdamssConfig(**SIZES))
 
 

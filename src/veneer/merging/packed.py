@@ -9,7 +9,6 @@ bitsandbytes, 8 bits   LAYER.weight, LAYER.SCB (a row's scale, times 127), LAYER
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from abc import ABC, abstractmethod
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from veneer.errors import CorruptFileError, MergeError, UnsupportedError
 from veneer.merging.base_files import WeightFiles
+from veneer.packages import require
 from veneer.source import MODEL_CONFIG, Source
 
 _SCALES = ("_scale_inv", "_scale")
@@ -180,11 +180,7 @@ def _float8(files: WeightFiles, name: str) -> Float8:
 
 def _bitsandbytes(source: Source, files: WeightFiles) -> dict[str, Packed]:
     found: dict[str, Packed] = {}
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UnsupportedError(
-            f"The base {source.origin} is quantised by bitsandbytes, which is not installed.",
-            hint="Run: pip install 'veneer[quant]'",
-        )
+    require(f"The base {source.origin}, which is quantised by bitsandbytes,", "bitsandbytes", extra="quant")
     for part in files.places:
         name, end = next(((part.removesuffix(end), end) for end in _STATES if part.endswith(end)), (part, ""))
         if end:

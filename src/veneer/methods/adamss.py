@@ -21,6 +21,7 @@ from torch import Tensor
 from veneer.configs.adamss import AdamssConfig
 from veneer.errors import BaseMismatchError, UnsupportedError
 from veneer.methods.method import Base, Method
+from veneer.packages import require
 from veneer.patch import Patch
 from veneer.sites import Site
 from veneer.sites.linear import LinearSite
@@ -131,13 +132,8 @@ def _decomposed(config: AdamssConfig, base: Base) -> tuple[Tensor, Tensor]:
 
 def _groups(config: AdamssConfig, left: Tensor, site: Site) -> list[Tensor]:
     """The rows of each group of a layer, from its ``U``."""
-    try:
-        kmeans = importlib.import_module("sklearn.cluster").KMeans
-    except ImportError as error:
-        raise UnsupportedError(
-            "The groups of rows of an AdaMSS are found by the package scikit-learn, which is not installed.",
-            hint="pip install 'veneer[adamss]'.",
-        ) from error
+    require("AdaMSS, which groups rows by k-means,", "scikit-learn", extra="adamss")
+    kmeans = importlib.import_module("sklearn.cluster").KMeans
     # The options are the method's definition: with others a checkpoint's groups would be other rows.
     count = min(config.num_subspaces, len(left))
     machine = kmeans(n_clusters=count, init="random", n_init=1, max_iter=10, random_state=123456789)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.errors import UnsupportedError
+from veneer.packages import require
 from veneer.structured import Sparse, Transformed
 
 
@@ -23,13 +24,9 @@ def low_pass(family: str) -> tuple[float, ...]:
     """
     if family == "db1":
         return (math.sqrt(0.5),) * 2
+    require(f"wavelet_family={family!r}", "PyWavelets", extra="wavelets")
     try:
         return tuple(importlib.import_module("pywt").Wavelet(family).rec_lo)
-    except ImportError as error:
-        raise UnsupportedError(
-            f"The filters of wavelet_family={family!r} come from the package PyWavelets, which is not installed.",
-            hint="pip install 'veneer[wavelets]'.",
-        ) from error
     except ValueError as error:
         raise UnsupportedError(
             f"wavelet_family={family!r} is no wavelet that PyWavelets knows.", hint='Use one such as "db4" or "sym3".'

@@ -6,15 +6,15 @@ folder/runs/2026-01-31T12-00-00Z.json          each run
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from veneer.benching.result import BenchReport
-from veneer.errors import NotACheckpointError, SourceError, VeneerError
+from veneer.errors import NotACheckpointError, SourceError
 from veneer.files import written_whole
+from veneer.packages import require
 from veneer.source import read_json
 
 HTML, MARKDOWN, JSON, RUNS = "report.html", "report.md", "report.json", "runs"
@@ -24,7 +24,7 @@ def write(report: BenchReport, folder: Path) -> Path:
     """Write all of them; returns the HTML file's path.
 
     Raises:
-        VeneerError: matplotlib is not installed. SourceError: the folder cannot be written.
+        UnsupportedError: matplotlib is not installed. SourceError: the folder cannot be written.
     """
     check(folder)
     from veneer.benching.report.html import html
@@ -46,10 +46,7 @@ def write(report: BenchReport, folder: Path) -> Path:
 
 def check(folder: Path) -> None:
     """Raise now what would keep :func:`write` from its work, before anything is measured."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise VeneerError(
-            "The report's plots need matplotlib, which is not installed.", hint="Run: pip install 'veneer[bench]'"
-        )
+    require("The report with its plots", "matplotlib", extra="bench")
     if folder.exists() and not folder.is_dir():
         raise SourceError(f"{folder} is a file.", hint="Give --out a folder.")
     if any((folder / name).exists() for name in (HTML, MARKDOWN, JSON)):

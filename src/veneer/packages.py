@@ -1,0 +1,36 @@
+"""Optional packages: what a feature needs beyond Veneer's own dependencies is checked here."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from veneer.errors import UnsupportedError, VeneerError
+
+# A package's name on the index -> the module that it brings, where the two differ.
+_MODULES = {"PyWavelets": "pywt", "scikit-learn": "sklearn"}
+
+# What transformers reads a GGUF file with.
+GGUF_PACKAGES = ("accelerate", "gguf")
+
+
+def require(what: str, *packages: str, extra: str, error: type[VeneerError] = UnsupportedError) -> None:
+    """Check that the packages which a feature needs are installed.
+
+    Args:
+        what: the feature, as the subject of a sentence.
+        packages: the packages' names on the index.
+        extra: the extra of this project that lists them.
+        error: what is raised.
+
+    Raises:
+        VeneerError: one of them is missing; of the class ``error``.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(_MODULES.get(name, name)) is None]
+    if missing:
+        names, verb = " and ".join(missing), "is" if len(missing) == 1 else "are"
+        raise error(f"{what} needs {names}, which {verb} not installed.", hint=how_to_install(missing, extra))
+
+
+def how_to_install(packages: list[str], extra: str) -> str:
+    """The commands that install packages: by name, and as an extra of a clone, for Veneer itself is on no index."""
+    return f"Run: pip install {' '.join(packages)} (or, in a clone of Veneer: pip install '.[{extra}]')"
