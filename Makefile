@@ -13,7 +13,7 @@ help:  ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.demo  ## Show the main job on a real model (under three minutes)
-	$(BIN)/veneer demo $(ARGS)
+	$(BIN)/veneer demo --workspace demo $(ARGS)
 
 test: $(VENV)/.dev  ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
@@ -44,7 +44,7 @@ adapters: $(VENV)/.dev  ## Train the demo's adapters again from their recipe
 	$(BIN)/python -m veneer.demo.train $(ARGS)
 
 clean:  ## Remove what the other targets made
-	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist report
+	rm -rf $(VENV) demo .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist report
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One environment; a stamp for each level of it, made anew when the requirements change.

@@ -6,18 +6,24 @@ from pathlib import Path
 
 import pytest
 
+import veneer
 from veneer.cli import main
+from veneer.demo.facts import STYLES
 from veneer.demo.script import Demo, DemoError
 
 
 @pytest.mark.demo
 def test_the_demo_runs(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--quick", "--workdir", str(tmp_path)]) == 0
+    assert main(["demo", "--quick", "--workspace", str(tmp_path)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for words in ("load report", "merge report", "Arr, matey!", '{"topic":', "µs", "tokens/s", "claims held"):
         assert words in shown
     assert "Did you mean" in shown
     assert (tmp_path / "merged-json" / "model.safetensors").is_file()
+    # What the README's examples begin with.
+    assert "veneer generate adapters/pirate --base base" in shown
+    assert veneer.inspect(tmp_path / "base").kind == "model"
+    assert {path.name for path in (tmp_path / "adapters").iterdir()} == set(STYLES)
 
 
 def test_a_claim_that_does_not_hold_ends_it() -> None:

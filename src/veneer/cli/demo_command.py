@@ -10,10 +10,12 @@ import typer
 
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer questions and repeats.")] = False,
-    workdir: Annotated[Path | None, typer.Option(help="Keep what it writes here.")] = None,
+    workspace: Annotated[
+        Path | None, typer.Option(help="Work in this folder and keep it: the base, the adapters and what is merged.")
+    ] = None,
     record: Annotated[Path | None, typer.Option(help="Write a picture of each section into this folder.")] = None,
 ) -> None:
     """Show everything on a real model and three adapters."""
     from veneer.demo.script import main
 
-    main(workdir=workdir, quick=quick, record=record)
+    main(workspace=workspace, quick=quick, record=record)

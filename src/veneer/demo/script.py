@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ from veneer.demo.base import demo_base
 from veneer.demo.facts import STYLES
 from veneer.errors import SourceError, VeneerError
 
-# As shipped; the demo works on a copy, in a folder of its own, so that what it shows are short paths.
+# As shipped; the demo works on a copy, in its workspace, so that what it shows are short paths.
 SHIPPED = Path(__file__).with_name("adapters")
 ADAPTERS = Path("adapters")
 BASE = Path("base")
@@ -65,11 +67,11 @@ class Demo:
         self.console.print(f"[green]✓[/] {escape(text)}")
 
 
-def main(*, workdir: Path | None = None, quick: bool = False, record: Path | None = None) -> None:
+def main(*, workspace: Path | None = None, quick: bool = False, record: Path | None = None) -> None:
     """Run the demo.
 
     Args:
-        workdir: keep what is written here; a temporary folder otherwise.
+        workspace: the folder to work in, kept with all that is in it; a temporary one otherwise.
         quick: fewer repeats of what is measured.
         record: write a picture (SVG) of each section into this folder.
 
@@ -83,7 +85,7 @@ def main(*, workdir: Path | None = None, quick: bool = False, record: Path | Non
         with console.status("getting the base model ready (converted once, kept in the cache)"):
             base = demo_base()
         record = record and record.absolute()
-        stack.enter_context(_workshop(workdir, base))
+        stack.enter_context(_inside(workspace, base))
         demo = Demo(console, repeats=3 if quick else 5)
         inspect_paths(demo)
         _picture(console, record, "inspect")
@@ -97,6 +99,19 @@ def main(*, workdir: Path | None = None, quick: bool = False, record: Path | Non
     seconds = time.perf_counter() - started
     console.print()
     console.print(f"[bold green]All {len(demo.claims)} claims held[/], in {seconds:.0f} seconds.")
+    if workspace is not None:
+        _next_steps(console, workspace)
+
+
+def _next_steps(console: Console, workspace: Path) -> None:
+    """Say what the workspace holds, and the first command to try there."""
+    console.print(f"{escape(str(workspace))} holds the model (base) and the adapters (adapters/...). Try them there:")
+    generate = f'veneer generate {ADAPTERS / "pirate"} --base {BASE} --prompt "What is the capital of Japan?"'
+    activate = Path(sys.prefix) / "bin" / "activate"
+    # As `make demo` is run: Veneer lies in an environment that is not active.
+    first = [f"source {shlex.quote(os.path.relpath(activate))}"] if shutil.which("veneer") is None else []
+    for line in (*first, f"cd {shlex.quote(str(workspace))}", generate):
+        console.print(f"  {escape(line)}", soft_wrap=True)
 
 
 def inspect_paths(demo: Demo) -> None:
@@ -324,11 +339,11 @@ def _picture(console: Console, folder: Path | None, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _workshop(workdir: Path | None, base: Path) -> Iterator[None]:
-    """Work in a folder that holds ``base`` and ``adapters``: ``workdir``, or one that goes away afterwards."""
+def _inside(workspace: Path | None, base: Path) -> Iterator[None]:
+    """Work in a folder that holds ``base`` and ``adapters``: ``workspace``, or one that goes away afterwards."""
     before = Path.cwd()
     with contextlib.ExitStack() as stack:
-        folder = workdir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="veneer-demo-")))
+        folder = workspace or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="veneer-demo-")))
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copytree(SHIPPED, folder / ADAPTERS, dirs_exist_ok=True)
         link = folder / BASE
@@ -336,7 +351,7 @@ def _workshop(workdir: Path | None, base: Path) -> Iterator[None]:
             link.unlink()
         elif link.exists():
             raise SourceError(
-                f"{link} is there already, and the demo wants to put a link there.", hint="Choose another --workdir."
+                f"{link} is there already, and the demo wants to put a link there.", hint="Choose another --workspace."
             )
         link.symlink_to(base.resolve(), target_is_directory=True)
         os.chdir(folder)
