@@ -61,7 +61,8 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     ends = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends).save_pretrained(folder)
+    chat = "{% for turn in messages %}{{ turn['content'] }}{% endfor %}"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat, **ends).save_pretrained(folder)
 
 
 @pytest.fixture
