@@ -61,7 +61,7 @@ def bench(
         "traffic": None if traffic is None else arguments.shares(traffic, "--traffic"),
         "memory": None if memory is None else arguments.size(memory, "--memory"),
     }
-    check(out)
+    check(out, [] if prompts is None else [prompts])
     with quiet() as warnings, _bar() as on_progress:
         from veneer.benching.run import bench as measure
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from veneer.benching.result import BenchReport
@@ -31,7 +32,8 @@ def write(report: BenchReport, folder: Path) -> Path:
     from veneer.benching.report.markdown import markdown
 
     data = json.dumps(report.to_dict(), indent=1) + "\n"
-    run = report.made.replace("+00:00", "Z").replace(":", "-")
+    # A report that was read may have been made anywhere: no separator of its own.
+    run = re.sub(r"[^\w.-]", "-", report.made.replace("+00:00", "Z")).lstrip(".")
     contents: Mapping[str, str] = {
         f"{RUNS}/{run}.json": data,
         JSON: data,
@@ -44,11 +46,20 @@ def write(report: BenchReport, folder: Path) -> Path:
     return folder / HTML
 
 
-def check(folder: Path) -> None:
-    """Raise now what would keep :func:`write` from its work, before anything is measured."""
+def check(folder: Path, read_from: Iterable[Path] = ()) -> None:
+    """Raise now what would keep :func:`write` from its work, before anything is measured.
+
+    Args:
+        folder: where the report goes.
+        read_from: files that the run reads, which the report must not replace.
+    """
     require("The report with its plots", "matplotlib", extra="bench")
     if folder.exists() and not folder.is_dir():
         raise SourceError(f"{folder} is a file.", hint="Give --out a folder.")
+    written = {(folder / name).resolve() for name in (HTML, MARKDOWN, JSON)}
+    taken = next((path for path in read_from if path.resolve() in written), None)
+    if taken is not None:
+        raise SourceError(f"{taken} is read, and the report would replace it.", hint="Give --out another folder.")
     if any((folder / name).exists() for name in (HTML, MARKDOWN, JSON)):
         try:
             read(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from html import escape
 
 from veneer.benching.report.content import HOW, Table, facts, plans_table, samples_table, tables
 from veneer.benching.result import BenchReport
@@ -38,5 +39,8 @@ def _items(texts: Sequence[str]) -> str:
 
 
 def _text(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", one_line(text))
+    """Text that Markdown shows as it is.
+
+    What could be HTML or end a cell is written as an entity: not every reader of Markdown takes a backslash before it.
+    """
+    return escape(re.sub(r"([\\`*_\[\]#~$])", r"\\\1", one_line(text)), quote=False).replace("|", "&#124;")
