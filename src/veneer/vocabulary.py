@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from veneer.base_config import part_of
 from veneer.checkpoint import Checkpoint
 from veneer.codec import PREFIX, SHARED_PREFIX
 from veneer.config import PromptConfig, TaskType
@@ -33,8 +34,9 @@ def resized(checkpoints: Sequence[Checkpoint], base: Source, config: Mapping[str
 
     Raises:
         BaseModelError: it would have to be resized, and the adapters do not bring what the new rows hold.
+        CorruptFileError: a part of the config is no object.
     """
-    own = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    own = config.get("vocab_size") or part_of(config, "text_config", base.origin).get("vocab_size")
     if not isinstance(own, int):
         return None
     found = [_wanted(checkpoint, own) for checkpoint in checkpoints]

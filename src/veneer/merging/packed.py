@@ -1,6 +1,6 @@
 """The quantised tensors of a checkpoint: the others that each needs, and the values that they stand for.
 
-float8                 NAME, NAME_scale_inv or NAME_scale
+float8                 NAME, NAME_scale_inv or NAME_scale: one, a row's each, or one a block (weight_block_size)
 bitsandbytes, 4 bits   NAME (two values a byte), NAME.absmax (the scale of each block), NAME.quant_map,
                        NAME.quant_state.bitsandbytes__nf4 or __fp4 (JSON: shape, size of a block);
                        scales that are quantised too have NAME.nested_absmax and NAME.nested_quant_map
@@ -20,12 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.base_config import part_of
 from veneer.errors import CorruptFileError, MergeError, UnsupportedError
-from veneer.merging.base_files import WeightFiles
+from veneer.merging.base_files import FLOATS, WeightFiles
 from veneer.packages import require
 from veneer.source import MODEL_CONFIG, Source
 
 _SCALES = ("_scale_inv", "_scale")
+# Of fp8 where a config does not say otherwise.
+_BLOCK = (128, 128)
 _STATES = {f".quant_state.bitsandbytes__{kind}": kind for kind in ("nf4", "fp4")}
 _BLOCK_SIZES = tuple(1 << n for n in range(5, 13))
 
@@ -49,10 +52,23 @@ class Packed(ABC):
 
 @dataclass(frozen=True)
 class Float8(Packed):
-    """float8 values and their scales, the first of ``parts``."""
+    """float8 values and their scales, the first of ``parts``.
+
+    Attributes:
+        scales: the shape in which the scales are seen.
+        step: rows and columns that share a scale; ``None`` where all values share one.
+    """
+
+    scales: tuple[int, ...]
+    step: tuple[int, int] | None
 
     def values(self, files: WeightFiles, name: str) -> Tensor:
-        return dequantized(files.read(name), files.read(self.parts[0]))
+        scale = files.read(self.parts[0]).float().view(self.scales)
+        if not scale.isfinite().all():
+            raise CorruptFileError(
+                f"{self.parts[0]} holds NaN or infinite scales.", hint="Use another copy of the base."
+            )
+        return dequantized(files.read(name), scale, self.step)
 
 
 @dataclass(frozen=True)
@@ -117,17 +133,19 @@ class Turned(Packed):
         return self.of.values(files, name).T.contiguous()
 
 
-def dequantized(tensor: Tensor, scale: Tensor) -> Tensor:
-    """float8 values times their scales, in float32; a scale for the whole, for each row, or for each square block."""
-    values, scale = tensor.float(), scale.float()
-    if scale.numel() == 1:
-        return values * scale.reshape(())
-    rows, columns = tensor.shape[-2:]
-    high, wide = (-(-size // count) for size, count in zip((rows, columns), scale.shape[-2:], strict=True))
-    # A last block that is cut off makes the division come out too small: blocks are powers of two.
-    high, wide = (1 << (n - 1).bit_length() if n > 1 else n for n in (high, wide))
-    scale = scale.repeat_interleave(high, -2)[..., :rows, :].repeat_interleave(wide, -1)[..., :columns]
-    return values * scale
+def dequantized(tensor: Tensor, scale: Tensor, step: tuple[int, int] | None) -> Tensor:
+    """float8 values times their scales, in float32.
+
+    Args:
+        tensor: ``(..., rows, columns)``.
+        scale: of as many dimensions, or one value.
+        step: rows and columns that share a scale; the last block may be cut off.
+    """
+    if step is not None:
+        for dimension, (count, size) in enumerate(zip(step, tensor.shape[-2:], strict=True), start=-2):
+            if scale.shape[dimension] > 1:
+                scale = scale.repeat_interleave(count, dimension).narrow(dimension, 0, size)
+    return tensor.float() * scale
 
 
 # -- which tensors are quantised -------------------------------------------------------------------------------
@@ -141,19 +159,23 @@ def packed_tensors(source: Source, files: WeightFiles, dequantize: bool) -> dict
         CorruptFileError: what belongs to a tensor is missing or of another size.
     """
     config = source.json(MODEL_CONFIG)
-    quantized = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    text = part_of(config, "text_config", source.origin)
+    quantized = part_of(config, "quantization_config", source.origin) or part_of(
+        text, "quantization_config", source.origin
+    )
     narrow = [name for name, place in files.places.items() if place.info.dtype.startswith("F8_E")]
     narrow = [name for name in narrow if not name.endswith(_SCALES)]
-    if quantized is None and not narrow:
+    if not quantized and not narrow:
         return {}
-    method = _method(quantized) if isinstance(quantized, dict) else "float8"
+    method = _method(quantized) if quantized else "float8"
     if not dequantize:
         raise MergeError(
             f"The base {source.origin} is quantised ({method}); a merged weight does not fit into that form.",
             hint="Merge into the original base, or dequantise this one: --dequantize (dequantize=True).",
         )
     if method in ("fp8", "float8", "fbgemm_fp8"):
-        return {name: _float8(files, name) for name in narrow}
+        block = _block_of(quantized)
+        return {name: _float8(files, name, block) for name in narrow}
     if method == "bitsandbytes":
         return _bitsandbytes(source, files)
     in_memory = method in ("torchao", "hqq")
@@ -171,11 +193,51 @@ def _method(quantized: Mapping[str, Any]) -> str:
     return str(quantized.get("quant_method", "bitsandbytes" if early else "?"))
 
 
-def _float8(files: WeightFiles, name: str) -> Float8:
-    scale = next((name + end for end in _SCALES if name + end in files), None)
-    if scale is None:
+def _block_of(quantized: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of the blocks that share a scale; ``None`` where the config says that there are none."""
+    block = quantized.get("weight_block_size", _BLOCK)
+    if block is None:
+        return None
+    if not isinstance(block, (list, tuple)) or [type(n) for n in block] != [int, int] or min(block) < 1:
+        raise CorruptFileError(
+            f"The base's weight_block_size={block!r} is not two numbers.", hint="Copy or download the base again."
+        )
+    return block[0], block[1]
+
+
+def _float8(files: WeightFiles, name: str, block: tuple[int, int] | None) -> Float8:
+    part = next((name + end for end in _SCALES if name + end in files), None)
+    if part is None:
         raise UnsupportedError(f"{name} is stored in 8 bits and has no scales.", hint="Use another copy of the base.")
-    return Float8(files.shape(name), (scale,))
+    shape, scales, dtype = files.shape(name), files.shape(part), files.places[part].info.dtype
+    seen, step = _scaled(shape, scales, block)
+    if seen is None or dtype not in (*FLOATS, "F8_E8M0"):
+        blocks = "" if block is None else f", its blocks of {block[0]} x {block[1]}"
+        raise CorruptFileError(
+            f"{part} is {list(scales)} of {dtype}, and no scales of {name}, {list(shape)}: neither one, nor its rows'"
+            f"{blocks}.",
+            hint="Copy or download the base again, or use another copy of it.",
+        )
+    return Float8(shape, (part,), seen, step)
+
+
+def _scaled(
+    shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int] | None
+) -> tuple[tuple[int, ...] | None, tuple[int, int] | None]:
+    """How scales are to be seen, and how many rows and columns share one; ``None`` where they do not fit."""
+    if math.prod(scales) == 1:
+        return (), None
+    if len(shape) < 2:
+        return None, None
+    *stack, rows, columns = shape
+    if len(scales) == 1:
+        scales = (*scales, 1) if not stack else (*scales, 1, 1)
+    forms = {(*stack, rows, 1): (1, columns)}
+    if stack:  # experts, each of them scaled, or their columns
+        forms |= {(*stack, 1, 1): (rows, columns), (*stack, 1, columns): (rows, 1)}
+    if block is not None:
+        forms.setdefault((*stack, -(-rows // block[0]), -(-columns // block[1])), block)
+    return (scales, forms[scales]) if scales in forms else (None, None)
 
 
 def _bitsandbytes(source: Source, files: WeightFiles) -> dict[str, Packed]:
