@@ -101,8 +101,13 @@ class SavedModule(nn.Module):
 
     def taken_over(self, adapter: str) -> nn.Module:
         """An adapter's copy in the original's dtype, to stand in the model for good."""
-        own: nn.Module = self.copies[adapter].to(_dtype(self.original_module))
+        own: nn.Module = self.copies[adapter].to(self.base_dtype)
         return own
+
+    @property
+    def base_dtype(self) -> torch.dtype | None:
+        """The dtype that the original's parameters have; ``None`` where none is of floating point."""
+        return _dtype(self.original_module)
 
 
 def _dtype(module: nn.Module) -> torch.dtype | None:

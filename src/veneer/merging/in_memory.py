@@ -15,6 +15,7 @@ from veneer.layer import AdaptedLayer
 from veneer.merging.into_packed import choose, dequantize, forget_loading, measured
 from veneer.merging.new_bias import new_biases
 from veneer.merging.quantized import DEQUANTIZED
+from veneer.merging.rounding import check_kept
 from veneer.merging.threads import for_each
 from veneer.packed_layer import PackedLayer
 from veneer.sharded_layer import ShardedLayer
@@ -51,6 +52,7 @@ def merge_and_unload(
     added = new_biases(adapters.layers.values(), wanted, adapters.catalog.model)
     if check:
         _check_merge(adapters, wanted)
+        _check_saved(adapters, wanted)
     here = [layer for layer in adapters.layers.values() if layer.here(wanted)]
     _change(here, lambda layer: layer.store_merged(wanted))
     changed, alike = bool(wanted), _stay_alike(adapters, wanted)
@@ -111,11 +113,29 @@ def _change(layers: Collection[AdaptedLayer], action: Callable[[AdaptedLayer], N
 
 def _check_merge(adapters: Adapters, names: tuple[str, ...]) -> None:
     for name, layer in adapters.layers.items():
-        if layer.here(names) and not all(map(_is_finite, layer.merged_parameters(names))):
+        if layer.here(names) and not all(map(_is_finite, _storable(layer, names))):
             raise MergeError(
                 f"Merging {list(names)} gives NaN or infinite values in {name}; nothing was merged.",
                 hint="The weight's dtype may be too small for the change: load the base in bfloat16 or float32.",
             )
+
+
+def _storable(layer: AdaptedLayer, names: tuple[str, ...]) -> tuple[Tensor | None, Tensor | None]:
+    """A layer's merged weight and bias in the dtype that they will be stored in."""
+    weight, bias = layer.merged_parameters(names)
+    if isinstance(layer, PackedLayer) and layer.into is not None and layer.into.choice == DEQUANTIZED:
+        return None if weight is None else weight.to(layer.into.dtype), bias
+    return weight, bias
+
+
+def _check_saved(adapters: Adapters, names: tuple[str, ...]) -> None:
+    """Raise ``MergeError`` where a module that comes whole does not fit into the dtype of the base's."""
+    for root, saved in adapters.saved.items():
+        own, dtype = saved.here(names), saved.base_dtype
+        if own and dtype is not None:
+            for leaf, tensor in saved.copies[own[0]].state_dict().items():
+                if tensor.is_floating_point():
+                    check_kept(tensor, tensor.to(dtype), f"{root}.{leaf}")
 
 
 def _stay_alike(adapters: Adapters, names: Sequence[str]) -> bool:

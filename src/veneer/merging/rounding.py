@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, MergeError
 
 NEAREST = "nearest"
 STOCHASTIC = "stochastic"
@@ -57,6 +57,23 @@ class Rounder:
         step = (other.to(values.dtype) - back).abs()
         chance = torch.rand(values.shape, generator=self.generator)
         return torch.where((chance * step < gap.abs()) & other.isfinite(), other, near)
+
+
+def check_kept(values: Tensor, data: Tensor, name: str) -> None:
+    """Raise ``MergeError`` where ``data``, which is ``values`` in another dtype, has lost more than digits.
+
+    An infinity that was there before, as of a mask, is kept; whole numbers are kept as they are.
+    """
+    whole = not values.is_floating_point()
+    if values.dtype == data.dtype or (not whole and bool(data.isfinite().all())):
+        return
+    lost = data.to(values.dtype) != values if whole else values.isfinite() & ~data.isfinite()
+    if bool(lost.any()):
+        worst = float(values[lost].double().abs().max())
+        raise MergeError(
+            f"{name} holds {worst:.6g}, which {str(data.dtype).removeprefix('torch.')} does not; nothing was merged.",
+            hint="Merge into a wider dtype, such as bfloat16 or float32.",
+        )
 
 
 @dataclass

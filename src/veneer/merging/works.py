@@ -15,7 +15,7 @@ from veneer.merging.base_files import NAMES, WeightFiles
 from veneer.merging.blocks import BLOCK_VALUES, Blocks
 from veneer.merging.changes import Changes
 from veneer.merging.packed import Packed
-from veneer.merging.rounding import Figures, Rounding, Tally
+from veneer.merging.rounding import Figures, Rounding, Tally, check_kept
 from veneer.merging.skeleton import Conversion
 from veneer.patch import Patch, biases
 from veneer.sites import Site
@@ -114,6 +114,7 @@ class Cast:
         rounder, position = self.rounding.of(self.name), 0
         for block in self._blocks():
             data = rounder(block.float(), self.dtype) if block.dtype != torch.float64 else block.to(self.dtype)
+            check_kept(block, data, self.name)
             sink.put(self.name, position, data.contiguous())
             position += data.numel() * data.element_size()
         return []
@@ -145,16 +146,25 @@ class Replace:
 
     def run(self, sink: Sink) -> list[Figures]:
         """Write it in the base's dtype."""
-        if not self.tensor.is_floating_point():
-            sink.put(self.name, 0, self.tensor.to(self.dtype).contiguous())
-            return []
-        after = self.tensor.float()
-        rounded = self.rounding.of(self.name)(after, self.dtype)
-        before = self.before.whole().float() if self.before is not None else torch.zeros(())
-        tally = Tally()
-        tally.add(before if before.shape == after.shape else torch.zeros(()), after, rounded)
-        sink.put(self.name, 0, rounded.contiguous())
-        return [_checked(tally.figures(self.name, NAMES[self.dtype]))]
+        before = None if self.before is None else self.before.whole()
+        data, figures = _replaced(self.name, self.tensor, before, self.dtype, self.rounding)
+        sink.put(self.name, 0, data.contiguous())
+        return figures
+
+
+def _replaced(
+    name: str, tensor: Tensor, before: Tensor | None, dtype: torch.dtype, rounding: Rounding
+) -> tuple[Tensor, list[Figures]]:
+    """A tensor that takes a stored one's place, in its dtype, and what that does to it."""
+    if not tensor.is_floating_point():
+        data = tensor.to(dtype)
+        check_kept(tensor, data, name)
+        return data, []
+    after, tally = tensor.float(), Tally()
+    data = rounding.of(name)(after, dtype)
+    check_kept(tensor, data, name)
+    tally.add(before.float() if before is not None and before.shape == after.shape else torch.zeros(()), after, data)
+    return data, [_checked(tally.figures(name, NAMES[dtype]))]
 
 
 @dataclass(frozen=True)
@@ -339,13 +349,16 @@ class Convert:
         return figures
 
     def _changed(self, name: str, stored: Tensor, figures: list[Figures]) -> Tensor:
-        rounder = self.rounding.of(name)
         if name in self.saved:
-            return rounder(self.saved[name].float(), self.dtype)
+            data, own = _replaced(name, self.saved[name], stored, self.dtype, self.rounding)
+            figures += own
+            return data
         if name not in self.layers:
-            return stored if stored.dtype == self.dtype else rounder(stored.float(), self.dtype)
+            data = stored if stored.dtype == self.dtype else self.rounding.of(name)(stored.float(), self.dtype)
+            check_kept(stored, data, name)
+            return data
         layer = self.layers[name]
         target = Target(name, next(iter(self.values.values())), self.dtype)
-        result, own = merged_whole(layer.site, stored, layer.patches(), target, self.rounding)
-        figures.append(own)
+        result, found = merged_whole(layer.site, stored, layer.patches(), target, self.rounding)
+        figures.append(found)
         return result
