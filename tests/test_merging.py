@@ -128,7 +128,7 @@ def test_nothing_is_left_of_a_merge_that_failed(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("veneer.merging.writing.shutil.copyfile", fail)
     (base / "tokenizer.json").write_text("{}")
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(MergeError, match="disk full"):
         veneer.merge(adapter, base, out=tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 

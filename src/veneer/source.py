@@ -381,6 +381,21 @@ def read_header(path: Path) -> Header:
     return Header(path, tensors, metadata, 8 + length)
 
 
+def header_in(raw: bytes, path: Path) -> Header:
+    """The header that ``raw`` is, its length included, of a file whose data are still to be written to ``path``.
+
+    Raises:
+        CorruptFileError: it is none, or contradicts itself.
+    """
+    try:
+        if int.from_bytes(raw[:8], "little") != len(raw) - 8:
+            raise _DamagedError("its header has another length than it says")
+        tensors, metadata, _ = _described(raw[8:])
+    except _DamagedError as error:
+        raise CorruptFileError(f"{path} cannot be written: {error}.", hint=_AGAIN) from error
+    return Header(path, tensors, metadata, len(raw))
+
+
 class _DamagedError(Exception):
     """What is wrong with a header."""
 

@@ -16,11 +16,11 @@ import veneer
 from tests.adapters import saved
 from tests.models import build
 from veneer.catalog import Catalog
-from veneer.merging.base_files import WeightFiles
+from veneer.merging.base_files import WeightFiles, open_weights
 from veneer.merging.plain import FAMILIES, plain_skeleton, plainly_stored
 from veneer.merging.skeleton import build_skeleton, stored_names
 from veneer.sites.norm import is_norm
-from veneer.source import Source, read_header, resolve
+from veneer.source import Source, resolve
 
 SIZES = {
     "vocab_size": 48,
@@ -39,7 +39,7 @@ def base(folder: Path, family: str, **options: Any) -> Source:
 
 
 def files_of(source: Source) -> WeightFiles:
-    return WeightFiles([read_header(source.root / "model.safetensors")])
+    return open_weights(source)
 
 
 def described(model: nn.Module) -> dict[str, Any]:

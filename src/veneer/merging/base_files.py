@@ -1,10 +1,10 @@
-"""A base model's weights on disk: read by name, whole or by rows, without a mapping of the file into memory."""
+"""A model's weights on disk: read by name, whole or by rows, without a mapping of the file into memory."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from veneer.dtypes import DTYPES
-from veneer.errors import CorruptFileError, MergeError, SourceError
-from veneer.merging.hashing import Stamp, stamp_of
-from veneer.source import Header, TensorInfo
+from veneer.errors import CorruptFileError, SourceError, UnsupportedError
+from veneer.merging.beside import check_inside
+from veneer.merging.hashing import Stamp, check_unchanged, stamp_of
+from veneer.source import MODEL_STEM, SAFETENSORS, Header, Source, TensorInfo, read_header, weight_files
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The dtypes that arithmetic is done in; what is narrower is a quantised form.
@@ -23,7 +24,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Place:
-    """One tensor in a file: ``start`` is its first byte there."""
+    """One tensor in a file, by the file's name in the checkpoint: ``start`` is its first byte there."""
 
     file: str
     info: TensorInfo
@@ -35,22 +36,23 @@ class WeightFiles:
     """The safetensors files of one checkpoint, open for reading.
 
     Args:
-        headers: of its files.
+        headers: file's name -> its header. The name is the file's path from the checkpoint's folder, since shards in
+            several folders may bear one name: ``one/w.safetensors``.
 
     Attributes:
         at_opening: file's name -> what it was when it was opened.
     """
 
-    headers: Sequence[Header]
+    headers: Mapping[str, Header]
     places: dict[str, Place] = field(init=False)
 
     def __post_init__(self) -> None:
         self.places = {
-            name: Place(header.path.name, info, header.data_start + info.start)
-            for header in self.headers
+            name: Place(file, info, header.data_start + info.start)
+            for file, header in self.headers.items()
             for name, info in header.tensors.items()
         }
-        self.paths: dict[str, Path] = {header.path.name: header.path for header in self.headers}
+        self.paths: dict[str, Path] = {file: header.path for file, header in self.headers.items()}
         self._open: dict[str, int] = {name: _opened(path) for name, path in self.paths.items()}
         self.at_opening = self.stamps()
 
@@ -69,19 +71,16 @@ class WeightFiles:
 
     def check_unchanged(self) -> None:
         """Raise ``MergeError`` when a file is no longer what it was at the start."""
-        try:
-            changed = [name for name, stamp in self.stamps().items() if stamp != self.at_opening[name]]
-        except OSError as error:
-            raise MergeError(f"A file of the base went away meanwhile: {error}.", hint="Merge again.") from error
-        if changed:
-            raise MergeError(
-                f"{self.paths[changed[0]]} changed while it was read; the output is not kept.",
-                hint="Merge again when nothing writes to the base.",
-            )
+        check_unchanged({self.paths[name]: stamp for name, stamp in self.at_opening.items()})
 
     def dtype(self, name: str) -> torch.dtype:
-        """A tensor's dtype."""
-        return DTYPES[self.places[name].info.dtype]
+        """A tensor's dtype; ``UnsupportedError`` for one that torch has not."""
+        own = self.places[name].info.dtype
+        if own not in DTYPES:
+            raise UnsupportedError(
+                f"{name} is stored as {own}, which is not computed with.", hint="Use another copy of the base."
+            )
+        return DTYPES[own]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape."""
@@ -90,7 +89,7 @@ class WeightFiles:
     def read(self, name: str) -> Tensor:
         """A whole tensor."""
         place = self.places[name]
-        return self.bytes(name, 0, place.info.nbytes).view(DTYPES[place.info.dtype]).view(place.info.shape)
+        return self.bytes(name, 0, place.info.nbytes).view(self.dtype(name)).view(place.info.shape)
 
     def bytes(self, name: str, start: int, count: int) -> Tensor:
         """``count`` bytes of a tensor from its byte ``start`` on, shape ``(count,)``, uint8."""
@@ -113,6 +112,34 @@ class WeightFiles:
         """Close the files."""
         while self._open:
             os.close(self._open.popitem()[1])
+
+
+def open_weights(source: Source) -> WeightFiles:
+    """A full model's weight files, open.
+
+    Raises:
+        IncompleteCheckpointError: there are none. CorruptFileError: one is damaged, or the index names what is none.
+        SourceError: one cannot be read, or is a link that leaves the folder.
+    """
+    paths = weight_files(source, MODEL_STEM)
+    check_inside(source.root, paths)
+    found = {path.relative_to(source.root).as_posix(): read_header(path) for path in paths}
+    for file, header in found.items():
+        texts = (*header.tensors, *header.metadata, *header.metadata.values())
+        odd = next((text for text in texts if not _is_text(text)), None)
+        if odd is not None or not file.endswith(SAFETENSORS):
+            what = "it is no safetensors file" if odd is None else f"its header holds {odd!r}, which is no text"
+            raise CorruptFileError(f"{header.path} is damaged: {what}.", hint="Copy or download it again.")
+    return WeightFiles(found)
+
+
+def _is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it; half a pair of surrogates it cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_exactly(descriptor: int, path: Path, start: int, found: Tensor) -> Tensor:

@@ -24,14 +24,16 @@ from veneer.configs.lora import LoraConfig
 from veneer.errors import BaseModelError, ConfigError, MergeError
 from veneer.identity import BASE_DIGEST_KEY, base_digest
 from veneer.loader import dtype_of
-from veneer.merging.base_files import WeightFiles
+from veneer.merging.base_files import WeightFiles, open_weights
 from veneer.merging.changes import tie_groups
+from veneer.merging.output import check_apart
+from veneer.merging.rounding import check_kept
 from veneer.merging.skeleton import Parameters, build_skeleton, stored_names
 from veneer.panel import panel
 from veneer.sites import Site, sites_for
 from veneer.sites.embedding import EmbeddingSite
 from veneer.sites.linear import LinearSite
-from veneer.source import ADAPTER_CONFIG, MODEL_CONFIG, MODEL_STEM, Source, read_header, resolve, weight_files
+from veneer.source import ADAPTER_CONFIG, MODEL_CONFIG, Source, resolve
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -137,6 +139,7 @@ def extract(
         raise MergeError(f"{folder} holds no adapter; it is not replaced.", hint="Choose another folder.")
     options: dict[str, Any] = {"local_files_only": local_files_only}
     sources = resolve(tuned, what="tuned model", **options), resolve(base, what="base", **options)
+    check_apart(folder, [("tuned model", sources[0].root), ("base", sources[1].root)])
     on_step("reading")
     model = build_skeleton(sources[1], [], None, trust_remote_code)
     files = [_open(source) for source in sources]
@@ -158,6 +161,8 @@ def extract(
         )
     target = dtype_of(dtype)
     tensors = {key: tensor.to(target) for key, tensor in found.tensors.items()}
+    for key, tensor in found.tensors.items():
+        check_kept(tensor, tensors[key], key)
     write_checkpoint(folder, _config(found, model, sources[1]), tensors, {BASE_DIGEST_KEY: base_digest(sources[1])})
     return ExtractReport(
         str(tuned),
@@ -180,7 +185,7 @@ def _check(rank: int, energy: float | None) -> None:
 
 def _open(source: Source) -> WeightFiles:
     source.json(MODEL_CONFIG)
-    return WeightFiles([read_header(path) for path in weight_files(source, MODEL_STEM)])
+    return open_weights(source)
 
 
 def _reader(model: nn.Module, files: WeightFiles) -> Callable[[str], Tensor]:

@@ -77,16 +77,14 @@ def merge(
             finite, a file changed meanwhile. SourceError, ConfigError, BaseModelError, BindError: as loading raises.
     """
     started = time.perf_counter()
-    target = Path(out)
-    if target.is_symlink():  # the folder it leads to is written, and the link stays
-        target = target.resolve()
     on_step("loading")
     where = Where(revision, base_revision, subfolder, token, local_files_only, trust_remote_code)
     with closing(Hashing(likely_weights(adapter, base, where))) as hashing:
-        from veneer.merging.output import check_target
+        from veneer.merging.output import check_target, written_to
         from veneer.merging.prepare import options_of, prepare
         from veneer.merging.writing import write_folder
 
+        target = written_to(out)
         check_target(target, overwrite)
         options = options_of(
             dtype,
@@ -99,4 +97,4 @@ def merge(
         )
         prepared = prepare(adapter, base, options, where, strict_base)
         with closing(prepared.files):
-            return write_folder(prepared, target, hashing, reversible, resume, on_step, started)
+            return write_folder(prepared, target, hashing, reversible, resume, overwrite, on_step, started)

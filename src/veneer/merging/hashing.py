@@ -9,6 +9,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+from veneer.errors import MergeError, SourceError
 from veneer.merging.cores import cores
 
 # What is read at a time while other threads compute: large, for each return from a read waits for its turn in Python.
@@ -24,6 +25,30 @@ def stamp_of(path: Path) -> Stamp:
     """What changes when a file is written to, or replaced."""
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+def stamps_of(paths: Iterable[Path]) -> dict[Path, Stamp]:
+    """Each file, and what it is now; ``SourceError`` where one cannot be looked at."""
+    try:
+        return {path: stamp_of(path) for path in paths}
+    except OSError as error:
+        raise SourceError(
+            f"{error.filename} cannot be read: {error.strerror}.", hint="Check the path and its permissions."
+        ) from error
+
+
+def check_unchanged(before: Mapping[Path, Stamp]) -> None:
+    """Raise ``MergeError`` when a file is no longer what it was."""
+    for path, stamp in before.items():
+        try:
+            changed = stamp_of(path) != stamp
+        except OSError as error:
+            raise MergeError(f"{path} went away while it was read: {error.strerror}.", hint="Merge again.") from error
+        if changed:
+            raise MergeError(
+                f"{path} changed while it was read; the output is not kept.",
+                hint="Merge again when nothing writes to its folder.",
+            )
 
 
 def sha256_of(path: Path, given_up: Callable[[], bool] = lambda: False) -> str:

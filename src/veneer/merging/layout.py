@@ -57,16 +57,34 @@ def lay_out(wanted: Sequence[Wanted], metadata: Mapping[str, Mapping[str, str]],
         metadata: file of the base -> its header's own.
         limit: bytes of tensors that a file may hold; ``None`` keeps the base's division.
     """
-    if limit is None:
-        groups: dict[str, list[Wanted]] = {}
-        for tensor in wanted:
-            groups.setdefault(tensor.file, []).append(tensor)
-    else:
-        groups = _divided(wanted, limit)
+    groups = _by_file(wanted) if limit is None else _divided(wanted, limit)
     common: dict[str, str] = {}
     for values in metadata.values():
         common.update(values)
-    return [_out_file(name, tensors, metadata.get(name, common)) for name, tensors in groups.items()]
+    return [
+        _out_file(name, tensors, metadata.get(own, common))
+        for name, (own, tensors) in zip(_names(list(groups)), groups.items(), strict=True)
+    ]
+
+
+def _by_file(wanted: Sequence[Wanted]) -> dict[str, list[Wanted]]:
+    groups: dict[str, list[Wanted]] = {}
+    for tensor in wanted:
+        groups.setdefault(tensor.file, []).append(tensor)
+    return groups
+
+
+def _names(own: Sequence[str]) -> list[str]:
+    """The output's names for files that the base has as ``own``: the same, where they are alone in one folder.
+
+    A single file is found by its name; the base may call its own otherwise (as the first of one shard) and index it.
+    """
+    count = len(own)
+    if count == 1:
+        return [f"model{SAFETENSORS}"]
+    if any("/" in name for name in own):
+        return [f"model-{i:05d}-of-{count:05d}{SAFETENSORS}" for i in range(1, count + 1)]
+    return list(own)
 
 
 def _divided(wanted: Sequence[Wanted], limit: int) -> dict[str, list[Wanted]]:
@@ -79,10 +97,7 @@ def _divided(wanted: Sequence[Wanted], limit: int) -> dict[str, list[Wanted]]:
             size = 0
         parts[-1].append(tensor)
         size += tensor.nbytes
-    if len(parts) == 1:
-        return {f"model{SAFETENSORS}": parts[0]}
-    count = len(parts)
-    return {f"model-{i:05d}-of-{count:05d}{SAFETENSORS}": part for i, part in enumerate(parts, start=1)}
+    return {f"part/{number}": part for number, part in enumerate(parts)}
 
 
 def _out_file(name: str, wanted: Sequence[Wanted], metadata: Mapping[str, str]) -> OutFile:

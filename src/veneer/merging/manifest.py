@@ -5,17 +5,18 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from veneer._version import __version__
-from veneer.errors import IncompleteCheckpointError
-from veneer.merging.prepare import Prepared
+from veneer.errors import CorruptFileError, IncompleteCheckpointError
+from veneer.merging.beside import MANIFEST
+from veneer.merging.prepare import Options, Prepared
 from veneer.merging.rounding import STOCHASTIC, Figures
-from veneer.source import read_json
+from veneer.source import Source, read_json
 
-MANIFEST = "merge_manifest.json"
 VERSION = 1
 # Below this share of the change's energy a user should think again.
 ENOUGH = 0.9
@@ -99,10 +100,11 @@ def write_manifest(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A merged folder's manifest.
+    """A merged folder's manifest, its parts that are used checked.
 
     Raises:
         IncompleteCheckpointError: there is none, or none of this version.
+        CorruptFileError: it is not what a merge writes, or names a file outside of the folder.
     """
     path = folder / MANIFEST
     values = read_json(path) if path.is_file() else {}
@@ -111,4 +113,45 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder}: there is no {MANIFEST} of this version, so nothing says how it was merged.",
             hint="Merge it again with `veneer merge`.",
         )
+    wrong = next((part for part, is_right in _PARTS.items() if not is_right(values.get(part))), None)
+    if wrong is not None:
+        raise CorruptFileError(
+            f"{path}: {wrong!r} is not what a merge writes there.", hint="Copy it again, or merge again."
+        )
+    here = Source(folder, str(path))
+    for name in (*values["base"]["sha256"], *values["outputs"]["sha256"]):
+        here.path(name)
     return values
+
+
+def _is_base(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("origin"), str) and _are_digests(value.get("sha256"))
+
+
+def _are_adapters(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, dict)
+        and isinstance(one.get("origin"), str)
+        and type(one.get("weight")) in (int, float)
+        and math.isfinite(one["weight"])
+        for one in value
+    )
+
+
+def _are_digests(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(digest, str) for digest in value.values())
+
+
+def _are_options(value: Any) -> bool:
+    """Whether these are the options of a merge: what each of them means is checked where it is used."""
+    kinds = {"str": str, "int": int, "bool": bool, "None": type(None)}
+    allowed = {one.name: [kinds[kind.strip()] for kind in str(one.type).split("|")] for one in fields(Options)}
+    return isinstance(value, dict) and all(type(value[key]) in allowed.get(key, ()) for key in value)
+
+
+_PARTS: Mapping[str, Callable[[Any], bool]] = {
+    "base": _is_base,
+    "adapters": _are_adapters,
+    "options": _are_options,
+    "outputs": lambda value: isinstance(value, dict) and _are_digests(value.get("sha256")),
+}

@@ -118,7 +118,9 @@ def plain_skeleton(
         return None
     if shapes != {name: place.info.shape for name, place in files.places.items()}:
         return None
-    return _built(family, config, {name: DTYPES[place.info.dtype] for name, place in files.places.items()}, shapes)
+    if any(place.info.dtype not in DTYPES for place in files.places.values()):
+        return None
+    return _built(family, config, {name: files.dtype(name) for name in files.places}, shapes)
 
 
 def _is_lora(config: PeftConfig) -> bool:

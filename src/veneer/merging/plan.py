@@ -112,7 +112,7 @@ class Planner:
                 self.works.append(
                     Cast(self._values(tensor.name), tensor.name, self.out_dtype(tensor.name), self.rounding)
                 )
-        headers = {header.path.name: header.metadata for header in self.base.headers}
+        headers = {file: header.metadata for file, header in self.base.headers.items()}
         files = lay_out([*wanted, *self.new], headers, limit)
         done = {name for work in self.works for name in work.outputs}
         self.works += _copies(self.base, files, done)
@@ -129,8 +129,15 @@ class Planner:
         """The dtype that a stored tensor gets."""
         if name in self.packed:
             return self.dtype or self.common
-        own = self.base.dtype(name)
-        return self.dtype if self.dtype is not None and self._casts(name) else own
+        return self.dtype if self.dtype is not None and self._casts(name) else self.base.dtype(name)
+
+    def _check_floats(self, name: str, why: str) -> None:
+        """Raise ``MergeError`` where a stored tensor is of a dtype that holds no merged weight."""
+        if not self._casts(name):
+            raise MergeError(
+                f"{why} {name}, which the base stores as {self.base.places[name].info.dtype}: no dtype of weights.",
+                hint="Use another copy of the base.",
+            )
 
     def _values(self, name: str) -> Values:
         return Values(self.base, name, self.packed.get(name), self.lengths.get(name))
@@ -184,6 +191,8 @@ class Planner:
         source = lies or self._lies(self.groups.get(name, [name]))
         shared = name not in self.untied and lies is None and source is not None
         target = lies or (source if shared and source is not None else name)
+        if source is not None and (name in self.layers or self._brings_floats(name)):
+            self._check_floats(source, "The adapter changes")
         dtype = (self.dtype or self.common) if source is None else self.out_dtype(source)
         if name in self.changes.saved:
             self._plan_saved(name, target, source, dtype)
@@ -201,10 +210,13 @@ class Planner:
             shape = self.changes.saved[name].shape if name in self.changes.saved else own
             self.new.append(Wanted(target, NAMES[dtype], tuple(shape), list(self.base.paths)[-1]))
 
+    def _brings_floats(self, name: str) -> bool:
+        return name in self.changes.saved and self.changes.saved[name].is_floating_point()
+
     def _plan_saved(self, name: str, target: str, source: str | None, dtype: torch.dtype) -> None:
         tensor = self.changes.saved[name]
         if not tensor.is_floating_point():
-            dtype = tensor.dtype if source is None else self.base.dtype(source)
+            dtype = tensor.dtype if source is None else self.out_dtype(source)
         before = None if source is None else self._values(source)
         self.shapes[target] = tuple(tensor.shape)
         self.works.append(Replace(target, tensor, before, dtype, self.rounding))
@@ -220,6 +232,7 @@ class Planner:
             lies = self.stored.direct.get(bias_name)
             if lies is None:
                 raise MergeError(f"The base has no {bias_name} on disk.", hint="Copy or download it again.")
+            self._check_floats(lies, "The adapter changes the layer of")
             bias = Target(lies, self._values(lies), self.out_dtype(lies))
         self.works.append(Rewrite(layer, weight, bias, self.rounding))
 
@@ -240,6 +253,8 @@ class Planner:
         saved: dict[str, Tensor] = {n: self.changes.saved[n] for n in names if n in self.changes.saved}
         layers = {n: self.layers[n] for n in names if n in self.layers}
         odd = next((layer.site.name for layer in layers.values() if layer.site.bias is not None), None)
+        for source in sources:
+            self._check_floats(source, f"{name} is changed by the adapter and made of")
         dtypes = {self.out_dtype(source) for source in sources}
         if odd is not None or len(dtypes) > 1:
             raise MergeError(

@@ -12,12 +12,16 @@ from typing import Any
 import torch
 
 from veneer import adapter_set
+from veneer.base_config import part_of
 from veneer.checkpoint import Checkpoint, open_checkpoint
-from veneer.errors import BaseMismatchError, BaseModelError, MergeError
+from veneer.dtypes import DTYPES
+from veneer.errors import BaseMismatchError, BaseModelError, ConfigError, MergeError
 from veneer.identity import BASE_DIGEST_KEY, base_digest
 from veneer.loader import dtype_of, find_base, kind_of
-from veneer.merging.base_files import WeightFiles
+from veneer.merging.base_files import FLOATS, NAMES, WeightFiles, open_weights
+from veneer.merging.beside import beside, check_inside, files_of_adapter
 from veneer.merging.changes import Adapter, Changes, collect
+from veneer.merging.hashing import Stamp, check_unchanged, stamps_of
 from veneer.merging.inputs import Adapters, Where, weighted
 from veneer.merging.layout import size_in_bytes
 from veneer.merging.new_bias import new_biases
@@ -28,7 +32,7 @@ from veneer.merging.repeated import repeated_blocks
 from veneer.merging.rounding import NEAREST, Rounding
 from veneer.merging.skeleton import Parameters, build_skeleton, lengthen, stored_names
 from veneer.merging.works import Values
-from veneer.source import MODEL_CONFIG, MODEL_STEM, Source, read_header, resolve, weight_files
+from veneer.source import INDEX, MODEL_CONFIG, MODEL_STEM, Source, resolve
 from veneer.vocabulary import resized
 
 
@@ -59,9 +63,14 @@ class Options:
         return asdict(self)
 
 
+_DTYPES = [str(DTYPES[name]).removeprefix("torch.") for name in FLOATS]
+
+
 def options_of(dtype: Any, max_shard_size: str | int | None, **others: Any) -> Options:
     """Options from what a caller gives."""
     found = dtype_of(dtype)
+    if found not in ("auto", None) and NAMES.get(found) not in FLOATS:
+        raise ConfigError(f"dtype={dtype!r} is none of a model's weights.", hint=f"Known: auto, {', '.join(_DTYPES)}.")
     name = "auto" if found in ("auto", None) else str(found).removeprefix("torch.")
     return Options(name, None if max_shard_size is None else size_in_bytes(max_shard_size), **others)
 
@@ -80,6 +89,8 @@ class Prepared:
         plan: the work.
         config: keys of the base's config that the output has otherwise; ``...`` removes one.
         options: how it is done.
+        small: the base's files that are no weights: name -> path.
+        read: what is read beside the base's weights -> what it was at the start.
         warnings: what a user should know.
     """
 
@@ -92,7 +103,14 @@ class Prepared:
     plan: MergePlan
     config: dict[str, Any]
     options: Options
+    small: dict[str, Path]
+    read: dict[Path, Stamp]
     warnings: list[str] = field(default_factory=list)
+
+    def check_unchanged(self) -> None:
+        """Raise ``MergeError`` when the base or an adapter is no longer what it was at the start."""
+        self.files.check_unchanged()
+        check_unchanged(self.read)
 
 
 def find(adapters: Adapters, where: Where) -> tuple[list[Source], list[float]]:
@@ -132,10 +150,15 @@ def prepare(
     checkpoints = [open_checkpoint(source, strict=options.strict) for source in sources]
     merged = [Adapter(checkpoint, weight) for checkpoint, weight in zip(checkpoints, weights, strict=True)]
     found = find_base(sources[0], checkpoints, base, where.base_revision, where.hub)
-    told = _check_identity(merged, found.source, strict_base)
-    files = WeightFiles([read_header(path) for path in weight_files(found.source, MODEL_STEM)])
+    small = _small(found.source)
+    own = [
+        path for source in sources for part in (files_of_adapter(source), beside(source.root)) for path in part.values()
+    ]
+    read = stamps_of([*small.values(), *own])
+    files = open_weights(found.source)
     try:
-        return _planned(merged, sources, found, files, options, where, told)
+        told = _check_identity(merged, found.source, strict_base)
+        return _planned(merged, sources, found, files, options, where, told, small, read)
     except BaseException:
         files.close()
         raise
@@ -149,6 +172,8 @@ def _planned(
     options: Options,
     where: Where,
     told: list[str],
+    small: dict[str, Path],
+    read_at_start: dict[Path, Stamp],
 ) -> Prepared:
     source: Source = found.source
     checkpoints = [adapter.checkpoint for adapter in merged]
@@ -176,7 +201,7 @@ def _planned(
         )
     read = Parameters(model, stored, lambda name: Values(base, name, packed.get(name), lengths.get(name)).whole())
     changes = collect(merged, model, read, options.strict)
-    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    dtype = None if options.dtype == "auto" else dtype_of(options.dtype)
     rounding = Rounding(options.rounding, options.seed)
     biases = new_biases(changes.layers.values(), list(changes.weights), model, skeleton)
     planner = Planner(model, base, stored, changes, dtype, rounding, packed, biases, lengths)
@@ -200,7 +225,15 @@ def _planned(
         told.append(f"The output has {len(repeated.order)} blocks, each from one of the base's (layer_replication).")
     told += changes.notes
     text = f"{source.origin}, {found.why}"
-    return Prepared(merged, sources, source, text, files, changes, plan, config, options, told)
+    return Prepared(merged, sources, source, text, files, changes, plan, config, options, small, read_at_start, told)
+
+
+def _small(base: Source) -> dict[str, Path]:
+    """The base's files that are no weights, its index among them."""
+    index = f"{MODEL_STEM}{INDEX}"
+    if base.has(index):
+        check_inside(base.root, [base.path(index)])
+    return {**beside(base.root), **({index: base.path(index)} if base.has(index) else {})}
 
 
 def _vocabulary(checkpoints: Sequence[Checkpoint], source: Source, task: str | None) -> int | None:
@@ -217,7 +250,7 @@ def _config(source: Source, model: Any, dtype: torch.dtype | None) -> dict[str, 
         changed["architectures"] = [kind]
     own = model.config.to_dict()
     head = {key: own[key] for key in ("id2label", "label2id") if own.get(key)}
-    if len(values.get("id2label") or (0, 0)) != len(head.get("id2label") or (0, 0)):
+    if len(part_of(values, "id2label", source.origin) or (0, 0)) != len(head.get("id2label") or (0, 0)):
         changed.update({**head, "num_labels": ...} if "num_labels" in values else head)
     if "quantization_config" in values:
         changed["quantization_config"] = ...

@@ -54,7 +54,7 @@ class Repeated:
 
     def file_size(self, files: WeightFiles) -> int | None:
         """Bytes of tensors in a file of the output: those of the base's largest; all where the base has one file."""
-        return max(header.nbytes for header in files.headers) if len(files.headers) > 1 else None
+        return max(header.nbytes for header in files.headers.values()) if len(files.headers) > 1 else None
 
 
 def repeated_blocks(

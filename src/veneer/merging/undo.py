@@ -15,30 +15,40 @@ import json
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from veneer.errors import CorruptFileError, MergeError, VeneerError
-from veneer.merging.base_files import WeightFiles
+from veneer.merging.base_files import WeightFiles, open_weights
+from veneer.merging.beside import check_inside
 from veneer.merging.cores import cores
 from veneer.merging.hashing import sha256_of
 from veneer.merging.manifest import read_manifest
-from veneer.merging.output import check_space, check_target, told_as_merge_error, workshop
+from veneer.merging.output import (
+    DELTA,
+    check_apart,
+    check_space,
+    check_target,
+    told_as_merge_error,
+    workshop,
+    written_to,
+)
 from veneer.panel import panel
-from veneer.source import DTYPE_BITS, MODEL_STEM, Header, Source, read_header, resolve, weight_files
+from veneer.source import DTYPE_BITS, Source, header_in, resolve
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-DELTA = "merge_delta"
 _SMALL = "small.zip"
 _BLOCK = 1 << 22
+# Bytes that a header, or what is told of its tensors, may have.
+_MOST = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,7 @@ def unmerge(
         MergeError: ``base`` is another, there is no delta, or what is restored is not the base. SourceError: a
             folder cannot be read.
     """
-    folder, target = Path(merged), Path(out)
+    folder, target = Path(merged), written_to(out)
     check_target(target, overwrite)
     manifest = read_manifest(folder)
     digests: dict[str, str] = manifest["base"]["sha256"]
@@ -106,14 +116,13 @@ def unmerge(
             f"{folder} was not merged with --reversible, so the base's bytes are not in it.",
             hint=f"Give the base: --base {manifest['base']['origin']}",
         )
-    if target.resolve() in (folder.resolve(), None if origin is None else origin.root.resolve()):
-        raise MergeError(f"{target} is where the bytes come from.", hint="Choose another folder.")
+    check_apart(target, [("merged folder", folder), *([] if origin is None else [("base", origin.root)])])
     on_step("restoring")
-    with told_as_merge_error(target), workshop(target, {}, False) as shop:
+    with told_as_merge_error(target), workshop(target, {}, False, overwrite) as shop:
         if origin is not None:
             _copy(origin, shop.model, digests)
         else:
-            _rebuild(folder, shop.model)
+            _rebuild(folder, shop.model, digests)
         _check(shop.model, digests)
         shop.commit()
     return UnmergeReport(
@@ -132,9 +141,16 @@ def _copy(origin: Source, folder: Path, digests: dict[str, str]) -> None:
             f"{origin.origin} is not the base of this merge: it has no {missing[0]}.",
             hint="Give the one it was made from.",
         )
+    check_inside(origin.root, map(origin.path, digests))
     check_space(folder, sum(origin.path(name).stat().st_size for name in digests))
     for name in digests:
-        shutil.copyfile(origin.path(name), folder / name)
+        shutil.copyfile(origin.path(name), _made(folder / name))
+
+
+def _made(path: Path) -> Path:
+    """A path to write to, in a folder that is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _check(folder: Path, digests: dict[str, str]) -> None:
@@ -149,36 +165,38 @@ def _check(folder: Path, digests: dict[str, str]) -> None:
 # -- the delta -------------------------------------------------------------------------------------------------
 
 
-def write_delta(base_files: WeightFiles, merged: Path, small: list[Path]) -> None:
+def write_delta(base_files: WeightFiles, merged: Path, small: Mapping[str, Path]) -> None:
     """Write what tells the base's bytes from those of a merged folder into it.
 
     Args:
         base_files: the base's weight files.
         merged: the merged folder, complete.
-        small: the files beside the base's weights.
+        small: the files beside the base's weights: name -> path.
     """
     delta = merged / DELTA
     delta.mkdir(exist_ok=True)
-    own = _open(merged)
+    own = open_weights(resolve(merged))
     try:
-        for header in base_files.headers:
-            _write_archive(header, base_files, own, delta / f"{header.path.name}.zip")
+        for file in base_files.headers:
+            _write_archive(file, base_files, own, delta / _archive_of(file))
     finally:
         own.close()
     with zipfile.ZipFile(delta / _SMALL, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in small:
-            if not (merged / path.name).is_file() or (merged / path.name).read_bytes() != path.read_bytes():
-                archive.write(path, path.name)
+        for name, path in small.items():
+            if not (merged / name).is_file() or (merged / name).read_bytes() != path.read_bytes():
+                archive.write(path, name)
 
 
-def _open(folder: Path) -> WeightFiles:
-    return WeightFiles([read_header(path) for path in weight_files(resolve(folder), MODEL_STEM)])
+def _archive_of(file: str) -> str:
+    """The name of a weight file's archive; a file in a folder has its path in it."""
+    return file.replace("%", "%25").replace("/", "%2F") + ".zip"
 
 
-def _write_archive(header: Header, base: WeightFiles, own: WeightFiles, target: Path) -> None:
+def _write_archive(file: str, base: WeightFiles, own: WeightFiles, target: Path) -> None:
+    header = base.headers[file]
     kept: dict[str, list[Any]] = {}
     with zipfile.ZipFile(target, "w") as archive, ThreadPoolExecutor(cores()) as pool:
-        archive.writestr("header", base.raw(header.path.name, 0, header.data_start).numpy().tobytes())
+        archive.writestr("header", base.raw(file, 0, header.data_start).numpy().tobytes())
         for number, name in enumerate(header.tensors):
             alike = _alike(name, base, own)
             starts = range(0, base.places[name].info.nbytes, _BLOCK)
@@ -210,60 +228,66 @@ def _packed(name: str, start: int, base: WeightFiles, own: WeightFiles, alike: b
     return zlib.compress(block.view(-1, size).T.contiguous().numpy().tobytes(), 1)
 
 
-def _unpacked(data: bytes, size: int) -> Tensor:
+def _rebuild(merged: Path, folder: Path, digests: Mapping[str, str]) -> None:
+    """Write the base's files from a merged folder and its delta: those that the manifest names, and no others."""
+    delta = merged / DELTA
+    own = open_weights(resolve(merged))
     try:
-        block = torch.frombuffer(bytearray(zlib.decompress(data)), dtype=torch.uint8)
-    except zlib.error as error:
-        raise CorruptFileError(
-            f"The delta of this merge is damaged: {error}.", hint="Give the base instead."
-        ) from error
-    return block.view(size, -1).T.contiguous().view(-1)
-
-
-def _rebuild(merged: Path, folder: Path) -> None:
-    own = _open(merged)
-    try:
-        for path in sorted((merged / DELTA).glob("*.zip")):
-            with zipfile.ZipFile(path) as archive:
-                if path.name == _SMALL:
-                    archive.extractall(folder)
-                else:
-                    _rebuild_file(archive, own, folder / path.name.removesuffix(".zip"))
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
-        if isinstance(error, VeneerError):
+        check_inside(merged, [delta / _SMALL, *(path for path in delta.iterdir() if path.is_symlink())])
+        with zipfile.ZipFile(delta / _SMALL) as small:
+            check_space(folder, sum(info.file_size for info in small.infolist()))
+            for name in digests:
+                _rebuild_file(name, small, merged, own, _made(folder / name))
+    except Exception as error:  # damaged archives make zipfile, zlib and torch fail in any way they can
+        if isinstance(error, VeneerError) or (isinstance(error, OSError) and error.errno is not None):
             raise
-        raise CorruptFileError(
-            f"{merged / DELTA} is damaged: {error}.", hint="Give the base instead: --base ..."
-        ) from error
+        raise CorruptFileError(f"{delta} is damaged: {error}.", hint="Give the base instead: --base ...") from error
     finally:
         own.close()
-    for name in read_manifest(merged)["base"]["sha256"]:
-        if not (folder / name).exists() and (merged / name).is_file():
-            shutil.copyfile(merged / name, folder / name)
 
 
-def _rebuild_file(archive: zipfile.ZipFile, own: WeightFiles, target: Path) -> None:
-    with target.open("wb") as out:
-        out.write(archive.read("header"))
-        out.flush()
-        header = _header_of(target)
-        members = set(archive.namelist())
-        kept = json.loads(archive.read("tensors.json"))
-        for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
-            number, alike = kept[name]
-            size = max(1, DTYPE_BITS[info["dtype"]] // 8)
-            start, end = info["data_offsets"]
-            for count, position in enumerate(range(0, end - start, _BLOCK)):
-                length = min(_BLOCK, end - start - position)
-                member = f"{number}/{count}"
-                block = own.bytes(name, position, length) if alike else torch.zeros(length, dtype=torch.uint8)
-                if member in members:
-                    block ^= _unpacked(archive.read(member), size)
-                out.write(block.numpy().data)
+def _rebuild_file(name: str, small: zipfile.ZipFile, merged: Path, own: WeightFiles, target: Path) -> None:
+    """Write one of the base's files: it is kept whole, or in the delta, or is the merged folder's own."""
+    archive = merged / DELTA / _archive_of(name)
+    if name in small.namelist():
+        with small.open(name) as member, target.open("wb") as out:
+            shutil.copyfileobj(member, out)
+    elif archive.is_file():
+        with zipfile.ZipFile(archive) as opened, target.open("wb") as out:
+            _rebuild_weights(opened, own, target, out)
+    elif (merged / name).is_file():
+        check_inside(merged, [merged / name])
+        shutil.copyfile(merged / name, target)
 
 
-def _header_of(path: Path) -> dict[str, Any]:
-    raw = path.read_bytes()
-    values: dict[str, Any] = json.loads(raw[8:])
-    values.pop("__metadata__", None)
-    return values
+def _rebuild_weights(archive: zipfile.ZipFile, own: WeightFiles, target: Path, out: BinaryIO) -> None:
+    header = header_in(_member(archive, "header", _MOST), target)
+    check_space(target, header.data_start + header.nbytes)
+    out.write(_member(archive, "header", _MOST))
+    kept, members = json.loads(_member(archive, "tensors.json", _MOST)), set(archive.namelist())
+    for name, info in sorted(header.tensors.items(), key=lambda item: item[1].start):
+        number, alike = kept[name]
+        if alike and own.places[name].info.nbytes != info.nbytes:
+            raise ValueError(f"{name} has another size in the merged folder")
+        size = max(1, DTYPE_BITS[info.dtype] // 8)
+        for count, position in enumerate(range(0, info.nbytes, _BLOCK)):
+            length = min(_BLOCK, info.nbytes - position)
+            member = f"{number}/{count}"
+            block = own.bytes(name, position, length) if alike else torch.zeros(length, dtype=torch.uint8)
+            if member in members:
+                block ^= _unpacked(_member(archive, member, 2 * _BLOCK), size, length)
+            out.write(block.numpy().data)
+
+
+def _member(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
+    """A member of an archive, up to as many bytes as it may have."""
+    with archive.open(name) as file:
+        return file.read(most)
+
+
+def _unpacked(data: bytes, size: int, length: int) -> Tensor:
+    """A block of ``length`` bytes; what would unfold to more is not unfolded further."""
+    raw = bytearray(zlib.decompressobj().decompress(data, length + 1))
+    if len(raw) != length:
+        raise ValueError(f"a block of {length} bytes has another size")
+    return torch.frombuffer(raw, dtype=torch.uint8).view(size, -1).T.contiguous().view(-1)

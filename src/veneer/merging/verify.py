@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from veneer.errors import MergeError, VeneerError
-from veneer.merging.base_files import WeightFiles
+from veneer.merging.base_files import WeightFiles, open_weights
 from veneer.merging.hashing import sha256_of
 from veneer.merging.inputs import Adapters, Where
 from veneer.merging.manifest import read_manifest
 from veneer.merging.prepare import Options, find, prepare
 from veneer.merging.stream import run_all
 from veneer.panel import panel
-from veneer.source import MODEL_STEM, read_header, resolve, weight_files
+from veneer.source import resolve
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -126,7 +126,7 @@ class CompareSink:
     def copy(self, names: Sequence[str], files: WeightFiles, file: str, start: int, count: int) -> None:
         """Compare a range of tensors, one by one."""
         for name in names:
-            self.put(name, 0, files.read(name))
+            self.put(name, 0, files.bytes(name, 0, files.places[name].info.nbytes))
 
 
 def verify(
@@ -203,7 +203,7 @@ def _replayed(
     prepared = prepare(adapters, base, options, where)
     files = None
     try:
-        files = WeightFiles([read_header(path) for path in weight_files(resolve(folder), MODEL_STEM)])
+        files = open_weights(resolve(folder))
         works = prepared.plan.works
         if sample is not None:
             works = works[:: max(1, len(works) // max(sample, 1))]

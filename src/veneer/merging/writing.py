@@ -9,37 +9,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from veneer.adapter_set import SET_FILE
 from veneer.dtypes import DTYPES
-from veneer.errors import MergeError
-from veneer.merging.hashing import Hashing, sha256_of
+from veneer.merging.beside import bring_along, files_of_adapter
+from veneer.merging.hashing import Hashing, sha256_of, stamp_of
 from veneer.merging.layout import index_of
-from veneer.merging.manifest import MANIFEST, manifest_of, warnings_of, write_manifest
-from veneer.merging.output import Workshop, check_space, told_as_merge_error, workshop
+from veneer.merging.manifest import manifest_of, warnings_of, write_manifest
+from veneer.merging.output import Workshop, check_apart, check_space, told_as_merge_error, workshop
 from veneer.merging.prepare import Prepared
 from veneer.merging.report import MergeReport
 from veneer.merging.stream import FileSink, write_files
-from veneer.merging.undo import DELTA, write_delta
+from veneer.merging.undo import write_delta
 from veneer.source import INDEX, MODEL_CONFIG, MODEL_STEM, Source
-
-# Written for the output, or about something else than the output.
-_OWN = (MODEL_CONFIG, ".gitattributes", "README.md", "trainer_state.json", SET_FILE, MANIFEST)
-_WEIGHTS = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".bin.index.json",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".onnx_data",
-    ".tflite",
-    ".ot",
-)
-_FOLDERS = ("additional_chat_templates",)
 
 
 def write_folder(
@@ -48,6 +28,7 @@ def write_folder(
     hashing: Hashing,
     reversible: bool,
     resume: bool,
+    overwrite: bool,
     on_step: Callable[[str], None],
     started: float,
 ) -> MergeReport:
@@ -59,17 +40,17 @@ def write_folder(
         hashing: of the base's files; what it has begun is used.
         reversible: keep what restores the base.
         resume: go on where a merge of the same was killed.
+        overwrite: replace a model that is at ``target``.
         on_step: called with what begins now.
         started: when the merge began, by ``time.perf_counter``.
 
     Raises:
         MergeError: as :func:`veneer.merge` raises it.
     """
-    if target.resolve() == prepared.base.root.resolve():
-        raise MergeError(f"{target} is the base itself; a merge does not replace it.", hint="Choose another folder.")
-    with told_as_merge_error(target), workshop(target, _made_from(prepared), resume) as shop:
+    check_apart(target, [("base", prepared.base.root), *(("adapter", source.root) for source in prepared.sources)])
+    with told_as_merge_error(target), workshop(target, _made_from(prepared), resume, overwrite) as shop:
         manifest = _write(prepared, shop, hashing, reversible, on_step)
-        prepared.files.check_unchanged()
+        prepared.check_unchanged()
         shop.commit()
     return _report(prepared, target, manifest, time.perf_counter() - started)
 
@@ -77,7 +58,7 @@ def write_folder(
 def _made_from(prepared: Prepared) -> dict[str, Any]:
     """What tells one output from another: inputs by size and time of change, options, layout."""
     adapters = [
-        {path.name: list(_stamp(path)) for path in sorted(source.root.glob("adapter_*")) if path.is_file()}
+        {name: list(stamp_of(path)[:2]) for name, path in files_of_adapter(source).items()}
         for source in prepared.sources
     ]
     return {
@@ -87,11 +68,6 @@ def _made_from(prepared: Prepared) -> dict[str, Any]:
         "options": prepared.options.to_dict(),
         "files": {file.name: file.nbytes for file in prepared.plan.files},
     }
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
 
 
 def _write(
@@ -111,19 +87,17 @@ def _write(
     finally:
         sink.close()
     figures = [one for file in plan.files for one in shop.finished[file.name][1]]
+    prepared.check_unchanged()
     _write_small(prepared, shop.model)
-    index = prepared.base.path(f"{MODEL_STEM}{INDEX}")
-    beside = [*_small(prepared.base.root), *([index] if index.is_file() else [])]
-    inputs |= {path.name: sha256_of(path) for path in beside}
-    outputs = {file.name: shop.finished[file.name][0] for file in plan.files}
-    outputs |= {p.name: sha256_of(p) for p in sorted(shop.model.iterdir()) if p.is_file() and p.name not in outputs}
+    small = prepared.small
+    inputs |= {name: sha256_of(path) for name, path in small.items()}
     if reversible:
         on_step("keeping the way back")
-        write_delta(files, shop.model, beside)
-        outputs |= {f"{DELTA}/{path.name}": sha256_of(path) for path in sorted((shop.model / DELTA).iterdir())}
+        write_delta(files, shop.model, small)
+    outputs = {file.name: shop.finished[file.name][0] for file in plan.files}
+    outputs |= {name: sha256_of(path) for name, path in _files_in(shop.model).items() if name not in outputs}
     adapters = [
-        {path.name: sha256_of(path) for path in sorted(source.root.glob("adapter_*")) if path.is_file()}
-        for source in prepared.sources
+        {name: sha256_of(path) for name, path in files_of_adapter(source).items()} for source in prepared.sources
     ]
     manifest = manifest_of(prepared, inputs, adapters, outputs, figures)
     prepared.warnings += warnings_of(figures, bool(prepared.changes.roots), prepared.options.rounding)
@@ -139,8 +113,7 @@ def _write_small(prepared: Prepared, folder: Path) -> None:
     index = index_of(prepared.plan.files, metadata if isinstance(metadata, Mapping) else {})
     if index is not None:
         (folder / own_index).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for source in (base, *reversed(prepared.sources)):
-        _bring_along(source.root, folder)
+    prepared.warnings += bring_along(base.root, [source.root for source in reversed(prepared.sources)], folder)
     _write_config(base, prepared.config, folder / MODEL_CONFIG)
 
 
@@ -162,28 +135,13 @@ def _write_config(base: Source, changes: Mapping[str, Any], target: Path) -> Non
 _NESTED = ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config", "vocab_size")
 
 
-def _bring_along(origin: Path, folder: Path) -> None:
-    """Copy the small files beside a checkpoint: tokenizer, chat template, licence ..."""
-    for path in _small(origin):
-        if path.name != MODEL_CONFIG:
-            shutil.copyfile(path, folder / path.name)
-    for name in _FOLDERS:
-        if (origin / name).is_dir():
-            shutil.copytree(origin / name, folder / name, dirs_exist_ok=True)
-
-
-def _small(origin: Path) -> list[Path]:
-    """The files beside a checkpoint's weights that belong to the model, its config among them."""
-    return [
-        path
-        for path in sorted(origin.iterdir())
-        if path.is_file() and not path.name.endswith(_WEIGHTS) and not path.name.startswith(("adapter_", "."))
-        if path.name == MODEL_CONFIG or path.name not in _OWN
-    ]
+def _files_in(folder: Path) -> dict[str, Path]:
+    """Every file in a folder, by its path from there."""
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def _report(prepared: Prepared, target: Path, manifest: Mapping[str, Any], seconds: float) -> MergeReport:
-    files = sorted(p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file())
+    files = list(_files_in(target))
     told = [
         adapter.checkpoint.origin + ("" if adapter.weight == 1.0 else f" x {adapter.weight:g}")
         for adapter in prepared.adapters

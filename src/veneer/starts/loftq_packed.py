@@ -11,12 +11,12 @@ from torch import Tensor
 from veneer.adapters import Adapter, Adapters
 from veneer.errors import AdapterError, BaseModelError, SourceError, UnsupportedError
 from veneer.layer import AdaptedLayer, Bound
-from veneer.merging.base_files import FLOATS, WeightFiles
+from veneer.merging.base_files import FLOATS, WeightFiles, open_weights
 from veneer.merging.skeleton import stored_names
 from veneer.methods.lora import A, B, Lora
 from veneer.model import PeftModel
 from veneer.sites import PackedSite
-from veneer.source import MODEL_STEM, read_header, resolve, weight_files
+from veneer.source import resolve
 from veneer.starts.loftq import lost
 
 
@@ -49,7 +49,7 @@ def replace_lora_weights_loftq(
     if not origin:
         raise SourceError("The base does not say where it is from.", hint="Give the original model as model_path.")
     source = resolve(origin, what="base", local_files_only=True)
-    files = WeightFiles([read_header(path) for path in weight_files(source, MODEL_STEM)])
+    files = open_weights(source)
     try:
         for layer, share, weight in _with_weights(model, places, files, origin):
             _replace(model, adapter_name, layer, share, weight, callback)
