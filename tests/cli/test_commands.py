@@ -208,9 +208,9 @@ def test_a_merge_into_a_linked_folder_keeps_the_link(run: Run, made: Path, tmp_p
 
 def test_overwriting_leaves_nothing_of_the_old_model(run: Run, made: Path, tmp_path: Path) -> None:
     old = shutil.copytree(made / "base", tmp_path / "out")
-    (old / "leftover.bin").touch()
+    (old / "pytorch_model.bin").touch()
     assert run("merge", made / "adapter", "--out", old, "--overwrite").code == 0
-    assert not (old / "leftover.bin").exists()
+    assert not (old / "pytorch_model.bin").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -212,9 +212,9 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def written_to(out: str | Path) -> Path:
-    """The folder that ``out`` means: the one that a link leads to is written, and the link stays."""
+    """The folder that ``out`` means, by a name of its own: where a link leads is written, and the link stays."""
     target = Path(out)
-    return target.resolve() if target.is_symlink() else target
+    return target.resolve() if target.is_symlink() or target.name == ".." else target
 
 
 # What plain models are made of, by their files' names; a merge's output may hold more, which its manifest names.
