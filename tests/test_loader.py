@@ -209,7 +209,7 @@ def test_weights_that_start_random_are_said(base: Path) -> None:
 def test_every_auto_class_names_a_task_of_transformers(name: str) -> None:
     import transformers
 
-    from veneer.loader import TASK_CLASSES
+    from veneer.task_class import TASK_CLASSES
 
     kind = getattr(veneer, name)
     assert issubclass(kind, auto.AutoPeftModel)

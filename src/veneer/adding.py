@@ -23,8 +23,8 @@ from veneer.mixture import meet_experts
 from veneer.plan import Binding, Plan, bind_error, make_plan
 from veneer.prompts import place_of, words_of
 from veneer.sites import Site
-from veneer.targets import names_match, only_parameters
-from veneer.tied import check_both, name_both, parted, tied_ends
+from veneer.targets import only_parameters
+from veneer.tied import check_both, check_tokens, name_both, parted, tied_ends
 
 
 def load(
@@ -46,6 +46,7 @@ def load(
     adapters.check_new(name)
     config = checkpoint.config
     method = adapters.kind_of(config)
+    check_tokens(known(config), adapters.catalog)
     _meet_experts(adapters, config)
     plan = make_plan(known(config), method, checkpoint.tensors, adapters.catalog)
     _settle(adapters, plan, checkpoint, strict)
@@ -137,6 +138,7 @@ def create(adapters: Adapters, name: str, config: PeftConfig, *, generator: torc
     config.check_honoured()
     _meet_experts(adapters, config)
     adapter = Adapter(name, known(config), trainable=True)
+    check_tokens(adapter.config, adapters.catalog)
     name_both(adapter.config, adapters.catalog)
     roots = adapters.catalog.saved(adapter.config)
     _check_saved_exist(adapters, adapter.config)
@@ -272,7 +274,7 @@ def _check_saved_exist(adapters: Adapters, config: AnyConfig) -> None:
     """A module that is to be saved whole must be there; of a task's usual heads one is enough."""
     usual = HEADS.get(str(config.task_type), ())
     for name in set(config.modules_to_save or ()) - set(usual):
-        if not any(names_match(module, [name]) for module in adapters.catalog.modules):
+        if not any(module.endswith(name) for module in adapters.catalog.modules):
             raise TargetError(
                 f"modules_to_save names {name!r}, and the model has no such module.",
                 hint=f"Its output layer is {' or '.join(adapters.catalog.outputs) or 'unknown'}.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -11,10 +11,21 @@ import torch
 from torch import nn
 
 from veneer.config import AnyConfig, TargetedConfig
+from veneer.conversions import renames_of
 from veneer.errors import BaseModelError, TargetError
 from veneer.layer import AdaptedLayer
 from veneer.saved import SavedModule
-from veneer.sites import ParameterSite, Site, bias_site, is_linear, kinds, refusal, sites_for, whole_sites
+from veneer.sites import (
+    ParameterSite,
+    Site,
+    bias_site,
+    is_linear,
+    is_never_called,
+    kinds,
+    refusal,
+    sites_for,
+    whole_sites,
+)
 from veneer.targets import ALL_LINEAR, names_match, saved_modules, shortest, target_names, under
 
 
@@ -56,6 +67,16 @@ class Catalog:
     def linear(self) -> dict[str, bool]:
         """Every module's name -> whether "all-linear" means it."""
         return {name: is_linear(module) for name, module in self.modules.items()}
+
+    @cached_property
+    def never_called(self) -> frozenset[str]:
+        """The layers whose ``forward`` is never called, so that an adapter there would never act."""
+        return frozenset(name for name, module in self.modules.items() if is_never_called(module))
+
+    @cached_property
+    def renamed(self) -> Callable[[str], str]:
+        """Gives a module's name for its name in an older version of transformers; any other name as it is."""
+        return renames_of(self.model)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -75,6 +75,8 @@ def open_checkpoint(source: Source, *, strict: bool = True, config: PeftConfig |
         IncompleteCheckpointError: the config, the weights or every tensor is missing.
         SourceError: a file cannot be read; ConfigError: the config cannot be honoured.
     """
+    from veneer.spellings import as_peft_writes  # the methods that it asks are made of checkpoints
+
     if not source.has(ADAPTER_CONFIG):
         raise IncompleteCheckpointError(
             f"{source.origin}: there is no {ADAPTER_CONFIG}, so this is no adapter.",
@@ -92,7 +94,7 @@ def open_checkpoint(source: Source, *, strict: bool = True, config: PeftConfig |
             "with stage3_gather_16bit_weights_on_model_save, or gather before saving.",
         )
     metadata = {key: value for header in headers for key, value in header.metadata.items()}
-    return Checkpoint(source.origin, config, tensors, metadata, tuple(headers))
+    return as_peft_writes(Checkpoint(source.origin, config, tensors, metadata, tuple(headers)))
 
 
 def write_checkpoint(

@@ -102,8 +102,14 @@ HEADS: Mapping[str, tuple[str, ...]] = {
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
 
-# Keys that describe a checkpoint and never change what it computes.
-_DESCRIPTIVE = frozenset({"_name_or_path", "model_id", "tags", "license", "language", "author", "description", "name"})
+# Keys that describe a checkpoint and never change what it computes; peft up to 0.2 wrote merge_weights, which said when
+# its own layers merge.
+_DESCRIPTIVE = frozenset(
+    {"_name_or_path", "model_id", "tags", "license", "language", "author", "description", "name", "merge_weights"}
+)
+
+# What the config of an adapter of MLX-LM has, and none of PEFT's.
+_MLX_KEYS = frozenset({"fine_tune_type", "lora_parameters"})
 
 # Written as null by some tools for "none".
 _PATTERNS = frozenset({"rank_pattern", "alpha_pattern"})
@@ -183,6 +189,7 @@ class PeftConfig:
             UnknownKeyError: a key is unknown and may change the maths (a warning when not ``strict``).
             UnsupportedError: a known option is on that this version does not have.
         """
+        _check_origin(values, where)
         kind = config_class(values.get("peft_type"), where)
         names = {f.name for f in dataclasses.fields(kind)} - {"extra"}
         known = {key: value for key, value in values.items() if key in names}
@@ -325,6 +332,27 @@ def registered() -> list[str]:
 
     own = {module.name.upper() for module in pkgutil.iter_modules(veneer.configs.__path__)}
     return sorted(own | _CONFIGS.keys())
+
+
+def is_of_mlx(values: Mapping[str, Any]) -> bool:
+    """Whether an ``adapter_config.json`` is one of MLX-LM, which has the name and the purpose in common with PEFT's."""
+    return values.get("peft_type") is None and not _MLX_KEYS.isdisjoint(values)
+
+
+def _check_origin(values: Mapping[str, Any], where: str) -> None:
+    """Raise ``UnsupportedError`` for a config, or an option, of a layout that is not read here."""
+    if is_of_mlx(values):
+        raise UnsupportedError(
+            f"{where}: this is an adapter of MLX-LM, which keeps its tensors in a layout of its own "
+            "(adapters.safetensors); this version of Veneer does not read it.",
+            hint="Use MLX-LM for it, or an adapter in PEFT's layout.",
+        )
+    if values.get("enable_lora"):
+        raise UnsupportedError(
+            f"{where}: enable_lora={values['enable_lora']!r} is LoRA on parts of a joined projection (MergedLinear "
+            "of peft up to 0.2), whose tensors have other shapes; this version of Veneer does not read it.",
+            hint="Load it with peft 0.2 and save its merged model, or train it again.",
+        )
 
 
 def config_class(peft_type: Any, where: str) -> type[PeftConfig]:

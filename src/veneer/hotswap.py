@@ -25,6 +25,7 @@ from veneer.methods import method_of
 from veneer.methods.lora import RANK_DIMS, Lora, LoraSettings
 from veneer.model import PeftModel
 from veneer.plan import Binding, Plan, bind_error, make_plan
+from veneer.remap import remapped
 from veneer.source import resolve
 
 
@@ -127,6 +128,7 @@ def hotswap_adapter(
     adapters = model.adapters
     entry = adapters.get(adapter_name)
     checkpoint = open_checkpoint(resolve(model_name_or_path, what="adapter", **source_options), strict=strict)
+    checkpoint = remapped(checkpoint, adapters.catalog)
     config = targeted(checkpoint.config)
     plan = make_plan(config, method_of(config), checkpoint.tensors, adapters.catalog)
     if plan.problems:
@@ -150,7 +152,7 @@ def hotswap_adapter(
         bound = {layer.site.id for layer, _, binding in places if binding is not None}
         adapters.leave_layers(entry, [name for name in entry.layers if name not in bound])
     _swap_shared(entry, plan, tensors)
-    entry.config, entry.origin, entry.notes = config, checkpoint.origin, list(plan.notes)
+    entry.config, entry.origin, entry.notes = config, checkpoint.origin, [*checkpoint.notes, *plan.notes]
     entry.bound = len(plan.keys)
     entry.stored = dict(tensors) if entry.stored else {}
     model._swapped(entry, checkpoint)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer import adapter_set
 from veneer.base_map import relocated
-from veneer.config import PeftConfig
+from veneer.config import HEADS, PeftConfig, is_of_mlx
 from veneer.errors import ConfigError, SourceError, UnknownMethodError, VeneerError
 from veneer.identity import BASE_DIGEST_KEY
 from veneer.source import (
@@ -59,8 +59,8 @@ _MODEL_TYPES: Mapping[str, _Types] = {
     "quantization_config": dict,
     "tie_word_embeddings": bool,
 }
-# Leaves whose first dimension is a rank, and of which an adapted layer has one.
-_DOWN = (".lora_A.weight", ".lora_embedding_A")
+# Leaves whose first dimension is a rank, and of which an adapted layer has one; in memory they have the adapter's name.
+_DOWN = re.compile(r"\.lora_(A(\.[^.]+)?\.weight|embedding_A(\.[^.]+)?)$")
 
 # Where an adapted layer's tensors lie, and what begins a tensor's name where that is not the method's own.
 _LAYER = "base_model.model."
@@ -273,12 +273,14 @@ def _adapter(source: Source, problems: list[Problem]) -> AdapterFacts:
         _check_config(values, source, problems)
     except SourceError as error:
         problems.append(_problem("damaged", error))
-    headers = _headers(source, ADAPTER_STEM, problems)
+    # MLX-LM's weights have another name; that they are its own is told already.
+    headers = [] if is_of_mlx(values) else _headers(source, ADAPTER_STEM, problems)
     weights = _weights(headers) if headers else None
     if weights is not None and not weights.parameters:
         problems.append(_empty(source))
     values = _typed(values, _ADAPTER_TYPES, f"{source.origin}/{ADAPTER_CONFIG}", problems)
-    _check_base(values.get("base_model_name_or_path"), source, problems)
+    if not is_of_mlx(values):
+        _check_base(values.get("base_model_name_or_path"), source, problems)
     tensors = [info for header in headers for info in header.tensors.values()]
     ranks = _ranks(tensors)
     recorded = [header.metadata.get(BASE_DIGEST_KEY) for header in headers]
@@ -293,7 +295,7 @@ def _adapter(source: Source, problems: list[Problem]) -> AdapterFacts:
         options={k: v for k, v in sorted(values.items()) if k.startswith("use_") and v}
         | {k: values[k] for k in ("rank_pattern", "alpha_pattern") if values.get(k)},
         target_modules=values.get("target_modules"),
-        modules_to_save=values.get("modules_to_save"),
+        modules_to_save=values.get("modules_to_save") or _heads(values, tensors),
         layers=sum(ranks.values()) or _layers(values.get("peft_type"), tensors),
         weights=weights,
         virtual_tokens=values.get("num_virtual_tokens"),
@@ -326,7 +328,7 @@ def _check_config(values: Mapping[str, Any], source: Source, problems: list[Prob
     except UnknownMethodError as error:
         problems.append(_problem("unknown-method", error))
     except ConfigError as error:
-        problems.append(_problem("config", error))
+        problems.append(_problem("mlx-lm" if is_of_mlx(values) else "config", error))
 
 
 def _check_base(base: Any, source: Source, problems: list[Problem]) -> None:
@@ -372,8 +374,17 @@ def _layers(method: str | None, tensors: Iterable[TensorInfo]) -> int:
     return len({name.partition(head)[0] for name in own if head in name})
 
 
+def _heads(values: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> list[str] | None:
+    """The heads of its task that an adapter brings whole without saying so, as peft's were up to 0.10."""
+    method = str(values.get("peft_type"))
+    own = f".{_HEADS.get(method, method.lower())}_"
+    words = {word for info in tensors if own not in info.name for word in info.name.split(".")[:-1]}
+    heads = HEADS.get(str(values.get("task_type")), ())
+    return [head for head in heads if any(word.endswith(head) for word in words)] or None
+
+
 def _ranks(tensors: Iterable[TensorInfo]) -> dict[int, int]:
-    found = Counter(info.shape[0] for info in tensors if info.name.endswith(_DOWN) and info.shape)
+    found = Counter(info.shape[0] for info in tensors if _DOWN.search(info.name) and info.shape)
     return dict(sorted(found.items()))
 
 

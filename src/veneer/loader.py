@@ -46,23 +46,8 @@ from veneer.source import (
     resolve,
     weight_files,
 )
+from veneer.task_class import ANOTHER_CLASS, class_for, note_of
 from veneer.vocabulary import resized
-
-# What to do where transformers cannot make a model.
-ANOTHER_CLASS = "`veneer inspect` tells what is there; task= chooses another class."
-
-# task -> the transformers class that builds it when the base's own class is for another task.
-TASK_CLASSES = {
-    TaskType.CAUSAL_LM.value: "AutoModelForCausalLM",
-    TaskType.SEQ_2_SEQ_LM.value: "AutoModelForSeq2SeqLM",
-    TaskType.SEQ_CLS.value: "AutoModelForSequenceClassification",
-    TaskType.TOKEN_CLS.value: "AutoModelForTokenClassification",
-    TaskType.QUESTION_ANS.value: "AutoModelForQuestionAnswering",
-    TaskType.FEATURE_EXTRACTION.value: "AutoModel",
-    "IMAGE_CLASSIFICATION": "AutoModelForImageClassification",
-    "SPEECH_SEQ_2_SEQ": "AutoModelForSpeechSeq2Seq",
-    "IMAGE_TEXT_TO_TEXT": "AutoModelForImageTextToText",
-}
 
 # The rows of these give the number of labels that an adapter's head was trained for.
 _HEAD_WEIGHTS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
@@ -376,7 +361,8 @@ def _build(
     gguf = model_kwargs.get("gguf_file")
     config = source.json(MODEL_CONFIG) if gguf is None else _gguf_config(source, gguf)
     wanted = task or next((c.config.task_type for c in checkpoints if c.config.task_type), None)
-    kind = model_class_of(config, str(wanted) if wanted else None, source.origin)
+    kind = class_for(source, config, checkpoints, task, trust_remote_code)
+    report.warnings += note_of(kind, config, checkpoints, task)
     arguments = {
         "dtype": dtype_of(dtype),
         "trust_remote_code": trust_remote_code,
@@ -415,27 +401,6 @@ def _build(
             f"{len(fresh)} weights of {kind.__name__} are not in the base and start random: {', '.join(fresh[:3])}."
         )
     return wrap(model, wanted if wanted in set(TaskType) else None)
-
-
-def model_class_of(config: dict[str, Any], task: str | None, origin: str) -> Any:
-    """The base's own class when it is for the task, else the task's."""
-    import transformers
-
-    if task is not None and task not in TASK_CLASSES:
-        raise ConfigError(f"Unknown task {task!r}.", hint=f"Known: {', '.join(TASK_CLASSES)}.")
-    named, model_type = config.get("architectures") or [], config.get("model_type", "")
-    if not isinstance(named, list) or not all(isinstance(n, str) for n in named) or not isinstance(model_type, str):
-        raise BaseModelError(
-            f"{origin}/{MODEL_CONFIG}: architectures={named!r} and model_type={model_type!r} name no model class.",
-            hint="Copy the config again from where the model came from.",
-        )
-    own = next((n for n in named if hasattr(transformers, n)), None)
-    if task is None:
-        return getattr(transformers, own) if own else transformers.AutoModel
-    auto = getattr(transformers, TASK_CLASSES[task])
-    classes = auto._model_mapping._model_mapping.get(model_type)
-    fitting = classes if isinstance(classes, (tuple, list)) else (classes,)
-    return getattr(transformers, own) if own is not None and own in fitting else auto
 
 
 def dtype_of(dtype: Any) -> Any:

@@ -8,7 +8,7 @@ the next adapter with the same config and keys.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from veneer.errors import BindError, TargetError
 from veneer.methods import AnyMethod, Method
 from veneer.methods.method import Part, leaves_of
 from veneer.sites import Site, kinds, refusal
-from veneer.targets import under
+from veneer.targets import names_match, under
 
 # How many problems an error's text spells out; the error object holds them all.
 SHOWN = 4
@@ -129,9 +129,9 @@ def _states(plan: Plan, catalog: Catalog) -> list[Any]:
 
 def _made_plan(config: AnyConfig, method: Planned, tensors: Mapping[str, HasShape], catalog: Catalog) -> Plan:
     plan = Plan()
-    saved = catalog.saved(config)
     parts = _parts(plan, config, method, catalog)
     leaves = leaves_of(parts)
+    saved = _saved(plan, config, [*leaves, *method.empty], method.prefix, tensors, catalog)
     held: dict[tuple[str, str], dict[str, str]] = {}
     spare: list[str] = []
     empty: list[str] = []
@@ -159,6 +159,28 @@ def _made_plan(config: AnyConfig, method: Planned, tensors: Mapping[str, HasShap
     _check_shared(plan, config, method, tensors)
     _check_saved_filled(plan, saved, catalog)
     return plan
+
+
+def _saved(
+    plan: Plan, config: AnyConfig, leaves: Sequence[str], prefix: str, tensors: Iterable[str], catalog: Catalog
+) -> list[str]:
+    """The modules that are to come whole. One that an entry only happens to end like may be absent, as older files are.
+
+    "classifier" means "pre_classifier" too, which was not always saved with it.
+    """
+    saved = catalog.saved(config)
+    exact = [root for root in saved if names_match(root, config.modules_to_save)]
+    if len(exact) == len(saved):
+        return saved
+    slots = [slot for key in tensors if (slot := decode(key, leaves, prefix)) is not None and slot.leaf not in leaves]
+    held = [root for root in saved if root in exact or any(under(slot.module, [root]) for slot in slots)]
+    absent = [root for root in saved if root not in held]
+    if absent:
+        plan.notes.append(
+            f"modules_to_save={config.modules_to_save!r} means {absent[0]} too, and the checkpoint does not hold it: "
+            "the base's is used."
+        )
+    return held
 
 
 def _parts(plan: Plan, config: AnyConfig, method: Planned, catalog: Catalog) -> list[Part]:

@@ -38,13 +38,13 @@ DEFAULTS: Mapping[str, tuple[str, ...]] = {
     "mixtral": _QV,
     "mt5": ("q", "v"),
     "opt": _QV,
-    "phi": _QV,
+    "phi": (*_QV, "fc1", "fc2"),
     "phi3": ("qkv_proj",),
     "qwen2": _QV,
     "qwen3": _QV,
     "roberta": ("query", "value"),
     "t5": ("q", "v"),
-    "vit": ("query", "value"),
+    "vit": _QV,
     "whisper": _QV,
     "xlm-roberta": ("query", "value"),
 }
@@ -87,10 +87,14 @@ def under(name: str, parents: Iterable[str]) -> bool:
 
 
 def saved_modules(config: AnyConfig, names: Iterable[str]) -> list[str]:
-    """The modules that ``modules_to_save`` means, outermost only, in the model's order."""
+    """The modules that ``modules_to_save`` means, outermost only, in the model's order.
+
+    As in peft, an entry means every name that ends so, whether at a dot or not: "classifier" is "pre_classifier" too.
+    """
+    endings = tuple(config.modules_to_save or ())
     found: list[str] = []
     for name in names:
-        if names_match(name, config.modules_to_save or ()) and not under(name, found):
+        if name.endswith(endings) and not under(name, found):
             found.append(name)
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from veneer.catalog import Catalog
 from veneer.config import AnyConfig, TargetedConfig
@@ -13,6 +13,21 @@ from veneer.targets import names_match, only_parameters, shortest
 def tied_ends(config: AnyConfig, catalog: Catalog) -> list[tuple[str, str]]:
     """The embedding and the output layer that ``config`` has stay alike."""
     return catalog.tied_ends if getattr(config, "ensure_weight_tying", False) else []
+
+
+def check_tokens(config: AnyConfig, catalog: Catalog) -> None:
+    """Raise ``ConfigError`` where both ends are to stay alike, and have other trained tokens each."""
+    wanted = getattr(config, "trainable_token_indices", None)
+    if not isinstance(wanted, Mapping):
+        return
+    for pair in tied_ends(config, catalog):
+        lists = [tokens for name in pair for key, tokens in wanted.items() if names_match(name, [key])]
+        if len(lists) > 1 and any(tokens != lists[0] for tokens in lists):
+            raise ConfigError(
+                f"ensure_weight_tying=True: {' and '.join(pair)} share a weight, and trainable_token_indices gives "
+                "them other tokens each.",
+                hint="Give both the same list, or name the embedding alone.",
+            )
 
 
 def name_both(config: AnyConfig, catalog: Catalog) -> None:
@@ -40,7 +55,8 @@ def name_both(config: AnyConfig, catalog: Catalog) -> None:
 def _name(config: TargetedConfig, name: str, catalog: Catalog, layers: list[str] | None) -> None:
     """Name one module more, among the targets (which are ``layers``) or the modules that are saved whole."""
     ending = name.rpartition(".")[2]
-    short = ending if sum(names_match(other, [ending]) for other in catalog.modules) == 1 else name
+    # Either option must mean this one by it, and modules_to_save means whatever ends so.
+    short = ending if sum(other.endswith(ending) for other in catalog.modules) == 1 else name
     if layers is None:
         config.modules_to_save = [*(config.modules_to_save or ()), short]
         return

@@ -229,7 +229,8 @@ class Planner:
         bias_name = f"{site.name}.bias"
         bias = None
         if site.bias is not None:
-            lies = self.stored.direct.get(bias_name)
+            # BERT's output layer shares its bias with the module around it, under whose name it lies.
+            lies = self.stored.direct.get(bias_name) or self._lies(self.groups.get(bias_name, []))
             if lies is None:
                 raise MergeError(f"The base has no {bias_name} on disk.", hint="Copy or download it again.")
             self._check_floats(lies, "The adapter changes the layer of")

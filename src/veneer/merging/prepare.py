@@ -33,6 +33,7 @@ from veneer.merging.rounding import NEAREST, Rounding
 from veneer.merging.skeleton import Parameters, build_skeleton, lengthen, stored_names
 from veneer.merging.works import Values
 from veneer.source import INDEX, MODEL_CONFIG, MODEL_STEM, Source, resolve
+from veneer.task_class import note_of
 from veneer.vocabulary import resized
 
 
@@ -191,6 +192,7 @@ def _planned(
     stored = plainly_stored(base) if model is not None else None
     if model is None or stored is None:
         model = skeleton()
+        told += note_of(type(model), source.json(MODEL_CONFIG), checkpoints, options.task)
         stored = stored_names(model, shapes, shapes)
     packed = as_in_model(packed, model, stored.direct)
     lengths = {} if vocabulary is None else lengthen(model, vocabulary, stored)

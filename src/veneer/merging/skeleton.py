@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from veneer.by_transformers import by_transformers
 from veneer.checkpoint import Checkpoint
+from veneer.conversions import conversions_of
 from veneer.errors import BaseModelError, MergeError
-from veneer.loader import ANOTHER_CLASS, labels_of, model_class_of, without_adapter
+from veneer.loader import labels_of, without_adapter
 from veneer.source import MODEL_CONFIG, Source
+from veneer.task_class import ANOTHER_CLASS, class_for
 
 
 def build_skeleton(
@@ -42,14 +44,22 @@ def build_skeleton(
     Raises:
         BaseModelError: transformers cannot build it.
     """
-    import transformers
-    from transformers.initialization import no_init_weights
-
-    wanted = task or next((c.config.task_type for c in checkpoints if c.config.task_type), None)
-    kind = model_class_of(source.json(MODEL_CONFIG), str(wanted) if wanted else None, source.origin)
+    kind = class_for(source, source.json(MODEL_CONFIG), checkpoints, task, trust_remote_code)
     labels = labels_of(list(checkpoints))
     if labels is not None:
         changes["num_labels"] = labels
+    return meta_model(kind, source, trust_remote_code, **changes)
+
+
+def meta_model(kind: Any, source: Source, trust_remote_code: bool = False, **changes: Any) -> nn.Module:
+    """A base built as a class of transformers, on the meta device; ``changes`` are keys of its config to set.
+
+    Raises:
+        BaseModelError: transformers cannot build it.
+    """
+    import transformers
+    from transformers.initialization import no_init_weights
+
     what = f"transformers cannot build {source.origin} as {kind.__name__}"
     with by_transformers(BaseModelError, what, ANOTHER_CLASS), without_adapter(source) as folder:
         config = transformers.AutoConfig.from_pretrained(
@@ -132,18 +142,9 @@ class Stored:
 
 def stored_names(model: Any, names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> Stored:
     """Match a checkpoint's tensors with a model's parameters, by the rules that transformers loads by."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        apply_renamings,
-        dot_natural_key,
-        rename_source_key,
-    )
+    from transformers.core_model_loading import apply_renamings, dot_natural_key, rename_source_key
 
-    rules = get_model_conversion_mapping(model) if hasattr(model, "base_model_prefix") else []
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings, converters = conversions_of(model)
     of_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     state = model.state_dict()
     prefix = getattr(model, "base_model_prefix", None)

@@ -8,7 +8,7 @@ from veneer.config import TargetedConfig
 from veneer.errors import ConfigError
 from veneer.methods.bias import ADAPTED_BIAS, OTHER_BIAS
 from veneer.methods.method import Part
-from veneer.methods.saved_weight import SAVED_WEIGHT
+from veneer.methods.saved_weight import SAVED_BIAS, SAVED_WEIGHT
 
 if TYPE_CHECKING:
     from veneer.catalog import Catalog
@@ -20,12 +20,15 @@ def with_companions(own: Part, config: TargetedConfig, catalog: Catalog) -> list
     Raises:
         ConfigError: ``bias`` is neither ``"none"``, ``"all"`` nor ``"<method>_only"``.
     """
-    parts = [Part(SAVED_WEIGHT, [site for site in own.sites if catalog.is_end(site.name)], optional=True), own]
+    ends = [site for site in own.sites if catalog.is_end(site.name)]
+    parts = [Part(SAVED_WEIGHT, ends, optional=True), own]
     bias = getattr(config, "bias", "none")
     if bias not in ("none", "all") and not bias.endswith("_only"):
         method = str(config.peft_type).lower()
         raise ConfigError(f"bias={bias!r} is none of the choices.", hint=f'They are "none", "all", "{method}_only".')
-    if bias != "none":
+    if bias == "none":
+        parts.append(Part(SAVED_BIAS, [site for site in ends if site.bias is not None], optional=True))
+    else:
         parts.append(Part(ADAPTED_BIAS, [site for site in own.sites if site.bias is not None]))
     if bias == "all":
         parts.append(Part(OTHER_BIAS, catalog.biased(config, without=own.sites)))

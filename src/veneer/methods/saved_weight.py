@@ -1,4 +1,4 @@
-"""The weight of an embedding or output layer that was saved beside its LoRA (``save_embedding_layers``).
+"""The weight of an embedding or output layer, and its bias, saved beside its LoRA (``save_embedding_layers``).
 
 It is the base's own weight in most checkpoints, and another where the vocabulary was extended before training.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from veneer.config import TargetedConfig
+from veneer.methods.bias import ADAPTED_BIAS, Bias
 from veneer.methods.method import Base, Method
 from veneer.patch import Patch, Tokens
 from veneer.sites import Site
@@ -62,4 +63,14 @@ class SavedWeight(Method[TargetedConfig, SavedWeightSettings]):
         return Patch(tokens=Tokens(torch.arange(values.shape[0], device=values.device), values, settings.rows))
 
 
+class SavedBias(Bias):
+    """The bias of such a layer in the place of the base's; it is not trained."""
+
+    trainable = False
+
+    def in_memory(self, leaf: str) -> str:
+        return "saved_bias"
+
+
 SAVED_WEIGHT = SavedWeight()
+SAVED_BIAS = SavedBias(ADAPTED_BIAS.leaf)

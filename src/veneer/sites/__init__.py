@@ -28,6 +28,7 @@ __all__ = [
     "Site",
     "bias_site",
     "is_linear",
+    "is_never_called",
     "kinds",
     "packed_site",
     "refusal",
@@ -52,7 +53,7 @@ def sites_for(name: str, module: nn.Module) -> list[Site]:
     Weights packed in a form unknown here and layers whose ``forward`` is never called are no sites: an adapter
     there would be a silent no-op or wrong.
     """
-    if isinstance(module, NonDynamicallyQuantizableLinear):
+    if is_never_called(module):
         return []
     if isinstance(module, nn.MultiheadAttention):
         return _attention(name, module)
@@ -105,16 +106,21 @@ def bias_site(name: str, module: nn.Module, parent: nn.Module, adapted: bool) ->
         parent: the module that it is a child of.
         adapted: whether the parent carries an adapter, which changes the bias's key.
     """
-    if not isinstance(module, NonDynamicallyQuantizableLinear):
+    if not is_never_called(module):
         return ShiftSite(name, module)
     owner, _, child = name.rpartition(".")
     key = f"{owner}.base_layer.{child}.base_layer" if adapted else name
     return VectorSite(owner, parent, f"{child}.bias", key)
 
 
+def is_never_called(module: nn.Module) -> bool:
+    """Whether a layer only holds its weight, and what it is a part of does the arithmetic."""
+    return isinstance(module, NonDynamicallyQuantizableLinear)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether "all-linear" means this layer."""
-    if isinstance(module, NonDynamicallyQuantizableLinear):
+    if is_never_called(module):
         return False
     # A packed layer is often no nn.Linear; all of them say how wide they are.
     packed = hasattr(module, "in_features") and packer(module) is not None
