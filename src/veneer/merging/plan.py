@@ -97,6 +97,8 @@ class Planner:
             self._plan_parameter(name)
         for name, shape in self.biases.shapes.items():
             self._plan_bias(name, shape)
+        if self.untied:
+            self._part_biases()
         done = {name for work in self.works for name in work.outputs}
         drop = set(self.parts)
         drop |= {name for name in self.base.places if name.endswith("activation_scale")} if self.packed else set()
@@ -229,13 +231,31 @@ class Planner:
         bias_name = f"{site.name}.bias"
         bias = None
         if site.bias is not None:
+            lies = self.stored.direct.get(bias_name)
             # BERT's output layer shares its bias with the module around it, under whose name it lies.
-            lies = self.stored.direct.get(bias_name) or self._lies(self.groups.get(bias_name, []))
-            if lies is None:
+            source = lies or self._lies(self.groups.get(bias_name, []))
+            if source is None:
                 raise MergeError(f"The base has no {bias_name} on disk.", hint="Copy or download it again.")
-            self._check_floats(lies, "The adapter changes the layer of")
-            bias = Target(lies, self._values(lies), self.out_dtype(lies))
+            self._check_floats(source, "The adapter changes the layer of")
+            target = bias_name if lies is None and self.untied else source
+            bias = Target(target, self._values(source), self.out_dtype(source))
+            self._want_new(target, source)
         self.works.append(Rewrite(layer, weight, bias, self.rounding))
+
+    def _want_new(self, target: str, source: str) -> None:
+        """Give the output a tensor of another's shape and dtype, unless the base has one of that name."""
+        if target not in self.base:
+            shape, dtype = self.base.shape(source), NAMES[self.out_dtype(source)]
+            self.new.append(Wanted(target, dtype, shape, list(self.base.paths)[-1]))
+
+    def _part_biases(self) -> None:
+        """Write apart the biases that are one where the weights beside them are; the config ties both or neither."""
+        done = {name for work in self.works for name in work.outputs}
+        for name, group in self.groups.items():
+            source = self._lies(group)
+            if name.endswith(".bias") and name not in self.stored.direct and name not in done and source is not None:
+                self.works.append(Cast(self._values(source), name, self.out_dtype(source), self.rounding))
+                self._want_new(name, source)
 
     def _plan_bias(self, name: str, shape: tuple[int, ...]) -> None:
         weight = self.stored.direct.get(f"{name}.weight")
