@@ -189,6 +189,13 @@ CASES = {
     ),
     "qwen2.5-vl": Case(qwen, of_patches, OLD_QWEN, {"target_modules": ["q_proj", "qkv"]}, {}),
     "llava": Case(llava, of_image_and_words, OLD_LLAVA, QV, {}),
+    "llava, a tower of 4.52": Case(
+        llava,
+        of_image_and_words,
+        _replaced(("^model.vision_tower", "model.vision_tower.vision_model")),
+        {"target_modules": ["q_proj"]},
+        {},
+    ),
     "llava, the projector": Case(
         llava, of_image_and_words, OLD_LLAVA, {"target_modules": ["linear_1", "linear_2"]}, {}
     ),

@@ -93,7 +93,7 @@ def _parts(key: str, leaves: Mapping[str, str]) -> tuple[str, str] | None:
         head, _, tail = inner.partition(".")
         module, found, rest = key.rpartition(f".{head}.")
         name, _, end = rest.partition(".")
-        if found and name and end == tail:
+        if found and end == tail and name not in ("", "weight", "bias"):
             return f"{module}.{leaf}", name
     return None
 
