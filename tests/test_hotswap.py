@@ -139,3 +139,12 @@ def test_as_peft_swaps(tmp_path: Path) -> None:
     model = load(first)
     veneer.hotswap_adapter(model, second)
     assert gap(logits(model, X), logits(theirs, X)) < CLOSE
+
+
+def test_a_bias_that_the_new_one_does_not_bring_is_the_bases_again(tmp_path: Path) -> None:
+    first, second = (saved(tmp_path / bias, "qwen2", 1, bias=bias) for bias in ("lora_only", "none"))
+    model = veneer.PeftModel.from_pretrained(build("qwen2"), first)
+    expected = logits(veneer.PeftModel.from_pretrained(build("qwen2"), second), X)
+    assert gap(logits(model, X), expected) > 0.02
+    veneer.hotswap_adapter(model, second)
+    assert gap(logits(model, X), expected) < CLOSE

@@ -22,6 +22,7 @@ from veneer.config import targeted
 from veneer.errors import AdapterError, MergeError, UnsupportedError
 from veneer.layer import AdaptedLayer, Bound
 from veneer.methods import method_of
+from veneer.methods.bias import Bias, base_bias
 from veneer.methods.lora import RANK_DIMS, Lora, LoraSettings
 from veneer.model import PeftModel
 from veneer.plan import Binding, Plan, bind_error, make_plan
@@ -145,11 +146,11 @@ def hotswap_adapter(
     ]
     for layer, share, binding in places:
         _check_place(layer, adapter_name, share, binding)
+    bound = {layer.site.id for layer, _, binding in places if binding is not None}
     for layer, share, binding in places:
-        if binding is not None or entry.stored:
+        if entry.stored or layer.site.id in bound:
             _swap(layer, adapter_name, share, binding, tensors)
     if not entry.stored:
-        bound = {layer.site.id for layer, _, binding in places if binding is not None}
         adapters.leave_layers(entry, [name for name in entry.layers if name not in bound])
     _swap_shared(entry, plan, tensors)
     entry.config, entry.origin, entry.notes = config, checkpoint.origin, [*checkpoint.notes, *plan.notes]
@@ -200,7 +201,8 @@ def _swap(layer: AdaptedLayer, name: str, share: Bound, binding: Binding | None,
     live = layer.tensors(name, share)
     if binding is None:
         for parameter in live.values():
-            parameter.zero_()
+            # A bias is kept whole: that of the base is no change.
+            parameter.copy_(base_bias(layer)) if isinstance(share.method, Bias) else parameter.zero_()
         layer.reset(name, share, share.settings)
         return
     for leaf, parameter in live.items():

@@ -199,3 +199,12 @@ def test_keys_with_the_adapters_name_in_them(tmp_path: Path) -> None:
     tensors = {key.replace(".weight", ".default.weight"): t for key, t in load_file(folder / WEIGHTS).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     check_everywhere(llama, folder, IDS, expected)
+
+
+def test_a_bias_beside_a_layer_that_has_none_is_a_problem(tmp_path: Path) -> None:
+    folder, _ = saved_by_peft(llama, lora(target_modules=["lm_head"]), tmp_path / "adapter", IDS)
+    tensors = load_file(folder / WEIGHTS)
+    tensors["base_model.model.lm_head.base_layer.bias"] = torch.zeros(99)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(veneer.BindError, match=r"lm_head: base_layer\.bias is in the checkpoint, and this layer"):
+        veneer.PeftModel.from_pretrained(made(llama), folder)

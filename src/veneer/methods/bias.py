@@ -35,19 +35,21 @@ class Bias(Method[TargetedConfig, None]):
         return None
 
     def shapes(self, settings: None, site: Site) -> dict[str, tuple[int, ...]]:
-        return {self.leaf: site.shape[:1]}
+        has = isinstance(site, VectorSite) or site.bias is not None
+        return {self.leaf: site.shape[:1]} if has else {}
 
     def init(
         self, config: TargetedConfig, settings: None, base: Base, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
-        return {self.leaf: _bias(base).float().clone()}
+        return {self.leaf: base_bias(base).float().clone()}
 
     def lower(self, settings: None, tensors: Mapping[str, Tensor], base: Base) -> Patch:
-        shift = tensors[self.leaf].float() - _bias(base).float()
+        shift = tensors[self.leaf].float() - base_bias(base).float()
         return Patch(dense=shift.unsqueeze(1)) if isinstance(base.site, VectorSite) else Patch(shift=shift)
 
 
-def _bias(base: Base) -> Tensor:
+def base_bias(base: Base) -> Tensor:
+    """The bias of the base that such a tensor takes the place of."""
     if isinstance(base.site, VectorSite):
         return base.base_weight().squeeze(1)
     assert base.base_bias is not None
