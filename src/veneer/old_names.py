@@ -17,7 +17,7 @@ from veneer.targets import names_match, pattern_value, saved_modules, shortest, 
 
 # What a pattern's name may end with, and the options that hold for a module that it does not mean.
 _PATTERNS = {"rank_pattern": ("r",), "alpha_pattern": ("lora_alpha", "alpha")}
-LORA_E = "lora_E"
+_LORA_E = "lora_E"
 _INDEX = "#"
 _Kind = tuple[str, ...]
 
@@ -153,7 +153,7 @@ def _saved_now(config: TargetedConfig, name: str, names: OldNames, catalog: Cata
 def _patterns(patterns: Mapping[str, Any], default: Any, names: OldNames, held: Collection[str]) -> dict[str, Any]:
     """``patterns`` (what a name ends with -> a value), with what they say otherwise under today's names put first."""
     if any(isinstance(value, list) for value in patterns.values()):  # AdaLoRA's: a layer's own name -> its ranks
-        whole = {f"{old}.{LORA_E}": f"{new}.{LORA_E}" for old, new in names.now.items()}
+        whole = {f"{old}.{_LORA_E}": f"{new}.{_LORA_E}" for old, new in names.now.items()}
         return {whole.get(name, name): value for name, value in patterns.items()}
     odd: dict[Any, list[str]] = {}
     for old, new in names.now.items():
