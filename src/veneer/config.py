@@ -11,7 +11,6 @@ import difflib
 import importlib
 import json
 import pkgutil
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
+from veneer import patterns
+from veneer.by_transformers import first_line
 from veneer.errors import ConfigError, UnknownKeyError, UnknownMethodError, UnsupportedError
 from veneer.files import written_whole
 from veneer.source import ADAPTER_CONFIG, resolve
@@ -197,11 +198,12 @@ class PeftConfig:
         _sort_unknown(extra, names, where, strict)
         try:
             known = {key: value for key, value in known.items() if value is not None or key not in _PATTERNS}
-            config = kind(**{**known, "peft_type": _peft_type(known["peft_type"])}, extra=extra)
+            with patterns.matching():
+                config = kind(**{**known, "peft_type": _peft_type(known["peft_type"])}, extra=extra)
         except ConfigError as error:
             raise type(error)(f"{where}: {error.message}", hint=error.hint) from error
-        except (TypeError, ValueError, re.error) as error:
-            raise ConfigError(f"{where}: {error}.", hint="Compare it with a config that loads.") from error
+        except Exception as error:  # whatever a method's class makes of values that are none of its own
+            raise ConfigError(f"{where}: {first_line(error)}.", hint="Compare it with a config that loads.") from error
         config.check_honoured(where)
         return config
 
@@ -262,14 +264,16 @@ class TargetedConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
 
+    # How the keys of options such as rank_pattern are put to a layer's name.
+    pattern_form: ClassVar[patterns.Form] = patterns.ENDING
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, Iterable) and not isinstance(value, str):
                 setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
-        for name in ("target_modules", "exclude_modules"):
-            check_regex(name, getattr(self, name))
+        self._check_patterns()
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ConfigError(
                 "layers_to_transform needs target_modules as a list; it is a regular expression or a keyword here.",
@@ -280,6 +284,17 @@ class TargetedConfig(PeftConfig):
                 f"layers_pattern={self.layers_pattern!r} says nothing without layers_to_transform.",
                 hint="Give layers_to_transform=[...] too, or leave both out.",
             )
+
+    def _check_patterns(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            patterns.check(name, getattr(self, name), patterns.WHOLE)
+        blocks = self.layers_pattern
+        for pattern in blocks if isinstance(blocks, list) else [blocks]:
+            patterns.check("layers_pattern", pattern, patterns.BLOCK)
+        for name, value in vars(self).items():
+            if name.endswith("_pattern") and isinstance(value, Mapping):
+                for pattern in value:
+                    patterns.check(name, pattern, self.pattern_form)
 
 
 @dataclass
@@ -402,19 +417,6 @@ def _sort_unknown(extra: Mapping[str, Any], known: set[str], where: str, strict:
         warnings.warn(message + " It is ignored.", stacklevel=4)
     for key in on.keys() - set(switches):
         warnings.warn(f"{where}: unknown key {key}={on[key]!r} is kept and not used.", stacklevel=4)
-
-
-def check_regex(name: str, value: Any) -> None:
-    """Raise ``ConfigError`` when ``value`` is a string and no regular expression."""
-    if not isinstance(value, str):
-        return
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ConfigError(
-            f"{name}: {value!r} is no regular expression: {error}.",
-            hint="Escape dots and brackets with a backslash.",
-        ) from error
 
 
 def check_at_least_one(config: PeftConfig, *names: str) -> None:

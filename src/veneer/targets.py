@@ -7,12 +7,12 @@ config what it should hold.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from veneer.config import AnyConfig, TargetedConfig
 from veneer.errors import TargetError
+from veneer.patterns import BLOCK, ENDING, WHOLE, match
 
 ALL_LINEAR = "all-linear"
 
@@ -63,7 +63,7 @@ def names_match(name: str, wanted: str | Iterable[str] | None) -> bool:
     if wanted is None:
         return False
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
+        return match(wanted, WHOLE, name) is not None
     return any(name == ending or name.endswith("." + ending) for ending in wanted)
 
 
@@ -75,7 +75,7 @@ def block_index(name: str, patterns: str | Iterable[str] | None) -> int | None:
     """
     lists = [patterns] if isinstance(patterns, str) else list(patterns or ())
     for named in lists or [r"[^.]*"]:
-        found = re.match(rf"(?:.*?\.)??(?:{named})\.(?P<block>\d+)\.", name)
+        found = match(named, BLOCK, name)
         if found:
             return int(found["block"])
     return None
@@ -84,7 +84,7 @@ def block_index(name: str, patterns: str | Iterable[str] | None) -> int | None:
 def pattern_value(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
     """The value of the first pattern that ``name`` ends with; ``default`` when none does."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if match(pattern, ENDING, name):
             return value
     return default
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from veneer.config import PeftType, TargetedConfig, check_regex
+from veneer import patterns
+from veneer.config import PeftType, TargetedConfig
 
 
 @dataclass
@@ -24,7 +25,7 @@ class IA3Config(TargetedConfig):
         self.peft_type = PeftType.IA3
         if isinstance(self.feedforward_modules, (set, frozenset)):
             self.feedforward_modules = sorted(self.feedforward_modules)
-        check_regex("feedforward_modules", self.feedforward_modules)
+        patterns.check("feedforward_modules", self.feedforward_modules, patterns.WHOLE)
 
 
 CONFIG = IA3Config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from veneer.config import PeftType, TargetedConfig, check_at_least_one, check_regex, check_share
+from veneer.config import PeftType, TargetedConfig, check_at_least_one, check_share
 
 
 @dataclass
@@ -36,8 +36,6 @@ class LoHaConfig(TargetedConfig):
         self.peft_type = PeftType.LOHA
         check_at_least_one(self, "r", "rank_pattern")
         check_share(self, "rank_dropout", "module_dropout")
-        for pattern in (*self.rank_pattern, *self.alpha_pattern):
-            check_regex("rank_pattern or alpha_pattern", pattern)
 
 
 CONFIG = LoHaConfig

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from veneer.arrow_config import ArrowConfig
-from veneer.config import PeftType, TargetedConfig, check_regex
+from veneer.config import PeftType, TargetedConfig
 from veneer.errors import ConfigError
 from veneer.start_configs import LoftQConfig
 
@@ -129,9 +129,6 @@ class LoraConfig(TargetedConfig):
                 f"lora_dropout={self.lora_dropout!r} is no share.",
                 hint="It lies between 0 (off) and 1 (excluded).",
             )
-        for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            for pattern in patterns:
-                check_regex(name, pattern)
 
     def _check_variant(self) -> None:
         names = (*VARIANTS, "use_dora", "alora_invocation_tokens", "use_qalora", "arrow_config")

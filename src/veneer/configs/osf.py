@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from veneer import patterns
 from veneer.config import PeftType, TargetedConfig
 
 
@@ -21,6 +23,8 @@ class OSFConfig(TargetedConfig):
     rank_pattern: dict[str, int | float] | None = None
     init_weights: bool | None = True
     target_svd_config: dict[str, int] | None = None
+
+    pattern_form: ClassVar[patterns.Form] = patterns.PART
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -49,7 +49,8 @@ class XLoraConfig(TargetedConfig):
     global_scaling_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        self.adapters = {name: str(path) for name, path in (self.adapters or {}).items()}
+        if isinstance(self.adapters, Mapping):
+            self.adapters = {name: str(path) for name, path in self.adapters.items()}
         super().__post_init__()
         self.peft_type = PeftType.XLORA
         if not self.adapters:

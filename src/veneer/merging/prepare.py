@@ -32,6 +32,7 @@ from veneer.merging.repeated import repeated_blocks
 from veneer.merging.rounding import NEAREST, Rounding
 from veneer.merging.skeleton import Parameters, build_skeleton, lengthen, stored_names
 from veneer.merging.works import Values
+from veneer.patterns import matching
 from veneer.source import INDEX, MODEL_CONFIG, MODEL_STEM, Source, resolve
 from veneer.task_class import note_of
 from veneer.vocabulary import resized
@@ -159,7 +160,8 @@ def prepare(
     files = open_weights(found.source)
     try:
         told = _check_identity(merged, found.source, strict_base)
-        return _planned(merged, sources, found, files, options, where, told, small, read)
+        with matching(*(checkpoint.config for checkpoint in checkpoints), where=", ".join(s.origin for s in sources)):
+            return _planned(merged, sources, found, files, options, where, told, small, read)
     except BaseException:
         files.close()
         raise

@@ -9,7 +9,6 @@ worked out again from the base; the difference does not depend on the signs of t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from veneer.configs.osf import OSFConfig
 from veneer.methods.method import Base, Method
 from veneer.patch import Patch
+from veneer.patterns import PART, match
 from veneer.sites import Site
 from veneer.sites.linear import LinearSite
 
@@ -33,7 +33,7 @@ class OSF(Method[OSFConfig, int]):
 
     def settings(self, config: OSFConfig, site: Site) -> int:
         small, chosen = min(site.shape), config.effective_rank
-        found = [rank for pattern, rank in (config.rank_pattern or {}).items() if re.search(pattern, site.name)]
+        found = [rank for pattern, rank in (config.rank_pattern or {}).items() if match(pattern, PART, site.name)]
         chosen = found[0] if found else chosen
         if chosen is None:
             return small // 2

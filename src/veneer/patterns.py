@@ -1,0 +1,172 @@
+"""Regular expressions of a config: matched as Python's ``re`` does, and in bounded time.
+
+A checkpoint must not keep the process that reads it, and an expression whose repetitions repeat can take longer than
+anybody waits. ``re`` cannot be stopped; the package ``regex``, which transformers needs anyway, can. Both take the same
+syntax once the little in which they differ is spelt out. What is a plain name, as nearly all are, stays with ``re``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from veneer.errors import ConfigError
+
+# Seconds of computing, for one match and for all that one config asks for. An ordinary match takes microseconds.
+_LONGEST = 0.25
+_ALTOGETHER = 3.0
+# What can be made ready for matching in reasonable time: characters, and copies of what is repeated.
+_MOST_CHARACTERS = 20_000
+_MOST_COPIES = 1_000
+
+# Letters, digits, dots and what stands for them: nothing that can be matched in more than one way.
+_PLAIN = re.compile(r"(?:[\w.-]|\\[.dw])*", re.ASCII)
+# A name in braces, another escape, a set, an open brace.
+_TOKENS = re.compile(r"\\N\{[^}]*\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(?:(\d*)(,?)(\d*)\})?", re.DOTALL)
+
+
+class Form(NamedTuple):
+    """How an expression is put to a name: what stands around it, and the method that matches."""
+
+    around: str
+    method: str
+
+
+WHOLE = Form("{}", "fullmatch")
+PART = Form("{}", "search")
+ENDING = Form(r"(.*\.)?({})$", "match")
+BLOCK = Form(r"(?:.*?\.)??(?:{})\.(?P<block>\d+)\.", "match")
+
+
+@dataclasses.dataclass
+class _Allowance:
+    """The seconds that are left for matching what some configs hold."""
+
+    configs: tuple[Any, ...] = ()
+    where: str = ""
+    left: float = _ALTOGETHER
+
+
+_current: ContextVar[_Allowance | None] = ContextVar("allowance", default=None)
+
+
+@contextmanager
+def matching(*configs: Any, where: str = "") -> Iterator[None]:
+    """Give all the matching inside the ``with`` block one allowance of time.
+
+    Args:
+        *configs: whose expressions are matched; errors name the option.
+        where: these come from, for errors.
+    """
+    token = _current.set(_Allowance(configs, where))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def match(pattern: str, form: Form, name: str) -> Any:
+    """The match of a config's expression with a module's name, put as ``form`` says; ``None`` when there is none.
+
+    Raises:
+        ConfigError: it is no expression, or matching takes too long.
+    """
+    if _PLAIN.fullmatch(pattern):
+        return _plain(pattern, form)(name)
+    allowance = _current.get() or _Allowance()
+    started = time.thread_time()
+    try:
+        found = _bounded(pattern, form)(name, timeout=_LONGEST)
+    except TimeoutError as error:
+        raise _refused(pattern, "takes too long to match", allowance) from error
+    except _NoExpressionError as error:
+        raise _refused(pattern, str(error), allowance) from error
+    allowance.left -= time.thread_time() - started
+    if allowance.left < 0:
+        raise _refused(pattern, "takes too long to match with all names", allowance)
+    return found
+
+
+def check(option: str, value: Any, form: Form) -> None:
+    """Raise ``ConfigError`` when the value of an option is text and no regular expression, or none to be matched."""
+    if not isinstance(value, str) or _PLAIN.fullmatch(value):
+        return
+    allowance = _current.get() or _Allowance()
+    started = time.thread_time()
+    try:
+        _bounded(value, form)
+    except _NoExpressionError as error:
+        raise ConfigError(f"{option}: {_short(value)} {error}.", hint=_HINT) from error
+    allowance.left -= time.thread_time() - started
+    if allowance.left < 0:
+        raise ConfigError(f"{option}: its expressions take too long to read.", hint=_HINT)
+
+
+_HINT = "Escape dots and brackets with a backslash, or list the names instead."
+
+
+class _NoExpressionError(Exception):
+    """Why a text cannot be matched as a regular expression."""
+
+
+@lru_cache(maxsize=4096)
+def _plain(pattern: str, form: Form) -> Any:
+    return getattr(re.compile(form.around.format(pattern)), form.method)
+
+
+@lru_cache(maxsize=1024)
+def _bounded(pattern: str, form: Form) -> Any:
+    import regex  # type: ignore[import-untyped]
+
+    copies = math.prod(int(count) for count in re.findall(r"\{(\d{1,9})", pattern) if int(count))
+    if len(pattern) > _MOST_CHARACTERS or copies > _MOST_COPIES:
+        raise _NoExpressionError("is too long, or repeats too often")
+    try:
+        # Alone and in its place: ``a)|(b`` is an expression only in brackets, and a flag only at the beginning.
+        re.compile(pattern)
+        re.compile(form.around.format(pattern))
+        return getattr(regex.compile(form.around.format(_TOKENS.sub(_spelt_out, pattern))), form.method)
+    except (re.error, regex.error, OverflowError, RecursionError) as error:
+        raise _NoExpressionError(f"is no regular expression: {error}") from error
+
+
+def _spelt_out(token: re.Match[str]) -> str:
+    r"""What ``re`` and ``regex`` read differently, as both read it.
+
+    ``[[:alpha:]]`` is a class, and ``(ab){e}`` allows a mistake, to ``regex`` alone: ``[\[:alpha:]]``, ``(ab)\{e}``.
+    """
+    text = token[0]
+    if text.startswith("["):
+        return "[" + re.sub(r"(\\.)|\[", lambda part: part[1] or r"\[", text[1:], flags=re.DOTALL)
+    if text == "{" or text == "{}":
+        return "\\" + text
+    if text.startswith("{") and not token[1]:
+        return f"{{0,{token[3]}}}"
+    return text
+
+
+def _refused(pattern: str, why: str, allowance: _Allowance) -> ConfigError:
+    options = [
+        own.name
+        for config in allowance.configs
+        for own in dataclasses.fields(config)
+        if _holds(getattr(config, own.name), pattern)
+    ]
+    named = ", ".join(dict.fromkeys(options)) or "the config's regular expression"
+    prefix = f"{allowance.where}: " if allowance.where else ""
+    return ConfigError(f"{prefix}{named}: {_short(pattern)} {why}.", hint=_HINT)
+
+
+def _holds(value: Any, pattern: str) -> bool:
+    return value == pattern or (isinstance(value, (list, tuple, set, Mapping)) and pattern in value)
+
+
+def _short(pattern: str) -> str:
+    return repr(pattern) if len(pattern) <= 60 else f"{pattern[:60]!r}…"
