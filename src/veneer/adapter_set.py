@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from veneer.errors import CorruptFileError
-from veneer.files import written_whole
-from veneer.source import ADAPTER_CONFIG, Source
+from veneer.files import writing, written_whole
+from veneer.source import ADAPTER_CONFIG, Source, is_file
 
 SET_FILE = "adapter_set.json"
 DEFAULT = "default"
@@ -53,7 +53,7 @@ def members(source: Source) -> list[Member]:
     below = {
         child.name: Member(child.name, replace(source, root=child, origin=f"{source.origin}/{child.name}"))
         for child in sorted(source.root.iterdir())
-        if "." not in child.name and child.is_dir() and (child / ADAPTER_CONFIG).is_file()
+        if "." not in child.name and is_file(child / ADAPTER_CONFIG)
         if child.name in listed or not TRAINER_CHECKPOINT.fullmatch(child.name)
     }
     if not below:
@@ -74,7 +74,8 @@ def write(folder: Path, names: Sequence[str], chosen: Sequence[str]) -> None:
     """Record the order of a set and which of it is active."""
     target = folder / SET_FILE
     if list(names) == [DEFAULT]:
-        target.unlink(missing_ok=True)
+        with writing(target):
+            target.unlink(missing_ok=True)
         return
     text = json.dumps({"adapters": list(names), "active": [name for name in chosen if name in names]}, indent=2)
     with written_whole(target) as temporary:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from veneer.config import PeftConfig
 from veneer.errors import IncompleteCheckpointError
 from veneer.files import written_whole
-from veneer.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Header, Source, TensorInfo, read_header, weight_files
+from veneer.source import ADAPTER_CONFIG, ADAPTER_STEM, ADAPTER_WEIGHTS, Header, Source, TensorInfo, read_headers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +85,7 @@ def open_checkpoint(source: Source, *, strict: bool = True, config: PeftConfig |
     if config is None:
         where = f"{source.origin}/{ADAPTER_CONFIG}"
         config = PeftConfig.from_dict(source.json(ADAPTER_CONFIG), where=where, strict=strict)
-    headers = [read_header(path) for path in weight_files(source, "adapter_model")]
+    headers = read_headers(source, ADAPTER_STEM)
     tensors = {name: info for header in headers for name, info in header.tensors.items()}
     if not sum(info.numel for info in tensors.values()):
         raise IncompleteCheckpointError(

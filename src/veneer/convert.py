@@ -28,6 +28,7 @@ from veneer.methods.lora import METHOD as LORA
 from veneer.methods.lora import check_can_be_made
 from veneer.model import PeftModel
 from veneer.panel import panel
+from veneer.source import is_file, is_folder
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -97,7 +98,7 @@ def convert_to_lora(
         UnsupportedError: no LoRA can hold the adapter, or ``rank`` is missing. Whatever loading raises.
     """
     target = Path(out)
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+    if is_file(target) or (is_folder(target) and any(target.iterdir())):
         raise AdapterError(f"{target} is not empty.", hint="Choose another folder.")
     model = source if isinstance(source, PeftModel) else load(source, base=base, **load_options)
     adapter = model.adapters.get(_name(model, adapter_name))

@@ -32,6 +32,8 @@ from veneer.source import (
     Header,
     Source,
     TensorInfo,
+    check_shards,
+    exists,
     is_offline,
     looks_like_hub_id,
     read_header,
@@ -347,7 +349,7 @@ def _check_base(base: Any, source: Source, problems: list[Problem]) -> None:
     except ConfigError as error:
         problems.append(_problem("base-map", error))
         return
-    if not (looks_like_hub_id(place) or _exists(Path(place)) or _exists(source.root / place)):
+    if not (looks_like_hub_id(place) or exists(Path(place)) or exists(source.root / place)):
         moved = "" if place == base else f" (the base map says {place})"
         problems.append(
             Problem(
@@ -356,13 +358,6 @@ def _check_base(base: Any, source: Source, problems: list[Problem]) -> None:
                 f"Name it when loading: veneer.load({source.origin!r}, base=...).",
             )
         )
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that is too long, a folder that is closed to us
-        return False
 
 
 def _layers(method: str | None, tensors: Iterable[TensorInfo]) -> int:
@@ -431,6 +426,11 @@ def _headers(source: Source, stem: str, problems: list[Problem]) -> list[Header]
             headers.append(read_header(file))
         except SourceError as error:
             problems.append(_problem("damaged", error))
+    if len(headers) == len(files):
+        try:
+            check_shards(source, stem, headers)
+        except SourceError as error:
+            problems.append(_problem("shards", error))
     return headers
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from veneer import adapter_set
 from veneer.base_map import relocated
-from veneer.by_transformers import by_transformers, first_line
+from veneer.by_transformers import by_transformers
 from veneer.checkpoint import Checkpoint, open_checkpoint
 from veneer.codec import PREFIX, SHARED_PREFIX
 from veneer.config import TaskType
@@ -42,12 +42,20 @@ from veneer.source import (
     MODEL_CONFIG,
     MODEL_STEM,
     Source,
+    exists,
+    is_file,
     read_header,
     resolve,
     weight_files,
 )
 from veneer.task_class import ANOTHER_CLASS, class_for, note_of
 from veneer.vocabulary import resized
+
+# What to do where transformers cannot make a tokenizer.
+_TOKENIZER = (
+    "Copy its files again, or remove them from the adapter's folder to use the base's. Code that comes with one is "
+    "not run."
+)
 
 # The rows of these give the number of labels that an adapter's head was trained for.
 _HEAD_WEIGHTS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
@@ -88,7 +96,7 @@ def load(
         path: a local folder or hub id: an adapter, a full or merged model, a set of adapters, or both in one
             (the adapter's config then decides).
         base: the base model, as a path, a hub id or a model in memory. By default what the adapter's config
-            names: as a path, as a path relative to the adapter's folder, as a hub id.
+            names: as a path relative to the adapter's folder, as a path, as a hub id.
         task: what the model is for, such as ``"CAUSAL_LM"``; by default the adapter's task, then the base's class.
         dtype: of the base model; ``"auto"`` keeps that of its files. An adapter keeps its own.
         device_map: where the base goes, as in transformers (needs accelerate).
@@ -101,7 +109,7 @@ def load(
         subfolder: where in ``path`` to look.
         strict: raise when adapter and base do not fit; else use what fits and warn.
         strict_base: raise when the base is not the one that the adapter records; else warn.
-        trust_remote_code: run code that comes with the base model.
+        trust_remote_code: run code that comes with the base model; an adapter's is never run.
         local_files_only: never use the network.
         token: for the hub.
         **model_kwargs: passed on to transformers when it builds the base: ``quantization_config``, ``max_memory``,
@@ -168,29 +176,32 @@ def _converted(base: Source) -> frozenset[torch.dtype]:
     return frozenset({torch.float32, torch.bfloat16, torch.float16} - stored)
 
 
-def load_tokenizer(model: PeftModel) -> Any:
+def load_tokenizer(model: PeftModel, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer that belongs to a loaded model: the adapter's own if it brings one, else the base's.
 
+    Args:
+        model: what was loaded.
+        trust_remote_code: run code that comes with the base's tokenizer; an adapter's is never run.
+
     Raises:
-        SourceError: neither has one, or it is damaged.
+        SourceError: neither has one, it is damaged, or it needs code that is not trusted.
     """
     from transformers import AutoTokenizer
 
     report = model.load_report
-    places = [*(a.origin for a in (report.adapters if report else ())), getattr(model, "name_or_path", "")]
+    base = getattr(model, "name_or_path", "")
+    places = [*(a.origin for a in (report.adapters if report else ())), base]
     places = [place for place in dict.fromkeys([*places, report.path if report else ""]) if place]
     for place in places:
         source = None
         with contextlib.suppress(SourceError):
             source = resolve(place, local_files_only=True)
         if source is not None and (source.has("tokenizer.json") or source.has("tokenizer_config.json")):
-            try:
-                return AutoTokenizer.from_pretrained(source.root, local_files_only=True)
-            except Exception as error:  # whatever transformers makes of files that are no tokenizer's
-                raise CorruptFileError(
-                    f"{place}: transformers cannot read the tokenizer there: {first_line(error)}",
-                    hint="Copy its files again, or remove them from the adapter's folder to use the base's.",
-                ) from error
+            trusted = trust_remote_code and place == base
+            with by_transformers(
+                CorruptFileError, f"{place}: transformers cannot read the tokenizer there", _TOKENIZER
+            ):
+                return AutoTokenizer.from_pretrained(source.root, local_files_only=True, trust_remote_code=trusted)
     raise IncompleteCheckpointError(
         f"No tokenizer in {' or '.join(places)}.",
         hint="Save one there with its save_pretrained(...).",
@@ -211,7 +222,7 @@ def kind_of(source: Source, members: list[adapter_set.Member]) -> str:
             f"{source.origin}: there is {ADAPTER_WEIGHTS} but no {ADAPTER_CONFIG}, so its scale is unknown.",
             hint="Copy the config from where the adapter was trained.",
         )
-    states = [p.name for p in source.root.glob("checkpoint-*") if (p / ADAPTER_CONFIG).is_file()]
+    states = [p.name for p in source.root.glob("checkpoint-*") if is_file(p / ADAPTER_CONFIG)]
     states.sort(key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
     raise NotACheckpointError(
         f"{source.origin}: neither a model ({MODEL_CONFIG}) nor an adapter ({ADAPTER_CONFIG}) is there.",
@@ -270,14 +281,12 @@ def _gguf_config(source: Source, file: str) -> dict[str, Any]:
     require("A base in a GGUF file", *GGUF_PACKAGES, extra="demo", error=BaseModelError)
     import transformers
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(source.root, gguf_file=file, local_files_only=True)
-    except Exception as error:  # whatever transformers makes of a damaged file, or of one it has no class for
-        raise BaseModelError(
-            f"transformers cannot read {source.origin}/{file}: {first_line(error)}",
-            hint="It needs an architecture that transformers reads from GGUF.",
-        ) from error
-    return dict(config.to_dict())
+    what = f"transformers cannot read {source.origin}/{file}"
+    auto: Any = transformers.AutoConfig
+    with by_transformers(BaseModelError, what, "It needs an architecture that transformers reads from GGUF."):
+        return dict(
+            auto.from_pretrained(source.root, gguf_file=file, local_files_only=True, trust_remote_code=False).to_dict()
+        )
 
 
 def _resolve_base(base: str | Path, revision: str | None, options: dict[str, Any]) -> Source:
@@ -300,12 +309,12 @@ def _named_base(
     name = names[0]
     tried = []
     # Joining an absolute name to the folder gives the name itself, so that a path is never tried twice.
-    places = {name: "named by the adapter's config"}
-    places.setdefault(str(source.root / name), "relative to the adapter's folder")
+    places = {str(source.root / name): "relative to the adapter's folder"}
+    places[name] = "named by the adapter's config"
     moved = relocated(name)
     if moved is not None:
         places = {moved: f"where the base map says that {name} is"}
-    for place, why in sorted(places.items(), key=lambda item: not Path(item[0]).exists()):
+    for place, why in sorted(places.items(), key=lambda item: not exists(Path(item[0]))):
         try:
             found = resolve(place, revision=revision, what="base", **options)
         except SourceError as error:
@@ -440,4 +449,4 @@ def without_adapter(source: Source) -> Iterator[Path]:
 
 def _origin(source: Source) -> str:
     """What the model remembers as its origin: an absolute path, or the hub id."""
-    return str(source.root.resolve()) if Path(source.origin).exists() else source.origin
+    return str(source.root.resolve()) if exists(Path(source.origin)) else source.origin

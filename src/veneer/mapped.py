@@ -22,7 +22,7 @@ def read_mapped(header: Header, wanted: Collection[str]) -> dict[str, Tensor]:
     """Key -> tensor, for those of ``wanted`` that the file holds: its dtype, its bytes.
 
     Raises:
-        CorruptFileError: the file has become shorter than its header says.
+        CorruptFileError: the file has become shorter than its header says, or is none that safetensors reads.
     """
     infos = [info for name, info in header.tensors.items() if name in wanted]
     if not infos:
@@ -60,7 +60,10 @@ def _view(whole: object, start: int, info: TensorInfo) -> Tensor:
 
 def _copied(header: Header, infos: Collection[TensorInfo]) -> dict[str, Tensor]:
     """The same by the library's own reader: for rare dtypes, and for data that are not aligned to theirs."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(header.path, framework="pt") as file:
-        return {info.name: file.get_tensor(info.name) for info in infos}
+    try:
+        with safe_open(header.path, framework="pt") as file:
+            return {info.name: file.get_tensor(info.name) for info in infos}
+    except (SafetensorError, OSError) as error:
+        raise CorruptFileError(f"{header.path} cannot be read: {error}.", hint="Copy or download it again.") from error

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -23,7 +22,7 @@ from veneer.errors import AdapterError, UnsupportedError
 from veneer.methods.method import Base
 from veneer.patch import Patch
 from veneer.sites import Site
-from veneer.source import ADAPTER_CONFIG, Source, read_header, resolve, weight_files
+from veneer.source import ADAPTER_CONFIG, Source, exists, read_header, resolve, weight_files
 
 if TYPE_CHECKING:
     from veneer.adapters import Adapters
@@ -117,7 +116,7 @@ def expert_source(name: str, index: int, path: str, beside: Source | None) -> So
         if own.has(ADAPTER_CONFIG) and _is_whole(own):
             return own
     relative = beside.root / path
-    return resolve(relative if not Path(path).exists() and relative.exists() else path, what="adapter")
+    return resolve(relative if exists(relative) else path, what="adapter")
 
 
 def _is_whole(source: Source) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
+import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,17 +28,19 @@ from veneer.errors import (
     UnsupportedError,
     VeneerError,
 )
+from veneer.files import writing
 from veneer.identity import BASE_DIGEST_KEY, base_digest
 from veneer.merging import in_memory
 from veneer.merging.quantized import QuantizedMerge
 from veneer.methods.allocation import allocate
 from veneer.mixture import expert_source
+from veneer.patterns import matching
 from veneer.penalty import with_penalty
 from veneer.positions import prompted
 from veneer.remap import remapped
 from veneer.report import AdapterReport, LoadReport
 from veneer.scaling_face import ScalingFace
-from veneer.source import ADAPTER_CONFIG, MODEL_CONFIG, Source, resolve
+from veneer.source import ADAPTER_CONFIG, MODEL_CONFIG, Source, is_file, resolve
 from veneer.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
 from veneer.wrapper import fitted_class
 
@@ -304,7 +308,11 @@ class PeftModel(ScalingFace, nn.Module):
         _check_is_adapter(source)
         checkpoint = open_checkpoint(source, strict=strict, config=config)
         base_check = self._check_identity(checkpoint, strict_base)
-        with self.adapters.replicated(checkpoint.config), self._with_experts(checkpoint.config, source, trainable):
+        with (
+            matching(checkpoint.config, where=checkpoint.origin),
+            self.adapters.replicated(checkpoint.config),
+            self._with_experts(checkpoint.config, source, trainable),
+        ):
             checkpoint = remapped(checkpoint, self.adapters.catalog)
             adapter = adding.load(
                 self.adapters,
@@ -330,6 +338,11 @@ class PeftModel(ScalingFace, nn.Module):
         try:
             for index, (name, path) in enumerate(config.expert_paths.items()):
                 source = expert_source(name, index, path, beside)
+                if _mixes(source):  # or even itself, without end
+                    raise UnsupportedError(
+                        f"{source.origin}, to be mixed as {name!r}, mixes adapters itself.",
+                        hint="Mix plain LoRA adapters.",
+                    )
                 if name not in here or self.adapters.get(name).origin != source.origin:
                     self._load(source, name, trainable)
             self.adapters.switch.standing = standing
@@ -423,7 +436,11 @@ class PeftModel(ScalingFace, nn.Module):
             peft_config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
         _add_heads(peft_config)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        with self.adapters.replicated(peft_config), self._with_experts(peft_config, None, True):
+        with (
+            matching(peft_config),
+            self.adapters.replicated(peft_config),
+            self._with_experts(peft_config, None, True),
+        ):
             adding.create(self.adapters, adapter_name, peft_config, generator=generator)
         peft_config.inference_mode = False
         if not self.adapters.switch.standing.names:
@@ -667,7 +684,10 @@ class PeftModel(ScalingFace, nn.Module):
             **kwargs: for a model without adapters, passed on to transformers.
         """
         if not self.adapters.entries:
-            self.get_base_model().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+            with writing(Path(save_directory)):
+                if is_file(Path(save_directory)):  # which transformers only logs
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+                self.get_base_model().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
             return
         if not safe_serialization:
             raise UnsupportedError(

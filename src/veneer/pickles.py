@@ -16,7 +16,7 @@ from veneer.errors import (
     UnsupportedError,
 )
 from veneer.files import written_whole
-from veneer.source import ADAPTER_STEM, MODEL_STEM, PICKLES, SAFETENSORS, look_up, resolve, shards
+from veneer.source import ADAPTER_STEM, MODEL_STEM, PICKLES, SAFETENSORS, exists, look_up, resolve, shards
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ def convert_pickle(path: str | Path, out: str | Path | None = None) -> Path:
     pickles, target = _find(Path(path))
     if out is not None:
         target = Path(out) if Path(out).suffix == SAFETENSORS else Path(out) / target.name
-    if target.exists():
+    if exists(target):
         raise SourceError(f"{target} is there already.", hint="Move it away, or name another with out= (--out).")
     tensors = {name: tensor for file in pickles for name, tensor in _read(file).items()}
     if not tensors:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from veneer.by_transformers import by_transformers
 from veneer.errors import CorruptFileError, IncompleteCheckpointError, UnsupportedError
-from veneer.source import MODEL_CONFIG, MODEL_STEM, Source, read_header, resolve, weight_files
+from veneer.source import MODEL_CONFIG, MODEL_STEM, Source, read_headers, resolve
 
 PROJECTED = "causal_lm_with_hidden_projection"
 _DECODER = "shadow_model."
@@ -61,9 +61,7 @@ class ShadowSource:
         Raises:
             SourceError: the weights are missing, damaged, of another model, or there only as a pickle.
         """
-        files = weight_files(self.source, MODEL_STEM)
-        for file in files:
-            read_header(file)
+        files = [header.path for header in read_headers(self.source, MODEL_STEM)]
         return self._projected_values(files) if self.projected else (self._plain_values(), None)
 
     def _plain_values(self) -> dict[str, Tensor]:

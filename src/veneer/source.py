@@ -10,11 +10,13 @@ import contextlib
 import difflib
 import json
 import math
+import operator
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +93,7 @@ class Source:
 
     def has(self, name: str) -> bool:
         """Whether there is a file of that name."""
-        return self.path(name).is_file()
+        return is_file(self.path(name))
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON object read from a file of the folder."""
@@ -169,12 +171,12 @@ def resolve(
     text = os.fspath(path)
     if not text.strip():
         raise PathNotFoundError(f"The {what} is an empty string.", hint="Give a folder or a hub id.")
-    local, is_file, is_folder = look_up(text, what)
-    if is_file:
+    local, a_file, a_folder = look_up(text, what)
+    if a_file:
         if subfolder:
             raise PathNotFoundError(f"{text} is a file; it has no subfolder {subfolder!r}.", hint=f"Give {text} alone.")
         return _single_file(local, text)
-    if not is_folder:
+    if not a_folder:
         if isinstance(path, Path) or os.path.lexists(local) or not looks_like_hub_id(text):
             raise _missing(local, what)
         return _from_hub(text, revision, subfolder, token, local_files_only, what, patterns)
@@ -182,7 +184,7 @@ def resolve(
         raise SourceError(f"The {what} {text} cannot be read: Permission denied.", hint="Check its permissions.")
     if subfolder:
         inner = Source(local, text).path(subfolder)
-        if not inner.is_dir():
+        if not is_folder(inner):
             raise PathNotFoundError(f"{text} has no subfolder {subfolder!r}.", hint=_near(inner))
         return Source(inner, f"{text.rstrip('/')}/{subfolder}")
     return Source(local, text)
@@ -200,6 +202,30 @@ def is_offline() -> bool:
     return any(os.environ.get(name, "").lower() in on for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
 
 
+def exists(path: Path) -> bool:
+    """Whether something is at ``path``; not where the system cannot even say, as of a name that is too long."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is at ``path``, with the same answer for what no path can be."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is at ``path``, likewise."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def look_up(text: str, what: str) -> tuple[Path, bool, bool]:
     """A path, whether it is a file, and whether it is a folder.
 
@@ -209,7 +235,7 @@ def look_up(text: str, what: str) -> tuple[Path, bool, bool]:
     try:
         local = Path(text).expanduser()
         return local, local.is_file(), local.is_dir()
-    except (OSError, RuntimeError) as error:  # a name too long, a folder closed to us, ``~`` of nobody
+    except (OSError, RuntimeError, ValueError) as error:  # too long, closed to us, ``~`` of nobody, half a character
         reason = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise PathNotFoundError(
             f"The {what} {text[:100]!r} cannot be looked up: {reason}.", hint="Give a folder or a hub id."
@@ -237,7 +263,7 @@ def _missing(path: Path, what: str) -> SourceError:
             f"The {what} {str(path)!r} is a link to {str(path.readlink())!r}, which does not exist.",
             hint="Mend the link, or give the folder itself.",
         )
-    if path.exists():
+    if exists(path):
         return NotACheckpointError(
             f"The {what} {str(path)!r} is neither a file nor a folder.", hint="Give a folder or a hub id."
         )
@@ -247,7 +273,7 @@ def _missing(path: Path, what: str) -> SourceError:
 def _near(path: Path) -> str:
     """What stands beside a path that does not exist."""
     parent = path.parent
-    while not parent.is_dir() and parent != parent.parent:
+    while not is_folder(parent) and parent != parent.parent:
         path, parent = parent, parent.parent
     names: list[str] = []
     with contextlib.suppress(OSError):  # a folder whose names are not for us
@@ -274,7 +300,7 @@ def _from_hub(
     prefix = f"{Source(Path(), repo).path(subfolder).as_posix()}/" if subfolder else ""
     wanted = [prefix + pattern for pattern in patterns]
     # With a folder ``owner`` here, ``owner/name`` is a path with a slip in it, and the hub need not hear of it.
-    slip = "/" in repo and Path(repo).parent.is_dir()
+    slip = "/" in repo and is_folder(Path(repo).parent)
     offline = local_files_only or is_offline() or slip
     cached: str | None = None
     with contextlib.suppress(LocalEntryNotFoundError):
@@ -299,7 +325,7 @@ def _from_hub(
     if folder is None:
         raise _not_cached(repo, revision, what, slip)
     root = Path(folder) / prefix
-    if not root.is_dir():
+    if not is_folder(root):
         raise PathNotFoundError(f"{repo} has no subfolder {subfolder!r}.", hint="Check its spelling.")
     return Source(root, repo + (f"/{subfolder}" if subfolder else ""), revision=revision, commit=Path(folder).name)
 
@@ -337,6 +363,9 @@ def _unreachable(repo: str, what: str, error: Exception) -> SourceError:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or ``CorruptFileError`` that says where it breaks."""
     try:
+        size = path.stat().st_size
+        if size > _MAX_HEADER:
+            raise CorruptFileError(f"{path}: {size:,} bytes are too many for a file of JSON.", hint="Check the file.")
         values = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise CorruptFileError(
@@ -405,11 +434,16 @@ class _DamagedError(Exception):
 def _described(raw: bytes) -> tuple[Mapping[str, TensorInfo], Mapping[str, str], int]:
     """The tensors and the metadata of a header, and the bytes that the tensors take."""
     try:
-        values = json.loads(raw, object_pairs_hook=_unique)
+        text = raw.decode("utf-8")  # left to itself, json also takes UTF-16 and -32
+        values = json.loads(text, object_pairs_hook=_unique, parse_int=_number, parse_constant=_number)
+        if "\\u" in text:
+            json.dumps(values, ensure_ascii=False).encode()  # refuses half of a surrogate pair
     except (ValueError, RecursionError) as error:
         raise _DamagedError("its header is no valid JSON") from error
     if not isinstance(values, dict):
         raise _DamagedError("its header is no JSON object")
+    if not text.startswith("{"):
+        raise _DamagedError("its header does not begin with a brace")
     metadata = values.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -441,6 +475,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+def _number(text: str) -> int:
+    """A number as it may stand in a header: no ``-0``, no ``NaN``."""
+    if text in ("-0", "NaN", "Infinity", "-Infinity"):
+        raise ValueError(text)
+    return int(text)
+
+
 def _tensor(name: str, value: Any) -> TensorInfo:
     try:
         dtype, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
@@ -450,9 +491,13 @@ def _tensor(name: str, value: Any) -> TensorInfo:
     whole = isinstance(shape, list) and all(type(n) is int and n < _MAX_NUMBER for n in (*shape, start, end))
     if not whole or not isinstance(dtype, str):
         raise _DamagedError(f"its header does not describe {name!r}")
+    if any(isinstance(more, (dict, list)) for key, more in value.items() if key not in ("shape", "data_offsets")):
+        raise _DamagedError(f"its header says more of {name!r} than a reader expects")
     info = TensorInfo(name, dtype, tuple(shape), start, end)
     if dtype not in DTYPE_BITS:
         raise _DamagedError(f"its header gives {name!r} the dtype {dtype!r}, which is none of safetensors'")
+    if any(product >= _MAX_NUMBER for product in accumulate(shape, operator.mul)):
+        raise _DamagedError(f"its header gives {name!r} the shape {shape}, which no computer holds")
     if min((*shape, start, end - start)) < 0 or info.nbytes * 8 != info.numel * DTYPE_BITS[dtype]:
         raise _DamagedError(f"its header gives {name!r} {info.nbytes} bytes for shape {shape} of {dtype}")
     return info
@@ -479,6 +524,51 @@ def _check_extent(end: int, available: int) -> None:
 def _unreadable(path: Path, error: OSError) -> SourceError:
     kind = PathNotFoundError if isinstance(error, FileNotFoundError) else SourceError
     return kind(f"{path} cannot be read: {error.strerror or error}.", hint="Check the path and its permissions.")
+
+
+def read_headers(source: Source, stem: str) -> list[Header]:
+    """The headers of a checkpoint's safetensors files, in the files' order.
+
+    Args:
+        source: where.
+        stem: ``"model"`` or ``"adapter_model"``.
+
+    Raises:
+        CorruptFileError: a file is damaged, or shards and index contradict each other. SourceError: see
+            :func:`weight_files`.
+    """
+    headers = [read_header(path) for path in weight_files(source, stem)]
+    check_shards(source, stem, headers)
+    return headers
+
+
+def check_shards(source: Source, stem: str, headers: Sequence[Header]) -> None:
+    """Raise ``CorruptFileError`` when a tensor is in two shards, or the index says other than their headers."""
+    homes: dict[str, Path] = {}
+    for header in headers:
+        for name in header.tensors:
+            if name in homes:
+                raise CorruptFileError(
+                    f"{source.origin}: {name} is in two files, {homes[name].name} and {header.path.name}.", hint=_AGAIN
+                )
+            homes[name] = header.path
+    if source.file is None and not source.has(stem + SAFETENSORS):
+        _check_index(source, stem + INDEX, homes)
+
+
+def _check_index(source: Source, index: str, homes: Mapping[str, Path]) -> None:
+    mapping = source.json(index)["weight_map"]
+    paths = {name: source.path(str(file)) for name, file in mapping.items()}
+    odd = [name for name in paths.keys() | homes.keys() if paths.get(name) != homes.get(name)]
+    if odd:
+        name = min(odd)
+        said = f"in {mapping[name]}" if name in mapping else "nowhere"
+        found = f"in {homes[name].relative_to(source.root)}" if name in homes else "in no file"
+        more = f", and {len(odd) - 1} more alike" if len(odd) > 1 else ""
+        raise CorruptFileError(
+            f"{source.origin}/{index} has {name} {said}, and it is {found}{more}.",
+            hint="Copy or download index and shards again.",
+        )
 
 
 def weight_files(source: Source, stem: str) -> list[Path]:

@@ -12,6 +12,7 @@ import typer
 from veneer.cli.options import Base, Dtype, Json, Local
 from veneer.cli.terminal import quiet, show, tell
 from veneer.errors import ConfigError, PathNotFoundError
+from veneer.source import exists
 
 if TYPE_CHECKING:
     from veneer.benching.progress import Progress
@@ -94,7 +95,7 @@ def _compare(paths: list[str], json: bool) -> None:
     if len(paths) != 2:
         raise ConfigError(f"--compare takes two reports, not {len(paths)}.", hint="veneer bench --compare OLD NEW")
     for path in paths:
-        if not Path(path).exists():
+        if not exists(Path(path)):
             raise PathNotFoundError(f"{path} does not exist.", hint="Give a report's folder, or a run's JSON file.")
     show(compare(*(read(Path(path)) for path in paths)), json)
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from veneer.errors import ConfigError
+from veneer.source import exists
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Base = Annotated[str | None, typer.Option(help="The base: a folder or hub id. By default what the adapter names.")]
@@ -30,7 +31,7 @@ def weighted(path: str | None, adapters: list[str]) -> dict[str | Path, float]:
 
 def _split(text: str) -> tuple[str, float]:
     name, mark, weight = text.rpartition("=")
-    if not mark or Path(text).exists():
+    if not mark or exists(Path(text)):
         return text, 1.0
     try:
         value = float(weight)

@@ -15,7 +15,7 @@ from veneer.dtypes import DTYPES
 from veneer.errors import CorruptFileError, SourceError, UnsupportedError
 from veneer.merging.beside import check_inside
 from veneer.merging.hashing import Stamp, check_unchanged, stamp_of
-from veneer.source import MODEL_STEM, SAFETENSORS, Header, Source, TensorInfo, read_header, weight_files
+from veneer.source import MODEL_STEM, SAFETENSORS, Header, Source, TensorInfo, read_headers, weight_files
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The dtypes that arithmetic is done in; what is narrower is a quantised form.
@@ -123,7 +123,8 @@ def open_weights(source: Source) -> WeightFiles:
     """
     paths = weight_files(source, MODEL_STEM)
     check_inside(source.root, paths)
-    found = {path.relative_to(source.root).as_posix(): read_header(path) for path in paths}
+    headers = read_headers(source, MODEL_STEM)
+    found = {header.path.relative_to(source.root).as_posix(): header for header in headers}
     for file, header in found.items():
         texts = (*header.tensors, *header.metadata, *header.metadata.values())
         odd = next((text for text in texts if not _is_text(text)), None)

@@ -33,7 +33,7 @@ from veneer.panel import panel
 from veneer.sites import Site, sites_for
 from veneer.sites.embedding import EmbeddingSite
 from veneer.sites.linear import LinearSite
-from veneer.source import ADAPTER_CONFIG, MODEL_CONFIG, Source, resolve
+from veneer.source import ADAPTER_CONFIG, MODEL_CONFIG, Source, is_file, is_folder, resolve
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -133,9 +133,9 @@ def extract(
     """
     _check(rank, energy)
     folder = Path(out)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not overwrite):
+    if is_file(folder) or (is_folder(folder) and any(folder.iterdir()) and not overwrite):
         raise MergeError(f"{folder} is not empty.", hint="Choose another folder, or pass --overwrite (overwrite=True).")
-    if overwrite and folder.is_dir() and any(folder.iterdir()) and not (folder / ADAPTER_CONFIG).is_file():
+    if overwrite and is_folder(folder) and any(folder.iterdir()) and not is_file(folder / ADAPTER_CONFIG):
         raise MergeError(f"{folder} holds no adapter; it is not replaced.", hint="Choose another folder.")
     options: dict[str, Any] = {"local_files_only": local_files_only}
     sources = resolve(tuned, what="tuned model", **options), resolve(base, what="base", **options)

@@ -62,4 +62,6 @@ def _named(adapters: Adapters, where: Where) -> tuple[list[str | Path], str | No
     source = resolve(first, revision=where.revision, subfolder=where.subfolder, local_files_only=True)
     config = source.json(ADAPTER_CONFIG)
     name = str(config["base_model_name_or_path"])
-    return [relocated(name) or name, str(source.root / name)], where.base_revision or config.get("revision")
+    moved = relocated(name)
+    places: list[str | Path] = [source.root / name, name] if moved is None else [moved]
+    return places, where.base_revision or config.get("revision")

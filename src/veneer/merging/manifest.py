@@ -15,7 +15,7 @@ from veneer.errors import CorruptFileError, IncompleteCheckpointError
 from veneer.merging.beside import MANIFEST
 from veneer.merging.prepare import Options, Prepared
 from veneer.merging.rounding import STOCHASTIC, Figures
-from veneer.source import Source, read_json
+from veneer.source import Source, is_file, read_json
 
 VERSION = 1
 # Below this share of the change's energy a user should think again.
@@ -107,7 +107,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         CorruptFileError: it is not what a merge writes, or names a file outside of the folder.
     """
     path = folder / MANIFEST
-    values = read_json(path) if path.is_file() else {}
+    values = read_json(path) if is_file(path) else {}
     if values.get("manifest_version") != VERSION:
         raise IncompleteCheckpointError(
             f"{folder}: there is no {MANIFEST} of this version, so nothing says how it was merged.",

@@ -25,7 +25,7 @@ from veneer.files import written_whole
 from veneer.merging.beside import MANIFEST, TEMPLATES
 from veneer.merging.hashing import sha256_of
 from veneer.merging.rounding import Figures
-from veneer.source import ADAPTER_CONFIG, MODEL_CONFIG, read_json
+from veneer.source import ADAPTER_CONFIG, MODEL_CONFIG, exists, is_file, read_json
 
 # In a reversible merge's output: what tells the base's bytes from the output's.
 DELTA = "merge_delta"
@@ -180,7 +180,7 @@ def _noted(journal: Path) -> tuple[dict[str, Any], dict[str, tuple[str, list[Fig
 
 def check_target(target: Path, overwrite: bool) -> None:
     """Raise ``MergeError`` unless ``target`` can be written."""
-    if target.exists() and not target.is_dir():
+    if exists(target) and not target.is_dir():
         raise MergeError(f"{target} is a file.", hint="Give a folder that does not exist yet.")
     if target.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise MergeError(
@@ -192,6 +192,8 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise MergeError(
             f"{target} cannot be written: {nearest} is no folder open to writing.", hint="Choose another place."
         )
+    with told_as_merge_error(target), suppress(FileNotFoundError):
+        target.lstat()  # refuses a name that is too long
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise MergeError(
@@ -214,7 +216,9 @@ def check_target(target: Path, overwrite: bool) -> None:
 def written_to(out: str | Path) -> Path:
     """The folder that ``out`` means, by a name of its own: where a link leads is written, and the link stays."""
     target = Path(out)
-    return target.resolve() if target.is_symlink() or target.name == ".." else target
+    with suppress(OSError):  # what keeps it from being written is told when that is tried
+        return target.resolve() if target.is_symlink() or target.name == ".." else target
+    return target
 
 
 # What plain models are made of, by their files' names; a merge's output may hold more, which its manifest names.
@@ -318,7 +322,7 @@ def check_space(target: Path, needed: int) -> None:
 
 
 def _nearest(target: Path) -> Path:
-    return next((place for place in (target, *target.parents) if place.exists()), Path())
+    return next((place for place in (target, *target.parents) if exists(place)), Path())
 
 
 @contextmanager

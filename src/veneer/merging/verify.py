@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from veneer.by_transformers import by_transformers
 from veneer.errors import MergeError, VeneerError
 from veneer.merging.base_files import WeightFiles, open_weights
 from veneer.merging.hashing import sha256_of
@@ -263,11 +264,10 @@ def _ids(folder: Path, vocabulary: int, prompts: list[str]) -> list[Tensor]:
     from transformers import AutoTokenizer
 
     if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise VeneerError(f"{folder}: its tokenizer cannot be read: {error}.", hint="Use --no-logits.") from error
-        ids = [tokenizer(text, return_tensors="pt")["input_ids"] for text in prompts]
+        # Its files may be the adapter's, so that no code which they name is run, whatever is trusted of the base.
+        with by_transformers(VeneerError, f"{folder}: its tokenizer cannot be used", "Use --no-logits."):
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            ids = [tokenizer(text, return_tensors="pt")["input_ids"] for text in prompts]
         return [one for one in ids if one.numel()]
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(0, vocabulary, (1, 16), generator=generator) for _ in range(4)]

@@ -8,10 +8,14 @@ in peft.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from veneer.by_transformers import by_transformers
 from veneer.configs.prompt_tuning import PromptTuningConfig
+from veneer.errors import ConfigError
 from veneer.methods.prompt import PromptEncoder, PromptMethod, Table
 
 
@@ -51,7 +55,9 @@ def _text(config: PromptTuningConfig, tokens: int) -> list[int]:
     """The first ``tokens`` token ids of the config's text, which is repeated as often as that takes."""
     from transformers import AutoTokenizer
 
-    options = {k: v for k, v in (config.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
-    ids: list[int] = tokenizer(config.prompt_tuning_init_text)["input_ids"]
+    options = {**(config.tokenizer_kwargs or {}), "trust_remote_code": False}
+    what = f"tokenizer_name_or_path={config.tokenizer_name_or_path!r}: transformers cannot use the tokenizer there"
+    with by_transformers(ConfigError, what, "Name the base's folder or hub id. Code that comes with it is not run."):
+        tokenizer: Any = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
+        ids: list[int] = tokenizer(config.prompt_tuning_init_text)["input_ids"]
     return (ids * (tokens // len(ids) + 1))[:tokens]

@@ -16,7 +16,7 @@ from veneer.benching.result import BenchReport
 from veneer.errors import NotACheckpointError, SourceError
 from veneer.files import written_whole
 from veneer.packages import require
-from veneer.source import read_json
+from veneer.source import exists, is_file, is_folder, read_json
 
 HTML, MARKDOWN, JSON, RUNS = "report.html", "report.md", "report.json", "runs"
 
@@ -54,20 +54,20 @@ def check(folder: Path, read_from: Iterable[Path] = ()) -> None:
         read_from: files that the run reads, which the report must not replace.
     """
     require("The report with its plots", "matplotlib", extra="bench")
-    if folder.exists() and not folder.is_dir():
+    if exists(folder) and not folder.is_dir():
         raise SourceError(f"{folder} is a file.", hint="Give --out a folder.")
-    written = {(folder / name).resolve() for name in (HTML, MARKDOWN, JSON)}
+    written = {(folder / name).resolve() for name in (HTML, MARKDOWN, JSON)} if exists(folder) else set()
     taken = next((path for path in read_from if path.resolve() in written), None)
     if taken is not None:
         raise SourceError(f"{taken} is read, and the report would replace it.", hint="Give --out another folder.")
-    if any((folder / name).exists() for name in (HTML, MARKDOWN, JSON)):
+    if any(exists(folder / name) for name in (HTML, MARKDOWN, JSON)):
         try:
             read(folder)
         except SourceError as error:
             raise SourceError(
                 f"{folder} holds a report of something else; it is not replaced.", hint="Give --out another folder."
             ) from error
-    nearest = next((place for place in (folder, *folder.parents) if place.exists()), Path())
+    nearest = next((place for place in (folder, *folder.parents) if exists(place)), Path())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise SourceError(f"{folder} cannot be written.", hint="Give --out another place.")
 
@@ -78,7 +78,7 @@ def read(path: Path) -> BenchReport:
     Raises:
         SourceError: there is none, or it is damaged.
     """
-    file = path / JSON if path.is_dir() else path
-    if not file.is_file():
+    file = path / JSON if is_folder(path) else path
+    if not is_file(file):
         raise NotACheckpointError(f"There is no report at {path}.", hint=f"Give a folder or {JSON} of `veneer bench`.")
     return BenchReport.from_dict(read_json(file), str(path))
