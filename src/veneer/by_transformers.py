@@ -35,7 +35,7 @@ def by_transformers(kind: type[VeneerError], what: str, hint: str) -> Iterator[N
     except BaseException as error:  # whatever transformers makes of a config or of weights that it cannot use
         if not isinstance(error, Exception) and not _is_panic(error):
             raise
-        raise kind(f"{what}: {first_line(error)}", hint=hint) from error
+        raise kind(f"{what}: {first_line(error).rstrip('.')}.", hint=hint) from error
 
 
 def first_line(error: BaseException) -> str:

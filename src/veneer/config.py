@@ -23,6 +23,7 @@ from veneer import patterns
 from veneer.by_transformers import first_line
 from veneer.errors import ConfigError, UnknownKeyError, UnknownMethodError, UnsupportedError
 from veneer.files import written_whole
+from veneer.printable import printable
 from veneer.source import ADAPTER_CONFIG, resolve
 from veneer.value_types import fits
 
@@ -414,9 +415,9 @@ def _sort_unknown(extra: Mapping[str, Any], known: set[str], where: str, strict:
                 hint=(f"Did you mean {near[0]!r}? " if near else "")
                 + "Remove the key if it changes nothing, or load with strict=False to ignore it.",
             )
-        warnings.warn(message + " It is ignored.", stacklevel=4)
+        warnings.warn(printable(message) + " It is ignored.", stacklevel=4)
     for key in on.keys() - set(switches):
-        warnings.warn(f"{where}: unknown key {key}={on[key]!r} is kept and not used.", stacklevel=4)
+        warnings.warn(printable(f"{where}: unknown key {key}={on[key]!r} is kept and not used."), stacklevel=4)
 
 
 def check_at_least_one(config: PeftConfig, *names: str) -> None:

@@ -29,14 +29,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from veneer.printable import printable
+
 
 class VeneerError(Exception):
-    """Base of the family. ``message`` says what and where, ``hint`` what to do about it."""
+    """Base of the family. ``message`` says what and where, ``hint`` what to do about it.
+
+    Both are printable: what they cite of a checkpoint does not reach a terminal as it is, in a traceback neither.
+    """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        self.message = message
-        self.hint = hint
-        super().__init__(f"{message} {hint}" if hint else message)
+        self.message = printable(message)
+        self.hint = None if hint is None else printable(hint)
+        super().__init__(f"{self.message} {self.hint}" if self.hint else self.message)
 
 
 class SourceError(VeneerError):
@@ -90,7 +95,7 @@ class BindError(VeneerError):
     """A checkpoint and a model do not fit together. ``problems`` holds each reason, one line apiece."""
 
     def __init__(self, message: str, *, problems: Sequence[str] = (), hint: str | None = None) -> None:
-        self.problems = tuple(problems)
+        self.problems = tuple(printable(problem) for problem in problems)
         super().__init__(message, hint=hint)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from rich import markup
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from veneer.printable import printable
 
@@ -24,16 +24,14 @@ def panel(inspection: Inspection) -> Panel:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _facts(inspection):
-        table.add_row(_plain(name), _plain(value))
+        table.add_row(Text(printable(name)), Text(printable(value)))
     for problem in inspection.problems:
-        table.add_row("[yellow]problem[/]", f"{_plain(problem.message)} [dim]{_plain(problem.hint)}[/]")
+        table.add_row(
+            Text("problem", "yellow"), Text.assemble(printable(problem.message), " ", (printable(problem.hint), "dim"))
+        )
     kind = "set of adapters" if inspection.adapters else _TITLES[inspection.kind]
-    title = f"[bold]{_plain(inspection.path)}[/]: {kind}"
+    title = Text.assemble((printable(inspection.path), "bold"), f": {kind}")
     return Panel(table, title=title, title_align="left", border_style=_BORDERS[inspection.kind], expand=False)
-
-
-def _plain(text: str) -> str:
-    return markup.escape(printable(text))
 
 
 def _facts(inspection: Inspection) -> Iterable[tuple[str, str]]:

@@ -37,6 +37,7 @@ from veneer.mixture import expert_source
 from veneer.patterns import matching
 from veneer.penalty import with_penalty
 from veneer.positions import prompted
+from veneer.printable import printable
 from veneer.remap import remapped
 from veneer.report import AdapterReport, LoadReport
 from veneer.scaling_face import ScalingFace
@@ -392,7 +393,9 @@ class PeftModel(ScalingFace, nn.Module):
                 message,
                 hint="Load it on the base it was trained on, or pass strict_base=False to accept this one.",
             )
-        warnings.warn(message + " Its answers may differ (strict_base=True makes this an error).", stacklevel=4)
+        warnings.warn(
+            printable(message) + " Its answers may differ (strict_base=True makes this an error).", stacklevel=4
+        )
         return "different"
 
     def _reported(self, adapter: AdapterReport) -> None:

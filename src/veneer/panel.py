@@ -22,15 +22,15 @@ def panel(
         warnings: what a user should know.
         border: the border's colour.
     """
-    from rich.markup import escape
     from rich.panel import Panel
     from rich.table import Table
+    from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column()
     for name, value in facts:
-        table.add_row(escape(printable(name)), escape(printable(value)))
+        table.add_row(Text(printable(name)), Text(printable(value)))
     for warning in warnings:
-        table.add_row("[yellow]warning[/]", escape(printable(warning)))
+        table.add_row(Text("warning", "yellow"), Text(printable(warning)))
     return Panel(table, title=title, title_align="left", border_style=border, expand=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 
@@ -19,7 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     _spell_out_what_cannot_be_encoded()
     try:
-        return run(list(sys.argv[1:] if arguments is None else arguments))
+        with warnings.catch_warnings():
+            warnings.showwarning = _tell
+            return run(list(sys.argv[1:] if arguments is None else arguments))
     except VeneerError as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
@@ -36,6 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = one_line(f"{type(error).__name__}: {error}")
         print(f"internal error: {reason[:300]} (VENEER_DEBUG=1 shows where)", file=sys.stderr)
         return 1
+
+
+def _tell(message: Warning | str, *where: object, **more: object) -> None:
+    """Print one of Python's warnings as a line of ours: where in the library it arose is nothing to the caller."""
+    from veneer.printable import one_line
+
+    print(f"warning: {one_line(str(message))}", file=sys.stderr)
 
 
 def _spell_out_what_cannot_be_encoded() -> None:

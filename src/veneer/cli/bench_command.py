@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from veneer.cli.options import Base, Dtype, Json, Local
-from veneer.cli.terminal import quiet, show, tell
+from veneer.cli.terminal import for_stdout, quiet, show, tell
 from veneer.errors import ConfigError, PathNotFoundError
+from veneer.printable import one_line
 from veneer.source import exists
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def bench(
     tell(warnings)
     show(report, json)
     if not json:
-        print(f"The report is {page}, with report.md and report.json beside it.")
+        print(f"The report is {for_stdout(str(page))}, with report.md and report.json beside it.")
 
 
 def _compare(paths: list[str], json: bool) -> None:
@@ -118,11 +119,13 @@ def _bar() -> Iterator[Callable[[Progress], None]]:
 
 
 def _advance(bar: Any, task: Any, progress: Progress) -> None:
+    from rich.markup import escape
+
     from veneer.benching import formats
 
     bar.update(
         task,
-        description=progress.text,
+        description=escape(one_line(progress.text)),
         completed=progress.done,
         total=None if progress.left is None else progress.done + progress.left,
         left="" if progress.left is None else f"{formats.seconds(progress.left)} left",

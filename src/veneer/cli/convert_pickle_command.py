@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from veneer.cli.terminal import for_stdout
+
 
 def convert_pickle(
     path: Annotated[Path, typer.Argument(help="A pickled checkpoint, or its folder.")],
@@ -15,4 +17,4 @@ def convert_pickle(
     """Turn a pickled checkpoint into safetensors, reading plain tensors only."""
     from veneer import pickles
 
-    print(pickles.convert_pickle(path, out))
+    print(for_stdout(str(pickles.convert_pickle(path, out))))

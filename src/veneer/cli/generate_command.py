@@ -5,17 +5,22 @@ from __future__ import annotations
 import json as json_module
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from veneer.by_transformers import by_transformers, first_line
 from veneer.cli.options import Base, Dtype, Json, Local, Revision
-from veneer.cli.terminal import progress, quiet, tell
-from veneer.errors import ConfigError
+from veneer.cli.terminal import for_stdout, progress, quiet, tell
+from veneer.errors import ConfigError, VeneerError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from veneer.model import PeftModel
+
+_OTHER_TOKENIZER = "Is it this model's? An adapter's own tokenizer comes before the base's."
 
 
 def generate(
@@ -108,30 +113,45 @@ def _inputs(tokenizer: Any, text: str, system: str | None, chat: bool) -> Any:
             "--system needs a chat template, and the tokenizer has none or --no-chat is given.",
             hint="Put the instruction into the prompt.",
         )
-    inputs = tokenizer(text, return_tensors="pt")
-    if not inputs["input_ids"].shape[1]:
+    with _by_tokenizer("take the prompt apart"):
+        inputs = tokenizer(text, return_tensors="pt")
+    if not inputs["input_ids"].numel():
         raise ConfigError("The prompt is empty: it gives no tokens.", hint="Say something with --prompt.")
     return inputs
 
 
-def _templated(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
-    from jinja2 import TemplateError
+def _by_tokenizer(what: str) -> AbstractContextManager[None]:
+    return by_transformers(ConfigError, f"The tokenizer cannot {what}", _OTHER_TOKENIZER)
 
+
+def _templated(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
+    """The tokens of a chat. A template is a program, if a confined one, and can fail in any way that programs do."""
+    hint = "--no-chat leaves it out."
     try:
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    except TemplateError as error:
+        with by_transformers(ConfigError, "The tokenizer's chat template refuses", hint):
+            inputs = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+    except MemoryError as error:
+        raise ConfigError("The tokenizer's chat template asks for more memory than there is.", hint=hint) from error
+    if not inputs["input_ids"].numel():
+        raise ConfigError("The tokenizer's chat template makes no tokens of the prompt.", hint=hint)
+    return inputs
+
+
+def _check_known(tokens: Tensor, model: PeftModel) -> None:
+    """Raise ``ConfigError`` when the tokenizer gives a token that the model has no embedding of."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if int(tokens.max()) >= rows:
         raise ConfigError(
-            f"The tokenizer's chat template refuses: {error}.", hint="--no-chat leaves it out."
-        ) from error
+            f"The tokenizer gives the token {int(tokens.max())}, and the model knows {rows}.", hint=_OTHER_TOKENIZER
+        )
 
 
 def _answer(
     model: PeftModel, tokenizer: Any, inputs: Any, stream: bool, seed: int | None, **options: Any
 ) -> tuple[str, int]:
     import torch
-    from transformers import TextStreamer
 
     if not model.can_generate():
         raise ConfigError(
@@ -140,11 +160,45 @@ def _answer(
         )
     if seed is not None:
         torch.manual_seed(seed)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    _check_known(inputs["input_ids"], model)
+    streamer = _streamer(tokenizer) if stream else None
     # An encoder-decoder's output does not begin with the prompt.
     prompt_length = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.inference_mode():
-        ids = model.generate(**inputs.to(model.device), streamer=streamer, pad_token_id=pad, **options)[0]
+        try:
+            ids = model.generate(**inputs.to(model.device), streamer=streamer, pad_token_id=pad, **options)[0]
+        except ValueError as error:  # how transformers refuses what generation_config.json asks for
+            if isinstance(error, VeneerError):
+                raise
+            raise ConfigError(
+                f"transformers refuses to generate: {first_line(error)}.", hint="See the base's generation_config.json."
+            ) from error
     new = ids[prompt_length:]
-    return tokenizer.decode(new, skip_special_tokens=True), len(new)
+    with _by_tokenizer("put the answer together"):
+        return tokenizer.decode(new, skip_special_tokens=True), len(new)
+
+
+def _streamer(tokenizer: Any) -> Any:
+    """What prints each word of the answer as it comes. What a tokenizer makes of it must not steer the terminal."""
+    from transformers import TextStreamer
+
+    class Printed(TextStreamer):
+        ready = ""
+
+        def put(self, value: Any) -> None:
+            self._print(super().put, value)
+
+        def end(self) -> None:
+            self._print(super().end)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            self.ready = text + "\n" * stream_end
+
+        def _print(self, decode: Any, *tokens: Any) -> None:
+            with _by_tokenizer("put the answer together"):
+                decode(*tokens)
+            print(for_stdout(self.ready), end="", flush=True)
+            self.ready = ""
+
+    return Printed(tokenizer, skip_prompt=True, skip_special_tokens=True)

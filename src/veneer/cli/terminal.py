@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from veneer.printable import one_line
+from veneer.printable import one_line, written
+
+
+def for_stdout(text: str) -> str:
+    """The text as it is where a program reads it, and as what a terminal cannot be steered by where a person does."""
+    return written(text) if sys.stdout.isatty() else text
 
 
 def show(value: Any, as_json: bool) -> None:
@@ -32,8 +38,10 @@ def progress(first: str) -> Iterator[Callable[[str], None]]:
     if not console.is_terminal:
         yield lambda step: None
         return
+    from rich.text import Text
+
     with console.status(first) as status:
-        yield lambda step: status.update(step)
+        yield lambda step: status.update(Text(one_line(step)))
 
 
 @contextmanager
@@ -43,7 +51,8 @@ def quiet() -> Iterator[list[str]]:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
+    # Its errors are raised, too, and told by Veneer; logged, they cite a checkpoint as it stands.
+    transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     logging.captureWarnings(False)
     told: list[str] = []
@@ -57,7 +66,5 @@ def quiet() -> Iterator[list[str]]:
 
 def tell(warnings_: list[str]) -> None:
     """Print warnings on standard error, each once."""
-    import sys
-
     for text in dict.fromkeys(warnings_):
         print(f"warning: {one_line(text)}", file=sys.stderr)

@@ -109,6 +109,7 @@ class LoraConfig(TargetedConfig):
     def _check(self) -> None:
         self._check_start()
         self._check_variant()
+        ArrowConfig(**(self.arrow_config or {}))
         if self.alora_invocation_tokens is not None and (self.use_dora or not self.alora_invocation_tokens):
             raise ConfigError(
                 f"alora_invocation_tokens={self.alora_invocation_tokens!r} with use_dora={self.use_dora!r}.",

@@ -13,6 +13,7 @@ from veneer.errors import MergeError
 from veneer.layer import AdaptedLayer
 from veneer.merging.quantized import CHOICES, REQUANTIZED, Into, QuantizedMerge, into_missing
 from veneer.packed_layer import PackedLayer
+from veneer.printable import printable
 from veneer.sites import packed_site
 
 
@@ -49,7 +50,7 @@ def measured(packed: Sequence[PackedLayer]) -> QuantizedMerge | None:
         return None
     found = QuantizedMerge(chosen, {layer.site.id: layer.error for layer in packed if layer.error is not None})
     if found.lost:
-        warnings.warn(found.warning(), stacklevel=4)
+        warnings.warn(printable(found.warning()), stacklevel=4)
     return found
 
 

@@ -33,6 +33,7 @@ from veneer.merging.rounding import NEAREST, Rounding
 from veneer.merging.skeleton import Parameters, build_skeleton, lengthen, stored_names
 from veneer.merging.works import Values
 from veneer.patterns import matching
+from veneer.printable import printable
 from veneer.source import INDEX, MODEL_CONFIG, MODEL_STEM, Source, resolve
 from veneer.task_class import note_of
 from veneer.vocabulary import resized
@@ -274,6 +275,6 @@ def _check_identity(merged: Sequence[Adapter], base: Source, strict_base: bool) 
         message = f"The adapter {adapter.checkpoint.origin} was trained on another base than {base.origin}."
         if strict_base:
             raise BaseMismatchError(message, hint="Give the base that it was trained on.")
-        warnings.warn(message + " The merged model may answer differently.", stacklevel=4)
+        warnings.warn(printable(message) + " The merged model may answer differently.", stacklevel=4)
         told.append(message)
     return told
