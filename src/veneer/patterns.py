@@ -51,7 +51,7 @@ class _Allowance:
 
     configs: tuple[Any, ...] = ()
     where: str = ""
-    left: float = _ALTOGETHER
+    left: float = dataclasses.field(default_factory=lambda: _ALTOGETHER)
 
 
 _current: ContextVar[_Allowance | None] = ContextVar("allowance", default=None)

@@ -97,7 +97,9 @@ def _own_class(config: dict[str, Any]) -> Any:
 
     # A config may name anything that transformers has.
     found = [getattr(transformers, name, None) for name in config.get("architectures") or []]
-    return next((kind for kind in found if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)), None)
+    return next(
+        (kind for kind in found if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)), None
+    )
 
 
 def _class_of(config: dict[str, Any], task: str | None, origin: str) -> Any:

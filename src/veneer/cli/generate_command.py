@@ -67,6 +67,7 @@ def generate(
             )
         seconds = time.perf_counter() - started
         active = model.active_adapters if adapter is None else [adapter]
+    tell(warnings)
     if json:
         report = model.load_report.to_dict() if model.load_report else {}
         result = {"prompt": text, "answer": answer, "adapters": active, "new_tokens": tokens, "seconds": seconds}

@@ -46,7 +46,7 @@ def progress(first: str) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def quiet() -> Iterator[list[str]]:
-    """Silence other libraries' bars and logs; collect Veneer's warnings, to be told at the end."""
+    """Silence other libraries' bars and logs; collect Veneer's warnings, as they come, to be told when it suits."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging as transformers_logging
@@ -56,12 +56,15 @@ def quiet() -> Iterator[list[str]]:
     transformers_logging.disable_progress_bar()
     logging.captureWarnings(False)
     told: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
+
+    def note(message: Warning | str, category: type[Warning], filename: str, *where: object, **more: object) -> None:
+        if "veneer" in filename or "adapter" in str(message):
+            told.append(str(message))
+
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
-        try:
-            yield told
-        finally:
-            told += [str(w.message) for w in caught if "veneer" in w.filename or "adapter" in str(w.message)]
+        warnings.showwarning = note
+        yield told
 
 
 def tell(warnings_: list[str]) -> None:

@@ -25,7 +25,7 @@ from veneer.files import written_whole
 from veneer.merging.beside import MANIFEST, TEMPLATES
 from veneer.merging.hashing import sha256_of
 from veneer.merging.rounding import Figures
-from veneer.source import ADAPTER_CONFIG, MODEL_CONFIG, exists, is_file, read_json
+from veneer.source import ADAPTER_CONFIG, MODEL_CONFIG, exists, read_json
 
 # In a reversible merge's output: what tells the base's bytes from the output's.
 DELTA = "merge_delta"

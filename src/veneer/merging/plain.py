@@ -107,6 +107,7 @@ def plain_skeleton(
         or not all(_is_lora(checkpoint.config) for checkpoint in checkpoints)
         or any(config.get(key) is not None for key in ("quantization_config", "auto_map"))
         or not all(isinstance(config.get(size), int) for size in (*_SIZES, "vocab_size"))
+        or not isinstance(config.get("head_dim") or 0, int)
     ):
         return None
     tied = bool(config.get("tie_word_embeddings", False))

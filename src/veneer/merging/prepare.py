@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -255,7 +255,7 @@ def _config(source: Source, model: Any, dtype: torch.dtype | None) -> dict[str, 
         changed["architectures"] = [kind]
     own = model.config.to_dict()
     head = {key: own[key] for key in ("id2label", "label2id") if own.get(key)}
-    if len(part_of(values, "id2label", source.origin) or (0, 0)) != len(head.get("id2label") or (0, 0)):
+    if _labels(values, source.origin) != _labels(head, source.origin):
         changed.update({**head, "num_labels": ...} if "num_labels" in values else head)
     if "quantization_config" in values:
         changed["quantization_config"] = ...
@@ -263,6 +263,11 @@ def _config(source: Source, model: Any, dtype: torch.dtype | None) -> dict[str, 
         key = "torch_dtype" if "torch_dtype" in values else "dtype"
         changed[key] = str(dtype).removeprefix("torch.")
     return changed
+
+
+def _labels(config: Mapping[str, Any], origin: str) -> int:
+    """How many labels a config names; two, as transformers has it, where it names none."""
+    return len(part_of(config, "id2label", origin) or ()) or 2
 
 
 def _check_identity(merged: Sequence[Adapter], base: Source, strict_base: bool) -> list[str]:

@@ -10,11 +10,12 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from veneer.benching.result import BenchReport
 from veneer.errors import NotACheckpointError, SourceError
-from veneer.files import written_whole
+from veneer.files import writing, written_whole
 from veneer.packages import require
 from veneer.source import exists, is_file, is_folder, read_json
 
@@ -67,6 +68,8 @@ def check(folder: Path, read_from: Iterable[Path] = ()) -> None:
             raise SourceError(
                 f"{folder} holds a report of something else; it is not replaced.", hint="Give --out another folder."
             ) from error
+    with writing(folder), suppress(FileNotFoundError):
+        folder.lstat()  # refuses a name that is too long
     nearest = next((place for place in (folder, *folder.parents) if exists(place)), Path())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise SourceError(f"{folder} cannot be written.", hint="Give --out another place.")
