@@ -75,7 +75,7 @@ def test_an_answer_on_a_terminal(run: Run, made: Path, tmp_path: Path, monkeypat
 
 def test_an_answer_that_a_program_reads(run: Run, made: Path, tmp_path: Path) -> None:
     folder = with_tokenizer(made, tmp_path, decoded_with(decoders.Replace("w", STEER)))
-    assert run("generate", folder, *SHORT).out.count(STEER) == 3
+    assert run("generate", folder, *SHORT).out.count(SPELT_OUT) == 3
     assert json.loads(run("generate", folder, *SHORT, "--json").out)["answer"].count(STEER) == 3
 
 

@@ -12,8 +12,9 @@ import typer
 
 from veneer.by_transformers import by_transformers, first_line
 from veneer.cli.options import Base, Dtype, Json, Local, Revision
-from veneer.cli.terminal import for_stdout, progress, quiet, tell
+from veneer.cli.terminal import progress, quiet, tell
 from veneer.errors import ConfigError, VeneerError
+from veneer.printable import written
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -199,7 +200,8 @@ def _streamer(tokenizer: Any) -> Any:
         def _print(self, decode: Any, *tokens: Any) -> None:
             with _by_tokenizer("put the answer together"):
                 decode(*tokens)
-            print(for_stdout(self.ready), end="", flush=True)
+            # Through a pipe too, whose end may be a terminal; --json has the text as it is.
+            print(written(self.ready), end="", flush=True)
             self.ready = ""
 
     return Printed(tokenizer, skip_prompt=True, skip_special_tokens=True)
