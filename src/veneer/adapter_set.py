@@ -4,23 +4,26 @@
     folder/french/adapter_config.json, ...                     the adapter "french"
     folder/adapter_set.json                                    their order, and which were active
 
-The layout is PEFT's; ``adapter_set.json`` is ours, and is written only where it says something that the folders
-do not: with more than one adapter, or one that is not ``default``.
+The layout is PEFT's; ``adapter_set.json`` is ours, and stays only where it says something that the folders
+do not: with more than one adapter, or one that is not ``default``. While a set is saved it says that.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from veneer.errors import CorruptFileError
+from veneer.checkpoint import Draft, replacing
+from veneer.errors import CorruptFileError, IncompleteCheckpointError
 from veneer.files import writing, written_whole
 from veneer.source import ADAPTER_CONFIG, Source, is_file
 
 SET_FILE = "adapter_set.json"
+SAVING = "saving"  # in the set file: which adapters are being saved
 DEFAULT = "default"
 TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
@@ -70,22 +73,39 @@ def active(source: Source, found: Sequence[Member]) -> list[str]:
     return recorded or names[:1]
 
 
+def save(folder: Path, drafts: Mapping[str, Draft], chosen: Sequence[str]) -> None:
+    """Save adapters (name -> what to write) together, in this order, and record which are active.
+
+    As long as it is at work the set file says so. Where it is cut off, the folder is what it was or cannot be loaded.
+    """
+    with replacing(list(drafts.values())):
+        _write(folder, {SAVING: list(drafts)})
+    write(folder, list(drafts), chosen)
+
+
 def write(folder: Path, names: Sequence[str], chosen: Sequence[str]) -> None:
     """Record the order of a set and which of it is active."""
-    target = folder / SET_FILE
     if list(names) == [DEFAULT]:
-        with writing(target):
-            target.unlink(missing_ok=True)
-        return
-    text = json.dumps({"adapters": list(names), "active": [name for name in chosen if name in names]}, indent=2)
-    with written_whole(target) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        with writing(folder / SET_FILE):
+            (folder / SET_FILE).unlink(missing_ok=True)
+    else:
+        _write(folder, {"adapters": list(names), "active": [name for name in chosen if name in names]})
+
+
+def _write(folder: Path, values: Mapping[str, Any]) -> None:
+    with written_whole(folder / SET_FILE) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _read(source: Source) -> tuple[list[str], list[str]]:
     if not source.has(SET_FILE):
         return [], []
     values = source.json(SET_FILE)
+    if values.get(SAVING):
+        raise IncompleteCheckpointError(
+            f"{source.origin}: saving the adapters here was cut off, so that files of two states may lie side by side.",
+            hint=f"Save them again. What is whole can be loaded by its own folder, or once {SET_FILE} is deleted.",
+        )
     parts = values.get("adapters", []), values.get("active", [])
     if not all(isinstance(part, list) and all(isinstance(name, str) for name in part) for part in parts):
         raise CorruptFileError(

@@ -24,6 +24,7 @@ from veneer.errors import (
     DuplicateAdapterError,
     UnknownAdapterError,
 )
+from veneer.guard import Guard, guarded
 from veneer.merging.quantized import QuantizedMerge
 from veneer.methods import AnyMethod, method_of, prompt_of
 from veneer.methods.method import Method
@@ -89,6 +90,8 @@ class Adapters(Wrappers):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.entries: dict[str, Adapter] = {}
+        # Held while an adapter leaves or gets another name, and by who must see the set as it is at one moment.
+        self.changing = Guard()
         # Whether one of them is, or was, to be trained.
         self.trains = False
         # What the last merge into quantised weights lost.
@@ -363,6 +366,7 @@ class Adapters(Wrappers):
 
     # -- changing the set ----------------------------------------------------------------------------------
 
+    @guarded
     def delete(self, name: str) -> None:
         """Remove an adapter. If it was selected, the rest of the selection stays (the base alone if none)."""
         adapter = self.get(name)
@@ -395,6 +399,7 @@ class Adapters(Wrappers):
             self._leave(module, adapter.name)
             adapter.layers.remove(module)
 
+    @guarded
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name; it keeps its place in the order."""
         adapter = self.get(old)
@@ -420,6 +425,7 @@ class Adapters(Wrappers):
         for layer in self.layers.values():
             layer.unmerge()
 
+    @guarded
     def unload(self, *, keep: bool = False) -> nn.Module:
         """Take every adapter off; the model is as it was before the first one came.
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veneer.config import PeftConfig
 from veneer.errors import IncompleteCheckpointError
-from veneer.files import written_whole
+from veneer.files import flush, writing, written_whole
 from veneer.source import ADAPTER_CONFIG, ADAPTER_STEM, ADAPTER_WEIGHTS, Header, Source, TensorInfo, read_headers
 
 if TYPE_CHECKING:
@@ -97,26 +98,61 @@ def open_checkpoint(source: Source, *, strict: bool = True, config: PeftConfig |
     return as_peft_writes(Checkpoint(source.origin, config, tensors, metadata, tuple(headers)))
 
 
-def write_checkpoint(
-    folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Write an adapter folder. Each file appears complete or not at all, the config last.
+@dataclass(frozen=True)
+class Draft:
+    """An adapter that is to be written.
 
-    Args:
+    Attributes:
         folder: made if it is missing; files of the same names are replaced.
         config: written as it is, with ``inference_mode`` on.
         tensors: checkpoint key -> tensor; written in its own dtype.
         metadata: strings for the safetensors header, beside ``format``.
     """
+
+    folder: Path
+    config: PeftConfig
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+
+
+def write_checkpoint(
+    folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write an adapter folder: see :class:`Draft` and :func:`replacing`."""
+    with replacing([Draft(folder, config, tensors, metadata)]):
+        pass
+
+
+@contextmanager
+def replacing(drafts: Sequence[Draft]) -> Iterator[None]:
+    """Write every file beside the old one, let the block run, and then put them in the old ones' places.
+
+    The old configs go first and the new ones come last: an adapter of which a part is another's has no config. What
+    fails before, in the block too, leaves the old adapters as they were.
+    """
+    with ExitStack() as stack:  # the last to enter is the first to take its place
+        for draft in drafts:
+            stack.enter_context(written_whole(draft.folder / ADAPTER_CONFIG)).write_text(
+                draft.config.to_json(), encoding="utf-8"
+            )
+        for draft in drafts:
+            weights = stack.enter_context(written_whole(draft.folder / ADAPTER_WEIGHTS))
+            _save_tensors(draft, weights)
+            flush(weights)
+        yield
+        for draft in drafts:
+            with writing(draft.folder / ADAPTER_CONFIG):
+                (draft.folder / ADAPTER_CONFIG).unlink(missing_ok=True)
+
+
+def _save_tensors(draft: Draft, path: Path) -> None:
     from safetensors.torch import save_file
 
     own: dict[str, Tensor] = {}
     places: set[int] = set()
-    for key, tensor in tensors.items():
+    for key, tensor in draft.tensors.items():
         value = tensor.detach().contiguous().cpu()
         # One tensor under two keys is written twice: the format refuses memory that is shared.
         own[key] = value.clone() if value.numel() and value.data_ptr() in places else value
         places.add(value.data_ptr())
-    with written_whole(folder / ADAPTER_WEIGHTS) as temporary:
-        save_file(own, temporary, metadata={"format": "pt", **metadata})
-    config.save_pretrained(folder)
+    save_file(own, path, metadata={"format": "pt", **draft.metadata})

@@ -34,8 +34,7 @@ def written_whole(target: Path) -> Iterator[Path]:
         yield temporary
         # Some writers choose a stricter mode than the user's.
         temporary.chmod(0o666 & ~_umask())
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         temporary.replace(target)
 
 
@@ -81,6 +80,12 @@ def _folder(folder: Path) -> Iterator[None]:
             for place in made:
                 place.rmdir()
         raise
+
+
+def flush(path: Path) -> None:
+    """Wait until what was written to a file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _umask() -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from veneer import adapter_set, adding, sharding
 from veneer.adapters import Adapter, Adapters
-from veneer.checkpoint import Checkpoint, hold, open_checkpoint, write_checkpoint
+from veneer.checkpoint import Checkpoint, Draft, hold, open_checkpoint
 from veneer.config import HEADS, PeftConfig, PeftType, PromptConfig, TargetedConfig, TaskType
 from veneer.errors import (
     AdapterError,
@@ -697,21 +697,21 @@ class PeftModel(ScalingFace, nn.Module):
                 "safe_serialization=False would write a pickle; Veneer writes safetensors only.",
                 hint="Leave it out: every current tool reads safetensors.",
             )
-        names = list(self.adapters.entries) if selected_adapters is None else list(selected_adapters)
-        entries = [self.adapters.get(name) for name in names]
-        tensors = [self._tensors_to_save(adapter, state_dict or {}) for adapter in entries]
-        with sharding.one_writer(self.modules()) as first:
+        folder = Path(save_directory)
+        with self.adapters.changing:  # in another thread, none is renamed or deleted meanwhile
+            names = list(self.adapters.entries) if selected_adapters is None else list(selected_adapters)
+            drafts = {name: self._draft(self.adapters.get(name), folder, state_dict or {}) for name in names}
+            chosen, modules = self.adapters.switch.standing.names, list(self.modules())
+        with sharding.one_writer(modules) as first:
             if first and is_main_process:
-                for adapter, own in zip(entries, tensors, strict=True):
-                    self._save(adapter, Path(save_directory), own)
-                adapter_set.write(Path(save_directory), names, self.adapters.switch.standing.names)
+                adapter_set.save(folder, drafts, chosen)
 
-    def _save(self, adapter: Adapter, folder: Path, tensors: dict[str, Tensor]) -> None:
+    def _draft(self, adapter: Adapter, folder: Path, state: dict[str, Tensor]) -> Draft:
         digest = adapter.base_digest or self.base_digest
-        write_checkpoint(
+        return Draft(
             adapter_set.place(folder, adapter.name),
             self.adapters.config_on_disk(adapter.name),
-            tensors,
+            self._tensors_to_save(adapter, state),
             {} if digest is None else {BASE_DIGEST_KEY: digest},
         )
 
@@ -735,8 +735,9 @@ class PeftModel(ScalingFace, nn.Module):
 
     def get_adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """Checkpoint key -> tensor of one adapter (the active one when ``None``): what saving writes."""
-        name = adapter_name or self.active_adapter
-        return self._tensors_to_save(self.adapters.get(name), {})
+        with self.adapters.changing:
+            name = adapter_name or self.active_adapter
+            return self._tensors_to_save(self.adapters.get(name), {})
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Save the adapters and upload them to a hub repository, which is made if it is missing.
