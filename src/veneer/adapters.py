@@ -90,7 +90,7 @@ class Adapters(Wrappers):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.entries: dict[str, Adapter] = {}
-        # Held while an adapter leaves or gets another name, and by who must see the set as it is at one moment.
+        # Held while the set changes, and by who must see it as it is at one moment.
         self.changing = Guard()
         # Whether one of them is, or was, to be trained.
         self.trains = False
@@ -204,6 +204,7 @@ class Adapters(Wrappers):
         """The selected adapters, in the order in which they apply."""
         return list(self.switch.selection.names)
 
+    @guarded
     def select(self, names: str | Sequence[str]) -> None:
         """Make ``names`` the standing selection. Costs the same for any number of layers and adapters.
 

@@ -16,6 +16,7 @@ from veneer.checkpoint import Checkpoint
 from veneer.codec import encode
 from veneer.config import HEADS, AnyConfig, PeftConfig, PromptConfig, TargetedConfig, known, targeted
 from veneer.errors import NonFiniteError, TargetError
+from veneer.guard import guarded
 from veneer.layer import Bound
 from veneer.methods import AnyMethod, method_of, prompt_of
 from veneer.methods.prompt import PromptEncoder
@@ -27,6 +28,7 @@ from veneer.targets import only_parameters
 from veneer.tied import check_both, check_tokens, name_both, parted, tied_ends
 
 
+@guarded
 def load(
     adapters: Adapters,
     name: str,
@@ -127,6 +129,7 @@ def _restored(adapters: Adapters, binding: Binding, config: TargetedConfig) -> d
     return {leaf: _parameter(tensor, site.device, True, False) for leaf, tensor in found.items()}
 
 
+@guarded
 def create(adapters: Adapters, name: str, config: PeftConfig, *, generator: torch.Generator | None = None) -> Adapter:
     """Add a new, trainable adapter, with tensors in float32.
 
