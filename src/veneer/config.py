@@ -25,7 +25,7 @@ from veneer.errors import ConfigError, UnknownKeyError, UnknownMethodError, Unsu
 from veneer.files import written_whole
 from veneer.printable import printable
 from veneer.source import ADAPTER_CONFIG, resolve
-from veneer.value_types import fits
+from veneer.value_types import fits, is_beyond
 
 
 class _Name(str, Enum):
@@ -155,8 +155,9 @@ class PeftConfig:
             value = getattr(self, own.name)
             if not fits(value, declared[own.name]):
                 shown = repr(value)
+                wrong = "is no number that float32 holds" if is_beyond(value) else f"is not of the type {own.type}"
                 raise ConfigError(
-                    f"{own.name}={shown if len(shown) <= 60 else shown[:59] + '…'} is not of the type {own.type}.",
+                    f"{own.name}={shown if len(shown) <= 60 else shown[:59] + '…'} {wrong}.",
                     hint="Compare it with a config that loads.",
                 )
 
@@ -325,6 +326,7 @@ class PromptConfig(PeftConfig):
                 f"num_virtual_tokens={self.num_virtual_tokens!r} is no number of tokens.",
                 hint="Give the length of the prompt, such as num_virtual_tokens=20.",
             )
+        check_at_least_one(self, "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -422,10 +424,20 @@ def _sort_unknown(extra: Mapping[str, Any], known: set[str], where: str, strict:
 
 def check_at_least_one(config: PeftConfig, *names: str) -> None:
     """Raise ``ConfigError`` when a field, or a value of one that holds patterns, is less than 1."""
+    _check_least(config, 1, names)
+
+
+def check_not_negative(config: PeftConfig, *names: str) -> None:
+    """Raise ``ConfigError`` when a field, or a value of one that holds patterns, is less than 0."""
+    _check_least(config, 0, names)
+
+
+def _check_least(config: PeftConfig, least: int, names: Iterable[str]) -> None:
     for name in names:
         value = getattr(config, name)
-        if min(value.values() if isinstance(value, dict) else [value], default=1) < 1:
-            raise ConfigError(f"{name}={value!r} is too small.", hint="It is a whole number of at least 1.")
+        given = [one for one in (value.values() if isinstance(value, dict) else [value]) if one is not None]
+        if min(given, default=least) < least:
+            raise ConfigError(f"{name}={value!r} is too small.", hint=f"It is at least {least}.")
 
 
 def check_share(config: PeftConfig, *names: str) -> None:

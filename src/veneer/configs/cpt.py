@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from veneer.config import PeftType, PromptConfig, TaskType
+from veneer.config import PeftType, PromptConfig, TaskType, check_not_negative
 from veneer.errors import ConfigError
 
 
@@ -40,6 +40,7 @@ class CPTConfig(PromptConfig):
         self.cpt_tokens_type_mask = self.cpt_tokens_type_mask or [1] * count
         super().__post_init__()
         self.peft_type = PeftType.CPT
+        check_not_negative(self, "opt_projection_epsilon", "opt_projection_format_epsilon")
         if self.task_type != TaskType.CAUSAL_LM:
             raise ConfigError(
                 f"CPT is for causal language models, and task_type is {self.task_type}.",

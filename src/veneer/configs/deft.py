@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from veneer.config import PeftType, TargetedConfig
+from veneer.config import PeftType, TargetedConfig, check_at_least_one, check_share
 
 
 @dataclass
@@ -34,6 +34,8 @@ class DeftConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.DEFT
+        check_at_least_one(self, "r")
+        check_share(self, "deft_dropout")
 
 
 CONFIG = DeftConfig

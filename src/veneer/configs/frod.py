@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from veneer.config import PeftType, TargetedConfig
+from veneer.config import PeftType, TargetedConfig, check_share
 
 
 @dataclass
@@ -34,6 +34,7 @@ class FrodConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.FROD
+        check_share(self, "frod_dropout")
 
 
 CONFIG = FrodConfig

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from veneer.config import PeftType, TargetedConfig
+from veneer.config import PeftType, TargetedConfig, check_at_least_one
 
 
 @dataclass
@@ -33,6 +33,7 @@ class GloraConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.GLORA
+        check_at_least_one(self, "r")
 
 
 CONFIG = GloraConfig

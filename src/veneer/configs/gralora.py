@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from veneer.config import PeftType, TargetedConfig
+from veneer.config import PeftType, TargetedConfig, check_at_least_one, check_not_negative, check_share
 from veneer.errors import ConfigError
 
 
@@ -32,6 +32,9 @@ class GraloraConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.GRALORA
+        check_at_least_one(self, "r", "gralora_k")
+        check_not_negative(self, "hybrid_r")
+        check_share(self, "gralora_dropout")
         if self.r % self.gralora_k:
             raise ConfigError(
                 f"r={self.r} is no multiple of gralora_k={self.gralora_k}.", hint="Each block has r / gralora_k of it."

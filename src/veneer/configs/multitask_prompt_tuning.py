@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from veneer.config import PeftType
+from veneer.config import PeftType, check_at_least_one
 from veneer.configs.prompt_tuning import PromptTuningConfig
 from veneer.errors import ConfigError
 
@@ -34,6 +34,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.MULTITASK_PROMPT_TUNING
+        check_at_least_one(self, "num_ranks", "num_tasks")
         if self.prompt_tuning_init in FROM_SOURCE and not self.prompt_tuning_init_state_dict_path:
             raise ConfigError(
                 f"prompt_tuning_init={self.prompt_tuning_init!r} has no source.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from veneer.config import PeftType, PromptConfig
+from veneer.config import PeftType, PromptConfig, check_at_least_one, check_share
 from veneer.errors import ConfigError
 
 
@@ -27,6 +27,8 @@ class PromptEncoderConfig(PromptConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.P_TUNING
+        check_at_least_one(self, "encoder_hidden_size", "encoder_num_layers")
+        check_share(self, "encoder_dropout")
         if self.encoder_reparameterization_type not in ("MLP", "LSTM"):
             raise ConfigError(
                 f"encoder_reparameterization_type={self.encoder_reparameterization_type!r} is unknown.",

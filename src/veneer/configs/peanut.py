@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from veneer.config import PeftType, TargetedConfig
+from veneer.config import PeftType, TargetedConfig, check_at_least_one
 
 
 @dataclass
@@ -27,6 +27,7 @@ class PeanutConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.PEANUT
+        check_at_least_one(self, "r")
 
 
 CONFIG = PeanutConfig

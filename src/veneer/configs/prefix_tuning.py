@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from veneer.config import PeftType, PromptConfig
+from veneer.config import PeftType, PromptConfig, check_at_least_one
 from veneer.errors import ConfigError
 
 
@@ -25,6 +25,7 @@ class PrefixTuningConfig(PromptConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.PREFIX_TUNING
+        check_at_least_one(self, "encoder_hidden_size")
         if self.init_weights not in (None, "zero"):
             raise ConfigError(f"init_weights={self.init_weights!r} is unknown.", hint='Known: None, "zero".')
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from veneer.config import PeftType, TargetedConfig
+from veneer.config import PeftType, TargetedConfig, check_at_least_one, check_share
+from veneer.errors import ConfigError
 
 
 @dataclass
@@ -46,6 +47,12 @@ class PsoftConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.PSOFT
+        check_at_least_one(self, "r", "psoft_alpha", "num_cayley_neumann_terms")
+        if self.cayley_neumann_eps is not None and self.cayley_neumann_eps <= 0:
+            raise ConfigError(
+                f"cayley_neumann_eps={self.cayley_neumann_eps!r} is no bound.", hint="It is positive; None is no bound."
+            )
+        check_share(self, "psoft_dropout")
 
 
 CONFIG = PsoftConfig

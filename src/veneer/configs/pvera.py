@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from veneer.config import PeftType, TargetedConfig
+from veneer.config import PeftType, TargetedConfig, check_at_least_one, check_share
 
 
 @dataclass
@@ -35,6 +35,8 @@ class PveraConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.PVERA
+        check_at_least_one(self, "r")
+        check_share(self, "pvera_dropout")
 
 
 CONFIG = PveraConfig

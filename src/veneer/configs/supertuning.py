@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from veneer.config import PeftType, TargetedConfig
+from veneer.config import PeftType, TargetedConfig, check_at_least_one, check_share
 from veneer.errors import ConfigError
 
 
@@ -32,6 +32,8 @@ class SupertuningConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SUPERTUNING
+        check_at_least_one(self, "r")
+        check_share(self, "lora_dropout")
         if self.r is not None and self.lora_alpha is None:
             self.lora_alpha = 2 * self.r
         if not 0.0 <= self.sparsity < 1.0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from veneer.config import PeftType, TargetedConfig
+from veneer.config import PeftType, TargetedConfig, check_at_least_one, check_not_negative, check_share
 
 
 @dataclass
@@ -33,6 +33,9 @@ class UniLoraConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.UNILORA
+        check_at_least_one(self, "r", "theta_d_length")
+        check_not_negative(self, "proj_seed", "init_theta_d_bound")
+        check_share(self, "unilora_dropout")
 
 
 CONFIG = UniLoraConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from veneer.config import PeftType, TargetedConfig
+from veneer.config import PeftType, TargetedConfig, check_at_least_one, check_not_negative, check_share
 
 
 @dataclass
@@ -36,6 +36,9 @@ class VBLoRAConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.VBLORA
+        check_at_least_one(self, "r", "num_vectors", "vector_length", "topk")
+        check_not_negative(self, "init_vector_bank_bound", "init_logits_std")
+        check_share(self, "vblora_dropout")
 
 
 CONFIG = VBLoRAConfig

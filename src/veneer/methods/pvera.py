@@ -107,7 +107,7 @@ class Pvera(Method[PveraConfig, PveraSettings]):
         self, config: PveraConfig, settings: PveraSettings, base: Base, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         if config.init_weights:
-            return {B: torch.zeros(base.site.shape[0]), D: torch.full((2 * config.r,), config.d_initial)}
+            return {B: torch.zeros(base.site.shape[0]), D: torch.full((2 * config.r,), float(config.d_initial))}
         return {B: torch.ones(base.site.shape[0]), D: torch.randn(2 * config.r, generator=generator)}
 
     def lower(self, settings: PveraSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:

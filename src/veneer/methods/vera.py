@@ -54,7 +54,7 @@ class Vera(Method[VeraConfig, VeraConfig]):
     def init(
         self, config: VeraConfig, settings: VeraConfig, base: Base, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
-        return {B: torch.zeros(base.site.shape[0]), D: torch.full((config.r,), config.d_initial)}
+        return {B: torch.zeros(base.site.shape[0]), D: torch.full((config.r,), float(config.d_initial))}
 
     def lower(self, settings: VeraConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
         out, inner = base.site.shape
