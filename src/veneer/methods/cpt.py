@@ -59,7 +59,8 @@ class Context(PromptEncoder):
     def _projected(self, delta: Tensor) -> Tensor:
         """``delta`` brought back into its balls."""
         limits = torch.tensor(self.limits, device=delta.device, dtype=delta.dtype)
-        return delta * (limits / torch.maximum(delta.norm(dim=1), limits)).unsqueeze(1)
+        longest = torch.maximum(delta.norm(dim=1), limits).clamp_min(torch.finfo(delta.dtype).tiny)
+        return delta * (limits / longest).unsqueeze(1)
 
 
 class CPT(PromptMethod[CPTConfig]):

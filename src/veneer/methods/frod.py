@@ -10,12 +10,14 @@ entries of ``S``, at random places off the diagonal, are trained. ``U`` is in no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from veneer.configs.frod import FrodConfig
+from veneer.errors import UnsupportedError
 from veneer.methods.method import Base, Method
 from veneer.patch import Patch
 from veneer.sites import Site
@@ -32,6 +34,7 @@ class Frod(Method[FrodConfig, FrodConfig]):
     kinds = (LinearSite,)
     leaves = (LENGTHS, ENTRIES)
     shared = (V, PLACES, SIZE)
+    integers = frozenset({PLACES, SIZE})
 
     def settings(self, config: FrodConfig, site: Site) -> FrodConfig:
         return config
@@ -55,7 +58,8 @@ class Frod(Method[FrodConfig, FrodConfig]):
         for role in sorted({_role(base.site.name) for base in bases}):
             weights = [base.base_weight().float().cpu() for base in bases if _role(base.site.name) == role]
             inner = weights[0].shape[1]
-            found[f"{V}.{role}"] = _basis(weights, config.regularization_alpha).contiguous()
+            with _of_full_rank(role):
+                found[f"{V}.{role}"] = _basis(weights, config.regularization_alpha).contiguous()
             found[f"{PLACES}.{role}"] = _places(inner, _count(config, inner), seeded)
             found[f"{SIZE}.{role}"] = torch.tensor([inner, inner])
         return found
@@ -76,7 +80,8 @@ class Frod(Method[FrodConfig, FrodConfig]):
         for base in bases:
             role = _role(base.site.name)
             basis = shared[f"{V}.{role}"]
-            left = torch.linalg.solve(basis.double(), base.base_weight().double().T).T
+            with _of_full_rank(base.site.name):
+                left = torch.linalg.solve(basis.double(), base.base_weight().double().T).T
             lengths = left.norm(dim=0)
             unit = left / lengths.clamp_min(1e-12)
             found.append({V: basis, PLACES: shared[f"{PLACES}.{role}"], U: unit.float(), LENGTHS: lengths.float()})
@@ -128,3 +133,15 @@ def _basis(weights: Sequence[Tensor], ridge: float) -> Tensor:
     directions: Tensor = torch.linalg.eigh(torch.stack(inverses).mean(0))[1]
     basis: Tensor = r.T @ directions
     return basis
+
+
+@contextmanager
+def _of_full_rank(name: str) -> Iterator[None]:
+    """Refuse weights that cannot be written in a basis: torch has no public name for a singular matrix's error."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UnsupportedError(
+            f"{name}: the weights leave out some of their inputs, so that FRoD finds no basis for them.",
+            hint="Leave these layers out with exclude_modules.",
+        ) from error

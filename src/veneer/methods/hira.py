@@ -66,8 +66,11 @@ class Hira(Method[HiraConfig, HiraSettings]):
         down, up = shapes
         if not config.init_weights:
             return {leaf: torch.randn(shape, generator=generator) for leaf, shape in shapes.items()}
+        if isinstance(base.site, EmbeddingSite):
+            # As peft has it, "gaussian" too: A at zero and B at random.
+            return {down: torch.zeros(shapes[down]), up: torch.randn(shapes[up], generator=generator)}
         tensors = started(shapes, {up}, generator)
-        if config.init_weights == "gaussian":
+        if config.init_weights == "gaussian" and isinstance(base.site, LinearSite):
             tensors[down].normal_(std=1 / settings.r, generator=generator)
         return tensors
 

@@ -50,12 +50,29 @@ class HRA(Method[HRAConfig, HRAConfig]):
     def lower(self, settings: HRAConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
         u = tensors[U].float()
         if settings.apply_GS:
-            u = torch.linalg.qr(u).Q
+            u = _orthonormal(u)
             return Patch(inner=NearIdentity(-2 * u, u.mT))
-        u = u / u.norm(dim=0)
+        u = _unit(u)
         half = torch.eye(u.shape[1], device=u.device) / 2
         inverse = (u.mT @ u).triu(1) + half
         return Patch(inner=NearIdentity(-u, torch.linalg.solve_triangular(inverse, u.mT, upper=True)))
 
 
 METHOD = HRA()
+
+
+def _unit(u: Tensor) -> Tensor:
+    """Columns of length 1; one of zeros, which has no direction and reflects nothing, stays as it is."""
+    length = u.norm(dim=0)
+    return u / torch.where(length > 0, length, 1.0)
+
+
+def _orthonormal(u: Tensor) -> Tensor:
+    """The columns made orthonormal one after the other; one of zeros stays as it is."""
+    found: list[Tensor] = []
+    for column in u.unbind(1):
+        rest = column
+        for one in found:
+            rest = rest - (one @ rest) * one
+        found.append(_unit(rest))
+    return torch.stack(found, dim=1)

@@ -64,6 +64,8 @@ EMBEDDING_B = "lora_embedding_B"
 MAGNITUDE = "lora_magnitude_vector"
 # Leaf -> its dimension of size r.
 RANK_DIMS = {A: 0, B: 1, EMBEDDING_A: 0, EMBEDDING_B: 1}
+# What counts as no length.
+_NONE = torch.finfo(torch.float32).tiny
 START_A = "lora_start_A.weight"
 START_B = "lora_start_B.weight"
 
@@ -191,11 +193,11 @@ class Lora(Method[LoraConfig, LoraSettings]):
         # EVA's own start needs data: initialize_lora_eva_weights gives it to an adapter that begins as any other.
         if isinstance(start, str) and start not in ("gaussian", "eva"):
             tensors.update(self._start(config, settings, base, generator))
+        elif embedding:
+            # As peft has it, "gaussian" too: an embedding's A starts at zero and its B at random.
+            tensors[up].normal_(generator=generator)
         elif start == "gaussian":
             tensors[down].normal_(std=1 / settings.r, generator=generator)
-        elif embedding:
-            # peft starts an embedding's A at zero and its B at random; either is a start without effect.
-            tensors[up].normal_(generator=generator)
         else:
             torch.nn.init.kaiming_uniform_(tensors[down], a=math.sqrt(5), generator=generator)
         if settings.variant is not None:
@@ -275,7 +277,9 @@ class Lora(Method[LoraConfig, LoraSettings]):
         if MAGNITUDE not in tensors:
             return patch
         lengths = _lengths(patch, base).to(patch.down.device)  # type: ignore[union-attr]
-        outer = Diagonal(tensors[MAGNITUDE].float().flatten() / lengths)
+        magnitude = tensors[MAGNITUDE].float().flatten()
+        # A row of zeros has no direction to be given a length; it stays zero.
+        outer = Diagonal(torch.where(lengths > _NONE, magnitude / lengths, 1.0))
         return Patch(patch.up, patch.down, patch.scale, patch.dropout, outer=outer, shift=patch.shift)
 
     def _low_rank(self, settings: LoraSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
@@ -368,5 +372,4 @@ def _lengths(patch: Patch, base: Base) -> Tensor:
     for start in range(0, weight.shape[0], BLOCK):
         rows = weight[start : start + BLOCK].to(torch.float32, copy=True)
         found.append(own.changed_rows(rows, start, start + rows.shape[0]).norm(dim=1))
-    # A row of zeros has no direction to be given a length; it stays zero.
-    return torch.cat(found).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.cat(found).clamp_min(_NONE)
