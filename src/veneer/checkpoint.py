@@ -42,11 +42,17 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """Key -> tensor, as it lies in the file: its dtype, its bytes."""
+        """Key -> tensor, as it lies in the file: its dtype, its bytes. One of 8 bits is widened to float32."""
         from veneer.mapped import read_mapped
 
         wanted = set(keys)
-        return {key: tensor for header in self._headers for key, tensor in read_mapped(header, wanted).items()}
+        found = (read_mapped(header, wanted) for header in self._headers)
+        return {key: _widened(tensor) for part in found for key, tensor in part.items()}
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """A tensor in a dtype that can be computed with: torch stores floating-point numbers of 8 bits and little more."""
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ class HasShape(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> Any: ...
 
 
 class Planned(Protocol):
@@ -43,6 +45,8 @@ class Planned(Protocol):
     def shared(self) -> tuple[str, ...]: ...
     @property
     def empty(self) -> tuple[str, ...]: ...
+    @property
+    def integers(self) -> frozenset[str]: ...
     @property
     def prefix(self) -> str: ...
     def parts(self, config: Any, catalog: Catalog) -> list[Part]: ...
@@ -98,7 +102,7 @@ class Plan:
 
 def make_plan(config: AnyConfig, method: Planned, tensors: Mapping[str, HasShape], catalog: Catalog) -> Plan:
     """Pair a checkpoint's tensors with a model's modules."""
-    key = method, repr(config), tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items())
+    key = method, repr(config), tuple((name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items())
     kept: _Kept | None = catalog.plans.get(key)
     if kept is None or not kept.is_current(catalog):
         plan = _made_plan(config, method, tensors, catalog)
@@ -272,6 +276,8 @@ def _plan_site(
         elif tuple(tensors[keys[leaf]].shape) != shape:
             stored = tuple(tensors[keys[leaf]].shape)
             problems.append(f"{site.key}: {leaf} is {stored}, and this layer and config want {shape}")
+        else:
+            problems += _of_wrong_kind(f"{site.key}: {leaf}", tensors[keys[leaf]], leaf not in method.integers)
     plan.problems += problems
     if not problems:
         plan.bindings.append(Binding(site, method, settings, dict(keys), twin))
@@ -306,8 +312,23 @@ def _plan_saved(plan: Plan, key: str, slot: Slot, tensor: HasShape, saved: list[
         rows = tensor.shape[0] if catalog.is_end(root) else 0
         mend = f" (resize the base first: resize_token_embeddings({rows}))" if rows else ""
         plan.problems.append(f"{key}: is {tuple(tensor.shape)}, and the model's is {tuple(have.shape)}{mend}")
+    elif problems := _of_wrong_kind(key, tensor, _is_floating(have)):
+        plan.problems += problems
     else:
         plan.saved.setdefault(root, {})[name] = key
+
+
+def _of_wrong_kind(what: str, tensor: HasShape, floating: bool) -> list[str]:
+    """Whole numbers where weights belong, or the other way round, are a problem: what was meant cannot be told."""
+    if _is_floating(tensor) == floating:
+        return []
+    wanted = "floating-point numbers" if floating else "whole numbers"
+    return [f"{what} is of dtype {str(tensor.dtype).removeprefix('torch.')}, and {wanted} belong there"]
+
+
+def _is_floating(tensor: HasShape) -> bool:
+    """By the dtype's name, in a header or in torch."""
+    return str(tensor.dtype).removeprefix("torch.").lower().startswith(("f", "bf"))
 
 
 def _check_shared(plan: Plan, config: AnyConfig, method: Planned, tensors: Mapping[str, HasShape]) -> None:
@@ -323,6 +344,8 @@ def _check_shared(plan: Plan, config: AnyConfig, method: Planned, tensors: Mappi
             stored = tuple(tensors[plan.shared[leaf]].shape)
             if stored != shape:
                 plan.problems.append(f"{leaf}: is {stored}, and this model and config want {shape}")
+            wide = leaf.partition(".")[0] not in method.integers
+            plan.problems += _of_wrong_kind(leaf, tensors[plan.shared[leaf]], wide)
         elif method.saves_shared(config):
             plan.problems.append(f"{leaf}, which all layers share, is missing from the checkpoint")
 

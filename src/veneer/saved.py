@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,12 +57,15 @@ class SavedModule(nn.Module):
         Args:
             adapter: whose.
             tensors: its values (parameter's name -> tensor), used in the wider of their own dtype and the
-                original's, so that nothing is rounded; without them it starts as the original is.
+                original's, so that nothing is rounded; without them it starts as the original is. Where that is
+                not the original's dtype the whole copy has the widest, for it computes in one.
         """
         own = copy_resident(self.original_module)
         own.requires_grad_(False)
         for name, tensor in (tensors or {}).items():
             _set(own, name, tensor)
+        if _dtypes(own) != _dtypes(self.original_module):
+            own.to(functools.reduce(torch.promote_types, _dtypes(own)))
         self.copies[adapter] = own
         return own
 
@@ -101,7 +105,9 @@ class SavedModule(nn.Module):
 
     def taken_over(self, adapter: str) -> nn.Module:
         """An adapter's copy in the original's dtype, to stand in the model for good."""
-        own: nn.Module = self.copies[adapter].to(self.base_dtype)
+        own: nn.Module = self.copies[adapter]
+        for mine, theirs in zip(_tensors(own), _tensors(self.original_module), strict=True):
+            mine.data = mine.data.to(theirs.dtype)
         return own
 
     @property
@@ -112,6 +118,14 @@ class SavedModule(nn.Module):
 
 def _dtype(module: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _dtypes(module: nn.Module) -> list[torch.dtype]:
+    return [tensor.dtype for tensor in _tensors(module) if tensor.is_floating_point()]
 
 
 def _cast(value: Any, dtype: torch.dtype | None) -> Any:

@@ -57,9 +57,20 @@ class IA3(Method[IA3Config, IA3Settings]):
         if not settings.feedforward:
             return Patch(outer=Diagonal(scale), outer_on_bias=True)
         if isinstance(base.site, ConvSite):
-            # One entry a channel, and the canonical weight has a column for each entry of its kernel.
-            scale = scale.repeat_interleave(base.site.shape[1] // len(scale))
+            return _of_channels(scale, base, base.site)
         return Patch(inner=Diagonal(scale))
 
 
 METHOD = IA3()
+
+
+def _of_channels(scale: Tensor, base: Base, site: ConvSite) -> Patch:
+    """The patch of a convolution whose input channels are scaled: ``scale`` (channels,)."""
+    groups, (out, inner) = site.conv.groups, site.shape
+    # One entry a channel, and the canonical weight has a column for each entry of its kernel.
+    columns = scale.repeat_interleave(inner * groups // len(scale))
+    if groups == 1:
+        return Patch(inner=Diagonal(columns))
+    # The rows of another group see other channels.
+    gains = columns.view(groups, inner).repeat_interleave(out // groups, dim=0)
+    return Patch(dense=base.base_weight().float() * (gains.float() - 1))

@@ -65,6 +65,7 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
         leaves: the tensors that an adapted layer may have, named as on disk.
         optional: those of them that a checkpoint may leave out.
         bias_leaves: those of them that move the output of a layer by what is then its bias, even where it has none.
+        integers: those of them, shared ones too, that hold whole numbers, such as the places of values.
         fixed: those of them that are saved and never trained.
         frozen: those that only live in memory, beside the others, and are never trained.
         kinds: the kinds of layer that it can adapt.
@@ -81,6 +82,7 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
     leaves: ClassVar[tuple[str, ...]]
     optional: ClassVar[frozenset[str]] = frozenset()
     bias_leaves: ClassVar[frozenset[str]] = frozenset()
+    integers: ClassVar[frozenset[str]] = frozenset()
     fixed: ClassVar[frozenset[str]] = frozenset()
     frozen: ClassVar[frozenset[str]] = frozenset()
     kinds: ClassVar[tuple[type[Site], ...]] = (Site,)

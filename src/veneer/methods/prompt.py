@@ -86,12 +86,14 @@ class PromptMethod(ABC, Generic[ConfigT]):
         fills_cache: whether its tokens are keys and values in the cache; else they are embeddings before the input's.
         shared: the tensors that a checkpoint holds.
         empty: leaves that say nothing: none.
+        integers: leaves that hold whole numbers: none.
         prefix: what begins the checkpoint key of a module that is saved whole.
     """
 
     fills_cache: ClassVar[bool] = False
     shared: ClassVar[tuple[str, ...]] = (PROMPT,)
     empty: ClassVar[tuple[str, ...]] = ()
+    integers: ClassVar[frozenset[str]] = frozenset()
     prefix: ClassVar[str] = SHARED_PREFIX
 
     def parts(self, config: ConfigT, catalog: Catalog) -> list[Part]:

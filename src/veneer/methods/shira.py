@@ -29,7 +29,8 @@ class Shira(Method[ShiraConfig, int]):
     """SHiRA on linear layers; its settings are how many numbers a layer has."""
 
     leaves = (VALUES, PLACES)
-    fixed = frozenset({PLACES})
+    integers = frozenset({PLACES})
+    fixed = integers
     kinds = (LinearSite,)
 
     def settings(self, config: ShiraConfig, site: Site) -> int:

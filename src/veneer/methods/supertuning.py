@@ -32,7 +32,8 @@ class Supertuning(Method[SupertuningConfig, SupertuningConfig]):
 
     kinds = (LinearSite,)
     leaves = (VALUES, INDICES, A, B)
-    fixed = frozenset({INDICES})
+    integers = frozenset({INDICES})
+    fixed = integers
 
     def settings(self, config: SupertuningConfig, site: Site) -> SupertuningConfig:
         if not _count(config, site):

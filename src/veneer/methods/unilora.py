@@ -31,6 +31,7 @@ class UniLora(Method[UniLoraConfig, UniLoraConfig]):
 
     kinds = (LinearSite,)
     leaves = (INDICES_A, INDICES_B, SCALES_A, SCALES_B)
+    integers = frozenset({INDICES_A, INDICES_B})
     trainable = False
     shared = (THETA,)
     trains_shared = True

@@ -33,7 +33,8 @@ class VBLora(Method[VBLoRAConfig, VBLoRAConfig]):
 
     kinds = (LinearSite,)
     leaves = tuple(leaf + part for leaf in (LOGITS_A, LOGITS_B) for part in ("", CHOICE, SHARES))
-    fixed = frozenset({LOGITS_A + CHOICE, LOGITS_B + CHOICE})
+    integers = frozenset({LOGITS_A + CHOICE, LOGITS_B + CHOICE})
+    fixed = integers
     shared = (BANK,)
     trains_shared = True
 
