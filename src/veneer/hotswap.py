@@ -27,6 +27,8 @@ from veneer.methods.lora import RANK_DIMS, Lora, LoraSettings
 from veneer.model import PeftModel
 from veneer.plan import Binding, Plan, bind_error, make_plan
 from veneer.remap import remapped
+from veneer.sites import Site
+from veneer.sites.conv import ConvSite
 from veneer.source import resolve
 
 
@@ -59,7 +61,7 @@ def prepare_model_for_compiled_hotswap(model: PeftModel, *, target_rank: int | N
     for entry, layer, share in shares:
         settings = share.settings
         for leaf, parameter in layer.tensors(entry.name, share).items():
-            _pad(parameter, RANK_DIMS.get(leaf), target_rank)
+            _pad(parameter, RANK_DIMS.get(leaf), target_rank, _groups(layer.site))
         scale = torch.tensor(float(settings.scale), device=layer.base_stored.device)
         layer.reset(entry.name, share, replace(settings, scale=scale))
 
@@ -76,6 +78,11 @@ def _check_can_be_padded(entry: Adapter, layer: AdaptedLayer, share: Bound, rank
             f"{layer.site.id}: the rank of a LoRA on stacked experts cannot be padded.",
             hint="Swap adapters of one rank there (leave target_rank out).",
         )
+    if rank is not None and rank % _groups(layer.site):
+        raise UnsupportedError(
+            f"{layer.site.name} has {_groups(layer.site)} groups, and target_rank={rank} is no multiple of it.",
+            hint="Give a target_rank that is one.",
+        )
     if rank is not None and own > rank:
         raise AdapterError(
             f"target_rank={rank} is smaller than the rank {own} of {entry.name!r} at {layer.site.name}.",
@@ -83,18 +90,25 @@ def _check_can_be_padded(entry: Adapter, layer: AdaptedLayer, share: Bound, rank
         )
 
 
-def _pad(parameter: nn.Parameter, dim: int | None, rank: int | None) -> None:
+def _groups(site: Site) -> int:
+    """In how many parts the ranks of a LoRA lie, each for some of the outputs."""
+    return site.conv.groups if isinstance(site, ConvSite) else 1
+
+
+def _pad(parameter: nn.Parameter, dim: int | None, rank: int | None, groups: int) -> None:
     """Zeros up to ``rank`` along ``dim``, in memory of its own."""
     shape = list(parameter.shape)
     if dim is not None and rank is not None:
-        shape[dim] = rank
+        shape[dim] = rank if dim == 0 else rank // groups
     padded = parameter.new_zeros(shape)
-    _corner(padded, parameter.shape).copy_(parameter)
+    _fill(padded, parameter, groups if dim == 0 else 1)
     parameter.data = padded
 
 
-def _corner(tensor: Tensor, shape: torch.Size) -> Tensor:
-    return tensor[tuple(slice(size) for size in shape)]
+def _fill(tensor: Tensor, values: Tensor, parts: int) -> None:
+    """Put the parts of ``values`` along their first dimension at the beginnings of those of ``tensor``."""
+    places, own = (t.unflatten(0, (parts, -1)) for t in (tensor, values))
+    places[tuple(slice(size) for size in own.shape)].copy_(own)
 
 
 @torch.no_grad()
@@ -206,7 +220,8 @@ def _swap(layer: AdaptedLayer, name: str, share: Bound, binding: Binding | None,
         layer.reset(name, share, share.settings)
         return
     for leaf, parameter in live.items():
-        _put(parameter, tensors[binding.keys[leaf]], _is_prepared(share.settings))
+        parts = _groups(layer.site) if RANK_DIMS.get(leaf) == 0 else 1
+        _put(parameter, tensors[binding.keys[leaf]], _is_prepared(share.settings), parts)
     layer.reset(name, share, _settings(share.settings, binding.method.settled(binding.settings, live, layer)))
 
 
@@ -222,12 +237,12 @@ def _settings(old: Any, new: Any) -> Any:
     return replace(new, scale=old.scale)
 
 
-def _put(parameter: nn.Parameter, new: Tensor, padded: bool) -> None:
+def _put(parameter: nn.Parameter, new: Tensor, padded: bool, parts: int = 1) -> None:
     """Copy ``new`` into ``parameter``, with zeros around it where it is ``padded``; else let it be the parameter."""
     fits = new.ndim == parameter.ndim and all(a <= b for a, b in zip(new.shape, parameter.shape, strict=True))
     if (fits if padded else new.shape == parameter.shape) and new.dtype == parameter.dtype:
         parameter.zero_()
-        _corner(parameter, new.shape).copy_(new)
+        _fill(parameter, new, parts)
     else:
         parameter.data = new.to(parameter.device, copy=True)
 

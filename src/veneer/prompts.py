@@ -17,7 +17,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -38,15 +38,11 @@ class Sizes:
         token_dim: the width of a token's embedding.
         num_layers: layers with keys and values.
         num_attention_heads: attention heads.
-        key_heads: heads of the keys, fewer with grouped queries.
-        head_dim: the width of a head.
     """
 
     token_dim: int
     num_layers: int
     num_attention_heads: int
-    key_heads: int
-    head_dim: int
 
 
 def complete(config: PromptConfig, method: AnyPrompt, model: nn.Module) -> None:
@@ -56,13 +52,8 @@ def complete(config: PromptConfig, method: AnyPrompt, model: nn.Module) -> None:
         UnsupportedError: the model does not say, or takes no such prompt.
         BindError: the config names other sizes than the model has.
     """
-    sizes = _sizes(model)
-    own = {
-        "token_dim": sizes.key_heads * sizes.head_dim if method.fills_cache else sizes.token_dim,
-        "num_layers": sizes.num_layers,
-        "num_attention_heads": sizes.key_heads if method.fills_cache else sizes.num_attention_heads,
-    }
-    needed = own if method.fills_cache else {"token_dim": sizes.token_dim}
+    own = asdict(_of_keys(model) if method.fills_cache else _of_words(model))
+    needed = own if method.fills_cache else {"token_dim": own["token_dim"]}
     wrong = [
         f"{name} is {getattr(config, name)}, and the model's is {value}"
         for name, value in needed.items()
@@ -85,26 +76,62 @@ def complete(config: PromptConfig, method: AnyPrompt, model: nn.Module) -> None:
         raise _unsupported(model, "has no tokens as its input")
 
 
-def _unsupported(model: nn.Module, why: str) -> UnsupportedError:
+def _unsupported(model: nn.Module, why: str, of: str = "") -> UnsupportedError:
     return UnsupportedError(
-        f"{type(model).__name__} {why}, so it can carry no prompt.",
+        f"{type(model).__name__} {why}, so it can carry no prompt{of and f' of {of}'}.",
         hint="Use a method that adapts layers, such as LoRA.",
     )
 
 
-def _sizes(model: nn.Module) -> Sizes:
+def _of_words(model: nn.Module) -> Sizes:
+    """The sizes for a prompt of embeddings."""
+    config = _text_config(model)
+    names = (("num_decoder_layers", "decoder_layers") if _is_pair(model) else ()) + ("num_hidden_layers",)
+    layers = next((n for n in (_said(config, name) for name in names) if n), None)
+    heads = _said(config, "num_attention_heads")
+    if not layers or not heads or not _said(config, "hidden_size"):
+        raise _unsupported(model, "does not say how many layers and heads it has")
+    words: Any = words_of(model)
+    return Sizes(words.weight.shape[1], layers, heads)
+
+
+def _of_keys(model: nn.Module) -> Sizes:
+    """The sizes for a prompt of keys and values: heads are those of the keys, and a token has a part for each."""
+    config, sizes = _text_config(model), _of_words(model)
+    if _of_layers(config) & {"num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size"}:
+        raise _unsupported(model, "has layers of different sizes", "keys and values")
+    if getattr(config, "kv_lora_rank", None):
+        raise _unsupported(model, "has keys and values of different widths", "keys and values")
+    if getattr(config, "num_kv_shared_layers", None):
+        raise _unsupported(model, "has layers that use the keys and values of others", "keys and values")
+    if not all(hasattr(layer, "update") for layer in _cache_layers(new_cache(model))):
+        raise _unsupported(model, "has layers without keys and values", "keys and values")
+    one = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
+    heads = 1 if one else getattr(config, "num_key_value_heads", None) or sizes.num_attention_heads
+    width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    return Sizes(heads * (width or config.hidden_size // sizes.num_attention_heads), sizes.num_layers, heads)
+
+
+def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         raise _unsupported(model, "is no transformers model")
-    config = config.get_text_config(decoder=True)
-    names = (("num_decoder_layers", "decoder_layers") if _is_pair(model) else ()) + ("num_hidden_layers",)
-    layers = next((n for n in (getattr(config, name, None) for name in names) if n), None)
-    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
-    if not layers or not heads or not width:
-        raise _unsupported(model, "does not say how many layers and heads it has")
-    head = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or width // heads
-    words: Any = words_of(model)
-    return Sizes(words.weight.shape[1], layers, heads, getattr(config, "num_key_value_heads", None) or heads, head)
+    return config.get_text_config(decoder=True)
+
+
+def _of_layers(config: Any) -> set[str]:
+    """What of a config is not the same for all layers."""
+    return set(getattr(config, "per_layer_attributes", None) or ())
+
+
+def _said(config: Any, name: str) -> Any:
+    """What a config says of its layers, or of the first one where they differ."""
+    return getattr(config.per_layer_config[0] if name in _of_layers(config) else config, name, None)
+
+
+def _cache_layers(cache: Any) -> list[Any]:
+    """The layers of a cache; of a pair's those that its decoder reads itself."""
+    return list(getattr(cache, "self_attention_cache", cache).layers)
 
 
 def words_of(model: nn.Module) -> nn.Module:

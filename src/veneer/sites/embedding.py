@@ -28,4 +28,4 @@ class EmbeddingSite(Site):
         found = F.embedding(x, matrix.T, cast(nn.Embedding, self.module).padding_idx)
         # Gemma 3 and others multiply inside their embedding layer.
         scale = getattr(self.module, "embed_scale", None)
-        return found if scale is None else found * scale.to(self.stored.dtype)
+        return found * (scale.to(self.stored.dtype) if isinstance(scale, Tensor) else 1.0 if scale is None else scale)

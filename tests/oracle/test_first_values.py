@@ -1,0 +1,74 @@
+"""A new adapter's tensors are drawn as peft draws them: which are zero, and how large the others are."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+import veneer
+from tests.models import gap
+
+
+class Net(nn.Module):
+    """A layer of each kind, wide enough to tell distributions apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.linear = nn.Embedding(400, 64), nn.Linear(64, 64)
+        self.conv, self.grouped = nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3, groups=2)
+
+
+def drawn(library: Any, kind: str, options: dict[str, Any]) -> dict[str, Tensor]:
+    model = library.get_peft_model(Net(), getattr(library, kind)(**options))
+    return {name: p.detach() for name, p in model.named_parameters() if ".default" in name}
+
+
+@pytest.mark.parametrize("layer", ["embed", "linear", "conv", "grouped"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("LoraConfig", {}),
+        ("LoraConfig", {"init_lora_weights": "gaussian"}),
+        ("LoraConfig", {"init_lora_weights": "gaussian", "use_rslora": True}),
+        ("HiraConfig", {}),
+        ("HiraConfig", {"init_weights": "gaussian"}),
+    ],
+)
+def test_first_values(kind: str, options: dict[str, Any], layer: str) -> None:
+    if (kind, layer) == ("HiraConfig", "grouped"):
+        pytest.skip("HiRA is refused there")
+    chosen = {"r": 16, "target_modules": [layer], **options}
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of peft's, about groups
+        theirs = drawn(peft, kind, chosen)
+    ours = drawn(veneer, kind, chosen)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert bool(ours[name].count_nonzero()) == bool(tensor.count_nonzero()), name
+        assert float(ours[name].std()) == pytest.approx(float(tensor.std()), rel=0.15), name
+
+
+def test_ia3_on_the_input_of_a_convolution_in_groups() -> None:
+    """peft scales the input; merged here, each group's rows take the scales of the channels that they see."""
+
+    def made(library: Any) -> Any:
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1, groups=2), nn.ReLU(), nn.Conv1d(5, 6, 1))
+        config = library.IA3Config(target_modules=["0"], feedforward_modules=["0"], init_ia3_weights=False)
+        return library.get_peft_model(base[:2], config).eval()
+
+    ours, theirs = made(veneer), made(peft)
+    scale = {name: p for name, p in theirs.named_parameters() if "ia3_l" in name}
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if "ia3_l" in name:
+                parameter.copy_(scale[name])
+        x = torch.randn(2, 8, 5, 5)
+        expected = theirs(x)
+        assert gap(ours(x), expected) < 1e-5
+        assert gap(ours.merge_and_unload()(x), expected) < 1e-5
