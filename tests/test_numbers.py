@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,31 +54,39 @@ def gradients(model: nn.Module, case: Case) -> list[Tensor]:
 # -- configs -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FIRST)
-def test_a_number_of_a_config_is_usable_or_refused(name: str) -> None:
+OF_LAYERS = [(name, *field) for name, case in FIRST.items() for field in numbers(getattr(veneer, case.config))]
+OF_PROMPTS = [
+    (name, *field) for name in PROMPTS for field in numbers(importlib.import_module(f"veneer.configs.{name}").CONFIG)
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "written"), OF_LAYERS, ids=[f"{name}-{field}" for name, field, _ in OF_LAYERS]
+)
+def test_a_number_of_a_config_is_usable_or_refused(name: str, field: str, written: Callable[[int], Any]) -> None:
     """A number that divides, shapes or is a share is checked where it is read, and not met in the middle of torch."""
     case = FIRST[name]
-    for field, written in numbers(getattr(veneer, case.config)):
-        for number in (0, -1):
-            try:
-                config = config_of(case, **{field: written(number)})
-                model = veneer.get_peft_model(case.prepare(NETWORKS[case.network].make()), config, seed=1)
-                assert bool(torch.isfinite(NETWORKS[case.network].read(model)).all()), (field, number)
-                assert all(bool(torch.isfinite(grad).all()) for grad in gradients(model, case)), (field, number)
-            except VeneerError:
-                continue
+    for number in (0, -1):
+        try:
+            config = config_of(case, **{field: written(number)})
+            model = veneer.get_peft_model(case.prepare(NETWORKS[case.network].make()), config, seed=1)
+            assert bool(torch.isfinite(NETWORKS[case.network].read(model)).all()), number
+            assert all(bool(torch.isfinite(grad).all()) for grad in gradients(model, case)), number
+        except VeneerError:
+            continue
 
 
-@pytest.mark.parametrize("name", PROMPTS)
-def test_a_number_of_a_prompts_config_is_usable_or_refused(name: str) -> None:
+@pytest.mark.parametrize(("name", "field", "written"), OF_PROMPTS, ids=[f"{n}-{field}" for n, field, _ in OF_PROMPTS])
+def test_a_number_of_a_prompts_config_is_usable_or_refused(
+    name: str, field: str, written: Callable[[int], Any]
+) -> None:
     kind = importlib.import_module(f"veneer.configs.{name}").CONFIG
-    for field, written in numbers(kind):
-        for number in (0, -1):
-            try:
-                config = kind(**{"num_virtual_tokens": 3, "task_type": "CAUSAL_LM", field: written(number)})
-                veneer.get_peft_model(build("llama"), config)
-            except VeneerError:
-                continue
+    for number in (0, -1):
+        try:
+            config = kind(**{"num_virtual_tokens": 3, "task_type": "CAUSAL_LM", field: written(number)})
+            veneer.get_peft_model(build("llama"), config)
+        except VeneerError:
+            continue
 
 
 WRONG: list[tuple[str, Mapping[str, Any]]] = [
@@ -203,7 +211,7 @@ def test_frod_refuses_weights_that_leave_an_input_out(ridge: float) -> None:
 EIGHT_BITS = [torch.float8_e4m3fn, torch.float8_e5m2]
 
 
-def written(name: str, folder: Path, dtype: torch.dtype, **more: Any) -> Case:
+def in_dtype(name: str, folder: Path, dtype: torch.dtype, **more: Any) -> Case:
     """Save a new adapter of a method with its weights in ``dtype``."""
     case = FIRST[name]
     model = case.prepare(NETWORKS[case.network].make())
@@ -215,7 +223,7 @@ def written(name: str, folder: Path, dtype: torch.dtype, **more: Any) -> Case:
 @pytest.mark.parametrize("name", FIRST)
 def test_eight_bits_are_widened(name: str, tmp_path: Path) -> None:
     """What is stored in float8 answers as the same values in float32 do."""
-    case = written(name, tmp_path, torch.float8_e4m3fn)
+    case = in_dtype(name, tmp_path, torch.float8_e4m3fn)
     network = NETWORKS[case.network]
 
     def read() -> Tensor:
@@ -247,7 +255,7 @@ def test_whole_numbers_are_no_weights(key: str, dtype: torch.dtype, tmp_path: Pa
 
 @pytest.mark.parametrize(("name", "more"), [("shira", {}), ("unilora", {"save_indices": True})])
 def test_weights_are_no_places(name: str, more: Mapping[str, Any], tmp_path: Path) -> None:
-    case = written(name, tmp_path, torch.float32, **more)
+    case = in_dtype(name, tmp_path, torch.float32, **more)
     edit_tensors(tmp_path, lambda ts: {k: t.float() for k, t in ts.items()})
     with pytest.raises(BindError, match="whole numbers belong there"):
         veneer.PeftModel.from_pretrained(NETWORKS[case.network].make(), tmp_path)
