@@ -110,11 +110,6 @@ class SavedModule(nn.Module):
             mine.data = mine.data.to(theirs.dtype)
         return own
 
-    @property
-    def base_dtype(self) -> torch.dtype | None:
-        """The dtype that the original's parameters have; ``None`` where none is of floating point."""
-        return _dtype(self.original_module)
-
 
 def _dtype(module: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)

@@ -129,13 +129,13 @@ def _storable(layer: AdaptedLayer, names: tuple[str, ...]) -> tuple[Tensor | Non
 
 
 def _check_saved(adapters: Adapters, names: tuple[str, ...]) -> None:
-    """Raise ``MergeError`` where a module that comes whole does not fit into the dtype of the base's."""
+    """Raise ``MergeError`` where a module that comes whole does not fit into the dtypes of the base's."""
     for root, saved in adapters.saved.items():
-        own, dtype = saved.here(names), saved.base_dtype
-        if own and dtype is not None:
-            for leaf, tensor in saved.copies[own[0]].state_dict().items():
+        for name in saved.here(names)[:1]:
+            base = saved.original_module.state_dict()
+            for leaf, tensor in saved.copies[name].state_dict().items():
                 if tensor.is_floating_point():
-                    check_kept(tensor, tensor.to(dtype), f"{root}.{leaf}")
+                    check_kept(tensor, tensor.to(base[leaf].dtype), f"{root}.{leaf}")
 
 
 def _stay_alike(adapters: Adapters, names: Sequence[str]) -> bool:
