@@ -22,11 +22,11 @@ from tests.adapters import CONFIG, WEIGHTS, adapted, edit_config, saved, saved_b
 from tests.models import build
 from veneer.by_transformers import by_transformers
 from veneer.files import written_whole
-from veneer.loader import model_class_of
 from veneer.merging.verify import _ids
 from veneer.mixture import expert_source
 from veneer.pickles import convert_pickle
-from veneer.source import read_header, resolve
+from veneer.source import Source, read_header, resolve
+from veneer.task_class import class_for
 
 LONG = "n" * 300
 
@@ -156,7 +156,8 @@ def test_a_failure_in_rust_is_the_inputs() -> None:
 
 @pytest.mark.parametrize("name", ["pipeline", "__version__", "AutoModelForCausalLM", "Trainer", "logging"])
 def test_only_a_models_class_is_taken_for_one(name: str) -> None:
-    assert model_class_of({"architectures": [name]}, None, "here") is transformers.AutoModel
+    here = Source(Path(), "here")
+    assert class_for(here, {"architectures": [name]}, (), None) is transformers.AutoModel
 
 
 # -- names ---------------------------------------------------------------------------------------------------
