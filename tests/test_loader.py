@@ -149,7 +149,7 @@ def test_a_set_comes_back_whole(base: Path, tmp_path: Path) -> None:
     onto = veneer.PeftModel.from_pretrained(build("llama"), tmp_path / "set")
     assert torch.equal(logits(onto, batch), expected)
     model.save_pretrained(tmp_path / "one", selected_adapters=["french"])
-    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["adapter_set.json", "french"]
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["README.md", "adapter_set.json", "french"]
     assert list(veneer.load(tmp_path / "one").peft_config) == ["french"]
 
 
@@ -529,7 +529,7 @@ def test_keys_that_change_nothing_are_kept(adapter: Path, tmp_path: Path) -> Non
 def test_a_name_that_is_taken(adapter: Path) -> None:
     model = veneer.load(adapter)
     with pytest.raises(DuplicateAdapterError, match=r"'default' on this model already.*Present: 'default'"):
-        model.load_adapter(adapter)
+        model.add_adapter("default", veneer.LoraConfig(target_modules=["q_proj"]))
     model.load_adapter(adapter, "twin")
     assert list(model.peft_config) == ["default", "twin"]
 

@@ -456,12 +456,15 @@ def test_uploading_saves_and_makes_the_repository(monkeypatch: pytest.MonkeyPatc
             done.append(sorted(p.name for p in Path(folder_path).iterdir()))
             return repo_id
 
+        def hf_hub_download(self, *_: Any, **__: Any) -> str:
+            raise FileNotFoundError
+
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     assert adapted().push_to_hub("me/mine", token="t", private=True) == "me/mine"
     assert done == [
         "t",
         ("me/mine", {"private": True, "exist_ok": True}),
-        ["adapter_config.json", "adapter_model.safetensors"],
+        ["README.md", "adapter_config.json", "adapter_model.safetensors"],
     ]
 
 

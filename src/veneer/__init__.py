@@ -100,6 +100,7 @@ if TYPE_CHECKING:
         TargetError,
         UnknownAdapterError,
         UnknownKeyError,
+        UnknownKeywordError,
         UnknownMethodError,
         UnsupportedError,
         VeneerError,
@@ -204,8 +205,8 @@ _HOMES = {
             "AdapterError BaseMismatchError BaseModelError BindError ConfigError "
             "CorruptFileError DuplicateAdapterError IncompleteCheckpointError MergeError "
             "NonFiniteError NotACheckpointError PathNotFoundError PickleRefusedError "
-            "SourceError TargetError UnknownAdapterError UnknownKeyError UnknownMethodError "
-            "UnsupportedError VeneerError"
+            "SourceError TargetError UnknownAdapterError UnknownKeyError UnknownKeywordError "
+            "UnknownMethodError UnsupportedError VeneerError"
         ),
         "hotswap": "hotswap_adapter prepare_model_for_compiled_hotswap",
         "inspection": "Inspection Problem inspect",
@@ -341,6 +342,7 @@ __all__ = [
     "UniLoraConfig",
     "UnknownAdapterError",
     "UnknownKeyError",
+    "UnknownKeywordError",
     "UnknownMethodError",
     "UnmergeReport",
     "UnsupportedError",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,8 +130,15 @@ def _restored(adapters: Adapters, binding: Binding, config: TargetedConfig) -> d
 
 
 @guarded
-def create(adapters: Adapters, name: str, config: PeftConfig, *, generator: torch.Generator | None = None) -> Adapter:
-    """Add a new, trainable adapter, with tensors in float32.
+def create(
+    adapters: Adapters,
+    name: str,
+    config: PeftConfig,
+    *,
+    generator: torch.Generator | None = None,
+    float32: bool = True,
+) -> Adapter:
+    """Add a new, trainable adapter, with tensors in float32; or else in the dtype of a base in half precision.
 
     Raises:
         TargetError: the config's targets match nothing usable.
@@ -154,7 +161,7 @@ def create(adapters: Adapters, name: str, config: PeftConfig, *, generator: torc
             sharding.agree(encoder.state_dict().values())
         _add_prompt(adapters, adapter, config, encoder.to(next(words.parameters()).device))
     else:
-        _create_layers(adapters, adapter, targeted(config), roots, generator)
+        _create_layers(adapters, adapter, targeted(config), roots, generator, float32)
     for root in roots:
         adapters.wrap_saved(root).add(name).requires_grad_(True)
         adapter.saved.append(root)
@@ -164,7 +171,12 @@ def create(adapters: Adapters, name: str, config: PeftConfig, *, generator: torc
 
 
 def _create_layers(
-    adapters: Adapters, adapter: Adapter, config: TargetedConfig, roots: list[str], generator: torch.Generator | None
+    adapters: Adapters,
+    adapter: Adapter,
+    config: TargetedConfig,
+    roots: list[str],
+    generator: torch.Generator | None,
+    float32: bool,
 ) -> None:
     method = method_of(config)
     method.complete(config, adapters.catalog)
@@ -195,8 +207,19 @@ def _create_layers(
     made = _join(made, method, tied_ends(config, adapters.catalog), new=True, trainable=True)
     if adapters.is_spread:
         sharding.agree([*(t for one in made for t in one.tensors.values()), *shared.values()])
+    if not float32:
+        _in_dtype_of_base(made, shared.values())
     _bind(adapters, adapter, made, shared)
     adapters.note_zero_layers(adapter)
+
+
+def _in_dtype_of_base(made: Sequence[_Made], shared: Collection[nn.Parameter]) -> None:
+    """Give new tensors the dtype of the layers that they are for, where that is a half-precision one."""
+    for place, one in enumerate(made):
+        dtype = one.site.stored.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            for parameter in (*one.tensors.values(), *(() if place else shared)):
+                parameter.data = parameter.data.to(dtype) if parameter.is_floating_point() else parameter.data
 
 
 def _shared(

@@ -12,11 +12,13 @@ from torch import nn
 from veneer.arrow_config import ArrowConfig
 from veneer.configs.lora import LoraConfig
 from veneer.errors import AdapterError
+from veneer.keywords import READING, SETTLED, SOURCE, TOKEN, takes
 from veneer.model import PeftModel
 
 ROUTER = "arrow_router"
 
 
+@takes(*SOURCE, *SETTLED, *READING, "is_trainable", renamed=TOKEN)
 def create_arrow_model(
     base_model: nn.Module,
     task_specific_adapter_paths: Sequence[str | Path],

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from veneer.errors import ConfigError
+from veneer.keywords import Fields
 
 
 @dataclass
-class ArrowConfig:
+class ArrowConfig(Fields):
     """Arrow (Ostapenko et al. 2024, arXiv:2405.11157): each token goes to the LoRAs that would change it most.
 
     Args:

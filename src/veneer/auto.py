@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from veneer.config import TaskType
+from veneer.keywords import takes
 from veneer.loader import load
 from veneer.model import PeftModel
 
@@ -21,10 +22,13 @@ class AutoPeftModel:
         )
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **options: Any) -> PeftModel:
+    @takes(renamed={"pretrained_model_name_or_path": "path"}, others=True)
+    def from_pretrained(
+        cls, path: str | Path, adapter_name: str = "default", is_trainable: bool = False, **options: Any
+    ) -> PeftModel:
         """Load ``path``; the options are those of :func:`veneer.load`."""
         options.setdefault("task", cls.task)
-        return load(path, **options)
+        return load(path, adapter_name=adapter_name, is_trainable=is_trainable, **options)
 
 
 class AutoModelForCausalLM(AutoPeftModel):

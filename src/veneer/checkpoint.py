@@ -154,11 +154,15 @@ def replacing(drafts: Sequence[Draft]) -> Iterator[None]:
 def _save_tensors(draft: Draft, path: Path) -> None:
     from safetensors.torch import save_file
 
+    save_file(apart(draft.tensors), path, metadata={"format": "pt", **draft.metadata})
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, each in memory of its own: one under two keys is written twice, as the format wants."""
     own: dict[str, Tensor] = {}
     places: set[int] = set()
-    for key, tensor in draft.tensors.items():
+    for key, tensor in tensors.items():
         value = tensor.detach().contiguous().cpu()
-        # One tensor under two keys is written twice: the format refuses memory that is shared.
         own[key] = value.clone() if value.numel() and value.data_ptr() in places else value
         places.add(value.data_ptr())
-    save_file(own, path, metadata={"format": "pt", **draft.metadata})
+    return own

@@ -23,6 +23,7 @@ from veneer import patterns
 from veneer.by_transformers import first_line
 from veneer.errors import ConfigError, UnknownKeyError, UnknownMethodError, UnsupportedError
 from veneer.files import written_whole
+from veneer.keywords import SOURCE, TOKEN, Fields, strict, takes
 from veneer.printable import printable
 from veneer.source import ADAPTER_CONFIG, resolve
 from veneer.value_types import fits, is_beyond
@@ -121,8 +122,9 @@ _PATTERNS = frozenset({"rank_pattern", "alpha_pattern"})
 _declared = lru_cache(maxsize=None)(get_type_hints)
 
 
+@strict
 @dataclass
-class PeftConfig:
+class PeftConfig(Fields):
     """What every adapter's config holds, whatever its method.
 
     ``PeftConfig.from_pretrained(path)`` reads any adapter's config and returns its method's own class.
@@ -210,8 +212,15 @@ class PeftConfig:
         return config
 
     @classmethod
+    @takes(*SOURCE, renamed={**TOKEN, "pretrained_model_name_or_path": "path"})
     def from_pretrained(cls, path: str | Path, *, revision: str | None = None, **source: Any) -> PeftConfig:
-        """Read the config in an adapter folder or at a hub id."""
+        """Read the config in an adapter folder or at a hub id.
+
+        Args:
+            path: the folder or id.
+            revision: on the hub.
+            **source: ``subfolder``, ``token``, ``local_files_only``, ``cache_dir``, ``force_download``.
+        """
         found = resolve(path, revision=revision, what="adapter", **source)
         return cls.from_dict(found.json(ADAPTER_CONFIG), where=f"{found.origin}/{ADAPTER_CONFIG}")
 

@@ -21,6 +21,7 @@ from veneer.combine import Combination, change_of, combine
 from veneer.configs.lora import LoraConfig
 from veneer.errors import AdapterError, UnsupportedError
 from veneer.identity import BASE_DIGEST_KEY
+from veneer.keywords import unknown
 from veneer.layer import AdaptedLayer
 from veneer.loader import load
 from veneer.merging.in_memory import check_mergeable
@@ -93,10 +94,14 @@ def convert_to_lora(
         **load_options: as for :func:`veneer.load`.
 
     Raises:
+        UnknownKeywordError: an option is none of :func:`veneer.load`, or ``source`` is in memory and takes none.
         AdapterError: ``out`` is taken, or ``source`` has no single active adapter.
         MergeError: the adapter's change depends on the input, so that no weights hold it.
         UnsupportedError: no LoRA can hold the adapter, or ``rank`` is missing. Whatever loading raises.
     """
+    idle = [*load_options, *(() if base is None else ("base",))]
+    if isinstance(source, PeftModel) and idle:
+        raise unknown("convert_to_lora() of a model in memory", idle, ("out", "rank", "adapter_name"))
     target = Path(out)
     if is_file(target) or (is_folder(target) and any(target.iterdir())):
         raise AdapterError(f"{target} is not empty.", hint="Choose another folder.")

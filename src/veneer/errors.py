@@ -19,7 +19,8 @@
     │   ├── UnknownAdapterError     no adapter of that name
     │   ├── DuplicateAdapterError   the name is taken, or no valid name
     │   └── NonFiniteError          NaN or infinity among an adapter's values
-    └── MergeError                  a merge or its output cannot be made
+    ├── MergeError                  a merge or its output cannot be made
+    └── UnknownKeywordError         a keyword that a call does not take (also TypeError)
 
 Every error says what is wrong and where in ``message``, and how to mend it in ``hint``; ``str(error)`` is
 both. The command line prints that one line and leaves with exit code 2.
@@ -125,3 +126,7 @@ class NonFiniteError(AdapterError):
 
 class MergeError(VeneerError):
     """A merge, or its output, cannot be made."""
+
+
+class UnknownKeywordError(VeneerError, TypeError):
+    """A public call was given a keyword that it does not take."""

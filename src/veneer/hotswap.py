@@ -20,6 +20,7 @@ from veneer.adding import check_finite
 from veneer.checkpoint import Checkpoint, open_checkpoint
 from veneer.config import targeted
 from veneer.errors import AdapterError, MergeError, UnsupportedError
+from veneer.keywords import SETTLED, SOURCE, TOKEN, chosen, takes
 from veneer.layer import AdaptedLayer, Bound
 from veneer.methods import method_of
 from veneer.methods.bias import Bias, base_bias
@@ -33,6 +34,7 @@ from veneer.source import resolve
 
 
 @torch.no_grad()
+@takes()
 def prepare_model_for_compiled_hotswap(model: PeftModel, *, target_rank: int | None = None) -> None:
     """Make every LoRA on ``model`` ready to take the weights of others, of any rank up to ``target_rank``.
 
@@ -112,6 +114,7 @@ def _fill(tensor: Tensor, values: Tensor, parts: int) -> None:
 
 
 @torch.no_grad()
+@takes(*SOURCE, *SETTLED, renamed=TOKEN)
 def hotswap_adapter(
     model: PeftModel,
     model_name_or_path: str | Path,
@@ -133,7 +136,8 @@ def hotswap_adapter(
         adapter_name: the adapter to replace.
         torch_device: accepted for peft's sake; weights go where the old ones are.
         strict: as for ``load_adapter``.
-        **source_options: ``revision``, ``subfolder``, ``token``, ``local_files_only``.
+        **source_options: ``revision``, ``subfolder``, ``token``, ``local_files_only``, ``cache_dir``,
+            ``force_download``; what else peft takes here is settled by the adapter that is there.
 
     Raises:
         BindError: the new adapter does not fit the model. AdapterError: it adapts layers that the old one does not, or
@@ -142,7 +146,9 @@ def hotswap_adapter(
     model = getattr(model, "_orig_mod", model)
     adapters = model.adapters
     entry = adapters.get(adapter_name)
-    checkpoint = open_checkpoint(resolve(model_name_or_path, what="adapter", **source_options), strict=strict)
+    checkpoint = open_checkpoint(
+        resolve(model_name_or_path, what="adapter", **chosen(source_options, SOURCE)), strict=strict
+    )
     checkpoint = remapped(checkpoint, adapters.catalog)
     config = targeted(checkpoint.config)
     plan = make_plan(config, method_of(config), checkpoint.tensors, adapters.catalog)

@@ -20,6 +20,7 @@ from veneer.base_map import relocated
 from veneer.config import HEADS, PeftConfig, is_of_mlx
 from veneer.errors import ConfigError, SourceError, UnknownMethodError, VeneerError
 from veneer.identity import BASE_DIGEST_KEY
+from veneer.keywords import TOKEN, takes
 from veneer.source import (
     ADAPTER_CONFIG,
     ADAPTER_STEM,
@@ -187,6 +188,7 @@ class Inspection:
         return panel(self)
 
 
+@takes(renamed=TOKEN)
 def inspect(
     path: str | os.PathLike[str],
     *,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import NoneType
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.any_names import AnyNames
 from veneer.folded import Folded, Kept, fold, fold_dtype, foldable, folded_forward
+from veneer.layer_face import LayerFace
 from veneer.merging.arithmetic import composed, merged, merged_bias
 from veneer.methods import AnyMethod
 from veneer.mixed import MixedLayer
@@ -28,7 +30,7 @@ KEPT_PART = 2
 _KEPT = {k: type(v) for k, v in vars(nn.Module()).items() if k not in ("training", "_parameters")}
 
 
-class Leaf(nn.Module):
+class Leaf(AnyNames):
     """Holds tensors by name: ``lora_A`` those of each adapter, ``lora_A.default`` one's ``weight``.
 
     ``layer.lora_A["default"].weight`` works as on peft's layers.
@@ -50,9 +52,23 @@ class Leaf(nn.Module):
     def __contains__(self, name: object) -> bool:
         return name in self._modules or name in self._parameters
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self._modules) + len(self._parameters)
+
     def keys(self) -> list[str]:
         """The names."""
         return [*self._modules, *self._parameters]
+
+    def values(self) -> list[Any]:
+        """What goes by them."""
+        return [self[name] for name in self]
+
+    def items(self) -> list[tuple[str, Any]]:
+        """The names, each with what goes by it."""
+        return [(name, self[name]) for name in self]
 
 
 @dataclass(frozen=True)
@@ -178,7 +194,7 @@ class Shares:
             self.site.store(weight, bias)
 
 
-class AdaptedLayer(Shares, nn.Module):
+class AdaptedLayer(LayerFace, Shares, nn.Module):
     """Stands in the place of a base layer that carries adapters.
 
     Its parameters are named as in peft: ``base_layer.weight``, ``lora_A.<adapter>.weight``. Attributes that it

@@ -9,7 +9,7 @@ import contextlib
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from veneer.base_map import relocated
 from veneer.by_transformers import by_transformers
 from veneer.checkpoint import Checkpoint, open_checkpoint
 from veneer.codec import PREFIX, SHARED_PREFIX
-from veneer.config import TaskType
+from veneer.config import PeftConfig, TaskType
 from veneer.dtypes import DTYPES
 from veneer.errors import (
     BaseModelError,
@@ -33,6 +33,7 @@ from veneer.errors import (
     PathNotFoundError,
     SourceError,
 )
+from veneer.keywords import DTYPE, TOKEN, keywords, takes, unknown
 from veneer.model import PeftModel, wrap
 from veneer.packages import GGUF_PACKAGES, require
 from veneer.report import LoadReport
@@ -69,6 +70,7 @@ class FoundBase:
     why: str
 
 
+@takes(renamed={**DTYPE, **TOKEN}, others=True)
 def load(
     path: str | Path,
     *,
@@ -88,6 +90,11 @@ def load(
     trust_remote_code: bool = False,
     local_files_only: bool = False,
     token: str | None = None,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
+    config: Any = None,
+    autocast_adapter_dtype: bool = True,
+    key_mapping: Mapping[str, str] | None = None,
     **model_kwargs: Any,
 ) -> PeftModel:
     """Load whatever is at ``path`` as one model object with every feature.
@@ -98,7 +105,8 @@ def load(
         base: the base model, as a path, a hub id or a model in memory. By default what the adapter's config
             names: as a path relative to the adapter's folder, as a path, as a hub id.
         task: what the model is for, such as ``"CAUSAL_LM"``; by default the adapter's task, then the base's class.
-        dtype: of the base model; ``"auto"`` keeps that of its files. An adapter keeps its own.
+        dtype: of the base model; ``"auto"`` keeps that of its files. An adapter keeps its own. ``torch_dtype`` is
+            another name of it.
         device_map: where the base goes, as in transformers (needs accelerate).
         merge: put the adapter into the base weights for good.
         into: with ``merge``, required where the base is quantised: ``"dequantized"`` or ``"requantized"``.
@@ -112,6 +120,11 @@ def load(
         trust_remote_code: run code that comes with the base model; an adapter's is never run.
         local_files_only: never use the network.
         token: for the hub.
+        cache_dir: the hub's cache; huggingface_hub's own when ``None``.
+        force_download: ask the hub again for what the cache holds.
+        config: an adapter's config, used in place of its own; or one of transformers for the base.
+        autocast_adapter_dtype: as for :meth:`PeftModel.load_adapter`.
+        key_mapping: as for :meth:`PeftModel.load_adapter`; for the base's weights too, as in transformers.
         **model_kwargs: passed on to transformers when it builds the base: ``quantization_config``, ``max_memory``,
             ``offload_folder``, ``tp_plan``; ``gguf_file`` names a GGUF file in the base's folder.
 
@@ -120,10 +133,18 @@ def load(
 
     Raises:
         SourceError, ConfigError: ``path`` cannot be read. BaseModelError: no usable base. BindError: they do not
-        fit.
+        fit. UnknownKeywordError: transformers does not take one of ``model_kwargs``, or ``base`` is in memory already.
     """
     started = time.perf_counter()
-    options: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
+    options: dict[str, Any] = {
+        "token": token,
+        "local_files_only": local_files_only,
+        "cache_dir": cache_dir,
+        "force_download": force_download,
+    }
+    adapter_config = config if isinstance(config, PeftConfig) else None
+    if config is not adapter_config:
+        model_kwargs["config"] = config
     source = resolve(path, revision=revision, subfolder=subfolder, **options)
     members = adapter_set.members(source)
     report = LoadReport(path=str(path), kind=kind_of(source, members))
@@ -134,11 +155,14 @@ def load(
         )
     checkpoints = [open_checkpoint(m.source, strict=strict) for m in members] if members else []
     if not members and source.has(ADAPTER_CONFIG):
-        checkpoints = [open_checkpoint(source, strict=strict)]
+        checkpoints = [open_checkpoint(source, strict=strict, config=adapter_config)]
     own: frozenset[torch.dtype] = frozenset()
     if isinstance(base, nn.Module):
+        _check_nothing_is_built(model_kwargs, dtype, device_map, base_revision)
         model, report.base = _in_memory(base, checkpoints, source, task)
     else:
+        if key_mapping:
+            model_kwargs["key_mapping"] = key_mapping
         gguf = model_kwargs.get("gguf_file")
         if gguf is not None and checkpoints and base is not None:
             found = _gguf_base(base, gguf, base_revision or checkpoints[0].config.revision, options)
@@ -149,16 +173,22 @@ def load(
         model = _build(found.source, checkpoints, task, report, dtype, device_map, trust_remote_code, model_kwargs)
     report.seconds["base"] = time.perf_counter() - started
     model.load_report = report
-    how: dict[str, Any] = {"strict": strict, "strict_base": strict_base}
+    how: dict[str, Any] = {
+        "strict": strict,
+        "strict_base": strict_base,
+        "autocast_adapter_dtype": autocast_adapter_dtype,
+        "key_mapping": key_mapping,
+    }
     with model.adapters.unwrapped(own) if merge else contextlib.nullcontext():
         if members:
             model._load_set(members, adapter_set.active(source, members), is_trainable, how)
         elif checkpoints:
-            model._load(source, adapter_name, is_trainable, **how)
+            model._load(source, adapter_name, is_trainable, config=adapter_config, **how)
         report.seconds["adapters"] = time.perf_counter() - started - report.seconds["base"]
         if merge and model.adapters.entries:
             model.merge_and_unload(into=into)
             report.merged = True
+    model._set_mode(is_trainable)
     model._finish_report(report, started)
     return model
 
@@ -176,6 +206,7 @@ def _converted(base: Source) -> frozenset[torch.dtype]:
     return frozenset({torch.float32, torch.bfloat16, torch.float16} - stored)
 
 
+@takes()
 def load_tokenizer(model: PeftModel, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer that belongs to a loaded model: the adapter's own if it brings one, else the base's.
 
@@ -230,6 +261,16 @@ def kind_of(source: Source, members: list[adapter_set.Member]) -> str:
         if states
         else f"`veneer inspect {source.origin}` tells what is there.",
     )
+
+
+def _check_nothing_is_built(
+    model_kwargs: Mapping[str, Any], dtype: Any, device_map: Any, base_revision: str | None
+) -> None:
+    """Raise ``UnknownKeywordError`` for what would say how a base is built, which one in memory is already."""
+    given = {"dtype": dtype == "auto", "device_map": device_map is None, "base_revision": base_revision is None}
+    idle = [*model_kwargs, *(name for name, is_default in given.items() if not is_default)]
+    if idle:
+        raise unknown("load() with a base in memory", idle, [name for name in keywords(load) if name not in given])
 
 
 def _in_memory(
@@ -393,7 +434,7 @@ def _build(
         arguments["num_labels"] = labels
         arguments.setdefault("ignore_mismatched_sizes", True)
     what = f"transformers cannot load {source.origin} as {kind.__name__}"
-    with without_adapter(source) as folder, by_transformers(BaseModelError, what, ANOTHER_CLASS):
+    with without_adapter(source) as folder, by_transformers(BaseModelError, what, ANOTHER_CLASS), _taken(model_kwargs):
         model, info = kind.from_pretrained(folder, output_loading_info=True, **arguments)
     model.name_or_path = model.config._name_or_path = _origin(source)
     model.eval()
@@ -410,6 +451,18 @@ def _build(
             f"{len(fresh)} weights of {kind.__name__} are not in the base and start random: {', '.join(fresh[:3])}."
         )
     return wrap(model, wanted if wanted in set(TaskType) else None)
+
+
+@contextlib.contextmanager
+def _taken(model_kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Tell of a keyword that a model's class does not take as one that :func:`load` does not take."""
+    try:
+        yield
+    except TypeError as error:
+        refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if refused is None or refused[1] not in model_kwargs:
+            raise
+        raise unknown("load()", [refused[1]], keywords(load)) from error
 
 
 def dtype_of(dtype: Any) -> Any:

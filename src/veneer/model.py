@@ -6,9 +6,11 @@ import copy
 import dataclasses
 import errno
 import os
+import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer import adapter_set, adding, sharding
+from veneer import adapter_set, adding, replacing, sharding
 from veneer.adapters import Adapter, Adapters
 from veneer.checkpoint import Checkpoint, Draft, hold, open_checkpoint
 from veneer.config import HEADS, PeftConfig, PeftType, PromptConfig, TargetedConfig, TaskType
@@ -30,10 +32,13 @@ from veneer.errors import (
 )
 from veneer.files import writing
 from veneer.identity import BASE_DIGEST_KEY, base_digest
+from veneer.key_mapping import with_keys
+from veneer.keywords import READING, SETTLED, SOURCE, TOKEN, chosen, keywords, passed_on, strict, takes, unknown
 from veneer.merging import in_memory
 from veneer.merging.quantized import QuantizedMerge
 from veneer.methods.allocation import allocate
 from veneer.mixture import expert_source
+from veneer.model_card import fetch_card, write_card
 from veneer.patterns import matching
 from veneer.penalty import with_penalty
 from veneer.positions import prompted
@@ -43,19 +48,36 @@ from veneer.report import AdapterReport, LoadReport
 from veneer.scaling_face import ScalingFace
 from veneer.source import ADAPTER_CONFIG, MODEL_CONFIG, Source, is_file, resolve
 from veneer.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
+from veneer.trainer_state import adapter_state, write_state
 from veneer.wrapper import fitted_class
 
 # One name for each row of a batch, or (name, tokens) for each part of a packed sequence.
 RowNames = Sequence[str | tuple[str, int]] | None
 
+# What peft, transformers and accelerate hand to save_pretrained, and saving an adapter has no use for.
+_SAVING = (
+    *("path_initial_model_for_weight_conversion", "save_function", "max_shard_size", "save_peft_format"),
+    *("push_to_hub", "token"),
+)
+
 # Set on a base model whose weights are no longer those of its files.
 _CHANGED = "_veneer_weights_changed"
+
+
+# What a tuner of peft's is asked and told, which the PeftModel answers.
+_OF_TUNERS = (
+    *("active_adapter", "active_adapters", "peft_config", "peft_type", "targeted_module_names"),
+    *("set_adapter", "enable_adapter_layers", "disable_adapter_layers", "set_requires_grad"),
+    *("add_adapter", "add_weighted_adapter", "delete_adapter", "get_layer_status", "get_model_status"),
+    *("merge_adapter", "unmerge_adapter", "merge_and_unload", "unload"),
+)
 
 
 class Tuner(nn.Module):
     """Holds the base model under the name ``model``, so that parameters are named as in peft.
 
-    ``peft_model.base_model.model`` is the base model, and everything else asked of a tuner is the base's.
+    ``peft_model.base_model.model`` is the base model. What peft's tuners answer about adapters the ``PeftModel``
+    answers; everything else is the base's.
     """
 
     def __init__(self, model: nn.Module, adapters: Adapters) -> None:
@@ -64,11 +86,25 @@ class Tuner(nn.Module):
         self.adapters = adapters
         self.training = model.training
 
+    def belong_to(self, peft_model: PeftModel) -> None:
+        """Let ``peft_model`` answer for the adapters; not kept alive, so that a model that is dropped goes at once."""
+        vars(self)["_outer"] = weakref.ref(peft_model)
+
     def __getattr__(self, name: str) -> Any:
+        if name in _OF_TUNERS:
+            outer = vars(self)["_outer"]()
+            if outer is None:
+                raise BaseModelError(
+                    f"The PeftModel that {name} is asked of is gone.", hint="Keep it as long as its base_model is used."
+                )
+            return getattr(outer, name)
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("model"), name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_outer"}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward pass."""
@@ -79,6 +115,7 @@ class Tuner(nn.Module):
         allocate(self.adapters, global_step)
 
 
+@strict
 class PeftModel(ScalingFace, nn.Module):
     """A base model and any number of adapters on it.
 
@@ -114,7 +151,8 @@ class PeftModel(ScalingFace, nn.Module):
         nn.Module.__init__(self)
         _check_base(model)
         self.adapters = Adapters(model)
-        self._modules["base_model"] = Tuner(model, self.adapters)
+        tuner = self._modules["base_model"] = Tuner(model, self.adapters)
+        tuner.belong_to(self)
         self._modules["prompt_encoder"] = self.adapters.prompts
         self.load_report: LoadReport | None = None
         self._base_digest: str | None = None
@@ -162,6 +200,10 @@ class PeftModel(ScalingFace, nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The fitted class has no importable name; it is made again where the model is copied or unpickled.
         return _blank, (self.kind, type(self.get_base_model())), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.base_model.belong_to(self)
 
     def forward(
         self,
@@ -213,6 +255,7 @@ class PeftModel(ScalingFace, nn.Module):
     # -- loading and adding --------------------------------------------------------------------------------
 
     @classmethod
+    @takes(*READING, *SOURCE, *SETTLED, renamed=TOKEN)
     def from_pretrained(
         cls,
         model: nn.Module,
@@ -220,7 +263,7 @@ class PeftModel(ScalingFace, nn.Module):
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: PeftConfig | None = None,
-        **kwargs: Any,
+        **options: Any,
     ) -> PeftModel:
         """Load an adapter, or a set of them, onto a base model that is in memory.
 
@@ -228,18 +271,21 @@ class PeftModel(ScalingFace, nn.Module):
             model: the base model. Its layers are wrapped in place; ``unload()`` undoes it.
             model_id: the adapter's folder or hub id.
             adapter_name: its name on the model; the adapters of a set keep their own.
-            is_trainable: whether it is loaded to be trained further.
+            is_trainable: whether it is loaded to be trained further: the model is then in training mode, and else in
+                eval mode.
             config: used in place of the adapter's own config.
-            **kwargs: as for :meth:`load_adapter`.
+            **options: as for :meth:`load_adapter`.
 
         Raises:
             BindError: adapter and model do not fit. SourceError, ConfigError: the adapter cannot be read.
+            UnknownKeywordError: an option is none of those.
         """
         started = time.perf_counter()
         if isinstance(model, PeftModel) and not model.adapters.entries:
             model = model.get_base_model()
         _check_base(model)
-        source = resolve(model_id, what="adapter", **_source_options(kwargs))
+        source = resolve(model_id, what="adapter", **chosen(options, SOURCE))
+        how = _reading(options)
         members = adapter_set.members(source)
         first = config or (_config_of(members[0].source) if members else _config_of(source))
         peft_model = _class_for(first.task_type, model)(model)
@@ -247,52 +293,89 @@ class PeftModel(ScalingFace, nn.Module):
         peft_model.load_report = report
         if members:
             report.kind = "set of adapters"
-            peft_model._load_set(members, adapter_set.active(source, members), is_trainable, kwargs)
+            peft_model._load_set(members, adapter_set.active(source, members), is_trainable, how)
         else:
-            peft_model._load(source, adapter_name, is_trainable, config=config, **kwargs)
+            peft_model._load(source, adapter_name, is_trainable, config=config, **how)
+        peft_model._set_mode(is_trainable)
         peft_model._finish_report(report, started)
         return peft_model
 
+    @takes(*SOURCE, *SETTLED, renamed=TOKEN)
     def load_adapter(
         self,
         model_id: str | Path,
         adapter_name: str = "default",
         is_trainable: bool = False,
+        torch_device: str | None = None,
         *,
         config: PeftConfig | None = None,
         strict: bool = True,
         strict_base: bool = False,
         autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = True,
-        **source_options: Any,
+        key_mapping: Mapping[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
+        **options: Any,
     ) -> AdapterReport:
         """Add an adapter from its folder or hub id. The active adapters stay as they are, if there are any.
+
+        One that is on the model under this name already is replaced, and stays active and trainable if it was. Where
+        the new one's tensors are of the same shapes they are copied into the old one's, so that an optimiser goes on
+        with them. When the new one cannot be loaded, the old one stays.
 
         Args:
             model_id: the adapter's folder or hub id.
             adapter_name: its name on the model.
-            is_trainable: whether it is loaded to be trained further.
+            is_trainable: whether it is loaded to be trained further. If not, the model is put into eval mode.
+            torch_device: accepted for peft's sake: weights come straight from the file to their layer's device.
             config: used in place of the adapter's own config.
             strict: raise when adapter and model do not fit; else use what fits and warn.
             strict_base: raise when the base is not the one that the adapter records; else warn.
             autocast_adapter_dtype: give a half-precision adapter that is to be trained float32 weights.
                 An adapter for inference keeps its dtype.
-            low_cpu_mem_usage: accepted for peft's sake; weights always come straight from the file.
-            **source_options: ``revision``, ``subfolder``, ``token``, ``local_files_only``.
+            key_mapping: regular expressions and what to put in the place of what they find in the checkpoint's keys,
+                which are seen without ``base_model.model.``; the first that finds something counts.
+            ignore_mismatched_sizes: peft's name for ``strict=False``.
+            **options: ``revision``, ``subfolder``, ``token``, ``local_files_only``, ``cache_dir``,
+                ``force_download``; and what peft takes and is settled here (``device_map``, ``low_cpu_mem_usage`` ...).
 
         Returns:
             What was bound; also kept in ``load_report``.
+
+        Raises:
+            BindError: adapter and model do not fit. SourceError, ConfigError: the adapter cannot be read.
+            UnknownKeywordError: an option is none of those.
         """
-        source = resolve(model_id, what="adapter", **_source_options(source_options))
-        return self._load(
+        source = resolve(model_id, what="adapter", **chosen(options, SOURCE))
+        report = self._load(
             source,
             adapter_name,
-            is_trainable,
+            is_trainable or self._is_trained(adapter_name),
             config=config,
-            strict=strict,
+            strict=strict and not ignore_mismatched_sizes,
             strict_base=strict_base,
             autocast_adapter_dtype=autocast_adapter_dtype,
+            key_mapping=key_mapping,
+            replace=True,
         )
+        if self.training and not is_trainable:
+            self.eval()
+        return report
+
+    def _is_trained(self, name: str) -> bool:
+        return name in self.adapters.entries and self.adapters.entries[name].trainable
+
+    def _set_mode(self, trained: bool) -> None:
+        """Eval mode; or, for an adapter that is to be trained, training mode for what is the adapters' own.
+
+        The base's own modules then stay in the mode that they are in, as in peft.
+        """
+        if not trained:
+            self.eval()
+            return
+        self.training = self.base_model.training = True
+        self.adapters.prompts.train()
+        for layer in self.adapters.layers.values():
+            layer.train_adapters()
 
     def _load(
         self,
@@ -304,10 +387,14 @@ class PeftModel(ScalingFace, nn.Module):
         strict: bool = True,
         strict_base: bool = False,
         autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = True,
+        key_mapping: Mapping[str, str] | None = None,
+        replace: bool = False,
     ) -> AdapterReport:
         _check_is_adapter(source)
         checkpoint = open_checkpoint(source, strict=strict, config=config)
+        if key_mapping:
+            checkpoint = with_keys(checkpoint, key_mapping)
+        fresh = replacing.spare(self.adapters, name) if replace else name
         base_check = self._check_identity(checkpoint, strict_base)
         with (
             matching(checkpoint.config, where=checkpoint.origin),
@@ -317,12 +404,14 @@ class PeftModel(ScalingFace, nn.Module):
             checkpoint = remapped(checkpoint, self.adapters.catalog)
             adapter = adding.load(
                 self.adapters,
-                name,
+                fresh,
                 checkpoint,
                 trainable=trainable,
                 strict=strict,
                 float32=trainable and autocast_adapter_dtype,
             )
+            if fresh != name:
+                adapter = replacing.replace(self.adapters, name, fresh)
         adapter.config.inference_mode = not trainable
         adapter.base_digest = checkpoint.metadata.get(BASE_DIGEST_KEY)
         if not self.adapters.switch.standing.names:
@@ -360,8 +449,6 @@ class PeftModel(ScalingFace, nn.Module):
         adapter.config.inference_mode = not adapter.trainable
         adapter.base_digest = checkpoint.metadata.get(BASE_DIGEST_KEY)
         self.adapters.note_zero_layers(adapter)
-        if self.load_report is not None:
-            self.load_report.adapters = [a for a in self.load_report.adapters if a.name != adapter.name]
         self._reported(_adapter_report(adapter, checkpoint, base_check, self.adapters))
 
     def _load_set(
@@ -401,6 +488,7 @@ class PeftModel(ScalingFace, nn.Module):
     def _reported(self, adapter: AdapterReport) -> None:
         if self.load_report is None:
             self.load_report = LoadReport(path=adapter.origin)
+        self.load_report.adapters = [a for a in self.load_report.adapters if a.name != adapter.name]
         self.load_report.adapters.append(adapter)
         self.load_report.warnings += _warnings_of(adapter)
         self._keep_report()
@@ -422,12 +510,22 @@ class PeftModel(ScalingFace, nn.Module):
         report.dtype = str(getattr(base, "dtype", "")).removeprefix("torch.")
         report.seconds["total"] = time.perf_counter() - started
 
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *, seed: int | None = None) -> None:
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        *,
+        seed: int | None = None,
+    ) -> None:
         """Add a new adapter, to be trained. It becomes active when no other is.
 
         Args:
             adapter_name: its name.
             peft_config: its method and options. A copy is kept, and completed with what this model says.
+            low_cpu_mem_usage: accepted for peft's sake; a new adapter's tensors are always made.
+            autocast_adapter_dtype: give it float32 weights on a half-precision base; else the base's dtype.
             seed: of the random start; torch's own generator when ``None``.
 
         Raises:
@@ -444,7 +542,7 @@ class PeftModel(ScalingFace, nn.Module):
             self.adapters.replicated(peft_config),
             self._with_experts(peft_config, None, True),
         ):
-            adding.create(self.adapters, adapter_name, peft_config, generator=generator)
+            adding.create(self.adapters, adapter_name, peft_config, generator=generator, float32=autocast_adapter_dtype)
         peft_config.inference_mode = False
         if not self.adapters.switch.standing.names:
             self.adapters.select(adapter_name)
@@ -460,6 +558,9 @@ class PeftModel(ScalingFace, nn.Module):
         adapter_name: str,
         combination_type: str = "svd",
         svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
         density: float | None = None,
         majority_sign_method: str = "total",
         *,
@@ -489,6 +590,9 @@ class PeftModel(ScalingFace, nn.Module):
             adapter_name: the new adapter's name. It becomes active only when no other is.
             combination_type: see above.
             svd_rank: the rank of the result; the largest of the adapters' ranks on a layer when ``None``.
+            svd_clamp: must be ``None``: clamped factors are not the nearest matrix.
+            svd_full_matrices: accepted for peft's sake; what it adds is never used.
+            svd_driver: accepted for peft's sake; torch chooses it.
             density: see above, over 0 and up to 1.
             majority_sign_method: how signs are weighed, ``"total"`` by the sum, ``"frequency"`` by their number.
             seed: of what DARE drops; torch's own generator when ``None``.
@@ -498,6 +602,11 @@ class PeftModel(ScalingFace, nn.Module):
         """
         from veneer.combine import Combination, combine
 
+        if svd_clamp is not None:
+            raise UnsupportedError(
+                f"svd_clamp={svd_clamp!r} would clamp the factors, which is not available.",
+                hint="Leave it out: the result is then the matrix nearest to the sum.",
+            )
         wanted = Combination(
             tuple(adapters), tuple(weights), combination_type, svd_rank, density, majority_sign_method, seed
         )
@@ -521,6 +630,33 @@ class PeftModel(ScalingFace, nn.Module):
     def active_peft_config(self) -> PeftConfig:
         """The config of the first active adapter."""
         return self.adapters.get(self.active_adapter).config
+
+    @property
+    def peft_type(self) -> PeftType | str | None:
+        """The method of the first adapter; ``None`` when there is none."""
+        return next((config.peft_type for config in self.peft_config.values()), None)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """What the adapters name as saved whole; ``None`` when they name nothing."""
+        return {
+            name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", ()) or ()
+        } or None
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The names of the modules that carry adapters."""
+        return list(dict.fromkeys(layer.site.name for layer in self.adapters.layers.values()))
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The base model's dtype, where it says one."""
+        return getattr(self.get_base_model(), "dtype", None)
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether a forward pass now uses an adapter."""
+        return bool(self.adapters.active)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -570,6 +706,10 @@ class PeftModel(ScalingFace, nn.Module):
     def enable_adapters(self) -> None:
         """Undo :meth:`disable_adapters`."""
         self.adapters.switch.enabled = True
+
+    # peft's names for the two, on its tuners.
+    disable_adapter_layers = disable_adapters
+    enable_adapter_layers = enable_adapters
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make adapters trainable, or freeze them."""
@@ -684,7 +824,11 @@ class PeftModel(ScalingFace, nn.Module):
             is_main_process: write nothing in other processes. Of a model that is spread over processes the first
                 writes, and all of them have to call this: they gather the tensors together.
             state_dict: take the tensors from here (as named by ``state_dict()``) where it has them.
-            **kwargs: for a model without adapters, passed on to transformers.
+            **kwargs: for a model without adapters, passed on to transformers. With adapters, what accelerate and
+                transformers pass along and is settled here: ``save_function``, ``max_shard_size`` ...
+
+        Raises:
+            UnknownKeywordError: one of ``kwargs`` is none of those. UnsupportedError: it asks for something else.
         """
         if not self.adapters.entries:
             with writing(Path(save_directory)):
@@ -692,6 +836,7 @@ class PeftModel(ScalingFace, nn.Module):
                     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
                 self.get_base_model().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
             return
+        _check_saving(kwargs)
         if not safe_serialization:
             raise UnsupportedError(
                 "safe_serialization=False would write a pickle; Veneer writes safetensors only.",
@@ -705,6 +850,8 @@ class PeftModel(ScalingFace, nn.Module):
         with sharding.one_writer(modules) as first:
             if first and is_main_process:
                 adapter_set.save(folder, drafts, chosen)
+                write_state(self, folder, state_dict or {})
+                write_card(self, folder)
 
     def _draft(self, adapter: Adapter, folder: Path, state: dict[str, Tensor]) -> Draft:
         digest = adapter.base_digest or self.base_digest
@@ -739,22 +886,58 @@ class PeftModel(ScalingFace, nn.Module):
             name = adapter_name or self.active_adapter
             return self._tensors_to_save(self.adapters.get(name), {})
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+    @takes(renamed=TOKEN, others=True)
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        tags: Sequence[str] = (),
+        max_shard_size: str | int | None = None,
+        safe_serialization: bool = True,
+        **kwargs: Any,
+    ) -> Any:
         """Save the adapters and upload them to a hub repository, which is made if it is missing.
+
+        A model card that the repository has keeps its text.
 
         Args:
             repo_id: ``owner/name``.
-            **kwargs: ``private``, ``token``, ``revision``, ``commit_message``.
-        """
-        import tempfile
+            private: whether a repository that is made is private.
+            token: for the hub.
+            tags: more tags for the model card.
+            max_shard_size: accepted for peft's sake; an adapter is one file.
+            safe_serialization: must be true; pickles are not written.
+            **kwargs: as ``HfApi.upload_folder`` takes them: ``revision``, ``commit_message``, ``create_pr`` ...
 
+        Raises:
+            UnknownKeywordError: it does not take one of ``kwargs``.
+        """
         from huggingface_hub import HfApi
 
-        api = HfApi(token=kwargs.pop("token", None))
-        api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True)
+        passed_on(PeftModel.push_to_hub, kwargs, HfApi.upload_folder)
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            fetch_card(api, repo_id, kwargs.get("revision"), folder)
+            self.save_pretrained(folder, safe_serialization=safe_serialization)
+            write_card(self, Path(folder), tags)
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Write ``README.md`` with the library, the base and tags; one that is there keeps its text."""
+        write_card(self, Path(output_dir))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Torch's own; of a state of adapters alone, with ``strict=False``, the base's tensors are not missing."""
+        found: Any = super().load_state_dict(state_dict, strict, assign)
+        if strict or not found.missing_keys:
+            return found
+        own = adapter_state(self).keys()
+        if not own >= state_dict.keys():
+            return found
+        return type(found)([name for name in found.missing_keys if name in own], found.unexpected_keys)
 
     # -- training ------------------------------------------------------------------------------------------
 
@@ -827,11 +1010,15 @@ _BY_TASK: dict[TaskType, type[PeftModel]] = {
 PeftMixedModel = PeftModel
 
 
+@takes()
 def get_peft_model(
     model: nn.Module,
     peft_config: PeftConfig,
     adapter_name: str = "default",
     mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
     *,
     seed: int | None = None,
 ) -> PeftModel:
@@ -842,6 +1029,9 @@ def get_peft_model(
         peft_config: the adapter's method and options.
         adapter_name: its name.
         mixed: accepted for peft's sake; adapters of other methods may join on any model.
+        autocast_adapter_dtype: as for :meth:`PeftModel.add_adapter`, like ``low_cpu_mem_usage``.
+        revision: of the base on the hub, to be noted in the adapter's config.
+        low_cpu_mem_usage: accepted for peft's sake.
         seed: of the random start; torch's own generator when ``None``.
 
     Raises:
@@ -851,7 +1041,10 @@ def get_peft_model(
         model = model.get_base_model()
     _check_base(model)
     peft_model = _class_for(peft_config.task_type, model)(model)
-    peft_model.add_adapter(adapter_name, peft_config, seed=seed)
+    if revision is not None:
+        peft_config = dataclasses.replace(peft_config, revision=revision)
+    peft_model.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype, seed=seed)
+    peft_model._set_mode(trained=True)
     return peft_model
 
 
@@ -933,10 +1126,22 @@ def _digest_of(origin: str | None) -> str | None:
         return None
 
 
-def _source_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Take out of ``options`` those that say where and how to read."""
-    names = ("revision", "subfolder", "token", "local_files_only")
-    return {name: options.pop(name) for name in names if name in options}
+def _reading(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``options`` that say how an adapter is read, as :meth:`PeftModel._load` takes them."""
+    how = chosen(options, READING)
+    how["strict"] = how.get("strict", True) and not how.pop("ignore_mismatched_sizes", False)
+    return how
+
+
+def _check_saving(given: Mapping[str, Any]) -> None:
+    """Refuse what saving adapters cannot do, or does not know."""
+    unknown_ones = given.keys() - set(_SAVING)
+    if unknown_ones:
+        raise unknown("PeftModel.save_pretrained()", unknown_ones, [*keywords(PeftModel.save_pretrained), *_SAVING])
+    if given.get("push_to_hub"):
+        raise UnsupportedError(
+            "save_pretrained(push_to_hub=True) would save without uploading.", hint="Call push_to_hub(repo_id) too."
+        )
 
 
 def _add_heads(config: PeftConfig) -> None:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from veneer.configs.lora import LoraConfig
 from veneer.errors import ConfigError
+from veneer.keywords import passed_on, takes
 from veneer.layer import AdaptedLayer
 from veneer.methods.lora import A, B, LoraSettings
 
@@ -46,8 +47,9 @@ def create_loraplus_optimizer(
         **kwargs: for ``optimizer_cls``.
 
     Raises:
-        ConfigError: nothing is to be trained.
+        ConfigError: nothing is to be trained. UnknownKeywordError: ``optimizer_cls`` does not take one of ``kwargs``.
     """
+    passed_on(create_loraplus_optimizer, kwargs, optimizer_cls)
     named = _trained(model)
     norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
     fast = lr * loraplus_lr_ratio
@@ -63,6 +65,7 @@ def create_loraplus_optimizer(
     )
 
 
+@takes()
 def create_lorafa_optimizer(
     model: nn.Module,
     r: int,

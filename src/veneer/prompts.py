@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.any_names import AnyNames
 from veneer.config import PromptConfig
 from veneer.errors import AdapterError, BindError, UnsupportedError
 from veneer.methods.prompt import IGNORED, AnyPrompt, PromptEncoder
@@ -177,7 +178,7 @@ def _taker(model: nn.Module) -> nn.Module:
     raise _unsupported(model, "takes no past_key_values")
 
 
-class Prompts(nn.Module):
+class Prompts(AnyNames):
     """The prompts on one model. Their tensors are named as in peft: ``<adapter>.embedding.weight``.
 
     Args:

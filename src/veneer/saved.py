@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.any_names import Copies
 from veneer.errors import AdapterError
 from veneer.offload import copy_resident
 from veneer.selection import Selection, Switch
@@ -24,7 +25,7 @@ class SavedModule(nn.Module):
     def __init__(self, module: nn.Module, switch: Switch) -> None:
         super().__init__()
         self.original_module = module
-        self.modules_to_save = nn.ModuleDict()
+        self.modules_to_save = Copies()
         self.switch = switch
         self.training = module.training
 

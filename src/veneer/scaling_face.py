@@ -8,11 +8,13 @@ from torch import Tensor
 
 from veneer.configs.xlora import XLoraConfig
 from veneer.errors import AdapterError
+from veneer.keywords import strict
 
 if TYPE_CHECKING:
     from veneer.adapters import Adapters
 
 
+@strict
 class ScalingFace:
     """The part of a ``PeftModel`` that is about X-LoRA: the weights that the active one gives to its LoRAs."""
 

@@ -150,6 +150,8 @@ def resolve(
     subfolder: str | None = None,
     token: str | None = None,
     local_files_only: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+    force_download: bool = False,
     what: str = "path",
     patterns: Sequence[str] = _WANTED,
 ) -> Source:
@@ -161,6 +163,8 @@ def resolve(
         subfolder: where below it to look.
         token: for the hub.
         local_files_only: use no network.
+        cache_dir: the hub's cache; huggingface_hub's own when ``None``.
+        force_download: ask the hub again for what the cache holds.
         what: what it is meant to be, for errors: "adapter", "base".
         patterns: which files of a hub repository are needed.
 
@@ -179,7 +183,8 @@ def resolve(
     if not a_folder:
         if isinstance(path, Path) or os.path.lexists(local) or not looks_like_hub_id(text):
             raise _missing(local, what)
-        return _from_hub(text, revision, subfolder, token, local_files_only, what, patterns)
+        hub = {"cache_dir": cache_dir, "force_download": force_download}
+        return _from_hub(text, revision, subfolder, token, local_files_only, what, patterns, hub)
     if not os.access(local, os.R_OK | os.X_OK):
         raise SourceError(f"The {what} {text} cannot be read: Permission denied.", hint="Check its permissions.")
     if subfolder:
@@ -293,6 +298,7 @@ def _from_hub(
     local_files_only: bool,
     what: str,
     patterns: Sequence[str],
+    hub: Mapping[str, Any],
 ) -> Source:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -303,12 +309,14 @@ def _from_hub(
     slip = "/" in repo and is_folder(Path(repo).parent)
     offline = local_files_only or is_offline() or slip
     cached: str | None = None
+    where: dict[str, Any] = {"revision": revision, "allow_patterns": wanted, "cache_dir": hub["cache_dir"]}
     with contextlib.suppress(LocalEntryNotFoundError):
-        cached = snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=True)
+        cached = snapshot_download(repo, local_files_only=True, **where)
     folder = cached
-    if not offline and (cached is None or not _is_complete(Path(cached) / prefix, patterns)):
+    again = hub["force_download"]
+    if not offline and (again or cached is None or not _is_complete(Path(cached) / prefix, patterns)):
         try:
-            folder = snapshot_download(repo, revision=revision, allow_patterns=wanted, token=token)
+            folder = snapshot_download(repo, token=token, force_download=again, **where)
         except GatedRepoError as error:
             raise SourceError(
                 f"The {what} {repo} is gated on the hub.", hint="Accept its terms there, then pass token=."

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from veneer.errors import ConfigError
+from veneer.keywords import Fields
 from veneer.value_types import fits
 
 StartT = TypeVar("StartT")
 
 
-class Checked:
+class Checked(Fields):
     """Options whose values are of the declared types."""
 
     def __post_init__(self) -> None:

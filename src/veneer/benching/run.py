@@ -25,6 +25,7 @@ from veneer.benching.result import AdapterFacts, BenchReport, Fidelity, Figure, 
 from veneer.benching.rounds import Cell, Collected, measure, measure_merge, rotated
 from veneer.benching.subjects import Subjects, nbytes, subjects
 from veneer.errors import ConfigError, VeneerError
+from veneer.keywords import DTYPE, takes
 from veneer.source import MODEL_STEM, resolve, weight_files
 
 # More fresh processes than this tell nothing new about loading.
@@ -46,6 +47,7 @@ def _others_quiet() -> Iterator[None]:
 
 
 @_others_quiet()
+@takes(renamed=DTYPE)
 def bench(
     path: str | Path,
     *,

@@ -23,6 +23,7 @@ from veneer.config import TaskType
 from veneer.configs.lora import LoraConfig
 from veneer.errors import BaseModelError, ConfigError, MergeError
 from veneer.identity import BASE_DIGEST_KEY, base_digest
+from veneer.keywords import DTYPE, takes
 from veneer.loader import dtype_of
 from veneer.merging.base_files import WeightFiles, open_weights
 from veneer.merging.changes import tie_groups
@@ -101,6 +102,7 @@ class _Found:
     left: float = 0.0
 
 
+@takes(renamed=DTYPE)
 def extract(
     tuned: str | Path,
     base: str | Path,

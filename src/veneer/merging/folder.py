@@ -11,11 +11,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from veneer.keywords import DTYPE, TOKEN, takes
 from veneer.merging.hashing import Hashing
 from veneer.merging.inputs import Adapters, Where, likely_weights
 from veneer.merging.report import MergeReport
 
 
+@takes(renamed={**DTYPE, **TOKEN})
 def merge(
     adapter: Adapters,
     base: str | Path | None = None,

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import CorruptFileError, MergeError, VeneerError
+from veneer.keywords import takes
 from veneer.merging.base_files import WeightFiles, open_weights
 from veneer.merging.beside import check_inside
 from veneer.merging.cores import cores
@@ -83,6 +84,7 @@ class UnmergeReport:
         return panel("unmerge report", facts)
 
 
+@takes()
 def unmerge(
     merged: str | Path,
     *,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from veneer.by_transformers import by_transformers
 from veneer.errors import MergeError, VeneerError
+from veneer.keywords import takes
 from veneer.merging.base_files import WeightFiles, open_weights
 from veneer.merging.hashing import sha256_of
 from veneer.merging.inputs import Adapters, Where
@@ -130,6 +131,7 @@ class CompareSink:
             self.put(name, 0, files.bytes(name, 0, files.places[name].info.nbytes))
 
 
+@takes()
 def verify(
     out: str | Path,
     adapter: Adapters | None = None,

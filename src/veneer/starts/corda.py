@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from veneer.configs.lora import LoraConfig
 from veneer.errors import ConfigError
+from veneer.keywords import takes
 from veneer.start_configs import CordaConfig, options_of
 from veneer.starts.start import Layer, split
 from veneer.starts.statistics import COVARIANCE, keep, kept, linear_layers, watching
@@ -48,6 +49,7 @@ def _damped(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+@takes()
 def preprocess_corda(model: nn.Module, lora_config: LoraConfig, run_model: Callable[[], Any]) -> None:
     """Measure the data for ``init_lora_weights="corda"``; call it before ``get_peft_model``.
 

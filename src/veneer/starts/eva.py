@@ -23,6 +23,7 @@ from veneer.adapters import Adapter, Adapters
 from veneer.codec import PREFIX
 from veneer.configs.lora import LoraConfig
 from veneer.errors import AdapterError, ConfigError, UnsupportedError
+from veneer.keywords import takes
 from veneer.layer import AdaptedLayer, Bound
 from veneer.methods.lora import RANK_DIMS, Lora, LoraSettings
 from veneer.model import PeftModel
@@ -72,6 +73,7 @@ def _call(model: nn.Module, inputs: Any) -> Any:
 
 
 @torch.no_grad()
+@takes()
 def get_eva_state_dict(
     model: nn.Module,
     dataloader: Iterable[Any],
@@ -80,6 +82,8 @@ def get_eva_state_dict(
     prepare_model_inputs_fn: Callable[[Any, LoraConfig], Any] | None = used_tokens,
     prepare_layer_inputs_fn: Rows | Mapping[str, Rows] | None = rows_at,
     adapter_name: str = "default",
+    gather_distributed_inputs: bool = True,
+    show_progress_bar: bool = True,
 ) -> dict[str, Tensor]:
     """The ``A`` that EVA gives to each linear layer: the layer's name -> shape ``(rank, in)``, the rank 0 for some.
 
@@ -93,6 +97,8 @@ def get_eva_state_dict(
         prepare_layer_inputs_fn: makes rows ``(n, in)`` of a layer's input, that knowledge and the layer's name; or one
             for each layer, by name.
         adapter_name: the adapter of ``model``.
+        gather_distributed_inputs: accepted for peft's sake; each process looks at the data that it is given.
+        show_progress_bar: accepted for peft's sake; none is shown.
 
     Raises:
         ConfigError: no data, too few rows in each batch, or directions that do not become steady.
@@ -232,6 +238,7 @@ def _moved(batch: Any, device: torch.device) -> Any:
 
 
 @torch.no_grad()
+@takes()
 def initialize_lora_eva_weights(
     model: PeftModel,
     dataloader: Iterable[Any] | None = None,
@@ -240,6 +247,8 @@ def initialize_lora_eva_weights(
     prepare_model_inputs_fn: Callable[[Any, LoraConfig], Any] | None = used_tokens,
     prepare_layer_inputs_fn: Rows | Mapping[str, Rows] | None = rows_at,
     adapter_name: str = "default",
+    gather_distributed_inputs: bool = True,
+    show_progress_bar: bool = True,
 ) -> None:
     """Give a new adapter with ``init_lora_weights="eva"`` its start: each layer's ``A`` and rank.
 
@@ -254,6 +263,8 @@ def initialize_lora_eva_weights(
         prepare_model_inputs_fn: what of a batch the next one is to know.
         prepare_layer_inputs_fn: makes rows of a layer's input.
         adapter_name: the adapter.
+        gather_distributed_inputs: accepted for peft's sake, like what follows.
+        show_progress_bar: none is shown.
 
     Raises:
         ConfigError: neither or too few data, or an ``A`` that fits no layer. AdapterError: the adapter has another

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from veneer.adapters import Adapter, Adapters
 from veneer.errors import AdapterError, BaseModelError, SourceError, UnsupportedError
+from veneer.keywords import takes
 from veneer.layer import AdaptedLayer, Bound
 from veneer.merging.base_files import FLOATS, WeightFiles, open_weights
 from veneer.merging.skeleton import stored_names
@@ -21,6 +22,7 @@ from veneer.starts.loftq import lost
 
 
 @torch.no_grad()
+@takes()
 def replace_lora_weights_loftq(
     model: PeftModel,
     model_path: str | Path | None = None,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from veneer.configs.lora import LoraConfig
 from veneer.errors import ConfigError
+from veneer.keywords import takes
 from veneer.start_configs import LoraGAConfig, options_of
 from veneer.starts.start import Layer
 from veneer.starts.statistics import GRADIENT, keep, kept, linear_sites
@@ -58,6 +59,7 @@ def _scaled(layer: Layer, options: LoraGAConfig, down: Tensor, up: Tensor, value
     return down, up
 
 
+@takes()
 def preprocess_loraga(model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any]) -> None:
     """Measure the gradients for ``init_lora_weights="lora_ga"``; call it before ``get_peft_model``.
 
