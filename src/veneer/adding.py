@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from veneer.checkpoint import Checkpoint
 from veneer.codec import encode
 from veneer.config import HEADS, AnyConfig, PeftConfig, PromptConfig, TargetedConfig, known, targeted
 from veneer.errors import NonFiniteError, TargetError
+from veneer.experts import name_experts, warn_of_idle_names
 from veneer.guard import guarded
 from veneer.layer import Bound
 from veneer.methods import AnyMethod, method_of, prompt_of
@@ -180,6 +182,9 @@ def _create_layers(
 ) -> None:
     method = method_of(config)
     method.complete(config, adapters.catalog)
+    given = copy(config)
+    held = name_experts(config, adapters.catalog, lambda site: _check_can_start(adapters, method, config, site))
+    warn_of_idle_names(given, adapters.catalog, held)
     # The layers' names take the place of "all-linear" before anything else depends on them.
     if not only_parameters(config):
         adapters.catalog.spell_out(config, adapters.catalog.targets(config))
@@ -211,6 +216,15 @@ def _create_layers(
         _in_dtype_of_base(made, shared.values())
     _bind(adapters, adapter, made, shared)
     adapters.note_zero_layers(adapter)
+
+
+def _check_can_start(adapters: Adapters, method: AnyMethod, config: TargetedConfig, site: Site) -> None:
+    """Raise where a new adapter of a config cannot be on a site."""
+    sharding.check_site(site)
+    method.check_site(site)
+    settings = method.settings(config, site)
+    if isinstance(getattr(config, "init_lora_weights", None), str):
+        method.init(config, settings, adapters.base(site), torch.Generator())
 
 
 def _in_dtype_of_base(made: Sequence[_Made], shared: Collection[nn.Parameter]) -> None:

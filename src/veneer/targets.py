@@ -136,7 +136,7 @@ def target_names(
     kept = [n for n in chosen if not under(n, saved) and not names_match(n, config.exclude_modules)]
     # A layer's whole name says which block it means, and an empty list of blocks filters nothing (as in peft).
     named = () if isinstance(wanted, str) else wanted
-    kept = [n for n in kept if n in named or _in_blocks(n, config)]
+    kept = [n for n in kept if n in named or in_blocks(n, config)]
     if not kept:
         raise TargetError(*_nothing(config, wanted, chosen, names))
     return kept
@@ -155,7 +155,8 @@ def shortest(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
     return endings if meant == set(wanted) else wanted
 
 
-def _in_blocks(name: str, config: TargetedConfig) -> bool:
+def in_blocks(name: str, config: TargetedConfig) -> bool:
+    """Whether ``name`` lies in one of the blocks that ``config`` means."""
     if config.layers_to_transform is None or config.layers_to_transform == []:
         return True
     wanted = config.layers_to_transform
