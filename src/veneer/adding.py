@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -26,7 +25,8 @@ from veneer.mixture import meet_experts
 from veneer.plan import Binding, Plan, bind_error, make_plan
 from veneer.prompts import place_of, words_of
 from veneer.sites import Site
-from veneer.targets import only_parameters
+from veneer.targets import names_match, only_parameters
+from veneer.telling import tell
 from veneer.tied import check_both, check_tokens, name_both, parted, tied_ends
 
 
@@ -304,7 +304,7 @@ def _settle(adapters: Adapters, plan: Plan, checkpoint: Checkpoint, strict: bool
         error = bind_error(plan, known(checkpoint.config), checkpoint.origin, len(checkpoint.tensors), adapters.catalog)
         if strict or not plan.keys:
             raise error
-        warnings.warn(error.message + " What fits is used (strict=False).", stacklevel=5)
+        tell(error.message + " What fits is used (strict=False).")
         plan.notes += plan.problems
     adapters.check_spread([b.site for b in plan.bindings], list(plan.saved))
     adapters.check_places([b.site.name for b in plan.bindings], list(plan.saved))

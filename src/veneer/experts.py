@@ -15,7 +15,6 @@ from __future__ import annotations
 import difflib
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -27,6 +26,7 @@ from veneer.configs.lora import LoraConfig
 from veneer.errors import TargetError, VeneerError
 from veneer.sites import Site
 from veneer.targets import ALL_LINEAR, in_blocks, names_match, pattern_value, saved_modules, under
+from veneer.telling import tell
 
 # Parameter -> the layers of one expert that it holds, by each of their names.
 HELD: Mapping[str, tuple[tuple[str, ...], ...]] = {
@@ -54,28 +54,29 @@ def name_experts(config: TargetedConfig, catalog: Catalog, check: Callable[[Site
         check: raises where an adapter of that config cannot be on a site.
 
     Returns:
-        The layers that they stand for. There is a warning for those that are left out.
+        The names of all layers that are held by parameters. There is a warning for those that are left out.
 
     Raises:
         TargetError: gate and up, which are one matrix, are to have different scales.
     """
     stacks = [name for name, module in catalog.modules.items() if _holds_experts(module)]
     routers = [name for name in catalog.modules if _is_router(name, catalog)]
+    held = [f"{stack}.0.{name}" for stack in stacks for parts in HELD.values() for names in parts for name in names]
     halves: list[str] = []
     shares = [share for name in stacks for share in _shares(config, name, catalog, halves)]
     shares += [_router(config, name) for name in routers if _means(config, name, catalog)]
     _warn_of_left_out(config, catalog, halves)
     if not shares:
-        return halves
+        return held
     try:
         if not isinstance(config, LoraConfig):
             raise TargetError(f"{config.peft_type} adapts no parameters.")
         check(catalog.parameter_sites([shares[0].name])[0])
     except VeneerError as error:
-        _warn(f"The experts ({shares[0].name} ...) are left out: {error.message}")
+        tell(f"The experts ({shares[0].name} ...) are left out: {error.message}")
     else:
         _name(config, shares, catalog)
-    return [*halves, *(layer for share in shares for layer in share.layers)]
+    return held
 
 
 def _holds_experts(module: nn.Module) -> bool:
@@ -127,7 +128,7 @@ def _shares(config: TargetedConfig, stack: str, catalog: Catalog, halves: list[s
 def _warn_of_left_out(config: TargetedConfig, catalog: Catalog, halves: list[str]) -> None:
     """Warn of experts that the config's names do not reach."""
     if halves:
-        _warn(
+        tell(
             f"The experts are left out of {halves[0].rpartition('.')[2]!r}: gate and up are one matrix there. Name "
             "both, or gate_up_proj in target_parameters."
         )
@@ -138,7 +139,7 @@ def _warn_of_left_out(config: TargetedConfig, catalog: Catalog, halves: list[str
         if value is not None and value.ndim == 3 and name.endswith("experts") and not _holds_experts(module)
     ]
     if config.target_modules == ALL_LINEAR and others and not getattr(config, "target_parameters", None):
-        _warn(f'"all-linear" leaves out the experts, which are parameters ({others[0]} ...): see target_parameters.')
+        tell(f'"all-linear" leaves out the experts, which are parameters ({others[0]} ...): see target_parameters.')
 
 
 def _router(config: TargetedConfig, name: str) -> Share:
@@ -207,12 +208,12 @@ def warn_of_idle_names(config: TargetedConfig, catalog: Catalog, layers: Iterabl
             if not any(names_match(module, [name]) for module in names):
                 held = any(name in module._parameters for module in catalog.modules.values())
                 more = " It is a parameter: see target_parameters." if held and option == "target_modules" else ""
-                _warn(_idle(option, name, [] if more else endings) + more)
+                tell(_idle(option, name, [] if more else endings) + more)
     patterns = [*names, *(site.pattern_name for site in _parameters(config, catalog))]
     for option in ("rank_pattern", "alpha_pattern"):
         for name in getattr(config, option, None) or ():
             if not any(re.match(rf"(.*\.)?({name})$", module) for module in patterns):
-                _warn(_idle(option, name, endings))
+                tell(_idle(option, name, endings))
 
 
 def _parameters(config: TargetedConfig, catalog: Catalog) -> list[Site]:
@@ -222,7 +223,3 @@ def _parameters(config: TargetedConfig, catalog: Catalog) -> list[Site]:
 def _idle(option: str, name: str, endings: list[str]) -> str:
     near = difflib.get_close_matches(name.rpartition(".")[2], endings, n=1)
     return f"{option} names {name!r}, and no module of the model." + (f" Did you mean {near[0]!r}?" if near else "")
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=8)

@@ -8,7 +8,6 @@ import errno
 import os
 import tempfile
 import time
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -48,6 +47,7 @@ from veneer.report import AdapterReport, LoadReport
 from veneer.scaling_face import ScalingFace
 from veneer.source import ADAPTER_CONFIG, MODEL_CONFIG, Source, is_file, resolve
 from veneer.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
+from veneer.telling import tell
 from veneer.trainer_state import adapter_state, write_state
 from veneer.wrapper import fitted_class
 
@@ -480,9 +480,7 @@ class PeftModel(ScalingFace, nn.Module):
                 message,
                 hint="Load it on the base it was trained on, or pass strict_base=False to accept this one.",
             )
-        warnings.warn(
-            printable(message) + " Its answers may differ (strict_base=True makes this an error).", stacklevel=4
-        )
+        tell(message + " Its answers may differ (strict_base=True makes this an error).")
         return "different"
 
     def _reported(self, adapter: AdapterReport) -> None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.files import written_whole
 from veneer.source import looks_like_hub_id
+from veneer.telling import tell
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -59,7 +59,7 @@ def _found(path: Path) -> ModelCard | None:
     try:
         return ModelCard(path.read_text(encoding="utf-8"))
     except Exception as error:  # whatever YAML and the hub's checks make of it
-        warnings.warn(f"{path} is left as it is, for its head cannot be read: {error}", stacklevel=5)
+        tell(f"{path} is left as it is, for its head cannot be read: {error}")
         return None
 
 

@@ -1,0 +1,14 @@
+"""Warnings that point at the line of the program that led to them, and not into this package."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+
+def tell(message: str) -> None:
+    """Warn at the nearest line outside of this package."""
+    depth, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "veneer":
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(message, stacklevel=depth)
