@@ -184,11 +184,11 @@ def _create_layers(
     method.complete(config, adapters.catalog)
     given = copy(config)
     held = name_experts(config, adapters.catalog, lambda site: _check_can_start(adapters, method, config, site))
-    warn_of_idle_names(given, adapters.catalog, held)
     # The layers' names take the place of "all-linear" before anything else depends on them.
     if not only_parameters(config):
         adapters.catalog.spell_out(config, adapters.catalog.targets(config))
     parts = [part for part in method.parts(config, adapters.catalog) if not part.optional]
+    warn_of_idle_names(given, adapters.catalog, held)
     adapters.check_spread([site for part in parts for site in part.sites], roots)
     adapters.check_places([site.name for part in parts for site in part.sites], roots)
     made = []
