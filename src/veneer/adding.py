@@ -25,7 +25,7 @@ from veneer.mixture import meet_experts
 from veneer.plan import Binding, Plan, bind_error, make_plan
 from veneer.prompts import place_of, words_of
 from veneer.sites import Site
-from veneer.targets import names_match, only_parameters
+from veneer.targets import only_parameters
 from veneer.telling import tell
 from veneer.tied import check_both, check_tokens, name_both, parted, tied_ends
 

@@ -11,7 +11,6 @@ import difflib
 import importlib
 import json
 import pkgutil
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -24,8 +23,8 @@ from veneer.by_transformers import first_line
 from veneer.errors import ConfigError, UnknownKeyError, UnknownMethodError, UnsupportedError
 from veneer.files import written_whole
 from veneer.keywords import SOURCE, TOKEN, Fields, strict, takes
-from veneer.printable import printable
 from veneer.source import ADAPTER_CONFIG, resolve
+from veneer.telling import tell
 from veneer.value_types import fits, is_beyond
 
 
@@ -426,9 +425,9 @@ def _sort_unknown(extra: Mapping[str, Any], known: set[str], where: str, strict:
                 hint=(f"Did you mean {near[0]!r}? " if near else "")
                 + "Remove the key if it changes nothing, or load with strict=False to ignore it.",
             )
-        warnings.warn(printable(message) + " It is ignored.", stacklevel=4)
+        tell(message + " It is ignored.")
     for key in on.keys() - set(switches):
-        warnings.warn(printable(f"{where}: unknown key {key}={on[key]!r} is kept and not used."), stacklevel=4)
+        tell(f"{where}: unknown key {key}={on[key]!r} is kept and not used.")
 
 
 def check_at_least_one(config: PeftConfig, *names: str) -> None:

@@ -6,9 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 
+from veneer import patterns
 from veneer.checkpoint import Checkpoint
 from veneer.codec import PREFIX, SHARED_PREFIX
-from veneer.config import check_regex
 from veneer.errors import ConfigError
 from veneer.remap import Remapped
 
@@ -25,7 +25,7 @@ def with_keys(checkpoint: Checkpoint, mapping: Mapping[str, str]) -> Checkpoint:
         ConfigError: one is no regular expression, or two keys become one.
     """
     for pattern in mapping:
-        check_regex("key_mapping", pattern)
+        patterns.check("key_mapping", pattern, patterns.PART)
     renamed = {_renamed(key, mapping): key for key in checkpoint.tensors}
     if len(renamed) < len(checkpoint.tensors):
         twice = Counter(_renamed(key, mapping) for key in checkpoint.tensors).most_common(1)[0][0]

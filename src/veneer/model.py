@@ -41,7 +41,6 @@ from veneer.model_card import fetch_card, write_card
 from veneer.patterns import matching
 from veneer.penalty import with_penalty
 from veneer.positions import prompted
-from veneer.printable import printable
 from veneer.remap import remapped
 from veneer.report import AdapterReport, LoadReport
 from veneer.scaling_face import ScalingFace

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,8 +12,8 @@ from veneer.errors import MergeError
 from veneer.layer import AdaptedLayer
 from veneer.merging.quantized import CHOICES, REQUANTIZED, Into, QuantizedMerge, into_missing
 from veneer.packed_layer import PackedLayer
-from veneer.printable import printable
 from veneer.sites import packed_site
+from veneer.telling import tell
 
 
 def choose(
@@ -50,7 +49,7 @@ def measured(packed: Sequence[PackedLayer]) -> QuantizedMerge | None:
         return None
     found = QuantizedMerge(chosen, {layer.site.id: layer.error for layer in packed if layer.error is not None})
     if found.lost:
-        warnings.warn(printable(found.warning()), stacklevel=4)
+        tell(found.warning())
     return found
 
 

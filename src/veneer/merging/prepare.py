@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -33,9 +32,9 @@ from veneer.merging.rounding import NEAREST, Rounding
 from veneer.merging.skeleton import Parameters, build_skeleton, lengthen, stored_names
 from veneer.merging.works import Values
 from veneer.patterns import matching
-from veneer.printable import printable
 from veneer.source import INDEX, MODEL_CONFIG, MODEL_STEM, Source, resolve
 from veneer.task_class import note_of
+from veneer.telling import tell
 from veneer.vocabulary import resized
 
 
@@ -280,6 +279,6 @@ def _check_identity(merged: Sequence[Adapter], base: Source, strict_base: bool) 
         message = f"The adapter {adapter.checkpoint.origin} was trained on another base than {base.origin}."
         if strict_base:
             raise BaseMismatchError(message, hint="Give the base that it was trained on.")
-        warnings.warn(printable(message) + " The merged model may answer differently.", stacklevel=4)
+        tell(message + " The merged model may answer differently.")
         told.append(message)
     return told
