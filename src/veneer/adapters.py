@@ -171,14 +171,15 @@ class Adapters(Wrappers):
             )
 
     def _note_ties(self, adapter: Adapter) -> None:
-        """Tell of an adapter that changes one of two layers that share a weight, and not the other."""
-        pairs = self.catalog.tied_ends
+        """Tell of an adapter that changes some of the layers that share a weight, and not the others."""
         touched = {*(self.layers[site].site.name for site in adapter.layers), *adapter.saved}
-        for one, other in [*pairs, *((b, a) for a, b in pairs)]:
-            if one in touched and other not in touched:
+        for group in self.catalog.tied:
+            changed, same = ([name for name in group if (name in touched) is wanted] for wanted in (True, False))
+            if changed and same:
+                are, their = ("is", "its") if len(changed) == 1 else ("are", "their")
                 adapter.notes.append(
-                    f"{one} is changed and {other}, which shares its weight in the base, is not; merged, each has its "
-                    "own."
+                    f"{' and '.join(changed)} {are} changed and what else shares {their} weight in the base is not "
+                    f"({', '.join(same)}); merged, each has its own."
                 )
 
     def added(self, adapter: Adapter) -> None:

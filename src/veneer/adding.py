@@ -101,7 +101,7 @@ def _restore_layers(
             for leaf, key in binding.keys.items()
         }
         parameters.update(_restored(adapters, binding, config))
-        made.append(_Made(binding.site, binding.method, binding.settings, parameters, binding.twin))
+        made.append(_Made(binding.site, binding.method, binding.settings, parameters, binding.twins))
     made = _join(made, method_of(config), tied_ends(config, adapters.catalog), new=False, trainable=trainable)
     _bind(adapters, adapter, made, _shared(adapters, config, method_of(config), made, stored, float32, trainable, None))
 
@@ -200,7 +200,7 @@ def _create_layers(
             parameters = {
                 leaf: _parameter(t, site.device, True, part.method.trains(leaf)) for leaf, t in tensors.items()
             }
-            made.append(_Made(site, part.method, settings, parameters, part.twins.get(site.id)))
+            made.append(_Made(site, part.method, settings, parameters, part.twins.get(site.id, ())))
     shared = _shared(adapters, config, method, made, {}, True, True, generator)
     for one, more in _beside(adapters, config, method, made, shared):
         needed = one.method.shapes(one.settings, one.site).keys() - one.tensors.keys() - one.method.optional
@@ -289,12 +289,11 @@ def _bind(adapters: Adapters, adapter: Adapter, made: Sequence[_Made], shared: d
         share = Bound(one.method, settings, tuple(one.tensors), one.site.key, joining)
         layer.bind(adapter.name, share, one.tensors)
         adapter.layers.append(one.site.id)
-        if one.twin is not None:
-            twin_settings = one.method.settings(adapter.config, one.twin)
-            key = one.twin.key if one.method.saves_twins else None
-            twin = Bound(one.method, twin_settings, tuple(one.tensors), key)
-            adapters.wrap(one.twin).bind(adapter.name, twin, one.tensors)
-            adapter.layers.append(one.twin.id)
+        for twin in one.twins:
+            key = twin.key if one.method.saves_twins else None
+            again = Bound(one.method, one.method.twinned(one.settings, twin), tuple(one.tensors), key)
+            adapters.wrap(twin).bind(adapter.name, again, one.tensors)
+            adapter.layers.append(twin.id)
     adapter.layers = list(dict.fromkeys(adapter.layers))
     adapter.alone = any(one.method.alone for one in made)
 
@@ -350,7 +349,7 @@ class _Made:
     method: AnyMethod
     settings: Any
     tensors: dict[str, nn.Parameter]
-    twin: Site | None
+    twins: Sequence[Site]
 
 
 def _parameter(tensor: Tensor, device: torch.device, float32: bool, trainable: bool) -> nn.Parameter:

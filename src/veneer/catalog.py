@@ -119,6 +119,21 @@ class Catalog:
         weight = self.modules[one]._parameters.get("weight")
         return weight is not None and weight is self.modules[other]._parameters.get("weight")
 
+    @cached_property
+    def shared(self) -> list[list[tuple[str, str]]]:
+        """The places of each parameter that the base has in several: the module, and the parameter's name there."""
+        groups: dict[int, list[tuple[str, str]]] = {}
+        for name, module in self.modules.items():
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None:
+                    groups.setdefault(id(parameter), []).append((name, leaf))
+        return [places for places in groups.values() if len(places) > 1]
+
+    @property
+    def tied(self) -> list[list[str]]:
+        """The modules of the base that share their weight, a list for each weight."""
+        return [[name for name, leaf in places if leaf == "weight"] for places in self.shared]
+
     @property
     def tied_ends(self) -> list[tuple[str, str]]:
         """The input and the output embedding where they share their weight."""
@@ -213,12 +228,10 @@ class Catalog:
             )
         return [site for name in found for site in self.sites_at(name)]
 
-    def tied_twins(self, sites: Iterable[Site]) -> dict[str, Site]:
-        """Id of a site -> the site of the output layer that shares its weight and is not among ``sites``."""
-        listed = list(sites)
-        taken = {site.name for site in listed}
-        outputs = [site for name in self.outputs if name not in taken for site in self.sites_at(name)]
-        return {site.id: twin for site in listed for twin in outputs if twin.stored is site.stored}
+    def sharing(self, name: str) -> list[Site]:
+        """The sites of the other modules that have a module's weight: an output layer, an encoder's own embedding."""
+        group = next((group for group in self.tied if name in group), ())
+        return [site for other in group if other != name for site in self.sites_at(other)]
 
     def spell_out(self, config: TargetedConfig, chosen: list[str]) -> None:
         """Put names in the place of "all-linear" or nothing, so that a saved config means the same anywhere."""

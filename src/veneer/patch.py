@@ -24,6 +24,7 @@ from veneer.errors import MergeError
 from veneer.factors import Factor
 from veneer.positions import Gate
 from veneer.route import Route
+from veneer.sites.embedding import EmbeddingSite
 from veneer.sites.site import Site
 from veneer.structured import Structured
 
@@ -38,11 +39,13 @@ class Tokens:
         index: the tokens, shape ``(n,)``, int64, ascending.
         values: their vectors, shape ``(n, dim)``.
         rows: whether a token is a row of the canonical weight (an output layer) or a column (an embedding).
+        padding: which of ``values`` a look-up does not train; all are trained when ``None``.
     """
 
     index: Tensor
     values: Tensor
     rows: bool
+    padding: int | None = None
 
 
 @dataclass(frozen=True)
@@ -273,7 +276,8 @@ def _tokens_output(tokens: Tokens, y: Tensor, x: Tensor, site: Site) -> Tensor:
         return y.to(values.dtype).index_copy(-1, tokens.index, F.linear(x.to(values.dtype), values))
     place = torch.searchsorted(tokens.index, x).clamp(max=len(tokens.index) - 1)
     found = (tokens.index[place] == x).unsqueeze(-1)
-    return torch.where(found, site.product(place, values.T), y)
+    assert isinstance(site, EmbeddingSite)
+    return torch.where(found, site.vectors(place, values, tokens.padding), y)
 
 
 def for_training(patches: Sequence[Patch]) -> list[Patch]:

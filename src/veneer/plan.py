@@ -63,14 +63,14 @@ class Binding:
         method: lowers its tensors.
         settings: the config's meaning here.
         keys: leaf -> the checkpoint's key.
-        twin: another layer that uses the same tensors.
+        twins: other layers that use the same tensors.
     """
 
     site: Site
     method: AnyMethod
     settings: Any
     keys: Mapping[str, str]
-    twin: Site | None = None
+    twins: Sequence[Site] = ()
 
 
 @dataclass
@@ -208,7 +208,7 @@ def _plan_part(
     meant = {site.key: site for site in part.sites}
     own = {module: keys for (module, head), keys in held.items() if head == next(iter(part.method.leaves), "")}
     if part.method.saves_twins:
-        for twin in part.twins.values():
+        for twin in (twin for twins in part.twins.values() for twin in twins):
             for leaf, key in own.pop(twin.key, {}).items():
                 plan.again.append(key)
                 first = next((keys[leaf] for keys in own.values() if leaf in keys), key)
@@ -220,7 +220,7 @@ def _plan_part(
     for key, site in meant.items():
         # A layer may have no tensors of its own: its method then keeps them all in common.
         if key in own or not (part.optional or part.method.shapes(part.method.settings(config, site), site)):
-            _plan_site(plan, site, part.method, own.get(key, {}), config, tensors, part.twins.get(site.id))
+            _plan_site(plan, site, part.method, own.get(key, {}), config, tensors, part.twins.get(site.id, ()))
         elif not part.optional:
             plan.problems.append(f"{key}: the config targets it, and the checkpoint holds nothing for it")
     if extra and not part.optional:
@@ -259,7 +259,7 @@ def _plan_site(
     keys: Mapping[str, str],
     config: AnyConfig,
     tensors: Mapping[str, HasShape],
-    twin: Site | None = None,
+    twins: Sequence[Site] = (),
 ) -> None:
     method.check_site(site)
     settings = _settings(method, config, site, {leaf: tensors[key].shape for leaf, key in keys.items()})
@@ -280,7 +280,7 @@ def _plan_site(
             problems += _of_wrong_kind(f"{site.key}: {leaf}", tensors[keys[leaf]], leaf not in method.integers)
     plan.problems += problems
     if not problems:
-        plan.bindings.append(Binding(site, method, settings, dict(keys), twin))
+        plan.bindings.append(Binding(site, method, settings, dict(keys), twins))
 
 
 def _settings(method: AnyMethod, config: AnyConfig, site: Site, stored: Mapping[str, tuple[int, ...]]) -> Any:

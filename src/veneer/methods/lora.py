@@ -38,7 +38,7 @@ from veneer.merging.arithmetic import BLOCK
 from veneer.methods.companions import with_companions
 from veneer.methods.loftq_base import LOFTQ_BASE
 from veneer.methods.method import Base, Method, Part
-from veneer.methods.tokens import TOKENS, own_rows
+from veneer.methods.tokens import TOKENS
 from veneer.patch import GATED, Patch
 from veneer.positions import Gate
 from veneer.sites import PackedSite, Site
@@ -109,8 +109,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
             plain = [site for site in layers if site.matrix_input and not isinstance(site, PackedSite)]
             parts.insert(0, Part(LOFTQ_BASE, plain))
         if config.trainable_token_indices:
-            embeddings = own_rows(config, catalog.token_sites(config.trainable_token_indices))
-            parts.append(Part(TOKENS, embeddings, twins=catalog.tied_twins(embeddings)))
+            parts.append(TOKENS.part(config, catalog, catalog.token_sites(config.trainable_token_indices)))
         return parts
 
     def settings(self, config: LoraConfig, site: Site) -> LoraSettings:

@@ -48,13 +48,13 @@ class Part:
     Attributes:
         method: the method.
         sites: the layers, in the model's order.
-        twins: id of a site -> another that uses the same tensors, such as a tied output layer.
+        twins: id of a site -> others that use the same tensors, such as a tied output layer.
         optional: whether a checkpoint may leave the layers out.
     """
 
     method: AnyMethod
     sites: list[Site]
-    twins: dict[str, Site] = field(default_factory=dict)
+    twins: dict[str, list[Site]] = field(default_factory=dict)
     optional: bool = False
 
 
@@ -173,6 +173,10 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
     @abstractmethod
     def settings(self, config: ConfigT, site: Site) -> SettingsT:
         """What ``config`` means for a layer, its patterns resolved; worked out once a layer."""
+
+    def twinned(self, settings: SettingsT, twin: Site) -> SettingsT:
+        """What a layer's ``settings`` mean for another that uses the same tensors."""
+        return settings
 
     def fitted(self, settings: SettingsT, stored: Mapping[str, tuple[int, ...]], site: Site) -> SettingsT:
         """``settings`` with what only the shapes in a checkpoint (leaf -> shape) tell."""

@@ -2,7 +2,7 @@
 
     W'[token] = v      v: the token's row of ``trainable_tokens_delta``, (n, dim)
 
-From peft's documentation; there is no paper. An output layer that is tied to the embedding gets the same vectors.
+From peft's documentation; there is no paper. Whatever shares the input embedding's weight gets the same vectors.
 """
 
 from __future__ import annotations
@@ -39,11 +39,7 @@ class TrainableTokens(TokenRows[TrainableTokensConfig]):
             config.target_modules = shortest(catalog.inputs, catalog.modules)
 
     def parts(self, config: TrainableTokensConfig, catalog: Catalog) -> list[Part]:
-        sites = catalog.sites(config)
-        embeddings = [site.stored for site in sites if isinstance(site, EmbeddingSite)]
-        # A tied output layer that is named too has no tensors of its own.
-        own = [s for s in sites if isinstance(s, EmbeddingSite) or not any(s.stored is e for e in embeddings)]
-        return [Part(self, own, twins=catalog.tied_twins(own))]
+        return [self.part(config, catalog, catalog.sites(config))]
 
     def wanted(self, config: TrainableTokensConfig, site: Site) -> Sequence[int]:
         return config.token_indices

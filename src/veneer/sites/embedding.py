@@ -14,6 +14,21 @@ class EmbeddingSite(Site):
     """``nn.Embedding``, and subclasses that scale what they look up."""
 
     @property
+    def products(self) -> bool:  # type: ignore[override]
+        """No sum of products has its vectors' norm limited as a whole, or counts how often each token is read."""
+        return self._table.max_norm is None and not self._table.scale_grad_by_freq
+
+    @property
+    def _table(self) -> nn.Embedding:
+        return cast(nn.Embedding, self.module)
+
+    @property
+    def padding(self) -> int | None:
+        """The token whose vector no look-up trains."""
+        found: int | None = self._table.padding_idx
+        return found
+
+    @property
     def shape(self) -> tuple[int, int]:
         vocabulary, dim = self.stored.shape
         return dim, vocabulary
@@ -25,7 +40,13 @@ class EmbeddingSite(Site):
         return matrix.T
 
     def product(self, x: Tensor, matrix: Tensor) -> Tensor:
-        found = F.embedding(x, matrix.T, cast(nn.Embedding, self.module).padding_idx)
-        # Gemma 3 and others multiply inside their embedding layer.
+        return self.vectors(x, matrix.T, self.padding)
+
+    def vectors(self, places: Tensor, table: Tensor, padding: int | None) -> Tensor:
+        """What the layer makes of rows of ``table``, of which ``padding`` gets no gradient."""
+        found = F.embedding(places, table, padding)
+        # Gemma 3 and others multiply inside their embedding layer, by a buffer; BART and others by a plain number.
         scale = getattr(self.module, "embed_scale", None)
-        return found * (scale.to(self.stored.dtype) if isinstance(scale, Tensor) else 1.0 if scale is None else scale)
+        if isinstance(scale, Tensor):
+            scale = scale.to(self.stored.dtype)
+        return found if scale is None else found * scale
