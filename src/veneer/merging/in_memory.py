@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from veneer.merging.new_bias import new_biases
 from veneer.merging.quantized import DEQUANTIZED
 from veneer.merging.rounding import check_kept
 from veneer.merging.threads import for_each
+from veneer.merging.untie import untie
 from veneer.packed_layer import PackedLayer
 from veneer.sharded_layer import ShardedLayer
 
@@ -55,21 +56,20 @@ def merge_and_unload(
         _check_saved(adapters, wanted)
     here = [layer for layer in adapters.layers.values() if layer.here(wanted)]
     _change(here, lambda layer: layer.store_merged(wanted))
-    changed, alike = bool(wanted), _stay_alike(adapters, wanted)
+    groups, alike = adapters.catalog.shared if wanted else [], _changed_alike(adapters, wanted)
     for root, saved in adapters.saved.items():
         own = saved.here(wanted)
         if own:
             adapters.catalog.modules[root] = saved.original_module = saved.taken_over(own[0])
     model = adapters.unload(keep=True)
     added.put_into(model)
-    if changed:
-        _untie(model, alike)
+    untie(model, groups, alike)
     if packed:
         adapters.quantized_merge = measured(packed)
         if into == DEQUANTIZED:
             dequantize(model, adapters.catalog.dtype)
         forget_loading(model)
-        adapters.catalog = Catalog(model)
+    adapters.catalog = Catalog(model)
     return model
 
 
@@ -138,8 +138,8 @@ def _check_saved(adapters: Adapters, names: tuple[str, ...]) -> None:
                     check_kept(tensor, tensor.to(base[leaf].dtype), f"{root}.{leaf}")
 
 
-def _stay_alike(adapters: Adapters, names: Sequence[str]) -> bool:
-    """Whether adapters change two layers that share a weight by the same tensors."""
+def _changed_alike(adapters: Adapters, names: Sequence[str]) -> set[str]:
+    """The two ends that share a weight, where adapters change them by the same tensors."""
 
     def used(end: str) -> set[int]:
         layers = [layer for layer in adapters.layers.values() if layer.site.name == end]
@@ -152,7 +152,8 @@ def _stay_alike(adapters: Adapters, names: Sequence[str]) -> bool:
         }
 
     alike = all(getattr(adapters.entries[name].config, "ensure_weight_tying", False) for name in names)
-    return alike and any(used(one) and used(one) == used(other) for one, other in adapters.catalog.tied_ends)
+    pairs = [pair for pair in adapters.catalog.tied_ends if alike and used(pair[0]) and used(pair[0]) == used(pair[1])]
+    return {name for pair in pairs for name in pair}
 
 
 def _is_finite(tensor: Tensor | None) -> bool:
@@ -162,22 +163,3 @@ def _is_finite(tensor: Tensor | None) -> bool:
 def _is_in_memory(layer: AdaptedLayer) -> bool:
     plain = not isinstance(layer, (PackedLayer, ShardedLayer))
     return plain and all(p.device.type == "cpu" for p in layer.site.module.parameters())
-
-
-def _untie(model: nn.Module, alike: bool) -> None:
-    """Tie embeddings again that a merge has changed alike; else say in the config that they differ.
-
-    So a saved model keeps both, or the one that both are. ``alike`` says that only rounding can part them.
-    """
-    config: Any = getattr(model, "config", None)
-    ends = [getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output")]
-    if config is None or not getattr(config, "tie_word_embeddings", False) or None in ends:
-        return
-    layers: list[Any] = [end() for end in ends if end is not None]
-    weights: list[Any] = [getattr(layer, "weight", None) for layer in layers]
-    if not all(isinstance(w, Tensor) for w in weights) or weights[0] is weights[1]:
-        return
-    if alike or torch.equal(*weights):
-        layers[1].weight = weights[0]
-    else:
-        config.tie_word_embeddings = False

@@ -19,6 +19,7 @@ from veneer.merging.new_bias import NewBiases
 from veneer.merging.packed import Packed
 from veneer.merging.rounding import Rounding
 from veneer.merging.skeleton import Stored
+from veneer.merging.untie import FLAG, asks_for_ties
 from veneer.merging.works import Cast, Convert, Copy, Layer, MakeBias, Replace, Rewrite, Target, Values, Work
 from veneer.sites import Site
 
@@ -332,9 +333,12 @@ def config_changes(plan: MergePlan, skeleton: Any, retied: Any) -> dict[str, Any
         skeleton: the model of the base's config.
         retied: gives the model of the same config with ``tie_word_embeddings=False``.
     """
-    if not plan.untied or not getattr(skeleton.config, "tie_word_embeddings", False):
+    if not plan.untied or not getattr(skeleton.config, FLAG, False) or asks_for_ties(skeleton):
         return {}
-    model = retied()
-    apart = {id(dict(model.named_parameters(remove_duplicate=False))[name]) for name in plan.untied}
-    # Some families (T5) tie whatever their config says; their loader keeps apart what is stored apart.
-    return {"tie_word_embeddings": False} if len(apart) > 1 else {}
+    parameters = dict(retied().named_parameters(remove_duplicate=False))
+    others = [group for group in tie_groups(skeleton) if not set(group) <= set(plan.untied)]
+    # Some families (T5) tie whatever their config says, and others tie more than was parted: what the file then lacks
+    # would be lost. Their reader keeps apart what is stored apart.
+    says_so = len({id(parameters[name]) for name in plan.untied}) > 1
+    lost = any(len({id(parameters[name]) for name in group}) > 1 for group in others)
+    return {FLAG: False} if says_so and not lost else {}

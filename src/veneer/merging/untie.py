@@ -1,0 +1,117 @@
+"""Weights that several modules of a model share, once a merge has changed some of them.
+
+Those that are equal are shared again. Those that are not must stay apart when the model is saved and read again:
+transformers ties by the config's ``tie_word_embeddings``, fills what a file lacks from what it is tied to, and keeps
+apart what the file holds twice with different values.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FLAG = "tie_word_embeddings"
+
+# The module that holds a parameter, and the parameter's name there.
+Place = tuple[str, str]
+
+
+def untie(model: nn.Module, groups: Sequence[Sequence[Place]], alike: Collection[str]) -> None:
+    """Share again what is equal, and let the rest differ in what is saved too.
+
+    Args:
+        model: the merged model, without wrappers.
+        groups: the places that shared a parameter before.
+        alike: the modules that were changed alike, so that only rounding can part them.
+    """
+    for group in groups:
+        _share_again(model, group, alike)
+    apart = {f"{name}.{leaf}" for group in groups if len(_distinct(model, group)) > 1 for name, leaf in group}
+    ties = _ties(model)
+    if apart.intersection(ties):
+        _say_so(model, apart)
+        _write_apart(model, ties)
+
+
+def asks_for_ties(model: nn.Module) -> bool:
+    """Whether a model computes otherwise when its config says that weights are tied, as Switch Transformers does."""
+    kinds = {type(module) for module in model.modules()}
+    return any(FLAG in _names(kind.forward) for kind in kinds)
+
+
+def _names(function: Any) -> Collection[str]:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return () if code is None else code.co_names
+
+
+def _share_again(model: nn.Module, group: Sequence[Place], alike: Collection[str]) -> None:
+    kept: list[tuple[str, Tensor]] = []
+    for name, leaf in group:
+        module = model.get_submodule(name)
+        own = module._parameters[leaf]
+        assert own is not None
+        both = (other for first, other in kept if {first, name} <= set(alike) or _equal(own, other))
+        same = next(both, None)
+        if same is None:
+            kept.append((name, own))
+        elif same is not own:
+            setattr(module, leaf, same)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    known = not (one.is_meta or other.is_meta) and (one.dtype, one.device) == (other.dtype, other.device)
+    return known and torch.equal(one, other)
+
+
+def _distinct(model: nn.Module, group: Sequence[Place]) -> set[int]:
+    return {id(model.get_submodule(name)._parameters[leaf]) for name, leaf in group}
+
+
+def _tying(model: nn.Module) -> list[tuple[str, Any]]:
+    """The parts of a model, itself included, that tie weights by a config."""
+    return [(name, part) for name, part in model.named_modules() if hasattr(part, "get_expanded_tied_weights_keys")]
+
+
+def _own_ties(name: str, part: Any) -> dict[str, str]:
+    at = name + "." if name else ""
+    return {at + target: at + source for target, source in part.get_expanded_tied_weights_keys().items()}
+
+
+def _ties(model: nn.Module) -> dict[str, str]:
+    """Parameter -> the one that transformers would tie it to."""
+    return {target: source for name, part in _tying(model) for target, source in _own_ties(name, part).items()}
+
+
+def _say_so(model: nn.Module, apart: Collection[str]) -> None:
+    """Say in the config that weights differ, where it can be said and means nothing else."""
+    if asks_for_ties(model):
+        return
+    for name, part in _tying(model):
+        if not _own_ties(name, part).keys().isdisjoint(apart) and _can_say(part.config):
+            setattr(part.config, FLAG, False)
+
+
+def _can_say(config: Any) -> bool:
+    """Whether a config that is read again still says so: T5's and its kin's always say that weights are tied."""
+    return not getattr(type(config).from_dict({**config.to_dict(), FLAG: False}), FLAG, False)
+
+
+def _write_apart(model: nn.Module, ties: dict[str, str]) -> None:
+    """Give each parameter that its reader would not tie to an equal one a tensor of its own, which is then saved."""
+    remaining = _ties(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    users = Counter(map(id, parameters.values()))
+    for target, source in ties.items():
+        own = parameters[target]
+        is_filled = target in remaining and own is parameters[source]
+        if not is_filled and users[id(own)] > 1:
+            users[id(own)] -= 1
+            module, _, leaf = target.rpartition(".")
+            setattr(model.get_submodule(module), leaf, nn.Parameter(own.detach().clone(), own.requires_grad))
