@@ -49,6 +49,7 @@ class Adapter:
         origin: where it came from; ``None`` for one made here.
         layers: the names of the layers it adapts, in the model's order.
         saved: the names of the modules that it brings whole.
+        beside: those of them that are no part of it and are never trained: a grown vocabulary's rows.
         trainable: whether its tensors are to be trained while it is selected.
         zero: those of ``layers`` in which it changes nothing, known when it was loaded.
         bound: how many of its checkpoint's tensors are in use.
@@ -67,6 +68,7 @@ class Adapter:
     origin: str | None = None
     layers: list[str] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
+    beside: set[str] = field(default_factory=set)
     trainable: bool = False
     zero: list[str] = field(default_factory=list)
     bound: int = 0
@@ -313,7 +315,8 @@ class Adapters(Wrappers):
         return [*own.values(), *self._saved_parameters(adapter)]
 
     def _saved_parameters(self, adapter: Adapter) -> list[nn.Parameter]:
-        found = [p for root in adapter.saved for p in self.copy_of(root, adapter.name).parameters()]
+        trained = [root for root in adapter.saved if root not in adapter.beside]
+        found = [p for root in trained for p in self.copy_of(root, adapter.name).parameters()]
         return list({id(p): p for p in found}.values())
 
     def named_tensors(

@@ -67,11 +67,18 @@ def load(
     else:
         _restore_layers(adapters, adapter, plan, tensors, stored, float32, trainable)
         adapters.note_zero_layers(adapter, _sure_to_change(plan, sums))
-    for root, keys in plan.saved.items():
-        values = {leaf: tensors[key] for leaf, key in keys.items()}
-        adapters.wrap_saved(root).add(name, values).requires_grad_(trainable)
+    meant = adapters.catalog.saved(known(config)) if plan.saved else []
+    saved = {root: {leaf: tensors[key] for leaf, key in keys.items()} for root, keys in plan.saved.items()}
+    for root in plan.saved.keys() - meant:
+        # The base's own rows, so those of all that shares them.
+        sharing = [site.name for site in adapters.catalog.sharing(root) if site.id not in adapter.layers]
+        saved.update({name: {"weight": saved[root]["weight"]} for name in sharing if name not in saved})
+    adapter.beside = saved.keys() - meant
+    for root, values in saved.items():
+        trained = trainable and root in meant
+        adapters.wrap_saved(root).add(name, values).requires_grad_(trained)
         adapter.saved.append(root)
-        if not trainable:
+        if not trained:
             adapter.dtypes.update({encode(root, leaf, method.prefix): tensor.dtype for leaf, tensor in values.items()})
     _join_saved(adapters, adapter)
     adapters.added(adapter)
@@ -289,11 +296,11 @@ def _bind(adapters: Adapters, adapter: Adapter, made: Sequence[_Made], shared: d
         share = Bound(one.method, settings, tuple(one.tensors), one.site.key, joining)
         layer.bind(adapter.name, share, one.tensors)
         adapter.layers.append(one.site.id)
-        for twin in one.twins:
-            key = twin.key if one.method.saves_twins else None
-            again = Bound(one.method, one.method.twinned(one.settings, twin), tuple(one.tensors), key)
-            adapters.wrap(twin).bind(adapter.name, again, one.tensors)
-            adapter.layers.append(twin.id)
+        for twin, twinned in ((twin, one.method.twinned(settings, twin)) for twin in one.twins):
+            if twinned is not None:
+                key = twin.key if one.method.saves_twins else None
+                adapters.wrap(twin).bind(adapter.name, Bound(one.method, twinned, tuple(one.tensors), key), one.tensors)
+                adapter.layers.append(twin.id)
     adapter.layers = list(dict.fromkeys(adapter.layers))
     adapter.alone = any(one.method.alone for one in made)
 

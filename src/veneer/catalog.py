@@ -102,6 +102,8 @@ class Catalog:
             layer = get() if get is not None else None
         except (NotImplementedError, AttributeError):  # transformers' own for models without one
             layer = None
+        while isinstance(layer, (AdaptedLayer, SavedModule)):
+            layer = layer.base_layer if isinstance(layer, AdaptedLayer) else layer.original_module
         return [name for name, module in self.modules.items() if layer is not None and module is layer]
 
     @cached_property

@@ -59,7 +59,7 @@ def prepare_model_for_compiled_hotswap(model: PeftModel, *, target_rank: int | N
         _check_can_be_padded(entry, layer, share, target_rank)
     for entry in model.adapters.entries.values():
         model.set_requires_grad(entry.name, False)
-        entry.stored = model.get_adapter_state_dict(entry.name)
+        entry.stored = model.get_adapter_state_dict(entry.name, save_embedding_layers=False)
     for entry, layer, share in shares:
         settings = share.settings
         for leaf, parameter in layer.tensors(entry.name, share).items():

@@ -43,6 +43,7 @@ from veneer.penalty import with_penalty
 from veneer.positions import prompted
 from veneer.remap import remapped
 from veneer.report import AdapterReport, LoadReport
+from veneer.saved_ends import SaveEnds, ends_to_save
 from veneer.scaling_face import ScalingFace
 from veneer.source import ADAPTER_CONFIG, MODEL_CONFIG, Source, is_file, resolve
 from veneer.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
@@ -804,6 +805,7 @@ class PeftModel(ScalingFace, nn.Module):
         save_directory: str | Path,
         safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: SaveEnds = "auto",
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
@@ -818,6 +820,8 @@ class PeftModel(ScalingFace, nn.Module):
             save_directory: the folder.
             safe_serialization: must be true; pickles are not written.
             selected_adapters: which; all when ``None``.
+            save_embedding_layers: save the rows of the embedding and of the output layer too; ``"auto"`` does where
+                the vocabulary is another than in the base's files, and where an adapter is on one of them.
             is_main_process: write nothing in other processes. Of a model that is spread over processes the first
                 writes, and all of them have to call this: they gather the tensors together.
             state_dict: take the tensors from here (as named by ``state_dict()``) where it has them.
@@ -839,30 +843,32 @@ class PeftModel(ScalingFace, nn.Module):
                 "safe_serialization=False would write a pickle; Veneer writes safetensors only.",
                 hint="Leave it out: every current tool reads safetensors.",
             )
-        folder = Path(save_directory)
+        folder, state = Path(save_directory), state_dict or {}
         with self.adapters.changing:  # in another thread, none is renamed or deleted meanwhile
             names = list(self.adapters.entries) if selected_adapters is None else list(selected_adapters)
-            drafts = {name: self._draft(self.adapters.get(name), folder, state_dict or {}) for name in names}
+            entries = [self.adapters.get(name) for name in names]
+            drafts = {entry.name: self._draft(entry, folder, state, save_embedding_layers) for entry in entries}
             chosen, modules = self.adapters.switch.standing.names, list(self.modules())
         with sharding.one_writer(modules) as first:
             if first and is_main_process:
                 adapter_set.save(folder, drafts, chosen)
-                write_state(self, folder, state_dict or {})
+                write_state(self, folder, state)
                 write_card(self, folder)
 
-    def _draft(self, adapter: Adapter, folder: Path, state: dict[str, Tensor]) -> Draft:
+    def _draft(self, adapter: Adapter, folder: Path, state: dict[str, Tensor], ends: SaveEnds) -> Draft:
         digest = adapter.base_digest or self.base_digest
         return Draft(
             adapter_set.place(folder, adapter.name),
             self.adapters.config_on_disk(adapter.name),
-            self._tensors_to_save(adapter, state),
+            self._tensors_to_save(adapter, state, ends),
             {} if digest is None else {BASE_DIGEST_KEY: digest},
         )
 
-    def _tensors_to_save(self, adapter: Adapter, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _tensors_to_save(self, adapter: Adapter, state: dict[str, Tensor], ends: SaveEnds) -> dict[str, Tensor]:
         """Checkpoint key -> tensor, in the dtype that it had on disk; from ``state`` where that has it."""
+        beside = ends_to_save(self.adapters, adapter, ends)
         if adapter.stored:
-            return dict(adapter.stored)
+            return {**beside, **adapter.stored}
         names = {id(tensor): name for name, tensor in self.state_dict(keep_vars=True).items()} if state else {}
 
         def value(live: Tensor) -> Tensor:
@@ -874,19 +880,23 @@ class PeftModel(ScalingFace, nn.Module):
                 )
             return tensor
 
-        found = self.adapters.named_tensors(adapter.name, value)
-        return {key: tensor.to(adapter.dtypes.get(key, tensor.dtype)) for key, tensor in found}
+        own = self.adapters.named_tensors(adapter.name, value)
+        found = {key: tensor.to(adapter.dtypes.get(key, tensor.dtype)) for key, tensor in own}
+        return {**{key: value(tensor) for key, tensor in beside.items() if key not in found}, **found}
 
-    def get_adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, Tensor]:
+    def get_adapter_state_dict(
+        self, adapter_name: str | None = None, save_embedding_layers: SaveEnds = "auto"
+    ) -> dict[str, Tensor]:
         """Checkpoint key -> tensor of one adapter (the active one when ``None``): what saving writes."""
         with self.adapters.changing:
             name = adapter_name or self.active_adapter
-            return self._tensors_to_save(self.adapters.get(name), {})
+            return self._tensors_to_save(self.adapters.get(name), {}, save_embedding_layers)
 
     @takes(renamed=TOKEN, others=True)
     def push_to_hub(
         self,
         repo_id: str,
+        save_embedding_layers: SaveEnds = "auto",
         *,
         private: bool | None = None,
         token: str | None = None,
@@ -901,6 +911,7 @@ class PeftModel(ScalingFace, nn.Module):
 
         Args:
             repo_id: ``owner/name``.
+            save_embedding_layers: as for :meth:`save_pretrained`.
             private: whether a repository that is made is private.
             token: for the hub.
             tags: more tags for the model card.
@@ -918,7 +929,9 @@ class PeftModel(ScalingFace, nn.Module):
         api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             fetch_card(api, repo_id, kwargs.get("revision"), folder)
-            self.save_pretrained(folder, safe_serialization=safe_serialization)
+            self.save_pretrained(
+                folder, safe_serialization=safe_serialization, save_embedding_layers=save_embedding_layers
+            )
             write_card(self, Path(folder), tags)
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
 

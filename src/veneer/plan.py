@@ -25,8 +25,8 @@ from veneer.targets import names_match, under
 SHOWN = 4
 
 # peft writes these beside the others when it saves embeddings of its own accord: a module's copy under its name in
-# memory, the base's module under it, and the base's weight under trained tokens.
-_SPARE = (".modules_to_save.", ".original_module.", ".token_adapter.base_layer.")
+# memory, and the base's module under it.
+_SPARE = (".modules_to_save.", ".original_module.")
 
 
 class HasShape(Protocol):
@@ -207,20 +207,23 @@ def _plan_part(
 ) -> None:
     meant = {site.key: site for site in part.sites}
     own = {module: keys for (module, head), keys in held.items() if head == next(iter(part.method.leaves), "")}
-    if part.method.saves_twins:
+    if part.method.twins_repeat:
         for twin in (twin for twins in part.twins.values() for twin in twins):
             for leaf, key in own.pop(twin.key, {}).items():
                 plan.again.append(key)
                 first = next((keys[leaf] for keys in own.values() if leaf in keys), key)
                 if tuple(tensors[key].shape) != tuple(tensors[first].shape):
                     plan.problems.append(f"{key}: is {tuple(tensors[key].shape)}, and {first} is not")
+    else:
+        meant |= {twin.key: twin for twins in part.twins.values() for twin in twins if twin.key in own}
     extra = []
     for module in [name for name in own if name not in meant]:
         extra += _plan_extra(plan, module, part.method, own[module], config, tensors, catalog)
     for key, site in meant.items():
         # A layer may have no tensors of its own: its method then keeps them all in common.
         if key in own or not (part.optional or part.method.shapes(part.method.settings(config, site), site)):
-            _plan_site(plan, site, part.method, own.get(key, {}), config, tensors, part.twins.get(site.id, ()))
+            twins = [t for t in part.twins.get(site.id, ()) if t.key not in own and t.name not in plan.saved]
+            _plan_site(plan, site, part.method, own.get(key, {}), config, tensors, twins)
         elif not part.optional:
             plan.problems.append(f"{key}: the config targets it, and the checkpoint holds nothing for it")
     if extra and not part.optional:

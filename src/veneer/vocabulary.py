@@ -8,18 +8,20 @@ from typing import Any
 from veneer.base_config import part_of
 from veneer.checkpoint import Checkpoint
 from veneer.codec import PREFIX, SHARED_PREFIX
-from veneer.config import PromptConfig, TaskType
+from veneer.config import PromptConfig, TargetedConfig, TaskType
 from veneer.errors import BaseModelError
 from veneer.methods import method_of, prompt_of
 from veneer.source import Source, read_header, weight_files
+from veneer.targets import names_match
 
 INPUT, OUTPUT = "input embedding", "output layer"
 _ENDS = {
     **dict.fromkeys(("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings"), INPUT),
     **dict.fromkeys(("lm_head", "embed_out"), OUTPUT),
 }
-# leaf -> the dimension of its tensor that counts tokens; the first two hold every token's vector
-_WHOLE = ("base_layer.weight", "weight")
+# leaf -> the dimension of its tensor that counts tokens; the first three hold every token's vector
+_SAVING = (TargetedConfig, PromptConfig)
+_WHOLE = ("token_adapter.base_layer.weight", "base_layer.weight", "weight")
 _LEAVES = {**dict.fromkeys(_WHOLE, 0), "lora_embedding_A": 1, "lora_B.weight": 0}
 
 
@@ -36,15 +38,16 @@ def resized(checkpoints: Sequence[Checkpoint], base: Source, config: Mapping[str
         BaseModelError: it would have to be resized, and the adapters do not bring what the new rows hold.
         CorruptFileError: a part of the config is no object.
     """
-    own = config.get("vocab_size") or part_of(config, "text_config", base.origin).get("vocab_size")
-    if not isinstance(own, int):
+    own = vocabulary_of(config, base.origin)
+    if own is None:
         return None
-    found = [_wanted(checkpoint, own) for checkpoint in checkpoints]
+    needed, tied = _needed(base, task)
+    found = [_wanted(checkpoint, own, tied) for checkpoint in checkpoints]
     sizes = {size for size, _ in found if size is not None}
     if not sizes - {own}:
         return None
     brought = set.intersection(*(rows for size, rows in found if size is not None))
-    missing = [end for end in _needed(base, task) if end not in brought]
+    missing = [end for end in needed if end not in brought]
     if len(sizes) > 1 or missing:
         size = max(sizes)
         what = f"no rows for the {' and the '.join(missing)}" if missing else f"vocabularies of {sorted(sizes)}"
@@ -57,8 +60,17 @@ def resized(checkpoints: Sequence[Checkpoint], base: Source, config: Mapping[str
     return sizes.pop()
 
 
-def _wanted(checkpoint: Checkpoint, own: int) -> tuple[int | None, set[str]]:
-    """The vocabulary that an adapter's tensors have, and the ends for which it brings every new token's vector."""
+def vocabulary_of(config: Mapping[str, Any], origin: str) -> int | None:
+    """The number of tokens that a model's config, from ``origin``, names."""
+    own = config.get("vocab_size") or part_of(config, "text_config", origin).get("vocab_size")
+    return own if isinstance(own, int) else None
+
+
+def _wanted(checkpoint: Checkpoint, own: int, tied: bool) -> tuple[int | None, set[str]]:
+    """The vocabulary that an adapter's tensors have, and the ends for which it brings every new token's vector.
+
+    Where the base has one weight for both ends, its rows are those of both; a copy that the adapter trained is not.
+    """
     sizes: set[int] = set()
     brought: set[str] = set()
     config = checkpoint.config
@@ -72,24 +84,27 @@ def _wanted(checkpoint: Checkpoint, own: int) -> tuple[int | None, set[str]]:
             end = _ENDS.get(module.rpartition(".")[2]) if module != name else None
             if end is not None and len(info.shape) == 2 and not (leaf == "lora_B.weight" and end == INPUT):
                 sizes.add(info.shape[dimension])
-                brought |= {end} if leaf in _WHOLE else set()
+                is_copy = names_match(module, config.modules_to_save if isinstance(config, _SAVING) else None)
+                rows = {end} if is_copy or not tied else {INPUT, OUTPUT}
+                brought |= rows if leaf in _WHOLE else set()
     tokens = _tokens(checkpoint)
     if any(token >= own for token in tokens):
         sizes.add(max(tokens) + 1)
-        brought |= {INPUT} if tokens.issuperset(range(own, max(tokens) + 1)) else set()
+        brought |= ({INPUT, OUTPUT} if tied else {INPUT}) if tokens.issuperset(range(own, max(tokens) + 1)) else set()
     return (max(sizes) if sizes else None), brought
 
 
 def _tokens(checkpoint: Checkpoint) -> set[int]:
-    wanted: Any = getattr(checkpoint.config, "trainable_token_indices", None) or ()
+    config: Any = checkpoint.config
+    wanted = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or ()
     lists: Iterable[Iterable[int]] = wanted.values() if isinstance(wanted, Mapping) else [wanted]
     return {token for tokens in lists for token in tokens}
 
 
-def _needed(base: Source, task: str | None) -> list[str]:
-    """The ends that have vectors of their own in the model that is loaded."""
+def _needed(base: Source, task: str | None) -> tuple[list[str], bool]:
+    """The ends of the model that is loaded, and whether they share their vectors."""
     if task not in (None, TaskType.CAUSAL_LM.value, TaskType.SEQ_2_SEQ_LM.value):
-        return [INPUT]
+        return [INPUT], False
     names = [name for file in weight_files(base, "model") for name in read_header(file).tensors]
     untied = any(name.endswith(".weight") and _ENDS.get(name.split(".")[-2]) == OUTPUT for name in names if "." in name)
-    return [INPUT, OUTPUT] if untied else [INPUT]
+    return [INPUT, OUTPUT], not untied

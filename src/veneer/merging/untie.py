@@ -29,10 +29,13 @@ def untie(model: nn.Module, groups: Sequence[Sequence[Place]], alike: Collection
         groups: the places that shared a parameter before.
         alike: the modules that were changed alike, so that only rounding can part them.
     """
-    for group in groups:
-        _share_again(model, group, alike)
-    apart = {f"{name}.{leaf}" for group in groups if len(_distinct(model, group)) > 1 for name, leaf in group}
     ties = _ties(model)
+    known = {*ties, *ties.values()}
+    # Others, such as repeated blocks, are the business of whoever had them share.
+    tied = [[(name, leaf) for name, leaf in group if f"{name}.{leaf}" in known] for group in groups]
+    for group in tied:
+        _share_again(model, group, alike)
+    apart = {f"{name}.{leaf}" for group in tied if len(_distinct(model, group)) > 1 for name, leaf in group}
     if apart.intersection(ties):
         _say_so(model, apart)
         _write_apart(model, ties)

@@ -21,7 +21,8 @@ def with_companions(own: Part, config: TargetedConfig, catalog: Catalog) -> list
         ConfigError: ``bias`` is neither ``"none"``, ``"all"`` nor ``"<method>_only"``.
     """
     ends = [site for site in own.sites if catalog.is_end(site.name)]
-    parts = [Part(SAVED_WEIGHT, ends, optional=True), own]
+    # The base's own rows, so those of all that shares them.
+    parts = [Part(SAVED_WEIGHT, ends, {site.id: catalog.sharing(site.name) for site in ends}, optional=True), own]
     bias = getattr(config, "bias", "none")
     if bias not in ("none", "all") and not bias.endswith("_only"):
         method = str(config.peft_type).lower()

@@ -38,6 +38,7 @@ from veneer.merging.arithmetic import BLOCK
 from veneer.methods.companions import with_companions
 from veneer.methods.loftq_base import LOFTQ_BASE
 from veneer.methods.method import Base, Method, Part
+from veneer.methods.saved_weight import TOKEN_BASE
 from veneer.methods.tokens import TOKENS
 from veneer.patch import GATED, Patch
 from veneer.positions import Gate
@@ -109,7 +110,8 @@ class Lora(Method[LoraConfig, LoraSettings]):
             plain = [site for site in layers if site.matrix_input and not isinstance(site, PackedSite)]
             parts.insert(0, Part(LOFTQ_BASE, plain))
         if config.trainable_token_indices:
-            parts.append(TOKENS.part(config, catalog, catalog.token_sites(config.trainable_token_indices)))
+            tokens = TOKENS.part(config, catalog, catalog.token_sites(config.trainable_token_indices))
+            parts = [Part(TOKEN_BASE, tokens.everywhere, optional=True), *parts, tokens]
         return parts
 
     def settings(self, config: LoraConfig, site: Site) -> LoraSettings:

@@ -57,6 +57,11 @@ class Part:
     twins: dict[str, list[Site]] = field(default_factory=dict)
     optional: bool = False
 
+    @property
+    def everywhere(self) -> list[Site]:
+        """The layers, and those that use their tensors."""
+        return [*self.sites, *(twin for twins in self.twins.values() for twin in twins)]
+
 
 class Method(ABC, Generic[ConfigT, SettingsT]):
     """One PEFT method. Stateless: its tensors live in the layers, its options in the config.
@@ -70,6 +75,7 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
         frozen: those that only live in memory, beside the others, and are never trained.
         kinds: the kinds of layer that it can adapt.
         saves_twins: whether a layer that uses another's tensors has them in a checkpoint again.
+        twins_repeat: whether tensors of such a layer in a checkpoint are those again; else they are its own.
         trainable: whether the others are trained.
         empty: tensors of a layer that peft writes and that say nothing; they are not loaded.
         shared: tensors that all layers of an adapter use, ``base_model.<leaf>`` on disk; they join the layer's own in
@@ -87,6 +93,7 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
     frozen: ClassVar[frozenset[str]] = frozenset()
     kinds: ClassVar[tuple[type[Site], ...]] = (Site,)
     saves_twins: ClassVar[bool] = False
+    twins_repeat: ClassVar[bool] = True
     trainable: ClassVar[bool] = True
     empty: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[str, ...]] = ()
@@ -174,8 +181,8 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
     def settings(self, config: ConfigT, site: Site) -> SettingsT:
         """What ``config`` means for a layer, its patterns resolved; worked out once a layer."""
 
-    def twinned(self, settings: SettingsT, twin: Site) -> SettingsT:
-        """What a layer's ``settings`` mean for another that uses the same tensors."""
+    def twinned(self, settings: SettingsT, twin: Site) -> SettingsT | None:
+        """What a layer's ``settings`` mean for another that uses the same tensors; ``None`` where nothing."""
         return settings
 
     def fitted(self, settings: SettingsT, stored: Mapping[str, tuple[int, ...]], site: Site) -> SettingsT:

@@ -34,6 +34,7 @@ class SavedWeight(Method[TargetedConfig, SavedWeightSettings]):
 
     leaves = (WEIGHT,)
     trainable = False
+    twins_repeat = False
 
     def in_memory(self, leaf: str) -> str:
         return "saved_weight"
@@ -42,25 +43,37 @@ class SavedWeight(Method[TargetedConfig, SavedWeightSettings]):
         return SavedWeightSettings(rows=not isinstance(site, EmbeddingSite))
 
     def settled(self, settings: SavedWeightSettings, tensors: Mapping[str, Tensor], base: Base) -> SavedWeightSettings:
-        own, stored = tensors[WEIGHT], base.base_weight()
+        own, stored = tensors[self.leaves[0]], base.base_weight()
         stored = stored if settings.rows else stored.T
         return replace(settings, differs=not torch.equal(own.to(stored.dtype), stored))
 
+    def twinned(self, settings: SavedWeightSettings, twin: Site) -> SavedWeightSettings | None:
+        return replace(settings, rows=not isinstance(twin, EmbeddingSite)) if settings.differs else None
+
     def shapes(self, settings: SavedWeightSettings, site: Site) -> dict[str, tuple[int, ...]]:
         out, inner = site.shape
-        return {WEIGHT: (out, inner) if settings.rows else (inner, out)}
+        return {self.leaves[0]: (out, inner) if settings.rows else (inner, out)}
 
     def init(
         self, config: TargetedConfig, settings: SavedWeightSettings, base: Base, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         weight = base.base_weight()
-        return {WEIGHT: (weight if settings.rows else weight.T).float()}
+        return {self.leaves[0]: (weight if settings.rows else weight.T).float()}
 
     def lower(self, settings: SavedWeightSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
         if not settings.differs:
             return Patch()
-        values = tensors[WEIGHT]
+        values = tensors[self.leaves[0]]
         return Patch(tokens=Tokens(torch.arange(values.shape[0], device=values.device), values, settings.rows))
+
+
+class TokenBase(SavedWeight):
+    """The same where tokens of it are trained beside a LoRA."""
+
+    leaves = (f"token_adapter.{WEIGHT}",)
+
+    def in_memory(self, leaf: str) -> str:
+        return "saved_token_weight"
 
 
 class SavedBias(Bias):
@@ -73,4 +86,5 @@ class SavedBias(Bias):
 
 
 SAVED_WEIGHT = SavedWeight()
+TOKEN_BASE = TokenBase()
 SAVED_BIAS = SavedBias(ADAPTED_BIAS.leaf)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from veneer.configs.trainable_tokens import TrainableTokensConfig
 from veneer.methods.method import Base, Part
+from veneer.methods.saved_weight import SAVED_WEIGHT
 from veneer.methods.tokens import TokenRows, TokenSettings
 from veneer.sites import Site
 from veneer.sites.embedding import EmbeddingSite
@@ -39,7 +40,8 @@ class TrainableTokens(TokenRows[TrainableTokensConfig]):
             config.target_modules = shortest(catalog.inputs, catalog.modules)
 
     def parts(self, config: TrainableTokensConfig, catalog: Catalog) -> list[Part]:
-        return [self.part(config, catalog, catalog.sites(config))]
+        own = self.part(config, catalog, catalog.sites(config))
+        return [Part(SAVED_WEIGHT, own.everywhere, optional=True), own]
 
     def wanted(self, config: TrainableTokensConfig, site: Site) -> Sequence[int]:
         return config.token_indices
