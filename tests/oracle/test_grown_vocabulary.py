@@ -154,3 +154,10 @@ def test_a_base_that_nobody_can_look_at_is_taken_as_it_is(tmp_path: Path) -> Non
     assert not ends(saved(adapted(veneer, model), tmp_path / "here"))
     name = json.loads((tmp_path / "here" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert name == str(tmp_path / "elsewhere")
+
+
+def test_a_trained_copy_of_the_embedding_brings_no_rows_of_the_output(tmp_path: Path) -> None:
+    folder = base(tmp_path / "base", True)
+    saved(adapted(veneer, read(folder), **TRAINED["embedding saved"]), tmp_path / "here", save_embedding_layers=False)
+    with pytest.raises(veneer.BaseModelError, match="brings no rows for the output layer"):
+        veneer.load(tmp_path / "here")
