@@ -161,3 +161,14 @@ def test_a_trained_copy_of_the_embedding_brings_no_rows_of_the_output(tmp_path: 
     saved(adapted(veneer, read(folder), **TRAINED["embedding saved"]), tmp_path / "here", save_embedding_layers=False)
     with pytest.raises(veneer.BaseModelError, match="brings no rows for the output layer"):
         veneer.load(tmp_path / "here")
+
+
+def test_rows_saved_in_a_narrower_dtype_are_the_bases_own(tmp_path: Path) -> None:
+    folder = base(tmp_path / "base", True)
+    model: Any = tf.LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    saved(adapted(veneer, model, target_modules=["embed_tokens"]), tmp_path / "here")
+    here = veneer.load(tmp_path / "here", dtype="float32")
+    assert list(here.adapters.layers) == ["model.embed_tokens"]
+    with here.disable_adapter():
+        alone = logits(here, {"input_ids": FEED["input_ids"] % 99})
+    assert gap(alone, logits(read(folder, 99), {"input_ids": FEED["input_ids"] % 99})) == 0

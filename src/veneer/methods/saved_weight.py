@@ -45,7 +45,9 @@ class SavedWeight(Method[TargetedConfig, SavedWeightSettings]):
     def settled(self, settings: SavedWeightSettings, tensors: Mapping[str, Tensor], base: Base) -> SavedWeightSettings:
         own, stored = tensors[self.leaves[0]], base.base_weight()
         stored = stored if settings.rows else stored.T
-        return replace(settings, differs=not torch.equal(own.to(stored.dtype), stored))
+        # One that was saved in a narrower dtype than the base is loaded in is the base's own too.
+        alike = torch.equal(own.to(stored.dtype), stored) or torch.equal(own, stored.to(own.dtype))
+        return replace(settings, differs=not alike)
 
     def twinned(self, settings: SavedWeightSettings, twin: Site) -> SavedWeightSettings | None:
         return replace(settings, rows=not isinstance(twin, EmbeddingSite)) if settings.differs else None
