@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ from veneer.errors import (
     UnknownAdapterError,
 )
 from veneer.guard import Guard, guarded
+from veneer.layouts import Check, Layouts
 from veneer.merging.quantized import QuantizedMerge
 from veneer.methods import AnyMethod, method_of, prompt_of
 from veneer.methods.method import Method
@@ -101,6 +102,7 @@ class Adapters(Wrappers):
         self.prompts = Prompts(self.switch)
         self.scalings = Scalings()
         self.shadows = Shadows()
+        self.layouts = Layouts()
         # Where the base's own parameters wanted gradients, before the first adapter came.
         self._was_trainable: list[tuple[nn.Module, str]] | None = None
         # Which blocks the model has several times.
@@ -203,6 +205,11 @@ class Adapters(Wrappers):
     # -- selecting -----------------------------------------------------------------------------------------
 
     @property
+    def asks_for_places(self) -> bool:
+        """Whether an adapter acts by the place that an entry has in its row, whichever adapters a call names."""
+        return bool(self._watching) or self.scalings.watching
+
+    @property
     def active(self) -> list[str]:
         """The selected adapters, in the order in which they apply."""
         return list(self.switch.selection.names)
@@ -268,6 +275,24 @@ class Adapters(Wrappers):
             self.get(name)
         self.prompts.check_rows(wanted)
         return Selection(rows=wanted, by_token=by_token)
+
+    def checked(self, selection: Selection, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Selection:
+        """``selection`` for a call of the model with these arguments; what it needs of the layers is looked at.
+
+        Raises:
+            AdapterError: they do not give it.
+        """
+        if not torch.compiler.is_compiling():
+            return Check(self).checked(selection, args, kwargs)
+        self._checked_once(
+            selection.applied, selection.is_mixed, selection.rows is not None, selection.task_ids is not None
+        )
+        return selection
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _checked_once(self, *asked: Any) -> bool:
+        Check(self).without_values(*asked)
+        return True
 
     def during(self, selection: Selection) -> AbstractContextManager[None]:
         """Use ``selection`` inside a ``with`` block, in this thread or task only."""

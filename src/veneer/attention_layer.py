@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from veneer.layer import AdaptedLayer
+from veneer.row_layout import ROWS, Layout
 from veneer.selection import Selection
 from veneer.sites.attention import AttentionSite
 
@@ -35,6 +36,10 @@ class AdaptedAttention(AdaptedLayer):
         else:
             y = self._added(selection, names, query, y)
         return (y, *output[1:])
+
+    def follows(self, layout: Layout) -> bool:
+        """Whether the module can tell rows that lie so apart."""
+        return layout == ROWS
 
     def _added(self, selection: Selection, names: tuple[str, ...], query: Tensor, y: Tensor) -> Tensor:
         """``y``, shape ``(rows, length, hidden)``, with what each adapter adds to its rows."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from veneer.layer import AdaptedLayer
 from veneer.methods.shadow import Riding
+from veneer.row_layout import ROWS, Layout
 from veneer.selection import Selection
 from veneer.shadows import states
 
@@ -33,6 +34,10 @@ class AdaptedBlock(AdaptedLayer):
             rows = selection.rows_of(name, len(y), y.device)
             current[name] = route.moved_on(current[name].to(y.device), y if rows is None else y[rows])
         return output
+
+    def follows(self, layout: Layout) -> bool:
+        """Whether the module can tell rows that lie so apart."""
+        return layout == ROWS
 
     def _route(self, name: str) -> Riding:
         return cast(Riding, self.patches_now([name])[0].route)

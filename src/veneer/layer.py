@@ -19,6 +19,7 @@ from veneer.methods import AnyMethod
 from veneer.mixed import MixedLayer
 from veneer.patch import Patch, apply, apply_rows, biases, for_training, whole_weight
 from veneer.route import Lasting
+from veneer.row_layout import ROWS, Layout, refused
 from veneer.selection import Selection, Switch
 from veneer.sites import Site
 from veneer.sites.site import unsupported
@@ -204,9 +205,13 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
         site: the base layer.
         switch: what is selected, shared by all layers of the model.
         inner: stands in the base layer's place: an adapted layer for another parameter of it.
+
+    Attributes:
+        layout: where its input has the rows of a batch.
     """
 
     base_layer: Any
+    layout: Layout = ROWS
     switch: Switch
     # adapter's name -> tensors that lie here and are not of its shares: common ones, frozen ones
     held: dict[str, Mapping[str, nn.Parameter]]
@@ -399,16 +404,31 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
         bias = biases(self.base_bias, patches)[-1]
         return weight, None if bias is None else bias.to(weight.dtype)
 
+    def follows(self, layout: Layout) -> bool:
+        """Whether the layer can tell rows that lie so apart."""
+        return layout.dim == 0 or (layout.dim == 1 and self.site.channel == -1)
+
+    def rows_in(self, selection: Selection, x: Tensor) -> Mapping[str, Tensor]:
+        """Adapter's name -> the indices of its rows in the first dimension of ``x``."""
+        if self.layout.dim < 0 and selection.is_mixed:
+            raise refused(self.site.name)
+        return selection.groups(x.shape[0], x.device, self.layout)
+
     def _forward_rows(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.layout.dim > 0 and x.ndim > 1:
+            return self._forward_rows_first(selection, x.transpose(0, 1), *args, **kwargs).transpose(0, 1)
+        return self._forward_rows_first(selection, x, *args, **kwargs)
+
+    def _forward_rows_first(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if selection.packed(x):
-            return self._forward_rows(selection, x.squeeze(0), *args, **kwargs).unsqueeze(0)
-        groups = selection.groups(x.shape[0], x.device)
-        names = self.here(selection.used)
+            return self._forward_rows_first(selection, x.squeeze(0), *args, **kwargs).unsqueeze(0)
+        groups = self.rows_in(selection, x)
+        names = tuple(name for name in self.here(selection.used) if name in groups)
         y, rest = None, names
         if names and not (self.training or args or kwargs or torch.compiler.is_compiling()):
             kept = self._mix(names)
             if kept.together and not kept.wants_grad(x):
-                order = selection.order(kept.together, x.shape[0], x.device)
+                order = selection.order(kept.together, x.shape[0], x.device, self.layout)
                 y = kept.forward(self._base if self.merged else self.base_layer, x, order)
                 rest = tuple(name for name in names if kept.members[name] is None)
         if y is None:

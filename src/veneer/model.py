@@ -221,7 +221,7 @@ class PeftModel(ScalingFace, nn.Module):
             task_ids: the task of each row, shape ``(rows,)``, for methods that keep several tasks in one adapter.
             **kwargs: as the base model takes them.
         """
-        with self._by_row(adapter_names, task_ids):
+        with self._by_row(adapter_names, task_ids, args, kwargs):
             return with_penalty(self.adapters, self.get_base_model()(*args, **kwargs))
 
     def update_and_allocate(self, global_step: int) -> None:
@@ -243,14 +243,34 @@ class PeftModel(ScalingFace, nn.Module):
     ) -> Any:
         """The base model's ``generate`` under the active adapters, or under one for each row."""
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        with self._by_row(adapter_names, task_ids), prompted(prompt if isinstance(prompt, Tensor) else None):
+        with (
+            self._by_row(adapter_names, task_ids, args, kwargs),
+            prompted(prompt if isinstance(prompt, Tensor) else None),
+        ):
             return self.get_base_model().generate(*args, **kwargs)
 
-    def _by_row(self, names: RowNames, task_ids: Tensor | None) -> AbstractContextManager[None]:
-        if names is None and task_ids is None:
+    def generate_batch(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's ``generate_batch`` (continuous batching) under the active adapters.
+
+        Raises:
+            AdapterError: it is given ``adapter_names``, which it would leave unheeded.
+        """
+        if adapter_names is not None:
+            raise AdapterError(
+                "generate_batch packs requests anew in every step and does not take adapter_names.",
+                hint="Use model.generate(..., adapter_names=[...]), or call generate_batch once for each adapter, "
+                "after set_adapter(name).",
+            )
+        return self.get_base_model().generate_batch(*args, **kwargs)
+
+    def _by_row(
+        self, names: RowNames, task_ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> AbstractContextManager[None]:
+        if names is None and task_ids is None and not self.adapters.asks_for_places:
             return nullcontext()
         chosen = self.adapters.switch.selection if names is None else self.adapters.rows(names)
-        return self.adapters.during(dataclasses.replace(chosen, task_ids=task_ids))
+        chosen = dataclasses.replace(chosen, task_ids=task_ids)
+        return self.adapters.during(self.adapters.checked(chosen, args, kwargs))
 
     # -- loading and adding --------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from veneer.layer import AdaptedLayer
 from veneer.merging.arithmetic import composed
 from veneer.patch import apply_rows
+from veneer.row_layout import Layout
 from veneer.selection import NOTHING, Selection
 from veneer.sites.site import call_with, unsupported
 
@@ -26,6 +27,10 @@ class AdaptedParameter(AdaptedLayer):
         if selection.rows is None:
             return self._through({}, *args, **kwargs)
         return self._through_rows(selection, *args, **kwargs)
+
+    def follows(self, layout: Layout) -> bool:
+        """Whether the layer can tell rows that lie so apart: it is given some of them as a batch of its own."""
+        return layout.dim == 0
 
     def _through(self, changed: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         names = self.here(self.switch.selection.names)
@@ -57,4 +62,4 @@ class AdaptedParameter(AdaptedLayer):
             with self.switch.during(Selection((name,))):
                 return self._through({}, *own, **named)
 
-        return apply_rows(y, run, selection.groups(x.shape[0], x.device), *args, **kwargs)
+        return apply_rows(y, run, self.rows_in(selection, x), *args, **kwargs)

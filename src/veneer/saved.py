@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from veneer.any_names import Copies
 from veneer.errors import AdapterError
 from veneer.offload import copy_resident
+from veneer.row_layout import ROWS, Layout, refused
 from veneer.selection import Selection, Switch
 
 
@@ -20,7 +21,12 @@ class SavedModule(nn.Module):
 
     Its parameters are named as in peft: ``original_module.<p>``, ``modules_to_save.<adapter>.<p>``. Attributes
     that it does not have are those of the copy in use.
+
+    Attributes:
+        layout: where its input has the rows of a batch.
     """
+
+    layout: Layout = ROWS
 
     def __init__(self, module: nn.Module, switch: Switch) -> None:
         super().__init__()
@@ -88,13 +94,20 @@ class SavedModule(nn.Module):
     def _forward_rows(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if selection.packed(x):
             return self._forward_rows(selection, x.squeeze(0), *args, **kwargs).unsqueeze(0)
+        if self.layout.dim < 0 and selection.is_mixed:
+            raise refused("A module that an adapter brings whole")
+        dim = max(self.layout.dim, 0)
         y: Tensor = self.original_module(x, *args, **kwargs)
-        for name, rows in selection.groups(x.shape[0], x.device).items():
+        for name, rows in selection.groups(x.shape[dim], x.device, self.layout).items():
             if name in self.copies:
-                own = self._run(self.copies[name], (x[rows], *args), kwargs)
+                own = self._run(self.copies[name], (x.index_select(dim, rows), *args), kwargs)
                 _check_rows(own, y, name)
-                y = y.index_copy(0, rows, own)
+                y = y.index_copy(dim, rows, own)
         return y
+
+    def follows(self, layout: Layout) -> bool:
+        """Whether the module can tell rows that lie so apart."""
+        return layout.dim >= 0
 
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a copy whose dtype may be wider than the model's."""

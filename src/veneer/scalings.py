@@ -65,6 +65,11 @@ class Scalings:
         self.logging = False
         self._hooks: list[RemovableHandle] = []
 
+    @property
+    def watching(self) -> bool:
+        """Whether there is an X-LoRA."""
+        return bool(self._hooks)
+
     def watch(self, adapters: Adapters) -> None:
         """Make the passes from now on if there is an X-LoRA, and no longer if there is none."""
         wanted = any(isinstance(entry.config, XLoraConfig) for entry in adapters.entries.values())

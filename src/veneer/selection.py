@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import AdapterError
+from veneer.row_layout import ONE_BY_ONE, ROWS, Layout, owners
 from veneer.row_order import RowOrder, row_order
 from veneer.widened import Widened
 
@@ -34,13 +35,15 @@ class Selection:
         rows: instead, one adapter's name (or ``"__base__"``) for each row of the batch.
         task_ids: the task of each row, shape ``(rows,)``, for methods that keep several tasks in one adapter.
         by_token: whether ``rows`` are the tokens of one packed sequence, a batch of ``(1, tokens, ...)``.
+        shares: the rows' shares of the images of the call, for layers that see those; ``None`` without any.
     """
 
     names: tuple[str, ...] = ()
     rows: tuple[str, ...] | None = None
     task_ids: Tensor | None = field(default=None, compare=False)
     by_token: bool = False
-    _groups: dict[tuple[int, torch.device], Mapping[str, Tensor]] = field(
+    shares: tuple[int, ...] | None = field(default=None, compare=False)
+    _groups: dict[tuple[int, torch.device, Layout], Mapping[str, Tensor]] = field(
         default_factory=dict, repr=False, compare=False
     )
     _orders: dict[Any, RowOrder] = field(default_factory=dict, repr=False, compare=False)
@@ -55,15 +58,20 @@ class Selection:
         """The adapters of the pass, each once, whether all rows use them or some."""
         return self.names if self.rows is None else self.used
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the rows differ in their adapters."""
+        return self.rows is not None and len(set(self.rows)) > 1
+
     def rows_of(self, name: str, length: int, device: torch.device) -> Tensor | None:
         """The indices of the rows that use an adapter, as in :meth:`groups`; ``None`` is all of them."""
         return None if self.rows is None else self.groups(length, device)[name]
 
-    def order(self, names: tuple[str, ...], length: int, device: torch.device) -> RowOrder:
+    def order(self, names: tuple[str, ...], length: int, device: torch.device, layout: Layout = ROWS) -> RowOrder:
         """How ``length`` rows are sorted by adapter, for the layers on which ``names`` are stacked."""
-        key = (names, length, device)
+        key = (names, length, device, layout)
         if key not in self._orders:
-            groups = self.groups(length, device)
+            groups = self.groups(length, device, layout)
             self._orders[key] = row_order([groups[name] for name in names], length)
         return self._orders[key]
 
@@ -71,15 +79,15 @@ class Selection:
         """Whether the rows of ``x`` are the tokens of a packed sequence, behind a first dimension of 1."""
         return self.by_token and x.ndim > 1 and x.shape[0] == 1
 
-    def groups(self, length: int, device: torch.device) -> Mapping[str, Tensor]:
-        """Adapter's name -> the indices of its rows in a tensor whose first dimension is ``length``.
+    def groups(self, length: int, device: torch.device, layout: Layout = ROWS) -> Mapping[str, Tensor]:
+        """Adapter's name -> the indices of its rows in a tensor that has ``length`` along their dimension, if any.
 
-        Where a model makes more rows of each (beams, or tokens flattened into the batch), a row's copies lie
-        side by side and share its adapter. Worked out once a shape, not once a layer.
+        Where a model makes more rows of each (beams, or tokens flattened into the batch), a row's copies share its
+        adapter; they lie side by side, or as ``layout`` says. Worked out once a shape, not once a layer.
         """
-        key = (length, device)
+        key = (length, device, layout)
         if key not in self._groups:
-            self._groups[key] = self._grouped(length, device)
+            self._groups[key] = self._grouped(length, device, layout)
         return self._groups[key]
 
     def tasks(self, length: int) -> Tensor | None:
@@ -94,19 +102,29 @@ class Selection:
             )
         return given.repeat_interleave(length // len(given))
 
-    def _grouped(self, length: int, device: torch.device) -> Mapping[str, Tensor]:
+    def _grouped(self, length: int, device: torch.device, layout: Layout) -> Mapping[str, Tensor]:
         rows = self.rows or ()
-        if not rows or length % len(rows):
+        if rows and not self.is_mixed:
+            owner: list[int] | None = [0] * length
+        elif layout.images:
+            owner = None if self.shares is None else owners(layout, length, self.shares)
+            if owner is None:
+                raise AdapterError(
+                    f"Which of {length} parts of images belong to which row is not known.",
+                    hint=ONE_BY_ONE,
+                )
+        else:
+            owner = owners(layout, length, (1,) * len(rows))
+        if owner is None:
             given, what = ("tokens", "tokens") if self.by_token else ("names", "rows")
             raise AdapterError(
                 f"adapter_names has {len(rows)} {given}, and the batch {length} {what}.",
                 hint=f'Name the adapter of each of the {what}; "{BASE}" is the base model.',
             )
-        copies = length // len(rows)
         found: dict[str, list[int]] = {}
-        for row, name in enumerate(rows):
-            if name != BASE:
-                found.setdefault(name, []).extend(range(row * copies, (row + 1) * copies))
+        for index, row in enumerate(owner):
+            if rows[row] != BASE:
+                found.setdefault(rows[row], []).append(index)
         return {name: torch.tensor(index, device=device) for name, index in found.items()}
 
 

@@ -76,7 +76,7 @@ class Wrappers:
     def wrap(self, site: Site) -> AdaptedLayer:
         """The adapted layer of a site, put in its place if none was."""
         if site.id not in self.layers:
-            there = self._at(site.name)
+            there = self.at(site.name)
             self.layers[site.id] = layer = self._wrapped(site, there if isinstance(there, AdaptedLayer) else None)
             if isinstance(layer, AdaptedLayer):
                 self.put(site.name, layer)
@@ -106,7 +106,7 @@ class Wrappers:
     def take_off(self, site_id: str) -> None:
         """Remove a wrapper; one around it holds what it held."""
         layer = self.layers.pop(site_id)
-        outer = self._at(layer.site.name)
+        outer = self.at(layer.site.name)
         if outer is layer:
             self.put(layer.site.name, layer.base_layer)
             return
@@ -123,7 +123,7 @@ class Wrappers:
                 self.put(root, self.saved[root])
         return self.saved[root]
 
-    def _at(self, name: str) -> nn.Module:
+    def at(self, name: str) -> nn.Module:
         """What stands at a name now: the base's own module, or a wrapper."""
         parent, _, child = name.rpartition(".")
         module = self.catalog.modules[parent]._modules[child]

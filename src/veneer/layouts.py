@@ -1,0 +1,246 @@
+"""How each adapted layer of a model sees the rows of a batch: learnt at the first call whose rows differ.
+
+The base runs on a few random tokens, and where that does not reach, on the call's own input: once as it is, and with
+one row changed. What of a layer's input changes with it says where that row lies there. A call that needs a layer of
+which this says nothing is refused before it begins.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor, nn
+
+from veneer import probe
+from veneer.config import PeftType
+from veneer.errors import AdapterError, VeneerError
+from veneer.media import call_of, doubled, few, media_of, rows_of, shares_of, spans_of
+from veneer.prompts import taken_names
+from veneer.row_layout import ONE_BY_ONE, ROWS, UNKNOWN, Layout, Prints, layout_of, refused
+from veneer.selection import BASE, Selection
+
+if TYPE_CHECKING:
+    from veneer.adapters import Adapter, Adapters
+    from veneer.layer import AdaptedLayer
+    from veneer.saved import SavedModule
+
+Call = Mapping[str, Tensor]
+
+
+class _Asked(NamedTuple):
+    """What a call wants of its adapters' layers.
+
+    Attributes:
+        names: the adapters.
+        mixed: whether its rows differ in their adapters.
+        by_row: whether it names one for each row.
+        tasks: whether it names the rows' tasks.
+    """
+
+    names: tuple[str, ...]
+    mixed: bool
+    by_row: bool
+    tasks: bool
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What is known of the layers that are asked for.
+
+    Attributes:
+        entries: the adapters.
+        unfit: the first layer that cannot do what is asked.
+        unreached: whether no pass has reached some of the layers yet.
+        images: whether one of them sees images.
+    """
+
+    entries: tuple[Adapter, ...]
+    unfit: str | None
+    unreached: bool
+    images: bool
+
+
+@dataclass
+class Layouts:
+    """What is known of the layers of one model.
+
+    Attributes:
+        known: a layer's name -> its layout; ``UNKNOWN`` for one that follows no rule.
+        attempted: the layers that a pass over random tokens has not reached.
+        ready: what has been asked before -> what was known then.
+    """
+
+    known: dict[str, Layout] = field(default_factory=dict)
+    attempted: set[str] = field(default_factory=set)
+    ready: dict[_Asked, _Ready] = field(default_factory=dict)
+
+
+class Check:
+    """A look at what a call needs of the layers, before it begins.
+
+    Args:
+        adapters: of the model; what is learnt stays in its ``layouts``.
+    """
+
+    def __init__(self, adapters: Adapters) -> None:
+        self.adapters, self.layouts = adapters, adapters.layouts
+
+    def checked(self, selection: Selection, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Selection:
+        """``selection`` for a call of the model with these arguments.
+
+        Raises:
+            AdapterError: it names more or fewer rows than there are, or needs a layer that does not see the rows in
+                a known order.
+        """
+        asked = self._asked(
+            selection.applied, selection.is_mixed, selection.rows is not None, selection.task_ids is not None
+        )
+        model = self.adapters.model
+        call = call_of(model, taken_names(model), args, kwargs)
+        rows = rows_of(model, call)
+        if selection.by_token:
+            rows = None  # what holds for the rows of a batch holds for the tokens of one
+        elif selection.rows is not None and rows not in (None, len(selection.rows)):
+            raise AdapterError(
+                f"adapter_names has {len(selection.rows)} names, and the batch {rows} rows.",
+                hint=f'Name the adapter of each of the rows; "{BASE}" is the base model.',
+            )
+        if not asked.names or rows == 1:
+            return selection
+        ready = self._checked(asked, call, rows)
+        if not ready.images or rows is None:
+            return selection
+        return replace(selection, shares=shares_of(model, call, rows))
+
+    def without_values(self, applied: tuple[str, ...], mixed: bool, by_row: bool, tasks: bool) -> None:
+        """The same for code that is being compiled, where tensors have no values."""
+        asked = self._asked(applied, mixed, by_row, tasks)
+        if asked.names and self._checked(asked, {}, None).images:
+            raise AdapterError(
+                "Compiled code does not follow images to the rows of their adapters.",
+                hint="Call the model that is not compiled.",
+            )
+
+    def _asked(self, applied: tuple[str, ...], mixed: bool, by_row: bool, tasks: bool) -> _Asked:
+        """Of the adapters of a call those whose layers have to know the rows."""
+        names = applied if mixed else tuple(name for name in applied if self._is_by_place(name, tasks))
+        return _Asked(names, mixed, by_row, tasks)
+
+    def _is_by_place(self, name: str, tasks: bool) -> bool:
+        """Whether an adapter asks of each entry which row or token it is, also where all rows use it."""
+        config: Any = self.adapters.entries[name].config
+        invoked = bool(getattr(config, "alora_invocation_tokens", None))
+        return invoked or config.peft_type == PeftType.XLORA or (tasks and config.peft_type == PeftType.POLY)
+
+    def _checked(self, asked: _Asked, call: Call, rows: int | None) -> _Ready:
+        """What is known for a call, after learning what it can tell."""
+        entries = tuple(self.adapters.entries[name] for name in asked.names)
+        ready = self.layouts.ready.get(asked)
+        stale = ready is None or any(a is not b for a, b in zip(ready.entries, entries, strict=True))
+        if ready is None or stale or (ready.unreached and media_of(call)):
+            places = dict(itertools.chain.from_iterable(map(self._places, entries)))
+            self._learn(list(places), call, rows)
+            layouts = [self.layouts.known.get(name) for name in places]
+            ready = _Ready(
+                entries, self._unfit(asked), None in layouts, any(found and found.images for found in layouts)
+            )
+            self.layouts.ready[asked] = ready
+        if ready.unfit is not None:
+            raise refused(ready.unfit)
+        return ready
+
+    def _places(self, adapter: Adapter) -> Iterator[tuple[str, AdaptedLayer | SavedModule]]:
+        """The modules that an adapter changes: their names, and what stands in their places."""
+        layers, saved = self.adapters.layers, self.adapters.saved
+        yield from ((layers[site].site.name, layers[site]) for site in adapter.layers)
+        yield from ((root, saved[root]) for root in adapter.saved)
+        for expert in adapter.config.experts:
+            yield from self._places(self.adapters.entries[expert])
+
+    def _unfit(self, asked: _Asked) -> str | None:
+        for name in asked.names:
+            by_place = self._is_by_place(name, asked.tasks)
+            for place, wrapper in self._places(self.adapters.entries[name]):
+                layout = self.layouts.known.get(place, ROWS)
+                plain = layout == ROWS or (asked.by_row and layout == Layout(dim=1))
+                if layout == UNKNOWN or not wrapper.follows(layout) or (by_place and not plain):
+                    return place
+        return None
+
+    # -- learning ------------------------------------------------------------------------------------------
+
+    def _learn(self, wanted: list[str], call: Call, rows: int | None) -> None:
+        error: Exception | None = None
+        if any(name not in self.layouts.known and name not in self.layouts.attempted for name in wanted):
+            error = self._learn_from_text()
+        missing = [name for name in wanted if name not in self.layouts.known]
+        if missing and (error is not None or media_of(call)):
+            self._learn_from_call(missing, call, rows, error)
+        for name, wrapper in self._wrappers():
+            wrapper.layout = self.layouts.known.get(name, UNKNOWN)
+
+    def _learn_from_text(self) -> Exception | None:
+        """Run the base on random tokens; the error where it does not take them."""
+        model, modules = self.adapters.model, self._modules()
+        try:
+            with self.adapters.disabled():
+                seen = probe.observed(model, modules, probe.text_calls(model))
+        except Exception as error:
+            return error
+        self._note(seen, probe.CHANGED_ROWS, (1,) * probe.ROWS, images=False)
+        self.layouts.attempted |= modules.keys() - self.layouts.known.keys()
+        return None
+
+    def _learn_from_call(self, missing: list[str], call: Call, rows: int | None, error: Exception | None) -> None:
+        """Run the base on a call's own input."""
+        model = self.adapters.model
+        if rows is None or not call:
+            raise _cannot(missing[0], error)
+        shares = shares_of(model, call, rows)
+        if shares is None:
+            call, rows = few(call, rows), min(rows, probe.ROWS)
+        elif sum(map(bool, shares)) == 1:
+            call, rows, shares = doubled(call, shares), 2, (1, 1)
+        spans = spans_of(call, rows, shares)
+        modules = {name: module for name, module in self._modules().items() if name in missing}
+        try:
+            with self.adapters.disabled():
+                seen = probe.observed(model, modules, probe.own_calls(model, dict(call), list(spans.values())))
+        except VeneerError:
+            raise
+        except Exception as failed:
+            raise _cannot(missing[0], failed) from failed
+        self._note(seen, list(spans), shares or (1,) * rows, images=shares is not None)
+        lost = [name for name in missing if self.layouts.known.get(name) == UNKNOWN]
+        for name in lost:  # another call may have it in order
+            del self.layouts.known[name]
+        if lost:
+            raise refused(lost[0])
+
+    def _note(
+        self, seen: list[dict[str, Prints]], changed: Sequence[int], shares: tuple[int, ...], images: bool
+    ) -> None:
+        usual, *others = seen
+        for name in usual:
+            prints = [other.get(name, []) for other in others]
+            self.layouts.known[name] = layout_of(usual[name], prints, changed, shares, images)
+
+    def _modules(self) -> dict[str, nn.Module]:
+        """Name -> what stands in an adapted module's place, for those of which nothing is known."""
+        return {name: self.adapters.at(name) for name, _ in self._wrappers() if name not in self.layouts.known}
+
+    def _wrappers(self) -> Iterator[tuple[str, AdaptedLayer | SavedModule]]:
+        yield from ((layer.site.name, layer) for layer in self.adapters.layers.values())
+        yield from self.adapters.saved.items()
+
+
+def _cannot(layer: str, error: Exception | None) -> AdapterError:
+    why = "" if error is None else f" ({type(error).__name__}: {error})"
+    return AdapterError(
+        f"In which order {layer} sees the rows of a batch could not be found out{why}, so they cannot use different "
+        "adapters.",
+        hint=ONE_BY_ONE,
+    )

@@ -1,0 +1,141 @@
+"""Where a layer's input has the rows of a batch: not every layer sees them one after the other.
+
+    rows first       (rows * k, ...)             most layers; a row's entries lie side by side
+    sequence first   (tokens, rows * k, ...)     XLNet, FSMT, Longformer
+    repeated         (copies, rows * k, ...)     all tokens once for each expert: Llama 4
+    by images        (entries, ...)              the images of all rows, packed: a row has as many as it has images
+
+It is found by what changes in the input when one row of the model's input does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from veneer.errors import AdapterError
+
+
+class Layout(NamedTuple):
+    """How the entries of a layer's input belong to the rows.
+
+    Attributes:
+        dim: the dimension along which the rows lie.
+        repeats: how often all rows follow each other along it.
+        images: whether a row has entries as it has images, not as many as any other.
+    """
+
+    dim: int = 0
+    repeats: int = 1
+    images: bool = False
+
+
+ROWS = Layout()
+# No rule is known: the entries are sorted by something else, or belong to no row.
+UNKNOWN = Layout(dim=-1)
+
+
+def owners(layout: Layout, length: int, shares: Sequence[int]) -> list[int] | None:
+    """The row of each of ``length`` entries; ``None`` where they do not divide so.
+
+    Args:
+        layout: how they lie.
+        length: how many there are.
+        shares: the rows' shares of them, as whole numbers.
+    """
+    inner, left = divmod(length, layout.repeats)
+    total = sum(shares)
+    if left or not total or any(inner * share % total for share in shares):
+        return None
+    return [row for row, share in enumerate(shares) for _ in range(inner * share // total)] * layout.repeats
+
+
+def refused(layer: str) -> AdapterError:
+    """That the rows of a batch cannot use different adapters in a layer."""
+    return AdapterError(
+        f"{layer} does not see the rows of a batch one after the other, so they cannot use different adapters there.",
+        hint=ONE_BY_ONE,
+    )
+
+
+ONE_BY_ONE = "Run the adapters one after the other: with model.using(name): model(...)."
+
+# The prints of one layer's inputs in one pass, a tensor a call, shape (first, second dimension, numbers).
+Prints = list[Tensor]
+# A print whose distance from another is more than this share of both has changed; what rounding does is less.
+CHANGED = 0.05
+
+
+def layout_of(
+    usual: Prints, changed: Sequence[Prints], rows: Sequence[int], shares: Sequence[int], images: bool
+) -> Layout:
+    """The one layout with which all calls of a layer agree, or ``UNKNOWN``.
+
+    Args:
+        usual: of one pass.
+        changed: of passes in each of which one row of the model's input was another.
+        rows: which row that was.
+        shares: the rows' shares of images; all the same without.
+        images: whether the layer sees images of rows that may have other numbers of them.
+    """
+    found: set[Layout] | None = None
+    for index, before in enumerate(usual):
+        others = [prints[index] for prints in changed if len(prints) == len(usual)]
+        if len(others) < len(changed) or any(after.shape != before.shape for after in others):
+            return UNKNOWN  # what it is given depends on the values: experts that get some of the tokens
+        here = set(_agreeing(before, others, rows, shares, images))
+        found = here if found is None else found & here
+    return found.pop() if found and len(found) == 1 else UNKNOWN
+
+
+def _agreeing(
+    before: Tensor, others: Sequence[Tensor], rows: Sequence[int], shares: Sequence[int], images: bool
+) -> Iterator[Layout]:
+    moved = [_moved(before, after) for after in others]
+    if not any(bool(mask.any()) for mask in moved):
+        # The same for all rows, such as the types of tokens: one entry a row is proof enough.
+        yield from [ROWS] if before.shape[0] == len(shares) and not images else []
+        return
+    if not all(bool(mask.any()) for mask in moved):
+        return
+    for layout in _candidates(before.shape, len(shares), images):
+        owner = owners(layout, before.shape[layout.dim], shares)
+        if owner is not None and not any(
+            bool(mask.transpose(0, layout.dim)[[own != row for own in owner]].any())
+            for mask, row in zip(moved, rows, strict=True)
+        ):
+            yield layout
+
+
+def _candidates(shape: torch.Size, rows: int, images: bool) -> Iterator[Layout]:
+    if images:
+        yield from (Layout(images=True), Layout(dim=1, images=True))
+        return
+    copies = shape[0] // rows
+    yield from (Layout(repeats=repeats) for repeats in range(1, copies + 1) if shape[0] % (rows * repeats) == 0)
+    yield Layout(dim=1)
+
+
+def _moved(before: Tensor, after: Tensor) -> Tensor:
+    """Which entries differ, shape ``(first, second dimension)``."""
+    size = (before.norm(dim=-1) + after.norm(dim=-1)) / 2
+    moved: Tensor = (before - after).norm(dim=-1) > CHANGED * size
+    return moved
+
+
+def printed(x: Tensor) -> Tensor:
+    """A few numbers that tell the entries of ``x`` along its first two dimensions apart."""
+    x = x.detach()
+    values = x.float() if x.is_floating_point() else torch.stack([(x * 1.7).sin(), (x * 2.3).cos()], dim=-1)
+    values = values.flatten(2) if values.ndim > 2 else values.reshape(len(x), 1, -1)
+    generator = torch.Generator().manual_seed(0)
+    if values.shape[-1] > _NUMBERS:
+        mix = torch.randn(values.shape[-1], _NUMBERS, generator=generator).to(values.device)
+        values = values @ mix
+    return values
+
+
+_NUMBERS = 8
