@@ -416,7 +416,8 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
 
     def _forward_rows(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.layout.dim > 0 and x.ndim > 1:
-            return self._forward_rows_first(selection, x.transpose(0, 1), *args, **kwargs).transpose(0, 1)
+            # Whole again, for models take views of what a layer gives.
+            return self._forward_rows_first(selection, x.transpose(0, 1), *args, **kwargs).transpose(0, 1).contiguous()
         return self._forward_rows_first(selection, x, *args, **kwargs)
 
     def _forward_rows_first(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -28,7 +28,7 @@ def media_of(call: Mapping[str, Tensor]) -> list[str]:
 
 def _beside(name: str) -> bool:
     """Whether an argument goes with tokens."""
-    return name.startswith(("decoder_", "past_")) or any(part in name for part in ("mask", "label", "embeds", "token_"))
+    return name.startswith(("decoder_", "past_key_")) or any(part in name for part in ("mask", "label", "embeds", "token_"))
 
 
 def shares_of(model: nn.Module, call: Mapping[str, Tensor], rows: int) -> tuple[int, ...] | None:

@@ -65,8 +65,10 @@ ONE_BY_ONE = "Run the adapters one after the other: with model.using(name): mode
 
 # The prints of one layer's inputs in one pass, a tensor a call, shape (first, second dimension, numbers).
 Prints = list[Tensor]
-# A print whose distance from another is more than this share of both has changed; what rounding does is less.
+# What changes by more than this share of the largest change has changed; rounding in fused experts does less.
 CHANGED = 0.05
+# If none does by more than this share of itself, nothing has changed.
+LEAST = 1e-5
 
 
 def layout_of(
@@ -94,7 +96,7 @@ def layout_of(
 def _agreeing(
     before: Tensor, others: Sequence[Tensor], rows: Sequence[int], shares: Sequence[int], images: bool
 ) -> Iterator[Layout]:
-    moved = [_moved(before, after) for after in others]
+    moved = _moved(before, others)
     if not any(bool(mask.any()) for mask in moved):
         # The same for all rows, such as the types of tokens: one entry a row is proof enough.
         yield from [ROWS] if before.shape[0] == len(shares) and not images else []
@@ -119,11 +121,15 @@ def _candidates(shape: torch.Size, rows: int, images: bool) -> Iterator[Layout]:
     yield Layout(dim=1)
 
 
-def _moved(before: Tensor, after: Tensor) -> Tensor:
-    """Which entries differ, shape ``(first, second dimension)``."""
-    size = (before.norm(dim=-1) + after.norm(dim=-1)) / 2
-    moved: Tensor = (before - after).norm(dim=-1) > CHANGED * size
-    return moved
+def _moved(before: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
+    """Which entries differ, shape ``(first, second dimension)`` each."""
+    sizes = [(before.norm(dim=-1) + after.norm(dim=-1)).clamp(min=TINY) for after in others]
+    changes = [(before - after).norm(dim=-1) / size for after, size in zip(others, sizes, strict=True)]
+    limit = max(LEAST, CHANGED * max((float(change.max()) for change in changes if change.numel()), default=0.0))
+    return [change > limit for change in changes]
+
+
+TINY = 1e-30
 
 
 def printed(x: Tensor) -> Tensor:
