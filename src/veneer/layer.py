@@ -415,6 +415,8 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
         return selection.groups(x.shape[0], x.device, self.layout)
 
     def _forward_rows(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.here(selection.used):
+            return self._base(x, *args, **kwargs)
         if self.layout.dim > 0 and x.ndim > 1:
             # Whole again, for models take views of what a layer gives.
             return self._forward_rows_first(selection, x.transpose(0, 1), *args, **kwargs).transpose(0, 1).contiguous()

@@ -8,7 +8,7 @@ which this says nothing is refused before it begins.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from veneer import probe
 from veneer.config import PeftType
 from veneer.errors import AdapterError, VeneerError
-from veneer.media import call_of, doubled, few, media_of, rows_of, shares_of, spans_of
+from veneer.media import call_of, doubled, few, media_of, rows_of, shares_of, spans_of, text_spans_of
 from veneer.prompts import taken_names
-from veneer.row_layout import ONE_BY_ONE, ROWS, UNKNOWN, Layout, Prints, layout_of, refused
+from veneer.row_layout import ONE_BY_ONE, ROWS, UNKNOWN, Layout, Prints, layout_of, moved, refused
 from veneer.selection import BASE, Selection
 
 if TYPE_CHECKING:
@@ -101,13 +101,10 @@ class Check:
         model = self.adapters.model
         call = call_of(model, taken_names(model), args, kwargs)
         rows = rows_of(model, call)
+        if selection.rows is not None:
+            _check_count(selection, rows, call)
         if selection.by_token:
             rows = None  # what holds for the rows of a batch holds for the tokens of one
-        elif selection.rows is not None and rows not in (None, len(selection.rows)):
-            raise AdapterError(
-                f"adapter_names has {len(selection.rows)} names, and the batch {rows} rows.",
-                hint=f'Name the adapter of each of the rows; "{BASE}" is the base model.',
-            )
         if not asked.names or rows == 1:
             return selection
         ready = self._checked(asked, call, rows)
@@ -190,7 +187,8 @@ class Check:
                 seen = probe.observed(model, modules, probe.text_calls(model))
         except Exception as error:
             return error
-        self._note(seen, probe.CHANGED_ROWS, (1,) * probe.ROWS, images=False)
+        usual, *others = seen
+        self._note(usual, others, probe.CHANGED_ROWS, (1,) * probe.ROWS, images=False, names=usual.keys())
         self.layouts.attempted |= modules.keys() - self.layouts.known.keys()
         return None
 
@@ -204,16 +202,22 @@ class Check:
             call, rows = few(call, rows), min(rows, probe.ROWS)
         elif sum(map(bool, shares)) == 1:
             call, rows, shares = doubled(call, shares), 2, (1, 1)
-        spans = spans_of(call, rows, shares)
+        images = spans_of(call, rows, shares)
+        text = {} if shares is None else text_spans_of()
         modules = {name: module for name, module in self._modules().items() if name in missing}
+        calls = probe.own_calls(model, dict(call), [*images.values(), *text.values()])
         try:
             with self.adapters.disabled():
-                seen = probe.observed(model, modules, probe.own_calls(model, dict(call), list(spans.values())))
+                seen = probe.observed(model, modules, calls)
         except VeneerError:
             raise
         except Exception as failed:
             raise _cannot(missing[0], failed) from failed
-        self._note(seen, list(spans), shares or (1,) * rows, images=shares is not None)
+        usual, by_image, by_text = seen[0], seen[1 : 1 + len(images)], seen[1 + len(images) :]
+        # A layer that the tokens reach has their rows, in a model with images too.
+        of_text = {name for name in usual if any(moved(usual[name], other.get(name, [])) for other in by_text)}
+        self._note(usual, [*by_text, *by_image], [*text, *images], (1,) * rows, images=False, names=of_text)
+        self._note(usual, by_image, list(images), shares or (1,) * rows, shares is not None, usual.keys() - of_text)
         lost = [name for name in missing if self.layouts.known.get(name) == UNKNOWN]
         for name in lost:  # another call may have it in order
             del self.layouts.known[name]
@@ -221,10 +225,15 @@ class Check:
             raise refused(lost[0])
 
     def _note(
-        self, seen: list[dict[str, Prints]], changed: Sequence[int], shares: tuple[int, ...], images: bool
+        self,
+        usual: Mapping[str, Prints],
+        others: Sequence[Mapping[str, Prints]],
+        changed: Sequence[int],
+        shares: tuple[int, ...],
+        images: bool,
+        names: Collection[str],
     ) -> None:
-        usual, *others = seen
-        for name in usual:
+        for name in names:
             prints = [other.get(name, []) for other in others]
             self.layouts.known[name] = layout_of(usual[name], prints, changed, shares, images)
 
@@ -235,6 +244,19 @@ class Check:
     def _wrappers(self) -> Iterator[tuple[str, AdaptedLayer | SavedModule]]:
         yield from ((layer.site.name, layer) for layer in self.adapters.layers.values())
         yield from self.adapters.saved.items()
+
+
+def _check_count(selection: Selection, rows: int | None, call: Call) -> None:
+    names, (given, what) = len(selection.rows or ()), ("names", "rows")
+    if selection.by_token:
+        ids = call.get("input_ids")
+        rows = None if ids is None or ids.ndim != 2 or len(ids) != 1 else ids.shape[1]
+        given = what = "tokens"
+    if rows not in (None, names):
+        raise AdapterError(
+            f"adapter_names has {names} {given}, and the batch {rows} {what}.",
+            hint=f'Name the adapter of each of the {what}; "{BASE}" is the base model.',
+        )
 
 
 def _cannot(layer: str, error: Exception | None) -> AdapterError:

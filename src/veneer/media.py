@@ -28,7 +28,9 @@ def media_of(call: Mapping[str, Tensor]) -> list[str]:
 
 def _beside(name: str) -> bool:
     """Whether an argument goes with tokens."""
-    return name.startswith(("decoder_", "past_key_")) or any(part in name for part in ("mask", "label", "embeds", "token_"))
+    return name.startswith(("decoder_", "past_key_")) or any(
+        part in name for part in ("mask", "label", "embeds", "token_")
+    )
 
 
 def shares_of(model: nn.Module, call: Mapping[str, Tensor], rows: int) -> tuple[int, ...] | None:
@@ -96,6 +98,11 @@ def spans_of(call: Mapping[str, Tensor], rows: int, shares: tuple[int, ...] | No
         return {row: {name: slice(row, row + 1) for name in names if len(call[name]) == rows} for row in (0, 1)}
     chosen = [row for row, share in enumerate(shares) if share][:2]
     return {row: {name: _part(call[name], name, row, shares) for name in media} for row in chosen}
+
+
+def text_spans_of() -> dict[int, dict[str, slice]]:
+    """The same of the tokens that go with images."""
+    return {row: {"input_ids": slice(row, row + 1)} for row in (0, 1)}
 
 
 def _part(value: Tensor, name: str, row: int, shares: tuple[int, ...]) -> slice:

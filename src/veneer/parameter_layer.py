@@ -62,4 +62,11 @@ class AdaptedParameter(AdaptedLayer):
             with self.switch.during(Selection((name,))):
                 return self._through({}, *own, **named)
 
-        return apply_rows(y, run, self.rows_in(selection, x), *args, **kwargs)
+        groups = self.rows_in(selection, x) if self._uses(selection) else {}
+        return apply_rows(y, run, groups, *args, **kwargs)
+
+    def _uses(self, selection: Selection) -> bool:
+        """Whether an adapter of the rows changes a parameter of the layer."""
+        inner = self.base_layer
+        below = isinstance(inner, AdaptedParameter) and inner._uses(selection)
+        return below or bool(self.here(selection.used))

@@ -21,7 +21,7 @@ from veneer.row_layout import Prints, printed
 
 # The rows of a probe of a model's own making, and which of them are changed: all three are told apart.
 ROWS = 3
-CHANGED_ROWS = (0, 1)
+CHANGED_ROWS = (0, 1, 2)
 # Tokens a row, of the input and of a decoder beside it. No multiples of the rows, nor of each other.
 LENGTH, DECODER_LENGTH = 11, 7
 # Tokens below are the usual marks of beginnings, ends and gaps; those above are many enough.
@@ -177,7 +177,9 @@ def _noisy(value: Tensor, part: slice, marks: set[int]) -> Tensor:
         return value
     own = value[part].float()
     size = own.std() if own.numel() > 1 and bool(own.std() > 0) else torch.ones((), device=own.device)
-    value[part] = (own + size * torch.randn(own.shape, generator=generator).to(own.device)).to(value.dtype)
+    noise = size * torch.randn(own.shape, generator=generator).to(own.device)
+    # An image of zeros only fills a place, and some models leave it out.
+    value[part] = (own + noise * (own != 0) if bool(own.any()) else noise).to(value.dtype)
     return value
 
 

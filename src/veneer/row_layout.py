@@ -96,18 +96,17 @@ def layout_of(
 def _agreeing(
     before: Tensor, others: Sequence[Tensor], rows: Sequence[int], shares: Sequence[int], images: bool
 ) -> Iterator[Layout]:
-    moved = _moved(before, others)
-    if not any(bool(mask.any()) for mask in moved):
+    masks = _moved(before, others)
+    if not any(bool(mask.any()) for mask in masks):
         # The same for all rows, such as the types of tokens: one entry a row is proof enough.
-        yield from [ROWS] if before.shape[0] == len(shares) and not images else []
-        return
-    if not all(bool(mask.any()) for mask in moved):
+        alike = before.shape[0] == len(shares) and len(set(shares)) == 1
+        yield from [Layout(images=images)] if alike else []
         return
     for layout in _candidates(before.shape, len(shares), images):
         owner = owners(layout, before.shape[layout.dim], shares)
         if owner is not None and not any(
             bool(mask.transpose(0, layout.dim)[[own != row for own in owner]].any())
-            for mask, row in zip(moved, rows, strict=True)
+            for mask, row in zip(masks, rows, strict=True)
         ):
             yield layout
 
@@ -130,6 +129,13 @@ def _moved(before: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
 
 
 TINY = 1e-30
+
+
+def moved(usual: Prints, changed: Prints) -> bool:
+    """Whether a layer was given anything else."""
+    if [x.shape for x in usual] != [x.shape for x in changed]:
+        return True
+    return any(bool(mask.any()) for x, y in zip(usual, changed, strict=True) for mask in _moved(x, [y]))
 
 
 def printed(x: Tensor) -> Tensor:

@@ -94,6 +94,8 @@ class SavedModule(nn.Module):
     def _forward_rows(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if selection.packed(x):
             return self._forward_rows(selection, x.squeeze(0), *args, **kwargs).unsqueeze(0)
+        if not self.here(selection.used):
+            return self.original_module(x, *args, **kwargs)
         if self.layout.dim < 0 and selection.is_mixed:
             raise refused("A module that an adapter brings whole")
         dim = max(self.layout.dim, 0)
@@ -101,7 +103,7 @@ class SavedModule(nn.Module):
         for name, rows in selection.groups(x.shape[dim], x.device, self.layout).items():
             if name in self.copies:
                 own = self._run(self.copies[name], (x.index_select(dim, rows), *args), kwargs)
-                _check_rows(own, y, name)
+                _check_rows(own, y, name, dim)
                 y = y.index_copy(dim, rows, own)
         return y
 
@@ -141,8 +143,9 @@ def _cast(value: Any, dtype: torch.dtype | None) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _check_rows(own: Any, y: Any, name: str) -> None:
-    if not isinstance(own, Tensor) or not isinstance(y, Tensor) or own.shape[1:] != y.shape[1:]:
+def _check_rows(own: Any, y: Any, name: str, dim: int) -> None:
+    both = [value.shape[:dim] + value.shape[dim + 1 :] for value in (own, y) if isinstance(value, Tensor)]
+    if len(both) < 2 or both[0] != both[1]:
         raise AdapterError(
             f"The module that adapter {name!r} brings whole gives another shape than the base's; one batch cannot "
             "hold both.",
