@@ -7,7 +7,7 @@ the pass.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -295,6 +295,8 @@ def test_packed_sequences_where_tokens_come_once_for_each_expert() -> None:
     assert gap(found[0, :4], expected["default"][0, :4]) < CLOSE  # what comes later is not seen
     whole = answers(model, ids, adapter_names=[("other", 6)])
     assert gap(whole, expected["other"]) < CLOSE
+    with pytest.raises(AdapterError, match="5 tokens, and the batch 6 tokens"):
+        answers(model, ids, adapter_names=[("other", 5)])
 
 
 def test_modules_that_are_saved_whole_go_by_the_same_rows() -> None:
@@ -331,7 +333,7 @@ def test_an_invocation_in_rows_that_a_layer_does_not_see_in_order_is_refused() -
 
 
 @pytest.fixture
-def probes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def probes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows with each look at a model."""
     seen: list[int] = []
     observed = probe.observed
@@ -341,7 +343,7 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return observed(*args)
 
     monkeypatch.setattr(probe, "observed", counted)
-    yield seen
+    return seen
 
 
 def test_a_model_is_looked_at_once_and_again_for_new_layers(probes: list[int]) -> None:

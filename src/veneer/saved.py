@@ -95,7 +95,8 @@ class SavedModule(nn.Module):
         if selection.packed(x):
             return self._forward_rows(selection, x.squeeze(0), *args, **kwargs).unsqueeze(0)
         if not self.here(selection.used):
-            return self.original_module(x, *args, **kwargs)
+            found: Tensor = self.original_module(x, *args, **kwargs)
+            return found
         if self.layout.dim < 0 and selection.is_mixed:
             raise refused("A module that an adapter brings whole")
         dim = max(self.layout.dim, 0)
