@@ -364,6 +364,16 @@ def test_a_model_is_looked_at_once_and_again_for_new_layers(probes: list[int]) -
     check(again, batch)
 
 
+def test_layers_that_see_images_are_looked_at_when_there_are_some(probes: list[int]) -> None:
+    model = adapted(qwen_vl, target_modules=["q_proj", "qkv"])
+    check(model, tokens(2, 6))
+    before = len(probes)
+    answers(model, grids(4, 8), adapter_names=["default", "other"])
+    assert len(probes) == before + 1
+    answers(model, grids(8, 4), adapter_names=["default", "other"])
+    assert len(probes) == before + 1
+
+
 def test_a_look_leaves_no_trace() -> None:
     model, batch = adapted(qwen_vl, **ALL), grids(4, 8)
     base = model.get_base_model()

@@ -196,6 +196,7 @@ class Adapters(Wrappers):
             for module, leaf in self._was_trainable:
                 getattr(module, leaf).requires_grad_(False)
         self.entries[adapter.name] = adapter
+        self.layouts.ready.clear()
         self.trains = self.trains or adapter.trainable
         self.scalings.watch(self)
         self.shadows.watch(self)
@@ -410,6 +411,7 @@ class Adapters(Wrappers):
             if not self.saved[root].copies:
                 self.put(root, self.saved.pop(root).original_module)
         del self.entries[name]
+        self.layouts.ready.clear()
         self.scalings.watch(self)
         self.shadows.watch(self)
         kept = self.switch.standing.names
@@ -445,6 +447,7 @@ class Adapters(Wrappers):
             self.saved[root].rename(old, new)
         adapter.name = new
         self.entries = {entry.name: entry for entry in self.entries.values()}
+        self.layouts.ready.clear()
         names = self.switch.standing.names
         self.switch.standing = Selection(tuple(new if name == old else name for name in names))
 
@@ -474,6 +477,7 @@ class Adapters(Wrappers):
         for handle in self._watching:
             handle.remove()
         self.layers, self.saved, self.entries, self._watching = {}, {}, {}, []
+        self.layouts.ready.clear()
         self.switch.standing, self._was_trainable = NOTHING, None
         self.scalings.watch(self)
         self.shadows.watch(self)

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 Call = Mapping[str, Tensor]
 
 
+# How many sets of adapters are remembered; a server sees a new one with nearly every batch.
+MOST = 512
+
+
 class _Asked(NamedTuple):
     """What a call wants of its adapters' layers.
 
@@ -51,16 +55,16 @@ class _Ready:
     """What is known of the layers that are asked for.
 
     Attributes:
-        entries: the adapters.
         unfit: the first layer that cannot do what is asked.
         unreached: whether no pass has reached some of the layers yet.
         images: whether one of them sees images.
+        media: the arguments for images and sound of the calls that were looked at.
     """
 
-    entries: tuple[Adapter, ...]
     unfit: str | None
     unreached: bool
     images: bool
+    media: frozenset[str]
 
 
 @dataclass
@@ -70,7 +74,8 @@ class Layouts:
     Attributes:
         known: a layer's name -> its layout; ``UNKNOWN`` for one that follows no rule.
         attempted: the layers that a pass over random tokens has not reached.
-        ready: what has been asked before -> what was known then.
+        ready: what has been asked before -> what was known then; to be emptied when an adapter comes, goes or is
+            renamed.
     """
 
     known: dict[str, Layout] = field(default_factory=dict)
@@ -124,7 +129,7 @@ class Check:
     def _asked(self, applied: tuple[str, ...], mixed: bool, by_row: bool, tasks: bool) -> _Asked:
         """Of the adapters of a call those whose layers have to know the rows."""
         names = applied if mixed else tuple(name for name in applied if self._is_by_place(name, tasks))
-        return _Asked(names, mixed, by_row, tasks)
+        return _Asked(tuple(sorted(names)), mixed, by_row, tasks)
 
     def _is_by_place(self, name: str, tasks: bool) -> bool:
         """Whether an adapter asks of each entry which row or token it is, also where all rows use it."""
@@ -134,16 +139,17 @@ class Check:
 
     def _checked(self, asked: _Asked, call: Call, rows: int | None) -> _Ready:
         """What is known for a call, after learning what it can tell."""
-        entries = tuple(self.adapters.entries[name] for name in asked.names)
-        ready = self.layouts.ready.get(asked)
-        stale = ready is None or any(a is not b for a, b in zip(ready.entries, entries, strict=True))
-        if ready is None or stale or (ready.unreached and media_of(call)):
+        ready, media = self.layouts.ready.get(asked), frozenset(media_of(call))
+        if ready is None or (ready.unreached and not media <= ready.media):
+            entries = (self.adapters.entries[name] for name in asked.names)
             places = dict(itertools.chain.from_iterable(map(self._places, entries)))
             self._learn(list(places), call, rows)
             layouts = [self.layouts.known.get(name) for name in places]
-            ready = _Ready(
-                entries, self._unfit(asked), None in layouts, any(found and found.images for found in layouts)
-            )
+            images = any(found is not None and found.images for found in layouts)
+            seen = media if ready is None else media | ready.media
+            ready = _Ready(self._unfit(asked), None in layouts, images, seen)
+            if len(self.layouts.ready) >= MOST:
+                self.layouts.ready.clear()
             self.layouts.ready[asked] = ready
         if ready.unfit is not None:
             raise refused(ready.unfit)
