@@ -30,10 +30,6 @@ if TYPE_CHECKING:
 Call = Mapping[str, Tensor]
 
 
-# How many sets of adapters are remembered; a server sees a new one with nearly every batch.
-MOST = 512
-
-
 class _Asked(NamedTuple):
     """What a call wants of its adapters' layers.
 
@@ -74,7 +70,7 @@ class Layouts:
     Attributes:
         known: a layer's name -> its layout; ``UNKNOWN`` for one that follows no rule.
         attempted: the layers that a pass over random tokens has not reached.
-        ready: what has been asked before -> what was known then; to be emptied when an adapter comes, goes or is
+        ready: what has been asked of an adapter before -> what was known then; to be emptied when one comes, goes or is
             renamed.
     """
 
@@ -112,15 +108,14 @@ class Check:
             rows = None  # what holds for the rows of a batch holds for the tokens of one
         if not asked.names or rows == 1:
             return selection
-        ready = self._checked(asked, call, rows)
-        if not ready.images or rows is None:
+        if not self._sees_images(asked, call, rows) or rows is None:
             return selection
         return replace(selection, shares=shares_of(model, call, rows))
 
     def without_values(self, applied: tuple[str, ...], mixed: bool, by_row: bool, tasks: bool) -> None:
         """The same for code that is being compiled, where tensors have no values."""
         asked = self._asked(applied, mixed, by_row, tasks)
-        if asked.names and self._checked(asked, {}, None).images:
+        if self._sees_images(asked, {}, None):
             raise AdapterError(
                 "Compiled code does not follow images to the rows of their adapters.",
                 hint="Call the model that is not compiled.",
@@ -129,13 +124,18 @@ class Check:
     def _asked(self, applied: tuple[str, ...], mixed: bool, by_row: bool, tasks: bool) -> _Asked:
         """Of the adapters of a call those whose layers have to know the rows."""
         names = applied if mixed else tuple(name for name in applied if self._is_by_place(name, tasks))
-        return _Asked(tuple(sorted(names)), mixed, by_row, tasks)
+        return _Asked(names, mixed, by_row, tasks)
 
     def _is_by_place(self, name: str, tasks: bool) -> bool:
         """Whether an adapter asks of each entry which row or token it is, also where all rows use it."""
         config: Any = self.adapters.entries[name].config
         invoked = bool(getattr(config, "alora_invocation_tokens", None))
         return invoked or config.peft_type == PeftType.XLORA or (tasks and config.peft_type == PeftType.POLY)
+
+    def _sees_images(self, asked: _Asked, call: Call, rows: int | None) -> bool:
+        """Whether a layer of the call sees images, after learning what the call can tell of its layers."""
+        found = [self._checked(asked._replace(names=(name,)), call, rows) for name in asked.names]
+        return any(ready.images for ready in found)
 
     def _checked(self, asked: _Asked, call: Call, rows: int | None) -> _Ready:
         """What is known for a call, after learning what it can tell."""
@@ -148,8 +148,6 @@ class Check:
             images = any(found is not None and found.images for found in layouts)
             seen = media if ready is None else media | ready.media
             ready = _Ready(self._unfit(asked), None in layouts, images, seen)
-            if len(self.layouts.ready) >= MOST:
-                self.layouts.ready.clear()
             self.layouts.ready[asked] = ready
         if ready.unfit is not None:
             raise refused(ready.unfit)
