@@ -37,6 +37,8 @@ from veneer.replication import Replication
 from veneer.scalings import Scalings
 from veneer.selection import BASE, NOTHING, Selection
 from veneer.shadows import Shadows
+from veneer.underway import Concerned
+from veneer.watched import leave_alone
 from veneer.wrappers import Wrappers
 
 
@@ -120,7 +122,18 @@ class Adapters(Wrappers):
             AdapterError: the adapters that are there are for other blocks.
         """
         wanted = [list(pair) for pair in getattr(config, "layer_replication", None) or ()]
-        present = [] if self._replication is None else self._replication.ranges
+        # A layer may be given a new adapter while others are used; its place is another matter.
+        with self.switch.changing(lambda: () if wanted == self._ranges else None):
+            with self._with_blocks(wanted):
+                yield
+
+    @property
+    def _ranges(self) -> list[list[int]]:
+        return [] if self._replication is None else self._replication.ranges
+
+    @contextmanager
+    def _with_blocks(self, wanted: list[list[int]]) -> Iterator[None]:
+        present = self._ranges
         if wanted == present:
             yield
             return
@@ -195,7 +208,8 @@ class Adapters(Wrappers):
             self._was_trainable = _trainable(self.catalog.modules.values())
             for module, leaf in self._was_trainable:
                 getattr(module, leaf).requires_grad_(False)
-        self.entries[adapter.name] = adapter
+        # Another thread may be going through them.
+        self.entries = {**self.entries, adapter.name: adapter}
         self.layouts.ready.clear()
         self.trains = self.trains or adapter.trainable
         self.scalings.watch(self)
@@ -222,8 +236,8 @@ class Adapters(Wrappers):
         Only where adapters are being trained are their tensors visited: those selected get gradients, the other
         trainable ones none.
         """
-        wanted = self.selection(names)
-        self.switch.standing = wanted
+        with self.switch.choosing:
+            wanted = self.switch.standing = self.selection(names)
         if not self.trains:
             return
         used = {*wanted.names, *(expert for name in wanted.names for expert in self.entries[name].config.experts)}
@@ -318,6 +332,13 @@ class Adapters(Wrappers):
         for parameter in self.parameters(adapter.name):
             parameter.requires_grad_(required)
 
+    def watch(self, adapter: Adapter) -> None:
+        """Watch an adapter's tensors where it is not to be trained, and only then."""
+        if adapter.trainable:
+            leave_alone(self.parameters(adapter.name))
+        for module in () if adapter.trainable else adapter.layers:
+            self.layers[module].watch()
+
     def _present(self) -> str:
         return ", ".join(map(repr, self.entries)) or "none"
 
@@ -400,6 +421,10 @@ class Adapters(Wrappers):
     @guarded
     def delete(self, name: str) -> None:
         """Remove an adapter. If it was selected, the rest of the selection stays (the base alone if none)."""
+        with self.switch.changing(lambda: self._concerned(name)):
+            self._delete(name)
+
+    def _delete(self, name: str) -> None:
         adapter = self.get(name)
         check_unused(name, self)
         for module in adapter.layers:
@@ -410,12 +435,30 @@ class Adapters(Wrappers):
             self.saved[root].remove(name)
             if not self.saved[root].copies:
                 self.put(root, self.saved.pop(root).original_module)
-        del self.entries[name]
+        with self.switch.choosing:
+            self.entries = {other: entry for other, entry in self.entries.items() if other != name}
+            kept = self.switch.standing.names
+            self.switch.standing = Selection(tuple(other for other in kept if other != name))
         self.layouts.ready.clear()
         self.scalings.watch(self)
         self.shadows.watch(self)
-        kept = self.switch.standing.names
-        self.switch.standing = Selection(tuple(other for other in kept if other != name))
+
+    def _concerned(self, name: str) -> Concerned:
+        """Whose calls a change of an adapter disturbs: its own, or all where it is in the base's weights."""
+        entry = self.entries.get(name)
+        layers = [] if entry is None else entry.layers
+        return None if any(name in self.layers[layer].merged for layer in layers) else (name,)
+
+    def changing(self, concerned: Concerned = None) -> AbstractContextManager[None]:
+        """Change adapters in a ``with`` block, while no call is under way that ``concerned`` are used in.
+
+        Args:
+            concerned: adapters' names; ``None`` is every call.
+
+        Raises:
+            AdapterError: this is asked for inside such a call.
+        """
+        return self.switch.changing(lambda: concerned)
 
     def _leave(self, module: str, name: str) -> None:
         layer = self.layers[module]
@@ -434,6 +477,10 @@ class Adapters(Wrappers):
     @guarded
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name; it keeps its place in the order."""
+        with self.switch.changing(lambda: self._concerned(old)):
+            self._rename(old, new)
+
+    def _rename(self, old: str, new: str) -> None:
         adapter = self.get(old)
         if new == old:
             return
@@ -446,17 +493,19 @@ class Adapters(Wrappers):
         for root in adapter.saved:
             self.saved[root].rename(old, new)
         adapter.name = new
-        self.entries = {entry.name: entry for entry in self.entries.values()}
+        with self.switch.choosing:
+            self.entries = {entry.name: entry for entry in self.entries.values()}
+            names = self.switch.standing.names
+            self.switch.standing = Selection(tuple(new if name == old else name for name in names))
         self.layouts.ready.clear()
-        names = self.switch.standing.names
-        self.switch.standing = Selection(tuple(new if name == old else name for name in names))
 
     # -- taking off ----------------------------------------------------------------------------------------
 
     def unmerge(self) -> None:
         """Take every merged adapter out again: the base weights get their original bytes back."""
-        for layer in self.layers.values():
-            layer.unmerge()
+        with self.changing():
+            for layer in self.layers.values():
+                layer.unmerge()
 
     @guarded
     def unload(self, *, keep: bool = False) -> nn.Module:
@@ -465,6 +514,10 @@ class Adapters(Wrappers):
         Args:
             keep: leave weights that were just merged for good as they are.
         """
+        with self.changing():
+            return self._unload(keep)
+
+    def _unload(self, keep: bool) -> nn.Module:
         if not keep:
             self.unmerge()
         for site_id in list(self.layers):

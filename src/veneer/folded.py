@@ -21,6 +21,8 @@ from torch.nn import functional as F
 
 from veneer.factors import Diagonal
 from veneer.patch import Patch
+from veneer.selection import Selection
+from veneer.watched import Edits, Watched
 from veneer.widened import Widened
 
 
@@ -134,25 +136,38 @@ def _remaining(changed: Tensor | None, bias: Tensor | None, outer: Tensor | None
 
 
 class Sources:
-    """The tensors that something kept was made from.
+    """The tensors that something kept is made from, as they were before it was made.
 
     Args:
+        selection: under which it is made.
         tensors: all of them.
     """
 
-    __slots__ = ("sources", "version")
+    __slots__ = ("_call", "_edits", "_version", "sources")
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, selection: Selection, tensors: Sequence[Tensor]) -> None:
+        self._edits = Edits.last
+        # Of others a change may leave no trace: what they make is good for this call, and for no later one.
+        self._call = None if all([type(tensor) is Watched for tensor in tensors]) else selection
         self.sources = [tensor for tensor in tensors if not tensor.is_inference()]
-        self.version = self._version()
+        self._version = self._sum()
 
-    def _version(self) -> int:
+    def _sum(self) -> int:
         """A number that grows whenever one of the tensors is changed in place."""
         return sum([tensor._version for tensor in self.sources])
 
-    def is_current(self) -> bool:
-        """Whether the tensors are still what they were."""
-        return self._version() == self.version
+    @property
+    def lasts(self) -> bool:
+        """Whether what is made is good for anything, and not gone before it is asked for again."""
+        return self._call is None or self._call.for_one_call
+
+    def is_current(self, selection: Selection) -> bool:
+        """Whether the tensors are still what they were, in a call with ``selection``."""
+        return (
+            self._edits is Edits.last
+            and (self._call is None or (self._call is selection and selection.for_one_call))
+            and self._sum() == self._version
+        )
 
     def wants_grad(self, x: Tensor) -> bool:
         """Whether a gradient would flow through a layer with these tensors and the input ``x``."""
@@ -163,19 +178,20 @@ class Kept(Sources):
     """A layer's forward pass under one selection, as inference keeps it.
 
     Args:
-        selected: the selection.
-        sources: the tensors that it was made from.
+        selection: the selection.
+        sources: the tensors that it is made from.
+
+    Attributes:
+        selected: the selected adapters.
         forward: gives the layer's output for its input; ``None`` where nothing is kept.
     """
 
     __slots__ = ("forward", "selected")
 
-    def __init__(
-        self, selected: tuple[str, ...], sources: Sequence[Tensor], forward: Callable[[Tensor], Tensor] | None
-    ) -> None:
-        super().__init__(sources)
-        self.selected = selected
-        self.forward = forward
+    def __init__(self, selection: Selection, sources: Sequence[Tensor]) -> None:
+        super().__init__(selection, sources)
+        self.selected = selection.names
+        self.forward: Callable[[Tensor], Tensor] | None = None
 
 
 def folded_forward(folded: Folded, base: Any, widened: Widened) -> Callable[[Tensor], Tensor]:

@@ -30,7 +30,7 @@ from veneer.plan import Binding, Plan, bind_error, make_plan
 from veneer.remap import remapped
 from veneer.sites import Site
 from veneer.sites.conv import ConvSite
-from veneer.source import resolve
+from veneer.source import Source, resolve
 
 
 @torch.no_grad()
@@ -49,6 +49,11 @@ def prepare_model_for_compiled_hotswap(model: PeftModel, *, target_rank: int | N
         UnsupportedError: an adapter is of another method, or its rank cannot be padded.
         AdapterError: ``target_rank`` is smaller than a rank that is there.
     """
+    with model.adapters.changing():
+        _prepare(model, target_rank)
+
+
+def _prepare(model: PeftModel, target_rank: int | None) -> None:
     shares = [
         (entry, layer, share)
         for entry in model.adapters.entries.values()
@@ -144,12 +149,16 @@ def hotswap_adapter(
         is of another method. MergeError: the old one is merged.
     """
     model = getattr(model, "_orig_mod", model)
+    model.adapters.get(adapter_name)
+    source = resolve(model_name_or_path, what="adapter", **chosen(source_options, SOURCE))
+    with model.adapters.changing((adapter_name,)):
+        _hotswap(model, source, adapter_name, strict)
+
+
+def _hotswap(model: PeftModel, source: Source, adapter_name: str, strict: bool) -> None:
     adapters = model.adapters
     entry = adapters.get(adapter_name)
-    checkpoint = open_checkpoint(
-        resolve(model_name_or_path, what="adapter", **chosen(source_options, SOURCE)), strict=strict
-    )
-    checkpoint = remapped(checkpoint, adapters.catalog)
+    checkpoint = remapped(open_checkpoint(source, strict=strict), adapters.catalog)
     config = targeted(checkpoint.config)
     plan = make_plan(config, method_of(config), checkpoint.tensors, adapters.catalog)
     if plan.problems:

@@ -23,6 +23,7 @@ from veneer.row_layout import ROWS, Layout, refused
 from veneer.selection import Selection, Switch
 from veneer.sites import Site
 from veneer.sites.site import unsupported
+from veneer.watched import edited, watch
 
 # What inference keeps of a layer's lowered patches is at most one such part of the weight's own memory.
 KEPT_PART = 2
@@ -47,6 +48,20 @@ class Leaf(AnyNames):
             return vars(self).setdefault(name, _KEPT[name]())
         return super().__getattr__(name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Parameter):
+            self._exchanged()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._exchanged()
+
+    def _exchanged(self) -> None:
+        """Note that tensors are not those of before."""
+        watch(self._parameters.values())
+        edited()
+
     def __getitem__(self, name: str) -> Any:
         return self._modules[name] if name in self._modules else self._parameters[name]
 
@@ -70,6 +85,21 @@ class Leaf(AnyNames):
     def items(self) -> list[tuple[str, Any]]:
         """The names, each with what goes by it."""
         return [(name, self[name]) for name in self]
+
+
+class Keeping:
+    """What inference keeps of a layer in one state; with the next one comes another.
+
+    What was begun in one state and is ready in the next is kept here, where nobody looks for it any more.
+    """
+
+    __slots__ = ("folded", "mixed")
+
+    def __init__(self) -> None:
+        # What the last selection folds to.
+        self.folded: Kept | None = None
+        # The same for the adapters of the last batch that held several.
+        self.mixed: MixedLayer | None = None
 
 
 @dataclass(frozen=True)
@@ -218,10 +248,8 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
     # The adapters whose patches are in the base layer's weight now, and the parameters that it had before.
     merged: tuple[str, ...]
     original: list[nn.Parameter | None]
-    # What the last selection folds to; dropped when tensors are added, moved, or about to be trained.
-    _folded: Kept | None
-    # The same for the adapters of the last batch that held several.
-    _mixed: MixedLayer | None
+    # What inference keeps; another when tensors were added, moved, or are about to be trained.
+    _keeping: Keeping
 
     def __init__(self, site: Site, switch: Switch, inner: AdaptedLayer | None = None) -> None:
         super().__init__()
@@ -234,8 +262,7 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
             held={},
             merged=(),
             original=[],
-            _folded=None,
-            _mixed=None,
+            _keeping=Keeping(),
             training=site.module.training,
         )
 
@@ -249,10 +276,11 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
 
     def bind(self, adapter: str, share: Bound, tensors: Mapping[str, nn.Parameter]) -> None:
         """Add an adapter's tensors (leaf -> parameter), used as they are."""
-        self._forget()
         for leaf in share.leaves:
             self._place(adapter, share.method.in_memory(leaf), tensors[leaf])
+        watch([*tensors.values(), *share.shared.values()])
         self.bound.setdefault(adapter, []).append(share)
+        self._forget()
 
     def _place(self, adapter: str, name: str, parameter: nn.Parameter) -> None:
         """Put a tensor among the layer's own, the adapter's name after its head."""
@@ -277,8 +305,8 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
 
     def unbind(self, adapter: str) -> None:
         """Remove an adapter's tensors; the heads that are empty then go too."""
-        self._forget()
         shares = self.bound.pop(adapter)
+        self._forget()
         names = [s.method.in_memory(leaf) for s in shares for leaf in s.leaves] + [*self.held.pop(adapter, ())]
         for head in {name.partition(".")[0] for name in names} & self._modules.keys():
             holder = self._holder(head)
@@ -299,19 +327,20 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
 
     def reset(self, adapter: str, share: Bound, settings: Any) -> None:
         """Give an adapter's share of this layer other settings; its tensors may have been changed."""
-        self._forget()
         shares = self.bound[adapter]
         shares[shares.index(share)] = replace(share, settings=settings)
+        self._forget()
 
     def tensors(self, adapter: str, share: Bound) -> dict[str, nn.Parameter]:
         """Leaf -> the parameter of an adapter's share of this layer."""
-        found: dict[str, nn.Parameter] = {}
-        for leaf in share.leaves:
-            head, _, tail = share.method.in_memory(leaf).partition(".")
-            holder = self._holder(head)
-            own = holder._modules[adapter]._parameters[tail] if tail else holder._parameters[adapter]  # type: ignore[union-attr]
-            found[leaf] = own  # type: ignore[assignment]
-        return found
+        return {leaf: self.placed(adapter, share.method.in_memory(leaf)) for leaf in share.leaves}
+
+    def placed(self, adapter: str, name: str) -> nn.Parameter:
+        """A tensor among the layer's own: see :meth:`_place`."""
+        head, _, tail = name.partition(".")
+        holder = self._holder(head)
+        found = holder._modules[adapter]._parameters[tail] if tail else holder._parameters[adapter]  # type: ignore[union-attr]
+        return found  # type: ignore[return-value]
 
     def _holder(self, head: str) -> nn.Module:
         """The module that holds each adapter's tensors under ``head``."""
@@ -346,9 +375,9 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
         if selection.rows is not None:
             return self._forward_rows(selection, x, *args, **kwargs)
         if not (self.training or args or kwargs or torch.compiler.is_compiling()):
-            kept = self._folded
-            if kept is None or kept.selected != selection.names or not kept.is_current():
-                kept = self._folded = self._fold(selection.names)
+            kept = self._keeping.folded
+            if kept is None or kept.selected != selection.names or not kept.is_current(selection):
+                kept = self._fold(selection)
             if kept.forward is not None and not kept.wants_grad(x):
                 return kept.forward(x)
         names = self.here(selection.names)
@@ -356,11 +385,14 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
             return self.base_layer(x, *args, **kwargs)
         return self._apply_patches(self.patches_now(names), x, *args, **kwargs)
 
-    def _fold(self, selected: tuple[str, ...]) -> Kept:
+    def _fold(self, selection: Selection) -> Kept:
         """The forward pass under a selection, which inference keeps until a tensor changes."""
-        names = self.here(selected)
-        forward = self._kept_forward(names) if names and names != self.merged else None
-        return Kept(selected, self._sources(names), forward)
+        keeping, names, merged = self._keeping, self.here(selection.names), self.merged
+        kept = Kept(selection, self._sources(names))
+        if names and names != merged and kept.lasts:
+            kept.forward = self._kept_forward(names)
+        keeping.folded = kept
+        return kept
 
     @torch.no_grad()
     def _kept_forward(self, names: tuple[str, ...]) -> Callable[[Tensor], Any] | None:
@@ -429,7 +461,7 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
         names = tuple(name for name in self.here(selection.used) if name in groups)
         y, rest = None, names
         if names and not (self.training or args or kwargs or torch.compiler.is_compiling()):
-            kept = self._mix(names)
+            kept = self._mix(selection, names)
             if kept.together and not kept.wants_grad(x):
                 order = selection.order(kept.together, x.shape[0], x.device, self.layout)
                 y = kept.forward(self._base if self.merged else self.base_layer, x, order)
@@ -452,20 +484,20 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
             raise unsupported(self.site, "an adapter that acts by whole sequences, in a packed one,")
         return patch.take(rows, x.shape[:-1])
 
-    def _mix(self, names: tuple[str, ...]) -> MixedLayer:
+    def _mix(self, selection: Selection, names: tuple[str, ...]) -> MixedLayer:
         """The stacked form of several adapters, which inference keeps until a tensor changes or others are wanted."""
-        kept = self._mixed
-        current = kept is not None and kept.is_current()
+        keeping = self._keeping
+        kept = keeping.mixed
+        current = kept is not None and kept.is_current(selection)
         if kept is None or not current or kept.names != names:
             known = kept.members if kept is not None and current else {}
-            members = {name: known[name] if name in known else self._folded_form((name,)) for name in names}
-            kept = self._mixed = MixedLayer(names, self._sources(names), members)
+            kept = MixedLayer(selection, names, self._sources(names), known, self._folded_form)
+            keeping.mixed = kept
         return kept
 
     def _forget(self) -> None:
-        """Drop what inference keeps: the tensors are about to change."""
-        if self._folded is not None or self._mixed is not None:
-            self._folded = self._mixed = None
+        """Drop what inference keeps: the layer is in another state now."""
+        self._keeping = Keeping()
 
     # -- merging -------------------------------------------------------------------------------------------
 
@@ -477,36 +509,48 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
             original = [None if self.site.shift_only else self.site.stored, self.site.bias]
             self._store(*self.merged_parameters(names))
             self.original, self.merged = original, names
-            self._forget()
+        self._forget()
 
     def store_merged(self, names: tuple[str, ...]) -> None:
         """Merge for good: the original parameters are given up."""
         parameters = self.merged_parameters(names)
         self.unmerge()
         self._store(*parameters)
+        self._forget()
 
     def unmerge(self) -> None:
         """Put the original parameters back: the same tensors, so the same bytes."""
-        self._forget()
         if self.original:
             self._store(*self.original)
         self.original, self.merged = [], ()
+        self._forget()
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
-        self._forget()
         # The original parameters are kept out of the module's own, so a move or cast must be told of them.
         self.original = [None if p is None else _like(fn(p.detach()), p) for p in self.original]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.watch()
+        self._forget()
         return self
+
+    def watch(self) -> None:
+        """Watch those tensors of the adapters that are not trained; they may be other objects than before."""
+        for name, module in self._modules.items():
+            if name != "base_layer" and module is not None:
+                watch(module.parameters())
 
     def train(self, mode: bool = True) -> AdaptedLayer:
         """Set the mode of this layer and of all in it."""
-        self._forget()
         super().train(mode)
+        self._forget()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded": None, "_mixed": None}
+        return {**self.__dict__, "_keeping": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_keeping": Keeping()})  # type: ignore[no-untyped-call]
+        self.watch()
 
     def extra_repr(self) -> str:
         """The adapters, in a model's print-out."""

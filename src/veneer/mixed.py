@@ -18,6 +18,7 @@ from torch import Tensor
 
 from veneer.folded import Folded, Sources, base_output
 from veneer.row_order import RowOrder
+from veneer.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -130,19 +131,31 @@ class MixedLayer(Sources):
     """A layer's forward pass for rows of several adapters, as inference keeps it.
 
     Args:
-        names: the adapters.
-        sources: the tensors that it was made from.
-        members: adapter's name -> its folded form, or ``None`` when it has none.
+        selection: the selection.
+        names: those of its adapters that are on the layer.
+        sources: the tensors that it is made from.
+        known: the folded forms that are there already.
+        folded_form: gives an adapter's folded form, or ``None`` when it has none.
+
+    Attributes:
+        members: adapter's name -> its folded form.
     """
 
     __slots__ = ("members", "names", "stacked", "together")
 
-    def __init__(self, names: tuple[str, ...], sources: Sequence[Tensor], members: Mapping[str, Folded | None]) -> None:
-        super().__init__(sources)
+    def __init__(
+        self,
+        selection: Selection,
+        names: tuple[str, ...],
+        sources: Sequence[Tensor],
+        known: Mapping[str, Folded | None],
+        folded_form: Callable[[tuple[str, ...]], Folded | None],
+    ) -> None:
+        super().__init__(selection, sources)
         self.names = names
-        self.members = members
-        self.together = tuple(name for name in names if members[name] is not None)
-        self.stacked = stack([member for member in members.values() if member is not None])
+        self.members = {name: known[name] if name in known else folded_form((name,)) for name in names}
+        self.together = tuple(name for name in names if self.members[name] is not None)
+        self.stacked = stack([member for member in self.members.values() if member is not None])
 
     def forward(self, base: Callable[[Tensor], Tensor], x: Tensor, order: RowOrder) -> Tensor:
         """The output for rows ``x``, shape ``(rows, ..., in)``, of those adapters that have a folded form."""

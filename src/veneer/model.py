@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from veneer import adapter_set, adding, replacing, sharding
 from veneer.adapters import Adapter, Adapters
+from veneer.calls import Call
 from veneer.checkpoint import Checkpoint, Draft, hold, open_checkpoint
 from veneer.config import HEADS, PeftConfig, PeftType, PromptConfig, TargetedConfig, TaskType
 from veneer.errors import (
@@ -29,6 +30,7 @@ from veneer.errors import (
     UnsupportedError,
     VeneerError,
 )
+from veneer.exchanged import rejoin
 from veneer.files import writing
 from veneer.identity import BASE_DIGEST_KEY, base_digest
 from veneer.key_mapping import with_keys
@@ -45,6 +47,7 @@ from veneer.remap import remapped
 from veneer.report import AdapterReport, LoadReport
 from veneer.saved_ends import SaveEnds, ends_to_save
 from veneer.scaling_face import ScalingFace
+from veneer.selection import Selection
 from veneer.source import ADAPTER_CONFIG, MODEL_CONFIG, Source, is_file, resolve
 from veneer.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
 from veneer.telling import tell
@@ -108,7 +111,8 @@ class Tuner(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward pass."""
-        return self.model(*args, **kwargs)
+        with call(self.adapters):
+            return self.model(*args, **kwargs)
 
     def update_and_allocate(self, global_step: int) -> None:
         """See :meth:`PeftModel.update_and_allocate`."""
@@ -267,10 +271,16 @@ class PeftModel(ScalingFace, nn.Module):
         self, names: RowNames, task_ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> AbstractContextManager[None]:
         if names is None and task_ids is None and not self.adapters.asks_for_places:
-            return nullcontext()
+            return call(self.adapters)
         chosen = self.adapters.switch.selection if names is None else self.adapters.rows(names)
         chosen = dataclasses.replace(chosen, task_ids=task_ids)
-        return self.adapters.during(self.adapters.checked(chosen, args, kwargs))
+        return call(self.adapters, self.adapters.checked(chosen, args, kwargs), task_ids)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PeftModel:
+        with self.adapters.changing():
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            rejoin(self.adapters)
+        return self
 
     # -- loading and adding --------------------------------------------------------------------------------
 
@@ -455,7 +465,8 @@ class PeftModel(ScalingFace, nn.Module):
                     )
                 if name not in here or self.adapters.get(name).origin != source.origin:
                     self._load(source, name, trainable)
-            self.adapters.switch.standing = standing
+            if not standing.names:  # the first of them was chosen for want of another
+                self.adapters.switch.standing = standing
             yield
         except BaseException:
             for name in self.adapters.entries.keys() - here:
@@ -628,10 +639,11 @@ class PeftModel(ScalingFace, nn.Module):
         wanted = Combination(
             tuple(adapters), tuple(weights), combination_type, svd_rank, density, majority_sign_method, seed
         )
-        self.adapters.check_new(adapter_name)
-        config, tensors = combine(self.adapters, wanted)
-        checkpoint = hold(config, tensors, f"the combination of {', '.join(adapters)}")
-        made = adding.load(self.adapters, adapter_name, checkpoint, trainable=False)
+        with self.adapters.changing(()):
+            self.adapters.check_new(adapter_name)
+            config, tensors = combine(self.adapters, wanted)
+            checkpoint = hold(config, tensors, f"the combination of {', '.join(adapters)}")
+            made = adding.load(self.adapters, adapter_name, checkpoint, trainable=False)
         made.origin, made.base_digest = None, self.base_digest
         if not self.adapters.switch.standing.names:
             self.adapters.select(adapter_name)
@@ -741,6 +753,7 @@ class PeftModel(ScalingFace, nn.Module):
             adapter.trainable = requires_grad
             self.adapters.trains = self.adapters.trains or requires_grad
             self.adapters.require_grad(adapter, requires_grad and name in self.adapters.switch.standing.names)
+            self.adapters.watch(adapter)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only active one, the base runs alone until another is chosen."""
@@ -960,8 +973,13 @@ class PeftModel(ScalingFace, nn.Module):
         write_card(self, Path(output_dir))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Torch's own; of a state of adapters alone, with ``strict=False``, the base's tensors are not missing."""
-        found: Any = super().load_state_dict(state_dict, strict, assign)
+        """Torch's own; of a state of adapters alone, with ``strict=False``, the base's tensors are not missing.
+
+        ``assign=True`` puts the given tensors in the place of the model's.
+        """
+        with self.adapters.changing():
+            found: Any = super().load_state_dict(state_dict, strict, assign)
+            rejoin(self.adapters)
         if strict or not found.missing_keys:
             return found
         own = adapter_state(self).keys()
@@ -984,6 +1002,20 @@ class PeftModel(ScalingFace, nn.Module):
 
 
 PeftModel.kind = PeftModel
+
+
+def call(
+    adapters: Adapters, chosen: Selection | None = None, task_ids: Tensor | None = None
+) -> AbstractContextManager[None]:
+    """A ``with`` block for one call of a model, with what is chosen for it or selected now.
+
+    In compiled code, whose guards have read the selection, it is no more than the choice.
+    """
+    if not torch.compiler.is_compiling():
+        return Call(adapters, chosen, task_ids)
+    if chosen is None and task_ids is None:
+        return nullcontext()
+    return adapters.during(dataclasses.replace(chosen or adapters.switch.selection, task_ids=task_ids))
 
 
 class PeftModelForCausalLM(PeftModel):

@@ -85,6 +85,8 @@ class Scalings:
             self._hooks.pop().remove()
 
     def _selected(self) -> dict[str, XLoraConfig]:
+        if not self._hooks:  # the last one was deleted while this call, which does not use it, came here
+            return {}
         selection = self.adapters.switch.selection
         configs = {name: self.adapters.entries[name].config for name in sorted(selection.applied)}
         return {name: config for name, config in configs.items() if isinstance(config, XLoraConfig)}

@@ -2,15 +2,16 @@
 
 The layers of a model share one :class:`Switch`, so that choosing is one assignment however many layers there
 are. A choice for a call lives in a context variable: threads and async tasks do not see each other's. Compiled code
-cannot read one, and is guarded by a copy that belongs to the thread instead.
+cannot read one, and is guarded by a copy that belongs to the thread instead. A call of the model (``calls.py``) makes
+what it finds selected such a choice, so that no other thread changes it on the way.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from veneer.errors import AdapterError
 from veneer.row_layout import ONE_BY_ONE, ROWS, Layout, owners
 from veneer.row_order import RowOrder, row_order
+from veneer.underway import Concerned, Underway
 from veneer.widened import Widened
 
 # The name that stands for "no adapter" in a per-row choice, as in peft.
@@ -36,6 +38,7 @@ class Selection:
         task_ids: the task of each row, shape ``(rows,)``, for methods that keep several tasks in one adapter.
         by_token: whether ``rows`` are the tokens of one packed sequence, a batch of ``(1, tokens, ...)``.
         shares: the rows' shares of the images of the call, for layers that see those; ``None`` without any.
+        for_one_call: whether it was made for one call of the model, and is no other's.
     """
 
     names: tuple[str, ...] = ()
@@ -47,6 +50,12 @@ class Selection:
         default_factory=dict, repr=False, compare=False
     )
     _orders: dict[Any, RowOrder] = field(default_factory=dict, repr=False, compare=False)
+    for_one_call: bool = field(default=False, repr=False, compare=False)
+
+    def for_call(self, task_ids: Tensor | None) -> Selection:
+        """The same for one call, with its tasks if it names any."""
+        tasks = self.task_ids if task_ids is None else task_ids
+        return Selection(self.names, self.rows, tasks, self.by_token, self.shares, self._groups, self._orders, True)
 
     @property
     def used(self) -> tuple[str, ...]:
@@ -140,14 +149,17 @@ class _Thread(threading.local):
 
 
 class Switch:
-    """The state that the layers of one model share: what is selected."""
+    """The state that the layers of one model share: what is selected.
+
+    Attributes:
+        standing: what is selected where nothing else is chosen.
+        enabled: whether it is.
+        choosing: held while ``standing`` is changed by what it was, or by which adapters there are.
+        underway: the calls of the model.
+    """
 
     def __init__(self) -> None:
-        self.standing = NOTHING
-        self.enabled = True
-        # What compiled code sees of the context variable below.
-        self._thread = _Thread()
-        self.widened = Widened()
+        self.__setstate__({"standing": NOTHING, "enabled": True})
 
     @property
     def selection(self) -> Selection:
@@ -159,10 +171,30 @@ class Switch:
 
     def _in_context(self) -> Selection | None:
         """The choice made for this call, if one was."""
-        for switch, selection in _CALLS.get() or ():
+        for switch, selection, _ in _CALLS.get() or ():
             if switch is self:
                 return selection
         return None
+
+    def calls(self) -> list[object]:
+        """The calls of the model that this context is, or was, inside of."""
+        return [call for switch, _, call in _CALLS.get() or () if switch is self and call is not None]
+
+    def push(self, selection: Selection, call: object = None) -> Token[Any]:
+        """Use ``selection`` from now on in this thread or task, until :meth:`pop` is given what this returns."""
+        token = _CALLS.set(((self, selection, call), *(_CALLS.get() or ())))
+        self._thread.chosen = selection
+        return token
+
+    def pop(self, token: Token[Any]) -> None:
+        """Use again what was used before :meth:`push`."""
+        _CALLS.reset(token)
+        # Not what it was before: with tasks that take turns, that may be another task's.
+        self._thread.chosen = self._in_context()
+
+    def changing(self, concerned: Callable[[], Concerned]) -> AbstractContextManager[None]:
+        """Change adapters in a ``with`` block: see :meth:`Underway.change`."""
+        return self.underway.change(concerned, self.calls())
 
     @contextmanager
     def during(self, selection: Selection) -> Iterator[None]:
@@ -177,24 +209,33 @@ class Switch:
             finally:
                 self._thread.chosen = before
             return
-        token = _CALLS.set(((self, selection), *(_CALLS.get() or ())))
-        self._thread.chosen = selection
+        token = self.push(selection)
         try:
             yield
         finally:
-            _CALLS.reset(token)
-            # Not what it was before: with tasks that take turns, that may be another task's.
-            self._thread.chosen = self._in_context()
+            self.pop(token)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"standing": self.standing, "enabled": self.enabled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _thread=_Thread(), widened=Widened())
+        self.standing: Selection = state["standing"]
+        self.enabled: bool = state["enabled"]
+        self.choosing = threading.RLock()
+        self.underway = Underway()
+        # What compiled code sees of the context variable below.
+        self._thread = _Thread()
+        self.widened = Widened()
 
 
-# Innermost first: (whose choice, the choice).
-_CALLS: ContextVar[tuple[tuple[Switch, Selection], ...] | None] = ContextVar("veneer_selection", default=None)
+# Innermost first: (whose choice, the choice, the call that made it or ``None``).
+_CALLS: ContextVar[tuple[tuple[Switch, Selection, object], ...] | None] = ContextVar("veneer_selection", default=None)
+
+
+def selected() -> Selection:
+    """What was chosen for the innermost call or block of this context; none where nothing was."""
+    calls = _CALLS.get()
+    return calls[0][1] if calls else NOTHING
 
 
 def selected_tasks(length: int) -> Tensor | None:

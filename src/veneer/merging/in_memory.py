@@ -31,6 +31,11 @@ def merge(adapters: Adapters, names: Sequence[str] | None, *, check: bool = Fals
     The original weights are kept, so this costs memory for a second copy of each adapted layer. What is
     merged already stays merged. Any other selection is still right afterwards, only slower.
     """
+    with adapters.changing():
+        _merge(adapters, names, check, into)
+
+
+def _merge(adapters: Adapters, names: Sequence[str] | None, check: bool, into: str | None) -> None:
     wanted = list(adapters.switch.standing.names if names is None else names)
     merged = [name for name in adapters.entries if any(name in layer.merged for layer in adapters.layers.values())]
     selection = adapters.selection(list(dict.fromkeys([*merged, *wanted])))
@@ -47,6 +52,11 @@ def merge_and_unload(
     adapters: Adapters, names: Sequence[str] | None, *, check: bool = False, into: str | None = None
 ) -> nn.Module:
     """Put adapters into the base weights for good and take the adapter layers off."""
+    with adapters.changing():
+        return _merge_and_unload(adapters, names, check, into)
+
+
+def _merge_and_unload(adapters: Adapters, names: Sequence[str] | None, check: bool, into: str | None) -> nn.Module:
     wanted = adapters.selection(list(adapters.switch.standing.names if names is None else names)).names
     check_mergeable(adapters, wanted)
     packed = choose(adapters.layers.values(), wanted, into, adapters.catalog.dtype)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,31 +23,56 @@ from torch import Tensor
 from veneer.arrow_config import ArrowConfig
 from veneer.configs.lora import LoraConfig
 from veneer.errors import MergeError, UnsupportedError
+from veneer.folded import Sources
 from veneer.methods.lora import Lora, LoraSettings
 from veneer.methods.method import Base
 from veneer.mixture import Live, low_rank_patches, mixed
 from veneer.patch import Patch
+from veneer.selection import Selection, selected
 from veneer.sites import Site
 from veneer.sites.linear import LinearSite
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prepared:
-    """The experts of one layer, what is taken off them done, and their directions; kept until a tensor changes."""
+    """The experts of one layer, what is taken off them done, and their directions.
 
-    source: list[tuple[int, int]] = field(default_factory=list)
-    experts: list[Patch] = field(default_factory=list)
-    directions: Tensor | None = None
+    Attributes:
+        sources: the tensors that they were made from.
+        experts: low-rank patches.
+        directions: shape ``(experts, in)``.
+    """
+
+    sources: Sources
+    experts: list[Patch]
+    directions: Tensor
+
+    def is_current(self, selection: Selection, tensors: Sequence[Tensor]) -> bool:
+        """Whether they were made from ``tensors`` as these are now."""
+        own = self.sources.sources
+        same = len(own) == len(tensors) and all(a is b for a, b in zip(own, tensors, strict=True))
+        return same and self.sources.is_current(selection)
+
+
+class Preparing:
+    """What is prepared on one layer, kept until a tensor changes. Threads may share it: it is replaced whole."""
+
+    def __init__(self) -> None:
+        self._last: Prepared | None = None
+
+    def __reduce__(self) -> Any:
+        return Preparing, ()
 
     @torch.no_grad()
-    def bring(self, experts: Sequence[Patch], general: Sequence[Patch]) -> None:
-        """Work them out, unless that was done with the same tensors."""
+    def bring(self, experts: Sequence[Patch], general: Sequence[Patch]) -> Prepared:
+        """Work it out, unless that was done with the same tensors."""
         tensors = [t for patch in (*experts, *general) for t in (patch.up, patch.down) if t is not None]
-        source = [(t.data_ptr(), t._version) for t in tensors]
-        if source != self.source:
-            self.experts = _less(experts, general) if general else list(experts)
-            self.directions = torch.stack([_direction(patch) for patch in self.experts])
-            self.source = source
+        last, selection = self._last, selected()
+        if last is None or not last.is_current(selection, tensors):
+            sources = Sources(selection, tensors)
+            own = _less(experts, general) if general else list(experts)
+            last = self._last = Prepared(sources, own, torch.stack([_direction(patch) for patch in own]))
+        return last
 
 
 def _factors(patch: Patch) -> tuple[Tensor, Tensor]:
@@ -79,7 +104,7 @@ class ArrowSettings(LoraSettings):
     """A config's meaning for one layer, and what was worked out there."""
 
     arrow: ArrowConfig = field(default_factory=ArrowConfig)
-    prepared: Prepared = field(default_factory=Prepared, compare=False)
+    preparing: Preparing = field(default_factory=Preparing, compare=False)
 
 
 @dataclass(frozen=True)
@@ -129,9 +154,7 @@ class Arrow(Lora):
         if not experts:
             return Patch()
         _check_ranks(base.site, [*experts, *general] if general else [])
-        prepared = settings.prepared
-        prepared.bring(experts, general)
-        assert prepared.directions is not None
+        prepared = settings.preparing.bring(experts, general)
         return Patch(route=Routing(base.site, arrow, prepared.experts, prepared.directions))
 
 

@@ -1,0 +1,128 @@
+"""The calls of one model that are under way, and the changes of its adapters that wait for them.
+
+A call keeps what it uses until it ends: a change begins when no call is under way that it concerns, and calls that it
+concerns begin when it has ended. A change that waits goes before calls that come later, so that a busy model can be
+changed. Only calls inside others do not wait for it, for it waits for the outer ones. One change is made at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from veneer.errors import AdapterError
+
+# The names that a change concerns; ``None`` is every call, those of the base alone among them.
+Concerned = Collection[str] | None
+
+
+class _Change:
+    """One change, waiting or being made."""
+
+    def __init__(self, names: Concerned) -> None:
+        self.names = names
+
+    def concerns(self, used: Collection[str]) -> bool:
+        """Whether it must not be made during a call that uses ``used``."""
+        return self.names is None or any(name in used for name in self.names)
+
+
+class Underway:
+    """What is under way on one model."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._turn = threading.Condition(self._lock)
+        # What stands for a call -> the adapters that it uses.
+        self._calls: dict[object, Collection[str]] = {}
+        self._waiting: list[_Change] = []
+        self._making: _Change | None = None
+
+    # -- calls ---------------------------------------------------------------------------------------------
+
+    def begin(self, call: object, used: Collection[str], outer: Callable[[], Collection[object]]) -> None:
+        """Let a call begin, once no change stands in its way.
+
+        Args:
+            call: stands for it.
+            used: the adapters that it uses.
+            outer: gives what stands for the calls that it may be inside of.
+        """
+        # Not the condition, which is the same lock behind a method in Python.
+        with self._lock:
+            if self._making is not None or self._waiting:
+                self._turn.wait_for(lambda: not self._is_held_off(used, outer()))
+            self._calls[call] = used
+
+    def end(self, call: object) -> None:
+        """Let a call end."""
+        with self._lock:
+            del self._calls[call]
+            if self._waiting:
+                self._turn.notify_all()
+
+    def _is_held_off(self, used: Collection[str], outer: Collection[object]) -> bool:
+        making = self._making
+        if making is not None and making.concerns(used) and making is not _OWN.get():
+            return True
+        return not self._are_under_way(outer) and any(change.concerns(used) for change in self._waiting)
+
+    def _are_under_way(self, calls: Collection[object]) -> bool:
+        return any(call in self._calls for call in calls)
+
+    # -- changes -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def change(self, concerned: Callable[[], Concerned], inside: Collection[object]) -> Iterator[None]:
+        """Make a change in the ``with`` block, once the calls that it concerns have ended.
+
+        A change inside another's block is a part of it.
+
+        Args:
+            concerned: the names of the adapters whose calls it would disturb; asked again after each wait.
+            inside: what stands for the calls of this context.
+
+        Raises:
+            AdapterError: a call of this context, which cannot be waited for here, is one of those.
+        """
+        own = _OWN.get()
+        if own is not None and self._making is own:
+            yield
+            return
+        change = _Change(concerned())
+        self._await_turn(change, concerned, inside)
+        token = _OWN.set(change)
+        try:
+            yield
+        finally:
+            _OWN.reset(token)
+            with self._turn:
+                self._making = None
+                self._turn.notify_all()
+
+    def _await_turn(self, change: _Change, concerned: Callable[[], Concerned], inside: Collection[object]) -> None:
+        with self._turn:
+            self._waiting.append(change)
+            try:
+                while not self._may_be_made(change, inside):
+                    self._turn.wait()
+                    change.names = concerned()
+                self._making = change
+            finally:
+                self._waiting.remove(change)
+                self._turn.notify_all()
+
+    def _may_be_made(self, change: _Change, inside: Collection[object]) -> bool:
+        disturbed = [call for call, used in self._calls.items() if change.concerns(used)]
+        if any(call in inside for call in disturbed):
+            raise AdapterError(
+                "The adapters were to be changed inside a call of the model that uses them; nothing was changed.",
+                hint="Change them after the call: a hook, a streamer or a stopping criterion can note what is wanted.",
+            )
+        return not disturbed and self._making is None
+
+
+# The change that this context makes.
+_OWN: ContextVar[_Change | None] = ContextVar("veneer_change", default=None)
