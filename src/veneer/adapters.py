@@ -123,9 +123,8 @@ class Adapters(Wrappers):
         """
         wanted = [list(pair) for pair in getattr(config, "layer_replication", None) or ()]
         # A layer may be given a new adapter while others are used; its place is another matter.
-        with self.switch.changing(lambda: () if wanted == self._ranges else None):
-            with self._with_blocks(wanted):
-                yield
+        with self.switch.changing(lambda: () if wanted == self._ranges else None), self._with_blocks(wanted):
+            yield
 
     @property
     def _ranges(self) -> list[list[int]]:

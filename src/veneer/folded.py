@@ -148,7 +148,7 @@ class Sources:
     def __init__(self, selection: Selection, tensors: Sequence[Tensor]) -> None:
         self._edits = Edits.last
         # Of others a change may leave no trace: what they make is good for this call, and for no later one.
-        self._call = None if all([type(tensor) is Watched for tensor in tensors]) else selection
+        self._call = None if all(type(tensor) is Watched for tensor in tensors) else selection
         self.sources = [tensor for tensor in tensors if not tensor.is_inference()]
         self._version = self._sum()
 

@@ -339,8 +339,8 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
         """A tensor among the layer's own: see :meth:`_place`."""
         head, _, tail = name.partition(".")
         holder = self._holder(head)
-        found = holder._modules[adapter]._parameters[tail] if tail else holder._parameters[adapter]  # type: ignore[union-attr]
-        return found  # type: ignore[return-value]
+        own = holder._modules[adapter]._parameters if tail else holder._parameters  # type: ignore[union-attr]
+        return own[tail or adapter]  # type: ignore[return-value]
 
     def _holder(self, head: str) -> nn.Module:
         """The module that holds each adapter's tensors under ``head``."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from veneer import adapter_set, adding, replacing, sharding
 from veneer.adapters import Adapter, Adapters
+from veneer.batching_face import BatchingFace
 from veneer.calls import Call
 from veneer.checkpoint import Checkpoint, Draft, hold, open_checkpoint
 from veneer.config import HEADS, PeftConfig, PeftType, PromptConfig, TargetedConfig, TaskType
@@ -120,7 +121,7 @@ class Tuner(nn.Module):
 
 
 @strict
-class PeftModel(ScalingFace, nn.Module):
+class PeftModel(ScalingFace, BatchingFace, nn.Module):
     """A base model and any number of adapters on it.
 
     It behaves as the base model does (``generate``, ``config``, ``device``, pipelines, ``Trainer``) and adds the
@@ -265,7 +266,7 @@ class PeftModel(ScalingFace, nn.Module):
                 hint="Use model.generate(..., adapter_names=[...]), or call generate_batch once for each adapter, "
                 "after set_adapter(name).",
             )
-        return self.get_base_model().generate_batch(*args, **kwargs)
+        return super().generate_batch(*args, **kwargs)
 
     def _by_row(
         self, names: RowNames, task_ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -192,6 +192,14 @@ class Switch:
         # Not what it was before: with tasks that take turns, that may be another task's.
         self._thread.chosen = self._in_context()
 
+    def run(self, function: Callable[[], Any]) -> Any:
+        """Call a function in a thread that has another's context: compiled code sees the choice then too."""
+        chosen = self._in_context()
+        if chosen is None:
+            return function()
+        with self.during(chosen):
+            return function()
+
     def changing(self, concerned: Callable[[], Concerned]) -> AbstractContextManager[None]:
         """Change adapters in a ``with`` block: see :meth:`Underway.change`."""
         return self.underway.change(concerned, self.calls())
