@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import NoneType
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer.any_names import AnyNames
-from veneer.folded import Folded, Kept, fold, fold_dtype, foldable, folded_forward
+from veneer.errors import MergeError, UnsupportedError
+from veneer.folded import Folded, Kept, Sources, fold, fold_dtype, foldable, folded_forward
 from veneer.layer_face import LayerFace
 from veneer.merging.arithmetic import composed, merged, merged_bias
 from veneer.methods import AnyMethod
@@ -22,7 +24,8 @@ from veneer.route import Lasting
 from veneer.row_layout import ROWS, Layout, refused
 from veneer.selection import Selection, Switch
 from veneer.sites import Site
-from veneer.sites.site import unsupported
+from veneer.sites.site import copy_with, unsupported
+from veneer.unread import Unread
 from veneer.watched import edited, watch
 
 # What inference keeps of a layer's lowered patches is at most one such part of the weight's own memory.
@@ -93,13 +96,33 @@ class Keeping:
     What was begun in one state and is ready in the next is kept here, where nobody looks for it any more.
     """
 
-    __slots__ = ("folded", "mixed")
+    __slots__ = ("folded", "mixed", "read")
 
     def __init__(self) -> None:
         # What the last selection folds to.
         self.folded: Kept | None = None
         # The same for the adapters of the last batch that held several.
         self.mixed: MixedLayer | None = None
+        # The weight for a model that reads it instead of calling the layer.
+        self.read: Read | None = None
+
+
+class Read(Sources):
+    """The weight, as stored, that a layer has under a selection.
+
+    Args:
+        selection: the selection.
+        sources: the tensors that it is made from.
+        make: makes it.
+    """
+
+    __slots__ = ("selected", "weight")
+
+    @torch.no_grad()
+    def __init__(self, selection: Selection, sources: Sequence[Tensor], make: Callable[[], Tensor]) -> None:
+        super().__init__(selection, sources)
+        self.selected = selection.names
+        self.weight = make()
 
 
 @dataclass(frozen=True)
@@ -250,6 +273,8 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
     original: list[nn.Parameter | None]
     # What inference keeps; another when tensors were added, moved, or are about to be trained.
     _keeping: Keeping
+    # Whether the model calls the layer, and asks for its weight at most to learn of its dtype.
+    _called: bool
 
     def __init__(self, site: Site, switch: Switch, inner: AdaptedLayer | None = None) -> None:
         super().__init__()
@@ -263,6 +288,7 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
             merged=(),
             original=[],
             _keeping=Keeping(),
+            _called=False,
             training=site.module.training,
         )
 
@@ -270,7 +296,11 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)
+            found = getattr(super().__getattr__("base_layer"), name)
+        site = self.__dict__.get("site")
+        if site is None or name not in (site.parameter.partition(".")[0], "bias") or not self.switch.in_call:
+            return found
+        return self._seen(name, found)
 
     # -- the adapters' tensors -----------------------------------------------------------------------------
 
@@ -378,9 +408,12 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
             kept = self._keeping.folded
             if kept is None or kept.selected != selection.names or not kept.is_current(selection):
                 kept = self._fold(selection)
+                self.__dict__["_called"] = True
             if kept.forward is not None and not kept.wants_grad(x):
                 return kept.forward(x)
         names = self.here(selection.names)
+        if not torch.compiler.is_compiling():
+            self.__dict__["_called"] = True
         if names == self.merged:
             return self.base_layer(x, *args, **kwargs)
         return self._apply_patches(self.patches_now(names), x, *args, **kwargs)
@@ -498,6 +531,65 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
     def _forget(self) -> None:
         """Drop what inference keeps: the layer is in another state now."""
         self._keeping = Keeping()
+
+    # -- a weight that the model reads ---------------------------------------------------------------------
+
+    def _seen(self, name: str, found: Any) -> Any:
+        """The weight or bias that a model which computes with it itself is to see in a call; ``found`` is the base's.
+
+        A layer that is never called gives its adapters' weight. Of one that is called it is made when it is wanted.
+        """
+        selection = self.switch.selection
+        names = self.here(selection.applied)
+        if names == (self.merged if selection.rows is None else ()):
+            return found
+        if isinstance(found, nn.Module):  # it holds the weight
+            rest = self.site.parameter.partition(".")[2]
+            return copy_with(found, {rest: self._seen(rest, found.get_parameter(rest))})
+        if torch.compiler.is_compiling():
+            # Compiled code can hold nothing that refuses: where it would have to, the layer is taken for a called one.
+            patches = self._readable(names) if selection.rows is None else None
+            return found if patches is None else self._part(name, patches)
+        make = partial(self._read, name, selection, names)
+        if name == "bias" or not self._called:
+            with suppress(UnsupportedError):
+                return make()
+        return Unread(found, make) if isinstance(found, Tensor) else found
+
+    def _readable(self, names: tuple[str, ...]) -> list[Patch] | None:
+        """The patches of ``names``; ``None`` when the layer's weight cannot hold one."""
+        try:
+            patches = self.weight_patches(names)
+        except MergeError:
+            return None
+        return None if any(patch.gate is not None or patch.route is not None for patch in patches) else patches
+
+    def _read(self, name: str, selection: Selection, names: tuple[str, ...]) -> Tensor | None:
+        """The weight or bias under a selection; inference keeps the weight."""
+        if name == "bias" or (torch.is_grad_enabled() and any(t.requires_grad for t in self._sources(names))):
+            return self._made(name, selection, names)
+        keeping = self._keeping
+        kept = keeping.read
+        if kept is None or kept.selected != selection.names or not kept.is_current(selection):
+            kept = keeping.read = Read(selection, self._sources(names), partial(self._made, name, selection, names))
+        return kept.weight
+
+    def _made(self, name: str, selection: Selection, names: tuple[str, ...]) -> Any:
+        patches = self._readable(names) if selection.rows is None else None
+        if patches is None:
+            what = "such an adapter" if selection.rows is None else "one adapter for each row"
+            raise UnsupportedError(
+                f"{self.site.name}: the model computes with this layer's weight itself, which cannot hold {what}.",
+                hint="Leave the layer out of target_modules, or run the rows of each adapter by themselves.",
+            )
+        return self._part(name, patches)
+
+    def _part(self, name: str, patches: Sequence[Patch]) -> Tensor | None:
+        """The weight, as stored, or the bias with ``patches``."""
+        if name != "bias":
+            return self.base_stored if self.site.shift_only else self._whole(patches)[0]
+        bias = biases(self.base_bias, patches)[-1]
+        return None if bias is None else bias.to(self.site.stored.dtype)
 
     # -- merging -------------------------------------------------------------------------------------------
 

@@ -32,6 +32,9 @@ class PackedLayer(AdaptedLayer):
     def _base(self, *args: Any, **kwargs: Any) -> Any:
         return self.site.module(*args, **kwargs)
 
+    def _readable(self, names: tuple[str, ...]) -> None:
+        """None: a packed weight holds no adapter without a merge."""
+
     def merge(self, names: tuple[str, ...]) -> None:
         self.unmerge()
         names = self.here(names)

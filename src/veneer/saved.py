@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from veneer.any_names import Copies
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, UnsupportedError
 from veneer.offload import copy_resident
 from veneer.row_layout import ROWS, Layout, refused
 from veneer.selection import Selection, Switch
+from veneer.unread import Unread
 
 
 class SavedModule(nn.Module):
@@ -39,7 +41,11 @@ class SavedModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.current, name)
+            found = getattr(self.current, name)
+        selection = self.switch.selection
+        if selection.rows is None or not isinstance(found, Tensor) or torch.compiler.is_compiling():
+            return found
+        return Unread(found, partial(_refuse_rows, name)) if self.here(selection.used) else found
 
     @property
     def current(self) -> nn.Module:
@@ -152,6 +158,13 @@ def _check_rows(own: Any, y: Any, name: str, dim: int) -> None:
             "hold both.",
             hint="Run the adapters of such a batch one after the other.",
         )
+
+
+def _refuse_rows(name: str) -> Tensor:
+    raise UnsupportedError(
+        f"The model computes with {name!r} of a module that an adapter brings whole, where no row has its own.",
+        hint="Run the rows of each adapter by themselves.",
+    )
 
 
 def _set(module: nn.Module, name: str, tensor: Tensor) -> None:

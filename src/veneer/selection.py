@@ -176,6 +176,11 @@ class Switch:
                 return selection
         return None
 
+    @property
+    def in_call(self) -> bool:
+        """Whether the model is being called, or computes something again on the way back."""
+        return torch.compiler.is_compiling() or bool(self.calls()) or torch._C._current_graph_task_id() != -1
+
     def calls(self) -> list[object]:
         """The calls of the model that this context is, or was, inside of."""
         return [call for switch, _, call in _CALLS.get() or () if switch is self and call is not None]

@@ -47,3 +47,6 @@ class ShardedLayer(AdaptedLayer):
 
     def _folded_form(self, names: tuple[str, ...]) -> None:
         """None: what is folded adds to the base layer's own output, and here that is a part."""
+
+    def _readable(self, names: tuple[str, ...]) -> None:
+        """None: what a process has is a part of a weight."""

@@ -172,14 +172,15 @@ def call_with(module: nn.Module, tensors: Mapping[str, Tensor | None], *args: An
     bring them in the given ones' place, so it is left out.
     """
     if offload.offloading_hook(module) is not None:
-        own = _copy_with(module, {**offload.own_tensors(module), **tensors})
+        own = copy_with(module, {**offload.own_tensors(module), **tensors})
         return offload.without_hook(own)(*args, **kwargs)
     if "forward" in module.__dict__:
         return functional_call(module, {k: v for k, v in tensors.items() if v is not None}, args, kwargs)
-    return _copy_with(module, tensors)(*args, **kwargs)
+    return copy_with(module, tensors)(*args, **kwargs)
 
 
-def _copy_with(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Module:
+def copy_with(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Module:
+    """A shallow copy of a module with other tensors in the place of its parameters."""
     own = copy.copy(module)
     own.__dict__["_parameters"] = parameters = dict(module._parameters)
     own.__dict__["_modules"] = modules = dict(module._modules)
@@ -188,7 +189,7 @@ def _copy_with(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Mo
         if rest:
             child = modules[head]
             assert child is not None
-            modules[head] = _copy_with(child, {rest: tensor})
+            modules[head] = copy_with(child, {rest: tensor})
         else:
             parameters[name] = tensor  # type: ignore[assignment]
     return own
