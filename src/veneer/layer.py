@@ -537,7 +537,8 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
     def _seen(self, name: str, found: Any) -> Any:
         """The weight or bias that a model which computes with it itself is to see in a call; ``found`` is the base's.
 
-        A layer that is never called gives its adapters' weight. Of one that is called it is made when it is wanted.
+        A layer that is never called gives its adapters' weight. Of one that is called, and in training, where a pass
+        and its repetition on the way back must do the same, it is made when it is wanted.
         """
         selection = self.switch.selection
         names = self.here(selection.applied)
@@ -551,10 +552,13 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
             patches = self._readable(names) if selection.rows is None else None
             return found if patches is None else self._part(name, patches)
         make = partial(self._read, name, selection, names)
-        if name == "bias" or not self._called:
+        if name == "bias" or not (self._called or self._wants_grad(names)):
             with suppress(UnsupportedError):
                 return make()
         return Unread(found, make) if isinstance(found, Tensor) else found
+
+    def _wants_grad(self, names: tuple[str, ...]) -> bool:
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._sources(names))
 
     def _readable(self, names: tuple[str, ...]) -> list[Patch] | None:
         """The patches of ``names``; ``None`` when the layer's weight cannot hold one."""
@@ -566,7 +570,7 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
 
     def _read(self, name: str, selection: Selection, names: tuple[str, ...]) -> Tensor | None:
         """The weight or bias under a selection; inference keeps the weight."""
-        if name == "bias" or (torch.is_grad_enabled() and any(t.requires_grad for t in self._sources(names))):
+        if name == "bias" or self._wants_grad(names):
             return self._made(name, selection, names)
         keeping = self._keeping
         kept = keeping.read

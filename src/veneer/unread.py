@@ -1,7 +1,8 @@
 """A weight that somebody asked a layer for, and of which so far only the outside is wanted.
 
 Models ask a layer that they call for its weight's dtype or device. The weight that the adapters make is worked out when
-somebody computes with it.
+somebody computes with it. A kernel with a backward pass of its own computes where no gradient is noted, so that it would
+train nothing: it is refused.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+
+from veneer.errors import UnsupportedError
 
 # What is said without the values.
 _OUTSIDE = {
@@ -26,14 +29,15 @@ class Unread(Tensor):
 
     outside: Tensor
     make: Callable[[], Tensor]
+    noted: bool
 
     @staticmethod
     def __new__(cls, outside: Tensor, make: Callable[[], Tensor]) -> Unread:
         """A tensor of the shape, dtype and device of ``outside``, without memory."""
-        found: Unread = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        found: Unread = Tensor._make_wrapper_subclass(
             cls, outside.shape, strides=outside.stride(), dtype=outside.dtype, device=outside.device
         )
-        found.outside, found.make = outside, make
+        found.outside, found.make, found.noted = outside, make, torch.is_grad_enabled()
         return found
 
     def __init__(self, outside: Tensor, make: Callable[[], Tensor]) -> None:
@@ -52,12 +56,26 @@ class Unread(Tensor):
         return _read(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return _read(func, args, kwargs)
 
 
 def _read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-    own, named = tree_map_only(Unread, lambda weight: weight.make(), (args, kwargs or {}))
+    own, named = tree_map_only(Unread, _values, (args, kwargs or {}))
     return func(*own, **named)
+
+
+def _values(weight: Unread) -> Tensor:
+    if torch.is_grad_enabled() or not weight.noted:
+        return weight.make()
+    with torch.enable_grad():
+        found = weight.make()
+    if found.requires_grad:
+        raise UnsupportedError(
+            "The model gives the weight of an adapted layer to a kernel through which no gradient would reach the "
+            "adapter.",
+            hint="Train without that kernel, or leave such layers out of target_modules.",
+        )
+    return found

@@ -43,7 +43,7 @@ class Watched(nn.Parameter):
     """A parameter of an adapter that is not trained; in a pickle, a plain one."""
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """The values, without a version."""
         edited()
         found: Tensor = Tensor.data.__get__(self)  # type: ignore[attr-defined]
@@ -72,4 +72,4 @@ def leave_alone(parameters: Iterable[Tensor]) -> None:
     """Watch parameters no longer."""
     for parameter in parameters:
         if type(parameter) is Watched:
-            parameter.__class__ = nn.Parameter
+            parameter.__class__ = nn.Parameter  # type: ignore[assignment]
