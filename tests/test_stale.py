@@ -208,6 +208,38 @@ def test_an_adapter_loaded_in_inference_mode() -> None:
         assert gap(logits(model, X), base) < CLOSE
 
 
+def test_a_compiled_model() -> None:
+    torch._dynamo.reset()
+    model = frozen()
+    graph = torch.compile(model, fullgraph=True, backend="eager")
+    before = logits(graph, X)
+    assert gap(before, logits(model, X)) < CLOSE
+    data_zeroed(model)
+    with model.disable_adapter():
+        base = logits(model, X)
+    assert gap(before, base) > 0.02
+    assert gap(logits(graph, X), base) < CLOSE
+
+
+def test_a_model_whose_parameters_are_given_for_one_call() -> None:
+    model = frozen()
+    before = logits(model, X)
+    given = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items() if "lora_B" in name}
+    found = torch.func.functional_call(model, given, (), X).logits
+    with model.disable_adapter():
+        assert gap(found, logits(model, X)) < CLOSE
+    assert torch.equal(logits(model, X), before)
+
+
+def test_a_replica_for_another_device_has_nothing_of_the_layer_that_it_was_made_from() -> None:
+    model = frozen()
+    logits(model, X)
+    layer = next(iter(model.adapters.layers.values()))
+    replica = layer._replicate_for_data_parallel()
+    assert layer._keeping.folded is not None
+    assert replica._keeping.folded is None
+
+
 def test_tensors_that_layers_share_are_exchanged_in_all_of_them() -> None:
     made = veneer.VeraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_weights=False)
     model = veneer.get_peft_model(build("llama"), made, seed=0).eval()

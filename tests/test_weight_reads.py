@@ -23,9 +23,7 @@ CLOSE = 1e-5
 
 
 class Reads(nn.Module):
-    """Computes with a layer's weight, and again with another's that it calls too."""
-
-    calls = False
+    """Computes with a layer's weight, and with another's that it calls too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,26 +32,23 @@ class Reads(nn.Module):
         self.table = nn.Embedding(12, 8)
 
     def block(self, h: Tensor) -> Tensor:
-        if self.calls:
-            return self.second(self.first(h)) + self.second(h[..., :6])
         h = F.linear(h, self.first.weight, self.first.bias)
-        own = self.second(h[..., :6].to(self.second.weight.dtype))
+        own = self.second(h.to(self.second.weight.dtype))
         return own + F.linear(h, self.second.weight, self.second.bias)
 
 
 class Model(nn.Module):
-    """One such block, its output read off the table."""
+    """Such a block behind a table that it reads too; or the same with all of them called."""
 
     def __init__(self, calls: bool = False, checkpointed: bool | None = None) -> None:
         super().__init__()
-        self.inner, self.checkpointed = Reads(), checkpointed
-        self.inner.calls = calls
+        self.inner, self.calls, self.checkpointed = Reads(), calls, checkpointed
 
     def forward(self, ids: Tensor) -> Tensor:
-        h = F.embedding(ids, self.inner.table.weight) if not self.inner.calls else self.inner.table(ids)
-        if self.inner.calls:
-            first = self.inner.first(h)
-            return self.inner.second(first) + self.inner.second(first[..., :6])
+        if self.calls:
+            h = self.inner.first(self.inner.table(ids))
+            return self.inner.second(h) + self.inner.second(h)
+        h = F.embedding(ids, self.inner.table.weight)
         if self.checkpointed is None:
             return self.inner.block(h)
         found: Tensor = checkpoint(self.inner.block, h, use_reentrant=self.checkpointed)

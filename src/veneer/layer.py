@@ -568,7 +568,7 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
             return None
         return None if any(patch.gate is not None or patch.route is not None for patch in patches) else patches
 
-    def _read(self, name: str, selection: Selection, names: tuple[str, ...]) -> Tensor | None:
+    def _read(self, name: str, selection: Selection, names: tuple[str, ...]) -> Any:
         """The weight or bias under a selection; inference keeps the weight."""
         if name == "bias" or self._wants_grad(names):
             return self._made(name, selection, names)
@@ -640,6 +640,11 @@ class AdaptedLayer(LayerFace, Shares, nn.Module):
         super().train(mode)
         self._forget()
         return self
+
+    def _replicate_for_data_parallel(self) -> AdaptedLayer:
+        replica: AdaptedLayer = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._forget()
+        return replica
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_keeping": None}

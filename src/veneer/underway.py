@@ -19,10 +19,10 @@ Concerned = Collection[str] | None
 
 
 class _Change:
-    """One change, waiting or being made."""
+    """One change, waiting or being made. While another is made nobody knows what it will concern."""
 
-    def __init__(self, names: Concerned) -> None:
-        self.names = names
+    def __init__(self) -> None:
+        self.names: Concerned = ()
 
     def concerns(self, used: Collection[str]) -> bool:
         """Whether it must not be made during a call that uses ``used``."""
@@ -81,7 +81,7 @@ class Underway:
         A change inside another's block is a part of it.
 
         Args:
-            concerned: the names of the adapters whose calls it would disturb; asked again after each wait.
+            concerned: gives the names of the adapters whose calls it would disturb; asked again after each wait.
             inside: what stands for the calls of this context.
 
         Raises:
@@ -91,7 +91,7 @@ class Underway:
         if own is not None and self._making is own:
             yield
             return
-        change = _Change(concerned())
+        change = _Change()
         self._await_turn(change, concerned, inside)
         token = _OWN.set(change)
         try:
@@ -106,22 +106,24 @@ class Underway:
         with self._turn:
             self._waiting.append(change)
             try:
-                while not self._may_be_made(change, inside):
+                while not self._may_be_made(change, concerned, inside):
                     self._turn.wait()
-                    change.names = concerned()
                 self._making = change
             finally:
                 self._waiting.remove(change)
                 self._turn.notify_all()
 
-    def _may_be_made(self, change: _Change, inside: Collection[object]) -> bool:
+    def _may_be_made(self, change: _Change, concerned: Callable[[], Concerned], inside: Collection[object]) -> bool:
+        if self._making is not None:
+            return False
+        change.names = concerned()
         disturbed = [call for call, used in self._calls.items() if change.concerns(used)]
         if any(call in inside for call in disturbed):
             raise AdapterError(
                 "The adapters were to be changed inside a call of the model that uses them; nothing was changed.",
                 hint="Change them after the call: a hook, a streamer or a stopping criterion can note what is wanted.",
             )
-        return not disturbed and self._making is None
+        return not disturbed
 
 
 # The change that this context makes.
