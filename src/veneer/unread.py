@@ -1,8 +1,8 @@
 """A weight that somebody asked a layer for, and of which so far only the outside is wanted.
 
 Models ask a layer that they call for its weight's dtype or device. The weight that the adapters make is worked out when
-somebody computes with it. A kernel with a backward pass of its own computes where no gradient is noted, so that it would
-train nothing: it is refused.
+somebody computes with it. A kernel with a backward pass of its own computes where no gradient is noted, so that it
+would train nothing: it is refused.
 """
 
 from __future__ import annotations
