@@ -24,7 +24,7 @@ from veneer.errors import (
     DuplicateAdapterError,
     UnknownAdapterError,
 )
-from veneer.guard import Guard, guarded
+from veneer.guard import guarded
 from veneer.layouts import Check, Layouts
 from veneer.merging.quantized import QuantizedMerge
 from veneer.methods import AnyMethod, method_of, prompt_of
@@ -95,8 +95,6 @@ class Adapters(Wrappers):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.entries: dict[str, Adapter] = {}
-        # Held while the set changes, and by who must see it as it is at one moment.
-        self.changing = Guard()
         # Whether one of them is, or was, to be trained.
         self.trains = False
         # What the last merge into quantised weights lost.
@@ -417,12 +415,12 @@ class Adapters(Wrappers):
 
     # -- changing the set ----------------------------------------------------------------------------------
 
-    @guarded
     def delete(self, name: str) -> None:
         """Remove an adapter. If it was selected, the rest of the selection stays (the base alone if none)."""
-        with self.switch.changing(lambda: self._concerned(name)):
+        with self.switch.changing(lambda: self.concerned(name)):
             self._delete(name)
 
+    @guarded
     def _delete(self, name: str) -> None:
         adapter = self.get(name)
         check_unused(name, self)
@@ -442,7 +440,7 @@ class Adapters(Wrappers):
         self.scalings.watch(self)
         self.shadows.watch(self)
 
-    def _concerned(self, name: str) -> Concerned:
+    def concerned(self, name: str) -> Concerned:
         """Whose calls a change of an adapter disturbs: its own, or all where it is in the base's weights."""
         entry = self.entries.get(name)
         layers = [] if entry is None else entry.layers
@@ -473,12 +471,12 @@ class Adapters(Wrappers):
             self._leave(module, adapter.name)
             adapter.layers.remove(module)
 
-    @guarded
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name; it keeps its place in the order."""
-        with self.switch.changing(lambda: self._concerned(old)):
+        with self.switch.changing(lambda: self.concerned(old)):
             self._rename(old, new)
 
+    @guarded
     def _rename(self, old: str, new: str) -> None:
         adapter = self.get(old)
         if new == old:
@@ -506,7 +504,6 @@ class Adapters(Wrappers):
             for layer in self.layers.values():
                 layer.unmerge()
 
-    @guarded
     def unload(self, *, keep: bool = False) -> nn.Module:
         """Take every adapter off; the model is as it was before the first one came.
 
@@ -516,6 +513,7 @@ class Adapters(Wrappers):
         with self.changing():
             return self._unload(keep)
 
+    @guarded
     def _unload(self, keep: bool) -> nn.Module:
         if not keep:
             self.unmerge()

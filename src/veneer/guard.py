@@ -1,9 +1,13 @@
-"""A lock on a set that several threads change."""
+"""One lock for the set of adapters: who changes it, or has to see it as it is at one moment, holds the lock.
+
+It is the lock of the choice (:attr:`~veneer.selection.Switch.choosing`). It is taken for moments, after what has to be
+waited for (:meth:`~veneer.selection.Switch.changing`), so that a call which changes its choice waits for nobody who
+waits for the call.
+"""
 
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -11,36 +15,20 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Guard:
-    """A lock that its thread may take again; a copy of what it guards gets one of its own."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> Any:
-        return Guard, ()
-
-
 class Guarded(Protocol):
-    """What has a :class:`Guard`."""
+    """What has a choice of adapters."""
 
-    changing: Guard
+    switch: Any
 
 
 S = TypeVar("S", bound=Guarded)
 
 
 def guarded(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """Let one thread at a time be in this method, or in a block that holds the guard."""
+    """Let one thread at a time be in this method, or in a block that holds the lock."""
 
     def held(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self.changing:
+        with self.switch.choosing:
             return method(self, *args, **kwargs)
 
     functools.update_wrapper(held, method)

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from veneer import probe
+from veneer.calls import Call as ModelCall
 from veneer.config import PeftType
 from veneer.errors import AdapterError, VeneerError
 from veneer.media import call_of, doubled, few, media_of, rows_of, shares_of, spans_of, text_spans_of
 from veneer.prompts import taken_names
 from veneer.row_layout import ONE_BY_ONE, ROWS, UNKNOWN, Layout, Prints, layout_of, moved, refused
-from veneer.selection import BASE, Selection
+from veneer.selection import BASE, NOTHING, Selection
 
 if TYPE_CHECKING:
     from veneer.adapters import Adapter, Adapters
@@ -187,7 +188,7 @@ class Check:
         """Run the base on random tokens; the error where it does not take them."""
         model, modules = self.adapters.model, self._modules()
         try:
-            with self.adapters.disabled():
+            with ModelCall(self.adapters, NOTHING):  # nobody merges meanwhile
                 seen = probe.observed(model, modules, probe.text_calls(model))
         except Exception as error:
             return error
@@ -211,7 +212,7 @@ class Check:
         modules = {name: module for name, module in self._modules().items() if name in missing}
         calls = probe.own_calls(model, dict(call), [*images.values(), *text.values()])
         try:
-            with self.adapters.disabled():
+            with ModelCall(self.adapters, NOTHING):  # nobody merges meanwhile
                 seen = probe.observed(model, modules, calls)
         except VeneerError:
             raise

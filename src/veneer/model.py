@@ -878,7 +878,7 @@ class PeftModel(ScalingFace, BatchingFace, nn.Module):
                 hint="Leave it out: every current tool reads safetensors.",
             )
         folder, state = Path(save_directory), state_dict or {}
-        with self.adapters.changing:  # in another thread, none is renamed or deleted meanwhile
+        with self.adapters.switch.choosing:  # in another thread, none is renamed or deleted meanwhile
             names = list(self.adapters.entries) if selected_adapters is None else list(selected_adapters)
             entries = [self.adapters.get(name) for name in names]
             drafts = {entry.name: self._draft(entry, folder, state, save_embedding_layers) for entry in entries}
@@ -922,7 +922,7 @@ class PeftModel(ScalingFace, BatchingFace, nn.Module):
         self, adapter_name: str | None = None, save_embedding_layers: SaveEnds = "auto"
     ) -> dict[str, Tensor]:
         """Checkpoint key -> tensor of one adapter (the active one when ``None``): what saving writes."""
-        with self.adapters.changing:
+        with self.adapters.switch.choosing:
             name = adapter_name or self.active_adapter
             return self._tensors_to_save(self.adapters.get(name), {}, save_embedding_layers)
 

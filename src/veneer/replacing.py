@@ -23,11 +23,12 @@ def replace(adapters: Adapters, name: str, fresh: str) -> Adapter:
     Where their tensors are alike the old ones take the new values, so that whoever holds them goes on.
 
     Raises:
-        AdapterError: the old one is mixed by another, or the new one cannot be active beside those that are. Then the
-            old one is still there, and ``fresh`` is not.
+        AdapterError: the old one is mixed by another, the new one cannot be active beside those that are, or this is
+            asked for inside a call that uses the old one. Then the old one is still there, and ``fresh`` is not.
     """
     try:
-        return _filled(adapters, name, fresh) if _are_alike(adapters, name, fresh) else _put(adapters, name, fresh)
+        with adapters.switch.changing(lambda: adapters.concerned(name)):
+            return _filled(adapters, name, fresh) if _are_alike(adapters, name, fresh) else _put(adapters, name, fresh)
     finally:
         if fresh in adapters.entries:
             adapters.delete(fresh)
@@ -77,7 +78,7 @@ def _filled(adapters: Adapters, name: str, fresh: str) -> Adapter:
             layer.reset(name, share, other.settings)
     if name in adapters.prompts:
         adapters.prompts.configs[name] = adapters.prompts.configs[fresh]
-    for field in ("config", "origin", "zero", "bound", "notes", "allocation", "dtypes", "trainable"):
+    for field in ("config", "origin", "zero", "beside", "bound", "notes", "allocation", "dtypes", "trainable"):
         setattr(old, field, getattr(new, field))
     return old
 
