@@ -218,10 +218,10 @@ def test_one_embedding_cannot_have_two_lists_of_tokens(tmp_path: Path) -> None:
     tokens = {"embed_tokens": [3, 4], "lm_head": [5, 6]}
     options: dict[str, Any] = {"target_modules": ["q_proj"], "ensure_weight_tying": True}
     config = veneer.LoraConfig(**options, trainable_token_indices=tokens)
-    with pytest.raises(veneer.ConfigError, match="other tokens each"):
+    with pytest.raises(veneer.ConfigError, match="other tokens are to be trained in each"):
         veneer.get_peft_model(tied(), config)
     same = veneer.LoraConfig(**options, trainable_token_indices={name: [3, 4] for name in tokens})
     veneer.get_peft_model(tied(), same).save_pretrained(tmp_path)
     change(tmp_path, trainable_token_indices=tokens)
-    with pytest.raises(veneer.ConfigError, match="other tokens each"):
+    with pytest.raises(veneer.ConfigError, match="other tokens are to be trained in each"):
         veneer.PeftModel.from_pretrained(tied(), tmp_path)

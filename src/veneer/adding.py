@@ -27,7 +27,7 @@ from veneer.prompts import place_of, words_of
 from veneer.sites import Site
 from veneer.targets import only_parameters
 from veneer.telling import tell
-from veneer.tied import check_both, check_tokens, name_both, parted, tied_ends
+from veneer.tied import check_both, name_both, parted, tied_ends
 
 
 @guarded
@@ -50,7 +50,6 @@ def load(
     adapters.check_new(name)
     config = checkpoint.config
     method = adapters.kind_of(config)
-    check_tokens(known(config), adapters.catalog)
     _meet_experts(adapters, config)
     plan = make_plan(known(config), method, checkpoint.tensors, adapters.catalog)
     _settle(adapters, plan, checkpoint, strict)
@@ -157,7 +156,6 @@ def create(
     config.check_honoured()
     _meet_experts(adapters, config)
     adapter = Adapter(name, known(config), trainable=True)
-    check_tokens(adapter.config, adapters.catalog)
     name_both(adapter.config, adapters.catalog)
     roots = adapters.catalog.saved(adapter.config)
     _check_saved_exist(adapters, adapter.config)

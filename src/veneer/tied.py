@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 from veneer.catalog import Catalog
 from veneer.config import AnyConfig, TargetedConfig
 from veneer.errors import ConfigError, UnsupportedError
-from veneer.targets import names_match, only_parameters, shortest
+from veneer.targets import only_parameters, shortest
 
 
 def tied_ends(config: AnyConfig, catalog: Catalog) -> list[tuple[str, str]]:
     """The embedding and the output layer that ``config`` has stay alike."""
     return catalog.tied_ends if getattr(config, "ensure_weight_tying", False) else []
-
-
-def check_tokens(config: AnyConfig, catalog: Catalog) -> None:
-    """Raise ``ConfigError`` where both ends are to stay alike, and have other trained tokens each."""
-    wanted = getattr(config, "trainable_token_indices", None)
-    if not isinstance(wanted, Mapping):
-        return
-    for pair in tied_ends(config, catalog):
-        lists = [tokens for name in pair for key, tokens in wanted.items() if names_match(name, [key])]
-        if len(lists) > 1 and any(tokens != lists[0] for tokens in lists):
-            raise ConfigError(
-                f"ensure_weight_tying=True: {' and '.join(pair)} share a weight, and trainable_token_indices gives "
-                "them other tokens each.",
-                hint="Give both the same list, or name the embedding alone.",
-            )
 
 
 def name_both(config: AnyConfig, catalog: Catalog) -> None:
