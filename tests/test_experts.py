@@ -59,7 +59,7 @@ def trained(model: nn.Module) -> dict[str, tuple[int, ...]]:
         (mixtral, ["q_proj", "w1", "w2", "w3"]),
         (mixtral, "all-linear"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None) or str(value),
 )
 def test_the_usual_names_train_what_pefts_do(make: Callable[[], nn.Module], targets: Any) -> None:
     with warnings.catch_warnings():
