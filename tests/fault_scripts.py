@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import runpy
+import signal
 import sys
 import tempfile
 import traceback
@@ -31,8 +31,6 @@ def run(script: Path, log: Path) -> int:
 def _become(script: Path, log: Path) -> None:
     """Run a script in this process, and end it."""
     code = 0
-    import signal
-
     signal.alarm(SECONDS)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -40,7 +38,8 @@ def _become(script: Path, log: Path) -> None:
     sys.argv = [str(script)]
     sys.path.insert(0, str(script.parent))
     try:
-        with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
+        with tempfile.TemporaryDirectory() as place:
+            os.chdir(place)
             tempfile.tempdir = place
             runpy.run_path(str(script), run_name="__main__")
     except SystemExit as end:
@@ -54,6 +53,7 @@ def _become(script: Path, log: Path) -> None:
 
 
 def main(folder: Path) -> None:
+    """Run every script of a folder, and print what came of it."""
     for name in LIBRARIES:
         __import__(name)
     results = {}
