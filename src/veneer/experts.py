@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
+from veneer import patterns
 from veneer.catalog import Catalog
 from veneer.config import TargetedConfig
 from veneer.configs.lora import LoraConfig
@@ -209,10 +209,10 @@ def warn_of_idle_names(config: TargetedConfig, catalog: Catalog, layers: Iterabl
                 held = any(name in module._parameters for module in catalog.modules.values())
                 more = " It is a parameter: see target_parameters." if held and option == "target_modules" else ""
                 tell(_idle(option, name, [] if more else endings) + more)
-    patterns = [*names, *(site.pattern_name for site in _parameters(config, catalog))]
+    modules = [*names, *(site.pattern_name for site in _parameters(config, catalog))]
     for option in ("rank_pattern", "alpha_pattern"):
         for name in getattr(config, option, None) or ():
-            if not any(re.match(rf"(.*\.)?({name})$", module) for module in patterns):
+            if not any(patterns.match(name, patterns.ENDING, module) for module in modules):
                 tell(_idle(option, name, endings))
 
 
