@@ -115,14 +115,14 @@ class Changes:
     roots: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def signature(self, site_id: str) -> tuple[object, ...]:
-        """What is done to a site: equal for two that share their weight and are changed alike."""
+    def parts(self, site_id: str) -> list[tuple[object, list[Tensor]]]:
+        """List what is done to a site: each adapter and method, and its tensors."""
         layer = self.layers[site_id]
-        return tuple(
-            (name, type(share.method), tuple(id(tensor) for tensor in layer.tensors(name, share).values()))
+        return [
+            ((name, type(share.method)), list(layer.tensors(name, share).values()))
             for name in layer.here(tuple(self.weights))
             for share in layer.bound[name]
-        )
+        ]
 
     @torch.no_grad()
     def patches(self, site_id: str) -> list[Patch]:

@@ -158,11 +158,18 @@ class Planner:
     def _touched(self) -> list[str]:
         return list(dict.fromkeys([*self.layers, *self.changes.saved]))
 
-    def _signature(self, name: str) -> tuple[object, ...]:
-        if name in self.changes.saved:
-            return ("whole", name)
+    def _are_alike(self, one: str, other: str) -> bool:
+        """Whether two parameters that share a tensor are changed by the same, or by equal tensors in the same way."""
+        if one in self.changes.saved or other in self.changes.saved:
+            return False
+        left, right = self._parts(one), self._parts(other)
+        tensors = [[tensor for _, own in parts for tensor in own] for parts in (left, right)]
+        same_kinds = [(kind, len(own)) for kind, own in left] == [(kind, len(own)) for kind, own in right]
+        return same_kinds and all(a is b or torch.equal(a, b) for a, b in zip(*tensors, strict=True))
+
+    def _parts(self, name: str) -> list[tuple[object, list[Tensor]]]:
         sites = self.layers[name].sites if name in self.layers else ()
-        return tuple(part for site in sites for part in self.changes.signature(site.id))
+        return [part for site in sites for part in self.changes.parts(site.id)]
 
     def _owned(self, touched: Sequence[str]) -> list[str]:
         """The parameters to write. Those that share a tensor get one each as soon as they differ."""
@@ -170,7 +177,8 @@ class Planner:
         for name in touched:
             group = self.groups.get(name, [name])
             owners = {owner(self.model, other): other for other in reversed(group)}
-            if len({self._signature(other) for other in owners.values()}) > 1:
+            first, *others = owners.values()
+            if not all(self._are_alike(first, other) for other in others):
                 self.untied += [other for other in group if other not in self.untied]
                 found += [other for other in owners.values() if other not in found]
             elif self._is_own(name, group, touched):
