@@ -301,10 +301,12 @@ class Adapters(Wrappers):
         )
         return selection
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _checked_once(self, *asked: Any) -> bool:
         Check(self).without_values(*asked)
         return True
+
+    # What torch.compiler.assume_constant_result does, which would import the compiler first.
+    _checked_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def during(self, selection: Selection) -> AbstractContextManager[None]:
         """Use ``selection`` inside a ``with`` block, in this thread or task only."""
