@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs methods checks adapters clean
+.PHONY: help demo test lint format bench docs methods architecture checks adapters clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,10 +18,11 @@ demo: $(VENV)/.demo  ## Show the main job on a real model (under three minutes)
 test: $(VENV)/.dev  ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
-lint: $(VENV)/.dev  ## Check format, lint and types
+lint: $(VENV)/.dev  ## Check format, lint, types and the layers of the source
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: $(VENV)/.dev  ## Put the code into its format
 	$(BIN)/ruff check --fix .
@@ -39,6 +40,9 @@ methods: $(VENV)/.dev  ## Write docs/methods.md from the methods' own files
 checks: $(VENV)/.dev  ## Hold the methods to their contract (ARGS="hra oft" for these alone) and record the outcomes
 	$(BIN)/python -m tests.methods.checks $(ARGS)
 	$(BIN)/python -m tests.methods.document
+
+architecture: $(VENV)/.dev  ## Draw the layers of the source from their contract
+	$(BIN)/python tools/draw_layers.py
 
 adapters: $(VENV)/.dev  ## Train the demo's adapters again from their recipe
 	$(BIN)/python -m veneer.demo.train $(ARGS)

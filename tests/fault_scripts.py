@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import runpy
@@ -17,6 +18,10 @@ from pathlib import Path
 SECONDS = 240
 # What the scripts import, which takes longer than what they do.
 LIBRARIES = ("torch", "transformers", "peft", "veneer", "safetensors.torch", "transformers.trainer")
+
+
+# Modules of the source that some of them reach into, by the names that these had then.
+FORMER = {"veneer.config": "veneer.configs.base", "veneer.layer": "veneer.layers.adapted_layer"}
 
 
 def run(script: Path, log: Path) -> int:
@@ -55,7 +60,10 @@ def _become(script: Path, log: Path) -> None:
 def main(folder: Path) -> None:
     """Run every script of a folder, and print what came of it."""
     for name in LIBRARIES:
-        __import__(name)
+        importlib.import_module(name)
+    for name, now in FORMER.items():
+        sys.modules[name] = importlib.import_module(now)
+        setattr(sys.modules["veneer"], name.rpartition(".")[2], sys.modules[name])
     results = {}
     with tempfile.TemporaryDirectory() as place:
         log = Path(place) / "log"

@@ -13,10 +13,10 @@ from torch import nn
 import veneer
 from tests.adapters import WEIGHTS, adapted, saved
 from tests.models import build, inputs, logits
+from veneer.checkpoints.mapped_tensors import read_mapped
 from veneer.errors import BindError, CorruptFileError
-from veneer.layer import Leaf
-from veneer.mapped import read_mapped
-from veneer.source import read_header
+from veneer.files.safetensors_header import read_header
+from veneer.layers.parameter_holder import ParameterHolder
 
 
 def write(path: Path, parts: list[tuple[str, str, list[int], bytes]], pad: int = 0) -> Path:
@@ -117,13 +117,13 @@ def test_a_layer_without_a_change_is_found_beside_those_with_one(tmp_path: Path)
 
 
 def test_a_leaf_is_a_whole_module() -> None:
-    leaf = Leaf(training=False)
+    leaf = ParameterHolder(training=False)
     leaf._parameters["weight"] = nn.Parameter(torch.ones(2))
     seen: list[str] = []
     leaf.register_state_dict_post_hook(lambda *_: seen.append("saved"))
     assert list(leaf.state_dict()) == ["weight"]
     assert seen == ["saved"]
-    assert not Leaf(training=False)._state_dict_hooks
+    assert not ParameterHolder(training=False)._state_dict_hooks
     assert [name for name, _ in leaf.named_modules()] == [""]
     assert leaf.double().weight.dtype is torch.float64
     assert leaf.train().training

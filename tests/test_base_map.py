@@ -9,8 +9,8 @@ import pytest
 
 import veneer
 from tests.adapters import edit_config, saved, saved_base
-from veneer.base_map import VARIABLE, relocated
 from veneer.errors import BaseModelError, ConfigError
+from veneer.files.base_map import VARIABLE, look_up
 
 ELSEWHERE = "/workspace/models/tiny"
 
@@ -72,6 +72,6 @@ def test_a_map_that_says_nonsense(adapter: Path, text: str, monkeypatch: pytest.
 def test_a_map_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "/no/such/map.json")
     with pytest.raises(ConfigError, match=r"/no/such/map\.json cannot be read"):
-        relocated("x")
+        look_up("x")
     monkeypatch.setenv(VARIABLE, "")
-    assert relocated("x") is None
+    assert look_up("x") is None

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer.codec import Slot, decode, encode
+from veneer.files.tensor_keys import Slot, decode, encode
 
 LEAVES = ("lora_A.weight", "lora_B.weight")
 

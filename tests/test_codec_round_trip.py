@@ -18,11 +18,11 @@ from torch import nn
 
 import veneer
 from tests.models import gap
-from veneer.codec import Slot, decode, encode
-from veneer.config import PeftConfig, PromptConfig, config_class, registered
+from veneer.configs.base import PeftConfig, PromptConfig, config_class, registered
 from veneer.errors import ConfigError, DuplicateAdapterError
+from veneer.files.tensor_keys import Slot, decode, encode
 from veneer.methods import method_of
-from veneer.methods.method import Part, leaves_of
+from veneer.methods.base.method import MethodOnSites, leaves_of
 
 # What a config needs beside its defaults, where its method has no case of its own.
 NEEDED: dict[str, dict[str, Any]] = {"CPT": {"task_type": "CAUSAL_LM"}, "XLORA": {"adapters": {"0": "path"}}}
@@ -41,7 +41,7 @@ def config_of(peft_type: str, **options: Any) -> PeftConfig:
 
 def leaves(peft_type: str) -> list[str]:
     """A method's leaves, in the order in which the plan tries them."""
-    return list(leaves_of([Part(method_of(config_of(peft_type)), [])]))
+    return list(leaves_of([MethodOnSites(method_of(config_of(peft_type)), [])]))
 
 
 ALL_LEAVES = sorted({leaf for name in LAYER_METHODS for leaf in leaves(name)})

@@ -15,7 +15,7 @@ from torch import Tensor
 import veneer
 from tests.adapters import adapted, config, enlarge
 from tests.models import build, gap, inputs, logits
-from veneer.combine import drop_at_random, elect, keep_largest, nearest, nearest_dense
+from veneer.adapters.merge.combining import drop_at_random, elect, keep_largest, nearest, nearest_dense
 from veneer.errors import ConfigError, DuplicateAdapterError, UnknownAdapterError, UnsupportedError
 
 X = inputs("llama")

@@ -10,8 +10,8 @@ import pytest
 
 import veneer
 from tests.models import build
-from veneer.config import PeftConfig
-from veneer.errors import ConfigError, TargetError, UnsupportedError
+from veneer.configs.base import PeftConfig
+from veneer.errors import ConfigError, TargetError
 
 WRONG = {
     "lora_alpha": [float("nan"), float("inf"), 10**400, "8", True, [8]],
@@ -55,10 +55,3 @@ def test_a_module_to_save_must_be_there() -> None:
     config = veneer.LoraConfig(target_modules=["q_proj"], modules_to_save=["nothere"])
     with pytest.raises(TargetError, match=r"'nothere'.*no such module.*lm_head"):
         veneer.get_peft_model(build("llama"), config)
-
-
-def test_a_method_that_is_known_and_not_built_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("veneer.config.registered", lambda: ["LORA"])
-    monkeypatch.setattr("veneer.config._CONFIGS", {})
-    with pytest.raises(UnsupportedError, match=r"SHADOW is a method of peft's.*Use peft"):
-        PeftConfig.from_dict({"peft_type": "SHADOW"})

@@ -11,7 +11,7 @@ from torch import nn
 
 import veneer
 from tests.models import BLOCKS
-from veneer.targets import DEFAULTS, names_match
+from veneer.base_model.targets import DEFAULTS, names_match
 
 # Sizes by the names that one family or another has for them; each config takes what it knows.
 SIZES: dict[str, Any] = {

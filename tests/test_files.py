@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from veneer.errors import SourceError
-from veneer.files import written_whole
+from veneer.files.atomic_write import atomic_write
 
 
 def names(folder: Path) -> list[str]:
@@ -18,7 +18,7 @@ def names(folder: Path) -> list[str]:
 
 def test_it_appears_when_the_block_ends(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "er" / "x.txt"
-    with written_whole(target) as temporary:
+    with atomic_write(target) as temporary:
         temporary.write_text("new")
         assert not target.exists()
         assert temporary.parent.parent == target.parent  # one file system, so that the last step is one rename
@@ -29,7 +29,7 @@ def test_it_appears_when_the_block_ends(tmp_path: Path) -> None:
 def test_it_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
     target = tmp_path / "x.txt"
     target.write_text("old")
-    with written_whole(target) as temporary:
+    with atomic_write(target) as temporary:
         temporary.write_text("new")
         assert target.read_text() == "old"
     assert target.read_text() == "new"
@@ -42,7 +42,7 @@ def test_a_failure_leaves_what_was_there(error: type[BaseException], tmp_path: P
     target.write_text("old")
 
     def write_half() -> None:
-        with written_whole(target) as temporary:
+        with atomic_write(target) as temporary:
             temporary.write_text("half")
             raise error
 
@@ -53,13 +53,13 @@ def test_a_failure_leaves_what_was_there(error: type[BaseException], tmp_path: P
 
 
 def test_a_failure_leaves_nothing_where_nothing_was(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), written_whole(tmp_path / "x.txt") as temporary:
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "x.txt") as temporary:
         temporary.write_text(str(1 / 0))
     assert names(tmp_path) == []
 
 
 def test_a_block_that_writes_nothing_fails(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), written_whole(tmp_path / "x.txt"):
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "x.txt"):
         pass
     assert names(tmp_path) == []
 
@@ -68,7 +68,7 @@ def test_a_block_that_writes_nothing_fails(tmp_path: Path) -> None:
 def test_the_mode_is_the_users(mask: int, tmp_path: Path) -> None:
     before = os.umask(mask)
     try:
-        with written_whole(tmp_path / "x.txt") as temporary:
+        with atomic_write(tmp_path / "x.txt") as temporary:
             temporary.touch(mode=0o600)
         assert stat.S_IMODE((tmp_path / "x.txt").stat().st_mode) == 0o666 & ~mask
         assert os.umask(mask) == mask  # asking for the mask did not change it
@@ -79,7 +79,7 @@ def test_the_mode_is_the_users(mask: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["file/x.txt", "file/deeper/x.txt"])
 def test_a_place_where_nothing_can_be_written(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file, no folder")
-    with pytest.raises(SourceError, match="cannot be written: ") as caught, written_whole(tmp_path / name):
+    with pytest.raises(SourceError, match="cannot be written: ") as caught, atomic_write(tmp_path / name):
         pytest.fail("the block ran")
     assert str(tmp_path / name) in caught.value.message
     assert caught.value.hint == "Choose another place."

@@ -12,7 +12,7 @@ import veneer
 from tests.adapters import adapted, config, enlarge
 from tests.models import gap, logits, tokens
 from veneer.errors import AdapterError, UnsupportedError
-from veneer.layer import AdaptedLayer
+from veneer.layers.adapted_layer import AdaptedLayer
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 OTHERS: dict[str, Any] = {

@@ -11,12 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from veneer.errors import (
-    CorruptFileError,
-    PathNotFoundError,
-    SourceError,
-)
-from veneer.source import read_header, read_json
+from veneer.errors import CorruptFileError, PathNotFoundError, SourceError
+from veneer.files.json_file import read_json
+from veneer.files.safetensors_header import read_header
 
 
 def described(shape: Any = (2, 2), offsets: Any = (0, 16), dtype: Any = "F32") -> dict[str, Any]:

@@ -20,13 +20,15 @@ from safetensors.torch import load_file, save_file
 import veneer
 from tests.adapters import CONFIG, WEIGHTS, adapted, edit_config, saved, saved_base
 from tests.models import build
-from veneer.by_transformers import by_transformers
-from veneer.files import written_whole
+from veneer.base_model.transformers_errors import transformers_errors_as
+from veneer.checkpoints.model_class import class_for
+from veneer.files.adapter_folders import expert_source
+from veneer.files.atomic_write import atomic_write
+from veneer.files.convert_pickle import convert_pickle
+from veneer.files.resolve import resolve
+from veneer.files.safetensors_header import read_header
+from veneer.files.source import Source
 from veneer.merging.verify import _ids
-from veneer.mixture import expert_source
-from veneer.pickles import convert_pickle
-from veneer.source import Source, read_header, resolve
-from veneer.task_class import class_for
 
 LONG = "n" * 300
 
@@ -131,14 +133,14 @@ def test_the_question_comes_back_when_the_last_block_ends() -> None:
     before, inside, leave = asking.TIME_OUT_REMOTE_CODE, threading.Event(), threading.Event()
 
     def read() -> None:
-        with by_transformers(veneer.ConfigError, "", ""):
+        with transformers_errors_as(veneer.ConfigError, "", ""):
             inside.set()
             leave.wait(10)
 
     other = threading.Thread(target=read)
     other.start()
     inside.wait(10)
-    with by_transformers(veneer.ConfigError, "", ""):
+    with transformers_errors_as(veneer.ConfigError, "", ""):
         pass
     assert asking.TIME_OUT_REMOTE_CODE == 0
     leave.set()
@@ -148,9 +150,12 @@ def test_the_question_comes_back_when_the_last_block_ends() -> None:
 
 def test_a_failure_in_rust_is_the_inputs() -> None:
     panic = type("PanicException", (BaseException,), {})
-    with pytest.raises(veneer.ConfigError, match="reading: oh no"), by_transformers(veneer.ConfigError, "reading", ""):
+    with (
+        pytest.raises(veneer.ConfigError, match="reading: oh no"),
+        transformers_errors_as(veneer.ConfigError, "reading", ""),
+    ):
         raise panic("oh no")
-    with pytest.raises(KeyboardInterrupt), by_transformers(veneer.ConfigError, "reading", ""):
+    with pytest.raises(KeyboardInterrupt), transformers_errors_as(veneer.ConfigError, "reading", ""):
         raise KeyboardInterrupt
 
 
@@ -399,16 +404,16 @@ FULL_TO_SAFETENSORS = SafetensorError("Error while serializing: I/O error: No sp
 @pytest.mark.parametrize("error", [FULL, FULL_TO_SAFETENSORS], ids=["system", "safetensors"])
 def test_a_full_disk(error: Exception, tmp_path: Path) -> None:
     refused = pytest.raises(veneer.SourceError, match="cannot be written: No space left on device")
-    with refused as caught, written_whole(tmp_path / "deep" / "er" / "x"):
+    with refused as caught, atomic_write(tmp_path / "deep" / "er" / "x"):
         raise error
     assert str(caught.value.hint).startswith("Make room")
     assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_refusal_of_the_system_passes(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), written_whole(tmp_path / "deep" / "x"):
+    with pytest.raises(KeyError), atomic_write(tmp_path / "deep" / "x"):
         raise KeyError
-    with pytest.raises(veneer.PathNotFoundError, match="other"), written_whole(tmp_path / "x"):
+    with pytest.raises(veneer.PathNotFoundError, match="other"), atomic_write(tmp_path / "x"):
         raise veneer.PathNotFoundError("other")
     assert not list(tmp_path.iterdir())
 

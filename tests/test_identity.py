@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from veneer.errors import CorruptFileError, IncompleteCheckpointError
-from veneer.identity import base_digest
+from veneer.files.base_digest import base_digest
 
 
 @pytest.fixture

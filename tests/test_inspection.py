@@ -61,8 +61,8 @@ def test_what_an_adapter_of_any_method_sits_on_is_counted(made: Any, layers: int
 
 def test_every_methods_tensors_are_told_by_their_names() -> None:
     from tests.methods.document import names
-    from veneer.inspection import _layers
-    from veneer.source import TensorInfo
+    from veneer.checkpoints.inspection import _layers
+    from veneer.files.safetensors_header import TensorInfo
 
     for name in names():
         method = importlib.import_module(f"veneer.methods.{name.lower()}").METHOD
@@ -399,7 +399,7 @@ def test_a_base_that_is_there_is_no_problem(adapter: Path, place: Any) -> None:
 
 def test_the_documentation_has_a_line_for_each_problem() -> None:
     root = Path(__file__).parent.parent
-    source = (root / "src/veneer/inspection.py").read_text()
+    source = (root / "src/veneer/checkpoints/inspection.py").read_text()
     page = (root / "docs/inspect.md").read_text().partition("## Problems")[2]
     documented = set(re.findall(r"^\| `([a-z-]+)` \| [^`]", page, re.MULTILINE)) - {"code"}
     named = set(re.findall(r'roblem\(\s*"([a-z-]+)"', source))

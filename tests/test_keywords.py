@@ -17,7 +17,7 @@ import veneer
 from tests.adapters import adapted, config, edit_tensors, saved, saved_base
 from tests.models import build, gap, inputs, logits
 from veneer.errors import ConfigError, UnknownKeywordError, UnsupportedError
-from veneer.source import resolve
+from veneer.files.resolve import resolve
 
 SLIP = "is_trainble"
 # Their keywords are the base model's.

@@ -16,8 +16,8 @@ import veneer
 from tests.adapters import bits, config, edit_tensors, enlarge, same_bits, saved_base
 from tests.models import build, gap, inputs, logits
 from veneer.errors import MergeError
-from veneer.layer import AdaptedLayer
-from veneer.merging.direct import Unwrapped
+from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.layers.merge_only import MergeOnlyLayer
 
 VISIBLE = 1e-2
 MERGEABLE: Mapping[str, tuple[str, veneer.PeftConfig]] = {
@@ -103,15 +103,15 @@ def test_several_on_one_layer_are_merged_in_their_order(tmp_path: Path) -> None:
 def places() -> Iterator[list[tuple[int, int]]]:
     """Where the weight of each layer lies before and after it is merged."""
     found = []
-    merge = Unwrapped.store_merged
+    merge = MergeOnlyLayer.store_merged
 
-    def watch(layer: Unwrapped, names: tuple[str, ...]) -> None:
+    def watch(layer: MergeOnlyLayer, names: tuple[str, ...]) -> None:
         before = layer.site.stored.data_ptr()
         merge(layer, names)
         found.append((before, layer.site.stored.data_ptr()))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Unwrapped, "store_merged", watch)
+        patch.setattr(MergeOnlyLayer, "store_merged", watch)
         yield found
 
 

@@ -13,7 +13,6 @@ import torch
 import veneer
 from tests.adapters import WEIGHTS, adapted, config, edit_config, edit_tensors, enlarge, saved, saved_base
 from tests.models import CASES, build, gap, inputs, logits
-from veneer import auto
 from veneer.errors import (
     BaseMismatchError,
     BaseModelError,
@@ -30,6 +29,7 @@ from veneer.errors import (
     UnknownMethodError,
     UnsupportedError,
 )
+from veneer.peft_model import auto_classes
 
 VISIBLE = 1e-2
 
@@ -209,10 +209,10 @@ def test_weights_that_start_random_are_said(base: Path) -> None:
 def test_every_auto_class_names_a_task_of_transformers(name: str) -> None:
     import transformers
 
-    from veneer.task_class import TASK_CLASSES
+    from veneer.checkpoints.model_class import TASK_CLASSES
 
     kind = getattr(veneer, name)
-    assert issubclass(kind, auto.AutoPeftModel)
+    assert issubclass(kind, auto_classes.AutoPeftModel)
     if kind.task is not None:
         assert hasattr(transformers, TASK_CLASSES[kind.task])
     with pytest.raises(TypeError, match="from_pretrained"):

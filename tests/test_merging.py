@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 import veneer
 from tests.adapters import adapted, saved, saved_base
 from tests.models import build, gap, inputs, logits
+from veneer.base_model.sites.linear import LinearSite
 from veneer.errors import MergeError
-from veneer.merging.arithmetic import BLOCK, merged
-from veneer.patch import Patch, apply
-from veneer.sites.linear import LinearSite
+from veneer.patches.patch import Patch, apply
+from veneer.patches.weight_arithmetic import BLOCK, merged
 
 
 def random_patch(out: int, inner: int, r: int, seed: int, dtype: torch.dtype = torch.float32) -> Patch:
@@ -126,7 +126,7 @@ def test_nothing_is_left_of_a_merge_that_failed(tmp_path: Path, monkeypatch: pyt
     def fail(*args: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("veneer.merging.writing.shutil.copyfile", fail)
+    monkeypatch.setattr("veneer.merging.output.write_folder.shutil.copyfile", fail)
     (base / "tokenizer.json").write_text("{}")
     with pytest.raises(MergeError, match="disk full"):
         veneer.merge(adapter, base, out=tmp_path / "out")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import veneer
 from tests.models import build, gap, inputs, tokens
-from veneer import probe
+from veneer.adapters import layout_probe
 from veneer.errors import AdapterError
 
 SPECIAL = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -336,13 +336,13 @@ def test_an_invocation_in_rows_that_a_layer_does_not_see_in_order_is_refused() -
 def probes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows with each look at a model."""
     seen: list[int] = []
-    observed = probe.observed
+    observed = layout_probe.observed
 
     def counted(*args: Any) -> Any:
         seen.append(1)
         return observed(*args)
 
-    monkeypatch.setattr(probe, "observed", counted)
+    monkeypatch.setattr(layout_probe, "observed", counted)
     return seen
 
 
@@ -383,7 +383,7 @@ def test_a_look_leaves_no_trace() -> None:
     part.eval()
     modes = [module.training for module in model.modules()]
     offset, state = base.model.rope_deltas, torch.get_rng_state()
-    with model.adapters.during(model.adapters.checked(model.adapters.rows(["default", "other"]), (), batch)):
+    with model.adapters.during(model._checked(model.adapters.rows(["default", "other"]), (), batch)):
         pass
     assert [module.training for module in model.modules()] == modes
     assert base.model.rope_deltas is offset

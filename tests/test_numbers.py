@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from tests.adapters import edit_config, edit_tensors, saved
 from tests.methods.case import Case, cases
 from tests.methods.networks import NETWORKS
 from tests.models import TEXT, build, gap, inputs, logits
+from veneer.configs.base import config_class
 from veneer.errors import BindError, ConfigError, UnsupportedError, VeneerError
 
 FIRST: dict[str, Case] = {}
@@ -55,9 +55,7 @@ def gradients(model: nn.Module, case: Case) -> list[Tensor]:
 
 
 OF_LAYERS = [(name, *field) for name, case in FIRST.items() for field in numbers(getattr(veneer, case.config))]
-OF_PROMPTS = [
-    (name, *field) for name in PROMPTS for field in numbers(importlib.import_module(f"veneer.configs.{name}").CONFIG)
-]
+OF_PROMPTS = [(name, *field) for name in PROMPTS for field in numbers(config_class(name.upper(), "the test"))]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +78,7 @@ def test_a_number_of_a_config_is_usable_or_refused(name: str, field: str, writte
 def test_a_number_of_a_prompts_config_is_usable_or_refused(
     name: str, field: str, written: Callable[[int], Any]
 ) -> None:
-    kind = importlib.import_module(f"veneer.configs.{name}").CONFIG
+    kind = config_class(name.upper(), "the test")
     for number in (0, -1):
         try:
             config = kind(**{"num_virtual_tokens": 3, "task_type": "CAUSAL_LM", field: written(number)})

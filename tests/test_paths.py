@@ -14,14 +14,9 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from veneer.errors import (
-    CorruptFileError,
-    NotACheckpointError,
-    PathNotFoundError,
-    PickleRefusedError,
-    SourceError,
-)
-from veneer.source import resolve, weight_files
+from veneer.errors import CorruptFileError, NotACheckpointError, PathNotFoundError, PickleRefusedError, SourceError
+from veneer.files.resolve import resolve
+from veneer.files.weight_files import weight_files
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 import veneer
 from tests.adapters import edit_config, saved, saved_base
 from tests.models import build
-from veneer import patterns
-from veneer.configs.osf import OSFConfig
-from veneer.configs.waveft import WaveFTConfig
+from veneer.configs import patterns
+from veneer.configs.methods.osf import OSFConfig
+from veneer.configs.methods.waveft import WaveFTConfig
 
 FORMS = (patterns.WHOLE, patterns.PART, patterns.ENDING, patterns.BLOCK)
 NAMES = ("model.layers.0.q_proj", "a", "ab", "b.a", "a1", "", "a{e}", "a.b-1", "[a", "x[:alpha:]", "a{", "A", "a\n")

@@ -25,7 +25,7 @@ from veneer.errors import (
     UnsupportedError,
     VeneerError,
 )
-from veneer.pickles import convert_pickle
+from veneer.files.convert_pickle import convert_pickle
 
 
 class Trap:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer.printable import one_line, printable
+from veneer.printing import one_line, printable
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch import Tensor
 import veneer
 from tests.adapters import config, enlarge
 from tests.models import build, inputs
-from veneer import checkpoint
+from veneer.checkpoints import checkpoint
 from veneer.errors import IncompleteCheckpointError, SourceError
 
 PROMPT: Any = inputs("llama")

@@ -27,7 +27,12 @@ from veneer.errors import (
     PickleRefusedError,
     SourceError,
 )
-from veneer.source import DTYPE_BITS, PICKLES, Source, looks_like_hub_id, read_header, read_json, resolve, weight_files
+from veneer.files.json_file import read_json
+from veneer.files.names import DTYPE_BITS
+from veneer.files.resolve import looks_like_hub_id, resolve
+from veneer.files.safetensors_header import read_header
+from veneer.files.source import PICKLES, Source
+from veneer.files.weight_files import weight_files
 
 
 def write(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
@@ -198,7 +203,7 @@ import socket, sys
 def refuse(*a, **k): raise SystemExit("network used")
 socket.socket.connect = refuse
 socket.getaddrinfo = refuse
-from veneer.source import resolve
+from veneer.files.resolve import resolve
 import veneer
 source = resolve("owner/name", local_files_only={local})
 print(source.commit, sorted(source.files()), veneer.inspect("owner/name", local_files_only={local}).kind)

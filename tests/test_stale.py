@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import veneer
 from tests.adapters import adapted, config, enlarge
 from tests.models import build, gap, inputs, logits
-from veneer.folded import Kept
-from veneer.layer import AdaptedLayer
-from veneer.selection import Selection
+from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.patches.fused import CachedForward
+from veneer.patches.selection import Selection
 
 X: Any = inputs("llama")
 CLOSE = 1e-5
@@ -297,7 +297,7 @@ def test_nothing_is_made_again_within_a_call(monkeypatch: pytest.MonkeyPatch) ->
     made: list[object] = []
     fold = AdaptedLayer._fold
 
-    def counted(self: AdaptedLayer, selection: Selection) -> Kept:
+    def counted(self: AdaptedLayer, selection: Selection) -> CachedForward:
         made.append(self)
         return fold(self, selection)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.methods.wavelets import between, low_pass
-from veneer.structured import Circulant, EntryScaled, Kronecker, Sparse, Structured
+from veneer.methods.shared.wavelets import between, low_pass
+from veneer.patches.operators import Circulant, HadamardLowRank, Kronecker, LinearOperator, Sparse
 
 
 def _random(*shape: int) -> Tensor:
@@ -20,7 +20,7 @@ def _sparse(rows: int, columns: int) -> Sparse:
     return Sparse(_random(20), places // columns, places % columns, (rows, columns))
 
 
-def _wavelet(family: str) -> Structured:
+def _wavelet(family: str) -> LinearOperator:
     pytest.importorskip("pywt")
     taken = len(low_pass(family)) - 2
     return between(_sparse(12, 18), (taken // 2, taken - taken // 2) * 2, family)
@@ -31,7 +31,7 @@ MATRICES = {
     "circulant": lambda: Circulant(_random(2, 3, 6)),
     "circulant, odd": lambda: Circulant(_random(4, 6, 3)),
     "sparse": lambda: _sparse(12, 18),
-    "scaled by entries": lambda: EntryScaled(_random(12, 18), _random(12, 3), _random(3, 18)),
+    "scaled by entries": lambda: HadamardLowRank(_random(12, 18), _random(12, 3), _random(3, 18)),
     "wavelet of two taps": lambda: _wavelet("db1"),
     "wavelet of eight taps": lambda: _wavelet("db4"),
 }

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from veneer import targets
-from veneer.configs.lora import LoraConfig
+from veneer.base_model import targets
+from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import ConfigError, TargetError
 
 LINEAR = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")

@@ -16,8 +16,8 @@ import veneer
 from tests.adapters import config, enlarge
 from tests.models import build, gap, inputs, logits
 from veneer.errors import UnsupportedError
-from veneer.layer import AdaptedLayer
-from veneer.unread import Unread
+from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.layers.read_weight import Unread
 
 CLOSE = 1e-5
 

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from veneer.printable import printable
+from veneer.printing import printable
 
 
 class VeneerError(Exception):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.adapters import saved, saved_base
 from tests.cli.conftest import run
-from veneer.benching.processes import Request
+from veneer.benching.measure.fresh_process import Request
 
 __all__ = ["run"]
 

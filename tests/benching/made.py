@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from veneer.benching.advice import recommend
-from veneer.benching.cost import Needs
-from veneer.benching.result import AdapterFacts, BenchReport, Fidelity, Figure, Machine, Setup
+from veneer.benching.bench_report import BenchReport
+from veneer.benching.decide.cost_model import Requirements
+from veneer.benching.decide.recommendation import recommend
+from veneer.benching.result import Fidelity, Figure, Machine, MeasuredAdapter, Setup
 
 # How repeated times of a quiet machine lie around their median.
 JITTER = (1.0, 1.002, 0.998, 1.001, 0.999)
@@ -16,7 +17,7 @@ NAMES = ("pirate", "json", "brief")
 
 def setup(names: Sequence[str] = NAMES, kind: str = "causal", **changes: Any) -> Setup:
     """A small model and its adapters."""
-    facts = tuple(AdapterFacts(name, f"adapters/{name}", "LORA", 2_000_000, 210) for name in names)
+    facts = tuple(MeasuredAdapter(name, f"adapters/{name}", "LORA", 2_000_000, 210) for name in names)
     text = kind != "forward"
     values = {
         "path": "adapters",
@@ -81,10 +82,10 @@ def fidelity(of: Setup, agreement: float = 1.0) -> tuple[Fidelity, ...]:
     return tuple(Fidelity(adapter.name, 8, 400, 0.01, 0.02, agreement, texts) for adapter in of.adapters)
 
 
-def needs(of: Setup, **changes: Any) -> Needs:
+def needs(of: Setup, **changes: Any) -> Requirements:
     """Equal traffic, plenty of memory."""
     traffic = {adapter.name: 1 / len(of.adapters) for adapter in of.adapters}
-    return Needs(**{"traffic": traffic, "memory": 16e9, "in_flight": 8, **changes})
+    return Requirements(**{"traffic": traffic, "memory": 16e9, "in_flight": 8, **changes})
 
 
 def report(of: Setup | None = None, agreement: float = 1.0, wanted: Any = None, **changes: Any) -> BenchReport:

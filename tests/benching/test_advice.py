@@ -8,8 +8,8 @@ import pytest
 
 from tests.benching import made
 from veneer.benching import formats
-from veneer.benching.advice import recommend
-from veneer.benching.progress import Progress, Timeline
+from veneer.benching.decide.recommendation import recommend
+from veneer.benching.measure.progress import Progress, Timeline
 from veneer.benching.result import Recommendation
 
 ONE = made.setup(("pirate",))

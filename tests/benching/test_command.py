@@ -12,7 +12,7 @@ import pytest
 
 from tests.benching import made
 from tests.cli.test_bad_input import refused
-from veneer.benching.processes import Request
+from veneer.benching.measure.fresh_process import Request
 
 Run = Callable[..., Any]
 SHORT = ("--batch", "1,2", "--prompt-tokens", "4", "--new-tokens", "2", "--repeats", "2")

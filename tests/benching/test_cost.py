@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from veneer.benching.cost import Measured, Needs, Plan, Speed, break_even, choose, plans
+from veneer.benching.decide.cost_model import MeasuredCosts, Requirements, ServingPlan, Speed, break_even, choose, plans
 
 GB = 10**9
 
 
-def measured(unmerged: float = 1.2, shared: float = 1.2, **changes: Any) -> Measured:
+def measured(unmerged: float = 1.2, shared: float = 1.2, **changes: Any) -> MeasuredCosts:
     """A model that decodes in 10 ms a step, whatever the rows, when merged."""
     values: dict[str, Any] = {
         "first": {"merged": 0.1, "unmerged": 0.1 * unmerged, "shared": 0.1 * shared},
@@ -30,11 +30,11 @@ def measured(unmerged: float = 1.2, shared: float = 1.2, **changes: Any) -> Meas
         "kept": 8 * GB,
         "adapters": {"a": GB // 10, "b": GB // 10, "c": GB // 10},
     }
-    return Measured(**{**values, **changes})
+    return MeasuredCosts(**{**values, **changes})
 
 
-def decide(figures: Measured, traffic: dict[str, float], **options: Any) -> Plan:
-    needs = Needs(**{"traffic": traffic, "memory": 100 * GB, **options})
+def decide(figures: MeasuredCosts, traffic: dict[str, float], **options: Any) -> ServingPlan:
+    needs = Requirements(**{"traffic": traffic, "memory": 100 * GB, **options})
     return choose(plans(figures, needs), needs.margin)
 
 
@@ -61,7 +61,7 @@ def test_an_adapter_that_changes_often_stays_unmerged() -> None:
 
 def test_the_break_even_is_where_the_saving_has_paid_for_the_merges() -> None:
     figures = measured()
-    stay, merged = plans(figures, Needs(ONE, 100 * GB))
+    stay, merged = plans(figures, Requirements(ONE, 100 * GB))
     even = break_even(figures, stay, merged)
     assert (even.merges, even.saving) == (1.0, pytest.approx(0.22))
     assert even.requests == pytest.approx(1 / 0.22)
@@ -83,7 +83,7 @@ def test_one_adapter_takes_no_more_memory_merged() -> None:
 def test_of_equal_costs_the_plan_that_merges_least_wins() -> None:
     equal = {"a": 0.5, "b": 0.5}
     same = measured(unmerged=1.0, shared=1.0)
-    assert len({plan.cost for plan in plans(same, Needs(equal, 100 * GB))}) == 1
+    assert len({plan.cost for plan in plans(same, Requirements(equal, 100 * GB))}) == 1
     assert decide(same, equal).merged == ()
     assert decide(same, equal, margin=0.0).merged == ()
     # An adapter that no request is for is not worth a merge.
@@ -91,22 +91,22 @@ def test_of_equal_costs_the_plan_that_merges_least_wins() -> None:
 
 
 def test_a_plan_as_cheap_as_the_margin_allows_counts_as_equal() -> None:
-    candidates = [Plan((), ("a",), 1.25, 0.0, 1, True), Plan(("a",), (), 1.0, 0.0, 1, True)]
+    candidates = [ServingPlan((), ("a",), 1.25, 0.0, 1, True), ServingPlan(("a",), (), 1.0, 0.0, 1, True)]
     assert choose(candidates, 0.25) is candidates[0]
     assert choose(candidates, 0.2499) is candidates[1]
 
 
 def test_equally_hot_adapters_keep_the_order_in_which_they_were_given() -> None:
-    found = plans(measured(), Needs({"b": 0.4, "a": 0.4, "c": 0.2}, 100 * GB))
+    found = plans(measured(), Requirements({"b": 0.4, "a": 0.4, "c": 0.2}, 100 * GB))
     assert [plan.merged for plan in found] == [(), ("b",), ("b", "a"), ("b", "a", "c")]
 
 
 def test_a_request_that_costs_nothing_more_unmerged_never_breaks_even() -> None:
     same = measured(unmerged=1.0)
-    stay, merged = plans(same, Needs(ONE, 100 * GB))
+    stay, merged = plans(same, Requirements(ONE, 100 * GB))
     assert break_even(same, stay, merged).requests is None
     free = measured(merge=0.0)
-    stay, merged = plans(free, Needs(ONE, 100 * GB))
+    stay, merged = plans(free, Requirements(ONE, 100 * GB))
     assert break_even(free, stay, merged).requests == 0
 
 

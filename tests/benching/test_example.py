@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from veneer.benching.advice import recommend
-from veneer.benching.cost import Needs
+from veneer.benching.bench_report import BenchReport
+from veneer.benching.decide.cost_model import Requirements
+from veneer.benching.decide.recommendation import recommend
 from veneer.benching.report import files
 from veneer.benching.report.markdown import markdown
-from veneer.benching.result import BenchReport
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 EXAMPLE = DOCS / "example-report"
@@ -34,7 +34,7 @@ def test_the_pages_are_made_from_the_figures(example: BenchReport) -> None:
 
 def test_the_recommendation_follows_from_the_figures(example: BenchReport) -> None:
     said = example.recommendation
-    needs = Needs(said.traffic, said.memory, said.requests_per_change or float("inf"), said.in_flight)
+    needs = Requirements(said.traffic, said.memory, said.requests_per_change or float("inf"), said.in_flight)
     assert recommend(example.setup, example.figures, example.fidelity, needs) == said
 
 

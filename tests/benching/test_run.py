@@ -13,14 +13,14 @@ import torch
 import veneer
 from tests.adapters import enlarge
 from tests.models import build
-from veneer.benching.fidelity import fidelity, outputs
-from veneer.benching.given import take_stock
-from veneer.benching.machine import device_of
-from veneer.benching.processes import LOADS, Request, in_fresh_process, load_and_answer
-from veneer.benching.progress import Progress
+from veneer.benching.inputs import take_stock
+from veneer.benching.measure.fidelity import fidelity, outputs
+from veneer.benching.measure.fresh_process import LOADS, Request, in_fresh_process, load_and_answer
+from veneer.benching.measure.machine import device_of
+from veneer.benching.measure.models_compared import ModelsCompared, load_models
+from veneer.benching.measure.progress import Progress
 from veneer.benching.report.markdown import markdown
 from veneer.benching.run import bench
-from veneer.benching.subjects import Subjects, subjects
 from veneer.errors import (
     BaseModelError,
     ConfigError,
@@ -92,10 +92,10 @@ def test_sizes_in_memory(folder: Folder, no_processes: list[Request]) -> None:
     assert disk.samples == ((place / "base" / "model.safetensors").stat().st_size,)
 
 
-def taken(place: Path, dtype: Any = "float32", prompts: Path | None = None) -> Subjects:
+def taken(place: Path, dtype: Any = "float32", prompts: Path | None = None) -> ModelsCompared:
     inventory = take_stock(place / "a", place / "base", [place / "b"])
     how: dict[str, Any] = {"dtype": dtype, "device": torch.device("cpu"), "local_files_only": True}
-    return subjects(inventory, inventory.adapters, prompts=prompts, **how)
+    return load_models(inventory, inventory.adapters, prompts=prompts, **how)
 
 
 def test_the_three_models_are_what_they_are_called(folder: Folder) -> None:
@@ -217,7 +217,7 @@ def test_a_size_that_does_not_run_is_named(
             raise error
         return {"first": 1.0, "decode": 1.0}
 
-    monkeypatch.setattr("veneer.benching.workloads.Workload.run", fail)
+    monkeypatch.setattr("veneer.benching.measure.workloads.Workload.run", fail)
     place = folder("llama")
     with pytest.raises(UnsupportedError, match=r"base alone, 3 x 4\. .*not enough memory Leave out large --batch"):
         bench(place / "a", base=place / "base", prompt_tokens=(4,), **SHORT)

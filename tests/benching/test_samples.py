@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from veneer.benching.samples import differ, interval, ratios, spread
+from veneer.benching.measure.statistics import differ, interval, ratios, spread
 
 
 def noisy(middle: float, count: int = 9, seed: int = 1) -> list[float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from veneer.printable import one_line
+from veneer.printing import one_line
 
 Run = Callable[..., Any]
 

@@ -19,8 +19,7 @@ import veneer
 from tests.adapters import CONFIG, edit_config
 from tests.models import VOCAB
 from veneer.cli import terminal
-from veneer.panel import panel
-from veneer.printable import written
+from veneer.printing import panel, written
 
 Run = Callable[..., Any]
 STEER = "\x1b]0;owned\x07\x1b[31m"
@@ -119,7 +118,7 @@ def test_warnings_of_python_are_lines_of_ours(run: Run, monkeypatch: pytest.Monk
         warnings.warn(f"odd\n{STEER}", stacklevel=1)
         return "sha256:0"
 
-    monkeypatch.setattr("veneer.identity.base_digest", digest)
+    monkeypatch.setattr("veneer.files.base_digest.base_digest", digest)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert run("digest", "x").err == f"warning: odd {SPELT_OUT}\n"

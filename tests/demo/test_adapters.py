@@ -15,7 +15,7 @@ from veneer.demo.base import HUB_ID
 from veneer.demo.script import SHIPPED as ADAPTERS
 from veneer.demo.train import CONFIGS, encode
 from veneer.errors import BaseModelError
-from veneer.identity import base_digest
+from veneer.files.base_digest import base_digest
 
 NAMES = tuple(facts.STYLES)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import veneer
 from tests.adapters import WEIGHTS, adapted, config, edit_tensors, enlarge, saved, saved_base
 from tests.models import build, gap, inputs, logits
-from veneer import offload
+from veneer.base_model.sites import offload
 
 BATCH = inputs("llama")
 DISK = {

@@ -19,8 +19,8 @@ import veneer
 from tests.adapters import adapted, config, enlarge, saved, saved_base
 from tests.large.quantized import FORMS, library, quantized
 from tests.models import build, gap, inputs, logits
+from veneer.base_model.sites import packed_site
 from veneer.errors import BindError, MergeError, TargetError, UnsupportedError
-from veneer.sites import packed_site
 
 BATCH = inputs("llama")
 # Each rounds its inputs too, so that its own product is not that of its weight.

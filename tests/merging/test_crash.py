@@ -21,9 +21,9 @@ import veneer
 from tests.adapters import saved
 from tests.models import build
 from veneer.errors import CorruptFileError, MergeError
-from veneer.merging import writing as room
-from veneer.merging.output import Workshop
-from veneer.merging.works import Rewrite
+from veneer.merging.output import write_folder as room
+from veneer.merging.output.staging import StagingFolder
+from veneer.merging.work.pieces import MergeLayer
 
 
 @pytest.fixture
@@ -54,14 +54,14 @@ def hidden(world: Path) -> list[str]:
 
 def die_after(monkeypatch: pytest.MonkeyPatch, pieces: int, error: BaseException) -> None:
     """Let the merge fail when so many layers are done."""
-    run, done = Rewrite.run, iter(range(10**6))
+    run, done = MergeLayer.run, iter(range(10**6))
 
-    def dying(self: Rewrite, sink: Any) -> Any:
+    def dying(self: MergeLayer, sink: Any) -> Any:
         if next(done) >= pieces:
             raise error
         return run(self, sink)
 
-    monkeypatch.setattr(Rewrite, "run", dying)
+    monkeypatch.setattr(MergeLayer, "run", dying)
 
 
 def test_a_failure_leaves_nothing(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,11 +97,11 @@ def test_it_goes_on_from_the_files_that_are_finished(world: Path, monkeypatch: p
 def test_killed_when_all_but_the_exchange_is_done(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The manifest of the killed run is no output of the next one."""
 
-    def dying(self: Workshop) -> None:
+    def dying(self: StagingFolder) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Workshop, "commit", dying)
+        patch.setattr(StagingFolder, "commit", dying)
         with pytest.raises(KeyboardInterrupt):
             merge(world, resume=True)
     assert (world / ".out.merging" / "model" / "merge_manifest.json").is_file()
@@ -138,7 +138,7 @@ def forked(action: Callable[[], Any]) -> int:
         os._exit(code)
 
 
-def slow(self: Rewrite, sink: Any, run: Any = Rewrite.run) -> Any:
+def slow(self: MergeLayer, sink: Any, run: Any = MergeLayer.run) -> Any:
     time.sleep(0.01)
     return run(self, sink)
 
@@ -146,7 +146,7 @@ def slow(self: Rewrite, sink: Any, run: Any = Rewrite.run) -> Any:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_killed_at_any_moment(world: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """kill -9, again and again: there is never anything at ``out`` but the whole, and it is the right one."""
-    monkeypatch.setattr(Rewrite, "run", slow)
+    monkeypatch.setattr(MergeLayer, "run", slow)
     chance, right = random.Random(seed), content(world / "right")
     for _ in range(6):
         child = forked(lambda: merge(world, resume=True))
@@ -188,7 +188,7 @@ def test_a_full_disk(world: Path) -> None:
 
 
 def test_too_little_space_is_said_before_the_start(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("veneer.merging.output.shutil.disk_usage", lambda path: _Free)
+    monkeypatch.setattr("veneer.merging.output.staging.shutil.disk_usage", lambda path: _Free)
     with pytest.raises(MergeError, match=r"needs 0\.\d MB, and the disk has 0\.0 MB left"):
         merge(world)
     assert hidden(world) == []
@@ -200,27 +200,27 @@ class _Free:
 
 def test_a_base_that_changes_meanwhile(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = min((world / "base").glob("model-*.safetensors"))
-    run = Rewrite.run
+    run = MergeLayer.run
 
-    def touching(self: Rewrite, sink: Any) -> Any:
+    def touching(self: MergeLayer, sink: Any) -> Any:
         os.utime(first, ns=(1, 1))
         return run(self, sink)
 
-    monkeypatch.setattr(Rewrite, "run", touching)
+    monkeypatch.setattr(MergeLayer, "run", touching)
     with pytest.raises(MergeError, match="changed while it was read"):
         merge(world)
     assert not (world / "out").exists()
 
 
 def test_a_base_that_is_cut_meanwhile(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Rewrite.run
+    run = MergeLayer.run
 
-    def cutting(self: Rewrite, sink: Any) -> Any:
+    def cutting(self: MergeLayer, sink: Any) -> Any:
         for path in (world / "base").glob("model-*.safetensors"):
             os.truncate(path, 200)
         return run(self, sink)
 
-    monkeypatch.setattr(Rewrite, "run", cutting)
+    monkeypatch.setattr(MergeLayer, "run", cutting)
     with pytest.raises((CorruptFileError, MergeError)):
         merge(world)
     assert not (world / "out").exists()

@@ -19,7 +19,7 @@ import veneer
 from tests.adapters import saved, saved_base
 from tests.models import build, gap, inputs, logits
 from veneer.errors import ConfigError, CorruptFileError, IncompleteCheckpointError, MergeError, VeneerError
-from veneer.merging import undo
+from veneer.merging.output import unmerge
 
 MANIFEST = "merge_manifest.json"
 DELTA = "merge_delta/model.safetensors.zip"
@@ -173,7 +173,7 @@ def test_a_delta_that_is_gone(made: Path, tmp_path: Path) -> None:
 
 def test_large_members_are_not_unfolded(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     merged = shutil.copytree(made / "merged", tmp_path / "merged")
-    monkeypatch.setattr(undo, "_MOST", 8)
+    monkeypatch.setattr(unmerge, "_MOST", 8)
     with pytest.raises(CorruptFileError, match="header"):
         veneer.unmerge(merged, out=tmp_path / "out")
 

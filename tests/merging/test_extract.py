@@ -14,7 +14,7 @@ import veneer
 from tests.adapters import saved
 from tests.models import build, gap, inputs, logits
 from veneer.errors import BaseModelError, ConfigError, MergeError
-from veneer.merging.extract import factors
+from veneer.merging.extract_lora import factors
 
 
 def save(folder: Path, arch: str = "llama", change: Callable[[str, Tensor], None] = lambda name, tensor: None) -> Path:

@@ -20,8 +20,8 @@ import veneer
 from tests.adapters import saved, saved_base
 from tests.models import gap, inputs, logits
 from veneer.errors import CorruptFileError, MergeError, SourceError
-from veneer.merging import output
-from veneer.merging.works import Rewrite
+from veneer.merging.output import staging
+from veneer.merging.work.pieces import MergeLayer
 
 MANIFEST = "merge_manifest.json"
 INDEX = "model.safetensors.index.json"
@@ -227,7 +227,7 @@ def inside(world: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> Callable[
     shutil.copytree(world / "base", out)
     shutil.copytree(world / what, out / "inner")
     # As if the folder were a model's: what is read in it is to be found all the same.
-    monkeypatch.setattr(output, "_foreign", lambda target: [])
+    monkeypatch.setattr(staging, "_foreign", lambda target: [])
     if what == "merged":
         return lambda: veneer.unmerge(out / "inner", out=out, overwrite=True)
     given = {"adapter": world / "adapter", "base": world / "base", what: out / "inner"}
@@ -285,14 +285,14 @@ def test_what_a_merge_wrote_is_replaced(world: Path) -> None:
 
 
 def test_what_comes_to_the_place_meanwhile_is_kept(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Rewrite.run
+    run = MergeLayer.run
 
-    def slow(self: Rewrite, sink: Any) -> Any:
+    def slow(self: MergeLayer, sink: Any) -> Any:
         (world / "out").mkdir(exist_ok=True)
         (world / "out" / "theirs").write_text("1")
         return run(self, sink)
 
-    monkeypatch.setattr(Rewrite, "run", slow)
+    monkeypatch.setattr(MergeLayer, "run", slow)
     with pytest.raises(MergeError, match="is not empty"):
         merge(world)
     assert tree(world / "out") == {"theirs": b"1"}
@@ -417,17 +417,17 @@ def test_a_link_in_the_delta_is_not_followed(world: Path) -> None:
 def test_what_changes_while_it_is_merged_fails_it(
     name: str, how: str, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, run = world / name, Rewrite.run
+    path, run = world / name, MergeLayer.run
     (world / "adapter" / "vocab.txt").write_text("a")
     other = path.read_bytes()
 
-    def meanwhile(self: Rewrite, sink: Any) -> Any:
+    def meanwhile(self: MergeLayer, sink: Any) -> Any:
         path.unlink(missing_ok=True)
         if how == "changed":
             path.write_bytes(other)
         return run(self, sink)
 
-    monkeypatch.setattr(Rewrite, "run", meanwhile)
+    monkeypatch.setattr(MergeLayer, "run", meanwhile)
     with pytest.raises(MergeError, match=rf"{path.name} {'changed' if how == 'changed' else 'went away'}"):
         merge(world)
     assert not (world / "out").exists()

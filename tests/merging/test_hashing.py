@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 import veneer
 from tests.adapters import edit_config, saved, saved_base
-from veneer.merging import hashing as room
-from veneer.merging import prepare
-from veneer.merging.hashing import Hashing, sha256_of, stamp_of
-from veneer.merging.inputs import Where, likely_weights
+from veneer.merging.base import hashing as room
+from veneer.merging.base.hashing import Hashing, sha256_of, stamp_of
+from veneer.merging.work import prepare
+from veneer.merging.work.inputs import LookupOptions, likely_weights
 
 
 @pytest.fixture
@@ -45,20 +45,24 @@ def test_the_name_of_merge_brings_no_torch() -> None:
 
 def test_the_files_are_found_without_torch(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, weights = world / "adapter", [world / "base" / "model.safetensors"]
-    assert likely_weights(adapter, world / "base", Where()) == weights
-    assert likely_weights(adapter, str(world / "base"), Where()) == weights
-    assert likely_weights({adapter: 0.5}, None, Where()) == []
+    assert likely_weights(adapter, world / "base", LookupOptions()) == weights
+    assert likely_weights(adapter, str(world / "base"), LookupOptions()) == weights
+    assert likely_weights({adapter: 0.5}, None, LookupOptions()) == []
     edit_config(adapter, base_model_name_or_path="../base")
-    assert [path.resolve() for path in likely_weights([adapter, "other"], None, Where())] == weights
+    assert [path.resolve() for path in likely_weights([adapter, "other"], None, LookupOptions())] == weights
     edit_config(adapter, base_model_name_or_path="acme/base")
-    assert likely_weights(adapter, None, Where()) == []
+    assert likely_weights(adapter, None, LookupOptions()) == []
     monkeypatch.setenv("VENEER_BASE_MAP", f"acme/base={world / 'base'}")
-    assert likely_weights(adapter, None, Where()) == weights
+    assert likely_weights(adapter, None, LookupOptions()) == weights
 
 
 @pytest.mark.parametrize("adapters", [[], "nowhere", 7, {}])
 def test_a_guess_never_complains(adapters: Any) -> None:
-    assert likely_weights(adapters, None, Where()) == likely_weights(adapters, "nowhere/at-all", Where()) == []
+    assert (
+        likely_weights(adapters, None, LookupOptions())
+        == likely_weights(adapters, "nowhere/at-all", LookupOptions())
+        == []
+    )
 
 
 def test_each_file_is_hashed_once_and_before_anything_is_read(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +128,7 @@ def test_it_hashes_while_torch_is_imported(world: Path) -> None:
     """The command that matters, in a process of its own: hashing begins and only then torch comes."""
     code = (
         "import sys, veneer\n"
-        "from veneer.merging import hashing\n"
+        "from veneer.merging.base import hashing\n"
         "def told(*a, real=hashing.Hashing._begin): print('torch' in sys.modules); return real(*a)\n"
         "hashing.Hashing._begin = told\n"
         "veneer.merge(sys.argv[1], sys.argv[2], out=sys.argv[3])"

@@ -9,7 +9,7 @@ import torch
 
 from tests.adapters import adapted, bits, same_bits
 from veneer.errors import MergeError
-from veneer.layer import AdaptedLayer
+from veneer.layers.adapted_layer import AdaptedLayer
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from tests.adapters import config, edit_tensors, enlarge, saved, saved_base
 from tests.merging.kinds import mixtral
 from tests.models import build
 from veneer.errors import ConfigError, MergeError
-from veneer.merging.rounding import check_kept
+from veneer.patches.weight_arithmetic import check_kept
 
 UP = "model.layers.0.mlp.up_proj.weight"
 LARGE = 1e5  # beyond float16's 65504

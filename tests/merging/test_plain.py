@@ -15,12 +15,13 @@ from torch import nn
 import veneer
 from tests.adapters import saved
 from tests.models import build
-from veneer.catalog import Catalog
-from veneer.merging.base_files import WeightFiles, open_weights
-from veneer.merging.plain import FAMILIES, plain_skeleton, plainly_stored
-from veneer.merging.skeleton import build_skeleton, stored_names
-from veneer.sites.norm import is_norm
-from veneer.source import Source, resolve
+from veneer.base_model.catalog import Catalog
+from veneer.base_model.sites.vector import is_norm
+from veneer.files.resolve import resolve
+from veneer.files.source import Source
+from veneer.merging.base.plain_skeleton import FAMILIES, plain_skeleton, plainly_stored
+from veneer.merging.base.skeleton import build_skeleton, stored_names
+from veneer.merging.base.weight_files import WeightFiles, open_weights
 
 SIZES = {
     "vocab_size": 48,

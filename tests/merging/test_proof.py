@@ -17,7 +17,7 @@ import veneer
 from tests.adapters import saved
 from tests.models import build, gap, inputs, logits
 from veneer.errors import AdapterError, ConfigError, IncompleteCheckpointError, MergeError
-from veneer.merging.rounding import Rounding
+from veneer.merging.work.rounding import Rounding
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from tests.adapters import config, edit_config, enlarge, same_bits, saved, saved
 from tests.models import LLAMA, build, gap, inputs, logits
 from tests.test_remap import moe
 from veneer.errors import ConfigError, MergeError, UnsupportedError
-from veneer.merging.works import Rewrite
+from veneer.merging.work.pieces import MergeLayer
 
 CLOSE = 1e-5
 RANGES = [[1, 2], [0, 2]]
@@ -148,15 +148,15 @@ def test_it_is_proved_and_taken_back(world: Path) -> None:
 
 def test_it_goes_on_where_it_was_cut_off(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     merge(world, "right")
-    run = Rewrite.run
+    run = MergeLayer.run
 
-    def dying(self: Rewrite, sink: Any) -> Any:
+    def dying(self: MergeLayer, sink: Any) -> Any:
         if self.outputs[0].startswith("model.layers.2."):
             raise KeyboardInterrupt
         return run(self, sink)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Rewrite, "run", dying)
+        patch.setattr(MergeLayer, "run", dying)
         with pytest.raises(KeyboardInterrupt):
             merge(world, resume=True)
     assert json.loads((world / ".out.merging" / "journal.json").read_text())["finished"]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.merging import working
-from veneer.merging.arithmetic import merged
-from veneer.merging.threads import for_each
-from veneer.patch import Patch
+from veneer.adapters.merge.worker_threads import for_each
+from veneer.patches import scratch_memory
+from veneer.patches.patch import Patch
+from veneer.patches.weight_arithmetic import merged
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -46,11 +46,11 @@ def test_a_worker_uses_its_block_again_and_other_threads_take_their_own() -> Non
     seen: list[tuple[int, bool]] = []
 
     def run(_: int) -> None:
-        first, second = working.block_for(weight, 6), working.block_for(weight, 3)
+        first, second = scratch_memory.block_for(weight, 6), scratch_memory.block_for(weight, 3)
         seen.append((second.shape[0], first.data_ptr() == second.data_ptr()))
 
     for_each(run, range(4))
     assert seen == [(3, True)] * 4
-    first, second = working.block_for(weight, 6), working.block_for(weight, 6)
+    first, second = scratch_memory.block_for(weight, 6), scratch_memory.block_for(weight, 6)
     assert first.data_ptr() != second.data_ptr()
     assert first.dtype is torch.float32

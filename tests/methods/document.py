@@ -16,17 +16,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import veneer.configs
+import veneer.configs.methods
 from tests.methods.case import cases
 from tests.methods.checks import recorded
 from tests.methods.networks import NETWORKS
-from veneer.methods.method import Method
-from veneer.methods.prompt import PROMPT, PromptMethod
-from veneer.methods.routed import RoutedMethod
-from veneer.sites import Site
-from veneer.sites.conv import ConvSite
-from veneer.sites.embedding import EmbeddingSite
-from veneer.sites.linear import LinearSite
+from veneer.base_model.sites.conv import ConvSite
+from veneer.base_model.sites.embedding import EmbeddingSite
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.base import config_class
+from veneer.methods.base.method import Method
+from veneer.methods.base.prompt_method import PROMPT, PromptMethod
+from veneer.methods.base.routed_method import RoutedMethod
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "methods.md"
@@ -78,7 +79,7 @@ LAYERS = "conv"
 
 def names() -> list[str]:
     """The ``peft_type`` of each of Veneer's own methods."""
-    return sorted(module.name.upper() for module in pkgutil.iter_modules(veneer.configs.__path__))
+    return sorted(module.name.upper() for module in pkgutil.iter_modules(veneer.configs.methods.__path__))
 
 
 def page() -> str:
@@ -178,7 +179,7 @@ def _adapts(method: Any, kind: type[Site]) -> str:
 
 def _changes(name: str) -> str:
     """The first sentence of the config's docstring, without the name and paper that begin it."""
-    first = inspect.cleandoc(_part("configs", name).CONFIG.__doc__).partition("\n\n")[0]
+    first = inspect.cleandoc(config_class(name, "the page").__doc__ or "").partition("\n\n")[0]
     return " ".join(first.partition(": ")[2].split()).removesuffix(".").replace("``", "`")
 
 

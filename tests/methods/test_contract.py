@@ -20,7 +20,7 @@ from tests.methods.case import Case, cases
 from tests.methods.networks import NETWORKS, Network
 from tests.models import gap
 from veneer.errors import BindError, IncompleteCheckpointError, MergeError
-from veneer.layer import AdaptedLayer
+from veneer.layers.adapted_layer import AdaptedLayer
 
 pytestmark = pytest.mark.oracle
 

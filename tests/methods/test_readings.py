@@ -156,7 +156,7 @@ def test_a_tied_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
 def test_every_wavelet_of_peft_is_the_same_here() -> None:
     from peft.tuners.waveft.waverec2d import waverec2d
 
-    from veneer.methods.wavelets import inverse
+    from veneer.methods.shared.wavelets import inverse
 
     for family in ("db1", "db2", "db7", "sym5", "coif2"):
         values = torch.randn(40, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -194,7 +194,7 @@ def test_a_wavelet_that_nobody_knows_is_refused() -> None:
 
 
 def test_without_its_package_a_wavelet_is_refused_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from veneer.methods.wavelets import low_pass
+    from veneer.methods.shared.wavelets import low_pass
 
     monkeypatch.setitem(sys.modules, "pywt", None)
     low_pass.cache_clear()

@@ -17,9 +17,9 @@ import veneer
 from tests.methods.networks import NETWORKS
 from tests.models import gap
 from veneer.errors import ConfigError, UnsupportedError, VeneerError
-from veneer.patch import Patch
-from veneer.variants.monte_carlo import SHARES, MonteCarlo
-from veneer.variants.variant import LORA_A
+from veneer.methods.lora_variants.monteclora import SHARES, MonteClora
+from veneer.methods.lora_variants.variant import LORA_A
+from veneer.patches.patch import Patch
 
 LLAMA = NETWORKS["llama"]
 TARGETS = ["q_proj", "down_proj"]
@@ -106,14 +106,14 @@ def test_montecloras_noise_has_the_law_of_peers() -> None:
     options = veneer.MontecloraConfig(num_samples=3, sample_scaler=0.1)
     torch.manual_seed(0)
     sampler = MontecloraSampler(32, 4, buffer_size=300, device="cpu", num_samples=3, sample_scaler=0.1)
-    tensors = MonteCarlo(4, options).init(None, None)  # type: ignore[arg-type]
+    tensors = MonteClora(4, options).init(None, None)  # type: ignore[arg-type]
     with torch.no_grad():
         for name, tensor in tensors.items():
             getattr(sampler, name.rpartition(".")[2]).copy_(tensor)
         theirs = torch.stack(
             [torch.einsum("n,nij->ji", weights, noise) for noise, weights in (sampler() for _ in range(300))]
         )
-        patch = MonteCarlo(4, options).patch(Patch(up=torch.ones(2, 4), down=torch.zeros(4, 32)), tensors)
+        patch = MonteClora(4, options).patch(Patch(up=torch.ones(2, 4), down=torch.zeros(4, 32)), tensors)
         assert patch.drop is not None
         ours = torch.stack([patch.drop(patch).down for _ in range(300)])
     assert gap(ours.std((0, 2)), theirs.std((0, 2))) < 0.15

@@ -16,7 +16,7 @@ from tests.adapters import bits, edit_config, same_bits
 from tests.large.quantized import library, quantized
 from tests.models import build, gap, inputs, logits
 from tests.oracle.peer import VISIBLE, config_of, scramble
-from veneer.starts import loftq
+from veneer.methods.lora_starts import loftq
 
 pytestmark = pytest.mark.oracle
 

@@ -10,12 +10,19 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from veneer.benching.result import BenchReport, Figure
-from veneer.benching.samples import ENOUGH, differ, ratios, spread
+from rich.console import Group
+from rich.text import Text
+
+from veneer.benching import formats
+from veneer.benching.measure.statistics import ENOUGH, differ, ratios, spread
+from veneer.benching.report.content import ABSENT, ReportTable
+from veneer.benching.report.terminal import rich_table
+from veneer.benching.result import BenchData, Figure
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
 
 # Smaller changes do not matter, however sure.
 LEAST = 0.03
@@ -23,7 +30,7 @@ _TIMED = ("first", "decode", "forward")
 
 
 @dataclass(frozen=True)
-class Change:
+class FigureChange:
     """One figure in two runs.
 
     Attributes:
@@ -65,11 +72,11 @@ class Comparison:
 
     old: str
     new: str
-    changes: tuple[Change, ...]
+    changes: tuple[FigureChange, ...]
     cautions: tuple[str, ...]
 
     @property
-    def regressions(self) -> list[Change]:
+    def regressions(self) -> list[FigureChange]:
         """What became worse beyond noise."""
         return [change for change in self.changes if change.verdict == "worse"]
 
@@ -79,12 +86,12 @@ class Comparison:
 
     def __rich__(self) -> RenderableType:
         """A table of what changed, and a line on the rest."""
-        from veneer.benching.report.comparison import shown
+        from veneer.benching.compare import shown
 
         return shown(self)
 
 
-def compare(old: BenchReport, new: BenchReport) -> Comparison:
+def compare(old: BenchData, new: BenchData) -> Comparison:
     """Tell what changed from one run to another.
 
     Raises:
@@ -96,16 +103,16 @@ def compare(old: BenchReport, new: BenchReport) -> Comparison:
     return Comparison(old.made, new.made, changes, tuple(_cautions(old, new)))
 
 
-def _changes(old: BenchReport, new: BenchReport) -> Iterator[Change]:
+def _changes(old: BenchData, new: BenchData) -> Iterator[FigureChange]:
     for now in new.figures:
         before = old.find(*now.key)
         if before is None:
             continue
         change = (*now.key, now.unit, before.spread.median, now.spread.median)
-        yield Change(*change, verdict=_verdict(old, before, new, now))
+        yield FigureChange(*change, verdict=_verdict(old, before, new, now))
 
 
-def _verdict(old: BenchReport, before: Figure, new: BenchReport, now: Figure) -> str:
+def _verdict(old: BenchData, before: Figure, new: BenchData, now: Figure) -> str:
     if now.unit == "B":
         changed = abs(now.spread.median - before.spread.median) > LEAST * abs(before.spread.median)
     else:
@@ -118,7 +125,7 @@ def _verdict(old: BenchReport, before: Figure, new: BenchReport, now: Figure) ->
     return "worse" if now.spread.median > before.spread.median else "better"
 
 
-def _against_base(report: BenchReport, figure: Figure) -> list[float]:
+def _against_base(report: BenchData, figure: Figure) -> list[float]:
     """Round by round, a time over that of the base alone; empty where the base has none, or is it."""
     base = report.find(figure.quantity, "base", figure.batch or 0, figure.length or 0)
     if base is None or figure.variant == "base" or figure.quantity not in _TIMED:
@@ -126,7 +133,7 @@ def _against_base(report: BenchReport, figure: Figure) -> list[float]:
     return ratios(figure.samples, base.samples)
 
 
-def _cautions(old: BenchReport, new: BenchReport) -> Iterator[str]:
+def _cautions(old: BenchData, new: BenchData) -> Iterator[str]:
     for what in ("model_class", "parameters", "dtype", "device"):
         before, now = getattr(old.setup, what), getattr(new.setup, what)
         if before != now:
@@ -140,3 +147,41 @@ def _cautions(old: BenchReport, new: BenchReport) -> Iterator[str]:
             yield f"{package} was {old.machine.versions[package]} and is {version}."
     if min(old.setup.repeats, new.setup.repeats) < ENOUGH:
         yield f"A run of fewer than {ENOUGH} rounds tells no change from noise."
+
+
+_STYLES = {"worse": "bold red", "better": "bold green"}
+
+
+def shown(comparison: Comparison) -> RenderableType:
+    """What changed, what did not, and what to be careful about."""
+    changed = [change for change in comparison.changes if change.verdict != "same"]
+    rows = tuple(_row(change) for change in changed)
+    columns = ("figure", "variant", "input", "old", "new", "new / old", "verdict")
+    parts: list[RenderableType] = []
+    if rows:
+        table = rich_table(ReportTable(f"From {comparison.old} to {comparison.new}", columns, rows))
+        for row, change in zip(table.rows, changed, strict=True):
+            row.style = _STYLES.get(change.verdict, "")
+        parts.append(table)
+    parts += [Text(_summary(comparison)), *(Text(f"Note: {caution}", "yellow") for caution in comparison.cautions)]
+    return Group(*parts)
+
+
+def _summary(comparison: Comparison) -> str:
+    counts = {v: sum(c.verdict == v for c in comparison.changes) for v in ("worse", "better", "same", "as the base")}
+    text = f"{counts['worse']} worse, {counts['better']} better, {counts['same']} the same within noise"
+    return text + (f", {counts['as the base']} changed as the base alone did." if counts["as the base"] else ".")
+
+
+def _row(change: FigureChange) -> tuple[str, ...]:
+    text = formats.seconds if change.unit == "s" else formats.nbytes
+    size = formats.count(change.batch, "row") + (f" of {change.length}" if change.length else "")
+    return (
+        change.quantity,
+        change.variant,
+        size if change.batch else ABSENT,
+        text(change.old),
+        text(change.new),
+        formats.number(change.ratio),
+        change.verdict,
+    )

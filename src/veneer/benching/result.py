@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
-from veneer.benching.cost import BreakEven, Plan
-from veneer.benching.samples import Spread, spread
+from veneer.benching.decide.cost_model import BreakEven, ServingPlan
+from veneer.benching.measure.statistics import Spread, spread
 from veneer.errors import CorruptFileError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from typing_extensions import Self
+
 
 SCHEMA = 1
 # The ways of running the model that are compared, in the order in which they are shown.
@@ -62,7 +62,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class AdapterFacts:
+class MeasuredAdapter:
     """An adapter that was measured: its name, where it is, its method, its bytes on disk, the layers it changes."""
 
     name: str
@@ -101,7 +101,7 @@ class Setup:
     parameters: int
     dtype: str
     device: str
-    adapters: tuple[AdapterFacts, ...]
+    adapters: tuple[MeasuredAdapter, ...]
     batch: tuple[int, ...]
     lengths: tuple[int, ...]
     new_tokens: int
@@ -179,7 +179,7 @@ class Recommendation:
     headline: str
     reasons: tuple[str, ...]
     cautions: tuple[str, ...]
-    plans: tuple[Plan, ...]
+    plans: tuple[ServingPlan, ...]
     chosen: int
     compared: int
     break_even: BreakEven
@@ -191,8 +191,8 @@ class Recommendation:
 
 
 @dataclass(frozen=True)
-class BenchReport:
-    """A run of :func:`veneer.bench`: what was measured, and what follows from it.
+class BenchData:
+    """The data of a run of :func:`veneer.bench`: what was measured, and what follows from it.
 
     Attributes:
         made: when, in UTC.
@@ -225,7 +225,7 @@ class BenchReport:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str = "the report") -> BenchReport:
+    def from_dict(cls, values: Mapping[str, Any], where: str = "the report") -> Self:
         """The inverse of :meth:`to_dict`; ``CorruptFileError`` when the values are no report."""
         hint = "Give the report.json that `veneer bench --out` wrote."
         if not isinstance(values, Mapping) or "figures" not in values or "schema" not in values:
@@ -238,18 +238,6 @@ class BenchReport:
             return _made(cls, values)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise CorruptFileError(f"{where} is a damaged report: {error}.", hint=hint) from error
-
-    def save(self, folder: str | Path) -> Path:
-        """Write the report as HTML, Markdown and JSON, and keep the run; returns the HTML file's path."""
-        from veneer.benching.report.files import write
-
-        return write(self, Path(folder))
-
-    def __rich__(self) -> RenderableType:
-        """The tables and the recommendation."""
-        from veneer.benching.report.terminal import shown
-
-        return shown(self)
 
 
 def find(figures: Iterable[Figure], quantity: str, variant: str, batch: int = 0, length: int = 0) -> Figure | None:

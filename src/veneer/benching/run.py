@@ -13,20 +13,23 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from veneer.benching import machine
-from veneer.benching.advice import recommend
 from veneer.benching.arguments import spread_over
-from veneer.benching.cost import Needs
-from veneer.benching.fidelity import fidelity
-from veneer.benching.given import Given, Inventory, take_stock
-from veneer.benching.processes import LOADS, Request, in_fresh_process, named
-from veneer.benching.progress import Progress, Timeline
-from veneer.benching.result import AdapterFacts, BenchReport, Fidelity, Figure, Setup
-from veneer.benching.rounds import Cell, Collected, measure, measure_merge, rotated
-from veneer.benching.subjects import Subjects, nbytes, subjects
+from veneer.benching.bench_report import BenchReport
+from veneer.benching.decide.cost_model import Requirements
+from veneer.benching.decide.recommendation import recommend
+from veneer.benching.inputs import AdapterInput, Inventory, take_stock
+from veneer.benching.measure import machine
+from veneer.benching.measure.fidelity import fidelity
+from veneer.benching.measure.fresh_process import LOADS, Request, in_fresh_process, named
+from veneer.benching.measure.models_compared import ModelsCompared, load_models, nbytes
+from veneer.benching.measure.progress import Progress, Timeline
+from veneer.benching.measure.rounds import Collected, InputSize, measure, measure_merge, rotated
+from veneer.benching.result import Fidelity, Figure, MeasuredAdapter, Setup
 from veneer.errors import ConfigError, VeneerError
+from veneer.files.names import MODEL_STEM
+from veneer.files.resolve import resolve
+from veneer.files.weight_files import weight_files
 from veneer.keywords import DTYPE, takes
-from veneer.source import MODEL_STEM, resolve, weight_files
 
 # More fresh processes than this tell nothing new about loading.
 _MOST_LOADS = 3
@@ -104,13 +107,13 @@ def bench(
     shares = spread_over(traffic, [adapter.name for adapter in inventory.adapters])
     hottest_first = [next(a for a in inventory.adapters if a.name == name) for name in shares]
     on_progress(Progress("loading", 0.0, None))
-    models = subjects(
+    models = load_models(
         inventory, hottest_first, dtype=dtype, device=place, prompts=prompts, local_files_only=local_files_only
     )
     lengths = models.workload.lengths(tuple(prompt_tokens) if prompt_tokens else None, new_tokens)
     setup = _setup(str(path), inventory, hottest_first, models, lengths, sorted(set(batch)), new_tokens, repeats)
     timeline = Timeline(on_progress)
-    cells = [Cell(rows, length) for rows in setup.batch for length in lengths or (0,)]
+    cells = [InputSize(rows, length) for rows in setup.batch for length in lengths or (0,)]
     task = next(iter(models.single.peft_config.values())).task_type
     request = Request(
         variant="base",
@@ -136,7 +139,7 @@ def bench(
         figures += _loads(request, min(repeats, _MOST_LOADS), cells[0], timeline)
     except VeneerError as error:  # what was measured before it took minutes, and holds without it
         notes.append(f"Loading and peak memory are not measured, and memory is counted without them. {error}")
-    needs = Needs(
+    needs = Requirements(
         traffic=shares,
         memory=memory or machine.memory(place) or math.inf,
         requests_per_change=requests_per_change or math.inf,
@@ -180,8 +183,8 @@ def _check_numbers(
 def _setup(
     path: str,
     inventory: Inventory,
-    adapters: Sequence[Given],
-    models: Subjects,
+    adapters: Sequence[AdapterInput],
+    models: ModelsCompared,
     lengths: tuple[int, ...],
     batch: Sequence[int],
     new_tokens: int,
@@ -190,7 +193,7 @@ def _setup(
     entries = models.several.adapters.entries
     named_base = next(iter(models.single.peft_config.values())).base_model_name_or_path
     facts = [
-        AdapterFacts(a.name, a.origin, str(entries[a.name].config.peft_type), a.nbytes, len(entries[a.name].layers))
+        MeasuredAdapter(a.name, a.origin, str(entries[a.name].config.peft_type), a.nbytes, len(entries[a.name].layers))
         for a in adapters
     ]
     return Setup(
@@ -211,7 +214,7 @@ def _setup(
     )
 
 
-def _expect(timeline: Timeline, setup: Setup, cells: Sequence[Cell]) -> None:
+def _expect(timeline: Timeline, setup: Setup, cells: Sequence[InputSize]) -> None:
     """Plan every step, with a guess of its seconds from the model's size."""
     variants = {cell: 3 + (len(setup.adapters) > 1) * (1 + (cell.batch > 1)) for cell in cells}
     for cell in cells:
@@ -224,7 +227,9 @@ def _expect(timeline: Timeline, setup: Setup, cells: Sequence[Cell]) -> None:
     timeline.plan("load", min(setup.repeats, _MOST_LOADS) * len(LOADS), 5 + setup.parameters / 5e8)
 
 
-def _compare(models: Subjects, adapters: Sequence[Given], new_tokens: int, timeline: Timeline) -> list[Fidelity]:
+def _compare(
+    models: ModelsCompared, adapters: Sequence[AdapterInput], new_tokens: int, timeline: Timeline
+) -> list[Fidelity]:
     found = []
     for adapter in adapters:
         with timeline.step("fidelity", f"comparing answers: {adapter.name}"):
@@ -232,7 +237,7 @@ def _compare(models: Subjects, adapters: Sequence[Given], new_tokens: int, timel
     return found
 
 
-def _sizes(models: Subjects, adapters: Sequence[Given]) -> list[Figure]:
+def _sizes(models: ModelsCompared, adapters: Sequence[AdapterInput]) -> list[Figure]:
     """Bytes in memory and on disk."""
     own = {id(tensor) for tensor in models.base.parameters()}
     merged = [tensor for tensor in models.merged.parameters() if id(tensor) not in own]
@@ -250,7 +255,7 @@ def _sizes(models: Subjects, adapters: Sequence[Given]) -> list[Figure]:
     return collected.figures("B")
 
 
-def _loads(request: Request, repeats: int, smallest: Cell, timeline: Timeline) -> list[Figure]:
+def _loads(request: Request, repeats: int, smallest: InputSize, timeline: Timeline) -> list[Figure]:
     """Load in fresh processes. The first of each answers the largest input, and its peak memory is kept."""
     seconds, sizes = Collected(), Collected()
     for turn in range(repeats):

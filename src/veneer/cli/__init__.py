@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     from veneer.cli.app import run
     from veneer.errors import VeneerError
-    from veneer.printable import one_line
+    from veneer.printing import one_line
 
     _spell_out_what_cannot_be_encoded()
     try:
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _tell(message: Warning | str, *where: object, **more: object) -> None:
     """Print one of Python's warnings as a line of ours: where in the library it arose is nothing to the caller."""
-    from veneer.printable import one_line
+    from veneer.printing import one_line
 
     print(f"warning: {one_line(str(message))}", file=sys.stderr)
 

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from veneer._version import __version__
-from veneer.printable import one_line
+from veneer.printing import one_line
 
 # Command -> the module with its function of the same name, in the order in which help lists them.
 COMMANDS = {

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from veneer.cli.options import Base, Dtype, Json, Local
-from veneer.cli.terminal import for_stdout, quiet, show, tell
+from veneer.cli.terminal import for_stdout, show, tell
 from veneer.errors import ConfigError, PathNotFoundError
-from veneer.printable import one_line
-from veneer.source import exists
+from veneer.files.paths import exists
+from veneer.printing import one_line, quiet
 
 if TYPE_CHECKING:
-    from veneer.benching.progress import Progress
+    from veneer.benching.measure.progress import Progress
 
 _PATHS = "An adapter, a set of adapters, or a base model; then further adapters of the same base."
 

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from veneer.cli.options import Base, Json, Local, Revision
-from veneer.cli.terminal import progress, quiet, show, tell
+from veneer.cli.terminal import progress, show, tell
 from veneer.errors import ConfigError
+from veneer.printing import quiet
 
 
 def convert(
@@ -26,7 +27,7 @@ def convert(
     if to != "lora":
         raise ConfigError(f"--to {to!r} is none of the methods to convert to.", hint="There is: lora.")
     with quiet() as warnings, progress("converting"):
-        from veneer.convert import convert_to_lora
+        from veneer.peft_model.convert_to_lora import convert_to_lora
 
         report = convert_to_lora(
             path, out=out, rank=rank, base=base, revision=revision, local_files_only=local_files_only

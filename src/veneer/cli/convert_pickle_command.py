@@ -15,6 +15,6 @@ def convert_pickle(
     out: Annotated[Path | None, typer.Option(help="The .safetensors file to write, or a folder for it.")] = None,
 ) -> None:
     """Turn a pickled checkpoint into safetensors, reading plain tensors only."""
-    from veneer import pickles
+    from veneer.files import convert_pickle
 
-    print(for_stdout(str(pickles.convert_pickle(path, out))))
+    print(for_stdout(str(convert_pickle.convert_pickle(path, out))))

@@ -12,6 +12,6 @@ def digest(
     full: Annotated[bool, typer.Option("--full", help="Read every byte instead of samples.")] = False,
 ) -> None:
     """Print the digest that identifies a base model."""
-    from veneer.identity import base_digest
+    from veneer.files.base_digest import base_digest
 
     print(base_digest(path, full=full))

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from veneer.cli.options import Json, Local
-from veneer.cli.terminal import progress, quiet, show, tell
+from veneer.cli.terminal import progress, show, tell
+from veneer.printing import quiet
 
 
 def extract(
@@ -24,7 +25,7 @@ def extract(
 ) -> None:
     """Make a LoRA adapter out of a tuned model and its base."""
     with quiet() as warnings, progress("reading") as on_step:
-        from veneer.merging import extract as room
+        from veneer.merging import extract_lora as room
 
         report = room.extract(
             tuned,

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.by_transformers import by_transformers, first_line
+from veneer.base_model.transformers_errors import transformers_errors_as
 from veneer.cli.options import Base, Dtype, Json, Local, Revision
-from veneer.cli.terminal import progress, quiet, tell
+from veneer.cli.terminal import progress, tell
 from veneer.errors import ConfigError, VeneerError
-from veneer.printable import written
+from veneer.printing import first_line, quiet, written
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from veneer.model import PeftModel
+    from veneer.peft_model.peft_model import PeftModel
 
 _OTHER_TOKENIZER = "Is it this model's? An adapter's own tokenizer comes before the base's."
 
@@ -44,7 +44,8 @@ def generate(
     text = _read_prompt() if prompt == "-" else prompt
     with quiet() as warnings:
         with progress("loading"):
-            from veneer.loader import load, load_tokenizer
+            from veneer.peft_model.load import load
+            from veneer.peft_model.tokenizer import load_tokenizer
 
             model = load(
                 path,
@@ -84,7 +85,7 @@ def _read_prompt() -> str:
 
 def _merge(model: PeftModel, adapter: str) -> None:
     """Merge one adapter of a set, as ``load(merge=True)`` does with the active ones."""
-    from veneer.selection import BASE
+    from veneer.patches.selection import BASE
 
     if adapter == BASE:
         raise ConfigError(
@@ -100,7 +101,7 @@ def _merge(model: PeftModel, adapter: str) -> None:
 def _chosen(model: PeftModel, adapter: str | None) -> Any:
     if adapter is None:
         return nullcontext()
-    from veneer.selection import BASE
+    from veneer.patches.selection import BASE
 
     return model.disable_adapter() if adapter == BASE else model.using(adapter)
 
@@ -123,14 +124,14 @@ def _inputs(tokenizer: Any, text: str, system: str | None, chat: bool) -> Any:
 
 
 def _by_tokenizer(what: str) -> AbstractContextManager[None]:
-    return by_transformers(ConfigError, f"The tokenizer cannot {what}", _OTHER_TOKENIZER)
+    return transformers_errors_as(ConfigError, f"The tokenizer cannot {what}", _OTHER_TOKENIZER)
 
 
 def _templated(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
     """The tokens of a chat. A template is a program, if a confined one, and can fail in any way that programs do."""
     hint = "--no-chat leaves it out."
     try:
-        with by_transformers(ConfigError, "The tokenizer's chat template refuses", hint):
+        with transformers_errors_as(ConfigError, "The tokenizer's chat template refuses", hint):
             inputs = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )

@@ -18,7 +18,7 @@ def inspect(
     local_files_only: Local = False,
 ) -> None:
     """Tell what is at a path: model or adapter, method, base, rank, size, problems."""
-    from veneer import inspection
+    from veneer.checkpoints import inspection
 
     found = inspection.inspect(path, revision=revision, subfolder=subfolder, local_files_only=local_files_only)
     show(found, json)

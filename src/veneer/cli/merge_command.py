@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from veneer.cli.options import Base, Dtype, Json, Local, Revision, weighted
-from veneer.cli.terminal import progress, quiet, show, tell
+from veneer.cli.terminal import progress, show, tell
+from veneer.printing import quiet
 
 
 def merge(
@@ -38,9 +39,9 @@ def merge(
 ) -> int:
     """Merge adapters into their base: a plain model folder that needs neither."""
     with quiet() as warnings, progress("loading") as on_step:
-        from veneer.merging import folder
+        from veneer.merging import merge_folder
 
-        report = folder.merge(
+        report = merge_folder.merge(
             wanted := weighted(path, adapter or []),
             base,
             out=out,

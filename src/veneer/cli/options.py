@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from veneer.errors import ConfigError
-from veneer.source import exists
+from veneer.files.paths import exists
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Base = Annotated[str | None, typer.Option(help="The base: a folder or hub id. By default what the adapter names.")]

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from veneer.printable import one_line, written
+from veneer.printing import one_line, written
 
 
 def for_stdout(text: str) -> str:
@@ -42,29 +39,6 @@ def progress(first: str) -> Iterator[Callable[[str], None]]:
 
     with console.status(first) as status:
         yield lambda step: status.update(Text(one_line(step)))
-
-
-@contextmanager
-def quiet() -> Iterator[list[str]]:
-    """Silence other libraries' bars and logs; collect Veneer's warnings, as they come, to be told when it suits."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging as transformers_logging
-
-    # Its errors are raised, too, and told by Veneer; logged, they cite a checkpoint as it stands.
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    logging.captureWarnings(False)
-    told: list[str] = []
-
-    def note(message: Warning | str, category: type[Warning], filename: str, *where: object, **more: object) -> None:
-        if "veneer" in filename or "adapter" in str(message):
-            told.append(str(message))
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = note
-        yield told
 
 
 def tell(warnings_: list[str]) -> None:

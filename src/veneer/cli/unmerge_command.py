@@ -23,9 +23,9 @@ def unmerge(
 ) -> None:
     """Restore the base that a merged folder was made from, byte for byte."""
     with progress("restoring") as on_step:
-        from veneer.merging import undo
+        from veneer.merging.output import unmerge
 
-        report = undo.unmerge(
+        report = unmerge.unmerge(
             merged, out=out, base=base, overwrite=overwrite, local_files_only=local_files_only, on_step=on_step
         )
     show(report, json)

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from veneer.cli.options import Base, Json, Local
-from veneer.cli.terminal import progress, quiet, show, tell
+from veneer.cli.terminal import progress, show, tell
+from veneer.printing import quiet
 
 
 def verify(

@@ -1,1 +1,1 @@
-"""The config of each method, in a file named by its ``peft_type``: ``CONFIG`` is the class. None needs torch."""
+"""``adapter_config.json`` and the dataclass of each method. Imports no torch."""

@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from veneer.cli.terminal import quiet
 from veneer.demo.base import demo_base
 from veneer.demo.facts import STYLES
 from veneer.errors import SourceError, VeneerError
+from veneer.printing import quiet
 
 # As shipped; the demo works on a copy, in its workspace, so that what it shows are short paths.
 SHIPPED = Path(__file__).with_name("adapters")

@@ -12,20 +12,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from veneer.by_transformers import by_transformers
+from veneer.base_model.transformers_errors import transformers_errors_as
 from veneer.errors import MergeError, VeneerError
+from veneer.files.resolve import resolve
 from veneer.keywords import takes
-from veneer.merging.base_files import WeightFiles, open_weights
-from veneer.merging.hashing import sha256_of
-from veneer.merging.inputs import Adapters, Where
-from veneer.merging.manifest import read_manifest
-from veneer.merging.prepare import Options, find, prepare
-from veneer.merging.stream import run_all
-from veneer.panel import panel
-from veneer.source import resolve
+from veneer.merging.base.hashing import sha256_of
+from veneer.merging.base.weight_files import WeightFiles, open_weights
+from veneer.merging.output.file_writer import run_all
+from veneer.merging.output.manifest import read_manifest
+from veneer.merging.work.inputs import AdapterPaths, LookupOptions
+from veneer.merging.work.prepare import Options, find_adapters, prepare
+from veneer.printing import panel
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
 
 PROMPTS = (
     "The capital of France is",
@@ -134,7 +135,7 @@ class CompareSink:
 @takes()
 def verify(
     out: str | Path,
-    adapter: Adapters | None = None,
+    adapter: AdapterPaths | None = None,
     base: str | Path | None = None,
     *,
     sample: int | None = None,
@@ -164,7 +165,7 @@ def verify(
     """
     folder = Path(out)
     manifest = read_manifest(folder)
-    where = Where(local_files_only=local_files_only, trust_remote_code=trust_remote_code)
+    where = LookupOptions(local_files_only=local_files_only, trust_remote_code=trust_remote_code)
     adapters = _weighted(manifest, adapter, where)
     base = manifest["base"]["origin"] if base is None else base
     on_step("merging again")
@@ -182,12 +183,12 @@ def verify(
     return VerifyReport(str(folder), tensors, different, altered, answers, max_kl, notes)
 
 
-def _weighted(manifest: dict[str, Any], adapter: Adapters | None, where: Where) -> dict[str | Path, float]:
+def _weighted(manifest: dict[str, Any], adapter: AdapterPaths | None, where: LookupOptions) -> dict[str | Path, float]:
     weights = [one["weight"] for one in manifest["adapters"]]
     if adapter is None:
         paths: list[str | Path] = [one["origin"] for one in manifest["adapters"]]
     else:
-        paths = [source.root for source in find(adapter, where)[0]]
+        paths = [source.root for source in find_adapters(adapter, where)[0]]
     if len(paths) != len(weights):
         raise MergeError(
             f"{len(paths)} adapters are given, and {len(weights)} were merged.", hint="Give those, in their order."
@@ -197,10 +198,10 @@ def _weighted(manifest: dict[str, Any], adapter: Adapters | None, where: Where) 
 
 def _replayed(
     folder: Path,
-    adapters: Adapters,
+    adapters: AdapterPaths,
     base: str | Path,
     options: Options,
-    where: Where,
+    where: LookupOptions,
     sample: int | None,
 ) -> tuple[int, list[str]]:
     prepared = prepare(adapters, base, options, where)
@@ -225,10 +226,10 @@ def _replayed(
 
 
 def _answers(
-    folder: Path, adapters: dict[str | Path, float], base: str | Path, prompts: list[str], where: Where
+    folder: Path, adapters: dict[str | Path, float], base: str | Path, prompts: list[str], where: LookupOptions
 ) -> tuple[Answers | None, str]:
     """The comparison, or why there is none."""
-    from veneer.loader import load
+    from veneer.peft_model.load import load
 
     if any(weight != 1.0 for weight in adapters.values()):
         return None, "Answers are not compared: weights other than 1 have no unmerged form."
@@ -267,7 +268,7 @@ def _ids(folder: Path, vocabulary: int, prompts: list[str]) -> list[Tensor]:
 
     if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
         # Its files may be the adapter's, so that no code which they name is run, whatever is trusted of the base.
-        with by_transformers(VeneerError, f"{folder}: its tokenizer cannot be used", "Use --no-logits."):
+        with transformers_errors_as(VeneerError, f"{folder}: its tokenizer cannot be used", "Use --no-logits."):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             ids = [tokenizer(text, return_tensors="pt")["input_ids"] for text in prompts]
         return [one for one in ids if one.numel()]

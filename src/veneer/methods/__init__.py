@@ -1,6 +1,6 @@
 """The methods, found by the ``peft_type`` that stands in a config. To add one: CONTRIBUTING.md.
 
-A method ``XYZ`` is two small files: ``configs/xyz.py`` with its config (it needs no torch) as ``CONFIG``, and
+A method ``XYZ`` is two small files: ``configs/methods/xyz.py`` with its config, which needs no torch, and
 ``methods/xyz.py`` with its maths as ``METHOD``. They are imported when they are first asked for.
 """
 
@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from veneer.config import PeftConfig, PromptConfig, registered
+from veneer.configs.base import PeftConfig, PromptConfig, registered
 from veneer.errors import UnknownMethodError
-from veneer.methods.method import AnyMethod, Method
+from veneer.methods.base.method import AnyMethod, Method
 
 if TYPE_CHECKING:
-    from veneer.methods.prompt import PromptMethod
+    from veneer.methods.base.prompt_method import PromptMethod
 
 __all__ = ["AnyMethod", "Method", "method_of", "prompt_of", "register_method"]
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.configs.adalora import AdaLoraConfig
-from veneer.methods.method import Base, Method
-from veneer.methods.rotation import check_groups
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.conv import ConvSite
-from veneer.sites.linear import LinearSite
+from veneer.base_model.sites.conv import ConvSite
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.adalora import AdaLoraConfig
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.shared.rotation import check_groups
+from veneer.patches.patch import Patch
 
 A, B, E = "lora_A", "lora_B", "lora_E"
 
@@ -53,14 +53,14 @@ class AdaLora(Method[AdaLoraConfig, AdaLoraSettings]):
         return {A: (r, inner), B: (out, r), E: (r, 1)}
 
     def init(
-        self, config: AdaLoraConfig, settings: AdaLoraSettings, base: Base, generator: torch.Generator | None
+        self, config: AdaLoraConfig, settings: AdaLoraSettings, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         std = 0.02 if config.init_lora_weights else 1.0
         shapes = self.shapes(settings, base.site).items()
         made = {leaf: torch.empty(shape).normal_(std=std, generator=generator) for leaf, shape in shapes}
         return {**made, E: torch.zeros_like(made[E])} if config.init_lora_weights else made
 
-    def lower(self, settings: AdaLoraSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: AdaLoraSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         return Patch(up=tensors[B], down=tensors[A] * tensors[E], scale=settings.scale, dropout=settings.dropout)
 
     def penalty(self, config: AdaLoraConfig, layers: Sequence[tuple[AdaLoraSettings, Mapping[str, Tensor]]]) -> Tensor:

@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from veneer.configs.adamss import AdamssConfig
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.adamss import AdamssConfig
 from veneer.errors import BaseMismatchError, UnsupportedError
-from veneer.methods.method import Base, Method
+from veneer.methods.base.method import BaseLayer, Method
 from veneer.packages import require
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.linear import LinearSite
+from veneer.patches.patch import Patch
 
 V = "adamss_newB"
 A, B = "adamss_A.", "adamss_B."
@@ -79,7 +79,7 @@ class Adamss(Method[AdamssConfig, AdamssSettings]):
         return found
 
     def init(
-        self, config: AdamssConfig, settings: AdamssSettings, base: Base, generator: torch.Generator | None
+        self, config: AdamssConfig, settings: AdamssSettings, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         left, right = _decomposed(config, base)
         groups = _groups(config, left, base.site)
@@ -91,7 +91,9 @@ class Adamss(Method[AdamssConfig, AdamssSettings]):
             found[up] = torch.zeros(shape) if zero else 0.01 * torch.randn(shape, generator=generator)
         return found
 
-    def restored(self, config: AdamssConfig, settings: AdamssSettings, base: Callable[[], Base]) -> dict[str, Tensor]:
+    def restored(
+        self, config: AdamssConfig, settings: AdamssSettings, base: Callable[[], BaseLayer]
+    ) -> dict[str, Tensor]:
         layer = base()
         groups = _groups(config, _decomposed(config, layer)[0], layer.site)
         found, stored = [len(rows) for rows in groups], [rows for rows, _ in settings.sizes]
@@ -105,7 +107,7 @@ class Adamss(Method[AdamssConfig, AdamssSettings]):
     def on_disk(self, settings: AdamssSettings, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return {leaf: tensor for leaf, tensor in tensors.items() if leaf != ROWS}
 
-    def lower(self, settings: AdamssSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: AdamssSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         inner = base.site.shape[1]
         own = [(tensors[down], tensors[up]) for down, up in zip(self.downs, self.ups, strict=True) if up in tensors]
         grouped = torch.block_diag(*(up for _, up in own))
@@ -118,7 +120,7 @@ class Adamss(Method[AdamssConfig, AdamssSettings]):
 METHOD = Adamss(1)
 
 
-def _decomposed(config: AdamssConfig, base: Base) -> tuple[Tensor, Tensor]:
+def _decomposed(config: AdamssConfig, base: BaseLayer) -> tuple[Tensor, Tensor]:
     """``U``, shape ``(out, r)``, and ``V``, shape ``(r, in)``, of a seeded, randomised decomposition, as in peft."""
     weight, bias = base.base_weight().float(), base.base_bias
     if bias is not None:

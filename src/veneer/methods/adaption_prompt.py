@@ -19,23 +19,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from veneer.configs.adaption_prompt import AdaptionPromptConfig
+from veneer.base_model.sites.attention import FORMS, AttentionSite, attention_site
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.adaption_prompt import AdaptionPromptConfig
 from veneer.errors import TargetError
-from veneer.methods.method import Base, Part
-from veneer.methods.routed import RoutedMethod
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.attention import FORMS, AttentionSite, attention_site
+from veneer.methods.base.method import BaseLayer, MethodOnSites
+from veneer.methods.base.routed_method import RoutedMethod
+from veneer.patches.patch import Patch
 
 if TYPE_CHECKING:
-    from veneer.catalog import Catalog
+    from veneer.base_model.catalog import Catalog
 
 PROMPT = "adaption_prompt"
 GATE = "adaption_gate"
 
 
 @dataclass(frozen=True)
-class Reading:
+class AdaptionPromptRoute:
     """The route of one attention module. Its input is queries, ``(rows, length, heads, dim)``."""
 
     prompt: Tensor
@@ -45,7 +45,7 @@ class Reading:
     def changes(self) -> bool:
         return bool(self.gate.count_nonzero())
 
-    def take(self, rows: Tensor, whole: torch.Size) -> Reading:
+    def take(self, rows: Tensor, whole: torch.Size) -> AdaptionPromptRoute:
         return self
 
     def __call__(self, x: Tensor, training: bool) -> Tensor:
@@ -66,7 +66,7 @@ class AdaptionPrompt(RoutedMethod[AdaptionPromptConfig, int]):
         if config.target_modules is None:
             config.target_modules = [_name(catalog)]
 
-    def parts(self, config: AdaptionPromptConfig, catalog: Catalog) -> list[Part]:
+    def parts(self, config: AdaptionPromptConfig, catalog: Catalog) -> list[MethodOnSites]:
         self.complete(config, catalog)
         found = [attention_site(name, catalog.modules[name]) for name in catalog.targets(config)]
         sites: list[Site] = [site for site in found if site is not None]
@@ -77,7 +77,7 @@ class AdaptionPrompt(RoutedMethod[AdaptionPromptConfig, int]):
                 f"target_modules={config.target_modules!r} means.",
                 hint=f"Known are those of {', '.join(FORMS)}.",
             )
-        return [Part(self, sites[-count:])]
+        return [MethodOnSites(self, sites[-count:])]
 
     def settings(self, config: AdaptionPromptConfig, site: Site) -> int:
         return config.adapter_len or 0
@@ -86,14 +86,14 @@ class AdaptionPrompt(RoutedMethod[AdaptionPromptConfig, int]):
         return {PROMPT: (1, settings, site.shape[1]), GATE: (1,)}
 
     def init(
-        self, config: AdaptionPromptConfig, settings: int, base: Base, generator: torch.Generator | None
+        self, config: AdaptionPromptConfig, settings: int, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         shapes = self.shapes(settings, base.site)
         return {PROMPT: torch.randn(shapes[PROMPT], generator=generator), GATE: torch.zeros(shapes[GATE])}
 
-    def lower(self, settings: int, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: int, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         assert isinstance(base.site, AttentionSite)
-        return Patch(route=Reading(tensors[PROMPT], tensors[GATE], base.site))
+        return Patch(route=AdaptionPromptRoute(tensors[PROMPT], tensors[GATE], base.site))
 
 
 METHOD = AdaptionPrompt()

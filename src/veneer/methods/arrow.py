@@ -20,21 +20,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from veneer.arrow_config import ArrowConfig
-from veneer.configs.lora import LoraConfig
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.arrow_options import ArrowConfig
+from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import MergeError, UnsupportedError
-from veneer.folded import Sources
+from veneer.methods.base.method import BaseLayer
 from veneer.methods.lora import Lora, LoraSettings
-from veneer.methods.method import Base
-from veneer.mixture import Live, low_rank_patches, mixed
-from veneer.patch import Patch
-from veneer.selection import Selection, selected
-from veneer.sites import Site
-from veneer.sites.linear import LinearSite
+from veneer.methods.shared.expert_mixture import LiveLayer, low_rank_patches, weighted_sum
+from veneer.patches.fused import TensorVersions
+from veneer.patches.patch import Patch
+from veneer.patches.selection import Selection, selected
 
 
 @dataclass(frozen=True)
-class Prepared:
+class ArrowDirections:
     """The experts of one layer, what is taken off them done, and their directions.
 
     Attributes:
@@ -43,7 +43,7 @@ class Prepared:
         directions: shape ``(experts, in)``.
     """
 
-    sources: Sources
+    sources: TensorVersions
     experts: list[Patch]
     directions: Tensor
 
@@ -58,20 +58,20 @@ class Preparing:
     """What is prepared on one layer, kept until a tensor changes. Threads may share it: it is replaced whole."""
 
     def __init__(self) -> None:
-        self._last: Prepared | None = None
+        self._last: ArrowDirections | None = None
 
     def __reduce__(self) -> Any:
         return Preparing, ()
 
     @torch.no_grad()
-    def bring(self, experts: Sequence[Patch], general: Sequence[Patch]) -> Prepared:
+    def bring(self, experts: Sequence[Patch], general: Sequence[Patch]) -> ArrowDirections:
         """Work it out, unless that was done with the same tensors."""
         tensors = [t for patch in (*experts, *general) for t in (patch.up, patch.down) if t is not None]
         last, selection = self._last, selected()
         if last is None or not last.is_current(selection, tensors):
-            sources = Sources(selection, tensors)
+            sources = TensorVersions(selection, tensors)
             own = _less(experts, general) if general else list(experts)
-            last = self._last = Prepared(sources, own, torch.stack([_direction(patch) for patch in own]))
+            last = self._last = ArrowDirections(sources, own, torch.stack([_direction(patch) for patch in own]))
         return last
 
 
@@ -108,7 +108,7 @@ class ArrowSettings(LoraSettings):
 
 
 @dataclass(frozen=True)
-class Routing:
+class ArrowRoute:
     """The route of one layer."""
 
     site: Site
@@ -119,14 +119,14 @@ class Routing:
     def changes(self) -> bool:
         return any(patch.changes() for patch in self.experts)
 
-    def take(self, rows: Tensor, whole: torch.Size) -> Routing:
+    def take(self, rows: Tensor, whole: torch.Size) -> ArrowRoute:
         return self
 
     def __call__(self, x: Tensor, training: bool) -> Tensor:
         scores = (x.float() @ self.directions.T).abs()
         best, index = scores.topk(min(self.arrow.top_k, len(self.experts)), -1)
         shares = (best / self.arrow.router_temperature).softmax(-1)
-        return mixed(self.site, self.experts, torch.zeros_like(scores).scatter(-1, index, shares), x, training)
+        return weighted_sum(self.site, self.experts, torch.zeros_like(scores).scatter(-1, index, shares), x, training)
 
 
 class Arrow(Lora):
@@ -145,17 +145,17 @@ class Arrow(Lora):
             hint="Use it unmerged; merge others by name: merge_adapter([...]).",
         )
 
-    def lower(self, settings: LoraSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: LoraSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         assert isinstance(settings, ArrowSettings)
         # No merge from disk comes here: it is refused before.
-        layer, arrow = cast(Live, base), settings.arrow
+        layer, arrow = cast(LiveLayer, base), settings.arrow
         experts = low_rank_patches(layer, layer.here(tuple(arrow.task_adapter_names or ())))
         general = low_rank_patches(layer, layer.here(tuple(arrow.gks_adapter_names or ()))) if arrow.use_gks else []
         if not experts:
             return Patch()
         _check_ranks(base.site, [*experts, *general] if general else [])
         prepared = settings.preparing.bring(experts, general)
-        return Patch(route=Routing(base.site, arrow, prepared.experts, prepared.directions))
+        return Patch(route=ArrowRoute(base.site, arrow, prepared.experts, prepared.directions))
 
 
 METHOD = Arrow()

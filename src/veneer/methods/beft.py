@@ -10,12 +10,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from veneer.configs.beft import BeftConfig
-from veneer.methods.method import Base, Method
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.conv import ConvSite
-from veneer.sites.linear import LinearSite
+from veneer.base_model.sites.conv import ConvSite
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.beft import BeftConfig
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.patches.patch import Patch
 
 SHIFT = "beft_bias"
 
@@ -34,12 +34,12 @@ class Beft(Method[BeftConfig, None]):
         return {SHIFT: (1, site.shape[0])}
 
     def init(
-        self, config: BeftConfig, settings: None, base: Base, generator: torch.Generator | None
+        self, config: BeftConfig, settings: None, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         std = 0.0 if config.init_weights else 1.0
         return {SHIFT: torch.empty(1, base.site.shape[0]).normal_(std=std, generator=generator)}
 
-    def lower(self, settings: None, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: None, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         return Patch(shift=tensors[SHIFT].flatten())
 
 

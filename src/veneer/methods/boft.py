@@ -14,16 +14,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from veneer.configs.boft import BOFTConfig
+from veneer.base_model.sites.conv import ConvSite
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.boft import BOFTConfig
 from veneer.errors import UnsupportedError
-from veneer.factors import Blocks, Diagonal, Factor, Matrix
-from veneer.methods.dropout import of_blocks
-from veneer.methods.method import Base, Method
-from veneer.methods.rotation import cayley, check_groups
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.conv import ConvSite
-from veneer.sites.linear import LinearSite
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.shared.patch_dropout import of_blocks
+from veneer.methods.shared.rotation import cayley, check_groups
+from veneer.patches.multipliers import BlockDiagonal, Diagonal, FullMatrix, Multiplier
+from veneer.patches.patch import Patch
 
 R = "boft_R"
 S = "boft_s"
@@ -68,14 +68,14 @@ class BOFT(Method[BOFTConfig, BOFTSettings]):
         return {R: (settings.factors, settings.blocks, settings.size, settings.size), S: scale}
 
     def init(
-        self, config: BOFTConfig, settings: BOFTSettings, base: Base, generator: torch.Generator | None
+        self, config: BOFTConfig, settings: BOFTSettings, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         std = 0.0 if config.init_weights else 0.1
         shapes = self.shapes(settings, base.site)
         made = {leaf: torch.empty(shape).normal_(std=std, generator=generator) for leaf, shape in shapes.items()}
         return {R: made[R], S: made[S] + 1}
 
-    def lower(self, settings: BOFTSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: BOFTSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         blocks = tensors[R].float()
         turned = _product(cayley((blocks - blocks.mT) / 2))
         return Patch(inner=turned, outer=Diagonal(tensors[S].flatten()), drop=of_blocks(settings.dropout))
@@ -84,17 +84,17 @@ class BOFT(Method[BOFTConfig, BOFTSettings]):
 METHOD = BOFT()
 
 
-def _product(rotations: Tensor) -> Factor:
+def _product(rotations: Tensor) -> Multiplier:
     """``(R_m ... R_1)^T`` from the blocks of each ``B_i``, shape ``(m, blocks, size, size)``."""
     if len(rotations) == 1:
-        return Blocks(rotations[0].mT)
+        return BlockDiagonal(rotations[0].mT)
     count, size = rotations.shape[1:3]
     total = torch.eye(count * size, device=rotations.device)
     for index, blocks in enumerate(rotations):
         order = _brought_together(count * size, size, index).to(rotations.device)
         # (P B P^T)[i, j] = B[order[i], order[j]]
         total = torch.block_diag(*blocks)[order][:, order] @ total
-    return Matrix(total.mT)
+    return FullMatrix(total.mT)
 
 
 def _brought_together(width: int, size: int, index: int) -> Tensor:

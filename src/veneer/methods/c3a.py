@@ -11,14 +11,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from veneer.configs.c3a import C3AConfig
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.base_model.targets import pattern_value
+from veneer.configs.methods.c3a import C3AConfig
 from veneer.errors import UnsupportedError
-from veneer.methods.method import Base, Method
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.linear import LinearSite
-from veneer.structured import Circulant
-from veneer.targets import pattern_value
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.patches.operators import Circulant
+from veneer.patches.patch import Patch
 
 KERNEL = "c3a_kernel"
 
@@ -44,7 +44,7 @@ class C3A(Method[C3AConfig, int]):
         return {KERNEL: (out // settings, inner // settings, settings)}
 
     def init(
-        self, config: C3AConfig, settings: int, base: Base, generator: torch.Generator | None
+        self, config: C3AConfig, settings: int, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         kernel = torch.zeros(self.shapes(settings, base.site)[KERNEL])
         if config.init_weights == "gaussian":
@@ -56,7 +56,7 @@ class C3A(Method[C3AConfig, int]):
             kernel.uniform_(-bound, bound, generator=generator)
         return {KERNEL: kernel}
 
-    def lower(self, settings: int, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: int, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         return Patch(dense=Circulant(tensors[KERNEL].float() / base.site.shape[1]))
 
 

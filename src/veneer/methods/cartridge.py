@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from veneer.configs.cartridge import CartridgeConfig
-from veneer.methods.prompt import PROMPT, PromptEncoder, PromptMethod
+from veneer.configs.methods.cartridge import CartridgeConfig
+from veneer.methods.base.prompt_method import PROMPT, PromptEncoder, PromptMethod
 
 
 class Cartridge(PromptEncoder):

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from veneer.configs.cpt import CPTConfig
-from veneer.methods.prompt import IGNORED, PROMPT, PromptEncoder, PromptMethod, Table
+from veneer.configs.methods.cpt import CPTConfig
+from veneer.methods.base.prompt_method import IGNORED, PROMPT, EmbeddingTable, PromptEncoder, PromptMethod
 
 # How far a token may move that is neither input nor template.
 STILL = 1e-10
@@ -73,7 +73,7 @@ class CPT(PromptMethod[CPTConfig]):
 
     def restored(self, config: CPTConfig, tensors: Mapping[str, nn.Parameter]) -> PromptEncoder:
         values = tensors[PROMPT]
-        return Context(config, values) if values.requires_grad else Table(values)
+        return Context(config, values) if values.requires_grad else EmbeddingTable(values)
 
     def counted(self, config: CPTConfig, labels: Tensor, types: Tensor | None) -> tuple[Tensor, Tensor]:
         own = torch.tensor(config.cpt_tokens_type_mask, device=labels.device).expand(len(labels), -1)

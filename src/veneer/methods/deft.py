@@ -13,11 +13,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from veneer.configs.deft import DeftConfig
-from veneer.methods.method import Base, Method
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.linear import LinearSite
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.deft import DeftConfig
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.patches.patch import Patch
 
 P, R = "deft_P", "deft_R"
 
@@ -37,7 +37,7 @@ class Deft(Method[DeftConfig, DeftConfig]):
         return {P: (out, r)} if settings.para else {P: (out, r), R: (r, inner)}
 
     def init(
-        self, config: DeftConfig, settings: DeftConfig, base: Base, generator: torch.Generator | None
+        self, config: DeftConfig, settings: DeftConfig, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         shapes = self.shapes(settings, base.site)
         tensors = {P: torch.empty(shapes[P]).normal_(std=0.02, generator=generator)}
@@ -49,7 +49,7 @@ class Deft(Method[DeftConfig, DeftConfig]):
             tensors[R] = torch.empty(shapes[R]).normal_(std=0.02 * config.init_scale, generator=generator)
         return tensors
 
-    def lower(self, settings: DeftConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: DeftConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         up, measure = _projector(settings, tensors[P].float())
         down = -(measure.T @ base.base_weight().float())
         if R in tensors:

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.configs.delora import DeloraConfig
-from veneer.methods.method import Base, Method
-from veneer.methods.tucker import started
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.linear import LinearSite
-from veneer.targets import pattern_value
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.base_model.targets import pattern_value
+from veneer.configs.methods.delora import DeloraConfig
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.shared.tucker import started
+from veneer.patches.patch import Patch
 
 A, B, LAMBDA, NORM = "delora_A", "delora_B", "delora_lambda", "delora_w_norm"
 # No row or column counts as shorter.
@@ -53,14 +53,14 @@ class Delora(Method[DeloraConfig, DeloraSettings]):
         return {A: (r, inner), B: (out, r), LAMBDA: (1,), NORM: (inner,)}
 
     def init(
-        self, config: DeloraConfig, settings: DeloraSettings, base: Base, generator: torch.Generator | None
+        self, config: DeloraConfig, settings: DeloraSettings, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         shapes = {leaf: shape for leaf, shape in self.shapes(settings, base.site).items() if leaf in (A, B)}
         tensors = started(shapes, {B} if config.init_weights else set(), generator)
         norm = base.base_weight().float().norm(dim=0)
         return {**tensors, LAMBDA: torch.full((1,), float(settings.size)), NORM: norm}
 
-    def lower(self, settings: DeloraSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: DeloraSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         down, up = tensors[A].float(), tensors[B].float()
         lengths = down.norm(dim=1).clamp_min(SHORTEST) * up.norm(dim=0).clamp_min(SHORTEST)
         scaled = up * (tensors[LAMBDA].float() / settings.r / lengths)

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.configs.fourierft import FourierFTConfig
-from veneer.methods.method import Base, Method
-from veneer.methods.places import random_places
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.linear import LinearSite
-from veneer.structured import Sparse, Transformed
-from veneer.targets import pattern_value
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.base_model.targets import pattern_value
+from veneer.configs.methods.fourierft import FourierFTConfig
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.shared.random_entries import random_places
+from veneer.patches.operators import Sparse, SparseInTransform
+from veneer.patches.patch import Patch
 
 SPECTRUM = "fourierft_spectrum"
 
@@ -45,12 +45,12 @@ class FourierFT(Method[FourierFTConfig, FourierFTSettings]):
         return {SPECTRUM: tuple(settings.places.shape)}
 
     def init(
-        self, config: FourierFTConfig, settings: FourierFTSettings, base: Base, generator: torch.Generator | None
+        self, config: FourierFTConfig, settings: FourierFTSettings, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         std = 0.0 if config.init_weights else 1.0
         return {SPECTRUM: torch.empty(settings.places.shape).normal_(std=std, generator=generator)}
 
-    def lower(self, settings: FourierFTSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: FourierFTSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         values, shape = tensors[SPECTRUM].float(), base.site.shape
         places = settings.places.to(values.device, torch.int32)
         sparse = Sparse(values, places // shape[1], places % shape[1], shape)
@@ -63,7 +63,7 @@ class FourierFT(Method[FourierFTConfig, FourierFTSettings]):
             found: Tensor = torch.fft.ifft2(spectrum)
             return found.real * settings.scale
 
-        return Patch(dense=Transformed(sparse, torch.fft.ifft, outer, matrix))
+        return Patch(dense=SparseInTransform(sparse, torch.fft.ifft, outer, matrix))
 
 
 METHOD = FourierFT()

@@ -16,12 +16,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from veneer.configs.frod import FrodConfig
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.frod import FrodConfig
 from veneer.errors import UnsupportedError
-from veneer.methods.method import Base, Method
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.linear import LinearSite
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.patches.patch import Patch
 
 LENGTHS, ENTRIES = "frod_lambda_l", "frod_lambda_s_values"
 V, PLACES, SIZE = "frod_V", "frod_s_indices", "frod_s_size"
@@ -51,7 +51,7 @@ class Frod(Method[FrodConfig, FrodConfig]):
         return found
 
     def make_shared(
-        self, config: FrodConfig, bases: Sequence[Base], generator: torch.Generator | None
+        self, config: FrodConfig, bases: Sequence[BaseLayer], generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         seeded = torch.Generator().manual_seed(config.projection_prng_key)
         found: dict[str, Tensor] = {}
@@ -68,13 +68,13 @@ class Frod(Method[FrodConfig, FrodConfig]):
         return config.save_projection
 
     def init(
-        self, config: FrodConfig, settings: FrodConfig, base: Base, generator: torch.Generator | None
+        self, config: FrodConfig, settings: FrodConfig, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         entries = torch.zeros(_count(settings, base.site.shape[1]))
         return {ENTRIES: entries if config.init_weights else entries.normal_(std=0.1, generator=generator)}
 
     def beside(
-        self, config: FrodConfig, bases: Sequence[Base], shared: Mapping[str, Tensor]
+        self, config: FrodConfig, bases: Sequence[BaseLayer], shared: Mapping[str, Tensor]
     ) -> list[dict[str, Tensor]]:
         found = []
         for base in bases:
@@ -87,7 +87,7 @@ class Frod(Method[FrodConfig, FrodConfig]):
             found.append({V: basis, PLACES: shared[f"{PLACES}.{role}"], U: unit.float(), LENGTHS: lengths.float()})
         return found
 
-    def lower(self, settings: FrodConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: FrodConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         places = tensors[PLACES]
         middle = torch.diag(tensors[LENGTHS].float()).index_put(
             (places[0], places[1]), tensors[ENTRIES].float(), accumulate=True

@@ -16,12 +16,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from veneer.configs.glora import GloraConfig
-from veneer.methods.method import Base, Method
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.linear import LinearSite
-from veneer.structured import EntryScaled
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.glora import GloraConfig
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.patches.operators import HadamardLowRank
+from veneer.patches.patch import Patch
 
 A, B, C, D, E = (f"glora_{part}" for part in "ABCDE")
 DOWN, UP, PLAIN = ".Xd", ".Xu", ".X"
@@ -48,7 +48,7 @@ class Glora(Method[GloraConfig, GloraConfig]):
         return found
 
     def init(
-        self, config: GloraConfig, settings: GloraConfig, base: Base, generator: torch.Generator | None
+        self, config: GloraConfig, settings: GloraConfig, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         tensors = {leaf: torch.zeros(shape) for leaf, shape in self.shapes(settings, base.site).items()}
         for leaf, tensor in tensors.items():
@@ -58,7 +58,7 @@ class Glora(Method[GloraConfig, GloraConfig]):
                 tensor.normal_(std=0.02, generator=generator)
         return tensors
 
-    def lower(self, settings: GloraConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: GloraConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         patch = self._of_weight(tensors, base)
         parts = [_part(tensors, part) for part in (C, D, E)]
         if base.base_bias is None or all(part is None for part in parts):
@@ -70,9 +70,9 @@ class Glora(Method[GloraConfig, GloraConfig]):
             shift = shift + (base.base_weight().float() @ share).squeeze(1)
         return replace(patch, shift=shift)
 
-    def _of_weight(self, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def _of_weight(self, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         if A + DOWN in tensors:
-            entries = EntryScaled(base.base_weight(), tensors[A + DOWN].float(), tensors[A + UP].float())
+            entries = HadamardLowRank(base.base_weight(), tensors[A + DOWN].float(), tensors[A + UP].float())
             return Patch(up=tensors[B + DOWN], down=tensors[B + UP], dense=entries)
         scale, added = _part(tensors, A), _part(tensors, B)
         if scale is None or added is None:

@@ -15,12 +15,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from veneer.configs.gralora import GraloraConfig
-from veneer.methods.method import Base, Method
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.linear import LinearSite
-from veneer.sites.site import unsupported
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site, unsupported
+from veneer.configs.methods.gralora import GraloraConfig
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.patches.patch import Patch
 
 A, B = "gralora_A", "gralora_B"
 GENERAL_A, GENERAL_B = "gralora_A_general.weight", "gralora_B_general.weight"
@@ -43,7 +42,7 @@ class Gralora(Method[GraloraConfig, GraloraConfig]):
         return {**found, GENERAL_A: (hybrid, inner), GENERAL_B: (out, hybrid)} if hybrid else found
 
     def init(
-        self, config: GraloraConfig, settings: GraloraConfig, base: Base, generator: torch.Generator | None
+        self, config: GraloraConfig, settings: GraloraConfig, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         tensors = {leaf: torch.zeros(shape) for leaf, shape in self.shapes(settings, base.site).items()}
         for leaf, tensor in tensors.items():
@@ -54,7 +53,7 @@ class Gralora(Method[GraloraConfig, GraloraConfig]):
                 seen.uniform_(-bound, bound, generator=generator)
         return tensors
 
-    def lower(self, settings: GraloraConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: GraloraConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         k, each = settings.gralora_k, settings.r // settings.gralora_k
         down = torch.block_diag(*tensors[A].mT.unbind())  # rows (n, j, each)
         rows = tensors[B].mT.unflatten(2, (k, each))  # (j, out / k, n, each)

@@ -14,17 +14,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from veneer.configs.hira import HiraConfig
-from veneer.methods.method import Base, Method
-from veneer.methods.rotation import check_groups
-from veneer.methods.tucker import started
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.conv import ConvSite
-from veneer.sites.embedding import EmbeddingSite
-from veneer.sites.linear import LinearSite
-from veneer.structured import EntryScaled
-from veneer.targets import pattern_value
+from veneer.base_model.sites.conv import ConvSite
+from veneer.base_model.sites.embedding import EmbeddingSite
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.base_model.targets import pattern_value
+from veneer.configs.methods.hira import HiraConfig
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.shared.rotation import check_groups
+from veneer.methods.shared.tucker import started
+from veneer.patches.operators import HadamardLowRank
+from veneer.patches.patch import Patch
 
 A, B = "hira_A", "hira_B"
 EMBEDDING_A, EMBEDDING_B = "hira_embedding_A", "hira_embedding_B"
@@ -60,7 +60,7 @@ class Hira(Method[HiraConfig, HiraSettings]):
         return {down: (r, inner), up: (out, r)}
 
     def init(
-        self, config: HiraConfig, settings: HiraSettings, base: Base, generator: torch.Generator | None
+        self, config: HiraConfig, settings: HiraSettings, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         shapes = self.shapes(settings, base.site)
         down, up = shapes
@@ -74,10 +74,10 @@ class Hira(Method[HiraConfig, HiraSettings]):
             tensors[down].normal_(std=1 / settings.r, generator=generator)
         return tensors
 
-    def lower(self, settings: HiraSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: HiraSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         down, up = (tensors[leaf].flatten(1).float() for leaf in self.shapes(settings, base.site))
         if isinstance(base.site, LinearSite):
-            return Patch(dense=EntryScaled(base.base_weight(), up, down), dropout=settings.dropout)
+            return Patch(dense=HadamardLowRank(base.base_weight(), up, down), dropout=settings.dropout)
         return Patch(dense=base.base_weight().float() * (up @ down), dropout=settings.dropout)
 
 

@@ -13,15 +13,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from veneer.configs.hra import HRAConfig
-from veneer.factors import NearIdentity
-from veneer.methods.method import Base, Method
-from veneer.methods.rotation import check_groups
-from veneer.methods.tucker import started
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.conv import ConvSite
-from veneer.sites.linear import LinearSite
+from veneer.base_model.sites.conv import ConvSite
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.hra import HRAConfig
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.shared.rotation import check_groups
+from veneer.methods.shared.tucker import started
+from veneer.patches.multipliers import IdentityPlusLowRank
+from veneer.patches.patch import Patch
 
 U = "hra_u"
 
@@ -40,22 +40,22 @@ class HRA(Method[HRAConfig, HRAConfig]):
         return {U: (site.shape[1], settings.r)}
 
     def init(
-        self, config: HRAConfig, settings: HRAConfig, base: Base, generator: torch.Generator | None
+        self, config: HRAConfig, settings: HRAConfig, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         width, r = base.site.shape[1], config.r
         if config.init_weights and r % 2 == 0:
             return {U: started({U: (width, r // 2)}, set(), generator)[U].repeat_interleave(2, dim=1)}
         return started({U: (width, r)}, set(), generator)
 
-    def lower(self, settings: HRAConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: HRAConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         u = tensors[U].float()
         if settings.apply_GS:
             u = _orthonormal(u)
-            return Patch(inner=NearIdentity(-2 * u, u.mT))
+            return Patch(inner=IdentityPlusLowRank(-2 * u, u.mT))
         u = _unit(u)
         half = torch.eye(u.shape[1], device=u.device) / 2
         inverse = (u.mT @ u).triu(1) + half
-        return Patch(inner=NearIdentity(-u, torch.linalg.solve_triangular(inverse, u.mT, upper=True)))
+        return Patch(inner=IdentityPlusLowRank(-u, torch.linalg.solve_triangular(inverse, u.mT, upper=True)))
 
 
 METHOD = HRA()

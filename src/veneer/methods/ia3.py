@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.configs.ia3 import IA3Config
-from veneer.factors import Diagonal
-from veneer.methods.method import Base, Method
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.conv import ConvSite
-from veneer.sites.linear import LinearSite
-from veneer.targets import names_match
+from veneer.base_model.sites.conv import ConvSite
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.base_model.targets import names_match
+from veneer.configs.methods.ia3 import IA3Config
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.patches.multipliers import Diagonal
+from veneer.patches.patch import Patch
 
 SCALE = "ia3_l"
 
@@ -47,12 +47,12 @@ class IA3(Method[IA3Config, IA3Settings]):
         return {SCALE: (1, site.shape[1]) if settings.feedforward else (site.shape[0], 1)}
 
     def init(
-        self, config: IA3Config, settings: IA3Settings, base: Base, generator: torch.Generator | None
+        self, config: IA3Config, settings: IA3Settings, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         shape = self.shapes(settings, base.site)[SCALE]
         return {SCALE: torch.ones(shape) if config.init_ia3_weights else torch.randn(shape, generator=generator)}
 
-    def lower(self, settings: IA3Settings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: IA3Settings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         scale = tensors[SCALE].flatten()
         if not settings.feedforward:
             return Patch(outer=Diagonal(scale), outer_on_bias=True)
@@ -64,7 +64,7 @@ class IA3(Method[IA3Config, IA3Settings]):
 METHOD = IA3()
 
 
-def _of_channels(scale: Tensor, base: Base, site: ConvSite) -> Patch:
+def _of_channels(scale: Tensor, base: BaseLayer, site: ConvSite) -> Patch:
     """The patch of a convolution whose input channels are scaled: ``scale`` (channels,)."""
     groups, (out, inner) = site.conv.groups, site.shape
     # One entry a channel, and the canonical weight has a column for each entry of its kernel.

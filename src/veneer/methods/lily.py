@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.configs.lily import LilyConfig
-from veneer.methods.method import Base
-from veneer.methods.routed import RoutedMethod
-from veneer.patch import Patch
-from veneer.route import Lasting
-from veneer.sites import Site
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.lily import LilyConfig
+from veneer.methods.base.method import BaseLayer
+from veneer.methods.base.routed_method import RoutedMethod
+from veneer.patches.patch import Patch
+from veneer.patches.route import CacheableRoute
 
 A = "lily_A.weight"
 B = "lily_B.weight"
@@ -31,7 +31,7 @@ ROUTER = "lily_router.weight"
 
 
 @dataclass(frozen=True)
-class Mixture(Lasting):
+class LilyRoute(CacheableRoute):
     """The route of one layer."""
 
     a: Tensor
@@ -42,7 +42,7 @@ class Mixture(Lasting):
     def changes(self) -> bool:
         return self.scaling != 0 and bool(self.a.count_nonzero()) and bool(self.b.count_nonzero())
 
-    def take(self, rows: Tensor, whole: torch.Size) -> Mixture:
+    def take(self, rows: Tensor, whole: torch.Size) -> LilyRoute:
         return self
 
     def __call__(self, x: Tensor, training: bool) -> Tensor:
@@ -51,14 +51,16 @@ class Mixture(Lasting):
         mixed = torch.einsum("e,ero->ro", shares, self.b.unflatten(0, (len(self.router), -1)))
         return hidden @ mixed * self.scaling
 
-    def for_inference(self, dtype: torch.dtype) -> Joined:
+    def for_inference(self, dtype: torch.dtype) -> LilyInferenceRoute:
         a = self.a.float()
         down = torch.cat([a, self.router.float() @ a]).T
-        return Joined(down.to(dtype).contiguous(), (self.b.float() * self.scaling).to(dtype), len(self.router))
+        return LilyInferenceRoute(
+            down.to(dtype).contiguous(), (self.b.float() * self.scaling).to(dtype), len(self.router)
+        )
 
 
 @dataclass(frozen=True)
-class Joined:
+class LilyInferenceRoute:
     """The same in fewer calls.
 
     Attributes:
@@ -74,7 +76,7 @@ class Joined:
     def changes(self) -> bool:
         return bool(self.down.count_nonzero()) and bool(self.up.count_nonzero())
 
-    def take(self, rows: Tensor, whole: torch.Size) -> Joined:
+    def take(self, rows: Tensor, whole: torch.Size) -> LilyInferenceRoute:
         return self
 
     def __call__(self, x: Tensor, training: bool) -> Tensor:
@@ -103,7 +105,7 @@ class Lily(RoutedMethod[LilyConfig, LilyConfig]):
         return {A: (r, inner), B: (experts * r, out), ROUTER: (experts, r)}
 
     def init(
-        self, config: LilyConfig, settings: LilyConfig, base: Base, generator: torch.Generator | None
+        self, config: LilyConfig, settings: LilyConfig, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         found = {}
         for leaf, shape in self.shapes(settings, base.site).items():
@@ -121,8 +123,8 @@ class Lily(RoutedMethod[LilyConfig, LilyConfig]):
             leaders[B].append(group[0])
         return leaders
 
-    def lower(self, settings: LilyConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
-        return Patch(route=Mixture(tensors[A], tensors[B], tensors[ROUTER], settings.scaling))
+    def lower(self, settings: LilyConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
+        return Patch(route=LilyRoute(tensors[A], tensors[B], tensors[ROUTER], settings.scaling))
 
 
 METHOD = Lily()

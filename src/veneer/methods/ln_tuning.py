@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from veneer.configs.ln_tuning import LNTuningConfig
-from veneer.methods.method import Base, Method, Part
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.conv import ConvSite
-from veneer.sites.embedding import EmbeddingSite
-from veneer.sites.linear import LinearSite
-from veneer.sites.norm import NormSite, is_norm
-from veneer.sites.whole import WholeSite
-from veneer.targets import shortest
+from veneer.base_model.sites.conv import ConvSite
+from veneer.base_model.sites.embedding import EmbeddingSite
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.base_model.sites.vector import NormSite, is_norm
+from veneer.base_model.sites.whole_layer import WholeSite
+from veneer.base_model.targets import shortest
+from veneer.configs.methods.ln_tuning import LNTuningConfig
+from veneer.methods.base.method import BaseLayer, Method, MethodOnSites
+from veneer.patches.patch import Patch
 
 if TYPE_CHECKING:
-    from veneer.catalog import Catalog
+    from veneer.base_model.catalog import Catalog
 
 WEIGHT = "ln_tuning_layers.weight"
 BIAS = "ln_tuning_layers.bias"
@@ -43,8 +43,8 @@ class LNTuning(Method[LNTuningConfig, None]):
             norms = [name for name, module in catalog.modules.items() if is_norm(module)]
             config.target_modules = shortest(norms, catalog.modules)
 
-    def parts(self, config: LNTuningConfig, catalog: Catalog) -> list[Part]:
-        return [Part(self, catalog.sites(config, whole=True))]
+    def parts(self, config: LNTuningConfig, catalog: Catalog) -> list[MethodOnSites]:
+        return [MethodOnSites(self, catalog.sites(config, whole=True))]
 
     def settings(self, config: LNTuningConfig, site: Site) -> None:
         return None
@@ -54,12 +54,12 @@ class LNTuning(Method[LNTuningConfig, None]):
         return found if site.bias is None else {**found, BIAS: tuple(site.bias.shape)}
 
     def init(
-        self, config: LNTuningConfig, settings: None, base: Base, generator: torch.Generator | None
+        self, config: LNTuningConfig, settings: None, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         found = {WEIGHT: base.site.as_stored(base.base_weight()).float().clone()}
         return found if base.base_bias is None else {**found, BIAS: base.base_bias.detach().float().clone()}
 
-    def lower(self, settings: None, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: None, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         dense = base.site.canonical(tensors[WEIGHT].float()) - base.base_weight().float()
         if BIAS not in tensors:
             return Patch(dense=dense)

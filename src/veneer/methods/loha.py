@@ -17,15 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.configs.loha import LoHaConfig
-from veneer.methods.dropout import Drop, of_delta
-from veneer.methods.method import Base, Method
-from veneer.methods.tucker import as_low_rank, channels, core_kernel, started, tucker
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.conv import ConvSite
-from veneer.sites.linear import LinearSite
-from veneer.targets import pattern_value
+from veneer.base_model.sites.conv import ConvSite
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.base_model.targets import pattern_value
+from veneer.configs.methods.loha import LoHaConfig
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.shared.patch_dropout import Drop, of_delta
+from veneer.methods.shared.tucker import as_low_rank, channels, core_kernel, started, tucker
+from veneer.patches.patch import Patch
 
 A1, B1, A2, B2 = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
 CORE1, CORE2 = "hada_t1", "hada_t2"
@@ -62,11 +62,11 @@ class LoHa(Method[LoHaConfig, LoHaSettings]):
         return {A1: a, B1: b, A2: a, B2: b, CORE1: core, CORE2: core}
 
     def init(
-        self, config: LoHaConfig, settings: LoHaSettings, base: Base, generator: torch.Generator | None
+        self, config: LoHaConfig, settings: LoHaSettings, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         return started(self.shapes(settings, base.site), {B2} if config.init_weights else set(), generator)
 
-    def lower(self, settings: LoHaSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: LoHaSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         if as_low_rank(settings.r**2, base.site):
             up = (tensors[A1].unsqueeze(2) * tensors[A2].unsqueeze(1)).flatten(1)
             down = (tensors[B1].unsqueeze(1) * tensors[B2].unsqueeze(0)).flatten(0, 1)

@@ -18,16 +18,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.configs.lokr import LoKrConfig
-from veneer.methods.dropout import Drop, of_delta
-from veneer.methods.method import Base, Method
-from veneer.methods.tucker import channels, core_kernel, started, tucker
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.conv import ConvSite
-from veneer.sites.linear import LinearSite
-from veneer.structured import Kronecker
-from veneer.targets import pattern_value
+from veneer.base_model.sites.conv import ConvSite
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.base_model.targets import pattern_value
+from veneer.configs.methods.lokr import LoKrConfig
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.shared.patch_dropout import Drop, of_delta
+from veneer.methods.shared.tucker import channels, core_kernel, started, tucker
+from veneer.patches.operators import Kronecker
+from veneer.patches.patch import Patch
 
 C, C1, C2 = "lokr_w1", "lokr_w1_a", "lokr_w1_b"
 D, D1, D2 = "lokr_w2", "lokr_w2_a", "lokr_w2_b"
@@ -74,12 +74,12 @@ class LoKr(Method[LoKrConfig, LoKrSettings]):
         return {**found, D1: (r, b), D2: (r, d), CORE: (r, r, *settings.core)}
 
     def init(
-        self, config: LoKrConfig, settings: LoKrSettings, base: Base, generator: torch.Generator | None
+        self, config: LoKrConfig, settings: LoKrSettings, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         zero = {D, D2} if config.init_weights == "lycoris" else {C, C1}
         return started(self.shapes(settings, base.site), zero if config.init_weights else set(), generator)
 
-    def lower(self, settings: LoKrSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: LoKrSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         first = tensors[C] if settings.whole_first else tensors[C1] @ tensors[C2]
         if settings.whole_second:
             second = tensors[D]

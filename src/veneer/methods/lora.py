@@ -15,8 +15,8 @@ their mean, ``in / g`` times:
 
     W' = W + scale * B A P        P: (in / g, in), in / g^2 where an input is in a group, else 0
 
-A starting point that takes its part off the weight (:mod:`veneer.starts`) is kept beside A and B, the weight left as it
-is. Saved, it is a plain adapter of twice the rank, for the base as it is on disk:
+A starting point that takes its part off the weight (``lora_starts/``) is kept beside A and B, the weight left as it is.
+Saved, it is a plain adapter of twice the rank, for the base as it is on disk:
 
     W' = W + scale * (B A - B_0 A_0) = W + scale * [B | -B_0] [A ; A_0]
 """
@@ -31,31 +31,31 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from veneer.configs.lora import LoraConfig
+from veneer.base_model.sites.conv import ConvSite
+from veneer.base_model.sites.embedding import EmbeddingSite
+from veneer.base_model.sites.parameter import ParameterSite
+from veneer.base_model.sites.quantized.packed import PackedSite
+from veneer.base_model.sites.site import Site, unsupported
+from veneer.base_model.sites.vector import ColumnSite
+from veneer.base_model.sites.whole_layer import WholeSite
+from veneer.base_model.targets import only_parameters, pattern_value
+from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import MergeError, UnsupportedError
-from veneer.factors import Diagonal
-from veneer.merging.arithmetic import BLOCK
-from veneer.methods.companions import with_companions
-from veneer.methods.loftq_base import LOFTQ_BASE
-from veneer.methods.method import Base, Method, Part
-from veneer.methods.saved_weight import TOKEN_BASE
-from veneer.methods.tokens import TOKENS
-from veneer.patch import GATED, Patch
-from veneer.positions import Gate
-from veneer.sites import PackedSite, Site
-from veneer.sites.column import ColumnSite
-from veneer.sites.conv import ConvSite
-from veneer.sites.embedding import EmbeddingSite
-from veneer.sites.parameter import ParameterSite
-from veneer.sites.site import unsupported
-from veneer.sites.whole import WholeSite
-from veneer.starts import Layer, begin, is_moved, repeats
-from veneer.targets import only_parameters, pattern_value
-from veneer.variants import FIXED, FROZEN, LEAVES, Variant, variant_of
-from veneer.variants.variant import LORA_A, LORA_B
+from veneer.methods.base.method import BaseLayer, Method, MethodOnSites
+from veneer.methods.base.replaced_weight import TOKEN_BASE
+from veneer.methods.lora_starts import begin, is_moved, repeats
+from veneer.methods.lora_starts.start import Layer
+from veneer.methods.lora_variants import FIXED, FROZEN, LEAVES, variant_of
+from veneer.methods.lora_variants.variant import LORA_A, LORA_B, Variant
+from veneer.methods.shared.loftq_base import LOFTQ_BASE
+from veneer.methods.shared.token_rows import TOKENS
+from veneer.patches.multipliers import Diagonal
+from veneer.patches.patch import GATED, Patch
+from veneer.patches.token_gate import TokenGate
+from veneer.patches.weight_arithmetic import BLOCK
 
 if TYPE_CHECKING:
-    from veneer.catalog import Catalog
+    from veneer.base_model.catalog import Catalog
 
 A = LORA_A
 B = LORA_B
@@ -91,7 +91,7 @@ class LoraSettings:
 
 
 class Lora(Method[LoraConfig, LoraSettings]):
-    """LoRA, rsLoRA, DoRA, and the variants in :mod:`veneer.variants`."""
+    """LoRA, rsLoRA, DoRA, and the variants in :mod:`veneer.methods.lora_variants`."""
 
     leaves = (A, B, B_BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, *LEAVES)
     bias_leaves = frozenset({B_BIAS})
@@ -101,17 +101,17 @@ class Lora(Method[LoraConfig, LoraSettings]):
     def in_memory(self, leaf: str) -> str:
         return f"{leaf}.weight" if leaf == MAGNITUDE else leaf
 
-    def parts(self, config: LoraConfig, catalog: Catalog) -> list[Part]:
+    def parts(self, config: LoraConfig, catalog: Catalog) -> list[MethodOnSites]:
         layers = [] if only_parameters(config) else catalog.sites(config)
         method = MICA if config.init_lora_weights == "mica" else self
-        own = Part(method, [*layers, *catalog.parameter_sites(config.target_parameters or ())])
-        parts = with_companions(own, config, catalog)
+        parameters = catalog.parameter_sites(config.target_parameters or ())
+        parts = [MethodOnSites(method, [*layers, *parameters], companions=True)]
         if config.init_lora_weights == "loftq":
             plain = [site for site in layers if site.matrix_input and not isinstance(site, PackedSite)]
-            parts.insert(0, Part(LOFTQ_BASE, plain))
+            parts.insert(0, MethodOnSites(LOFTQ_BASE, plain))
         if config.trainable_token_indices:
             tokens = TOKENS.part(config, catalog, catalog.token_sites(config.trainable_token_indices))
-            parts = [Part(TOKEN_BASE, tokens.everywhere, optional=True), *parts, tokens]
+            parts = [MethodOnSites(TOKEN_BASE, tokens.everywhere, optional=True), *parts, tokens]
         return parts
 
     def settings(self, config: LoraConfig, site: Site) -> LoraSettings:
@@ -185,7 +185,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
         return found if settings.variant is None else settings.variant.shapes(found, site)
 
     def init(
-        self, config: LoraConfig, settings: LoraSettings, base: Base, generator: torch.Generator | None
+        self, config: LoraConfig, settings: LoraSettings, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         tensors = {leaf: torch.zeros(shape) for leaf, shape in self.shapes(settings, base.site).items()}
         embedding = EMBEDDING_A in tensors
@@ -213,7 +213,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
         return tensors
 
     def _start(
-        self, config: LoraConfig, settings: LoraSettings, base: Base, generator: torch.Generator | None
+        self, config: LoraConfig, settings: LoraSettings, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         """A and B of a starting point with a file of its own; of one that is moved, a copy to take off again."""
         how, site = str(config.init_lora_weights), base.site
@@ -230,7 +230,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
         down, up = (tensor.cpu() for tensor in begin(layer))
         return {A: down, B: up, START_A: down.clone(), START_B: up.clone()} if is_moved(how) else {A: down, B: up}
 
-    def restored(self, config: LoraConfig, settings: LoraSettings, base: Callable[[], Base]) -> dict[str, Tensor]:
+    def restored(self, config: LoraConfig, settings: LoraSettings, base: Callable[[], BaseLayer]) -> dict[str, Tensor]:
         how = config.init_lora_weights
         if settings.variant is not None:
             return settings.variant.restored(base)
@@ -273,7 +273,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
             lora_ga_config=None,
         )
 
-    def lower(self, settings: LoraSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: LoraSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         patch = self._low_rank(settings, tensors, base)
         if MAGNITUDE not in tensors:
             return patch
@@ -283,13 +283,13 @@ class Lora(Method[LoraConfig, LoraSettings]):
         outer = Diagonal(torch.where(lengths > _NONE, magnitude / lengths, 1.0))
         return Patch(patch.up, patch.down, patch.scale, patch.dropout, outer=outer, shift=patch.shift)
 
-    def _low_rank(self, settings: LoraSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def _low_rank(self, settings: LoraSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         shift = tensors[B_BIAS] * settings.scale if B_BIAS in tensors else None
         up, down = _factors(settings, tensors, base.site)
         scale = settings.scale * (base.site.gain if isinstance(base.site, ParameterSite) else 1.0)
         if isinstance(scale, Tensor):
             up, scale = up.float() * scale, 1.0
-        gate = Gate(settings.invocation) if settings.invocation else None
+        gate = TokenGate(settings.invocation) if settings.invocation else None
         patch = Patch(up=up, down=down, scale=scale, dropout=settings.dropout, shift=shift, gate=gate)
         return patch if settings.variant is None else settings.variant.patch(patch, tensors)
 
@@ -299,7 +299,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
 
 
 class Mica(Lora):
-    """LoRA whose ``B`` stays as it began (:mod:`veneer.starts.mica`)."""
+    """LoRA whose ``B`` stays as it began (:mod:`veneer.methods.lora_starts.mica`)."""
 
     fixed = frozenset({B})
 
@@ -365,7 +365,7 @@ def _without_start(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _lengths(patch: Patch, base: Base) -> Tensor:
+def _lengths(patch: Patch, base: BaseLayer) -> Tensor:
     """The length of each row of ``W + scale * B A``, shape ``(out,)``, float32."""
     weight = base.base_weight()
     own = Patch(patch.up, patch.down, patch.scale)

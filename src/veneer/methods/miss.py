@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.configs.bone import BoneConfig
-from veneer.configs.miss import MissConfig
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.bone import BoneConfig
+from veneer.configs.methods.miss import MissConfig
 from veneer.errors import UnsupportedError
-from veneer.methods.method import Base, Method
-from veneer.methods.tucker import started
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.linear import LinearSite
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.shared.tucker import started
+from veneer.patches.patch import Patch
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,15 @@ class Miss(Method[MissConfig | BoneConfig, MissSettings]):
         return {self.leaf: (site.shape[0] // r, r, r) if settings.bat else (r, settings.columns)}
 
     def init(
-        self, config: MissConfig | BoneConfig, settings: MissSettings, base: Base, generator: torch.Generator | None
+        self,
+        config: MissConfig | BoneConfig,
+        settings: MissSettings,
+        base: BaseLayer,
+        generator: torch.Generator | None,
     ) -> dict[str, Tensor]:
         return started(self.shapes(settings, base.site), {self.leaf} if config.init_weights else set(), generator)
 
-    def lower(self, settings: MissSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: MissSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         (out, inner), r, block = base.site.shape, settings.r, tensors[self.leaf]
         if settings.bat:
             weight = base.base_weight().to(block.dtype).view(out // r, r, inner // r, r)

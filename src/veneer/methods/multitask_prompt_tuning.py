@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from veneer.configs.multitask_prompt_tuning import FROM_SOURCE, MultitaskPromptTuningConfig
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.multitask_prompt_tuning import FROM_SOURCE, MultitaskPromptTuningConfig
 from veneer.errors import AdapterError, ConfigError
-from veneer.methods.prompt import PROMPT, PromptEncoder, PromptMethod
+from veneer.files.resolve import resolve
+from veneer.methods.base.prompt_method import PROMPT, PromptEncoder, PromptMethod
 from veneer.methods.prompt_tuning import start
-from veneer.sites import Site
-from veneer.source import resolve
 
 COLS = "prefix_task_cols"
 ROWS = "prefix_task_rows"

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.configs.oft import OFTConfig
-from veneer.factors import Blocks
-from veneer.methods.dropout import of_blocks
-from veneer.methods.method import Base, Method
-from veneer.methods.rotation import cayley, check_groups, neumann, skew_of
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.conv import ConvSite
-from veneer.sites.embedding import EmbeddingSite
-from veneer.sites.linear import LinearSite
+from veneer.base_model.sites.conv import ConvSite
+from veneer.base_model.sites.embedding import EmbeddingSite
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.oft import OFTConfig
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.shared.patch_dropout import of_blocks
+from veneer.methods.shared.rotation import cayley, check_groups, neumann, skew_of
+from veneer.patches.multipliers import BlockDiagonal
+from veneer.patches.patch import Patch
 
 ENTRIES = "oft_R.weight"
 EMBEDDING_ENTRIES = "oft_embedding_R.weight"
@@ -60,18 +60,18 @@ class OFT(Method[OFTConfig, OFTSettings]):
         return {leaf: (settings.blocks, settings.size * (settings.size - 1) // 2)}
 
     def init(
-        self, config: OFTConfig, settings: OFTSettings, base: Base, generator: torch.Generator | None
+        self, config: OFTConfig, settings: OFTSettings, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         std = 0.0 if config.init_weights else 0.1
         shapes = self.shapes(settings, base.site).items()
         return {leaf: torch.empty(shape).normal_(std=std, generator=generator) for leaf, shape in shapes}
 
-    def lower(self, settings: OFTSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: OFTSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         [entries] = tensors.values()
         skew = skew_of(entries.float(), settings.size)
         if settings.radius is not None:
             skew = _drawn_in(skew, settings.radius)
-        turned = Blocks((neumann(skew, settings.terms) if settings.terms else cayley(skew)).mT)
+        turned = BlockDiagonal((neumann(skew, settings.terms) if settings.terms else cayley(skew)).mT)
         if isinstance(base.site, EmbeddingSite):
             return Patch(outer=turned)
         return Patch(inner=turned, drop=of_blocks(settings.dropout))

@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from veneer.configs.osf import OSFConfig
-from veneer.methods.method import Base, Method
-from veneer.patch import Patch
-from veneer.patterns import PART, match
-from veneer.sites import Site
-from veneer.sites.linear import LinearSite
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.osf import OSFConfig
+from veneer.configs.patterns import PART, match
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.patches.patch import Patch
 
 U, S, V = (f"osf_svd_params.{part}_low" for part in "USV")
 BASE_U, BASE_S, BASE_V = (f"osf_{part}" for part in "USV")
@@ -46,18 +46,20 @@ class OSF(Method[OSFConfig, int]):
         return {U: (out, trained), S: (trained,), V: (trained, inner)}
 
     def init(
-        self, config: OSFConfig, settings: int, base: Base, generator: torch.Generator | None
+        self, config: OSFConfig, settings: int, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         if config.init_weights is False:
             return {leaf: torch.randn(s, generator=generator) for leaf, s in self.shapes(settings, base.site).items()}
         u, s, v = torch.linalg.svd(base.base_weight().float(), full_matrices=False)
         return {U: u[:, settings:].contiguous(), S: s[settings:].clone(), V: v[settings:].contiguous()}
 
-    def beside(self, config: OSFConfig, bases: Sequence[Base], shared: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    def beside(
+        self, config: OSFConfig, bases: Sequence[BaseLayer], shared: Mapping[str, Tensor]
+    ) -> list[dict[str, Tensor]]:
         parts = (torch.linalg.svd(base.base_weight().float(), full_matrices=False) for base in bases)
         return [{BASE_U: u, BASE_S: s, BASE_V: v} for u, s, v in parts]
 
-    def lower(self, settings: int, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: int, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         kept, u, s, v = settings, tensors[BASE_U], tensors[BASE_S], tensors[BASE_V]
         left = _away_from(u[:, :kept], tensors[U])
         right = _away_from(v[:kept].T, tensors[V].T).T

@@ -13,8 +13,8 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from veneer.configs.p_tuning import PromptEncoderConfig
-from veneer.methods.prompt import PromptEncoder, PromptMethod, fresh
+from veneer.configs.methods.p_tuning import PromptEncoderConfig
+from veneer.methods.base.prompt_method import PromptEncoder, PromptMethod, fresh
 
 
 class Network(PromptEncoder):

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from veneer.configs.peanut import PeanutConfig
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.peanut import PeanutConfig
 from veneer.errors import ConfigError
-from veneer.methods.method import Base, Method
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.linear import LinearSite
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.patches.patch import Patch
 
 A, B = "peanut_A.weight", "peanut_B.weight"
 
@@ -52,7 +52,7 @@ class Peanut(Method[PeanutConfig, PeanutConfig]):
         return {A: (r, out), B: (out, r), **dict.fromkeys((*self.encoders, *self.decoders), (r, r))}
 
     def init(
-        self, config: PeanutConfig, settings: PeanutConfig, base: Base, generator: torch.Generator | None
+        self, config: PeanutConfig, settings: PeanutConfig, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         tensors = {leaf: torch.zeros(shape) for leaf, shape in self.shapes(settings, base.site).items()}
         for leaf, tensor in tensors.items():
@@ -60,7 +60,7 @@ class Peanut(Method[PeanutConfig, PeanutConfig]):
                 torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
         return tensors
 
-    def lower(self, settings: PeanutConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: PeanutConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         activate: Callable[[Tensor], Tensor] = ACT2FN[settings.act_fn]
         wide = {leaf: tensor.float() for leaf, tensor in tensors.items()}
         hidden = activate((wide[A] @ base.base_weight().float()).T)

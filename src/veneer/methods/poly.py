@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.distributions import RelaxedBernoulli
 
-from veneer.configs.poly import PolyConfig
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.poly import PolyConfig
 from veneer.errors import AdapterError, UnsupportedError
-from veneer.methods.method import Base
-from veneer.methods.routed import RoutedMethod
-from veneer.patch import Patch
-from veneer.selection import selected_tasks
-from veneer.sites import Site
+from veneer.methods.base.method import BaseLayer
+from veneer.methods.base.routed_method import RoutedMethod
+from veneer.patches.patch import Patch
+from veneer.patches.selection import selected_tasks
 
 A = "poly_lora_A"
 B = "poly_lora_B"
@@ -35,7 +35,7 @@ TINY = 1e-12
 
 
 @dataclass(frozen=True)
-class Mixture:
+class PolyRoute:
     """The route of one layer.
 
     Attributes:
@@ -55,7 +55,7 @@ class Mixture:
     def changes(self) -> bool:
         return bool(self.a.count_nonzero()) and bool(self.b.count_nonzero())
 
-    def take(self, rows: Tensor, whole: torch.Size) -> Mixture:
+    def take(self, rows: Tensor, whole: torch.Size) -> PolyRoute:
         return replace(self, rows=rows, length=whole[0])
 
     def __call__(self, x: Tensor, training: bool) -> Tensor:
@@ -114,7 +114,7 @@ class Poly(RoutedMethod[PolyConfig, PolyConfig]):
         }
 
     def init(
-        self, config: PolyConfig, settings: PolyConfig, base: Base, generator: torch.Generator | None
+        self, config: PolyConfig, settings: PolyConfig, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         shapes = self.shapes(settings, base.site)
         bounds = {A: 1 / math.sqrt(shapes[A][2]), B: 1 / math.sqrt(config.r), LOGITS: 1e-3}
@@ -125,8 +125,8 @@ class Poly(RoutedMethod[PolyConfig, PolyConfig]):
             for leaf, shape in shapes.items()
         }
 
-    def lower(self, settings: PolyConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
-        return Patch(route=Mixture(tensors[A], tensors[B], tensors[LOGITS]))
+    def lower(self, settings: PolyConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
+        return Patch(route=PolyRoute(tensors[A], tensors[B], tensors[LOGITS]))
 
 
 METHOD = Poly()

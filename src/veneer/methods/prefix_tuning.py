@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from veneer.configs.prefix_tuning import PrefixTuningConfig
-from veneer.methods.prompt import PromptEncoder, PromptMethod, Table, fresh
+from veneer.configs.methods.prefix_tuning import PrefixTuningConfig
+from veneer.methods.base.prompt_method import EmbeddingTable, PromptEncoder, PromptMethod, fresh
 
 
 class Projection(PromptEncoder):
@@ -44,7 +44,7 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
         if config.prefix_projection:
             return fresh(lambda: Projection(config, *size), generator)
         zero = config.init_weights == "zero"
-        return Table((torch.zeros(size) if zero else torch.randn(size, generator=generator)).requires_grad_())
+        return EmbeddingTable((torch.zeros(size) if zero else torch.randn(size, generator=generator)).requires_grad_())
 
 
 METHOD = PrefixTuning()

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.by_transformers import by_transformers
-from veneer.configs.prompt_tuning import PromptTuningConfig
+from veneer.base_model.transformers_errors import transformers_errors_as
+from veneer.configs.methods.prompt_tuning import PromptTuningConfig
 from veneer.errors import ConfigError
-from veneer.methods.prompt import PromptEncoder, PromptMethod, Table
+from veneer.methods.base.prompt_method import EmbeddingTable, PromptEncoder, PromptMethod
 
 
 class PromptTuning(PromptMethod[PromptTuningConfig]):
     """Prompt tuning."""
 
     def new(self, config: PromptTuningConfig, words: nn.Module, generator: torch.Generator | None) -> PromptEncoder:
-        return Table(start(config, self.size(config), words, generator).requires_grad_())
+        return EmbeddingTable(start(config, self.size(config), words, generator).requires_grad_())
 
 
 METHOD = PromptTuning()
@@ -57,7 +57,9 @@ def _text(config: PromptTuningConfig, tokens: int) -> list[int]:
 
     options = {**(config.tokenizer_kwargs or {}), "trust_remote_code": False}
     what = f"tokenizer_name_or_path={config.tokenizer_name_or_path!r}: transformers cannot use the tokenizer there"
-    with by_transformers(ConfigError, what, "Name the base's folder or hub id. Code that comes with it is not run."):
+    with transformers_errors_as(
+        ConfigError, what, "Name the base's folder or hub id. Code that comes with it is not run."
+    ):
         tokenizer: Any = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
         ids: list[int] = tokenizer(config.prompt_tuning_init_text)["input_ids"]
     return (ids * (tokens // len(ids) + 1))[:tokens]

@@ -14,13 +14,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from veneer.configs.psoft import PsoftConfig
-from veneer.methods.method import Base, Method
-from veneer.methods.rotation import cayley, neumann, skew_of
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.linear import LinearSite
-from veneer.sites.site import unsupported
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site, unsupported
+from veneer.configs.methods.psoft import PsoftConfig
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.shared.rotation import cayley, neumann, skew_of
+from veneer.patches.patch import Patch
 
 TURN = "psoft_R.weight"
 AFTER = "psoft_R.vector_b"
@@ -46,7 +45,7 @@ class Psoft(Method[PsoftConfig, PsoftConfig]):
         return {**found, **{leaf: (r,) for leaf, used in scales.items() if used}}
 
     def init(
-        self, config: PsoftConfig, settings: PsoftConfig, base: Base, generator: torch.Generator | None
+        self, config: PsoftConfig, settings: PsoftConfig, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         tensors = {leaf: torch.ones(shape) for leaf, shape in self.shapes(settings, base.site).items()}
         tensors[TURN] = torch.zeros_like(tensors[TURN]) if config.psoft_orth else torch.eye(config.r)
@@ -55,11 +54,11 @@ class Psoft(Method[PsoftConfig, PsoftConfig]):
         return tensors
 
     def beside(
-        self, config: PsoftConfig, bases: Sequence[Base], shared: Mapping[str, Tensor]
+        self, config: PsoftConfig, bases: Sequence[BaseLayer], shared: Mapping[str, Tensor]
     ) -> list[dict[str, Tensor]]:
         return [_directions(config, base.base_weight().float()) for base in bases]
 
-    def lower(self, settings: PsoftConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: PsoftConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         r, values = settings.r, tensors[TURN].float()
         turn = _orthogonal(settings, skew_of(values[None], r)[0]) if settings.psoft_orth else values
         if AFTER in tensors:

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.configs.pvera import PveraConfig
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.pvera import PveraConfig
 from veneer.errors import MergeError
-from veneer.methods.method import Base, Method
+from veneer.methods.base.method import BaseLayer, Method
 from veneer.methods.vera import largest, seeded
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.linear import LinearSite
+from veneer.patches.patch import Patch
 
 D = "pvera_lambda_d"
 B = "pvera_lambda_b"
@@ -41,7 +41,7 @@ class PveraSettings:
 
 
 @dataclass(frozen=True)
-class Spread:
+class DrawSpread:
     """What one draw adds to the mean.
 
     Attributes:
@@ -63,7 +63,7 @@ class Spread:
             return torch.randn_like(like)
         return torch.randn(like.shape, dtype=like.dtype, generator=self.generator).to(like.device)
 
-    def take(self, rows: Tensor, whole: torch.Size) -> Spread:
+    def take(self, rows: Tensor, whole: torch.Size) -> DrawSpread:
         return self
 
     def changes(self) -> bool:
@@ -96,7 +96,7 @@ class Pvera(Method[PveraConfig, PveraSettings]):
         return {SHARED_A: (2 * config.r, inner), SHARED_B: (out, config.r)}
 
     def make_shared(
-        self, config: PveraConfig, bases: Sequence[Base], generator: torch.Generator | None
+        self, config: PveraConfig, bases: Sequence[BaseLayer], generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         return seeded(self.shared_shapes(config, [base.site for base in bases]), config.projection_prng_key)
 
@@ -104,19 +104,19 @@ class Pvera(Method[PveraConfig, PveraSettings]):
         return config.save_projection
 
     def init(
-        self, config: PveraConfig, settings: PveraSettings, base: Base, generator: torch.Generator | None
+        self, config: PveraConfig, settings: PveraSettings, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         if config.init_weights:
             return {B: torch.zeros(base.site.shape[0]), D: torch.full((2 * config.r,), float(config.d_initial))}
         return {B: torch.ones(base.site.shape[0]), D: torch.randn(2 * config.r, generator=generator)}
 
-    def lower(self, settings: PveraSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: PveraSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         out, inner = base.site.shape
         config, r = settings.config, settings.config.r
         up = tensors[B].unsqueeze(1) * tensors[SHARED_B][:out]
         down = tensors[D].unsqueeze(1) * tensors[SHARED_A][:, :inner]
         mean = Patch(up=up, down=down[:r], dropout=config.pvera_dropout)
-        drawn = replace(mean, route=Spread(up, down[r:], settings.generator))
+        drawn = replace(mean, route=DrawSpread(up, down[r:], settings.generator))
         return drawn if config.sample_at_inference else replace(mean, drop=lambda _: drawn)
 
 

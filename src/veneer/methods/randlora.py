@@ -18,11 +18,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from veneer.configs.randlora import RandLoraConfig
-from veneer.methods.method import Base, Method
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.linear import LinearSite
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.randlora import RandLoraConfig
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.patches.patch import Patch
 
 LAMBDA = "randlora_lambda"
 GAMMA = "randlora_gamma"
@@ -52,7 +52,7 @@ class RandLora(Method[RandLoraConfig, RandLoraConfig]):
         return {SHARED_A: (config.r, 1, small), SHARED_B: (large, math.ceil(small / config.r), config.r)}
 
     def make_shared(
-        self, config: RandLoraConfig, bases: Sequence[Base], generator: torch.Generator | None
+        self, config: RandLoraConfig, bases: Sequence[BaseLayer], generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         # Seeded by the config and drawn as peft draws, so that a checkpoint without them means the same everywhere.
         seeded = torch.Generator().manual_seed(config.projection_prng_key)
@@ -70,7 +70,7 @@ class RandLora(Method[RandLoraConfig, RandLoraConfig]):
         return config.save_projection
 
     def init(
-        self, config: RandLoraConfig, settings: RandLoraConfig, base: Base, generator: torch.Generator | None
+        self, config: RandLoraConfig, settings: RandLoraConfig, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         shapes = self.shapes(settings, base.site)
         if config.init_weights:
@@ -80,7 +80,7 @@ class RandLora(Method[RandLoraConfig, RandLoraConfig]):
             GAMMA: torch.full(shapes[GAMMA], 1 / max(base.site.shape)),
         }
 
-    def lower(self, settings: RandLoraConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: RandLoraConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         out, inner = base.site.shape
         count, small = tensors[GAMMA].shape
         scaled = tensors[LAMBDA].unsqueeze(2) * tensors[SHARED_A][:, :, :small] * tensors[GAMMA]  # (r, n, small)

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.configs.road import VARIANTS, RoadConfig
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.road import VARIANTS, RoadConfig
 from veneer.errors import UnsupportedError
-from veneer.factors import Blocks
-from veneer.methods.method import Base, Method
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.linear import LinearSite
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.patches.multipliers import BlockDiagonal
+from veneer.patches.patch import Patch
 
 THETA = "road_theta"
 ALPHA = "road_alpha"
@@ -53,21 +53,21 @@ class Road(Method[RoadConfig, RoadSettings]):
         return {THETA: shape, ALPHA: shape}
 
     def init(
-        self, config: RoadConfig, settings: RoadSettings, base: Base, generator: torch.Generator | None
+        self, config: RoadConfig, settings: RoadSettings, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         std = 0.0 if config.init_weights else 0.5
         shapes = self.shapes(settings, base.site)
         made = {leaf: torch.empty(shape).normal_(std=std, generator=generator) for leaf, shape in shapes.items()}
         return {THETA: made[THETA], ALPHA: made[ALPHA] + 1}
 
-    def lower(self, settings: RoadSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: RoadSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         half = settings.group // 2
         angle, scale = (self._by_row(settings, tensors[leaf].float()) for leaf in (THETA, ALPHA))
         own, other = scale[0] * angle[0].cos(), scale[1] * angle[1].sin()
         # An output of a group's first half takes its partner away, one of the second adds it.
         signs = torch.tensor([-1.0] * half + [1.0] * half, device=own.device).unsqueeze(1)
         partner = torch.eye(settings.group, device=own.device).roll(half, dims=1) * signs
-        return Patch(outer=Blocks(torch.diag_embed(own) + other.unsqueeze(-1) * partner), outer_on_bias=True)
+        return Patch(outer=BlockDiagonal(torch.diag_embed(own) + other.unsqueeze(-1) * partner), outer_on_bias=True)
 
     def _by_row(self, settings: RoadSettings, values: Tensor) -> tuple[Tensor, Tensor]:
         """The values for an output itself and for its partner, each ``(groups, group)``."""

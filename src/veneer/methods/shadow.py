@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,18 +26,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.config import HEADS, TaskType
-from veneer.configs.shadow import MIRROR, ShadowConfig
-from veneer.errors import TargetError, UnsupportedError
-from veneer.methods.method import Base, Part
-from veneer.methods.routed import RoutedMethod
-from veneer.patch import Patch
-from veneer.shadow_source import embedding_leaves, shadow_source
-from veneer.sites import Site
-from veneer.sites.block import LISTS, BlockSite, stack_name
+from veneer.base_model.sites.block import LISTS, BlockSite, stack_name
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.shadow import MIRROR, ShadowConfig
+from veneer.configs.names import HEADS, TaskType
+from veneer.errors import AdapterError, TargetError, UnsupportedError
+from veneer.methods.base.method import BaseLayer, MethodOnSites
+from veneer.methods.base.routed_method import RoutedMethod
+from veneer.methods.shared.shadow_decoder_files import embedding_leaves, shadow_source
+from veneer.patches.patch import Patch
 
 if TYPE_CHECKING:
-    from veneer.catalog import Catalog
+    from veneer.base_model.catalog import Catalog
+
 
 BACKBONE = "shadow_backbone"
 PROJECTION = "shadow_projection"
@@ -58,7 +60,7 @@ _SIZES: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Riding:
+class ShadowRoute:
     """The route of one block. Its input is ``h - s``, ``(rows, length, hidden)``, and it adds to the block's own."""
 
     config: ShadowConfig
@@ -67,7 +69,7 @@ class Riding:
     def changes(self) -> bool:
         return self.config.shadow_alpha != 0 and bool(self.tensors[UP].count_nonzero())
 
-    def take(self, rows: Tensor, whole: torch.Size) -> Riding:
+    def take(self, rows: Tensor, whole: torch.Size) -> ShadowRoute:
         return self
 
     def __call__(self, x: Tensor, training: bool) -> Tensor:
@@ -111,7 +113,7 @@ class Shadow(RoutedMethod[ShadowConfig, ShadowConfig]):
             places = [wanted] if isinstance(wanted, int) else wanted
             config.target_modules = [n for i, n in enumerate(blocks) if places is None or i in places]
 
-    def parts(self, config: ShadowConfig, catalog: Catalog) -> list[Part]:
+    def parts(self, config: ShadowConfig, catalog: Catalog) -> list[MethodOnSites]:
         self.complete(config, catalog)
         blocks, targets = _blocks(catalog), catalog.targets(config)
         if any(name not in blocks for name in targets):
@@ -120,7 +122,7 @@ class Shadow(RoutedMethod[ShadowConfig, ShadowConfig]):
                 "is no block of the decoder.",
                 hint=f"SHADOW adapts whole blocks, such as {next(iter(blocks))}; leave it out to adapt all.",
             )
-        return [Part(self, [blocks[name] for name in targets])]
+        return [MethodOnSites(self, [blocks[name] for name in targets])]
 
     def settings(self, config: ShadowConfig, site: Site) -> ShadowConfig:
         return config
@@ -148,7 +150,7 @@ class Shadow(RoutedMethod[ShadowConfig, ShadowConfig]):
         return found
 
     def make_shared(
-        self, config: ShadowConfig, bases: Sequence[Base], generator: torch.Generator | None
+        self, config: ShadowConfig, bases: Sequence[BaseLayer], generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         site = cast(BlockSite, bases[0].site)
         seed = int(torch.randint(2**31, (), generator=generator))
@@ -164,7 +166,7 @@ class Shadow(RoutedMethod[ShadowConfig, ShadowConfig]):
         return {leaf: tensor.detach().float().clone() for leaf, tensor in found.items()}
 
     def init(
-        self, config: ShadowConfig, settings: ShadowConfig, base: Base, generator: torch.Generator | None
+        self, config: ShadowConfig, settings: ShadowConfig, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         shapes = self.shapes(settings, base.site)
         made = {
@@ -173,8 +175,8 @@ class Shadow(RoutedMethod[ShadowConfig, ShadowConfig]):
         }
         return {**made, UP: torch.zeros(shapes[UP])} if config.init_weights else made
 
-    def lower(self, settings: ShadowConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
-        return Patch(route=Riding(settings, {leaf: tensors[leaf] for leaf in self.leaves}))
+    def lower(self, settings: ShadowConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
+        return Patch(route=ShadowRoute(settings, {leaf: tensors[leaf] for leaf in self.leaves}))
 
 
 METHOD = Shadow()
@@ -293,3 +295,18 @@ def _blocks(catalog: Catalog) -> dict[str, BlockSite]:
 def _uniform(shape: tuple[int, ...], inner: int, generator: torch.Generator | None) -> Tensor:
     bound = 1 / math.sqrt(inner)
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+# Adapter's name -> its states now, and those that it began with: ``(its rows, length, hidden)``.
+STATES: ContextVar[dict[str, Tensor] | None] = ContextVar("veneer_shadow_states", default=None)
+
+
+def states() -> dict[str, Tensor]:
+    """The states of the call that is under way, by their adapters' names; blocks put new ones in their place."""
+    found = STATES.get()
+    if found is None:
+        raise AdapterError(
+            "A SHADOW adapter is active, and its small decoder was not run for this call.",
+            hint="Call the model, or its decoder, as a whole.",
+        )
+    return found

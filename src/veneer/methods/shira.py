@@ -12,14 +12,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from veneer.configs.shira import ShiraConfig
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.shira import ShiraConfig
 from veneer.errors import UnsupportedError
-from veneer.methods.method import Base, Method
-from veneer.methods.places import random_places
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.linear import LinearSite
-from veneer.structured import Sparse
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.shared.random_entries import random_places
+from veneer.patches.operators import Sparse
+from veneer.patches.patch import Patch
 
 VALUES = "shira_weight"
 PLACES = "shira_indices"
@@ -40,7 +40,7 @@ class Shira(Method[ShiraConfig, int]):
         return {VALUES: (settings,), PLACES: (2, settings)}
 
     def init(
-        self, config: ShiraConfig, settings: int, base: Base, generator: torch.Generator | None
+        self, config: ShiraConfig, settings: int, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         if config.mask_type != "random":
             raise UnsupportedError(
@@ -52,7 +52,7 @@ class Shira(Method[ShiraConfig, int]):
         columns = base.site.shape[1]
         return {VALUES: values, PLACES: torch.stack([places // columns, places % columns]).int()}
 
-    def lower(self, settings: int, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: int, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         row, column = tensors[PLACES].int()
         return Patch(dense=Sparse(tensors[VALUES], row, column, base.site.shape))
 

@@ -14,13 +14,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from veneer.configs.supertuning import SupertuningConfig
-from veneer.methods.method import Base, Method
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.linear import LinearSite
-from veneer.sites.site import unsupported
-from veneer.structured import Sparse
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site, unsupported
+from veneer.configs.methods.supertuning import SupertuningConfig
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.patches.operators import Sparse
+from veneer.patches.patch import Patch
 
 VALUES = "supertuning_values"
 INDICES = "supertuning_indices"
@@ -49,7 +48,7 @@ class Supertuning(Method[SupertuningConfig, SupertuningConfig]):
         return found
 
     def init(
-        self, config: SupertuningConfig, settings: SupertuningConfig, base: Base, generator: torch.Generator | None
+        self, config: SupertuningConfig, settings: SupertuningConfig, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         shapes = self.shapes(settings, base.site)
         tensors = {leaf: torch.zeros(shape) for leaf, shape in shapes.items() if leaf != INDICES}
@@ -61,11 +60,11 @@ class Supertuning(Method[SupertuningConfig, SupertuningConfig]):
         return tensors
 
     def beside(
-        self, config: SupertuningConfig, bases: Sequence[Base], shared: Mapping[str, Tensor]
+        self, config: SupertuningConfig, bases: Sequence[BaseLayer], shared: Mapping[str, Tensor]
     ) -> list[dict[str, Tensor]]:
         return [{INDICES: _chosen(config, base)} for base in bases]
 
-    def lower(self, settings: SupertuningConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: SupertuningConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         places, columns = tensors[INDICES].int(), base.site.shape[1]
         dense = Sparse(tensors[VALUES], places // columns, places % columns, base.site.shape)
         if settings.r is None or settings.lora_alpha is None:
@@ -81,6 +80,6 @@ def _count(config: SupertuningConfig, site: Site) -> int:
     return int(math.prod(site.shape) * (1 - config.sparsity))
 
 
-def _chosen(config: SupertuningConfig, base: Base) -> Tensor:
+def _chosen(config: SupertuningConfig, base: BaseLayer) -> Tensor:
     sizes = base.base_weight().abs().flatten()
     return sizes.topk(_count(config, base.site), largest=config.select_top).indices.int()

@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from veneer.configs.tinylora import TinyLoraConfig
-from veneer.methods.method import Base, Method
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.embedding import EmbeddingSite
-from veneer.sites.linear import LinearSite
+from veneer.base_model.sites.embedding import EmbeddingSite
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.tinylora import TinyLoraConfig
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.patches.patch import Patch
 
 A = "tinylora_A"
 B = "tinylora_B"
@@ -50,7 +50,7 @@ class TinyLora(Method[TinyLoraConfig, TinyLoraConfig]):
         return {f"{V}.{group}": (config.u,) for group in _groups(config, len(sites))}
 
     def make_shared(
-        self, config: TinyLoraConfig, bases: Sequence[Base], generator: torch.Generator | None
+        self, config: TinyLoraConfig, bases: Sequence[BaseLayer], generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         shapes, bound = self.shared_shapes(config, [base.site for base in bases]), config.init_v_bound
         if config.init_weights is True:
@@ -58,7 +58,7 @@ class TinyLora(Method[TinyLoraConfig, TinyLoraConfig]):
         return {leaf: torch.empty(s).uniform_(-bound, bound, generator=generator) for leaf, s in shapes.items()}
 
     def init(
-        self, config: TinyLoraConfig, settings: TinyLoraConfig, base: Base, generator: torch.Generator | None
+        self, config: TinyLoraConfig, settings: TinyLoraConfig, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         weight = base.base_weight().float()
         u, s, v = torch.linalg.svd(weight.T if isinstance(base.site, EmbeddingSite) else weight, full_matrices=False)
@@ -67,14 +67,14 @@ class TinyLora(Method[TinyLoraConfig, TinyLoraConfig]):
         return {A: (root.unsqueeze(1) * v[:r]).contiguous(), B: (u[:, :r] * root).contiguous()}
 
     def beside(
-        self, config: TinyLoraConfig, bases: Sequence[Base], shared: Mapping[str, Tensor]
+        self, config: TinyLoraConfig, bases: Sequence[BaseLayer], shared: Mapping[str, Tensor]
     ) -> list[dict[str, Tensor]]:
         return [
             {V: shared[f"{V}.{group}"], P: _projection(config, _rank(config, base.site), index)}
             for index, (base, group) in enumerate(zip(bases, _groups(config, len(bases)), strict=True))
         ]
 
-    def lower(self, settings: TinyLoraConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: TinyLoraConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         middle = torch.einsum("u,uij->ij", tensors[V], tensors[P].to(tensors[V].dtype))
         down, up = tensors[A], tensors[B]
         if isinstance(base.site, EmbeddingSite):

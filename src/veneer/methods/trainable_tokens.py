@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from veneer.configs.trainable_tokens import TrainableTokensConfig
-from veneer.methods.method import Base, Part
-from veneer.methods.saved_weight import SAVED_WEIGHT
-from veneer.methods.tokens import TokenRows, TokenSettings
-from veneer.sites import Site
-from veneer.sites.embedding import EmbeddingSite
-from veneer.sites.linear import LinearSite
-from veneer.targets import shortest
+from veneer.base_model.sites.embedding import EmbeddingSite
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.base_model.targets import shortest
+from veneer.configs.methods.trainable_tokens import TrainableTokensConfig
+from veneer.methods.base.method import BaseLayer, MethodOnSites
+from veneer.methods.base.replaced_weight import SAVED_WEIGHT
+from veneer.methods.shared.token_rows import TokenRows, TokenSettings
 
 if TYPE_CHECKING:
-    from veneer.catalog import Catalog
+    from veneer.base_model.catalog import Catalog
 
 VALUES = "trainable_tokens_delta"
 
@@ -39,9 +39,9 @@ class TrainableTokens(TokenRows[TrainableTokensConfig]):
         if config.target_modules is None and catalog.inputs:
             config.target_modules = shortest(catalog.inputs, catalog.modules)
 
-    def parts(self, config: TrainableTokensConfig, catalog: Catalog) -> list[Part]:
+    def parts(self, config: TrainableTokensConfig, catalog: Catalog) -> list[MethodOnSites]:
         own = self.part(config, catalog, catalog.sites(config))
-        return [Part(SAVED_WEIGHT, own.everywhere, optional=True), own]
+        return [MethodOnSites(SAVED_WEIGHT, own.everywhere, optional=True), own]
 
     def wanted(self, config: TrainableTokensConfig, site: Site) -> Sequence[int]:
         return config.token_indices
@@ -50,7 +50,7 @@ class TrainableTokens(TokenRows[TrainableTokensConfig]):
         self,
         config: TrainableTokensConfig,
         settings: TokenSettings,
-        base: Base,
+        base: BaseLayer,
         generator: torch.Generator | None,
     ) -> dict[str, Tensor]:
         found = super().init(config, settings, base, generator)

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from veneer.configs.unilora import UniLoraConfig
-from veneer.methods.method import Base, Method
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.linear import LinearSite
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.unilora import UniLoraConfig
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.patches.patch import Patch
 
 INDICES_A, INDICES_B = "unilora_indices_A", "unilora_indices_B"
 SCALES_A, SCALES_B = "unilora_scales_A", "unilora_scales_B"
@@ -49,7 +49,7 @@ class UniLora(Method[UniLoraConfig, UniLoraConfig]):
         return {THETA: (config.theta_d_length,)}
 
     def make_shared(
-        self, config: UniLoraConfig, bases: Sequence[Base], generator: torch.Generator | None
+        self, config: UniLoraConfig, bases: Sequence[BaseLayer], generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         theta, bound = torch.empty(config.theta_d_length), config.init_theta_d_bound
         drawn = (
@@ -60,12 +60,12 @@ class UniLora(Method[UniLoraConfig, UniLoraConfig]):
         return {THETA: drawn}
 
     def init(
-        self, config: UniLoraConfig, settings: UniLoraConfig, base: Base, generator: torch.Generator | None
+        self, config: UniLoraConfig, settings: UniLoraConfig, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         return {}
 
     def beside(
-        self, config: UniLoraConfig, bases: Sequence[Base], shared: Mapping[str, Tensor]
+        self, config: UniLoraConfig, bases: Sequence[BaseLayer], shared: Mapping[str, Tensor]
     ) -> list[dict[str, Tensor]]:
         wanted = [shape for base in bases for shape in _shapes(config, base.site)]
         sizes = [rows * columns for rows, columns in wanted]
@@ -76,7 +76,7 @@ class UniLora(Method[UniLoraConfig, UniLoraConfig]):
         pairs = zip(indices[::2], indices[1::2], scales[::2], scales[1::2], strict=True)
         return [{**shared, **dict(zip(self.leaves, found, strict=True))} for found in pairs]
 
-    def lower(self, settings: UniLoraConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: UniLoraConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         theta = tensors[THETA]
         down, up = theta[tensors[INDICES_A]] * tensors[SCALES_A], theta[tensors[INDICES_B]] * tensors[SCALES_B]
         return Patch(up=up, down=down, dropout=settings.unilora_dropout)

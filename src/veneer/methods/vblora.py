@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from veneer.configs.vblora import VBLoRAConfig
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.vblora import VBLoRAConfig
 from veneer.errors import UnsupportedError
-from veneer.methods.method import Base, Method
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.linear import LinearSite
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.patches.patch import Patch
 
 LOGITS_A = "vblora_logits_A"
 LOGITS_B = "vblora_logits_B"
@@ -65,13 +65,13 @@ class VBLora(Method[VBLoRAConfig, VBLoRAConfig]):
         return {BANK: (config.num_vectors, config.vector_length)}
 
     def make_shared(
-        self, config: VBLoRAConfig, bases: Sequence[Base], generator: torch.Generator | None
+        self, config: VBLoRAConfig, bases: Sequence[BaseLayer], generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         bound = config.init_vector_bank_bound
         return {BANK: torch.empty(self.shared_shapes(config, ())[BANK]).uniform_(-bound, bound, generator=generator)}
 
     def init(
-        self, config: VBLoRAConfig, settings: VBLoRAConfig, base: Base, generator: torch.Generator | None
+        self, config: VBLoRAConfig, settings: VBLoRAConfig, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         std = config.init_logits_std
         shapes = self._logits(settings, base.site)
@@ -87,7 +87,7 @@ class VBLora(Method[VBLoRAConfig, VBLoRAConfig]):
             saved[leaf + SHARES] = best.softmax(-1)[..., :-1].contiguous()
         return saved
 
-    def lower(self, settings: VBLoRAConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: VBLoRAConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         down = _mixed(settings, tensors, LOGITS_A).flatten(1)  # (r, pieces, length) -> (r, in)
         up = _mixed(settings, tensors, LOGITS_B).mT.flatten(0, 1)  # (pieces, r, length) -> (out, r)
         return Patch(up=up, down=down, dropout=settings.vblora_dropout)

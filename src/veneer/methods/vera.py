@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from veneer.configs.vera import VeraConfig
-from veneer.methods.method import Base, Method
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.linear import LinearSite
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.vera import VeraConfig
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.patches.patch import Patch
 
 D = "vera_lambda_d"
 B = "vera_lambda_b"
@@ -44,7 +44,7 @@ class Vera(Method[VeraConfig, VeraConfig]):
         return {SHARED_A: (config.r, inner), SHARED_B: (out, config.r)}
 
     def make_shared(
-        self, config: VeraConfig, bases: Sequence[Base], generator: torch.Generator | None
+        self, config: VeraConfig, bases: Sequence[BaseLayer], generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         return seeded(self.shared_shapes(config, [base.site for base in bases]), config.projection_prng_key)
 
@@ -52,11 +52,11 @@ class Vera(Method[VeraConfig, VeraConfig]):
         return config.save_projection
 
     def init(
-        self, config: VeraConfig, settings: VeraConfig, base: Base, generator: torch.Generator | None
+        self, config: VeraConfig, settings: VeraConfig, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         return {B: torch.zeros(base.site.shape[0]), D: torch.full((config.r,), float(config.d_initial))}
 
-    def lower(self, settings: VeraConfig, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: VeraConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         out, inner = base.site.shape
         up = tensors[B].unsqueeze(1) * tensors[SHARED_B][:out]
         down = tensors[D].unsqueeze(1) * tensors[SHARED_A][:, :inner]

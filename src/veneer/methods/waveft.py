@@ -14,19 +14,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from veneer.configs.waveft import WaveFTConfig
-from veneer.methods.companions import with_companions
-from veneer.methods.method import Base, Method, Part
-from veneer.methods.places import random_places
-from veneer.methods.wavelets import between, low_pass
-from veneer.patch import Patch
-from veneer.sites import Site
-from veneer.sites.linear import LinearSite
-from veneer.structured import Sparse
-from veneer.targets import pattern_value
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.base_model.targets import pattern_value
+from veneer.configs.methods.waveft import WaveFTConfig
+from veneer.methods.base.method import BaseLayer, Method, MethodOnSites
+from veneer.methods.shared.random_entries import random_places
+from veneer.methods.shared.wavelets import between, low_pass
+from veneer.patches.operators import Sparse
+from veneer.patches.patch import Patch
 
 if TYPE_CHECKING:
-    from veneer.catalog import Catalog
+    from veneer.base_model.catalog import Catalog
 
 SPECTRUM = "waveft_spectrum"
 
@@ -53,14 +52,14 @@ class WaveFT(Method[WaveFTConfig, WaveFTSettings]):
     def __init__(self, counts: Mapping[str, int] | None = None) -> None:
         self.counts = counts or {}
 
-    def parts(self, config: WaveFTConfig, catalog: Catalog) -> list[Part]:
+    def parts(self, config: WaveFTConfig, catalog: Catalog) -> list[MethodOnSites]:
         sites = catalog.sites(config)
         method = self
         if config.proportional_parameters:
             sizes = {site.name: site.shape[0] * site.shape[1] for site in sites}
             budget = config.n_frequency * len(sizes) / sum(sizes.values())
             method = WaveFT({name: max(1, round(size * budget)) for name, size in sizes.items()})
-        return with_companions(Part(method, sites), config, catalog)
+        return [MethodOnSites(method, sites, companions=True)]
 
     def settings(self, config: WaveFTConfig, site: Site) -> WaveFTSettings:
         count = pattern_value(site.name, config.n_frequency_pattern, config.n_frequency)
@@ -73,12 +72,12 @@ class WaveFT(Method[WaveFTConfig, WaveFTSettings]):
         return {SPECTRUM: tuple(settings.places.shape)}
 
     def init(
-        self, config: WaveFTConfig, settings: WaveFTSettings, base: Base, generator: torch.Generator | None
+        self, config: WaveFTConfig, settings: WaveFTSettings, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         std = 0.0 if config.init_weights else 0.01
         return {SPECTRUM: torch.empty(settings.places.shape).normal_(std=std, generator=generator)}
 
-    def lower(self, settings: WaveFTSettings, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: WaveFTSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         rows, columns = base.site.shape
         values = tensors[SPECTRUM].float() * settings.scale
         places = settings.places.to(values.device, torch.int32)

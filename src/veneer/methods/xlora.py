@@ -11,7 +11,9 @@ own in the cache, so generation works with it; peft computes every token anew.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
@@ -19,25 +21,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.configs.xlora import XLoraConfig
+from veneer.base_model.sites.embedding import EmbeddingSite
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.methods.xlora import XLoraConfig
 from veneer.errors import AdapterError, UnsupportedError
-from veneer.methods.method import Base, Part
-from veneer.methods.routed import RoutedMethod
-from veneer.mixture import Live, low_rank_patches, mixed
-from veneer.patch import Patch
-from veneer.scalings import current
-from veneer.sites import Site
-from veneer.sites.embedding import EmbeddingSite
-from veneer.sites.linear import LinearSite
+from veneer.methods.base.method import BaseLayer, MethodOnSites
+from veneer.methods.base.routed_method import RoutedMethod
+from veneer.methods.shared.expert_mixture import LiveLayer, low_rank_patches, weighted_sum
+from veneer.patches.patch import Patch
 
 if TYPE_CHECKING:
-    from veneer.catalog import Catalog
+    from veneer.base_model.catalog import Catalog
+
 
 CLASSIFIER = "internal_xlora_classifier"
 
 
 @dataclass(frozen=True)
-class Place:
+class XLoraSettings:
     """A config, and which of the adapted layers one is."""
 
     config: XLoraConfig
@@ -45,7 +47,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Mixing:
+class XLoraRoute:
     """The route of one layer.
 
     Attributes:
@@ -57,7 +59,7 @@ class Mixing:
     """
 
     site: Site
-    place: Place
+    place: XLoraSettings
     experts: Sequence[Patch]
     columns: list[int]
     rows: Tensor | None = None
@@ -65,7 +67,7 @@ class Mixing:
     def changes(self) -> bool:
         return self.place.config.global_scaling_weight != 0 and any(patch.changes() for patch in self.experts)
 
-    def take(self, rows: Tensor, whole: torch.Size) -> Mixing:
+    def take(self, rows: Tensor, whole: torch.Size) -> XLoraRoute:
         return replace(self, rows=rows)
 
     def __call__(self, x: Tensor, training: bool) -> Tensor:
@@ -79,7 +81,7 @@ class Mixing:
                 hint="X-LoRA fits layers that see every token once, and works without a prompt beside it.",
             )
         weights = _chosen(config, scalings)[..., self.columns] * config.global_scaling_weight
-        return mixed(self.site, self.experts, weights, x, training)
+        return weighted_sum(self.site, self.experts, weights, x, training)
 
 
 def _chosen(config: XLoraConfig, scalings: Tensor) -> Tensor:
@@ -93,7 +95,7 @@ def _chosen(config: XLoraConfig, scalings: Tensor) -> Tensor:
     return scalings.masked_fill(~used, -math.inf).softmax(-1).masked_fill(~used, 0.0)
 
 
-class XLora(RoutedMethod[XLoraConfig, Place]):
+class XLora(RoutedMethod[XLoraConfig, XLoraSettings]):
     """X-LoRA on linear layers and embeddings."""
 
     leaves = ()
@@ -111,14 +113,14 @@ class XLora(RoutedMethod[XLoraConfig, Place]):
         if config.hidden_size is None:
             config.hidden_size = int(own.get_text_config().hidden_size)
 
-    def parts(self, config: XLoraConfig, catalog: Catalog) -> list[Part]:
+    def parts(self, config: XLoraConfig, catalog: Catalog) -> list[MethodOnSites]:
         self.complete(config, catalog)
-        return [Part(self, catalog.sites(config))]
+        return [MethodOnSites(self, catalog.sites(config))]
 
-    def settings(self, config: XLoraConfig, site: Site) -> Place:
-        return Place(config, list(config.target_modules or ()).index(site.name))
+    def settings(self, config: XLoraConfig, site: Site) -> XLoraSettings:
+        return XLoraSettings(config, list(config.target_modules or ()).index(site.name))
 
-    def shapes(self, settings: Place, site: Site) -> dict[str, tuple[int, ...]]:
+    def shapes(self, settings: XLoraSettings, site: Site) -> dict[str, tuple[int, ...]]:
         return {}
 
     def shared_shapes(self, config: XLoraConfig, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
@@ -130,7 +132,7 @@ class XLora(RoutedMethod[XLoraConfig, Place]):
         return found
 
     def make_shared(
-        self, config: XLoraConfig, bases: Sequence[Base], generator: torch.Generator | None
+        self, config: XLoraConfig, bases: Sequence[BaseLayer], generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         shapes = self.shared_shapes(config, [base.site for base in bases])
         bounds = {leaf: 1 / math.sqrt(shapes[f"{leaf.rpartition('.')[0]}.weight"][1]) for leaf in shapes}
@@ -140,16 +142,16 @@ class XLora(RoutedMethod[XLoraConfig, Place]):
         }
 
     def init(
-        self, config: XLoraConfig, settings: Place, base: Base, generator: torch.Generator | None
+        self, config: XLoraConfig, settings: XLoraSettings, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         return {}
 
-    def lower(self, settings: Place, tensors: Mapping[str, Tensor], base: Base) -> Patch:
+    def lower(self, settings: XLoraSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         # No merge from disk comes here: it is refused before.
-        layer, experts = cast(Live, base), settings.config.experts
+        layer, experts = cast(LiveLayer, base), settings.config.experts
         here = layer.here(experts)
         return Patch(
-            route=Mixing(base.site, settings, low_rank_patches(layer, here), [experts.index(name) for name in here])
+            route=XLoraRoute(base.site, settings, low_rank_patches(layer, here), [experts.index(name) for name in here])
         )
 
 
@@ -180,3 +182,28 @@ def predict(config: XLoraConfig, tensors: Mapping[str, Tensor], hidden: Tensor, 
     scalings = said.expand(-1, -1, len(config.target_modules or ()), -1)
     found: Tensor = (scalings / config.softmax_temperature).softmax(-1) if config.enable_softmax else scalings
     return found
+
+
+# id of a config -> how its adapters are weighed in the pass that is under way.
+CURRENT: ContextVar[Mapping[int, Tensor] | None] = ContextVar("veneer_scalings", default=None)
+
+
+def current(config: XLoraConfig) -> Tensor:
+    """The weights that hold now, ``(rows, length, layers, experts)``."""
+    found = (CURRENT.get() or {}).get(id(config))
+    if found is None:
+        raise AdapterError(
+            "An X-LoRA adapter is active, and nothing was worked out for this call.",
+            hint="Call the model as a whole, and train it without gradient checkpointing.",
+        )
+    return found
+
+
+@contextmanager
+def holding(values: Mapping[int, Tensor]) -> Iterator[None]:
+    """Let X-LoRA's weights of a call be ``values`` inside the ``with`` block."""
+    token = CURRENT.set({**(CURRENT.get() or {}), **values})
+    try:
+        yield
+    finally:
+        CURRENT.reset(token)

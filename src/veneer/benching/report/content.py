@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from veneer.benching import formats
-from veneer.benching.cost import Plan
-from veneer.benching.result import VARIANTS, BenchReport, Figure
-from veneer.benching.samples import Spread
+from veneer.benching.decide.cost_model import ServingPlan
+from veneer.benching.measure.statistics import Spread
+from veneer.benching.result import VARIANTS, BenchData, Figure
 
 ABSENT = "–"  # noqa: RUF001 - an en dash, as tables have it
 # With more adapters than this not every plan is shown.
@@ -17,7 +17,7 @@ _LOADED = {"base": "base alone", "unmerged": "with its adapters", "merged": "mer
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """Rows of text under a title.
 
     Attributes:
@@ -58,7 +58,7 @@ def _rate(seconds: float, amount: int) -> float:
     return amount / seconds if seconds else 0.0
 
 
-def measures(report: BenchReport) -> list[Measure]:
+def measures(report: BenchData) -> list[Measure]:
     """What is shown of the speed, for this kind of model."""
     unit = f"{report.setup.unit}s"
 
@@ -89,30 +89,30 @@ def measures(report: BenchReport) -> list[Measure]:
     ]
 
 
-def sizes(report: BenchReport) -> list[tuple[int, int]]:
+def sizes(report: BenchData) -> list[tuple[int, int]]:
     """Rows and length of each input that was measured."""
     return [(rows, length) for rows in report.setup.batch for length in report.setup.lengths or (0,)]
 
 
-def size_name(report: BenchReport, size: tuple[int, int]) -> str:
+def size_name(report: BenchData, size: tuple[int, int]) -> str:
     """Such as ``8 rows of 128``."""
     rows, length = size
     return formats.count(rows, "row") + (f" of {length}" if length else "")
 
 
-def present(report: BenchReport) -> list[str]:
+def present(report: BenchData) -> list[str]:
     """The variants that were measured, in their order."""
     speed = {"first", "decode", "forward"}
     return [v for v in VARIANTS if any(f.variant == v and f.quantity in speed for f in report.figures)]
 
 
-def speed_table(report: BenchReport, measure: Measure) -> Table:
+def speed_table(report: BenchData, measure: Measure) -> ReportTable:
     """One quantity: a row for each variant, a column for each size."""
     rows = []
     for variant in present(report):
         figures = [(report.find(measure.quantity, variant, *size), size) for size in sizes(report)]
         rows.append((VARIANTS[variant], *(_with_spread(figure, measure, size) for figure, size in figures)))
-    return Table(measure.title, ("", *(size_name(report, size) for size in sizes(report))), tuple(rows))
+    return ReportTable(measure.title, ("", *(size_name(report, size) for size in sizes(report))), tuple(rows))
 
 
 def _with_spread(figure: Figure | None, measure: Measure, size: tuple[int, int]) -> str:
@@ -125,7 +125,7 @@ def _off(found: Spread) -> str:
     return f" ±{formats.percent(found.relative)}" if found.count > 1 and found.relative else ""
 
 
-def loading_table(report: BenchReport) -> Table:
+def loading_table(report: BenchData) -> ReportTable:
     """Load time, memory and disk of base, unmerged and merged."""
     rows = []
     adapters = sum(a.nbytes for a in report.setup.adapters)
@@ -147,10 +147,10 @@ def loading_table(report: BenchReport) -> Table:
             )
         )
     columns = ("model", "load", "peak memory", "peak while answering", "weights in memory", "weights on disk")
-    return Table("Loading, memory and files", columns, tuple(rows), _NOTES["loading"])
+    return ReportTable("Loading, memory and files", columns, tuple(rows), _NOTES["loading"])
 
 
-def actions_table(report: BenchReport) -> Table:
+def actions_table(report: BenchData) -> ReportTable:
     """What is done to adapters, and how long it takes."""
     actions = {
         "attach one adapter": ("attach", "unmerged"),
@@ -163,10 +163,10 @@ def actions_table(report: BenchReport) -> Table:
         figure = report.find(*key)
         if figure is not None:
             rows.append((name, formats.seconds(figure.spread.median) + _off(figure.spread), f"{figure.spread.count}"))
-    return Table("What is done to adapters", ("action", "time", "samples"), tuple(rows))
+    return ReportTable("What is done to adapters", ("action", "time", "samples"), tuple(rows))
 
 
-def fidelity_table(report: BenchReport) -> Table:
+def fidelity_table(report: BenchData) -> ReportTable:
     """Merged against unmerged, a row for each adapter."""
     rows = []
     for one in report.fidelity:
@@ -175,10 +175,10 @@ def fidelity_table(report: BenchReport) -> Table:
         drift = (formats.percent(one.drift), formats.percent(one.share_of_effect))
         rows.append((one.adapter, *drift, agreement, texts, f"{one.positions}"))
     columns = ("adapter", "largest drift", "of its effect", "same choice", "same answer", "positions")
-    return Table("Merged against unmerged", columns, tuple(rows), _NOTES["fidelity"])
+    return ReportTable("Merged against unmerged", columns, tuple(rows), _NOTES["fidelity"])
 
 
-def shown_plans(report: BenchReport) -> list[tuple[int, Plan]]:
+def shown_plans(report: BenchData) -> list[tuple[int, ServingPlan]]:
     """The plans that are shown, with their index: all, or of very many the telling ones."""
     advice = report.recommendation
     last = len(advice.plans) - 1
@@ -186,7 +186,7 @@ def shown_plans(report: BenchReport) -> list[tuple[int, Plan]]:
     return [(index, plan) for index, plan in enumerate(advice.plans) if last <= _MOST_PLANS or index in telling]
 
 
-def plans_table(report: BenchReport) -> Table:
+def plans_table(report: BenchData) -> ReportTable:
     """The plans that were weighed."""
     advice = report.recommendation
     rows = []
@@ -196,10 +196,10 @@ def plans_table(report: BenchReport) -> Table:
         change = formats.seconds(plan.change) if plan.change else ABSENT
         rows.append((name, formats.seconds(plan.request), change, formats.nbytes(plan.memory), mark))
     columns = ("plan", "a request", "changes, a request", "memory", "")
-    return Table("Ways of serving the adapters", columns, tuple(rows), _assumed(report))
+    return ReportTable("Ways of serving the adapters", columns, tuple(rows), _assumed(report))
 
 
-def _assumed(report: BenchReport) -> str:
+def _assumed(report: BenchData) -> str:
     advice = report.recommendation
     shares = formats.listed([f"{name} {formats.percent(share)}" for name, share in advice.traffic.items()])
     every = advice.requests_per_change
@@ -210,7 +210,7 @@ def _assumed(report: BenchReport) -> str:
     )
 
 
-def facts(report: BenchReport) -> list[tuple[str, str]]:
+def facts(report: BenchData) -> list[tuple[str, str]]:
     """What was measured, where and when."""
     setup, machine = report.setup, report.machine
     adapters = [
@@ -235,21 +235,21 @@ def facts(report: BenchReport) -> list[tuple[str, str]]:
     ]
 
 
-def tables(report: BenchReport) -> list[Table]:
+def tables(report: BenchData) -> list[ReportTable]:
     """Every table, in the order in which they are shown."""
     found = [speed_table(report, measure) for measure in measures(report)]
     found += [loading_table(report), actions_table(report), fidelity_table(report)]
     return [table for table in found if table.rows]
 
 
-def samples_table(report: BenchReport) -> Table:
+def samples_table(report: BenchData) -> ReportTable:
     """Every raw sample."""
     rows = []
     for figure in report.figures:
         size = size_name(report, (figure.batch, figure.length or 0)) if figure.batch else ABSENT
         shown = formats.seconds if figure.unit == "s" else formats.nbytes
         rows.append((figure.quantity, figure.variant, size, "  ".join(map(shown, figure.samples))))
-    return Table("Raw samples", ("quantity", "variant", "input", "samples, in order"), tuple(rows))
+    return ReportTable("Raw samples", ("quantity", "variant", "input", "samples, in order"), tuple(rows))
 
 
 _NOTES = {

@@ -13,16 +13,17 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from veneer.benching.result import BenchReport
+from veneer.benching.result import BenchData
 from veneer.errors import NotACheckpointError, SourceError
-from veneer.files import writing, written_whole
+from veneer.files.atomic_write import atomic_write, writing
+from veneer.files.json_file import read_json
+from veneer.files.paths import exists, is_file, is_folder
 from veneer.packages import require
-from veneer.source import exists, is_file, is_folder, read_json
 
 HTML, MARKDOWN, JSON, RUNS = "report.html", "report.md", "report.json", "runs"
 
 
-def write(report: BenchReport, folder: Path) -> Path:
+def write(report: BenchData, folder: Path) -> Path:
     """Write all of them; returns the HTML file's path.
 
     Raises:
@@ -42,7 +43,7 @@ def write(report: BenchReport, folder: Path) -> Path:
         HTML: html(report),
     }
     for name, text in contents.items():
-        with written_whole(folder / name) as temporary:
+        with atomic_write(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return folder / HTML
 
@@ -75,8 +76,8 @@ def check(folder: Path, read_from: Iterable[Path] = ()) -> None:
         raise SourceError(f"{folder} cannot be written.", hint="Give --out another place.")
 
 
-def read(path: Path) -> BenchReport:
-    """A run from its JSON file, or from a report's folder.
+def read(path: Path) -> BenchData:
+    """Read a run from its JSON file, or from a report's folder.
 
     Raises:
         SourceError: there is none, or it is damaged.
@@ -84,4 +85,4 @@ def read(path: Path) -> BenchReport:
     file = path / JSON if is_folder(path) else path
     if not is_file(file):
         raise NotACheckpointError(f"There is no report at {path}.", hint=f"Give a folder or {JSON} of `veneer bench`.")
-    return BenchReport.from_dict(read_json(file), str(path))
+    return BenchData.from_dict(read_json(file), str(path))

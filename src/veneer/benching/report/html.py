@@ -7,10 +7,10 @@ from html import escape
 from itertools import zip_longest
 
 from veneer.benching import formats
-from veneer.benching.report.content import HOW, Table, facts, plans_table, samples_table, tables
+from veneer.benching.report.content import HOW, ReportTable, facts, plans_table, samples_table, tables
 from veneer.benching.report.plots import plots
-from veneer.benching.result import BenchReport
-from veneer.printable import printable
+from veneer.benching.result import BenchData
+from veneer.printing import printable
 
 # The colours are those of Okabe and Ito, which people with any kind of colour vision tell apart; lighter in the dark.
 _STYLE = """
@@ -55,7 +55,7 @@ summary { cursor: pointer; font-weight: 600; } footer { color: var(--faint); fon
 """
 
 
-def html(report: BenchReport) -> str:
+def html(report: BenchData) -> str:
     """The whole report: summary, plots, tables, machine, method, raw samples."""
     said = report.recommendation
     cautions = [*said.cautions, *report.notes]
@@ -69,7 +69,7 @@ def html(report: BenchReport) -> str:
         "<h2>In numbers</h2>",
         *(_table(table) for table in (plans_table(report), *tables(report))),
         "<h2>What was measured, and where</h2>",
-        _table(Table("", (), tuple(facts(report))), "facts"),
+        _table(ReportTable("", (), tuple(facts(report))), "facts"),
         "<h2>How the figures were taken</h2>",
         _items(HOW),
         f"<details><summary>Raw samples</summary>{_table(samples_table(report), 'samples')}</details>",
@@ -98,7 +98,7 @@ def _plot(title: str, drawn: str) -> str:
     return f'<figure class="card"><h3>{_text(title)}</h3>{labelled}</figure>\n'
 
 
-def _table(table: Table, kind: str = "") -> str:
+def _table(table: ReportTable, kind: str = "") -> str:
     title = f"<h3>{_text(table.title)}</h3>" if table.title else ""
     heads = "".join(f"<th>{_text(name)}</th>" for name in table.columns)
     head = f"<thead><tr>{heads}</tr></thead>" if heads else ""

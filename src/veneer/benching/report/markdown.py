@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from veneer.benching.report.content import HOW, Table, facts, plans_table, samples_table, tables
-from veneer.benching.result import BenchReport
-from veneer.printable import one_line
+from veneer.benching.report.content import HOW, ReportTable, facts, plans_table, samples_table, tables
+from veneer.benching.result import BenchData
+from veneer.printing import one_line
 
 
-def markdown(report: BenchReport) -> str:
+def markdown(report: BenchData) -> str:
     """The whole report: summary, tables, machine, method, raw samples."""
     said = report.recommendation
     parts = [
@@ -20,7 +20,7 @@ def markdown(report: BenchReport) -> str:
         _items(said.reasons),
         _items([f"Note: {caution}" for caution in (*said.cautions, *report.notes)]),
         *map(_table, (plans_table(report), *tables(report))),
-        _table(Table("What was measured, and where", ("", ""), tuple(facts(report)))),
+        _table(ReportTable("What was measured, and where", ("", ""), tuple(facts(report)))),
         "## How the figures were taken",
         _items(HOW),
         _table(samples_table(report)),
@@ -28,7 +28,7 @@ def markdown(report: BenchReport) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _table(table: Table) -> str:
+def _table(table: ReportTable) -> str:
     lines = [table.columns, ("---",) + ("--:",) * (len(table.columns) - 1), *table.rows]
     drawn = "\n".join(f"| {' | '.join(map(_text, line))} |" for line in lines)
     return f"## {_text(table.title)}\n\n{drawn}" + (f"\n\n{_text(table.note)}" if table.note else "")

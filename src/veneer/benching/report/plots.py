@@ -19,7 +19,7 @@ from matplotlib.transforms import blended_transform_factory
 
 from veneer.benching import formats
 from veneer.benching.report import content
-from veneer.benching.result import VARIANTS, BenchReport, Figure
+from veneer.benching.result import VARIANTS, BenchData, Figure
 
 # Name of the page's variable -> the colour that stands for it here.
 COLOURS = {
@@ -55,7 +55,7 @@ class Bar:
     text: str
 
 
-def plots(report: BenchReport) -> list[tuple[str, str]]:
+def plots(report: BenchData) -> list[tuple[str, str]]:
     """Every plot: what it shows, and its SVG."""
     found = [(measure.title, _speed(report, measure)) for measure in content.measures(report)]
     found.insert(1, ("When merging is earned back", _break_even(report)))
@@ -66,7 +66,7 @@ def plots(report: BenchReport) -> list[tuple[str, str]]:
     return found
 
 
-def _speed(report: BenchReport, measure: content.Measure) -> str:
+def _speed(report: BenchData, measure: content.Measure) -> str:
     groups = []
     for size in content.sizes(report):
         figures = {v: report.find(measure.quantity, v, *size) for v in content.present(report)}
@@ -81,7 +81,7 @@ def _bar(name: str, colour: str, figure: Figure, measure: content.Measure, size:
     return Bar(name, value, min(ends), max(ends), colour, measure.text(found.median, *size))
 
 
-def _loads(report: BenchReport, quantity: str) -> str:
+def _loads(report: BenchData, quantity: str) -> str:
     bars = []
     text = formats.seconds if quantity == "load" else formats.nbytes
     for variant, name in (("base", "base alone"), ("unmerged", "unmerged"), ("merged", "merged")):
@@ -92,7 +92,7 @@ def _loads(report: BenchReport, quantity: str) -> str:
     return _bars([("", bars)], quantity) if bars else ""
 
 
-def _plans(report: BenchReport) -> str:
+def _plans(report: BenchData) -> str:
     bars = []
     for index, plan in content.shown_plans(report):
         name = "none" if not plan.merged else "all" if not plan.unmerged else f"hottest {len(plan.merged)}"
@@ -134,7 +134,7 @@ def _draw(axes: Any, bar: Bar, place: int, largest: float) -> None:
     axes.text(max(bar.value, bar.high) + 0.02 * largest, place, bar.text, va="center", fontsize=9.5)
 
 
-def _break_even(report: BenchReport) -> str:
+def _break_even(report: BenchData) -> str:
     """Seconds of a request, its part of the merges included, over the number of requests that share them."""
     advice = report.recommendation
     stay, other = advice.plans[0], advice.plans[advice.compared]

@@ -11,21 +11,21 @@ from rich.panel import Panel
 from rich.table import Table as RichTable
 
 from veneer.benching import formats
-from veneer.benching.report.content import Table, plans_table, tables
-from veneer.benching.result import BenchReport
-from veneer.printable import printable
+from veneer.benching.report.content import ReportTable, plans_table, tables
+from veneer.benching.result import BenchData
+from veneer.printing import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-def shown(report: BenchReport) -> RenderableType:
+def shown(report: BenchData) -> RenderableType:
     """The recommendation, the plans and every table."""
     found = [rich_table(table) for table in (plans_table(report), *tables(report))]
     return Group(advice(report), *found)
 
 
-def advice(report: BenchReport) -> Panel:
+def advice(report: BenchData) -> Panel:
     """What to do, why, and what else to know."""
     said = report.recommendation
     lines = [f"[bold]{_safe(said.headline)}[/]", *(_safe(reason) for reason in said.reasons)]
@@ -33,7 +33,7 @@ def advice(report: BenchReport) -> Panel:
     return Panel("\n".join(lines), title="recommendation", title_align="left", border_style="green", expand=False)
 
 
-def rich_table(table: Table) -> RichTable:
+def rich_table(table: ReportTable) -> RichTable:
     """A table of the report as rich draws it; numbers to the right."""
     drawn = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(table.columns):

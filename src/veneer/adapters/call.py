@@ -1,0 +1,84 @@
+"""One call of a model, which uses from beginning to end what was chosen when it began."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import Token
+
+import torch
+from torch import Tensor
+
+from veneer.adapters.collection import Adapters
+from veneer.patches.selection import Selection
+
+
+class Call:
+    """A call of the model, for a ``with`` block around it.
+
+    Args:
+        adapters: those of the model.
+        chosen: what it uses; what holds in this context when ``None``.
+        task_ids: the task of each row, shape ``(rows,)``.
+
+    Raises:
+        UnknownAdapterError: on entering, when what it was to use has been deleted or renamed.
+    """
+
+    __slots__ = ("_before", "adapters", "chosen", "task_ids")
+
+    def __init__(self, adapters: Adapters, chosen: Selection | None = None, task_ids: Tensor | None = None) -> None:
+        self.adapters = adapters
+        self.chosen = chosen
+        self.task_ids = task_ids
+        self._before: Token[object] | None = None
+
+    def __enter__(self) -> None:
+        switch = self.adapters.switch
+        selection = self._begin()
+        try:
+            for name in selection.applied:
+                self.adapters.get(name)
+            self._before = switch.push(selection.for_call(self.task_ids), self)
+        except BaseException:
+            switch.underway.end(self)
+            raise
+
+    def _begin(self) -> Selection:
+        """Begin with what is selected; again when that was changed by what had to be waited for."""
+        switch = self.adapters.switch
+        while True:
+            selection = self.chosen or switch.selection
+            switch.underway.begin(self, self._used(selection.applied), switch.calls)
+            if self.chosen is not None or switch.selection is selection:
+                return selection
+            switch.underway.end(self)
+
+    def _used(self, names: tuple[str, ...]) -> Collection[str]:
+        """``names``, and those of the adapters that they mix."""
+        entries = self.adapters.entries
+        mixed = [expert for name in names if name in entries for expert in entries[name].config.experts]
+        return (*names, *mixed) if mixed else names
+
+    def __exit__(self, *_: object) -> None:
+        switch = self.adapters.switch
+        try:
+            if self._before is not None:
+                switch.pop(self._before)
+        finally:
+            switch.underway.end(self)
+
+
+def call(
+    adapters: Adapters, chosen: Selection | None = None, task_ids: Tensor | None = None
+) -> AbstractContextManager[None]:
+    """A ``with`` block for one call of a model, with what is chosen for it or selected now.
+
+    In compiled code, whose guards have read the selection, it is no more than the choice.
+    """
+    if not torch.compiler.is_compiling():
+        return Call(adapters, chosen, task_ids)
+    if chosen is None and task_ids is None:
+        return nullcontext()
+    return adapters.during(dataclasses.replace(chosen or adapters.switch.selection, task_ids=task_ids))

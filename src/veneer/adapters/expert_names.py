@@ -1,0 +1,215 @@
+"""What the names in a new adapter's config mean where layers have become fused expert parameters."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from veneer.base_model.catalog import Catalog
+from veneer.base_model.sites.site import Site
+from veneer.base_model.targets import ALL_LINEAR, in_blocks, is_inside, names_match, pattern_value, saved_modules
+from veneer.configs import patterns
+from veneer.configs.base import TargetedConfig
+from veneer.configs.methods.lora import LoraConfig
+from veneer.errors import TargetError, VeneerError
+from veneer.printing import tell
+
+# Parameter -> the layers of one expert that it holds, by each of their names.
+HELD: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "gate_up_proj": (("gate_proj", "w1"), ("up_proj", "w3")),
+    "down_proj": (("down_proj", "w2"),),
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a config wants of one parameter: its name, the LoRA's rank and scale, and the layers that it stands for."""
+
+    name: str
+    rank: int
+    scale: float
+    layers: tuple[str, ...]
+
+
+def name_experts(config: TargetedConfig, catalog: Catalog, check: Callable[[Site], object]) -> list[str]:
+    """Name the experts and routers that ``config`` means as parameters, in ``config`` itself.
+
+    Args:
+        config: of a new adapter.
+        catalog: the model's modules.
+        check: raises where an adapter of that config cannot be on a site.
+
+    Returns:
+        The names of all layers that are held by parameters. There is a warning for those that are left out.
+
+    Raises:
+        TargetError: gate and up, which are one matrix, are to have different scales.
+    """
+    stacks = [name for name, module in catalog.modules.items() if _holds_experts(module)]
+    routers = [name for name in catalog.modules if _is_router(name, catalog)]
+    held = [f"{stack}.0.{name}" for stack in stacks for parts in HELD.values() for names in parts for name in names]
+    halves: list[str] = []
+    shares = [share for name in stacks for share in _shares(config, name, catalog, halves)]
+    shares += [_router(config, name) for name in routers if _means(config, name, catalog)]
+    _warn_of_left_out(config, catalog, halves)
+    if not shares:
+        return held
+    try:
+        if not isinstance(config, LoraConfig):
+            raise TargetError(f"{config.peft_type} adapts no parameters.")
+        check(catalog.parameter_sites([shares[0].name])[0])
+    except VeneerError as error:
+        tell(f"The experts ({shares[0].name} ...) are left out: {error.message}")
+    else:
+        _name(config, shares, catalog)
+    return held
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether a module holds experts' matrices as their layers had them: ``(experts, out, in)``, gate above up."""
+    both, down = (module._parameters.get(name) for name in HELD)
+    if both is None or down is None or both.ndim != 3 or down.ndim != 3:
+        return False
+    experts, inner = both.shape[0], both.shape[1] // 2
+    return not getattr(module, "is_transposed", False) and down.shape == (experts, both.shape[2], inner)
+
+
+def _is_router(name: str, catalog: Catalog) -> bool:
+    weight = catalog.modules[name]._parameters.get("weight")
+    return name.endswith(".gate") and weight is not None and weight.ndim == 2 and not catalog.sites_at(name)
+
+
+def _means(config: TargetedConfig, name: str, catalog: Catalog) -> bool:
+    """Whether a config would adapt a layer of that name."""
+    wanted = config.target_modules
+    return (
+        (wanted == ALL_LINEAR or names_match(name, wanted))
+        and not names_match(name, config.exclude_modules)
+        and not is_inside(name, saved_modules(config, catalog.modules))
+        and in_blocks(name, config)
+    )
+
+
+def _shares(config: TargetedConfig, stack: str, catalog: Catalog, halves: list[str]) -> list[Share]:
+    """What a config wants of a module's parameters; layers of a matrix that it wants half of join ``halves``."""
+    found = []
+    for parameter, parts in HELD.items():
+        named = [[f"{stack}.0.{own}" for own in names] for names in parts]
+        meant = [[layer for layer in layers if _means(config, layer, catalog)] for layers in named]
+        if all(meant):
+            layers = [layers[0] for layers in meant]
+            ranks, scales = zip(*(_rank_and_scale(config, layer) for layer in layers), strict=True)
+            if len(set(scales)) > 1:
+                raise TargetError(
+                    f"{' and '.join(layers)} are one matrix now, {stack}.{parameter}, and have scales of their own.",
+                    hint="Give both the same rank and alpha, or name the parameter in target_parameters.",
+                )
+            every = tuple(layer for layers in meant for layer in layers)
+            found.append(Share(f"{stack}.{parameter}", sum(ranks), scales[0], every))
+        else:
+            halves += [layer for layers in meant for layer in layers]
+    return found
+
+
+def _warn_of_left_out(config: TargetedConfig, catalog: Catalog, halves: list[str]) -> None:
+    """Warn of experts that the config's names do not reach."""
+    if halves:
+        tell(
+            f"The experts are left out of {halves[0].rpartition('.')[2]!r}: gate and up are one matrix there. Name "
+            "both, or gate_up_proj in target_parameters."
+        )
+    others = [
+        f"{name}.{parameter}"
+        for name, module in catalog.modules.items()
+        for parameter, value in module._parameters.items()
+        if value is not None and value.ndim == 3 and name.endswith("experts") and not _holds_experts(module)
+    ]
+    if config.target_modules == ALL_LINEAR and others and not getattr(config, "target_parameters", None):
+        tell(f'"all-linear" leaves out the experts, which are parameters ({others[0]} ...): see target_parameters.')
+
+
+def _router(config: TargetedConfig, name: str) -> Share:
+    return Share(f"{name}.weight", *_rank_and_scale(config, name), (name,))
+
+
+def _rank_and_scale(config: TargetedConfig, layer: str) -> tuple[int, float]:
+    if not isinstance(config, LoraConfig):
+        return 0, 0.0
+    rank = pattern_value(layer, config.rank_pattern, config.r)
+    alpha = pattern_value(layer, config.alpha_pattern, config.lora_alpha)
+    return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _name(config: LoraConfig, shares: list[Share], catalog: Catalog) -> None:
+    """Put the parameters into a config, with their ranks and alphas first among the patterns."""
+    endings = [_shortest(share, shares, catalog) for share in shares]
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for ending, share in zip(endings, shares, strict=True):
+        alpha = share.scale * (math.sqrt(share.rank) if config.use_rslora else share.rank)
+        ranks |= {ending: share.rank} if share.rank != config.r else {}
+        alphas |= {ending: alpha} if not math.isclose(alpha, config.lora_alpha) else {}
+    config.rank_pattern = {**ranks, **config.rank_pattern}
+    config.alpha_pattern = {**alphas, **config.alpha_pattern}
+    config.target_parameters = list(dict.fromkeys([*(config.target_parameters or ()), *endings]))
+    wanted = config.target_modules
+    if isinstance(wanted, list):
+        stood_for = [layer for share in shares for layer in share.layers]
+        config.target_modules = [one for one in wanted if not _is_spent(one, stood_for, catalog)]
+    elif wanted is not None and wanted != ALL_LINEAR and not any(names_match(n, wanted) for n in catalog.modules):
+        config.target_modules = []
+
+
+def _shortest(share: Share, shares: Iterable[Share], catalog: Catalog) -> str:
+    """An ending that means parameters of that rank and scale alone, all of which are wanted; else the whole name."""
+    ending = ".".join(share.name.split(".")[-3:])
+    alike = {one.name for one in shares if (one.rank, one.scale) == (share.rank, share.scale)}
+    meant = {f"{site.name}.{site.parameter}" for site in catalog.parameter_sites([ending])}
+    return ending if meant <= alike else share.name
+
+
+def _is_spent(name: str, layers: Iterable[str], catalog: Catalog) -> bool:
+    """Whether all that a name of ``target_modules`` means are layers which parameters stand for."""
+    modules = [module for module in catalog.modules if names_match(module, [name])]
+    return all(_is_router(module, catalog) for module in modules) and any(names_match(one, [name]) for one in layers)
+
+
+# -- names that mean nothing -------------------------------------------------------------------------------
+
+
+def warn_of_idle_names(config: TargetedConfig, catalog: Catalog, layers: Iterable[str]) -> None:
+    """Warn of each name in a config's lists that is no module of the model.
+
+    Args:
+        config: of a new adapter, as it was given.
+        catalog: the model's modules.
+        layers: layers that are no modules now, and that parameters stand for.
+    """
+    names = [*catalog.modules, *layers]
+    endings = sorted({name.rpartition(".")[2] for name in names} - {""})
+    endings = [ending for ending in endings if not ending.isdigit()]
+    for option in ("target_modules", "exclude_modules"):
+        wanted = getattr(config, option)
+        for name in wanted if isinstance(wanted, list) else ():
+            if not any(names_match(module, [name]) for module in names):
+                held = any(name in module._parameters for module in catalog.modules.values())
+                more = " It is a parameter: see target_parameters." if held and option == "target_modules" else ""
+                tell(_idle(option, name, [] if more else endings) + more)
+    modules = [*names, *(site.pattern_name for site in _parameters(config, catalog))]
+    for option in ("rank_pattern", "alpha_pattern"):
+        for name in getattr(config, option, None) or ():
+            if not any(patterns.match(name, patterns.ENDING, module) for module in modules):
+                tell(_idle(option, name, endings))
+
+
+def _parameters(config: TargetedConfig, catalog: Catalog) -> list[Site]:
+    return catalog.parameter_sites(getattr(config, "target_parameters", None) or ())
+
+
+def _idle(option: str, name: str, endings: list[str]) -> str:
+    near = difflib.get_close_matches(name.rpartition(".")[2], endings, n=1)
+    return f"{option} names {name!r}, and no module of the model." + (f" Did you mean {near[0]!r}?" if near else "")

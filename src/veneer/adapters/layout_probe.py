@@ -1,0 +1,194 @@
+"""Passes of the base alone that show how a layer's input follows the rows of the model's.
+
+Nothing is left of them: no cache, no gradient, no random number drawn, the mode and what a model notes of a pass as
+they were.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.base_model.model_call import taken_names
+from veneer.patches.row_layout import Prints, printed
+
+# The rows of a probe of a model's own making, and which of them are changed: all three are told apart.
+ROWS = 3
+CHANGED_ROWS = (0, 1, 2)
+# Tokens a row, of the input and of a decoder beside it. No multiples of the rows, nor of each other.
+LENGTH, DECODER_LENGTH = 11, 7
+# Tokens below are the usual marks of beginnings, ends and gaps; those above are many enough.
+FIRST, LAST = 3, 1000
+
+Call = dict[str, Any]
+
+
+def observed(model: nn.Module, layers: Mapping[str, nn.Module], calls: Sequence[Call]) -> list[dict[str, Prints]]:
+    """What each layer is given in each call of ``model``: name -> prints, for those that are reached."""
+    with _PROBING, _as_it_was(model), torch.no_grad():
+        hooks = [m.register_forward_pre_hook(partial(_note, name), with_kwargs=True) for name, m in layers.items()]
+        try:
+            return [_one(model, call) for call in calls]
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _one(model: nn.Module, call: Call) -> dict[str, Prints]:
+    found: dict[str, Prints] = {}
+    token = _FOUND.set(found)
+    try:
+        model(**call)
+    finally:
+        _FOUND.reset(token)
+    return found
+
+
+def _note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    found = _FOUND.get()
+    x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if found is not None and x is not None and x.ndim:
+        found.setdefault(name, []).append(printed(x))
+
+
+# Of the pass that this thread makes; other threads' passes go through the hooks too.
+_FOUND: ContextVar[dict[str, Prints] | None] = ContextVar("veneer_probe", default=None)
+# Two that set the mode and put it back would leave it as the other had it.
+_PROBING = threading.RLock()
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Evaluate inside the block, and leave the model and the random numbers as they were."""
+    modules = list(model.modules())
+    training = [module for module in modules if module.training]
+    # Qwen-VL, for one, keeps the offset of its last prompt's positions for the passes that follow.
+    notes = [(vars(m), k, v) for m in modules for k, v in vars(m).items() if v is None or isinstance(v, Tensor)]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
+            for own, name, value in notes:
+                if name in own and own[name] is not value:
+                    own[name] = value
+
+
+# -- what to call the model with -------------------------------------------------------------------------------
+
+
+def text_calls(model: nn.Module) -> list[Call]:
+    """A call with random tokens, and one for each of ``CHANGED_ROWS`` in which that row has others."""
+    generator = torch.Generator().manual_seed(0)
+    config: Any = getattr(model, "config", None)
+    usual = _text_call(model, config, generator)
+    return [usual, *(_with_row(usual, _text_call(model, config, generator), row) for row in CHANGED_ROWS)]
+
+
+def _text_call(model: nn.Module, config: Any, generator: torch.Generator) -> Call:
+    device, taken = place_of(model), taken_names(model)
+    call: Call = {"input_ids": _ids(config, False, LENGTH, generator).to(device)}
+    if getattr(config, "is_encoder_decoder", False):
+        call["decoder_input_ids"] = _ids(config, True, DECODER_LENGTH, generator).to(device)
+    if "attention_mask" in taken:
+        call["attention_mask"] = torch.ones_like(call["input_ids"])
+    return _bare(call, taken)
+
+
+def _ids(config: Any, decoder: bool, length: int, generator: torch.Generator) -> Tensor:
+    pair = getattr(config, "is_encoder_decoder", False)
+    text = config.get_text_config(decoder=decoder, encoder=not decoder) if pair else config.get_text_config()
+    marks = special_tokens(config)
+    usual = [i for i in range(FIRST, min(getattr(text, "vocab_size", None) or LAST, LAST)) if i not in marks]
+    books = getattr(getattr(config, "decoder", None), "num_codebooks", 1) if decoder else 1
+    found = torch.tensor(usual)[torch.randint(len(usual), (ROWS * books, length), generator=generator)]
+    end = getattr(config, "eos_token_id", None)
+    if isinstance(end, int) and not decoder:
+        found[:, -1] = end  # where BART and T5 read a sequence's class
+    return found
+
+
+def _with_row(usual: Call, other: Call, row: int) -> Call:
+    """``usual`` with one of ``ROWS`` rows from ``other``."""
+    made = {}
+    for name, value in usual.items():
+        made[name] = value
+        if isinstance(value, Tensor):
+            own = value.clone()
+            part = len(own) // ROWS
+            own[row * part : (row + 1) * part] = other[name][row * part : (row + 1) * part]
+            made[name] = own
+    return made
+
+
+def special_tokens(config: Any) -> set[int]:
+    """The tokens that a config, or a part of it, gives a meaning."""
+    found: set[int] = set()
+    for name, value in config.to_dict().items() if hasattr(config, "to_dict") else config.items():
+        if isinstance(value, dict):
+            found |= special_tokens(value)
+        elif str(name).endswith(("_token_id", "_token_index")):
+            found |= {i for i in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(i, int)}
+    return found
+
+
+def own_calls(model: nn.Module, call: Call, spans: Sequence[Mapping[str, slice]]) -> list[Call]:
+    """The call itself, and one for each of ``spans`` in which these parts of its tensors are noise.
+
+    Args:
+        model: what is called.
+        call: its tensors by name.
+        spans: argument -> the entries of one row.
+    """
+    taken = taken_names(model)
+    usual = _bare(call, taken)
+    if getattr(model, "main_input_name", "") != "input_ids" and "decoder_input_ids" in taken:
+        usual = {"decoder_input_ids": _start(model, call), **usual}
+    marks = special_tokens(model.config) if hasattr(model, "config") else set()
+    changed = ({name: _noisy(call[name], part, marks) for name, part in span.items()} for span in spans)
+    return [usual, *({**usual, **own} for own in changed)]
+
+
+def _start(model: nn.Module, call: Call) -> Tensor:
+    """Something for the decoder to read."""
+    rows = len(call[str(model.main_input_name)])
+    found = _ids(model.config, True, DECODER_LENGTH, torch.Generator().manual_seed(0))[:1]
+    return found.expand(rows, -1).to(place_of(model))
+
+
+def _noisy(value: Tensor, part: slice, marks: set[int]) -> Tensor:
+    """``value`` with noise in one part, or with other tokens, but for those that mark something."""
+    value, generator = value.clone(), torch.Generator().manual_seed(0)
+    if not value.is_floating_point():
+        own, last = value[part], max(int(value.max()) + 1, FIRST + 1)
+        other = torch.randint(FIRST, last, own.shape, generator=generator).to(own)
+        value[part] = torch.where(torch.isin(own, torch.tensor(sorted(marks)).to(own)), own, other)
+        return value
+    own = value[part].float()
+    size = own.std() if own.numel() > 1 and bool(own.std() > 0) else torch.ones((), device=own.device)
+    noise = size * torch.randn(own.shape, generator=generator).to(own.device)
+    # An image of zeros only fills a place, and some models leave it out.
+    value[part] = (own + noise * (own != 0) if bool(own.any()) else noise).to(value.dtype)
+    return value
+
+
+def _bare(call: Call, taken: Sequence[str]) -> Call:
+    """A call that keeps no cache."""
+    return {**call, "use_cache": False} if "use_cache" in taken else call
+
+
+def place_of(model: nn.Module) -> torch.device:
+    """Where a model takes its input."""
+    devices = (p.device for p in model.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))

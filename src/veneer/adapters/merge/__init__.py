@@ -1,0 +1,1 @@
+"""Merging and combining adapters in memory."""

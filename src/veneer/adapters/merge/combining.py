@@ -1,0 +1,271 @@
+"""Several adapters combined into one: a plain LoRA adapter that any tool loads.
+
+With ``D_i = W_i' - W`` what adapter ``i`` makes of a layer's weight, and ``w_i`` its weight:
+
+    cat                 sum of w_i D_i, exactly; the ranks add up
+    linear              the same, in the smallest rank that holds it
+    svd                 the matrix of rank r that is nearest to it
+    magnitude_prune     sum of w_i keep(D_i), where keep leaves the share ``density`` of largest magnitude
+    dare_linear         sum of w_i drop(D_i) / density, where drop leaves each value with probability ``density``
+                        (Yu et al. 2023, arXiv:2311.03099, equation 4)
+    ties                elect(w_i keep(D_i)), where elect takes the sign that prevails for each value, and the mean of
+                        the values that have it (Yadav et al. 2023, arXiv:2306.01708, section 3)
+    dare_ties           elect(w_i drop(D_i) / density)
+
+Those of the second kind are taken on the whole change, as their papers do, and then brought to rank ``r``; applied to
+the factors, as some tools do, products of one adapter's A with another's B would come in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.adapters.collection import Adapters
+from veneer.adapters.merge.in_memory import check_mergeable
+from veneer.configs.methods.lora import LoraConfig
+from veneer.errors import AdapterError, ConfigError, UnsupportedError
+from veneer.files.tensor_keys import encode
+from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.layers.weight_change import change_of
+from veneer.methods.lora import B_BIAS, as_leaves
+
+EXACT = ("cat", "linear")
+ON_FACTORS = (*EXACT, "svd")
+ON_CHANGES = ("magnitude_prune", "dare_linear", "ties", "dare_ties")
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What to combine and how.
+
+    Attributes:
+        names: the adapters.
+        weights: one for each; negative ones take an adapter's change away.
+        kind: one of the module's table; those on whole changes may end in ``_svd``, as in peft.
+        rank: of the result; the largest of the adapters' ranks when ``None``, and for ``cat`` and ``linear`` their sum.
+        density: the share of values that pruning leaves, over 0 and up to 1.
+        sign: how ``ties`` weighs the signs: "total" by the values' sum, "frequency" by their number.
+        seed: of what DARE drops; torch's own generator when ``None``.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    kind: str = "svd"
+    rank: int | None = None
+    density: float | None = None
+    sign: str = "total"
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        kinds = (*ON_FACTORS, *ON_CHANGES, *(f"{kind}_svd" for kind in ON_CHANGES))
+        if self.kind not in kinds:
+            raise ConfigError(f"Unknown combination_type {self.kind!r}.", hint=f"Known: {', '.join(kinds)}.")
+        if not self.names or len(self.names) != len(self.weights):
+            raise ConfigError(
+                f"{len(self.names)} adapters and {len(self.weights)} weights.", hint="Give one weight for each adapter."
+            )
+        if self.rank is not None and self.rank < 1:
+            raise ConfigError(f"svd_rank={self.rank!r} is no rank.", hint="A rank is a whole number of at least 1.")
+        if self.sign not in ("total", "frequency"):
+            raise ConfigError(f"Unknown majority_sign_method {self.sign!r}.", hint="Known: total, frequency.")
+        if self.kind not in ON_FACTORS and not 0 < (self.density or 0) <= 1:
+            raise ConfigError(
+                f"{self.kind} needs density, the share of values that it leaves; it is {self.density!r}.",
+                hint="Give a number over 0 and up to 1, such as 0.5.",
+            )
+
+
+@torch.no_grad()
+def combine(adapters: Adapters, wanted: Combination) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The config and the tensors (checkpoint key -> float32 tensor) of a combination of adapters on one model.
+
+    Raises:
+        UnknownAdapterError: one of the adapters is not there.
+        MergeError: one is a prompt.
+        UnsupportedError: one brings whole modules, or changes something that LoRA cannot hold.
+    """
+    entries = [adapters.get(name) for name in wanted.names]
+    check_mergeable(adapters, wanted.names)
+    for entry in entries:
+        if entry.saved:
+            raise UnsupportedError(
+                f"{entry.name!r} brings {', '.join(entry.saved)} whole, which no LoRA can hold.",
+                hint="Combine adapters without modules_to_save.",
+            )
+    generator = None if wanted.seed is None else torch.Generator().manual_seed(wanted.seed)
+    layers = [layer for name, layer in adapters.layers.items() if any(name in entry.layers for entry in entries)]
+    found = [(layer, *_combined(layer, wanted, generator)) for layer in layers]
+    rank = max((up.shape[-1] for _, up, _, _ in found), default=0)
+    if not rank:
+        raise AdapterError(f"{', '.join(wanted.names)} change no layer.", hint="Load adapters that were trained.")
+    biased = any(shift is not None for *_, shift in found)
+    tensors = {}
+    for layer, up, down, shift in found:
+        leaves = as_leaves(_padded(up, rank, -1), _padded(down, rank, -2), layer.site)
+        if biased:
+            leaves[B_BIAS] = torch.zeros(layer.site.shape[0]) if shift is None else shift
+        tensors.update({encode(layer.site.key, leaf): tensor.contiguous() for leaf, tensor in leaves.items()})
+    return _config(adapters, entries[0].config.task_type, layers, rank, biased), tensors
+
+
+def _config(
+    adapters: Adapters, task: str | None, layers: Sequence[AdaptedLayer], rank: int, biased: bool
+) -> LoraConfig:
+    modules = [layer.site.name for layer in layers if _by_module(adapters, layer)]
+    parameters = [f"{layer.site.name}.{layer.site.parameter}" for layer in layers if not _by_module(adapters, layer)]
+    return LoraConfig(
+        task_type=task,
+        base_model_name_or_path=getattr(adapters.model, "name_or_path", None) or None,
+        r=rank,
+        lora_alpha=rank,
+        target_modules=list(dict.fromkeys(modules)),
+        target_parameters=parameters or None,
+        lora_bias=biased,
+    )
+
+
+def _by_module(adapters: Adapters, layer: AdaptedLayer) -> bool:
+    """Whether a layer is named by its module (and not as a parameter) in a config."""
+    return any(site.id == layer.site.id for site in adapters.catalog.sites_at(layer.site.name))
+
+
+def _combined(
+    layer: AdaptedLayer, wanted: Combination, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Up, down and shift of the combined change of one layer."""
+    here = [(name, w) for name, w in zip(wanted.names, wanted.weights, strict=True) if name in layer.bound]
+    changes = [change_of(layer, layer.weight_patches([name])) for name, _ in here]
+    weights = [weight for _, weight in here]
+    shifts = [w * c.shift for w, c in zip(weights, changes, strict=True) if c.shift is not None]
+    if shifts and wanted.kind not in ON_FACTORS:
+        raise UnsupportedError(
+            f"{layer.site.name}: {wanted.kind} is defined for changes of weights, and an adapter changes the bias.",
+            hint=f"Use one of {', '.join(ON_FACTORS)}.",
+        )
+    shift = torch.stack(shifts).sum(0) if shifts else None
+    ranks = [c.up.shape[-1] for c in changes if c.up is not None]
+    rank = wanted.rank or max(ranks, default=0)
+    if wanted.kind in ON_FACTORS and len(ranks) == len(changes):
+        up = torch.cat([w * c.up for w, c in zip(weights, changes, strict=True) if c.up is not None], -1)
+        down = torch.cat([c.down for c in changes if c.down is not None], -2)
+        if wanted.kind == "cat" and wanted.rank is None:
+            return up, down, shift
+        exact = wanted.kind in EXACT and wanted.rank is None
+        return *nearest(up, down, None if exact else rank), shift
+    if not rank:
+        raise UnsupportedError(
+            f"{layer.site.name}: a change is of no low rank, so that of the result must be chosen.",
+            hint="Give svd_rank=..., such as 16.",
+        )
+    whole = [change.whole() for change in changes]
+    return *nearest_dense(_ON_CHANGES[wanted.kind.removesuffix("_svd")](whole, weights, wanted, generator), rank), shift
+
+
+# -- combining whole changes -------------------------------------------------------------------------------
+
+
+def keep_largest(change: Tensor, density: float) -> Tensor:
+    """A change with only its share ``density`` of values of largest magnitude; the rest is zero."""
+    count = int(density * change.numel())
+    kept = torch.zeros_like(change)
+    index = change.abs().flatten().topk(count).indices
+    kept.view(-1)[index] = change.flatten()[index]
+    return kept
+
+
+def drop_at_random(change: Tensor, density: float, generator: torch.Generator | None) -> Tensor:
+    """A change of which each value stays with probability ``density``, divided by it; the rest is zero."""
+    keep = torch.rand(change.shape, generator=generator).to(change.device) < density
+    return change * keep / density
+
+
+def elect(changes: Tensor, sign: str) -> Tensor:
+    """The mean of those of ``changes``, shape ``(n, ...)``, that have the sign which prevails, value by value."""
+    votes = changes if sign == "total" else changes.sign()
+    prevailing = torch.where(votes.sum(0) >= 0, 1.0, -1.0)
+    agree = changes.sign() == prevailing
+    return (changes * agree).sum(0) / agree.sum(0).clamp_min(1)
+
+
+def _sum(changes: Sequence[Tensor], weights: Sequence[float], *_: object) -> Tensor:
+    return torch.stack([w * change for w, change in zip(weights, changes, strict=True)]).sum(0)
+
+
+def _ties(changes: Sequence[Tensor], weights: Sequence[float], wanted: Combination, _: object) -> Tensor:
+    kept = [w * keep_largest(c, wanted.density or 1.0) for w, c in zip(weights, changes, strict=True)]
+    return elect(torch.stack(kept), wanted.sign)
+
+
+def _magnitude_prune(changes: Sequence[Tensor], weights: Sequence[float], wanted: Combination, _: object) -> Tensor:
+    return _sum([keep_largest(change, wanted.density or 1.0) for change in changes], weights)
+
+
+def _dropped(
+    changes: Sequence[Tensor], weights: Sequence[float], wanted: Combination, generator: torch.Generator | None
+) -> list[Tensor]:
+    density = wanted.density or 1.0
+    return [w * drop_at_random(c, density, generator) for w, c in zip(weights, changes, strict=True)]
+
+
+def _dare_linear(
+    changes: Sequence[Tensor], weights: Sequence[float], wanted: Combination, generator: torch.Generator | None
+) -> Tensor:
+    return torch.stack(_dropped(changes, weights, wanted, generator)).sum(0)
+
+
+def _dare_ties(
+    changes: Sequence[Tensor], weights: Sequence[float], wanted: Combination, generator: torch.Generator | None
+) -> Tensor:
+    return elect(torch.stack(_dropped(changes, weights, wanted, generator)), wanted.sign)
+
+
+_ON_CHANGES: Mapping[str, Callable[..., Tensor]] = {
+    "cat": _sum,
+    "linear": _sum,
+    "svd": _sum,
+    "magnitude_prune": _magnitude_prune,
+    "dare_linear": _dare_linear,
+    "ties": _ties,
+    "dare_ties": _dare_ties,
+}
+
+
+# -- low rank ----------------------------------------------------------------------------------------------
+
+
+def nearest(up: Tensor, down: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
+    """The factors of rank ``rank`` of the matrix nearest to ``up @ down``, which is never formed.
+
+    Args:
+        up: shape ``(..., out, k)``.
+        down: shape ``(..., k, in)``.
+        rank: of the result; the smallest that changes nothing beyond rounding when ``None``.
+    """
+    left, left_corner = torch.linalg.qr(up)
+    right, right_corner = torch.linalg.qr(down.mT)
+    small_up, small_down = nearest_dense(left_corner @ right_corner.mT, rank)
+    return left @ small_up, small_down @ right.mT
+
+
+def nearest_dense(matrix: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
+    """The factors of rank ``rank`` of the matrix nearest to ``matrix`` (Eckart and Young 1936)."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    if rank is None:
+        largest = float(s.amax()) if s.numel() else 0.0
+        rank = max(int((s > largest * torch.finfo(s.dtype).eps * max(matrix.shape[-2:])).sum(-1).max()), 1)
+    root = s[..., :rank].sqrt()
+    return u[..., :rank] * root.unsqueeze(-2), root.unsqueeze(-1) * vh[..., :rank, :]
+
+
+def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
+    """A factor with zeros up to ``rank`` along ``dim``, so that one rank serves all layers."""
+    missing = rank - factor.shape[dim]
+    if not missing:
+        return factor
+    shape = list(factor.shape)
+    shape[dim] = missing
+    return torch.cat([factor, factor.new_zeros(shape)], dim)

@@ -1,0 +1,175 @@
+"""Merging into the weights of a model in memory, to be undone or for good."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.merge.into_quantized import choose, dequantize, forget_loading, measured
+from veneer.adapters.merge.new_bias import new_biases
+from veneer.adapters.merge.untie import untie
+from veneer.adapters.merge.worker_threads import for_each
+from veneer.base_model import sharding
+from veneer.base_model.catalog import Catalog
+from veneer.errors import MergeError
+from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.layers.quantized_layer import PackedLayer
+from veneer.layers.quantized_merge import DEQUANTIZED
+from veneer.layers.sharded_layer import ShardedLayer
+from veneer.patches.weight_arithmetic import check_kept
+
+if TYPE_CHECKING:
+    from veneer.adapters.collection import Adapters
+
+
+def merge(adapters: Adapters, names: Sequence[str] | None, *, check: bool = False, into: str | None = None) -> None:
+    """Put adapters into the base weights, to be undone by ``adapters.unmerge()``, and select them.
+
+    The original weights are kept, so this costs memory for a second copy of each adapted layer. What is
+    merged already stays merged. Any other selection is still right afterwards, only slower.
+    """
+    with adapters.changing():
+        _merge(adapters, names, check, into)
+
+
+def _merge(adapters: Adapters, names: Sequence[str] | None, check: bool, into: str | None) -> None:
+    wanted = list(adapters.switch.standing.names if names is None else names)
+    merged = [name for name in adapters.entries if any(name in layer.merged for layer in adapters.layers.values())]
+    selection = adapters.selection(list(dict.fromkeys([*merged, *wanted])))
+    check_mergeable(adapters, selection.names)
+    packed = choose(adapters.layers.values(), selection.names, into, adapters.catalog.dtype)
+    if check:
+        _check_merge(adapters, selection.names)
+    _change(adapters.layers.values(), lambda layer: layer.merge(selection.names))
+    adapters.select(selection.names)
+    adapters.quantized_merge = measured(packed) or adapters.quantized_merge
+
+
+def merge_and_unload(
+    adapters: Adapters, names: Sequence[str] | None, *, check: bool = False, into: str | None = None
+) -> nn.Module:
+    """Put adapters into the base weights for good and take the adapter layers off."""
+    with adapters.changing():
+        return _merge_and_unload(adapters, names, check, into)
+
+
+def _merge_and_unload(adapters: Adapters, names: Sequence[str] | None, check: bool, into: str | None) -> nn.Module:
+    wanted = adapters.selection(list(adapters.switch.standing.names if names is None else names)).names
+    check_mergeable(adapters, wanted)
+    packed = choose(adapters.layers.values(), wanted, into, adapters.catalog.dtype)
+    added = new_biases(adapters.layers.values(), wanted, adapters.catalog.model)
+    if check:
+        _check_merge(adapters, wanted)
+        _check_saved(adapters, wanted)
+    here = [layer for layer in adapters.layers.values() if layer.here(wanted)]
+    _change(here, lambda layer: layer.store_merged(wanted))
+    groups, alike = adapters.catalog.shared if wanted else [], _changed_alike(adapters, wanted)
+    for root, saved in adapters.saved.items():
+        own = saved.here(wanted)
+        if own:
+            adapters.catalog.modules[root] = saved.original_module = saved.taken_over(own[0])
+    model = adapters.unload(keep=True)
+    added.put_into(model)
+    untie(model, groups, alike)
+    if packed:
+        adapters.quantized_merge = measured(packed)
+        if into == DEQUANTIZED:
+            dequantize(model, adapters.catalog.dtype)
+        forget_loading(model)
+    adapters.catalog = Catalog(model)
+    return model
+
+
+def check_mergeable(adapters: Adapters, names: Sequence[str]) -> None:
+    """Raise ``MergeError``, before anything is merged, when one of ``names`` cannot be."""
+    for name in names:
+        if name in adapters.prompts:
+            entry = adapters.entries[name]
+            raise MergeError(
+                f"{entry.origin or name} is a prompt ({entry.config.peft_type}): it changes input or cache, "
+                "and no weight could hold it.",
+                hint="Use it unmerged; merge other adapters by name: merge_adapter([...]).",
+            )
+    for layer in adapters.layers.values():
+        if layer.here(tuple(names)):
+            sharding.check_merge(layer.site.name, layer.site.module)
+        for name in layer.here(tuple(names)):
+            for share in layer.bound[name]:
+                share.method.check_mergeable(share.settings, layer.site)
+        if layer.site.narrow:
+            layer.weight_patches(layer.here(tuple(names)))
+
+
+def _change(layers: Collection[AdaptedLayer], action: Callable[[AdaptedLayer], None]) -> None:
+    """Change the weights of layers: several at a time where they lie in memory and are torch's own."""
+    # Layers of one module change its bias in turn.
+    groups: dict[int, list[AdaptedLayer]] = {}
+    for layer in layers:
+        groups.setdefault(id(layer.site.module), []).append(layer)
+
+    def run(group: list[AdaptedLayer]) -> None:
+        for layer in group:
+            action(layer)
+
+    if all(map(_is_in_memory, layers)):
+        for_each(run, groups.values())
+    else:
+        for group in groups.values():
+            run(group)
+
+
+def _check_merge(adapters: Adapters, names: tuple[str, ...]) -> None:
+    for name, layer in adapters.layers.items():
+        if layer.here(names) and not all(map(_is_finite, _storable(layer, names))):
+            raise MergeError(
+                f"Merging {list(names)} gives NaN or infinite values in {name}; nothing was merged.",
+                hint="The weight's dtype may be too small for the change: load the base in bfloat16 or float32.",
+            )
+
+
+def _storable(layer: AdaptedLayer, names: tuple[str, ...]) -> tuple[Tensor | None, Tensor | None]:
+    """A layer's merged weight and bias in the dtype that they will be stored in."""
+    weight, bias = layer.merged_parameters(names)
+    if isinstance(layer, PackedLayer) and layer.into is not None and layer.into.choice == DEQUANTIZED:
+        return None if weight is None else weight.to(layer.into.dtype), bias
+    return weight, bias
+
+
+def _check_saved(adapters: Adapters, names: tuple[str, ...]) -> None:
+    """Raise ``MergeError`` where a module that comes whole does not fit into the dtypes of the base's."""
+    for root, saved in adapters.saved.items():
+        for name in saved.here(names)[:1]:
+            base = saved.original_module.state_dict()
+            for leaf, tensor in saved.copies[name].state_dict().items():
+                if tensor.is_floating_point():
+                    check_kept(tensor, tensor.to(base[leaf].dtype), f"{root}.{leaf}")
+
+
+def _changed_alike(adapters: Adapters, names: Sequence[str]) -> set[str]:
+    """The two ends that share a weight, where adapters change them by the same tensors."""
+
+    def used(end: str) -> set[int]:
+        layers = [layer for layer in adapters.layers.values() if layer.site.name == end]
+        return {
+            id(tensor)
+            for layer in layers
+            for name in layer.here(tuple(names))
+            for share in layer.bound[name]
+            for tensor in layer.tensors(name, share).values()
+        }
+
+    alike = all(getattr(adapters.entries[name].config, "ensure_weight_tying", False) for name in names)
+    pairs = [pair for pair in adapters.catalog.tied_ends if alike and used(pair[0]) and used(pair[0]) == used(pair[1])]
+    return {name for pair in pairs for name in pair}
+
+
+def _is_finite(tensor: Tensor | None) -> bool:
+    return tensor is None or bool(torch.isfinite(tensor).all())
+
+
+def _is_in_memory(layer: AdaptedLayer) -> bool:
+    plain = not isinstance(layer, (PackedLayer, ShardedLayer))
+    return plain and all(p.device.type == "cpu" for p in layer.site.module.parameters())

@@ -1,0 +1,73 @@
+"""A merge of the layers with packed weights: what is asked before it, and what is left to do after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer.base_model.sites import packed_site
+from veneer.errors import MergeError
+from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.layers.quantized_layer import PackedLayer
+from veneer.layers.quantized_merge import CHOICES, REQUANTIZED, Into, QuantizedMerge, into_missing
+from veneer.printing import tell
+
+
+def choose(
+    layers: Iterable[AdaptedLayer], names: tuple[str, ...], into: str | None, dtype: torch.dtype
+) -> list[PackedLayer]:
+    """Tell the packed layers that a merge of ``names`` changes where it goes, and return them.
+
+    Args:
+        layers: every adapted layer of the model.
+        names: the adapters to be merged.
+        into: the user's choice; required where a packed layer changes.
+        dtype: of a dequantised layer.
+    """
+    if into not in (None, *CHOICES):
+        raise MergeError(f"Unknown into={into!r}.", hint=f"Known: {' and '.join(map(repr, CHOICES))}.")
+    packed = [layer for layer in layers if isinstance(layer, PackedLayer) and layer.here(names)]
+    if into is None and packed:
+        raise into_missing(packed[0].site.name)
+    if into == REQUANTIZED and names and not packed:
+        raise MergeError(
+            f"into={into!r} packs the merged weights again, and no layer adapted by {list(names)} is quantised.",
+            hint="Leave into out.",
+        )
+    for layer in packed:
+        layer.into = Into(str(into), dtype)
+    return packed
+
+
+def measured(packed: Sequence[PackedLayer]) -> QuantizedMerge | None:
+    """What the merge that was just made lost in its packed layers; too much gives a warning."""
+    chosen = next((layer.into.choice for layer in packed if layer.into is not None), None)
+    if chosen is None:
+        return None
+    found = QuantizedMerge(chosen, {layer.site.id: layer.error for layer in packed if layer.error is not None})
+    if found.lost:
+        tell(found.warning())
+    return found
+
+
+def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make every packed layer of a model a plain one, and its config that of a plain model."""
+    for name, module in list(model.named_modules()):
+        site = packed_site(name, module)
+        if site is not None:
+            parent, _, child = name.rpartition(".")
+            model.get_submodule(parent)._modules[child] = site.plain(site.weight(), site.bias, dtype)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+
+
+def forget_loading(model: Any) -> None:
+    """Drop the rules that packed weights were loaded by: transformers saves by their inverses, which they lack."""
+    rules = getattr(model, "_weight_conversions", None)
+    if rules:
+        steps = [(rule, getattr(rule, "operations", ())) for rule in rules]
+        model._weight_conversions = [rule for rule, ops in steps if not any(hasattr(op, "hf_quantizer") for op in ops)]

@@ -1,0 +1,97 @@
+"""Completes the config of a new prompt with the sizes of the model that it is for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from veneer.adapters.prompts import _cache_layers, _of_layers, _said, _text_config
+from veneer.base_model.model_call import (
+    encoder_of,
+    is_encoder_decoder,
+    module_called,
+    new_cache,
+    taken_names,
+    unsupported_prompt,
+    words_of,
+)
+from veneer.configs.base import PromptConfig
+from veneer.errors import BindError
+from veneer.methods.base.prompt_method import AnyPrompt
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model says of itself that a prompt has to fit.
+
+    Attributes:
+        token_dim: the width of a token's embedding.
+        num_layers: layers with keys and values.
+        num_attention_heads: attention heads.
+    """
+
+    token_dim: int
+    num_layers: int
+    num_attention_heads: int
+
+
+def complete(config: PromptConfig, method: AnyPrompt, model: nn.Module) -> None:
+    """Fill in what ``config`` leaves to the model.
+
+    Raises:
+        UnsupportedError: the model does not say, or takes no such prompt.
+        BindError: the config names other sizes than the model has.
+    """
+    own = asdict(_of_keys(model) if method.fills_cache else _of_words(model))
+    needed = own if method.fills_cache else {"token_dim": own["token_dim"]}
+    wrong = [
+        f"{name} is {getattr(config, name)}, and the model's is {value}"
+        for name, value in needed.items()
+        if getattr(config, name) not in (None, value)
+    ]
+    if wrong:
+        raise BindError(
+            f"The prompt does not fit {type(model).__name__}: {'; '.join(wrong)}.",
+            problems=wrong,
+            hint=f"It names {config.base_model_name_or_path or 'no model'} as its base; load it on that one.",
+        )
+    for name, value in own.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    if config.num_transformer_submodules is None:
+        config.num_transformer_submodules = 2 if config.task_type == "SEQ_2_SEQ_LM" else 1
+    if method.fills_cache:
+        module_called(model)
+    elif is_encoder_decoder(model) and "input_ids" not in taken_names(encoder_of(model)):
+        raise unsupported_prompt(model, "has no tokens as its input")
+
+
+def _of_words(model: nn.Module) -> Sizes:
+    """The sizes for a prompt of embeddings."""
+    config = _text_config(model)
+    names = (("num_decoder_layers", "decoder_layers") if is_encoder_decoder(model) else ()) + ("num_hidden_layers",)
+    layers = next((n for n in (_said(config, name) for name in names) if n), None)
+    heads = _said(config, "num_attention_heads")
+    if not layers or not heads or not _said(config, "hidden_size"):
+        raise unsupported_prompt(model, "does not say how many layers and heads it has")
+    words: Any = words_of(model)
+    return Sizes(words.weight.shape[1], layers, heads)
+
+
+def _of_keys(model: nn.Module) -> Sizes:
+    """The sizes for a prompt of keys and values: heads are those of the keys, and a token has a part for each."""
+    config, sizes = _text_config(model), _of_words(model)
+    if _of_layers(config) & {"num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size"}:
+        raise unsupported_prompt(model, "has layers of different sizes", "keys and values")
+    if getattr(config, "kv_lora_rank", None):
+        raise unsupported_prompt(model, "has keys and values of different widths", "keys and values")
+    if getattr(config, "num_kv_shared_layers", None):
+        raise unsupported_prompt(model, "has layers that use the keys and values of others", "keys and values")
+    if not all(hasattr(layer, "update") for layer in _cache_layers(new_cache(model))):
+        raise unsupported_prompt(model, "has layers without keys and values", "keys and values")
+    one = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
+    heads = 1 if one else getattr(config, "num_key_value_heads", None) or sizes.num_attention_heads
+    width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    return Sizes(heads * (width or config.hidden_size // sizes.num_attention_heads), sizes.num_layers, heads)

@@ -1,0 +1,368 @@
+"""The runtime of the prompt methods: virtual tokens before the input, or prefixes in the cache.
+
+    input            [virtual tokens; the input's embeddings]      decoder or encoder alone: the model's own call
+                                                                   encoder-decoder: the encoder's call
+    cache            [prefix; what the model puts there]           the first module that takes past_key_values
+
+It works by hooks on the base's modules, so the base's own ``generate``, its beam search and its cache need to know
+nothing: the first call of a sequence brings the prompt in, and later ones find it in the cache. Masks and positions
+are lengthened to fit. Which prompt it is, the selection says, as for layers; rows of one batch may have different
+prompts or none: a shorter one is masked, and positions are counted over what is not masked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from veneer.base_model.model_call import (
+    cached_positions,
+    call_size,
+    encoder_of,
+    is_encoder_decoder,
+    module_called,
+    named_call,
+    new_cache,
+    taken_names,
+    unsupported_prompt,
+    words_of,
+)
+from veneer.configs.base import PromptConfig
+from veneer.errors import AdapterError, UnsupportedError
+from veneer.layers.any_names import AnyNames
+from veneer.methods.base.prompt_method import IGNORED, AnyPrompt, PromptEncoder
+from veneer.patches.selection import ActiveSelection
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        raise unsupported_prompt(model, "is no transformers model")
+    return config.get_text_config(decoder=True)
+
+
+def _of_layers(config: Any) -> set[str]:
+    """What of a config is not the same for all layers."""
+    return set(getattr(config, "per_layer_attributes", None) or ())
+
+
+def _said(config: Any, name: str) -> Any:
+    """What a config says of its layers, or of the first one where they differ."""
+    return getattr(config.per_layer_config[0] if name in _of_layers(config) else config, name, None)
+
+
+def _cache_layers(cache: Any) -> list[Any]:
+    """The layers of a cache; of a pair's those that its decoder reads itself."""
+    return list(getattr(cache, "self_attention_cache", cache).layers)
+
+
+class Prompts(AnyNames):
+    """The prompts on one model. Their tensors are named as in peft: ``<adapter>.embedding.weight``.
+
+    Args:
+        switch: what is selected, shared with the model's layers.
+    """
+
+    def __init__(self, switch: ActiveSelection) -> None:
+        super().__init__()
+        self.switch = switch
+        self.methods: dict[str, AnyPrompt] = {}
+        self.configs: dict[str, PromptConfig] = {}
+        self._hooks: list[Any] = []
+
+    # -- the set -------------------------------------------------------------------------------------------
+
+    def add(self, name: str, config: PromptConfig, method: AnyPrompt, encoder: PromptEncoder, model: nn.Module) -> None:
+        """Add a prompt, with a config that is complete."""
+        self._modules[name] = encoder.train(model.training)
+        self.methods[name], self.configs[name] = method, config
+        if not self._hooks:
+            self._hook(model)
+
+    def remove(self, name: str) -> None:
+        """Remove a prompt; with the last one the model's calls are its own again."""
+        del self._modules[name], self.methods[name], self.configs[name]
+        while self._hooks and not self.methods:
+            self._hooks.pop().remove()
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a prompt another name."""
+        self._modules[new] = self._modules.pop(old)
+        self.methods[new], self.configs[new] = self.methods.pop(old), self.configs.pop(old)
+
+    def clear(self) -> None:
+        """Remove all."""
+        for name in list(self.methods):
+            self.remove(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.methods
+
+    def check_rows(self, names: Iterable[str]) -> None:
+        """Raise ``AdapterError`` when the prompts among ``names`` cannot share a batch."""
+        kinds = {self.methods[name].fills_cache: name for name in names if name in self}
+        if len(kinds) > 1:
+            raise AdapterError(
+                f"{kinds[False]!r} lengthens the input and {kinds[True]!r} fills the cache; no batch holds both.",
+                hint="Run their rows one after the other.",
+            )
+
+    def encoder(self, name: str) -> PromptEncoder:
+        """The prompt of that name."""
+        encoder = self._modules[name]
+        assert isinstance(encoder, PromptEncoder)
+        return encoder
+
+    def _hook(self, model: nn.Module) -> None:
+        front = encoder_of(model) if is_encoder_decoder(model) else model
+        places = [(front, self._prepend)] + ([(model, self._cross)] if is_encoder_decoder(model) else [])
+        with contextlib.suppress(UnsupportedError):
+            places.append((module_called(model), self._fill))
+        self._hooks = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in places]
+        self._hooks.append(front.register_forward_hook(self._finish))
+
+    # -- the hooks -----------------------------------------------------------------------------------------
+
+    def _prepend(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Put virtual tokens before a call's input."""
+        _WEIGHED.set(None)
+        if not self._active(fills_cache=False):
+            return None
+        call = named_call(module, args, kwargs)
+        rows, new, device = call_size(call)
+        mask = self._mask(False, rows, device)
+        if mask is None:
+            return None
+        _check_even(module, mask)
+        seen = cached_positions(call.get("past_key_values"))
+        if not seen:
+            if call.get("inputs_embeds") is None:
+                call["inputs_embeds"] = words_of(module)(call["input_ids"])
+            call["input_ids"] = None
+            values = self._values(False, rows, mask.shape[1]).to(call["inputs_embeds"])
+            call["inputs_embeds"] = torch.cat([values, call["inputs_embeds"]], dim=1)
+            types, labels = call.pop("input_type_mask", None), call.get("labels")
+            _lengthen(call, new, mask)
+            self._weigh(call, labels, types)
+        _fit(module, call, mask, seen, new, "attention_mask")
+        return (), call
+
+    def _weigh(self, call: dict[str, Any], labels: Tensor | None, types: Tensor | None) -> None:
+        """Where a prompt has a loss of its own, keep what it takes for :meth:`_finish`."""
+        names = self._active(fills_cache=False)
+        name = names[0]
+        found = None if labels is None else self.methods[name].counted(self.configs[name], labels, types)
+        if found is None:
+            return
+        if self.switch.selection.rows is not None:
+            raise AdapterError(
+                f"{name!r} has a loss of its own, which is not defined for rows under several adapters.",
+                hint="Train it with set_adapter(...).",
+            )
+        call["labels"] = found[0]
+        _WEIGHED.set(found)
+
+    def _finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Put a prompt's own loss in the place of the model's."""
+        found = _WEIGHED.get()
+        if found is not None:
+            _WEIGHED.set(None)
+            output.loss = weighted_loss(output.logits, *found)
+
+    def _cross(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Lengthen the mask with which a decoder sees an encoder whose input was lengthened."""
+        if not self._active(fills_cache=False):
+            return None
+        call = named_call(module, args, kwargs)
+        made = call.get("encoder_outputs")
+        if made is None:
+            rows, length, device = call_size(call)
+        else:
+            (rows, length), device = made[0].shape[:2], made[0].device
+        mask = self._mask(False, rows, device)
+        if mask is None:
+            return None
+        own = length if made is None else length - mask.shape[1]
+        call["attention_mask"] = _joined(mask, call.get("attention_mask"), own)
+        return (), call
+
+    def _fill(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Put a prefix into an empty cache."""
+        if not self._active(fills_cache=True):
+            return None
+        call = named_call(module, args, kwargs)
+        decoder = "decoder_" if "decoder_input_ids" in taken_names(module) else ""
+        rows, new, device = call_size(call, decoder)
+        mask = self._mask(True, rows, device)
+        if mask is None:
+            return None
+        # Without caching the model still hands back the cache that holds the prefix; it is not to be continued.
+        if call.get("past_key_values") is None or call.get("use_cache") is False:
+            call["past_key_values"] = new_cache(module)
+        cache = call["past_key_values"]
+        seen = cached_positions(cache)
+        if not seen:
+            _check_no_checkpointing(module)
+            self._fill_cache(cache, rows, mask.shape[1], module)
+        _fit(module, call, mask, seen, new, decoder + "attention_mask")
+        return (), call
+
+    def _fill_cache(self, cache: Any, rows: int, tokens: int, module: nn.Module) -> None:
+        config = next(self.configs[name] for name in self._active(fills_cache=True))
+        layers, heads = config.num_layers or 0, config.num_attention_heads or 0
+        reference = next(p for p in module.parameters() if p.is_floating_point())
+        values = self._values(True, rows, tokens).to(reference)
+        # (rows, tokens, layers * (keys, values) * heads * dim) -> for each of them (rows, heads, tokens, dim)
+        values = values.view(rows, tokens, layers * 2, heads, -1).permute(2, 0, 3, 1, 4)
+        own = getattr(cache, "self_attention_cache", cache)
+        # With two submodules peft deals the pairs out in fours, and checkpoints are trained that way.
+        step = 2 if config.num_transformer_submodules == 2 else 1
+        for layer in range(layers):
+            pair = layer * step % layers
+            own.update(values[2 * pair], values[2 * pair + 1], layer)
+
+    # -- what the selection means --------------------------------------------------------------------------
+
+    def _active(self, fills_cache: bool) -> list[str]:
+        """The selected prompts of one kind."""
+        names = self.switch.selection.applied
+        return [n for n in names if n in self.methods and self.methods[n].fills_cache == fills_cache]
+
+    def _rows(self, fills_cache: bool, rows: int, device: torch.device) -> dict[str, Tensor | None]:
+        """Prompt's name -> the indices of its rows; ``None`` is all of them."""
+        selection, names = self.switch.selection, self._active(fills_cache)
+        if selection.rows is None:
+            return dict.fromkeys(names)
+        groups = selection.groups(rows, device)
+        return {name: groups[name] for name in names}
+
+    def _tokens(self, name: str) -> int:
+        return self.configs[name].num_virtual_tokens or 0
+
+    def _mask(self, fills_cache: bool, rows: int, device: torch.device) -> Tensor | None:
+        """Which virtual tokens each row has, ``(rows, tokens)``; ``None`` when there are none."""
+        found = self._rows(fills_cache, rows, device)
+        if not found:
+            return None
+        longest = max(self._tokens(name) for name in found)
+        mask = torch.zeros(rows, longest, dtype=torch.long, device=device)
+        for name, index in found.items():
+            # Shorter prompts are padded on the left, so that every prompt ends where the input begins.
+            start = longest - self._tokens(name)
+            mask[slice(None) if index is None else index, start:] = 1
+        return mask
+
+    def _values(self, fills_cache: bool, rows: int, tokens: int) -> Tensor:
+        """The virtual tokens of each row, ``(rows, tokens, width)``."""
+        device = next(self.parameters()).device
+        tasks = self.switch.selection.tasks(rows)
+        total: Tensor | None = None
+        for name, index in self._rows(fills_cache, rows, device).items():
+            own_tasks = tasks if tasks is None or index is None else tasks.to(device)[index]
+            own = self.encoder(name)(own_tasks)[..., : self._tokens(name), :]
+            own = F.pad(own, (0, 0, tokens - own.shape[-2], 0))
+            own = own.expand(rows if index is None else len(index), -1, -1)
+            if index is not None:
+                empty = own.new_zeros(rows, *own.shape[1:]) if total is None else total
+                own = empty.index_copy(0, index, own.to(empty.dtype))
+            total = own
+        assert total is not None
+        return total
+
+
+# Labels and weights of the call that is under way, for a prompt with a loss of its own.
+_WEIGHED: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("veneer_weighed", default=None)
+
+
+def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """The mean over all labels of the next token's cross-entropy, each times its weight; computed in float32.
+
+    Args:
+        logits: shape ``(rows, tokens, vocabulary)``.
+        labels: shape ``(rows, tokens)``; ``-100`` is none.
+        weights: of the labels, the same shape.
+    """
+    wanted, share = labels[:, 1:].to(logits.device), weights[:, 1:].to(logits.device)
+    losses = F.cross_entropy(logits[:, :-1].float().mT, wanted, reduction="none", ignore_index=IGNORED)
+    return (losses * share).sum() / (wanted != IGNORED).sum()
+
+
+def _check_no_checkpointing(module: nn.Module) -> None:
+    if module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
+        raise AdapterError(
+            "Gradient checkpointing drops the cache, and with it the prefix.",
+            hint="Turn it off: model.activation_checkpointing_disable().",
+        )
+
+
+def _check_even(module: nn.Module, mask: Tensor) -> None:
+    """A model that reads its answer off the first or last place cannot have a gap there."""
+    generates = getattr(module, "can_generate", None)
+    if not bool(mask.all()) and not is_encoder_decoder(module) and not (generates is not None and generates()):
+        raise AdapterError(
+            "The rows of this batch have prompts of different lengths, or none, which this kind of model cannot mask.",
+            hint="Give it rows with prompts of one length.",
+        )
+
+
+def _lengthen(call: dict[str, Any], length: int, mask: Tensor) -> None:
+    """Give the virtual tokens labels that are not counted, and the first token type."""
+    rows, tokens = mask.shape
+    labels, types = call.get("labels"), call.get("token_type_ids")
+    # Labels of tokens are whole numbers, one for each; other tasks have other shapes, or fractions.
+    if labels is not None and labels.shape == (rows, length) and not labels.is_floating_point():
+        call["labels"] = torch.cat([labels.new_full((rows, tokens), IGNORED), labels], dim=1)
+    if types is not None:
+        call["token_type_ids"] = F.pad(types, (tokens, 0))
+
+
+def _joined(mask: Tensor, given: Tensor | None, length: int) -> Tensor | None:
+    """The mask of the virtual tokens and ``length`` others; ``given`` is theirs, or that of all already."""
+    if given is None:
+        return None if bool(mask.all()) else F.pad(mask, (0, length), value=1)
+    if given.ndim != 2:
+        raise UnsupportedError(
+            f"A prompt is active, and the attention mask has {given.ndim} dimensions.",
+            hint="Give a mask of shape (rows, tokens), and leave cache_implementation at its default.",
+        )
+    return torch.cat([mask.to(given), given], dim=1) if given.shape[1] == length else given
+
+
+def _fit(module: nn.Module, call: dict[str, Any], mask: Tensor, seen: int, new: int, mask_name: str) -> None:
+    """Lengthen a call's mask and positions by the virtual tokens, which come first.
+
+    Args:
+        module: what is called.
+        call: its arguments.
+        mask: of the virtual tokens.
+        seen: tokens in the cache before the call, virtual ones among them.
+        new: tokens in the call, without virtual ones.
+        mask_name: the mask's argument.
+    """
+    tokens = mask.shape[1]
+    others = new + (seen - tokens if seen else 0)
+    whole = call[mask_name] = _joined(mask, call.get(mask_name), others)
+    if "position_ids" not in taken_names(module):
+        return
+    inserted = not seen and call.get("inputs_embeds") is not None and call["inputs_embeds"].shape[1] == new + tokens
+    positions = call.get("position_ids")
+    if positions is not None:
+        positions = positions + mask.sum(1, keepdim=True)
+        if inserted:
+            first = (mask.cumsum(1) - 1).clamp(min=0).expand(*positions.shape[:-1], -1)
+            positions = torch.cat([first, positions], dim=-1)
+        call["position_ids"] = positions
+    elif whole is not None and _has_gaps(whole):
+        counted = (whole.long().cumsum(1) - 1).clamp(min=0)
+        call["position_ids"] = counted[:, -(new + tokens if inserted else new) :]
+
+
+def _has_gaps(mask: Tensor) -> bool:
+    """Whether a masked token comes before one that is not: padding on the left, or prompts of several lengths."""
+    return bool((mask[:, :-1] < mask[:, 1:]).any())

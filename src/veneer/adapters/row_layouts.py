@@ -1,0 +1,227 @@
+"""How each adapted layer of a model sees the rows of a batch: learnt at the first call whose rows differ.
+
+The base runs on a few random tokens, and where that does not reach, on the call's own input: once as it is, and with
+one row changed. What of a layer's input changes with it says where that row lies there. A call that needs a layer of
+which this says nothing is refused before it begins.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from veneer.adapters import layout_probe
+from veneer.adapters.call import Call as ModelCall
+from veneer.adapters.known_layouts import Asked, Readiness
+from veneer.base_model.media_rows import call_of, doubled, few, media_of, rows_of, shares_of, spans_of, text_spans_of
+from veneer.base_model.model_call import taken_names
+from veneer.configs.names import PeftType
+from veneer.errors import AdapterError, VeneerError
+from veneer.patches.row_layout import ONE_BY_ONE, ROWS, UNKNOWN, Layout, Prints, layout_of, moved, refused
+from veneer.patches.selection import BASE, NOTHING, Selection
+
+if TYPE_CHECKING:
+    from veneer.adapters.adapter import Adapter
+    from veneer.adapters.collection import Adapters
+    from veneer.layers.adapted_layer import AdaptedLayer
+    from veneer.layers.module_copies import ModuleCopies
+
+
+Call = Mapping[str, Tensor]
+
+
+class Check:
+    """A look at what a call needs of the layers, before it begins.
+
+    Args:
+        adapters: of the model; what is learnt stays in its ``layouts``.
+    """
+
+    def __init__(self, adapters: Adapters) -> None:
+        self.adapters, self.layouts = adapters, adapters.layouts
+
+    def checked(self, selection: Selection, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Selection:
+        """``selection`` for a call of the model with these arguments.
+
+        Raises:
+            AdapterError: it names more or fewer rows than there are, or needs a layer that does not see the rows in
+                a known order.
+        """
+        asked = self._asked(
+            selection.applied, selection.is_mixed, selection.rows is not None, selection.task_ids is not None
+        )
+        model = self.adapters.model
+        call = call_of(model, taken_names(model), args, kwargs)
+        rows = rows_of(model, call)
+        if selection.rows is not None:
+            _check_count(selection, rows, call)
+        if selection.by_token:
+            rows = None  # what holds for the rows of a batch holds for the tokens of one
+        if not asked.names or rows == 1:
+            return selection
+        if not self._sees_images(asked, call, rows) or rows is None:
+            return selection
+        return replace(selection, shares=shares_of(model, call, rows))
+
+    def without_values(self, applied: tuple[str, ...], mixed: bool, by_row: bool, tasks: bool) -> None:
+        """The same for code that is being compiled, where tensors have no values."""
+        asked = self._asked(applied, mixed, by_row, tasks)
+        if self._sees_images(asked, {}, None):
+            raise AdapterError(
+                "Compiled code does not follow images to the rows of their adapters.",
+                hint="Call the model that is not compiled.",
+            )
+
+    def _asked(self, applied: tuple[str, ...], mixed: bool, by_row: bool, tasks: bool) -> Asked:
+        """Of the adapters of a call those whose layers have to know the rows."""
+        names = applied if mixed else tuple(name for name in applied if self._is_by_place(name, tasks))
+        return Asked(names, mixed, by_row, tasks)
+
+    def _is_by_place(self, name: str, tasks: bool) -> bool:
+        """Whether an adapter asks of each entry which row or token it is, also where all rows use it."""
+        config: Any = self.adapters.entries[name].config
+        invoked = bool(getattr(config, "alora_invocation_tokens", None))
+        return invoked or config.peft_type == PeftType.XLORA or (tasks and config.peft_type == PeftType.POLY)
+
+    def _sees_images(self, asked: Asked, call: Call, rows: int | None) -> bool:
+        """Whether a layer of the call sees images, after learning what the call can tell of its layers."""
+        found = [self._checked(asked._replace(names=(name,)), call, rows) for name in asked.names]
+        return any(ready.images for ready in found)
+
+    def _checked(self, asked: Asked, call: Call, rows: int | None) -> Readiness:
+        """What is known for a call, after learning what it can tell."""
+        ready, media = self.layouts.ready.get(asked), frozenset(media_of(call))
+        if ready is None or (ready.unreached and not media <= ready.media):
+            entries = (self.adapters.entries[name] for name in asked.names)
+            places = dict(itertools.chain.from_iterable(map(self._places, entries)))
+            self._learn(list(places), call, rows)
+            layouts = [self.layouts.known.get(name) for name in places]
+            images = any(found is not None and found.images for found in layouts)
+            seen = media if ready is None else media | ready.media
+            ready = Readiness(self._unfit(asked), None in layouts, images, seen)
+            self.layouts.ready[asked] = ready
+        if ready.unfit is not None:
+            raise refused(ready.unfit)
+        return ready
+
+    def _places(self, adapter: Adapter) -> Iterator[tuple[str, AdaptedLayer | ModuleCopies]]:
+        """The modules that an adapter changes: their names, and what stands in their places."""
+        layers, saved = self.adapters.layers, self.adapters.saved
+        yield from ((layers[site].site.name, layers[site]) for site in adapter.layers)
+        yield from ((root, saved[root]) for root in adapter.saved)
+        for expert in adapter.config.experts:
+            yield from self._places(self.adapters.entries[expert])
+
+    def _unfit(self, asked: Asked) -> str | None:
+        for name in asked.names:
+            by_place = self._is_by_place(name, asked.tasks)
+            for place, wrapper in self._places(self.adapters.entries[name]):
+                layout = self.layouts.known.get(place, ROWS)
+                plain = layout == ROWS or (asked.by_row and layout == Layout(dim=1))
+                if layout == UNKNOWN or not wrapper.follows(layout) or (by_place and not plain):
+                    return place
+        return None
+
+    # -- learning ------------------------------------------------------------------------------------------
+
+    def _learn(self, wanted: list[str], call: Call, rows: int | None) -> None:
+        error: Exception | None = None
+        if any(name not in self.layouts.known and name not in self.layouts.attempted for name in wanted):
+            error = self._learn_from_text()
+        missing = [name for name in wanted if name not in self.layouts.known]
+        if missing and (error is not None or media_of(call)):
+            self._learn_from_call(missing, call, rows, error)
+        for name, wrapper in self._wrappers():
+            wrapper.layout = self.layouts.known.get(name, UNKNOWN)
+
+    def _learn_from_text(self) -> Exception | None:
+        """Run the base on random tokens; the error where it does not take them."""
+        model, modules = self.adapters.model, self._modules()
+        try:
+            with ModelCall(self.adapters, NOTHING):  # nobody merges meanwhile
+                seen = layout_probe.observed(model, modules, layout_probe.text_calls(model))
+        except Exception as error:
+            return error
+        usual, *others = seen
+        self._note(usual, others, layout_probe.CHANGED_ROWS, (1,) * layout_probe.ROWS, images=False, names=usual.keys())
+        self.layouts.attempted |= modules.keys() - self.layouts.known.keys()
+        return None
+
+    def _learn_from_call(self, missing: list[str], call: Call, rows: int | None, error: Exception | None) -> None:
+        """Run the base on a call's own input."""
+        model = self.adapters.model
+        if rows is None or not call:
+            raise _cannot(missing[0], error)
+        shares = shares_of(model, call, rows)
+        if shares is None:
+            call, rows = few(call, rows), min(rows, layout_probe.ROWS)
+        elif sum(map(bool, shares)) == 1:
+            call, rows, shares = doubled(call, shares), 2, (1, 1)
+        images = spans_of(call, rows, shares)
+        text = {} if shares is None else text_spans_of()
+        modules = {name: module for name, module in self._modules().items() if name in missing}
+        calls = layout_probe.own_calls(model, dict(call), [*images.values(), *text.values()])
+        try:
+            with ModelCall(self.adapters, NOTHING):  # nobody merges meanwhile
+                seen = layout_probe.observed(model, modules, calls)
+        except VeneerError:
+            raise
+        except Exception as failed:
+            raise _cannot(missing[0], failed) from failed
+        usual, by_image, by_text = seen[0], seen[1 : 1 + len(images)], seen[1 + len(images) :]
+        # A layer that the tokens reach has their rows, in a model with images too.
+        of_text = {name for name in usual if any(moved(usual[name], other.get(name, [])) for other in by_text)}
+        self._note(usual, [*by_text, *by_image], [*text, *images], (1,) * rows, images=False, names=of_text)
+        self._note(usual, by_image, list(images), shares or (1,) * rows, shares is not None, usual.keys() - of_text)
+        lost = [name for name in missing if self.layouts.known.get(name) == UNKNOWN]
+        for name in lost:  # another call may have it in order
+            del self.layouts.known[name]
+        if lost:
+            raise refused(lost[0])
+
+    def _note(
+        self,
+        usual: Mapping[str, Prints],
+        others: Sequence[Mapping[str, Prints]],
+        changed: Sequence[int],
+        shares: tuple[int, ...],
+        images: bool,
+        names: Collection[str],
+    ) -> None:
+        for name in names:
+            prints = [other.get(name, []) for other in others]
+            self.layouts.known[name] = layout_of(usual[name], prints, changed, shares, images)
+
+    def _modules(self) -> dict[str, nn.Module]:
+        """Name -> what stands in an adapted module's place, for those of which nothing is known."""
+        return {name: self.adapters.at(name) for name, _ in self._wrappers() if name not in self.layouts.known}
+
+    def _wrappers(self) -> Iterator[tuple[str, AdaptedLayer | ModuleCopies]]:
+        yield from ((layer.site.name, layer) for layer in self.adapters.layers.values())
+        yield from self.adapters.saved.items()
+
+
+def _check_count(selection: Selection, rows: int | None, call: Call) -> None:
+    names, (given, what) = len(selection.rows or ()), ("names", "rows")
+    if selection.by_token:
+        ids = call.get("input_ids")
+        rows = None if ids is None or ids.ndim != 2 or len(ids) != 1 else ids.shape[1]
+        given = what = "tokens"
+    if rows not in (None, names):
+        raise AdapterError(
+            f"adapter_names has {names} {given}, and the batch {rows} {what}.",
+            hint=f'Name the adapter of each of the {what}; "{BASE}" is the base model.',
+        )
+
+
+def _cannot(layer: str, error: Exception | None) -> AdapterError:
+    why = "" if error is None else f" ({type(error).__name__}: {error})"
+    return AdapterError(
+        f"In which order {layer} sees the rows of a batch could not be found out{why}, so they cannot use different "
+        "adapters.",
+        hint=ONE_BY_ONE,
+    )

@@ -1,0 +1,101 @@
+"""The rows of the embedding and the output layer that are saved beside an adapter (``save_embedding_layers``).
+
+Where the vocabulary has grown since the base was saved, nobody else has the new rows. They lie under peft's keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Literal
+
+from torch import Tensor
+
+from veneer.adapters.adapter import Adapter
+from veneer.adapters.collection import Adapters
+from veneer.base_model.catalog import Catalog
+from veneer.base_model.targets import ALL_LINEAR, names_match
+from veneer.checkpoints.resized_vocabulary import vocabulary_of
+from veneer.configs.base import AnyConfig
+from veneer.errors import ConfigError, SourceError
+from veneer.files.names import MODEL_CONFIG
+from veneer.files.resolve import resolve
+from veneer.files.tensor_keys import encode
+from veneer.methods.base.replaced_weight import TOKEN_BASE, WEIGHT, SavedWeight
+from veneer.methods.shared.token_rows import TOKENS, TokenRows
+
+SaveEnds = bool | Literal["auto"]
+
+# The modules whose rows peft saves of its own accord when a config targets them.
+_KNOWN = ("embed_tokens", "lm_head")
+
+
+def ends_to_save(adapters: Adapters, adapter: Adapter, wanted: SaveEnds) -> dict[str, Tensor]:
+    """Checkpoint key -> the base's weight or bias of an embedding or output layer that is to go with an adapter.
+
+    Args:
+        adapters: the set it belongs to.
+        adapter: the adapter.
+        wanted: whether they are saved; ``"auto"`` where the vocabulary is not the base's, or the adapter is on one.
+
+    Raises:
+        ConfigError: ``wanted`` is none of these.
+    """
+    if wanted not in (True, False, "auto"):
+        raise ConfigError(f"save_embedding_layers={wanted!r} is none of the choices.", hint='True, False or "auto".')
+    catalog, grown = adapters.catalog, vocabulary_differs(adapters, adapter)
+    ends = [name for name in dict.fromkeys([*catalog.inputs, *catalog.outputs]) if name not in adapter.saved]
+    methods = {name: _methods(adapters, adapter, name) for name in ends}
+    by_token = any(isinstance(method, TokenRows) for name in ends for method in methods[name])
+    if wanted == "auto":
+        wanted = grown or (not by_token and _names_an_end(adapter.config, catalog))
+    if not wanted:
+        return {}
+    # Rows under an adapted end are the base's, so those of an end that shares them.
+    adapted = [name for name in ends if methods[name] and methods[name] != [TOKENS]]
+    names = adapted if adapted and (catalog.tied_ends or not grown) else ends
+    return {key: t for name in names for key, t in _tensors(adapters, adapter, name, methods[name])}
+
+
+def _names_an_end(config: AnyConfig, catalog: Catalog) -> bool:
+    """Whether a config's targets name one of the ends that peft knows: by that very name, or by a pattern."""
+    targets = getattr(config, "target_modules", None)
+    if isinstance(targets, str):
+        known = [name for name in catalog.modules if name.rpartition(".")[2] in _KNOWN]
+        return targets != ALL_LINEAR and any(names_match(name, targets) for name in known)
+    return not set(_KNOWN).isdisjoint(targets or ())
+
+
+def vocabulary_differs(adapters: Adapters, adapter: Adapter) -> bool:
+    """Whether a model's vocabulary is another than that of the base's files, as far as these are on this machine."""
+    own = vocabulary_of(_as_dict(getattr(adapters.model, "config", None)), "the model")
+    named = (adapter.config.base_model_name_or_path, getattr(adapters.model, "name_or_path", None))
+    for place in filter(None, named):
+        with contextlib.suppress(SourceError):
+            source = resolve(place, what="base", local_files_only=True)
+            if source.has(MODEL_CONFIG):
+                return own is not None and vocabulary_of(source.json(MODEL_CONFIG), source.origin) not in (None, own)
+    return False
+
+
+def _as_dict(config: Any) -> dict[str, Any]:
+    found: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
+    return found
+
+
+def _methods(adapters: Adapters, adapter: Adapter, name: str) -> list[Any]:
+    """What an adapter does on a module, beside bringing its rows."""
+    layer = adapters.layers.get(name)
+    shares = [] if layer is None else layer.bound.get(adapter.name, [])
+    return [share.method for share in shares if not isinstance(share.method, SavedWeight)]
+
+
+def _tensors(adapters: Adapters, adapter: Adapter, name: str, methods: list[Any]) -> list[tuple[str, Tensor]]:
+    layer, module = adapters.layers.get(name), adapters.catalog.modules[name]
+    weight = module._parameters.get("weight") if layer is None else layer.base_stored
+    if weight is None or not weight.is_floating_point():  # packed: never grown
+        return []
+    if methods:
+        return [(encode(name, (TOKEN_BASE.leaves if TOKENS in methods else (WEIGHT,))[0]), weight)]
+    prefix = adapters.kind_of(adapter.config).prefix
+    bias = module._parameters.get("bias") if layer is None else layer.base_bias
+    return [(encode(name, leaf, prefix), t) for leaf, t in (("weight", weight), ("bias", bias)) if t is not None]

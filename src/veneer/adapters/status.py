@@ -1,0 +1,136 @@
+"""What is on a model right now, layer by layer and as a whole. Names are peft's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from veneer.adapters.collection import Adapters
+from veneer.layers.adapted_layer import AdaptedLayer
+
+Irregular = Literal["irregular"]
+
+
+@dataclass(frozen=True)
+class TunerLayerStatus:
+    """One adapted layer.
+
+    Attributes:
+        name: the layer's name in the base model; with a colon and the parameter's where it is not the weight.
+        module_type: the class of the base layer.
+        enabled: whether adapters are in use at all.
+        active_adapters: the selected adapters, whether or not they change this layer.
+        merged_adapters: those in the base layer's weight now.
+        requires_grad: adapter -> whether its tensors here are trained, ``"irregular"`` if only some are.
+        available_adapters: those that change this layer.
+        devices: adapter -> where its tensors here lie.
+        quantization_backend: what quantised the base layer's weight, if anything did.
+    """
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None = None
+
+
+@dataclass(frozen=True)
+class TunerModelStatus:
+    """A whole model.
+
+    Attributes:
+        base_model_type: the class of the base model.
+        adapter_model_type: the class of the model with adapters.
+        peft_types: adapter -> its method.
+        trainable_params: how many parameters are trained.
+        total_params: how many there are, the adapters' included.
+        num_adapter_layers: adapted layers.
+        enabled: whether adapters are in use at all.
+        active_adapters: the selected adapters, in the order in which they apply.
+        merged_adapters: those merged into every layer that they change; ``"irregular"`` if one is in some only.
+        requires_grad: adapter -> whether it is trained, ``"irregular"`` if only some of its tensors are.
+        available_adapters: all adapters.
+        devices: adapter -> where its tensors lie.
+        quantization_backend: what quantised the base, if anything did.
+    """
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str] | Irregular
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None = None
+
+
+def layer_status(adapters: Adapters) -> list[TunerLayerStatus]:
+    """The status of each adapted layer, in the order in which they were first adapted."""
+    return [_of_layer(adapters, name, layer) for name, layer in adapters.layers.items()]
+
+
+def _of_layer(adapters: Adapters, name: str, layer: AdaptedLayer) -> TunerLayerStatus:
+    tensors = {a: [p for s in shares for p in layer.tensors(a, s).values()] for a, shares in layer.bound.items()}
+    trained = {
+        a: [p for s in shares for leaf, p in layer.tensors(a, s).items() if s.method.trains(leaf)]
+        for a, shares in layer.bound.items()
+    }
+    return TunerLayerStatus(
+        name=name,
+        module_type=type(layer.site.module).__name__,
+        enabled=adapters.switch.enabled,
+        active_adapters=adapters.active,
+        merged_adapters=list(layer.merged),
+        requires_grad={a: _trained(own) for a, own in trained.items()},
+        available_adapters=list(layer.bound),
+        devices={a: sorted({str(p.device) for p in own}) for a, own in tensors.items()},
+    )
+
+
+def model_status(model: nn.Module, adapters: Adapters) -> TunerModelStatus:
+    """The status of the whole model."""
+    layers = layer_status(adapters)
+    parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return TunerModelStatus(
+        base_model_type=type(adapters.model).__name__,
+        adapter_model_type=type(model).__name__,
+        peft_types={name: str(entry.config.peft_type) for name, entry in adapters.entries.items()},
+        trainable_params=sum(n for n, trained in parameters if trained),
+        total_params=sum(n for n, _ in parameters),
+        num_adapter_layers=len(layers),
+        enabled=adapters.switch.enabled,
+        active_adapters=adapters.active,
+        merged_adapters=_merged(adapters, layers),
+        requires_grad={name: _trained(adapters.parameters(name)) for name in adapters.entries},
+        available_adapters=list(adapters.entries),
+        devices={name: _devices(adapters.parameters(name)) for name in adapters.entries},
+    )
+
+
+def _devices(tensors: Iterable[nn.Parameter]) -> list[str]:
+    return sorted({str(p.device) for p in tensors})
+
+
+def _merged(adapters: Adapters, layers: Iterable[TunerLayerStatus]) -> list[str] | Irregular:
+    merged = [name for name in adapters.entries if any(name in layer.merged_adapters for layer in layers)]
+    regular = all(
+        name in layer.merged_adapters for layer in layers for name in merged if name in layer.available_adapters
+    )
+    return merged if regular else "irregular"
+
+
+def _trained(tensors: Iterable[nn.Parameter]) -> bool | Irregular:
+    found = {p.requires_grad for p in tensors}
+    return found.pop() if len(found) == 1 else "irregular" if found else False

@@ -1,0 +1,84 @@
+"""What a method's training adds to the model's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from veneer.adapters.collection import Adapters
+from veneer.configs.base import PeftConfig
+from veneer.configs.methods.adalora import AdaLoraConfig
+from veneer.configs.methods.adamss import AdamssConfig
+from veneer.errors import AdapterError
+from veneer.methods import method_of
+from veneer.methods.shared.group_allocation import GroupAllocation
+from veneer.methods.shared.rank_allocation import RankAllocation
+
+if TYPE_CHECKING:
+    from veneer.adapters.adapter import Adapter
+
+
+def with_penalty(adapters: Adapters, output: Any) -> Any:
+    """A model's output, to whose loss each adapter that is being trained adds its method's penalty."""
+    loss: Any = getattr(output, "loss", None)
+    if not isinstance(loss, Tensor) or not adapters.model.training:
+        return output
+    found = [penalty for name in adapters.active if (penalty := _penalty(adapters, name)) is not None]
+    for penalty in found:
+        loss = loss + penalty.to(loss.device)
+    if found:
+        output.loss = loss
+    return output
+
+
+def _penalty(adapters: Adapters, name: str) -> Tensor | None:
+    adapter = adapters.entries[name]
+    if not adapter.trainable or name in adapters.prompts:
+        return None
+    method = method_of(adapter.config)
+    layers = [
+        (share.settings, adapters.layers[module].tensors(name, share))
+        for module in adapter.layers
+        for share in adapters.layers[module].bound[name]
+        if share.method is method
+    ]
+    return method.penalty(adapter.config, layers) if layers else None
+
+
+def allocate(adapters: Adapters, step: int) -> None:
+    """Let each adapter that is being trained, and allocates what it trains, do so as its config says for ``step``.
+
+    Raises:
+        AdapterError: none of those that are active and trainable does.
+    """
+    trained = [entry for name in adapters.active if (entry := adapters.entries[name]).trainable]
+    found = [(entry, kind) for entry in trained if (kind := _kind(entry.config)) is not None]
+    if not found:
+        raise AdapterError(
+            "update_and_allocate needs an active, trainable AdaLoRA whose config has a total_step, or AdaMSS whose "
+            "config has use_asa.",
+            hint="Make it with AdaLoraConfig(total_step=...) or AdamssConfig(use_asa=True), or load it with "
+            "is_trainable=True.",
+        )
+    for adapter, kind in found:
+        adapter.allocation = adapter.allocation or kind()
+        adapter.allocation.step(adapter.config, _layers(adapters, adapter), step)
+
+
+def _kind(config: PeftConfig) -> type[RankAllocation | GroupAllocation] | None:
+    if isinstance(config, AdaLoraConfig) and config.total_step is not None:
+        return RankAllocation
+    return GroupAllocation if isinstance(config, AdamssConfig) and config.use_asa else None
+
+
+def _layers(adapters: Adapters, adapter: Adapter) -> list[Mapping[str, Tensor]]:
+    """The tensors of each layer of an adapter, without its biases."""
+    own = type(method_of(adapter.config))
+    return [
+        adapters.layers[module].tensors(adapter.name, share)
+        for module in adapter.layers
+        for share in adapters.layers[module].bound[adapter.name]
+        if isinstance(share.method, own)
+    ]

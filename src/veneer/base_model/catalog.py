@@ -1,0 +1,240 @@
+"""A base model's modules by name: looked up once, however many adapters come."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer.base_model.sites import bias_site, is_linear, is_never_called, kinds, sites_for, whole_sites
+from veneer.base_model.sites.parameter import ParameterSite
+from veneer.base_model.sites.quantized.packed import refusal
+from veneer.base_model.sites.site import Site
+from veneer.base_model.targets import ALL_LINEAR, is_inside, names_match, saved_modules, shortest, target_names
+from veneer.base_model.transformers_renames import renames_of
+from veneer.configs.base import AnyConfig, TargetedConfig
+from veneer.errors import TargetError
+
+
+class Catalog:
+    """The modules of a base model that carries no adapter: see :func:`veneer.layers.wrapping.check_untouched`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules: dict[str, nn.Module] = dict(model.named_modules())
+        # What was found before: adapters of one model mostly have one config.
+        self._targets: dict[tuple[Any, ...], list[str]] = {}
+        self._sites: dict[tuple[Any, ...], list[Site]] = {}
+        # The same for what goes where: see plan.py.
+        self.plans: dict[Any, Any] = {}
+
+    @cached_property
+    def _holders(self) -> Counter[int]:
+        """Where a parameter's memory begins -> how many parameters begin there."""
+        parameters = (p for module in self.modules.values() for p in module._parameters.values())
+        return Counter(_place(p) for p in parameters if p is not None)
+
+    def is_alone(self, parameter: nn.Parameter) -> bool:
+        """Whether no other parameter of the model has the same memory, and this one has any."""
+        place = _place(parameter)
+        return place != 0 and self._holders[place] == 1
+
+    @cached_property
+    def linear(self) -> dict[str, bool]:
+        """Every module's name -> whether "all-linear" means it."""
+        return {name: is_linear(module) for name, module in self.modules.items()}
+
+    @cached_property
+    def never_called(self) -> frozenset[str]:
+        """The layers whose ``forward`` is never called, so that an adapter there would never act."""
+        return frozenset(name for name, module in self.modules.items() if is_never_called(module))
+
+    @cached_property
+    def renamed(self) -> Callable[[str], str]:
+        """Gives a module's name for its name in an older version of transformers; any other name as it is."""
+        return renames_of(self.model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype of the model's first parameter that has one."""
+        parameters = (p for module in self.modules.values() for p in module._parameters.values())
+        return next((p.dtype for p in parameters if p is not None and p.is_floating_point()), torch.float32)
+
+    @property
+    def model_type(self) -> str | None:
+        """The family in the model's config."""
+        found = getattr(getattr(self.model, "config", None), "model_type", None)
+        return found if isinstance(found, str) else None
+
+    def describe(self) -> str:
+        """The model in a few words, for errors."""
+        origin = getattr(self.model, "name_or_path", "") or ""
+        return type(self.model).__name__ + (f" from {origin}" if origin else "")
+
+    def _end(self, end: str) -> list[str]:
+        """The name of the model's input or output embedding, in a list; empty when it has none."""
+        get = getattr(self.model, f"get_{end}_embeddings", None)
+        try:
+            layer = get() if get is not None else None
+        except (NotImplementedError, AttributeError):  # transformers' own for models without one
+            layer = None
+        own = {id(module) for module in self.modules.values()}
+        while layer is not None and id(layer) not in own:  # what was put in its place holds it
+            layer = layer._modules.get("base_layer", layer._modules.get("original_module"))
+        return [name for name, module in self.modules.items() if layer is not None and module is layer]
+
+    @cached_property
+    def inputs(self) -> list[str]:
+        """The input embedding."""
+        return self._end("input")
+
+    @cached_property
+    def outputs(self) -> list[str]:
+        """The output embedding."""
+        return self._end("output")
+
+    def are_tied(self, one: str, other: str) -> bool:
+        """Whether two modules of the base share their weight."""
+        weight = self.modules[one]._parameters.get("weight")
+        return weight is not None and weight is self.modules[other]._parameters.get("weight")
+
+    @cached_property
+    def shared(self) -> list[list[tuple[str, str]]]:
+        """The places of each parameter that the base has in several: the module, and the parameter's name there."""
+        groups: dict[int, list[tuple[str, str]]] = {}
+        for name, module in self.modules.items():
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None:
+                    groups.setdefault(id(parameter), []).append((name, leaf))
+        return [places for places in groups.values() if len(places) > 1]
+
+    @property
+    def tied(self) -> list[list[str]]:
+        """The modules of the base that share their weight, a list for each weight."""
+        return [[name for name, leaf in places if leaf == "weight"] for places in self.shared]
+
+    @property
+    def tied_ends(self) -> list[tuple[str, str]]:
+        """The input and the output embedding where they share their weight."""
+        return [(a, b) for a in self.inputs for b in self.outputs if a != b and self.are_tied(a, b)]
+
+    def is_end(self, name: str) -> bool:
+        """Whether a module is the model's input or output embedding."""
+        return name in self.inputs or name in self.outputs
+
+    def targets(self, config: TargetedConfig) -> list[str]:
+        """The names that ``config`` adapts, in the model's order (``TargetError`` when there are none)."""
+        key = _signature(config)
+        if key not in self._targets:
+            self._targets[key] = target_names(config, self.linear, model_type=self.model_type, outputs=self.outputs)
+        return list(self._targets[key])
+
+    def saved(self, config: AnyConfig) -> list[str]:
+        """The names of the modules that ``config`` saves whole."""
+        return saved_modules(config, self.modules)
+
+    def sites_at(self, name: str, whole: bool = False) -> list[Site]:
+        """The sites of a module, for a method that trains layers ``whole`` or another; none when it has none."""
+        module = self.modules[name]
+        weight = module._parameters.get("weight")
+        # A merge may have put a module or a weight of another kind there.
+        key = (name, whole, id(module), type(weight), None if weight is None else weight.dtype)
+        if key not in self._sites:
+            self._sites[key] = (whole_sites if whole else sites_for)(name, module)
+        return list(self._sites[key])
+
+    def sites(self, config: TargetedConfig, whole: bool = False) -> list[Site]:
+        """The sites of the layers that ``config`` adapts; ``whole`` when these can be norms and the like too.
+
+        Raises:
+            TargetError: nothing matches, or a matched module is of a kind that cannot carry an adapter.
+        """
+        found = {name: self.sites_at(name, whole) for name in self.targets(config)}
+        refused = [name for name, sites in found.items() if not sites]
+        if refused:
+            kind = type(self.modules[refused[0]]).__name__
+            why = refusal(self.modules[refused[0]])
+            raise TargetError(
+                f"{len(refused)} of the modules that target_modules={config.target_modules!r} means cannot carry an "
+                f"adapter; the first is {refused[0]} ({kind})" + (f": {why}." if why else "."),
+                hint=f"Kinds that can: {kinds()}, with a floating-point weight. Narrow target_modules, or name "
+                "these in exclude_modules.",
+            )
+        return [site for sites in found.values() for site in sites]
+
+    def parameter_sites(self, wanted: Collection[str]) -> list[Site]:
+        """The parameters that ``target_parameters`` names, by their full names or dotted endings.
+
+        Several on one module have their tensors under ``base_layer.`` once for each that was registered later.
+        """
+        found: list[Site] = []
+        for name, module in self.modules.items():
+            own = [p for p in module._parameters if names_match(f"{name}.{p}", wanted)]
+            for place, parameter in enumerate(own):
+                key = name + ".base_layer" * (len(own) - 1 - place)
+                swapped = bool(getattr(module, "is_transposed", False))
+                found.append(ParameterSite(name, module, parameter, key, swapped, targeted=True))
+        odd = [site for site in found if site.stored.ndim not in (2, 3)]
+        if odd or (wanted and not found):
+            named = [n for n, p in self.model.named_parameters() if p.ndim == 3][:3]
+            what = f"means {odd[0].id}, which is no matrix" if odd else "matches no parameter"
+            raise TargetError(
+                f"target_parameters={list(wanted)!r} {what}.",
+                hint=f"Fused experts here: {', '.join(named)}." if named else "Use target_modules for layers.",
+            )
+        return found
+
+    def biased(self, config: TargetedConfig, without: Iterable[Site]) -> list[Site]:
+        """The layers with a bias that are neither among ``without`` nor saved whole."""
+        taken = {site.name for site in without}
+        saved = self.saved(config)
+        return [
+            bias_site(name, module, self.modules[parent := name.rpartition(".")[0]], parent in taken)
+            for name, module in self.modules.items()
+            if module._parameters.get("bias") is not None and name not in taken and not is_inside(name, saved)
+        ]
+
+    def token_sites(self, wanted: Iterable[int] | Mapping[str, Iterable[int]]) -> list[Site]:
+        """The embeddings of which ``trainable_token_indices`` trains tokens."""
+        if not isinstance(wanted, Mapping):
+            return [site for name in self.inputs for site in self.sites_at(name)]
+        found = [name for name in self.modules if names_match(name, list(wanted))]
+        missing = [key for key in wanted if not _means_one(key, found)]
+        if missing:
+            raise TargetError(
+                f"trainable_token_indices names {missing[0]!r}, and the model has no such module.",
+                hint=f"Its embedding is {' or '.join(self.inputs) or 'unknown'}.",
+            )
+        return [site for name in found for site in self.sites_at(name)]
+
+    def sharing(self, name: str) -> list[Site]:
+        """The sites of the other modules that have a module's weight: an output layer, an encoder's own embedding."""
+        group = next((group for group in self.tied if name in group), ())
+        return [site for other in group if other != name for site in self.sites_at(other)]
+
+    def spell_out(self, config: TargetedConfig, chosen: list[str]) -> None:
+        """Put names in the place of "all-linear" or nothing, so that a saved config means the same anywhere."""
+        if config.target_modules in (None, ALL_LINEAR):
+            free = [n for n in self.modules if not names_match(n, config.exclude_modules)]
+            config.target_modules = shortest(chosen, free) if config.layers_to_transform is None else chosen
+
+
+def _signature(config: TargetedConfig) -> tuple[Any, ...]:
+    """What of a config says which modules it adapts."""
+    names = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save")
+    return tuple(repr(getattr(config, name, None)) for name in (*names, "layers_to_transform", "layers_pattern"))
+
+
+def _place(parameter: nn.Parameter) -> int:
+    """Where a parameter's memory begins; 0 for one that has none here, or of a kind that torch cannot tell."""
+    values = parameter.data
+    return values.data_ptr() if type(values) is torch.Tensor else 0
+
+
+def _means_one(ending: str, names: Iterable[str]) -> bool:
+    """Whether ``ending`` means one of ``names``."""
+    return any(names_match(name, [ending]) for name in names)

@@ -1,0 +1,162 @@
+"""Which row of a batch its images, videos and sounds belong to.
+
+Models that take a row's image beside its text take those of all rows in one tensor, as many as there are; a row's
+tokens say how many are its own. An image that has more entries has more tokens too, in all but some families, whose
+calls tell the sizes of the images: with those, all rows have to be alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import AdapterError
+from veneer.patches.row_layout import ROWS, owners
+
+# Number of rows of a model's own inputs that are enough to tell how they lie.
+ENOUGH = 3
+_TOKEN = ("token_id", "token_index")
+
+
+def media_of(call: Mapping[str, Tensor]) -> list[str]:
+    """The arguments of a call that are values of something seen or heard."""
+    return [name for name, value in call.items() if value.is_floating_point() and value.ndim > 1 and not _beside(name)]
+
+
+def _beside(name: str) -> bool:
+    """Whether an argument goes with tokens."""
+    return name.startswith(("decoder_", "past_key_")) or any(
+        part in name for part in ("mask", "label", "embeds", "token_")
+    )
+
+
+def shares_of(model: nn.Module, call: Mapping[str, Tensor], rows: int) -> tuple[int, ...] | None:
+    """The rows' shares of a call's images, or ``None`` where each argument has one entry a row.
+
+    Raises:
+        AdapterError: it cannot be told.
+    """
+    media, ids = media_of(call), call.get("input_ids")
+    if not media:
+        return None
+    counts = [] if ids is None or len(ids) != rows else _counted(model, media, ids)
+    if not counts:
+        if all(len(call[name]) == rows for name in media):
+            return None
+        raise _unclear(media, f"the batch has {rows} rows, and {media[0]} {len(call[media[0]])} entries")
+    alike = all(len(set(own)) == 1 for own in counts)
+    if not alike and len(counts) > 1:
+        raise _unclear(media, "rows have other numbers of images and of videos")
+    lone = not alike and sum(map(bool, counts[0])) == 1  # whatever their sizes, all are this row's
+    sized = next((name for name in _sizes(call) if not alike or not _same(call[name], rows)), None)
+    if sized is not None and not lone:
+        raise _unclear(media, f"the rows differ in their images, and {sized} gives these sizes of their own")
+    return (1,) * rows if alike else counts[0]
+
+
+def _counted(model: nn.Module, media: list[str], ids: Tensor) -> list[tuple[int, ...]]:
+    """For each kind of media the number of tokens that each row has for it, if it has any."""
+    found = []
+    for kind in dict.fromkeys(map(_kind, media)):
+        tokens = [getattr(model.config, f"{kind}_{ending}", None) for ending in _TOKEN]
+        token = next((token for token in tokens if isinstance(token, int)), None)
+        counts = () if token is None else tuple((ids == token).sum(1).tolist())
+        if not any(counts):
+            return []
+        found.append(counts)
+    return found
+
+
+def _kind(name: str) -> str:
+    if "video" in name:
+        return "video"
+    return "audio" if "audio" in name or "input_features" in name else "image"
+
+
+def _sizes(call: Mapping[str, Tensor]) -> list[str]:
+    """The arguments that describe images; a grid of patches has the very number of tokens."""
+    whole = [name for name, value in call.items() if not value.is_floating_point() and not _beside(name)]
+    return [name for name in whole if name not in ("input_ids", "position_ids") and not name.endswith("grid_thw")]
+
+
+def _same(value: Tensor, rows: int) -> bool:
+    """Whether all rows have the same part of ``value``."""
+    if value.ndim == 0 or len(value) % rows:
+        return value.ndim == 0
+    parts = value.reshape(rows, -1)
+    return bool((parts == parts[:1]).all())
+
+
+def spans_of(call: Mapping[str, Tensor], rows: int, shares: tuple[int, ...] | None) -> dict[int, dict[str, slice]]:
+    """Row -> argument -> its entries of it, for two rows that have any."""
+    media = media_of(call)
+    if shares is None:
+        names = [name for name, value in call.items() if name in media or name.endswith("input_ids")]
+        return {row: {name: slice(row, row + 1) for name in names if len(call[name]) == rows} for row in (0, 1)}
+    chosen = [row for row, share in enumerate(shares) if share][:2]
+    return {row: {name: _part(call[name], name, row, shares) for name in media} for row in chosen}
+
+
+def text_spans_of() -> dict[int, dict[str, slice]]:
+    """The same of the tokens that go with images."""
+    return {row: {"input_ids": slice(row, row + 1)} for row in (0, 1)}
+
+
+def _part(value: Tensor, name: str, row: int, shares: tuple[int, ...]) -> slice:
+    if value.ndim > 4 and len(value) == len(shares):  # (rows, images, channels, height, width)
+        return slice(row, row + 1)
+    owner = owners(ROWS, len(value), shares)
+    if owner is None:
+        raise _unclear([name], f"its {len(value)} entries do not divide as the rows' tokens, {list(shares)}")
+    start = owner.index(row)
+    return slice(start, start + owner.count(row))
+
+
+def doubled(call: Mapping[str, Tensor], shares: tuple[int, ...]) -> dict[str, Tensor]:
+    """A call of two rows alike, from one in which a single row has images."""
+    row = next(row for row, share in enumerate(shares) if share)
+    by_row = [name for name, value in call.items() if _is_by_row(name, value, len(shares))]
+    return {
+        name: value[[row, row]] if name in by_row else torch.cat([value, value])
+        for name, value in call.items()
+        if value.ndim and not (name == "position_ids" and value.ndim > 2)
+    }
+
+
+def _is_by_row(name: str, value: Tensor, rows: int) -> bool:
+    beside = name in ("input_ids", "position_ids") or (_beside(name) and not name.startswith("pixel"))
+    return len(value) == rows and (beside or value.ndim > 4)
+
+
+def few(call: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """A call with as many of its rows as are enough."""
+    return {name: value[:ENOUGH] if value.ndim and len(value) == rows else value for name, value in call.items()}
+
+
+def _unclear(media: list[str], why: str) -> AdapterError:
+    return AdapterError(
+        f"Which row of the batch each entry of {', '.join(media)} belongs to is not known: {why}.",
+        hint="Give all rows as many images of one size, or run the adapters one after the other: "
+        "with model.using(name): model(...). Adapters of the text part alone may be mixed.",
+    )
+
+
+def call_of(
+    model: nn.Module, names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The tensors that a call of ``forward`` or ``generate`` gives a model, by name."""
+    main = str(getattr(model, "main_input_name", "input_ids"))
+    call = {**dict(zip(names, args, strict=False)), **kwargs}
+    if isinstance(call.get("inputs"), Tensor) and main not in call and "inputs" not in names:
+        call[main] = call.pop("inputs")
+    return {name: value for name, value in call.items() if isinstance(value, Tensor) and name in names}
+
+
+def rows_of(model: nn.Module, call: Mapping[str, Tensor]) -> int | None:
+    """How many rows a call has; ``None`` when nothing tells."""
+    main = str(getattr(model, "main_input_name", "input_ids"))
+    found = next((call[n] for n in (main, "input_ids", "inputs_embeds") if n in call), next(iter(call.values()), None))
+    return None if found is None or not found.ndim else len(found)

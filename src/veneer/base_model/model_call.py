@@ -1,0 +1,106 @@
+"""How a base model's forward pass is called: the names it takes, the size of a call, its cache and its embedding."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer.errors import AdapterError, UnsupportedError
+
+
+def wants_cache(module: nn.Module, call: Mapping[str, Any]) -> bool:
+    """Whether the model would make a cache of its own, which the first pass must have a part of."""
+    if call.get("past_key_values") is not None or "past_key_values" not in taken_names(module) or module.training:
+        return False
+    wanted = call.get("use_cache")
+    return bool(getattr(module.config, "use_cache", False) if wanted is None else wanted)
+
+
+def unsupported_prompt(model: nn.Module, why: str, of: str = "") -> UnsupportedError:
+    """Make the error for a model that can carry no prompt."""
+    return UnsupportedError(
+        f"{type(model).__name__} {why}, so it can carry no prompt{of and f' of {of}'}.",
+        hint="Use a method that adapts layers, such as LoRA.",
+    )
+
+
+def words_of(model: nn.Module) -> nn.Module:
+    """The model's input embedding."""
+    try:
+        words: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        raise unsupported_prompt(model, "has no input embedding") from None
+    return words
+
+
+def place_of(model: nn.Module) -> torch.device:
+    """Where a prompt's tensors are kept: beside the input embedding, or on the CPU where that is offloaded."""
+    device = next(words_of(model).parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Tell whether a model has an encoder and a decoder."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def encoder_of(model: nn.Module) -> nn.Module:
+    """Return the encoder of an encoder-decoder."""
+    encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
+    return encoder
+
+
+def taken_names(module: nn.Module) -> tuple[str, ...]:
+    """The names of what a module's forward pass takes."""
+    return _parameters(type(module).forward)
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of what a module's forward pass takes."""
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def module_called(model: nn.Module) -> nn.Module:
+    """The module to give a cache to: the model, or the backbone below its head."""
+    for module in (model, getattr(model, str(getattr(model, "base_model_prefix", "")), None)):
+        if isinstance(module, nn.Module) and "past_key_values" in taken_names(module):
+            return module
+    raise unsupported_prompt(model, "takes no past_key_values")
+
+
+def named_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name."""
+    return {**dict(zip(taken_names(module), args, strict=False)), **kwargs}
+
+
+def call_size(call: Mapping[str, Any], prefix: str = "") -> tuple[int, int, torch.device]:
+    """Rows and tokens of a call's input, and where it is."""
+    for name in (f"{prefix}input_ids", f"{prefix}inputs_embeds", *(["labels"] if prefix else [])):
+        given = call.get(name)
+        if given is not None:
+            return given.shape[0], given.shape[1], given.device
+    raise AdapterError(
+        f"A prompt is active, and the call has neither {prefix}input_ids nor {prefix}inputs_embeds.",
+        hint="Give the tokens, or select another adapter.",
+    )
+
+
+def cached_positions(cache: Any) -> int:
+    """How many tokens a cache holds."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def new_cache(module: nn.Module) -> Any:
+    """An empty cache for a model."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    config: Any = module.config
+    if is_encoder_decoder(module):
+        return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+    return DynamicCache(config=config)

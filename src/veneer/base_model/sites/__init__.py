@@ -1,0 +1,131 @@
+"""The kinds of base layer that can carry an adapter, behind one face: :class:`Site`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from veneer.base_model.sites.bias_only import ShiftSite
+from veneer.base_model.sites.conv import ConvSite
+from veneer.base_model.sites.embedding import EmbeddingSite
+from veneer.base_model.sites.linear import Conv1D, Conv1DSite, LinearSite
+from veneer.base_model.sites.parameter import ParameterSite, VectorSite
+from veneer.base_model.sites.quantized.bitsandbytes import bitsandbytes_site
+from veneer.base_model.sites.quantized.hqq import HqqSite
+from veneer.base_model.sites.quantized.packed import PackedSite, packer, refusal
+from veneer.base_model.sites.quantized.torchao import TorchaoSite
+from veneer.base_model.sites.site import Site
+from veneer.base_model.sites.vector import NormSite, is_norm
+from veneer.base_model.sites.whole_layer import WholeSite, is_whole
+
+__all__ = [
+    "KINDS",
+    "PackedSite",
+    "ParameterSite",
+    "Site",
+    "bias_site",
+    "is_linear",
+    "is_never_called",
+    "kinds",
+    "packed_site",
+    "refusal",
+    "sites_for",
+    "whole_sites",
+]
+
+# Kinds that can carry an adapter, most common first; the first that fits a layer is used.
+KINDS: tuple[tuple[type, Callable[[str, nn.Module], Site]], ...] = (
+    (nn.Linear, LinearSite),
+    (Conv1D, Conv1DSite),
+    (nn.Embedding, EmbeddingSite),
+    (nn.Conv2d, ConvSite),
+    (nn.Conv1d, ConvSite),
+    (nn.Conv3d, ConvSite),
+)
+
+
+def sites_for(name: str, module: nn.Module) -> list[Site]:
+    """The sites of a layer: one, two for ``nn.MultiheadAttention``, none when its kind cannot carry an adapter.
+
+    Weights packed in a form unknown here and layers whose ``forward`` is never called are no sites: an adapter
+    there would be a silent no-op or wrong.
+    """
+    if is_never_called(module):
+        return []
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention(name, module)
+    if packer(module) is not None:
+        site = packed_site(name, module)
+        return [] if site is None else [site]
+    for kind, make in KINDS:
+        if isinstance(module, kind):
+            weight = getattr(module, "weight", None)
+            # Narrower floats come with scales of their own.
+            usable = isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.itemsize > 1
+            return [make(name, module)] if usable else []
+    return []
+
+
+def whole_sites(name: str, module: nn.Module) -> list[Site]:
+    """The same for a method that trains layers whole: norms have a site too, and layers of any kind with one weight."""
+    if is_norm(module):
+        return [NormSite(name, module)]
+    known = packer(module) is not None or isinstance(module, tuple(kind for kind, _ in KINDS))
+    return [WholeSite(name, module)] if is_whole(module) and not known else sites_for(name, module)
+
+
+def packed_site(name: str, module: nn.Module) -> PackedSite | None:
+    """The site of a linear layer with a packed weight; ``None`` when the layer is another, or unknown here."""
+    library = packer(module)
+    if library == "bitsandbytes":
+        return bitsandbytes_site(name, module)
+    if library == "torchao" and type(module) is nn.Linear:
+        return TorchaoSite(name, module)
+    return HqqSite(name, module) if library == "HQQ" and hasattr(module, "W_q") else None
+
+
+def _attention(name: str, module: nn.MultiheadAttention) -> list[Site]:
+    """The stacked query, key and value projection, and the output projection, under the keys that peft gives them."""
+    if module.in_proj_weight is None:  # keys and values of other sizes have a weight each
+        return []
+    return [
+        ParameterSite(name, module, "out_proj.weight", f"{name}.base_layer.out_proj", gain=2.0),
+        ParameterSite(name, module, "in_proj_weight", name),
+    ]
+
+
+def bias_site(name: str, module: nn.Module, parent: nn.Module, adapted: bool) -> Site:
+    """The site of a bias that is trained alone.
+
+    Args:
+        name: the layer's name.
+        module: the layer.
+        parent: the module that it is a child of.
+        adapted: whether the parent carries an adapter, which changes the bias's key.
+    """
+    if not is_never_called(module):
+        return ShiftSite(name, module)
+    owner, _, child = name.rpartition(".")
+    key = f"{owner}.base_layer.{child}.base_layer" if adapted else name
+    return VectorSite(owner, parent, f"{child}.bias", key)
+
+
+def is_never_called(module: nn.Module) -> bool:
+    """Whether a layer only holds its weight, and what it is a part of does the arithmetic."""
+    return isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether "all-linear" means this layer."""
+    if is_never_called(module):
+        return False
+    # A packed layer is often no nn.Linear; all of them say how wide they are.
+    packed = hasattr(module, "in_features") and packer(module) is not None
+    return isinstance(module, (nn.Linear, Conv1D)) or packed
+
+
+def kinds() -> str:
+    """The kinds of layer that can carry an adapter, for an error to name."""
+    return ", ".join([*(kind.__name__ for kind, _ in KINDS), nn.MultiheadAttention.__name__])

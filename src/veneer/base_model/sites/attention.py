@@ -1,0 +1,130 @@
+"""Attention modules as a whole, for methods that give their queries more to attend to.
+
+What such a method adds is computed from a module's queries and from keys and values that the module's own projections
+make of trained vectors. Those projections may carry adapters of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site, unsupported
+
+
+class AttentionSite(Site):
+    """One self-attention module. It has no weight of its own to change.
+
+    Attributes:
+        projection: the child that makes its keys.
+    """
+
+    projection: ClassVar[str]
+    products = False
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__(name, module, f"{self.projection}.weight")
+
+    @property
+    def id(self) -> str:
+        return self.name
+
+    @property
+    def device(self) -> torch.device:
+        found = LinearSite(self.name, self.module.get_submodule(self.projection)).device
+        # Of a model that is only planned against, nothing has a place.
+        return torch.device("cpu") if found.type == "meta" else found
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        width = int(self.module.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        return width, width
+
+    @property
+    def head_dim(self) -> int:
+        """The width of a head."""
+        return int(self.module.head_dim)  # type: ignore[arg-type]
+
+    def canonical(self, stored: Tensor) -> Tensor:
+        raise unsupported(self, "a change of the weight")
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        raise unsupported(self, "a change of the weight")
+
+    def heads(self, x: Tensor) -> Tensor:
+        """``(rows, length, heads * dim)`` as ``(rows, length, heads, dim)``."""
+        found: Tensor = x.unflatten(-1, (-1, self.head_dim))
+        return found
+
+    def queries(self, x: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """The queries of the module's input, ``(rows, length, heads, dim)``; ``call`` is what else it was given."""
+        raise NotImplementedError
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, without positions, that vectors ``(1, n, hidden)`` give: ``(1, n, key heads, dim)`` each."""
+        raise NotImplementedError
+
+    def output(self, x: Tensor) -> Tensor:
+        """What heads ``(rows, length, heads * dim)`` that are added become in the module's output."""
+        raise NotImplementedError
+
+
+class SplitAttention(AttentionSite):
+    """Llama's form: a projection each, queries turned by their positions, and a last projection of the heads."""
+
+    projection = "k_proj"
+
+    def queries(self, x: Tensor, call: Mapping[str, Any]) -> Tensor:
+        from transformers.models.llama.modeling_llama import rotate_half
+
+        query = self.heads(self.module.q_proj(x))  # type: ignore[operator]
+        cos, sin = (part.unsqueeze(2) for part in call["position_embeddings"])
+        turned: Tensor = query * cos + rotate_half(query) * sin
+        return turned
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.heads(self.module.k_proj(x)), self.heads(self.module.v_proj(x))  # type: ignore[operator]
+
+    def output(self, x: Tensor) -> Tensor:
+        found: Tensor = self.module.o_proj(x)  # type: ignore[operator]
+        return found
+
+
+class JoinedAttention(AttentionSite):
+    """GPT-2's form: one projection for all three. What is added does not go through the last one, as in peft."""
+
+    projection = "c_attn"
+
+    def queries(self, x: Tensor, call: Mapping[str, Any]) -> Tensor:
+        return self.heads(self._projected(x)[0])
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        _, keys, values = self._projected(x)
+        return self.heads(keys), self.heads(values)
+
+    def output(self, x: Tensor) -> Tensor:
+        return x
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        joined: Tensor = self.module.c_attn(x)  # type: ignore[operator]
+        return joined.chunk(3, -1)
+
+
+# Model type -> the form of its attention, and the name that its modules have.
+FORMS: Mapping[str, tuple[type[AttentionSite], str]] = {
+    "gpt2": (JoinedAttention, "attn"),
+    "llama": (SplitAttention, "self_attn"),
+    "mistral": (SplitAttention, "self_attn"),
+}
+
+
+def attention_site(name: str, module: nn.Module) -> AttentionSite | None:
+    """The site of an attention module; ``None`` for a module that is none, or of a form that is not known."""
+    form, _ = FORMS.get(str(getattr(getattr(module, "config", None), "model_type", None)), (None, ""))
+    if form is None or not isinstance(getattr(module, form.projection, None), nn.Module):
+        return None
+    return form(name, module)

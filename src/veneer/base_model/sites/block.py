@@ -1,0 +1,65 @@
+"""Whole blocks of a decoder, for methods that change what a block reads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from veneer.base_model.sites.site import Site, unsupported
+
+# The names under which a decoder holds its blocks.
+LISTS = ("layers", "h")
+
+
+class BlockSite(Site):
+    """One block. It has no weight of its own to change.
+
+    Args:
+        name: the block's name in the base model.
+        module: the block.
+        stack: the decoder that it is a block of.
+        head: the classifier that reads the decoder's states, if the model has one.
+    """
+
+    products = False
+
+    def __init__(self, name: str, module: nn.Module, stack: nn.Module, head: nn.Module | None = None) -> None:
+        super().__init__(name, module, next(leaf for leaf, _ in module.named_parameters()))
+        self.stack, self.head = stack, head
+
+    @property
+    def id(self) -> str:
+        return self.name
+
+    @property
+    def device(self) -> torch.device:
+        found = super().device
+        # Of a model that is only planned against, nothing has a place.
+        return torch.device("cpu") if found.type == "meta" else found
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        width = int(self.stack.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        return width, width
+
+    def canonical(self, stored: Tensor) -> Tensor:
+        raise unsupported(self, "a change of the weight")
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        raise unsupported(self, "a change of the weight")
+
+
+def stack_name(model: nn.Module) -> str | None:
+    """The name of the decoder in a model of transformers: what holds the list of blocks; ``None`` if there is none."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    top = str(getattr(model, "base_model_prefix", ""))
+    for name in (top, f"{top}.decoder", ""):
+        found = _child(model, name)
+        if found is not None and any(isinstance(getattr(found, kind, None), nn.ModuleList) for kind in LISTS):
+            return name
+    return None
+
+
+def _child(model: nn.Module, name: str) -> nn.Module | None:
+    return dict(model.named_modules()).get(name)

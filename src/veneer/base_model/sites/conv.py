@@ -1,0 +1,116 @@
+"""Convolutions: ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d`` with any stride, padding, dilation and groups.
+
+The canonical matrix has a row for each output channel and a column for each entry of a kernel:
+``(out, in / groups * k1 * k2 ...)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from veneer.base_model.sites.site import Site
+from veneer.errors import MergeError
+from veneer.patches.operators import as_dense
+
+if TYPE_CHECKING:
+    from veneer.patches.patch import Patch
+
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+# A share of a change that float32 may leave where there is nothing.
+_ROUNDING = 1e-6
+_FUNCTIONS: Mapping[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class ConvSite(Site):
+    """A convolution.
+
+    A low-rank change is a convolution to ``r`` channels with the layer's own geometry, followed by one with kernel
+    1. The first sees every input channel; the second has the layer's groups, as peft has it. With groups such a change
+    has a merged form only where each group's part of the first sees no more than that group's channels.
+    """
+
+    channel = 1
+
+    @property
+    def conv(self) -> Conv:
+        """The live layer."""
+        return cast(Conv, self.module)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.stored.shape[0], math.prod(self.stored.shape[1:])
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The kernel's size, one number a spatial dimension."""
+        return tuple(self.conv.kernel_size)
+
+    @property
+    def point(self) -> tuple[int, ...]:
+        """The size of a kernel of 1."""
+        return (1,) * len(self.kernel)
+
+    def canonical(self, stored: Tensor) -> Tensor:
+        return stored.reshape(stored.shape[0], -1)
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(matrix.shape[0], -1, *self.kernel)
+
+    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        conv = self.conv
+        kernels = self.as_stored(matrix)
+        # As many channels as the layer's input has: a kernel over all of them, whatever the layer's groups.
+        groups = 1 if kernels.shape[1] == conv.in_channels else conv.groups
+        padding: Any = conv.padding
+        if conv.padding_mode != "zeros":
+            x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+            padding = 0
+        return _FUNCTIONS[len(self.kernel)](x, kernels, None, conv.stride, padding, conv.dilation, groups)
+
+    def mix(self, hidden: Tensor, matrix: Tensor) -> Tensor:
+        kernels = matrix.reshape(*matrix.shape, *self.point)
+        return _FUNCTIONS[len(self.kernel)](hidden, kernels, groups=self.conv.groups)
+
+    @property
+    def narrow(self) -> bool:
+        return self.conv.groups > 1
+
+    @torch.no_grad()
+    def in_weight(self, patch: Patch) -> Patch:
+        if patch.up is None or patch.down is None or not self.narrow:
+            return patch
+        across = self._across(patch.up.float(), patch.down.float())
+        own = torch.stack([across[group, :, group] for group in range(self.conv.groups)])
+        for group in range(self.conv.groups):
+            across[group, :, group] = 0
+        left, kept = float(across.norm()), float(own.norm())
+        if left > _ROUNDING * kept:
+            raise MergeError(
+                f"{self.name} has {self.conv.groups} groups, and its LoRA connects channels across them: "
+                f"{left / math.hypot(left, kept):.0%} of its change. No weight of that layer can hold this.",
+                hint="Keep the adapter unmerged, or train with this layer in exclude_modules.",
+            )
+        dense = patch.scale * own.reshape(self.shape)
+        return replace(patch, up=None, down=None, dense=dense if patch.dense is None else dense + as_dense(patch.dense))
+
+    def _across(self, up: Tensor, down: Tensor) -> Tensor:
+        """What a low-rank change makes of every group's input for every group's output.
+
+        Args:
+            up: shape ``(out, r / groups)``.
+            down: shape ``(r, in * k1 * k2 ...)``.
+
+        Returns:
+            shape ``(groups, out / groups, groups, in / groups * k1 * k2 ...)``.
+        """
+        groups = self.conv.groups
+        found: Tensor = up.reshape(groups, -1, up.shape[1]) @ down.reshape(groups, -1, down.shape[1])
+        return found.reshape(*found.shape[:2], groups, -1)

@@ -1,0 +1,73 @@
+"""Layers with a matrix: ``nn.Linear``, and GPT-2's ``Conv1D``, which stores it transposed."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from veneer.base_model.sites.site import Site
+
+
+class LinearSite(Site):
+    """``nn.Linear``: the stored weight is canonical."""
+
+    matrix_input = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.stored.shape
+        return rows, columns
+
+    def canonical(self, stored: Tensor) -> Tensor:
+        return stored
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix
+
+    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return F.linear(x, matrix)
+
+    def base_with(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        # A subclass may do more than multiply.
+        if type(self.module).forward is nn.Linear.forward and len(args) == 1 and not kwargs:
+            return F.linear(args[0], weight, bias)
+        return super().base_with(weight, bias, *args, **kwargs)
+
+
+class Conv1DSite(LinearSite):
+    """GPT-2's ``Conv1D``: the stored weight is ``(in, out)``."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.stored.shape
+        return columns, rows
+
+    def canonical(self, stored: Tensor) -> Tensor:
+        return stored.T
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.T
+
+    def base_with(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        if is_plain_conv1d(self.module) and len(args) == 1 and not kwargs:
+            return F.linear(args[0], weight.T, bias)
+        return Site.base_with(self, weight, bias, *args, **kwargs)
+
+
+class _Conv1DType(type):
+    def __instancecheck__(cls, module: Any) -> bool:
+        found = sys.modules.get("transformers.pytorch_utils")
+        return found is not None and isinstance(module, found.Conv1D)
+
+
+class Conv1D(metaclass=_Conv1DType):
+    """Stands for the class in ``isinstance``."""
+
+
+def is_plain_conv1d(module: Any) -> bool:
+    """Whether a module is a ``Conv1D`` itself and no subclass of it, which may do more than multiply."""
+    found = sys.modules.get("transformers.pytorch_utils")
+    return found is not None and type(module) is found.Conv1D

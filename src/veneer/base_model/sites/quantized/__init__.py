@@ -1,0 +1,1 @@
+"""Layers whose weights are stored quantised, by the library that packed them."""

@@ -1,0 +1,135 @@
+"""Linear layers whose weight another library has packed (quantised), and which multiply with it by themselves.
+
+An adapter acts beside such a layer. Its weight is a matrix only while somebody asks for it: DoRA for its rows' lengths,
+a merge for its sum. A merge puts another layer in its place, since a packed weight cannot hold every change.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.offload import without_hook
+from veneer.base_model.sites.site import Site
+from veneer.errors import UnsupportedError
+
+# Where a packed layer, or its weight, is defined -> who packs it. Recognised by name: nothing is imported.
+_LIBRARIES = {
+    "bitsandbytes": "bitsandbytes",
+    "torchao": "torchao",
+    "hqq": "HQQ",
+    "gptqmodel": "GPTQ",
+    "auto_gptq": "GPTQ",
+    "awq": "AWQ",
+    "aqlm": "AQLM",
+    "eetq": "EETQ",
+    "vptq": "VPTQ",
+    "spqr_quant": "SpQR",
+    "compressed_tensors": "compressed-tensors",
+    "optimum": "quanto",
+    "transformers.integrations.gguf": "GGUF",
+    "transformers.integrations.bitnet": "BitNet",
+    "transformers.integrations.higgs": "HIGGS",
+    "transformers.integrations.fbgemm_fp8": "FBGEMM",
+    "transformers.integrations.finegrained_fp8": "fine-grained FP8",
+}
+
+
+class PackedSite(LinearSite):
+    """``y = W x + b`` with a packed ``W``, shape ``(out, in)``."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        layer: Any = self.module
+        return layer.out_features, layer.in_features
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return self.shape
+
+    def base_with(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        x = args[0]
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def store(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+        raise UnsupportedError(
+            f"{self.name} ({type(self.module).__name__}): its weight is packed and cannot be replaced in place.",
+            hint='Use a start that leaves the base alone, or merge with into="dequantized".',
+        )
+
+    def weight(self) -> Tensor:
+        """The weight as a float32 matrix, unpacked anew at each call."""
+        if self.stored.is_meta:
+            raise UnsupportedError(
+                f"{self.name}: its packed weight is offloaded and cannot be unpacked.",
+                hint="Load the base without offloading (max_memory, device_map).",
+            )
+        return self.unpacked()
+
+    @abstractmethod
+    def unpacked(self) -> Tensor:
+        """What the library makes of the packed weight, float32."""
+
+    @abstractmethod
+    def packed(self, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
+        """A layer of this kind that holds a float32 ``weight``, packed with this one's own settings."""
+
+    def plain(self, weight: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> nn.Module:
+        """A layer of the class that this one took the place of, which holds ``weight``, shape ``(out, in)``."""
+        # transformers keeps the class, and a saved model is one of it again: GPT-2's has its weight transposed.
+        own: Any = getattr(self.module, "source_cls", nn.Linear)
+        turned = own.__name__ == "Conv1D"
+        outputs, inputs = weight.shape
+        with torch.device("meta"):
+            layer: nn.Module = own(outputs, inputs) if turned else nn.Linear(inputs, outputs, bias=bias is not None)
+        layer.weight = nn.Parameter((weight.T if turned else weight).to(dtype).contiguous(), requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        return layer.train(self.module.training)
+
+
+def packer(module: nn.Module) -> str | None:
+    """Who packed a layer's weight; ``None`` for one that is not packed."""
+    weight = module._parameters.get("weight")
+    kinds = (*type(module).__mro__, *(() if weight is None else type(weight).__mro__))
+    return next((library for kind in kinds if (library := _library(kind.__module__)) is not None), None)
+
+
+@cache
+def _library(origin: str) -> str | None:
+    """Which of the libraries that pack weights a Python module belongs to."""
+    return next((lib for place, lib in _LIBRARIES.items() if origin == place or origin.startswith(place + ".")), None)
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why a packed layer without a site cannot carry an adapter, and the way out; ``None`` for other layers."""
+    library = packer(module)
+    if library is None:
+        return None
+    return (
+        f"its weight is packed by {library} in a form that Veneer does not read; load the base in its original "
+        "precision, dequantised (transformers: model.dequantize()), or quantised by bitsandbytes, torchao or HQQ"
+    )
+
+
+def blank_copy(module: nn.Module, bias: nn.Parameter | None) -> nn.Module:
+    """A copy of a layer with its settings and another bias, its weight to be set; no hook comes along."""
+    own = copy.copy(module)
+    state = own.__dict__
+    state["_parameters"] = {**module._parameters, "bias": bias}
+    return without_hook(own)
+
+
+def dequantised_bias(site: Site) -> nn.Parameter | None:
+    """A layer's bias where the library keeps it as a plain tensor."""
+    bias = cast("Tensor | None", getattr(site.module, "bias", None))
+    if bias is None or isinstance(bias, nn.Parameter):
+        return bias
+    return nn.Parameter(bias.detach(), requires_grad=False)

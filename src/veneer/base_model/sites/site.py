@@ -1,0 +1,215 @@
+"""One face for every kind of base layer that can carry an adapter.
+
+A weight is *canonical* as a matrix ``(out, in)``, whatever its layer stores. A site is that view of one live
+parameter of a layer; the layer itself is left as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from veneer.base_model.sites import offload
+from veneer.errors import UnsupportedError
+from veneer.patches.patch import Patch
+
+
+class Site(ABC):
+    """One parameter of a base layer, ``y = W x + b``, that an adapter changes.
+
+    Args:
+        name: the layer's name in the base model.
+        module: the live layer.
+        parameter: the weight's name in the layer, dotted if it lies in a child.
+        key: where the adapter's tensors lie in a checkpoint; the layer's name in most cases.
+
+    Attributes:
+        channel: the dimension of the layer's output that has ``out`` entries.
+        matrix_input: whether the layer's input is ``(..., in)``, so that a factor can be applied to it.
+        products: whether :meth:`product` is possible; without it a patch is applied through the whole weight.
+        shift_only: whether a patch can only move the bias here.
+    """
+
+    channel: ClassVar[int] = -1
+    matrix_input: ClassVar[bool] = False
+    products: ClassVar[bool] = True
+    shift_only: ClassVar[bool] = False
+
+    def __init__(self, name: str, module: nn.Module, parameter: str = "weight", key: str | None = None) -> None:
+        self.name = name
+        self.module = module
+        self.parameter = parameter
+        self.key = name if key is None else key
+
+    @property
+    def id(self) -> str:
+        """What tells this site from every other of the model: its layer's name, for all but special parameters."""
+        return self.name if self.parameter == "weight" else f"{self.name}:{self.parameter}"
+
+    @property
+    def pattern_name(self) -> str:
+        """What ``rank_pattern`` and its like are matched with."""
+        return self.name
+
+    # -- the parameters ------------------------------------------------------------------------------------
+
+    @property
+    def stored(self) -> nn.Parameter:
+        """The weight as the layer holds it."""
+        weight = _find(self.module, self.parameter)
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the weight as stored; of a packed one, as it would be."""
+        return tuple(self.stored.shape)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias, shape ``(out,)``, if the layer has one."""
+        bias = getattr(self.module, "bias", None)
+        return bias if isinstance(bias, nn.Parameter) else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes: an offloaded weight lies elsewhere between calls."""
+        hook = getattr(self.module, "_hf_hook", None)
+        execution = getattr(hook, "execution_device", None)
+        return self.stored.device if execution is None else torch.device(execution)
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """Canonical ``(out, in)``."""
+
+    @abstractmethod
+    def canonical(self, stored: Tensor) -> Tensor:
+        """A view of a stored weight as ``(out, in)``."""
+
+    @abstractmethod
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`canonical`."""
+
+    def weight(self) -> Tensor:
+        """The weight as a canonical matrix, in the dtype in which the layer holds it."""
+        return self.canonical(self.resident(self.stored, self.parameter).detach())
+
+    def resident(self, tensor: Any, name: str, *, below: bool = False) -> Any:
+        """A parameter of the layer, its values on the device where it computes: see :func:`.offload.resident`."""
+        return tensor if tensor is None else offload.resident(self.module, name, tensor, below=below)
+
+    def store(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+        """Put parameters (as stored) into the layer. Another layer that shares the old ones keeps them."""
+        if offload.offloading_hook(self.module) is not None:
+            offload.lay_over(self.module, self.parameter, weight)
+        else:
+            _replace(self.module, self.parameter, weight)
+        if bias is not None or self.bias is not None:
+            self.store_bias(bias)
+
+    def store_bias(self, bias: nn.Parameter | None) -> None:
+        """Put a bias into the layer, or take its own away."""
+        if offload.offloading_hook(self.module) is not None:
+            offload.lay_over(self.module, "bias", bias)
+        else:
+            self.module.register_parameter("bias", bias)
+
+    # -- applying ------------------------------------------------------------------------------------------
+
+    def base(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own output."""
+        return self.module(*args, **kwargs)
+
+    def base_with(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        """The layer's output with another weight (as stored) and bias. Other threads do not see them."""
+        tensors = {self.parameter: weight}
+        if self.bias is not None or bias is not None:
+            tensors["bias"] = bias  # type: ignore[assignment]
+        return call_with(self.module, tensors, *args, **kwargs)
+
+    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """What ``matrix``, shape ``(rows, in)``, makes of the layer's input: its output without bias, of ``rows``."""
+        raise NotImplementedError(f"{type(self).__name__} has no product")
+
+    def mix(self, hidden: Tensor, matrix: Tensor) -> Tensor:
+        """``matrix``, shape ``(out, rows)``, applied to what :meth:`product` gave."""
+        return nn.functional.linear(hidden, matrix)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether there are changes of the layer's output that no weight of it can hold."""
+        return False
+
+    def in_weight(self, patch: Patch) -> Patch:
+        """``patch`` in a form that changes the layer's weight: itself, but on a :attr:`narrow` layer.
+
+        Raises:
+            MergeError: no weight of the layer can hold it.
+        """
+        return patch
+
+    def vectors(self, places: Tensor, table: Tensor, padding: int | None) -> Tensor:
+        """What the layer makes of rows of ``table``, of which ``padding`` gets no gradient; of an embedding alone."""
+        raise NotImplementedError(f"{type(self).__name__} looks up no rows")
+
+    def expand(self, vector: Tensor, output: Tensor) -> Tensor:
+        """A vector ``(out,)`` in the shape that broadcasts over the layer's output."""
+        if self.channel == -1:
+            return vector
+        return vector.view(-1, *[1] * (output.ndim - self.channel - 1))
+
+
+def call_with(module: nn.Module, tensors: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
+    """Call a module with other tensors in the place of its parameters, leaving the module alone.
+
+    A shallow copy is called, so that threads do not see each other's tensors. A module whose ``forward`` a hook has
+    replaced is bound to itself, and takes torch's own way instead; but a hook that brings the module's weights would
+    bring them in the given ones' place, so it is left out.
+    """
+    if offload.offloading_hook(module) is not None:
+        own = copy_with(module, {**offload.own_tensors(module), **tensors})
+        return offload.without_hook(own)(*args, **kwargs)
+    if "forward" in module.__dict__:
+        return functional_call(module, {k: v for k, v in tensors.items() if v is not None}, args, kwargs)
+    return copy_with(module, tensors)(*args, **kwargs)
+
+
+def copy_with(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Module:
+    """A shallow copy of a module with other tensors in the place of its parameters."""
+    own = copy.copy(module)
+    own.__dict__["_parameters"] = parameters = dict(module._parameters)
+    own.__dict__["_modules"] = modules = dict(module._modules)
+    for name, tensor in tensors.items():
+        head, _, rest = name.partition(".")
+        if rest:
+            child = modules[head]
+            assert child is not None
+            modules[head] = copy_with(child, {rest: tensor})
+        else:
+            parameters[name] = tensor  # type: ignore[assignment]
+    return own
+
+
+def _find(module: nn.Module, parameter: str) -> Any:
+    owner, _, leaf = parameter.rpartition(".")
+    return getattr(module.get_submodule(owner) if owner else module, leaf)
+
+
+def _replace(module: nn.Module, parameter: str, value: nn.Parameter) -> None:
+    owner, _, leaf = parameter.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, value)
+
+
+def unsupported(site: Site, what: str) -> UnsupportedError:
+    """The error for something that cannot be done on a kind of layer."""
+    return UnsupportedError(
+        f"{site.name} ({type(site.module).__name__}): {what} is not defined on this kind of layer.",
+        hint="Leave the layer out with exclude_modules, or turn the option off.",
+    )

@@ -1,0 +1,34 @@
+"""Parameters that are vectors, seen as a matrix of one column."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from veneer.base_model.sites.site import Site
+
+
+class ColumnSite(Site):
+    """A vector of shape ``(out,)``, canonically ``(out, 1)``."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.stored.shape[0], 1
+
+    def canonical(self, stored: Tensor) -> Tensor:
+        return stored.unsqueeze(1)
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.squeeze(1)
+
+
+class NormSite(ColumnSite):
+    """A norm. It uses its weight inside its own ``forward``, so a patch acts through the whole changed weight."""
+
+    products = False
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm by its form: nothing in it but a vector as weight, and perhaps a bias."""
+    own, weight = set(module._parameters), module._parameters.get("weight")
+    plain = own <= {"weight", "bias"} and not module._modules and not module._buffers
+    return plain and weight is not None and weight.ndim == 1 and weight.is_floating_point()

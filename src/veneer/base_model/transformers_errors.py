@@ -1,0 +1,71 @@
+"""What transformers raises, told as an error of the input that it was given; what it would ask, answered with no."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from veneer.errors import VeneerError
+from veneer.printing import first_line
+
+# How many blocks are under way in which transformers must not ask, and how long it waits for an answer elsewhere.
+_lock = threading.Lock()
+_unasked = 0
+_patience: Any = None
+
+
+@contextmanager
+def transformers_errors_as(kind: type[VeneerError], what: str, hint: str) -> Iterator[None]:
+    """Turn whatever transformers raises inside the ``with`` block into one error, and let it ask nothing there.
+
+    Args:
+        kind: of the error.
+        what: cannot be done; the first line of transformers' own text follows it.
+        hint: how to mend it.
+
+    Raises:
+        kind: for any exception but Veneer's own and the lack of memory.
+    """
+    try:
+        with _without_questions():
+            yield
+    except (VeneerError, MemoryError):
+        raise
+    except BaseException as error:  # whatever transformers makes of a config or of weights that it cannot use
+        if not isinstance(error, Exception) and not _is_panic(error):
+            raise
+        raise kind(f"{what}: {first_line(error).rstrip('.')}.", hint=hint) from error
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether it comes from a library in Rust, such as tokenizers, which failed: no ``Exception`` to Python."""
+    return type(error).__name__ == "PanicException"
+
+
+@contextmanager
+def _without_questions() -> Iterator[None]:
+    """Have transformers refuse code that comes with a checkpoint where it would ask on the terminal whether to run it.
+
+    ``trust_remote_code=False`` does not reach the configs inside of a config, about which it asks all the same. With
+    no time for an answer it refuses at once.
+    """
+    from transformers import dynamic_module_utils as asking
+
+    global _unasked, _patience
+    with _lock:
+        if not _unasked:
+            _patience, asking.TIME_OUT_REMOTE_CODE = asking.TIME_OUT_REMOTE_CODE, 0
+        _unasked += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _unasked -= 1
+            if not _unasked:
+                asking.TIME_OUT_REMOTE_CODE = _patience
+
+
+# What to do where transformers cannot make a model.
+ANOTHER_CLASS = "`veneer inspect` tells what is there; task= chooses another class."

@@ -1,0 +1,1 @@
+"""Deciding: what the measurements say about merging."""

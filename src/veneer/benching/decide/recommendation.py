@@ -1,0 +1,286 @@
+"""From measured figures to a recommendation, in numbers and in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from veneer.benching import formats
+from veneer.benching.decide.cost_model import (
+    BreakEven,
+    MeasuredCosts,
+    Requirements,
+    ServingPlan,
+    Speed,
+    break_even,
+    choose,
+    plans,
+)
+from veneer.benching.measure.statistics import ENOUGH, ratios, spread
+from veneer.benching.result import Fidelity, Figure, Recommendation, Setup, find
+
+# The smallest gain that is called one, however quiet the machine was.
+LEAST_MARGIN = 0.02
+# From here on the noise itself is worth a word.
+NOISY = 0.1
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The figures of a run, by what they are of.
+
+    Attributes:
+        figures: all of them.
+        setup: what was measured.
+    """
+
+    figures: Sequence[Figure]
+    setup: Setup
+
+    @property
+    def step(self) -> str:
+        """The quantity that a model repeats: a decode step, or a forward pass."""
+        return "forward" if self.setup.kind == "forward" else "decode"
+
+    @property
+    def length(self) -> int:
+        """The length that the recommendation is for: the longest."""
+        return max(self.setup.lengths, default=0)
+
+    def samples(self, quantity: str, variant: str, batch: int = 0, length: int = 0) -> tuple[float, ...]:
+        """What was measured, in order; empty when it was not."""
+        figure = find(self.figures, quantity, variant, batch, length)
+        return figure.samples if figure else ()
+
+    def median(self, quantity: str, variant: str, batch: int = 0, length: int = 0) -> float:
+        """The median; zero when it was not measured."""
+        values = self.samples(quantity, variant, batch, length)
+        return spread(values).median if values else 0.0
+
+    def speed(self, variant: str, several: str | None = None) -> Speed:
+        """A step of a variant, by rows; ``several`` names the one that takes its place from two rows on."""
+        kinds = {b: several if several and b > 1 else variant for b in self.setup.batch}
+        points = {b: self.median(self.step, kind, b, self.length) for b, kind in kinds.items()}
+        return Speed.through(points)
+
+    def first(self, variant: str) -> float:
+        """Seconds of the machine until a request has its first token."""
+        batch = min(self.setup.batch)
+        return self.median("first", variant, batch, self.length) / batch
+
+    @property
+    def steps(self) -> int:
+        """How many steps a request takes after its first token."""
+        return 1 if self.setup.kind == "forward" else self.setup.new_tokens - 1
+
+    def requests(self, variant: str, batch: int) -> list[float]:
+        """Seconds of a whole request, round by round."""
+        first, step = (self.samples(quantity, variant, batch, self.length) for quantity in ("first", self.step))
+        return [a + self.steps * b for a, b in zip_longest(first, step, fillvalue=0.0)]
+
+    def noise(self) -> float:
+        """How far the ratio of unmerged to merged may be off, as a share; at least ``LEAST_MARGIN``.
+
+        Of whole requests, as the plans weigh them: a part that scatters counts by its share of a request's time.
+        """
+        spreads = [
+            spread(found).relative
+            for batch in self.setup.batch
+            if (found := ratios(self.requests("unmerged", batch), self.requests("merged", batch)))
+        ]
+        return max([LEAST_MARGIN, *spreads])
+
+
+def measured(figures: Figures) -> MeasuredCosts:
+    """What the cost model needs of a run."""
+    setup, several = figures.setup, len(figures.setup.adapters) > 1
+    shared = figures.speed("switching", "mixed") if several else figures.speed("unmerged")
+    base = figures.median("weights", "base")
+    return MeasuredCosts(
+        first={
+            "merged": figures.first("merged"),
+            "unmerged": figures.first("unmerged"),
+            "shared": figures.first("switching" if several else "unmerged"),
+        },
+        step={"merged": figures.speed("merged"), "unmerged": figures.speed("unmerged"), "shared": shared},
+        steps=figures.steps,
+        attach=figures.median("attach", "unmerged"),
+        merge=figures.median("merge", "merged"),
+        runtime=max(round(figures.median("serving", "base") - base), 0),
+        base=round(base),
+        merged=round(figures.median("weights", "merged")),
+        kept=round(figures.median("weights", "kept")),
+        adapters={a.name: round(figures.median("weights", f"adapter {a.name}")) for a in setup.adapters},
+    )
+
+
+def recommend(
+    setup: Setup,
+    figures: Sequence[Figure],
+    fidelity: Sequence[Fidelity],
+    needs: Requirements,
+    warnings: Sequence[str] = (),
+) -> Recommendation:
+    """Weigh the plans for serving the adapters.
+
+    Args:
+        setup: what was measured.
+        figures: every figure.
+        fidelity: of each adapter.
+        needs: what is asked for; its margin is replaced by the measurement's noise.
+        warnings: what loading had to say.
+    """
+    found = Figures(figures, setup)
+    margin = found.noise()
+    numbers = measured(found)
+    weighed = plans(numbers, needs)
+    chosen = choose(weighed, margin)
+    other = chosen if chosen.merged else _rival(weighed)
+    even = break_even(numbers, weighed[0], other)
+    verdict = _Verdict(weighed, chosen, other, even, needs, margin)
+    return Recommendation(
+        decision=verdict.decision,
+        headline=verdict.headline(),
+        reasons=tuple(verdict.reasons(setup)),
+        cautions=(*verdict.cautions(setup), *_cautions(setup, fidelity, margin), *warnings),
+        plans=tuple(weighed),
+        chosen=weighed.index(chosen),
+        compared=weighed.index(other),
+        break_even=even,
+        traffic=dict(needs.traffic),
+        memory=needs.memory,
+        requests_per_change=needs.requests_per_change if math.isfinite(needs.requests_per_change) else None,
+        in_flight=needs.in_flight,
+        margin=margin,
+    )
+
+
+def _rival(weighed: Sequence[ServingPlan]) -> ServingPlan:
+    """The best plan that merges: of those that fit, if any does."""
+    merging = [plan for plan in weighed if plan.merged]
+    return min([plan for plan in merging if plan.fits] or merging, key=lambda plan: plan.cost)
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """A choice among plans, about to be put into words."""
+
+    weighed: Sequence[ServingPlan]
+    chosen: ServingPlan
+    other: ServingPlan
+    even: BreakEven
+    needs: Requirements
+    margin: float
+
+    @property
+    def decision(self) -> str:
+        """What is recommended, as a word for scripts."""
+        if not self.chosen.merged:
+            return "unmerged"
+        return "merge-hottest" if self.chosen.unmerged else "merge"
+
+    def headline(self) -> str:
+        """What is recommended, as a sentence."""
+        merged, unmerged = self.chosen.merged, self.chosen.unmerged
+        if not merged:
+            return f"Leave {formats.listed(unmerged)} unmerged" + (", on one base." if len(unmerged) > 1 else ".")
+        if not unmerged:
+            return f"Merge {formats.listed(merged)}" + (", each into a model of its own." if merged[1:] else ".")
+        base = " on one base" if len(unmerged) > 1 else ""
+        return f"Merge {formats.listed(merged)}, and leave {formats.listed(unmerged)} unmerged{base}."
+
+    def reasons(self, setup: Setup) -> list[str]:
+        """Why, in numbers."""
+        return [self._gain(setup), self._break_even(), *self._memory()]
+
+    def _gain(self, setup: Setup) -> str:
+        stay, other = self.weighed[0], self.other
+        gain = 1 - other.request / stay.request if stay.request else 0.0
+        text = (
+            f"{_request(setup, self.needs)} takes {formats.seconds(stay.request)} of the machine with everything "
+            f"unmerged, and {formats.seconds(other.request)} with {formats.listed(other.merged)} merged"
+        )
+        if gain <= 0:
+            return f"{text}: merging saves nothing."
+        text += f": {formats.percent(gain)} less"
+        return (
+            f"{text}, which is within the noise of {formats.percent(self.margin)}."
+            if gain <= self.margin
+            else f"{text}."
+        )
+
+    def _break_even(self) -> str:
+        merges = f"Merging {formats.listed(self.other.merged)} takes {formats.seconds(self.even.merges)}"
+        if self.even.requests is None:
+            return f"{merges}, and is never earned back."
+        text = (
+            f"{merges} and saves {formats.seconds(self.even.saving)} a request: it is earned back after "
+            f"{formats.count(max(math.ceil(self.even.requests), 1), 'request')}"
+        )
+        every = self.needs.requests_per_change
+        if math.isinf(every):
+            return f"{text}."
+        return f"{text}, and the adapters change every {formats.count(every, 'request')}."
+
+    def _memory(self) -> list[str]:
+        budget = formats.nbytes(self.needs.memory)
+        found = [f"It needs about {formats.nbytes(self.chosen.memory)} of {budget} of memory."]
+        cheaper = [p for p in self.weighed if not p.fits and p.cost < self.chosen.cost * (1 - self.margin)]
+        if self.chosen.fits and cheaper:
+            best = min(cheaper, key=lambda plan: plan.cost)
+            less = formats.percent(1 - best.cost / self.chosen.cost)
+            found.append(
+                f"With {formats.listed(best.merged)} merged a request would cost {less} less, and that needs "
+                f"{formats.nbytes(best.memory)}."
+            )
+        return found
+
+    def cautions(self, setup: Setup) -> list[str]:
+        """What limits the choice."""
+        found = []
+        if not self.chosen.fits:
+            found.append(
+                f"No way of serving the adapters fits into {formats.nbytes(self.needs.memory)}; this one needs least."
+            )
+        if self.needs.in_flight > max(setup.batch):
+            found.append(
+                f"{self.needs.in_flight} requests in flight are more than the largest batch measured, "
+                f"{max(setup.batch)}: the figures are extended in a straight line."
+            )
+        return found
+
+
+def _request(setup: Setup, needs: Requirements) -> str:
+    """What a request is, as the beginning of a sentence."""
+    length = f" of {max(setup.lengths)} tokens" if setup.lengths else ""
+    answer = "" if setup.kind == "forward" else f" with {setup.new_tokens} new ones"
+    together = f", {needs.in_flight} in flight," if needs.in_flight > 1 else ""
+    return f"A request{length}{answer}{together}"
+
+
+def _cautions(setup: Setup, fidelity: Sequence[Fidelity], margin: float) -> list[str]:
+    found = [
+        f"{one.adapter}: merged, {formats.listed(_differences(one))} as unmerged; {setup.dtype} rounds the merged "
+        f"weights."
+        for one in fidelity
+        if _differences(one)
+    ]
+    if setup.repeats < ENOUGH:
+        found.append(f"Measured {formats.count(setup.repeats, 'time')}: too few to tell noise. --repeats 5 or more.")
+    if margin > NOISY:
+        found.append(
+            f"The figures scatter by {formats.percent(margin)}: other work may have been going on. Measure again on a "
+            "machine that is left alone, or with more --repeats."
+        )
+    return found
+
+
+def _differences(one: Fidelity) -> list[str]:
+    found = []
+    if one.agreement is not None and one.agreement < 1:
+        found.append(f"{formats.percent(one.agreement)} of the likeliest choices")
+    if one.same_texts is not None and one.same_texts < one.prompts:
+        found.append(f"{one.same_texts} of {one.prompts} greedy answers")
+    return [*found[:-1], f"{found[-1]} are"] if found else []

@@ -1,0 +1,104 @@
+"""Which adapters are to be measured, and on which base: from the paths that were given, before torch loads anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from veneer.errors import BaseModelError, ConfigError
+from veneer.files import adapter_folders
+from veneer.files.adapter_folders import DEFAULT
+from veneer.files.names import ADAPTER_CONFIG, ADAPTER_STEM, MODEL_CONFIG
+from veneer.files.resolve import resolve
+from veneer.files.source import Source
+from veneer.files.weight_files import weight_files
+
+
+@dataclass(frozen=True)
+class AdapterInput:
+    """An adapter to be measured.
+
+    Attributes:
+        name: by which it is told from the others.
+        origin: as it was asked for.
+        root: its folder here.
+        nbytes: of its weights on disk.
+    """
+
+    name: str
+    origin: str
+    root: Path
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What was given.
+
+    Attributes:
+        entry: what :func:`veneer.load` is to load, with ``base``.
+        base: the base; ``None`` for the one that the adapters name.
+        adapters: at least one.
+    """
+
+    entry: str
+    base: str | None
+    adapters: tuple[AdapterInput, ...]
+
+
+def take_stock(
+    path: str | Path, base: str | Path | None, adapters: Sequence[str | Path], local_files_only: bool = False
+) -> Inventory:
+    """Find the adapters.
+
+    Args:
+        path: an adapter, a set of adapters, or a base model.
+        base: the base of an adapter or a set.
+        adapters: further adapters' paths; for a set also names of its members, which then are all that is taken of it.
+        local_files_only: use no network.
+
+    Raises:
+        SourceError: there is nothing at one of the paths. ConfigError: there is no adapter among them.
+    """
+    source = resolve(path, local_files_only=local_files_only)
+    members = {m.name: m.source for m in adapter_folders.members(source)}
+    chosen = [str(name) for name in adapters if str(name) in members]
+    more = [resolve(p, what="adapter", local_files_only=local_files_only) for p in adapters if str(p) not in chosen]
+    own = {name: members[name] for name in chosen or members}
+    entry = str(path)
+    if not members and source.has(MODEL_CONFIG) and not source.has(ADAPTER_CONFIG):
+        if base is not None:
+            raise BaseModelError(f"{path} is a full model; it takes no base.", hint="Leave --base out.")
+        if not more:
+            raise ConfigError(
+                f"{path} is a full model without adapters: there is nothing to merge.",
+                hint="Give an adapter's path, or name some with --adapters.",
+            )
+        base, entry = path, str(more[0].root)
+    elif not members:
+        own = {_name(source): source}
+    found = [*own.items(), *((_name(one), one) for one in more)]
+    names = _unique([name for name, _ in found])
+    given = [_given(name, one) for name, (_, one) in zip(names, found, strict=True)]
+    return Inventory(entry, None if base is None else str(base), tuple(given))
+
+
+def _given(name: str, source: Source) -> AdapterInput:
+    # What is wrong with a damaged adapter is told when it is loaded.
+    files = weight_files(source, ADAPTER_STEM) if source.has(ADAPTER_CONFIG) else []
+    return AdapterInput(name, source.origin, source.root, sum(file.stat().st_size for file in files))
+
+
+def _name(source: Source) -> str:
+    """An adapter's name: its folder's, without the dots that a name cannot have."""
+    return Path(source.origin.rstrip("/")).name.replace(".", "_") or DEFAULT
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """The names, those that come again numbered: ``a``, ``a-2``."""
+    found: list[str] = []
+    for name in names:
+        candidates = (name, *(f"{name}-{number}" for number in range(2, len(names) + 2)))
+        found.append(next(candidate for candidate in candidates if candidate not in found))
+    return found

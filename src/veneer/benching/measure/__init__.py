@@ -1,0 +1,1 @@
+"""Measuring: workloads, rounds, fresh processes, statistics."""

@@ -1,0 +1,102 @@
+"""How far merged answers are from unmerged ones: both are right, and a merge rounds to the weights' dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.benching.measure.models_compared import ModelsCompared
+from veneer.benching.measure.workloads import Inputs, Workload
+from veneer.benching.result import Fidelity
+
+# A longer answer says no more about fidelity.
+_TOKENS = 32
+
+
+@dataclass
+class _Tally:
+    """What comparisons add up to."""
+
+    drift: float = 0.0
+    off: float = 0.0
+    effect: float = 0.0
+    positions: int = 0
+    agreeing: int | None = 0
+    texts: list[bool] = field(default_factory=list)
+
+    def add(self, base: Tensor, unmerged: Tensor, merged: Tensor, likeliest: bool) -> None:
+        """Take in the outputs of one input; the last dimension is the vocabulary, or classes."""
+        gap = (merged - unmerged).abs()
+        self.drift = max(self.drift, float(gap.max() / unmerged.abs().max().clamp_min(1e-30)))
+        self.off += float(gap.sum())
+        self.effect += float((unmerged - base).abs().sum())
+        self.positions += unmerged[..., 0].numel()
+        if likeliest and self.agreeing is not None:
+            self.agreeing += int((merged.argmax(-1) == unmerged.argmax(-1)).sum())
+        else:
+            self.agreeing = None
+
+
+@torch.inference_mode()
+def fidelity(subjects: ModelsCompared, adapter: str, new_tokens: int) -> Fidelity:
+    """Compare one adapter merged with the same unmerged, on every question.
+
+    A model that generates is compared along its own unmerged answer, so that one close call does not make all that
+    follows differ; whole greedy answers are compared beside that.
+    """
+    model, workload = subjects.several, subjects.workload
+    tokens = min(new_tokens, _TOKENS)
+    tally = _Tally()
+    model.set_adapter(adapter)
+    answers = _answers(model, subjects, tokens)
+    fed = [_along(workload, row, answer) for row, answer in zip(subjects.questions, answers, strict=True)]
+    unmerged = [outputs(model, row)[0] for row in fed]
+    model.merge_adapter([adapter])
+    try:
+        for row, before in zip(fed, unmerged, strict=True):
+            after, likeliest = outputs(model, row)
+            tally.add(outputs(subjects.base, row)[0], before, after, likeliest)
+        again = _answers(model, subjects, tokens)
+    finally:
+        model.unmerge_adapter()
+    same = [a is not None and torch.equal(a, b) for a, b in zip(answers, again, strict=True)]
+    return Fidelity(
+        adapter=adapter,
+        prompts=len(fed),
+        positions=tally.positions,
+        drift=tally.drift,
+        share_of_effect=tally.off / tally.effect if tally.effect else 0.0,
+        agreement=None if tally.agreeing is None else tally.agreeing / tally.positions,
+        same_texts=sum(same) if workload.decodes else None,
+    )
+
+
+def outputs(model: Any, inputs: Inputs) -> tuple[Tensor, bool]:
+    """What a forward pass gives, in float32, and whether its last dimension is a choice among tokens or classes."""
+    found = model(**inputs)
+    for name in ("logits", "start_logits"):
+        if isinstance(found.get(name), Tensor):
+            return found[name].float(), True
+    hidden = found.get("last_hidden_state")
+    return (hidden if isinstance(hidden, Tensor) else next(v for v in found.values() if isinstance(v, Tensor))), False
+
+
+def _answers(model: Any, subjects: ModelsCompared, tokens: int) -> Sequence[Any]:
+    """The greedy answer to each question, its prompt included as ``generate`` has it; ``None`` without decode."""
+    if not subjects.workload.decodes:
+        return [None] * len(subjects.questions)
+    options = {"max_new_tokens": tokens, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
+    return [model.generate(**row, **options) for row in subjects.questions]
+
+
+def _along(workload: Workload, row: Inputs, answer: Tensor | None) -> Inputs:
+    """The inputs of a forward pass over a question and its answer."""
+    if answer is None:
+        return row
+    if workload.kind == "seq2seq":
+        return {**row, "decoder_input_ids": answer}
+    return {"input_ids": answer, "attention_mask": torch.ones_like(answer)}

@@ -1,0 +1,139 @@
+"""An adapter on disk: opened by its header, used where it lies, written whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from veneer.configs.base import PeftConfig
+from veneer.files.atomic_write import atomic_write, flush, writing
+from veneer.files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from veneer.files.safetensors_header import Header, TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An adapter's config and header; tensors are read on demand.
+
+    Attributes:
+        origin: the path or id it was asked for by.
+        config: its config.
+        tensors: key -> dtype and shape, in the file's order.
+        metadata: the safetensors header's own.
+        notes: what was done to it since.
+    """
+
+    origin: str
+    config: PeftConfig
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    _headers: tuple[Header, ...] = field(repr=False)
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Key -> tensor, as it lies in the file: its dtype, its bytes. One of 8 bits is widened to float32."""
+        from veneer.checkpoints.mapped_tensors import read_mapped
+
+        wanted = set(keys)
+        found = (read_mapped(header, wanted) for header in self._headers)
+        return {key: _widened(tensor) for part in found for key, tensor in part.items()}
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """A tensor in a dtype that can be computed with: torch stores floating-point numbers of 8 bits and little more."""
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+
+
+@dataclass(frozen=True)
+class InMemoryCheckpoint(Checkpoint):
+    """An adapter whose tensors are in memory, laid out as a checkpoint."""
+
+    held: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Key -> tensor, as it is held."""
+        return {key: self.held[key] for key in keys}
+
+
+def in_memory_checkpoint(config: PeftConfig, tensors: Mapping[str, Tensor], origin: str) -> InMemoryCheckpoint:
+    """A checkpoint of tensors (key -> tensor) that lie in memory; ``origin`` says in errors where they come from."""
+    info = {
+        key: TensorInfo(key, str(t.dtype).removeprefix("torch."), tuple(t.shape), 0, t.nbytes)
+        for key, t in tensors.items()
+    }
+    return InMemoryCheckpoint(origin, config, info, {}, (), tensors)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An adapter that is to be written.
+
+    Attributes:
+        folder: made if it is missing; files of the same names are replaced.
+        config: written as it is, with ``inference_mode`` on.
+        tensors: checkpoint key -> tensor; written in its own dtype.
+        metadata: strings for the safetensors header, beside ``format``.
+    """
+
+    folder: Path
+    config: PeftConfig
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+
+
+def write_checkpoint(
+    folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write an adapter folder: see :class:`Draft` and :func:`replacing`."""
+    with replacing([Draft(folder, config, tensors, metadata)]):
+        pass
+
+
+@contextmanager
+def replacing(drafts: Sequence[Draft]) -> Iterator[None]:
+    """Write every file beside the old one, let the block run, and then put them in the old ones' places.
+
+    The old configs go first and the new ones come last: an adapter of which a part is another's has no config. What
+    fails before, in the block too, leaves the old adapters as they were.
+    """
+    with ExitStack() as stack:  # the last to enter is the first to take its place
+        for draft in drafts:
+            stack.enter_context(atomic_write(draft.folder / ADAPTER_CONFIG)).write_text(
+                draft.config.to_json(), encoding="utf-8"
+            )
+        for draft in drafts:
+            weights = stack.enter_context(atomic_write(draft.folder / ADAPTER_WEIGHTS))
+            _save_tensors(draft, weights)
+            flush(weights)
+        yield
+        for draft in drafts:
+            with writing(draft.folder / ADAPTER_CONFIG):
+                (draft.folder / ADAPTER_CONFIG).unlink(missing_ok=True)
+
+
+def _save_tensors(draft: Draft, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(apart(draft.tensors), path, metadata={"format": "pt", **draft.metadata})
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, each in memory of its own: one under two keys is written twice, as the format wants."""
+    own: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for key, tensor in tensors.items():
+        value = tensor.detach().contiguous().cpu()
+        own[key] = value.clone() if value.numel() and value.data_ptr() in places else value
+        places.add(value.data_ptr())
+    return own

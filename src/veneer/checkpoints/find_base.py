@@ -1,0 +1,149 @@
+"""Finds the base of an adapter: as given, as its config names it, or beside it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.checkpoints.checkpoint import Checkpoint
+from veneer.errors import BaseModelError, IncompleteCheckpointError, NotACheckpointError, PathNotFoundError, SourceError
+from veneer.files import adapter_folders
+from veneer.files.base_map import look_up
+from veneer.files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG
+from veneer.files.paths import exists, is_file
+from veneer.files.resolve import resolve
+from veneer.files.safetensors_header import read_header
+from veneer.files.source import Source
+from veneer.files.weight_files import weight_files
+
+
+@dataclass(frozen=True)
+class FoundBase:
+    """A base model's folder and why it is this one."""
+
+    source: Source
+    why: str
+
+
+def kind_of(source: Source, members: list[adapter_folders.Member]) -> str:
+    """What is at the path; an error that says what is missing when it is nothing loadable."""
+    model, adapter = source.has(MODEL_CONFIG), source.has(ADAPTER_CONFIG)
+    if members:
+        return "set of adapters"
+    if adapter:
+        return "model+adapter" if model else "adapter"
+    if model:
+        return "model"
+    if source.has(ADAPTER_WEIGHTS):
+        raise IncompleteCheckpointError(
+            f"{source.origin}: there is {ADAPTER_WEIGHTS} but no {ADAPTER_CONFIG}, so its scale is unknown.",
+            hint="Copy the config from where the adapter was trained.",
+        )
+    states = [p.name for p in source.root.glob("checkpoint-*") if is_file(p / ADAPTER_CONFIG)]
+    states.sort(key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
+    raise NotACheckpointError(
+        f"{source.origin}: neither a model ({MODEL_CONFIG}) nor an adapter ({ADAPTER_CONFIG}) is there.",
+        hint=f"It holds a trainer's checkpoints; load one, such as {source.origin}/{states[-1]}."
+        if states
+        else f"`veneer inspect {source.origin}` tells what is there.",
+    )
+
+
+# -- which base --------------------------------------------------------------------------------------------
+
+
+def find_base(
+    source: Source,
+    checkpoints: list[Checkpoint],
+    base: str | Path | None,
+    base_revision: str | None,
+    options: dict[str, Any],
+) -> FoundBase:
+    """The base of what is at ``source``: itself, the one asked for, or the one that its adapters name."""
+    if not checkpoints:
+        if base is not None:
+            raise BaseModelError(
+                f"{source.origin} is a full model; it takes no base.",
+                hint="Leave base= out, or give an adapter's path.",
+            )
+        return _checked(FoundBase(source, "the model itself"))
+    revision = base_revision or checkpoints[0].config.revision
+    if base is not None:
+        return _checked(FoundBase(_resolve_base(base, revision, options), "as given by base="))
+    return _named_base(source, checkpoints, revision, options)
+
+
+def _gguf_base(base: str | Path, file: str, revision: str | None, options: dict[str, Any]) -> FoundBase:
+    """A base that is a GGUF file; its folder needs no config."""
+    source = _resolve_base(base, revision, options)
+    if not source.has(file):
+        present = ", ".join(sorted(path.name for path in source.root.glob("*.gguf"))) or "none"
+        raise BaseModelError(f"{source.origin}: there is no {file}.", hint=f"GGUF files there: {present}.")
+    return FoundBase(source, f"its {file}, dequantised")
+
+
+def _resolve_base(base: str | Path, revision: str | None, options: dict[str, Any]) -> Source:
+    try:
+        return resolve(base, revision=revision, what="base", **options)
+    except PathNotFoundError as error:
+        raise BaseModelError(f"base={str(base)!r}: {error.message}", hint=error.hint) from error
+
+
+def _named_base(
+    source: Source, checkpoints: list[Checkpoint], revision: str | None, options: dict[str, Any]
+) -> FoundBase:
+    """The base that the adapters' configs name, wherever it is found."""
+    names = list(dict.fromkeys(c.config.base_model_name_or_path for c in checkpoints))
+    mend = f"Name it: veneer.load({source.origin!r}, base=...) or --base ..."
+    if len(names) > 1:
+        raise BaseModelError(f"{source.origin}: its adapters name different bases: {names}.", hint=mend)
+    if not names[0]:
+        raise BaseModelError(f"{source.origin}/{ADAPTER_CONFIG} names no base model.", hint=mend)
+    name = names[0]
+    tried = []
+    # Joining an absolute name to the folder gives the name itself, so that a path is never tried twice.
+    places = {str(source.root / name): "relative to the adapter's folder"}
+    places[name] = "named by the adapter's config"
+    moved = look_up(name)
+    if moved is not None:
+        places = {moved: f"where the base map says that {name} is"}
+    for place, why in sorted(places.items(), key=lambda item: not exists(Path(item[0]))):
+        try:
+            found = resolve(place, revision=revision, what="base", **options)
+        except SourceError as error:
+            tried.append(f"{place} ({error.message.rstrip('.')})")
+            continue
+        return _checked(FoundBase(found, why))
+    if source.has(MODEL_CONFIG):
+        why = f"the model beside the adapter; {name}, which its config names, was not found"
+        return _checked(FoundBase(source, why))
+    raise BaseModelError(f"The base of {source.origin}, {name}, was not found. Tried: {'; '.join(tried)}.", hint=mend)
+
+
+def _checked(base: FoundBase) -> FoundBase:
+    """Read the base's headers, so that a broken one is known before anything large is loaded."""
+    source = base.source
+    gguf = sorted(path.name for path in source.root.glob("*.gguf"))
+    if gguf and not any(source.root.glob("*.safetensors")):
+        raise BaseModelError(
+            f"{source.origin} holds its weights as GGUF ({gguf[0]}), which is read into memory only.",
+            hint=f'Load it by name: veneer.load(ADAPTER, base="{source.origin}", gguf_file="{gguf[0]}"); with '
+            "merge=True, its save_pretrained(OUT) writes the merged model.",
+        )
+    if not source.has(MODEL_CONFIG):
+        if source.has(ADAPTER_CONFIG):
+            own = source.json(ADAPTER_CONFIG).get("base_model_name_or_path")
+            raise BaseModelError(
+                f"{source.origin} is an adapter, not a base model.",
+                hint=f"Give the base that it was trained on ({own})." if own else "Give a full model's folder.",
+            )
+        raise BaseModelError(
+            f"{source.origin} is no full model: there is no {MODEL_CONFIG}.",
+            hint=f"`veneer inspect {source.origin}` tells what is there.",
+        )
+    source.json(MODEL_CONFIG)
+    for file in weight_files(source, "model"):
+        read_header(file)
+    return base

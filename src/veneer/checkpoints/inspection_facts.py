@@ -1,0 +1,119 @@
+"""What an inspection tells of a path: facts and problems, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that will keep the checkpoint from loading, or from doing what it says."""
+
+    code: str
+    message: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a checkpoint.
+
+    Attributes:
+        files: the files that hold them.
+        tensors: how many.
+        parameters: values in all of them.
+        nbytes: their bytes.
+        dtypes: dtype -> values of it.
+    """
+
+    files: list[str]
+    tensors: int
+    parameters: int
+    nbytes: int
+    dtypes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What an adapter's folder says.
+
+    Attributes:
+        peft_type: its method.
+        base: the base model that its config names.
+        base_revision: that base's revision.
+        base_digest: the digest of the base that it was trained on, where it is recorded.
+        task: what it is for.
+        ranks: rank -> number of layers that have it.
+        alpha: the config's ``lora_alpha``.
+        options: the method's options that are on, such as ``use_rslora``.
+        target_modules: as in the config.
+        modules_to_save: modules that it brings whole.
+        layers: how many layers it adapts; of SHADOW, blocks.
+        weights: its tensors; ``None`` when they cannot be read.
+        virtual_tokens: how many a prompt puts before the input or into the cache.
+    """
+
+    peft_type: str | None
+    base: str | None
+    base_revision: str | None
+    base_digest: str | None
+    task: str | None
+    ranks: dict[int, int]
+    alpha: float | None
+    options: dict[str, Any]
+    target_modules: list[str] | str | None
+    modules_to_save: list[str] | None
+    layers: int
+    weights: Weights | None
+    virtual_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a full model's folder says.
+
+    Attributes:
+        architecture: its class.
+        model_type: its family.
+        dtype: as its config says.
+        quantization: its quantisation config; ``None`` when it is not quantised.
+        tied_embeddings: whether its config ties input and output embeddings.
+        weights: its tensors; ``None`` when they cannot be read.
+    """
+
+    architecture: str | None
+    model_type: str | None
+    dtype: str | None
+    quantization: dict[str, Any] | None
+    tied_embeddings: bool | None
+    weights: Weights | None
+
+
+@dataclass(frozen=True)
+class PathFacts:
+    """What is at a path.
+
+    Attributes:
+        path: what was asked for.
+        kind: ``"model"``, ``"adapter"``, ``"model+adapter"`` or ``"unknown"``. A set of adapters in subfolders is
+            an ``"adapter"``.
+        adapter: the adapter at the root of the folder.
+        model: the full model at the root of the folder.
+        adapters: the adapters of a set: name -> the same for each.
+        commit: the hub commit.
+        problems: what is wrong.
+    """
+
+    path: str
+    kind: str
+    adapter: AdapterFacts | None = None
+    model: ModelFacts | None = None
+    adapters: Mapping[str, PathFacts] = field(default_factory=dict)
+    commit: str | None = None
+    problems: tuple[Problem, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON types."""
+        return asdict(self)

@@ -1,0 +1,174 @@
+"""Chooses the transformers class, the dtype and the number of labels that a base is loaded with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from veneer.checkpoints.checkpoint import Checkpoint
+from veneer.checkpoints.closeness import Closeness
+from veneer.configs.names import HEADS, TaskType
+from veneer.errors import BaseModelError, ConfigError, VeneerError
+from veneer.files.names import MODEL_CONFIG
+from veneer.files.source import Source
+from veneer.files.tensor_keys import PREFIX, SHARED_PREFIX
+
+# task -> the transformers class that builds it when the base's own class is for another task.
+TASK_CLASSES = {
+    TaskType.CAUSAL_LM.value: "AutoModelForCausalLM",
+    TaskType.SEQ_2_SEQ_LM.value: "AutoModelForSeq2SeqLM",
+    TaskType.SEQ_CLS.value: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS.value: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS.value: "AutoModelForQuestionAnswering",
+    TaskType.FEATURE_EXTRACTION.value: "AutoModel",
+    "IMAGE_CLASSIFICATION": "AutoModelForImageClassification",
+    "SPEECH_SEQ_2_SEQ": "AutoModelForSpeechSeq2Seq",
+    "IMAGE_TEXT_TO_TEXT": "AutoModelForImageTextToText",
+}
+
+
+def class_for(
+    source: Source,
+    config: dict[str, Any],
+    checkpoints: Sequence[Checkpoint],
+    task: str | None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The class that a base is built as for its adapters.
+
+    Adapters of vision-language models mostly say CAUSAL_LM, and Whisper's SEQ_2_SEQ_LM: where the base's type has no
+    class for an adapter's task, or that class lacks layers that the base's own has, its own is taken.
+
+    Args:
+        source: the base.
+        config: its config.
+        checkpoints: the adapters; the first that names a task decides.
+        task: asked for by the caller; it decides instead.
+        trust_remote_code: run code that comes with the base.
+
+    Raises:
+        ConfigError: the task is unknown. BaseModelError: the base names no class, or has none for ``task``.
+    """
+    if task is not None:
+        kind = _class_of(config, task, source.origin)
+        _check_has_class(config, task, source.origin)
+        return kind
+    wanted = task_of(checkpoints)
+    kind, own = _class_of(config, wanted, source.origin), _own_class(config)
+    if wanted is None or own is None or kind is own or "auto_map" in config:
+        return kind
+    if not _classes(config, wanted):
+        return own
+    if HEADS.get(wanted):  # which no other class has
+        return kind
+    fit = _closeness(kind, source, checkpoints, trust_remote_code)
+    return own if fit is not Closeness.EXACT and _closeness(own, source, checkpoints, trust_remote_code) > fit else kind
+
+
+def task_of(checkpoints: Sequence[Checkpoint]) -> str | None:
+    """The task of the first adapter that names one."""
+    return next((str(c.config.task_type) for c in checkpoints if c.config.task_type), None)
+
+
+def note_of(kind: Any, config: dict[str, Any], checkpoints: Sequence[Checkpoint], task: str | None) -> list[str]:
+    """What a report says where the base is built as its own class, though the adapter's task is another's."""
+    wanted = None if task is not None else task_of(checkpoints)
+    if wanted is None or kind is not _own_class(config) or kind.__name__ in _classes(config, wanted):
+        return []
+    return [
+        f"The adapter says task_type={wanted}, and no {TASK_CLASSES[wanted]} of this base has the layers that it "
+        f"changes: the base is built as {kind.__name__}, which its config names."
+    ]
+
+
+def _classes(config: dict[str, Any], task: str) -> tuple[str, ...]:
+    """The classes that transformers has for a model type and a task, by name."""
+    import transformers
+
+    auto = getattr(transformers, TASK_CLASSES[task])
+    found = auto._model_mapping._model_mapping.get(config.get("model_type", ""), ())
+    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+
+
+def _own_class(config: dict[str, Any]) -> Any:
+    """The class that a base's config names; ``None`` where transformers does not have it."""
+    import transformers
+
+    # A config may name anything that transformers has.
+    found = [getattr(transformers, name, None) for name in config.get("architectures") or []]
+    return next(
+        (kind for kind in found if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)), None
+    )
+
+
+def _class_of(config: dict[str, Any], task: str | None, origin: str) -> Any:
+    """The base's own class when it is for the task, else the task's."""
+    import transformers
+
+    if task is not None and task not in TASK_CLASSES:
+        raise ConfigError(f"Unknown task {task!r}.", hint=f"Known: {', '.join(TASK_CLASSES)}.")
+    named, model_type = config.get("architectures") or [], config.get("model_type", "")
+    if not isinstance(named, list) or not all(isinstance(n, str) for n in named) or not isinstance(model_type, str):
+        raise BaseModelError(
+            f"{origin}/{MODEL_CONFIG}: architectures={named!r} and model_type={model_type!r} name no model class.",
+            hint="Copy the config again from where the model came from.",
+        )
+    own = _own_class(config)
+    if task is None:
+        return own or transformers.AutoModel
+    return (
+        own if own is not None and own.__name__ in _classes(config, task) else getattr(transformers, TASK_CLASSES[task])
+    )
+
+
+def _check_has_class(config: dict[str, Any], task: str, origin: str) -> None:
+    """Raise ``BaseModelError`` where a known model type has no class for a task that was asked for."""
+    own = _own_class(config)
+    if own is None or "auto_map" in config or _classes(config, task):
+        return
+    usual = [one for one in TASK_CLASSES if own.__name__ in _classes(config, one)]
+    raise BaseModelError(
+        f"{origin}: transformers has no {TASK_CLASSES[task]} for the model type {config.get('model_type')!r}.",
+        hint=f"Without task= it is built as {own.__name__}" + (f", as with task={usual[0]!r}." if usual else "."),
+    )
+
+
+def _closeness(kind: Any, source: Source, checkpoints: Sequence[Checkpoint], trust_remote_code: bool) -> Closeness:
+    """How well the modules that adapters change are those of a class: the worst of them counts."""
+    from veneer.base_model.catalog import Catalog
+    from veneer.base_model.meta_model import meta_model  # what builds it asks here for a base's class
+    from veneer.checkpoints.older_layouts import closeness
+
+    try:
+        catalog = Catalog(meta_model(kind, source, trust_remote_code))
+    except VeneerError:
+        return Closeness.NONE
+    return min(closeness(checkpoint, catalog) for checkpoint in checkpoints)
+
+
+# The rows of these give the number of labels that an adapter's head was trained for.
+_HEAD_WEIGHTS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+
+
+def dtype_of(dtype: Any) -> Any:
+    """A dtype by its name, or what transformers makes of ``"auto"`` and of a dtype."""
+    if not isinstance(dtype, str) or dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"Unknown dtype {dtype!r}.", hint="Known: auto, float32, bfloat16, float16.")
+    return found
+
+
+def labels_of(checkpoints: list[Checkpoint]) -> int | None:
+    """The number of labels that an adapter's own head was trained for, read from its header."""
+    for checkpoint in checkpoints:
+        if checkpoint.config.task_type not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+            continue
+        for ending in _HEAD_WEIGHTS:
+            info = checkpoint.tensors.get(PREFIX + ending) or checkpoint.tensors.get(SHARED_PREFIX + ending)
+            if info is not None:
+                return int(info.shape[0])
+    return None

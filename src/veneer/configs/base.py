@@ -1,0 +1,379 @@
+"""``adapter_config.json`` and the config objects that users write: one dataclass a method.
+
+The file is the PEFT format: one flat JSON object, keys sorted, ``peft_type`` naming the method. Keys that are
+unknown here are kept and written back; see :func:`check_unknown_keys` for when one is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, get_type_hints
+
+from veneer.configs import patterns
+from veneer.configs.names import PeftType, TaskType
+from veneer.configs.value_checks import check_at_least_one, is_beyond, matches_type
+from veneer.errors import ConfigError, UnknownKeyError, UnknownMethodError, UnsupportedError
+from veneer.files.atomic_write import atomic_write
+from veneer.files.names import ADAPTER_CONFIG
+from veneer.files.resolve import resolve
+from veneer.keywords import SOURCE, TOKEN, Fields, strict, takes
+from veneer.printing import first_line, tell
+
+# Keys that describe a checkpoint and never change what it computes; peft up to 0.2 wrote merge_weights, which said when
+# its own layers merge.
+_DESCRIPTIVE = frozenset(
+    {"_name_or_path", "model_id", "tags", "license", "language", "author", "description", "name", "merge_weights"}
+)
+
+# What the config of an adapter of MLX-LM has, and none of PEFT's.
+_MLX_KEYS = frozenset({"fine_tune_type", "lora_parameters"})
+
+# Written as null by some tools for "none".
+_PATTERNS = frozenset({"rank_pattern", "alpha_pattern"})
+
+
+# Worked out from the annotations' text, which takes longer than everything else about a config.
+_declared = lru_cache(maxsize=None)(get_type_hints)
+
+
+@strict
+@dataclass
+class PeftConfig(Fields):
+    """What every adapter's config holds, whatever its method.
+
+    ``PeftConfig.from_pretrained(path)`` reads any adapter's config and returns its method's own class.
+    """
+
+    peft_type: PeftType | str | None = None
+    task_type: TaskType | str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    # Keys that were in the file and are unknown here; written back as they were.
+    extra: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    # The method of a class, said once: ``class XyzConfig(TargetedConfig, peft_type=...)``.
+    own_type: ClassVar[PeftType | str | None] = None
+    # option -> the values that this version honours; anything else in the file is refused, never ignored.
+    honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    def __init_subclass__(cls, *, peft_type: PeftType | str | None = None, **kwargs: Any) -> None:
+        """Register the class as the config of ``peft_type``."""
+        super().__init_subclass__(**kwargs)
+        if peft_type is not None:
+            cls.own_type = peft_type
+            register_config(str(peft_type), cls)
+
+    def __post_init__(self) -> None:
+        if self.own_type is not None:
+            self.peft_type = self.own_type
+        self._check_types()
+        if self.task_type is not None and not isinstance(self.task_type, TaskType):
+            known = {t.value for t in TaskType}
+            if str(self.task_type) in known:
+                self.task_type = TaskType(self.task_type)
+
+    def _check_types(self) -> None:
+        kind: Any = type(self)
+        declared = _declared(kind)
+        for own in dataclasses.fields(self):
+            value = getattr(self, own.name)
+            if not matches_type(value, declared[own.name]):
+                shown = repr(value)
+                wrong = "is no number that float32 holds" if is_beyond(value) else f"is not of the type {own.type}"
+                raise ConfigError(
+                    f"{own.name}={shown if len(shown) <= 60 else shown[:59] + '…'} {wrong}.",
+                    hint="Compare it with a config that loads.",
+                )
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method changes the input instead of weights."""
+        return False
+
+    @property
+    def method_name(self) -> str:
+        """Names the method that serves it, a file in ``methods/``: one ``peft_type`` may have several."""
+        return str(self.peft_type)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Adapters on the same model that this one mixes, by their names."""
+        return ()
+
+    @property
+    def expert_paths(self) -> Mapping[str, str]:
+        """Where those of :attr:`experts` are that come with it: name -> folder or hub id."""
+        return {}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: str = "config", strict: bool = True) -> PeftConfig:
+        """The config that ``values`` (a parsed ``adapter_config.json``) describes.
+
+        Raises:
+            ConfigError: ``peft_type`` is missing, or a value is not of its kind.
+            UnknownMethodError: no method answers to ``peft_type``.
+            UnknownKeyError: a key is unknown and may change the maths (a warning when not ``strict``).
+            UnsupportedError: a known option is on that this version does not have.
+        """
+        _check_origin(values, where)
+        kind = config_class(values.get("peft_type"), where)
+        names = {f.name for f in dataclasses.fields(kind)} - {"extra"}
+        known = {key: value for key, value in values.items() if key in names}
+        extra = {key: value for key, value in values.items() if key not in names}
+        check_unknown_keys(extra, names, where, strict)
+        try:
+            known = {key: value for key, value in known.items() if value is not None or key not in _PATTERNS}
+            with patterns.matching():
+                config = kind(**{**known, "peft_type": _peft_type(known["peft_type"])}, extra=extra)
+        except ConfigError as error:
+            raise type(error)(f"{where}: {error.message}", hint=error.hint) from error
+        except Exception as error:  # whatever a method's class makes of values that are none of its own
+            raise ConfigError(f"{where}: {first_line(error)}.", hint="Compare it with a config that loads.") from error
+        config.check_honoured(where)
+        return config
+
+    @classmethod
+    @takes(*SOURCE, renamed={**TOKEN, "pretrained_model_name_or_path": "path"})
+    def from_pretrained(cls, path: str | Path, *, revision: str | None = None, **source: Any) -> PeftConfig:
+        """Read the config in an adapter folder or at a hub id.
+
+        Args:
+            path: the folder or id.
+            revision: on the hub.
+            **source: ``subfolder``, ``token``, ``local_files_only``, ``cache_dir``, ``force_download``.
+        """
+        found = resolve(path, revision=revision, what="adapter", **source)
+        return cls.from_dict(found.json(ADAPTER_CONFIG), where=f"{found.origin}/{ADAPTER_CONFIG}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of this config, unknown keys included."""
+        values = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
+        if values["peft_version"] is None:
+            del values["peft_version"]
+        return {**self.extra, **values}
+
+    def to_json(self) -> str:
+        """The text of ``adapter_config.json``: keys sorted, ``inference_mode`` on."""
+        # Only the top level is sorted: of rank_pattern's keys the first that fits counts, so their order is meaning.
+        values = {**self.to_dict(), "inference_mode": True}
+        return json.dumps(dict(sorted(values.items())), indent=2) + "\n"
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``adapter_config.json`` into ``folder``."""
+        with atomic_write(Path(folder) / ADAPTER_CONFIG) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+
+    def check_honoured(self, where: str = "config") -> None:
+        """Raise :class:`UnsupportedError` for each option that is on and would be ignored."""
+        refused = [
+            f"{name}={getattr(self, name)!r}"
+            for name, values in self.honoured.items()
+            if getattr(self, name) not in values
+        ]
+        if refused:
+            raise UnsupportedError(
+                f"{where}: {self.peft_type} with {', '.join(refused)} is not available in this version of Veneer.",
+                hint="Loading it without the option would compute something else, so it is refused.",
+            )
+
+
+@dataclass
+class TargetedConfig(PeftConfig):
+    """A method that adapts layers of the base, and how its config says which.
+
+    Args:
+        target_modules: what to adapt: module names or their dotted endings; a string is a regular expression
+            that must match a whole name, or ``"all-linear"``; ``None`` takes the model type's usual choice.
+        exclude_modules: names, endings or a regular expression to leave out; it wins over ``target_modules``.
+        layers_to_transform: block indices to adapt; with ``layers_pattern``, the name of the list of blocks.
+        layers_pattern: see ``layers_to_transform``.
+        modules_to_save: modules that are trained whole and saved beside the adapter, such as a new head.
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    # How the keys of options such as rank_pattern are put to a layer's name.
+    pattern_form: ClassVar[patterns.Form] = patterns.ENDING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, Iterable) and not isinstance(value, str):
+                setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
+        self._check_patterns()
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ConfigError(
+                "layers_to_transform needs target_modules as a list; it is a regular expression or a keyword here.",
+                hint="Put the block index into the expression, or list the names.",
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(
+                f"layers_pattern={self.layers_pattern!r} says nothing without layers_to_transform.",
+                hint="Give layers_to_transform=[...] too, or leave both out.",
+            )
+
+    def _check_patterns(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            patterns.check(name, getattr(self, name), patterns.WHOLE)
+        blocks = self.layers_pattern
+        for pattern in blocks if isinstance(blocks, list) else [blocks]:
+            patterns.check("layers_pattern", pattern, patterns.BLOCK)
+        for name, value in vars(self).items():
+            if name.endswith("_pattern") and isinstance(value, Mapping):
+                for pattern in value:
+                    patterns.check(name, pattern, self.pattern_form)
+
+
+@dataclass
+class PromptConfig(PeftConfig):
+    """A method that puts virtual tokens before the input, or their keys and values into the cache.
+
+    Args:
+        num_virtual_tokens: how many.
+        token_dim: the width of one; this and what follows is the model's own where it is left out.
+        num_transformer_submodules: 2 for an encoder-decoder, whose checkpoints hold as many tokens again.
+        num_attention_heads: heads of a layer's keys.
+        num_layers: layers that have keys.
+        modules_to_save: modules that are trained whole and saved beside the prompt, such as a new head.
+    """
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_virtual_tokens is None or self.num_virtual_tokens < 1:
+            raise ConfigError(
+                f"num_virtual_tokens={self.num_virtual_tokens!r} is no number of tokens.",
+                hint="Give the length of the prompt, such as num_virtual_tokens=20.",
+            )
+        check_at_least_one(self, "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return True
+
+
+# Every config of a method is one of the two.
+AnyConfig = TargetedConfig | PromptConfig
+
+_CONFIGS: dict[str, type[PeftConfig]] = {}
+
+
+def register_config(peft_type: str, kind: type[PeftConfig]) -> None:
+    """Let ``peft_type`` in a config file be read as ``kind``; a class that names its own does this itself."""
+    _CONFIGS[peft_type] = kind
+
+
+def registered() -> list[str]:
+    """The ``peft_type`` of every method: Veneer's own, and those that a program has added."""
+    return sorted({*(kind.value for kind in PeftType), *_CONFIGS})
+
+
+def is_of_mlx(values: Mapping[str, Any]) -> bool:
+    """Whether an ``adapter_config.json`` is one of MLX-LM, which has the name and the purpose in common with PEFT's."""
+    return values.get("peft_type") is None and not _MLX_KEYS.isdisjoint(values)
+
+
+def _check_origin(values: Mapping[str, Any], where: str) -> None:
+    """Raise ``UnsupportedError`` for a config, or an option, of a layout that is not read here."""
+    if is_of_mlx(values):
+        raise UnsupportedError(
+            f"{where}: this is an adapter of MLX-LM, which keeps its tensors in a layout of its own "
+            "(adapters.safetensors); this version of Veneer does not read it.",
+            hint="Use MLX-LM for it, or an adapter in PEFT's layout.",
+        )
+    if values.get("enable_lora"):
+        raise UnsupportedError(
+            f"{where}: enable_lora={values['enable_lora']!r} is LoRA on parts of a joined projection (MergedLinear "
+            "of peft up to 0.2), whose tensors have other shapes; this version of Veneer does not read it.",
+            hint="Load it with peft 0.2 and save its merged model, or train it again.",
+        )
+
+
+def config_class(peft_type: Any, where: str) -> type[PeftConfig]:
+    """The config class for a ``peft_type`` as it stands in a file."""
+    if peft_type is None:
+        raise ConfigError(
+            f"{where}: no peft_type, so the method is unknown.",
+            hint='Add it, such as "peft_type": "LORA", if you know how the adapter was made.',
+        )
+    name = str(peft_type)
+    if name not in _CONFIGS:
+        if name not in registered():
+            near = difflib.get_close_matches(name.upper(), registered(), n=1)
+            raise UnknownMethodError(
+                f"{where}: peft_type {name!r} is unknown to this version of Veneer.",
+                hint=(f"Did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(registered())}.",
+            )
+        # A file a method; its class registers itself.
+        importlib.import_module(f"veneer.configs.methods.{name.lower()}")
+    return _CONFIGS[name]
+
+
+def check_unknown_keys(extra: Mapping[str, Any], known: set[str], where: str, strict: bool) -> None:
+    """Judge the keys that this version does not know.
+
+    One that is off (``None``, ``False``, empty) or only descriptive cannot change the maths and is kept in
+    silence. A switch that is on (``use_...``), or an option with a config of its own, changes it: an error. Of
+    any other value one cannot tell: a warning.
+    """
+    on = {
+        k: v for k, v in extra.items() if v not in (None, False, "") and v != {} and v != [] and k not in _DESCRIPTIVE
+    }
+    switches = [k for k, v in on.items() if v is True or k.startswith("use_") or k.endswith("_config")]
+    for key in switches:
+        near = difflib.get_close_matches(key, known, n=1)
+        message = f"{where}: {key}={on[key]!r} is unknown to this version of Veneer and may change the maths."
+        if strict:
+            raise UnknownKeyError(
+                message,
+                hint=(f"Did you mean {near[0]!r}? " if near else "")
+                + "Remove the key if it changes nothing, or load with strict=False to ignore it.",
+            )
+        tell(message + " It is ignored.")
+    for key in on.keys() - set(switches):
+        tell(f"{where}: unknown key {key}={on[key]!r} is kept and not used.")
+
+
+def _peft_type(name: str) -> PeftType | str:
+    """The member of that name; the name itself for a method registered from outside."""
+    return PeftType(name) if name in {t.value for t in PeftType} else name
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
+
+
+def as_any_config(config: PeftConfig) -> AnyConfig:
+    """The config as a prompt's, or as one that says which layers it adapts; ``UnsupportedError`` when it is neither."""
+    return config if isinstance(config, PromptConfig) else targeted(config)
+
+
+def targeted(config: PeftConfig) -> TargetedConfig:
+    """The config as one that says which layers it adapts; ``UnsupportedError`` when it does not."""
+    if not isinstance(config, TargetedConfig):
+        raise UnsupportedError(
+            f"{type(config).__name__} does not say which layers to adapt.", hint="Use a method's config: LoraConfig ..."
+        )
+    return config

@@ -1,0 +1,108 @@
+"""The options of starting points that have some: ``eva_config``, ``loftq_config`` and so on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from veneer.configs.value_checks import matches_type
+from veneer.errors import ConfigError
+from veneer.keywords import Fields
+
+StartT = TypeVar("StartT")
+
+
+class Checked(Fields):
+    """Options whose values are of the declared types."""
+
+    def __post_init__(self) -> None:
+        declared = get_type_hints(type(self))
+        for name, kind in declared.items():
+            if not matches_type(getattr(self, name), kind):
+                raise ConfigError(
+                    f"{type(self).__name__}: {name}={getattr(self, name)!r} is none of {kind}.",
+                    hint=f"The default is {getattr(type(self), name)!r}.",
+                )
+
+
+@dataclass
+class CordaConfig(Checked):
+    """CorDA.
+
+    Args:
+        corda_method: "ipm" adapts to the data given, "kpm" keeps what the data given ask for.
+    """
+
+    corda_method: Literal["ipm", "kpm"] = "ipm"
+
+
+@dataclass
+class LoraGAConfig(Checked):
+    """LoRA-GA.
+
+    Args:
+        direction: which of the gradient's first 2r directions are A's and which B's: alternating ("ArBr"), A the
+            second half ("A2rBr"), A the first ("ArB2r"), or r of them for both ("random").
+        scale: how long B becomes: "stable" (by ``stable_gamma``), "weight_svd" (as the weight's largest direction),
+            "gd_scale" (one step of descent), "unit" (as it is).
+        stable_gamma: larger is shorter.
+    """
+
+    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
+    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
+    stable_gamma: int = 16
+
+
+@dataclass
+class EvaConfig(Checked):
+    """EVA.
+
+    Args:
+        rho: a layer gets this many times its rank at most; 1.0 leaves all ranks as they are.
+        tau: directions are steady when the cosine between two steps is as large as this.
+        use_label_mask: leave out tokens whose label is ``label_mask_value``.
+        label_mask_value: that label.
+        whiten: divide each direction by the root of its singular value.
+        adjust_scaling_factors: multiply a layer's ``lora_alpha`` as its rank, so that the scale stays.
+    """
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.rho >= 1 or not 0 <= self.tau < 1:
+            raise ConfigError(
+                f"EvaConfig: rho={self.rho!r}, tau={self.tau!r}.",
+                hint="rho is at least 1.0, tau lies between 0 and 1 (excluded).",
+            )
+
+
+@dataclass
+class LoftQConfig(Checked):
+    """LoftQ.
+
+    Args:
+        loftq_bits: 4 (NormalFloats, blocks of 64) or 8 (whole numbers, a scale a row).
+        loftq_iter: how often quantising and making up for it take turns.
+    """
+
+    loftq_bits: Literal[4, 8] = 4
+    loftq_iter: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loftq_iter < 1:
+            raise ConfigError(f"LoftQConfig: loftq_iter={self.loftq_iter!r}.", hint="It is at least 1.")
+
+
+def options_of(kind: type[StartT], values: Mapping[str, Any]) -> StartT:
+    """The options that a config's object ``values`` holds; keys that are unknown here are left to other tools."""
+    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{key: value for key, value in values.items() if key in known})

@@ -1,0 +1,76 @@
+"""The config of AdaLoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from veneer.configs.base import TargetedConfig
+from veneer.configs.names import PeftType
+from veneer.configs.value_checks import check_at_least_one, check_share
+from veneer.errors import ConfigError
+
+
+@dataclass
+class AdaLoraConfig(TargetedConfig, peft_type=PeftType.ADALORA):
+    """AdaLoRA (Zhang et al. 2023, arXiv:2303.10512): a LoRA whose ranks are given to the layers that need them.
+
+    Args, beside those of :class:`TargetedConfig`:
+        init_r: the rank that every layer starts with.
+        target_r: the mean rank that is left at the end of ``total_step`` steps.
+        tinit: steps before ranks are taken away.
+        tfinal: steps at the end in which none is.
+        deltaT: every how many steps ranks are taken away.
+        beta1, beta2: how slowly the estimates of what is important change, and of how sure that is.
+        orth_reg_weight: how much the loss weighs that the factors are not orthogonal.
+        total_step: how many steps the training has.
+        lora_alpha: the numerator of the scale; the denominator is ``init_r``.
+        lora_dropout: dropout on the adapter's input while training.
+        rank_pattern: name of a layer's ``lora_E`` -> which of its ranks are left; written by training.
+        bias: ``"none"``, ``"lora_only"`` or ``"all"``: the biases that are trained too.
+        init_lora_weights: ``True`` starts without effect, ``False`` at random.
+    """
+
+    r: int = 8
+    target_r: int = 8
+    init_r: int = 12
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int | None = None
+    rank_pattern: dict[str, list[bool]] | None = None
+    lora_alpha: int | float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    init_lora_weights: bool | str | None = True
+    # LoRA's other options, which peft writes into the config of an AdaLoRA too.
+    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
+    use_rslora: bool = False
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    use_dora: bool = False
+    qalora_group_size: int = 16
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+
+    honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "trainable_token_indices": (None,),
+        "use_dora": (False, None),
+        "lora_bias": (False, None),
+        "target_parameters": (None, []),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least_one(self, "init_r", "target_r", "deltaT")
+        check_share(self, "lora_dropout", "beta1", "beta2")
+        if self.total_step is not None and self.tinit >= self.total_step - self.tfinal:
+            raise ConfigError(
+                f"total_step={self.total_step} leaves no step between tinit={self.tinit} and tfinal={self.tfinal}.",
+                hint="Ranks are taken away between the two: make one of them smaller, or total_step larger.",
+            )

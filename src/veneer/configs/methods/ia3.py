@@ -1,0 +1,28 @@
+"""The config of (IA)3."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from veneer.configs import patterns
+from veneer.configs.base import TargetedConfig
+from veneer.configs.names import PeftType
+
+
+@dataclass
+class IA3Config(TargetedConfig, peft_type=PeftType.IA3):
+    """(IA)3 (Liu et al. 2022, arXiv:2205.05638): a trained scale on each input or output of a layer.
+
+    Args, beside those of :class:`TargetedConfig`:
+        feedforward_modules: those of the targets whose input is scaled; of the others it is the output.
+    """
+
+    feedforward_modules: list[str] | str | None = None
+    fan_in_fan_out: bool = False
+    init_ia3_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.feedforward_modules, (set, frozenset)):
+            self.feedforward_modules = sorted(self.feedforward_modules)
+        patterns.check("feedforward_modules", self.feedforward_modules, patterns.WHOLE)

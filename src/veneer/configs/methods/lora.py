@@ -1,0 +1,153 @@
+"""The config of LoRA and its variants."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from veneer.configs.arrow_options import ArrowConfig
+from veneer.configs.base import TargetedConfig
+from veneer.configs.lora_start_options import LoftQConfig
+from veneer.configs.names import PeftType
+from veneer.errors import ConfigError
+
+STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_[n]", "olora", "eva", "corda", "lora_ga", "loftq", "mica")
+_START_CONFIGS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")
+# The options of variants that have tensors or a training of their own.
+VARIANTS = ("use_bdlora", "kasa_config", "monteclora_config", "velora_config")
+
+
+@dataclass
+class LoraConfig(TargetedConfig, peft_type=PeftType.LORA):
+    """LoRA (Hu et al. 2021, arXiv:2106.09685): ``W' = W + scale * B A``.
+
+    ``scale`` is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora`` (arXiv:2312.03732). Names,
+    defaults and meaning are PEFT's, so a config written for it works here.
+
+    Args, beside those of :class:`TargetedConfig`:
+        r: the rank.
+        lora_alpha: the numerator of the scale.
+        lora_dropout: dropout on the adapter's input while training.
+        rank_pattern: ``{pattern: r}`` for modules whose name ends with the pattern (a regular expression).
+        alpha_pattern: the same for ``lora_alpha``.
+        init_lora_weights: what training starts from: ``True`` (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal of
+            deviation 1/r, B zero), ``"orthogonal"``, ``"pissa"``, ``"pissa_niter_[n]"``, ``"olora"``, ``"corda"``,
+            ``"lora_ga"``, ``"eva"``, ``"loftq"``, ``"mica"``, or ``False`` (both random: a non-zero start, for tests).
+        eva_config, corda_config, lora_ga_config, loftq_config: options of those starts.
+        use_bdlora: a :class:`BdLoraConfig`, for factors that are block-diagonal.
+        kasa_config: a :class:`KasaConfig`, for trained singular values on a weight that loses its smallest.
+        monteclora_config: a :class:`MontecloraConfig`, for training under noise of a learned size.
+        velora_config: a :class:`VeloraConfig`, for training that keeps less of a layer's input.
+        layer_replication: ranges of blocks, such as ``[[0, 4], [2, 5]]``, which the model is made of while it has the
+            adapter; repeated blocks share the base's weights and are adapted each on its own.
+        use_qalora, qalora_group_size: QA-LoRA (arXiv:2309.14717): so many inputs of a layer share a column of A.
+        ensure_weight_tying: where embedding and output layer share a weight and one of them is adapted or saved whole,
+            both are, by one set of tensors; a merge keeps them one.
+        alora_invocation_tokens: token ids; the adapter acts from their last occurrence in a prompt on (aLoRA), and
+            on nothing where they do not occur.
+        arrow_config: an :class:`~veneer.ArrowConfig`: the adapter routes tokens over others (Arrow).
+    """
+
+    r: int = 8
+    lora_alpha: int | float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: dict[str, Any] | None = field(default_factory=dict)
+    eva_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
+    use_dora: bool = False
+    velora_config: dict[str, Any] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: dict[str, Any] | None = None
+    layer_replication: list[list[int]] | None = None
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: dict[str, Any] | bool | None = None
+    arrow_config: dict[str, Any] | None = None
+    kasa_config: dict[str, Any] | None = None
+    ensure_weight_tying: bool = False
+
+    honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "megatron_config": (None,),
+    }
+
+    def __post_init__(self) -> None:
+        for name in (*_START_CONFIGS, *VARIANTS, "arrow_config"):
+            options = getattr(self, name)
+            if dataclasses.is_dataclass(options) and not isinstance(options, type):
+                setattr(self, name, dataclasses.asdict(options))
+        if self.init_lora_weights == "loftq" and not self.loftq_config:
+            self.loftq_config = dataclasses.asdict(LoftQConfig())  # peft wants them written out
+        super().__post_init__()
+        self.rank_pattern = dict(self.rank_pattern)
+        self.alpha_pattern = dict(self.alpha_pattern)
+        self._check()
+
+    @property
+    def method_name(self) -> str:
+        return "ARROW" if self.arrow_config else super().method_name
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return ArrowConfig(**self.arrow_config).experts if self.arrow_config else ()
+
+    def _check(self) -> None:
+        self._check_start()
+        self._check_variant()
+        ArrowConfig(**(self.arrow_config or {}))
+        if self.alora_invocation_tokens is not None and (self.use_dora or not self.alora_invocation_tokens):
+            raise ConfigError(
+                f"alora_invocation_tokens={self.alora_invocation_tokens!r} with use_dora={self.use_dora!r}.",
+                hint="Give at least one token id, and leave DoRA off.",
+            )
+        if self.use_qalora and (self.qalora_group_size < 1 or self.init_lora_weights not in (True, False, "gaussian")):
+            raise ConfigError(
+                f"use_qalora with qalora_group_size={self.qalora_group_size!r} and "
+                f"init_lora_weights={self.init_lora_weights!r}.",
+                hint='The size is at least 1, and the start True, False or "gaussian".',
+            )
+        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}
+        for name, rank in ranks.items():
+            if rank < 1:
+                raise ConfigError(f"{name}={rank!r} is no rank.", hint="A rank is a whole number of at least 1.")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ConfigError(
+                f"lora_dropout={self.lora_dropout!r} is no share.",
+                hint="It lies between 0 (off) and 1 (excluded).",
+            )
+
+    def _check_variant(self) -> None:
+        names = (*VARIANTS, "use_dora", "alora_invocation_tokens", "use_qalora", "arrow_config")
+        chosen = [name for name in names if getattr(self, name) not in (None, False)]
+        if self.use_bdlora is True or (len(chosen) > 1 and chosen[0] in VARIANTS):
+            options = ", ".join(f"{name}={getattr(self, name)!r}" for name in chosen)
+            raise ConfigError(
+                f"{options}: variants of LoRA have options, and exclude each other.",
+                hint="Choose one, with its options: use_bdlora=BdLoraConfig(...), kasa_config=KasaConfig() ...",
+            )
+        if self.use_bdlora and self.lora_bias:
+            raise ConfigError("use_bdlora with lora_bias.", hint="A block-diagonal B has no bias; leave lora_bias off.")
+
+    def _check_start(self) -> None:
+        start = self.init_lora_weights
+        if isinstance(start, str) and start not in STARTS and not re.fullmatch(r"pissa_niter_\d+", start):
+            near = difflib.get_close_matches(start, STARTS, n=1)
+            raise ConfigError(
+                f"init_lora_weights={start!r} is no starting point.",
+                hint=(f"Did you mean {near[0]!r}? " if near else "") + f"Known: True, False, {', '.join(STARTS)}.",
+            )

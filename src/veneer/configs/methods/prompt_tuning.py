@@ -1,0 +1,51 @@
+"""The config of prompt tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.configs.base import PromptConfig
+from veneer.configs.names import PeftType
+from veneer.errors import ConfigError
+
+INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
+
+
+@dataclass
+class PromptTuningConfig(PromptConfig, peft_type=PeftType.PROMPT_TUNING):
+    """Prompt tuning (Lester et al. 2021, arXiv:2104.08691): trained embeddings before the input's own.
+
+    Args, beside those of :class:`PromptConfig`:
+        prompt_tuning_init: what they start from: ``"RANDOM"``, ``"SAMPLE_VOCAB"`` (the embeddings of random tokens) or
+            ``"TEXT"`` (those of a text's tokens, repeated to length).
+        prompt_tuning_init_text: the text.
+        tokenizer_name_or_path: the tokenizer that takes it apart.
+        tokenizer_kwargs: more for that tokenizer.
+    """
+
+    prompt_tuning_init: str = "RANDOM"
+    prompt_tuning_init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
+    tokenizer_kwargs: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_init(INITS)
+
+    def _check_init(self, known: tuple[str, ...]) -> None:
+        text = self.prompt_tuning_init == "TEXT"
+        if self.prompt_tuning_init not in known:
+            raise ConfigError(
+                f"prompt_tuning_init={self.prompt_tuning_init!r} is unknown.", hint=f"Known: {', '.join(known)}."
+            )
+        if text and (self.prompt_tuning_init_text is None or not self.tokenizer_name_or_path):
+            raise ConfigError(
+                'prompt_tuning_init="TEXT" has no text or no tokenizer.',
+                hint="Give prompt_tuning_init_text and tokenizer_name_or_path.",
+            )
+        if self.tokenizer_kwargs and not text:
+            raise ConfigError(
+                "tokenizer_kwargs says nothing without a text.",
+                hint='Leave it out, or choose prompt_tuning_init="TEXT".',
+            )

@@ -1,0 +1,36 @@
+"""The config of RoAd."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from veneer.configs.base import TargetedConfig
+from veneer.configs.names import PeftType
+from veneer.errors import ConfigError
+
+# How many numbers of each of its two tensors a variant has for two outputs.
+VARIANTS = {"road_1": 1, "road_2": 2, "road_4": 4}
+
+
+@dataclass
+class RoadConfig(TargetedConfig, peft_type=PeftType.ROAD):
+    """RoAd (Liao & Monz 2024, arXiv:2409.00119): rotations and scales of pairs of a layer's outputs.
+
+    Args, beside those of :class:`TargetedConfig`:
+        variant: ``"road_1"``, ``"road_2"`` or ``"road_4"``: how many angles and scales a pair of outputs has.
+        group_size: the outputs are cut into groups of this size, an output of a group's first half paired with one of
+            its second.
+        init_weights: ``True`` starts without effect, ``False`` at random.
+    """
+
+    variant: str = "road_1"
+    group_size: int = 64
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.variant = str(getattr(self.variant, "value", self.variant))
+        if self.variant not in VARIANTS:
+            raise ConfigError(f"variant={self.variant!r} is none.", hint=f"Use one of {', '.join(VARIANTS)}.")
+        if self.group_size < 2 or self.group_size % 2:
+            raise ConfigError(f"group_size={self.group_size} has no halves.", hint="It is an even number.")

@@ -1,0 +1,65 @@
+"""The names that a method of your own is made of; all other modules may move.
+
+CONTRIBUTING.md has a whole method as an example.
+"""
+
+from __future__ import annotations
+
+from veneer.base_model.sites.attention import AttentionSite
+from veneer.base_model.sites.block import BlockSite
+from veneer.base_model.sites.conv import ConvSite
+from veneer.base_model.sites.embedding import EmbeddingSite
+from veneer.base_model.sites.linear import Conv1DSite, LinearSite
+from veneer.base_model.sites.parameter import ParameterSite, VectorSite
+from veneer.base_model.sites.quantized.packed import PackedSite
+from veneer.base_model.sites.site import Site
+from veneer.base_model.sites.vector import NormSite
+from veneer.configs.base import PromptConfig, TargetedConfig, register_config
+from veneer.methods import register_method
+from veneer.methods.base.method import BaseLayer, Method, MethodOnSites
+from veneer.methods.base.prompt_method import EmbeddingTable, PromptEncoder, PromptMethod
+from veneer.methods.base.routed_method import RoutedMethod
+from veneer.patches.multipliers import BlockDiagonal, Diagonal, FullMatrix, IdentityPlusLowRank, Multiplier
+from veneer.patches.operators import Circulant, HadamardLowRank, Kronecker, LinearOperator, Sparse, SparseInTransform
+from veneer.patches.patch import Patch, Tokens
+from veneer.patches.route import CacheableRoute, Route
+
+__all__ = [
+    "AttentionSite",
+    "BaseLayer",
+    "BlockDiagonal",
+    "BlockSite",
+    "CacheableRoute",
+    "Circulant",
+    "Conv1DSite",
+    "ConvSite",
+    "Diagonal",
+    "EmbeddingSite",
+    "EmbeddingTable",
+    "FullMatrix",
+    "HadamardLowRank",
+    "IdentityPlusLowRank",
+    "Kronecker",
+    "LinearOperator",
+    "LinearSite",
+    "Method",
+    "MethodOnSites",
+    "Multiplier",
+    "NormSite",
+    "PackedSite",
+    "ParameterSite",
+    "Patch",
+    "PromptConfig",
+    "PromptEncoder",
+    "PromptMethod",
+    "Route",
+    "RoutedMethod",
+    "Site",
+    "Sparse",
+    "SparseInTransform",
+    "TargetedConfig",
+    "Tokens",
+    "VectorSite",
+    "register_config",
+    "register_method",
+]

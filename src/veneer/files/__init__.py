@@ -1,0 +1,1 @@
+"""A path or hub id, and the files and headers behind it. Imports no torch."""

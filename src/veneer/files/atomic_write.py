@@ -1,0 +1,94 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from veneer.errors import PathNotFoundError, SourceError, VeneerError
+from veneer.files.paths import exists
+
+_FULL = os.strerror(errno.ENOSPC)
+
+
+@contextmanager
+def atomic_write(target: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``target`` to write to; when the block ends well, it takes ``target``'s place.
+
+    When the block raises, or the process dies, ``target`` is as it was.
+
+    Raises:
+        SourceError: nothing can be written there, or the disk is full.
+    """
+    hidden = f".{target.name}.writing-"
+    with (
+        writing(target),
+        _folder(target.parent),
+        tempfile.TemporaryDirectory(dir=target.parent, prefix=hidden) as folder,
+    ):
+        temporary = Path(folder) / target.name
+        yield temporary
+        # Some writers choose a stricter mode than the user's.
+        temporary.chmod(0o666 & ~_umask())
+        flush(temporary)
+        temporary.replace(target)
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn what keeps the block from writing ``target`` into an error of Veneer's.
+
+    Raises:
+        SourceError: the system refuses, or safetensors does in its place.
+    """
+    try:
+        yield
+    except VeneerError:
+        raise
+    except Exception as error:
+        reason = _refusal(error)
+        if reason is None:
+            raise
+        kind = PathNotFoundError if isinstance(error, FileNotFoundError) else SourceError
+        hint = "Make room there, or choose another place." if _FULL in reason else "Choose another place."
+        raise kind(f"{target} cannot be written: {reason}.", hint=hint) from error
+
+
+def _refusal(error: Exception) -> str | None:
+    """Why the system did not let something be written; ``None`` when the error is another one."""
+    from safetensors import SafetensorError
+
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # It tells of the system's errors in words of its own, before and after the system's.
+    return str(error).rpartition("I/O error: ")[2] if isinstance(error, SafetensorError) else None
+
+
+@contextmanager
+def _folder(folder: Path) -> Iterator[None]:
+    """Make a folder, and take it away again when the block fails and leaves it empty."""
+    made = [place for place in (folder, *folder.parents) if not exists(place)]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for place in made:
+                place.rmdir()
+        raise
+
+
+def flush(path: Path) -> None:
+    """Wait until what was written to a file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,24 @@
+"""A base model's ``config.json``, of which a part may be anything until it is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from veneer.errors import CorruptFileError
+from veneer.files.names import MODEL_CONFIG
+
+
+def part_of(config: Mapping[str, Any], key: str, origin: str) -> Mapping[str, Any]:
+    """What a config says under ``key``, an object; an empty one where it says nothing.
+
+    Raises:
+        CorruptFileError: it is no object.
+    """
+    value = config.get(key)
+    if not isinstance(value, Mapping | None):
+        raise CorruptFileError(
+            f"{origin}/{MODEL_CONFIG}: {key!r} is a {type(value).__name__}, not a JSON object.",
+            hint="Copy or download it again.",
+        )
+    return value or {}

@@ -1,0 +1,66 @@
+"""Where bases are on this machine, by the names that adapters know them by. No torch.
+
+    {"meta-llama/Llama-3.2-1B": "/models/llama-1b", "/workspace/models/": "/models/"}
+
+A name that ends in a slash stands for everything below it. The map is the file ``veneer/base_map.json`` in the user's
+configuration folder, or what ``VENEER_BASE_MAP`` says instead: another file's path, or ``name=place`` pairs with
+semicolons between them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from veneer.errors import ConfigError
+
+VARIABLE = "VENEER_BASE_MAP"
+
+
+def look_up(name: str) -> str | None:
+    """The place that the map gives for a base's name; ``None`` when it gives none.
+
+    Raises:
+        ConfigError: the map cannot be read.
+    """
+    places = _read()
+    if name in places:
+        return places[name]
+    below = [folder for folder in places if folder.endswith("/") and name.startswith(folder)]
+    if not below:
+        return None
+    longest = max(below, key=len)
+    return str(Path(places[longest]) / name[len(longest) :])
+
+
+def _read() -> dict[str, str]:
+    said = os.environ.get(VARIABLE)
+    if said is None:
+        usual = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "veneer" / "base_map.json"
+        return _from_file(usual) if usual.is_file() else {}
+    if "=" in said and not Path(said).is_file():
+        pairs = [pair.partition("=") for pair in said.split(";") if pair.strip()]
+        return _checked({name.strip(): place.strip() for name, _, place in pairs}, VARIABLE)
+    return _from_file(Path(said)) if said else {}
+
+
+def _from_file(path: Path) -> dict[str, str]:
+    try:
+        return _checked(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"The base map {path} cannot be read: {error}.",
+            hint=f"It is a JSON object of names and places; {VARIABLE} names the file.",
+        ) from error
+
+
+def _checked(found: object, where: str) -> dict[str, str]:
+    if not isinstance(found, dict) or not all(k and isinstance(v, str) and v for k, v in found.items()):
+        raise ConfigError(
+            f"{where}: a base map gives a place, as text, for each name.",
+            hint='Such as {"meta-llama/Llama-3.2-1B": "/models/llama-1b"}.',
+        )
+    return found

@@ -1,0 +1,95 @@
+"""Finds the files of a hub id in the cache, or fetches them; the network is used only where it may be."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import PathNotFoundError, SourceError
+from veneer.files.names import SAFETENSORS
+from veneer.files.paths import is_folder, nearest_path
+from veneer.files.source import Source
+
+
+def is_offline() -> bool:
+    """Whether the environment forbids the network."""
+    on = {"1", "true", "yes", "on"}
+    return any(os.environ.get(name, "").lower() in on for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+
+
+def _from_hub(
+    repo: str,
+    revision: str | None,
+    subfolder: str | None,
+    token: str | None,
+    local_files_only: bool,
+    what: str,
+    patterns: Sequence[str],
+    hub: Mapping[str, Any],
+) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    prefix = f"{Source(Path(), repo).path(subfolder).as_posix()}/" if subfolder else ""
+    wanted = [prefix + pattern for pattern in patterns]
+    # With a folder ``owner`` here, ``owner/name`` is a path with a slip in it, and the hub need not hear of it.
+    slip = "/" in repo and is_folder(Path(repo).parent)
+    offline = local_files_only or is_offline() or slip
+    cached: str | None = None
+    where: dict[str, Any] = {"revision": revision, "allow_patterns": wanted, "cache_dir": hub["cache_dir"]}
+    with contextlib.suppress(LocalEntryNotFoundError):
+        cached = snapshot_download(repo, local_files_only=True, **where)
+    folder = cached
+    again = hub["force_download"]
+    if not offline and (again or cached is None or not _is_complete(Path(cached) / prefix, patterns)):
+        try:
+            folder = snapshot_download(repo, token=token, force_download=again, **where)
+        except GatedRepoError as error:
+            raise SourceError(
+                f"The {what} {repo} is gated on the hub.", hint="Accept its terms there, then pass token=."
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise PathNotFoundError(
+                f"The {what} {repo!r} is neither a local path nor a public repository on the hub.",
+                hint="Check the spelling; for a private one pass token=.",
+            ) from error
+        except (OSError, ValueError) as error:
+            # What is in the cache is worth more than no answer; what is missing from it will be said.
+            if cached is None:
+                raise _unreachable(repo, what, error) from error
+    if folder is None:
+        raise _not_cached(repo, revision, what, slip)
+    root = Path(folder) / prefix
+    if not is_folder(root):
+        raise PathNotFoundError(f"{repo} has no subfolder {subfolder!r}.", hint="Check its spelling.")
+    return Source(root, repo + (f"/{subfolder}" if subfolder else ""), revision=revision, commit=Path(folder).name)
+
+
+def _is_complete(folder: Path, patterns: Sequence[str]) -> bool:
+    """Whether the cache's copy holds what is wanted; one that was fetched for its configs alone has no weights."""
+    weights = any(pattern.endswith(SAFETENSORS) for pattern in patterns)
+    return folder.is_dir() and any(folder.glob(f"*{SAFETENSORS}" if weights else "*.json"))
+
+
+def _not_cached(repo: str, revision: str | None, what: str, slip: bool) -> PathNotFoundError:
+    if slip:
+        return PathNotFoundError(
+            f"The {what} {repo!r} does not exist, and the hub's cache holds no repository of that name.",
+            hint=f"{nearest_path(Path(repo))} If the hub's is meant: hf download {repo}",
+        )
+    return PathNotFoundError(
+        f"The {what} {repo!r}{f' at {revision!r}' if revision else ''} is neither a local path nor in the hub's "
+        "cache, and the network is switched off.",
+        hint="Download it first, or give a local path.",
+    )
+
+
+def _unreachable(repo: str, what: str, error: Exception) -> SourceError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return PathNotFoundError(
+        f"The {what} {repo!r} is neither a local path nor in the hub's cache, and the hub did not answer: {reason}",
+        hint="Check the spelling of the path, or the network.",
+    )

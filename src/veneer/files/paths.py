@@ -1,0 +1,46 @@
+"""Asks what lies at a path; never raises, whatever the path is."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from pathlib import Path
+
+
+def exists(path: Path) -> bool:
+    """Whether something is at ``path``; not where the system cannot even say, as of a name that is too long."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is at ``path``, with the same answer for what no path can be."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is at ``path``, likewise."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def nearest_path(path: Path) -> str:
+    """What stands beside a path that does not exist."""
+    parent = path.parent
+    while not is_folder(parent) and parent != parent.parent:
+        path, parent = parent, parent.parent
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # a folder whose names are not for us
+        names = sorted(p.name for p in parent.iterdir())
+    near = difflib.get_close_matches(path.name, names, n=2)
+    if near:
+        return f"Did you mean {' or '.join(str(parent / name) for name in near)}?"
+    where = "the current folder" if parent == Path() else str(parent)
+    return f"There is no {path.name!r} in {where}." if path.name else "Give a folder or a hub id."

@@ -1,0 +1,481 @@
+"""The one wrapper module: a base layer, the adapters bound to it, and what the selection makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.base_model.sites.site import Site, copy_with, unsupported
+from veneer.errors import MergeError, UnsupportedError
+from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters, _like
+from veneer.layers.parameter_holder import ParameterHolder
+from veneer.layers.peft_attributes import LayerFace
+from veneer.layers.read_weight import Unread
+from veneer.patches.fused import CachedForward, FusedPatch, TensorVersions, can_fuse, fuse, fused_dtype, fused_forward
+from veneer.patches.mixed_batch import CachedMixedForward
+from veneer.patches.patch import Patch, apply, apply_rows, biases, for_training, whole_weight
+from veneer.patches.route import CacheableRoute
+from veneer.patches.row_layout import ROWS, Layout, refused
+from veneer.patches.selection import ActiveSelection, Selection
+from veneer.patches.watched_parameters import watch
+from veneer.patches.weight_arithmetic import composed
+
+# What inference keeps of a layer's lowered patches is at most one such part of the weight's own memory.
+KEPT_PART = 2
+
+
+class Keeping:
+    """What inference keeps of a layer in one state; with the next one comes another.
+
+    What was begun in one state and is ready in the next is kept here, where nobody looks for it any more.
+    """
+
+    __slots__ = ("folded", "mixed", "read")
+
+    def __init__(self) -> None:
+        # What the last selection folds to.
+        self.folded: CachedForward | None = None
+        # The same for the adapters of the last batch that held several.
+        self.mixed: CachedMixedForward | None = None
+        # The weight for a model that reads it instead of calling the layer.
+        self.read: Read | None = None
+
+
+class Read(TensorVersions):
+    """The weight, as stored, that a layer has under a selection.
+
+    Args:
+        selection: the selection.
+        sources: the tensors that it is made from.
+        make: makes it.
+    """
+
+    __slots__ = ("selected", "weight")
+
+    @torch.no_grad()
+    def __init__(self, selection: Selection, sources: Sequence[Tensor], make: Callable[[], Tensor]) -> None:
+        super().__init__(selection, sources)
+        self.selected = selection.names
+        self.weight = make()
+
+
+class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
+    """Stands in the place of a base layer that carries adapters.
+
+    Its parameters are named as in peft: ``base_layer.weight``, ``lora_A.<adapter>.weight``. Attributes that it
+    does not have (``weight``, ``in_features`` ...) are the base layer's.
+
+    Args:
+        site: the base layer.
+        switch: what is selected, shared by all layers of the model.
+        inner: stands in the base layer's place: an adapted layer for another parameter of it.
+
+    Attributes:
+        layout: where its input has the rows of a batch.
+    """
+
+    base_layer: Any
+    layout: Layout = ROWS
+    switch: ActiveSelection
+    # adapter's name -> tensors that lie here and are not of its shares: common ones, frozen ones
+    held: dict[str, Mapping[str, nn.Parameter]]
+    # The adapters whose patches are in the base layer's weight now, and the parameters that it had before.
+    merged: tuple[str, ...]
+    original: list[nn.Parameter | None]
+    # What inference keeps; another when tensors were added, moved, or are about to be trained.
+    _keeping: Keeping
+    # Whether the model calls the layer, and asks for its weight at most to learn of its dtype.
+    _called: bool
+
+    def __init__(self, site: Site, switch: ActiveSelection, inner: AdaptedLayer | None = None) -> None:
+        super().__init__()
+        self._modules["base_layer"] = inner or site.module
+        # Not one by one: nn.Module looks through its containers each time, which a model pays for in each layer.
+        vars(self).update(
+            site=site,
+            switch=switch,
+            bound={},
+            held={},
+            merged=(),
+            original=[],
+            _keeping=Keeping(),
+            _called=False,
+            training=site.module.training,
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            found = getattr(super().__getattr__("base_layer"), name)
+        site = self.__dict__.get("site")
+        if site is None or name not in (site.parameter.partition(".")[0], "bias") or not self.switch.in_call:
+            return found
+        return self._seen(name, found)
+
+    # -- the adapters' tensors -----------------------------------------------------------------------------
+
+    def bind(self, adapter: str, share: BoundAdapter, tensors: Mapping[str, nn.Parameter]) -> None:
+        """Add an adapter's tensors (leaf -> parameter), used as they are."""
+        for leaf in share.leaves:
+            self._place(adapter, share.method.in_memory(leaf), tensors[leaf])
+        watch([*tensors.values(), *share.shared.values()])
+        self.bound.setdefault(adapter, []).append(share)
+        self._forget()
+
+    def _place(self, adapter: str, name: str, parameter: nn.Parameter) -> None:
+        """Put a tensor among the layer's own, the adapter's name after its head."""
+        # "lora_embedding_A" has no tail: the parameter itself is named by the adapter.
+        head, _, tail = name.partition(".")
+        if not tail:
+            self._holder(head)._parameters[adapter] = parameter
+            return
+        leaves = self._holder(head)._modules
+        if adapter not in leaves:
+            leaves[adapter] = ParameterHolder(self.training)
+        # Not register_parameter, which allows no dots: "encoders.0.weight" has the tail "0.weight".
+        leaves[adapter]._parameters[tail] = parameter  # type: ignore[union-attr]
+
+    def hold(self, adapter: str, kept: Mapping[str, nn.Parameter]) -> None:
+        """Keep tensors that are not this layer's own share among its own, so that they move with the model."""
+        if not kept:
+            return
+        for leaf, parameter in kept.items():
+            self._place(adapter, leaf, parameter)
+        self.held[adapter] = {**self.held.get(adapter, {}), **kept}
+
+    def unbind(self, adapter: str) -> None:
+        """Remove an adapter's tensors; the heads that are empty then go too."""
+        shares = self.bound.pop(adapter)
+        self._forget()
+        names = [s.method.in_memory(leaf) for s in shares for leaf in s.leaves] + [*self.held.pop(adapter, ())]
+        for head in {name.partition(".")[0] for name in names} & self._modules.keys():
+            holder = self._holder(head)
+            holder._parameters.pop(adapter, None)
+            holder._modules.pop(adapter, None)
+            if not holder._modules and not holder._parameters:
+                del self._modules[head]
+
+    def rename(self, old: str, new: str) -> None:
+        """Give an adapter another name; its tensors stay the same objects."""
+        kept = [(share, self.tensors(old, share)) for share in self.bound[old]]
+        held = self.held.get(old, {})
+        self.unbind(old)
+        self.hold(new, held)
+        for share, tensors in kept:
+            self.bind(new, share, tensors)
+        self.merged = tuple(new if name == old else name for name in self.merged)
+
+    def reset(self, adapter: str, share: BoundAdapter, settings: Any) -> None:
+        """Give an adapter's share of this layer other settings; its tensors may have been changed."""
+        shares = self.bound[adapter]
+        shares[shares.index(share)] = replace(share, settings=settings)
+        self._forget()
+
+    def tensors(self, adapter: str, share: BoundAdapter) -> dict[str, nn.Parameter]:
+        """Leaf -> the parameter of an adapter's share of this layer."""
+        return {leaf: self.placed(adapter, share.method.in_memory(leaf)) for leaf in share.leaves}
+
+    def placed(self, adapter: str, name: str) -> nn.Parameter:
+        """A tensor among the layer's own: see :meth:`_place`."""
+        head, _, tail = name.partition(".")
+        holder = self._holder(head)
+        own = holder._modules[adapter]._parameters if tail else holder._parameters  # type: ignore[union-attr]
+        return own[tail or adapter]  # type: ignore[return-value]
+
+    def _holder(self, head: str) -> nn.Module:
+        """The module that holds each adapter's tensors under ``head``."""
+        # Not ModuleDict's own methods: those forbid names such as "keys" or "forward".
+        holder = self._modules.get(head)
+        if holder is None:
+            holder = self._modules[head] = ParameterHolder(self.training)
+        return holder
+
+    def patches_now(self, names: Sequence[str]) -> list[Patch]:
+        """The same for one forward pass, which drops some of it while training."""
+        patches = self.patches(names)
+        return for_training(patches) if self.training else patches
+
+    # -- the base layer as it was --------------------------------------------------------------------------
+
+    def _base(self, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's output with its original parameters, merged or not."""
+        if not self.original:
+            return self.base_layer(*args, **kwargs)
+        return self.call_with(self.base_stored, self.base_bias, *args, **kwargs)
+
+    def call_with(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's output with other parameters."""
+        return self.site.base_with(weight, bias, *args, **kwargs)
+
+    # -- the forward pass ----------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's output under the selected adapters; arguments and shapes are the base layer's."""
+        selection = self.switch.selection
+        if selection.rows is not None:
+            return self._forward_rows(selection, x, *args, **kwargs)
+        if not (self.training or args or kwargs or torch.compiler.is_compiling()):
+            kept = self._keeping.folded
+            if kept is None or kept.selected != selection.names or not kept.is_current(selection):
+                kept = self._fold(selection)
+                self.__dict__["_called"] = True
+            if kept.forward is not None and not kept.wants_grad(x):
+                return kept.forward(x)
+        names = self.here(selection.names)
+        if not torch.compiler.is_compiling():
+            self.__dict__["_called"] = True
+        if names == self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        return self._apply_patches(self.patches_now(names), x, *args, **kwargs)
+
+    def _fold(self, selection: Selection) -> CachedForward:
+        """The forward pass under a selection, which inference keeps until a tensor changes."""
+        keeping, names, merged = self._keeping, self.here(selection.names), self.merged
+        kept = CachedForward(selection, self._sources(names))
+        if names and names != merged and kept.lasts:
+            kept.forward = self._kept_forward(names)
+        keeping.folded = kept
+        return kept
+
+    @torch.no_grad()
+    def _kept_forward(self, names: tuple[str, ...]) -> Callable[[Tensor], Any] | None:
+        folded = self._folded_form(names)
+        if folded is not None:
+            return fused_forward(folded, self._base if self.merged else self.base_layer, self.switch.widened)
+        patches = self.patches(names)
+        if self.site.stored.ndim == 1 and whole_weight(self.site, patches):
+            return partial(self.call_with, *self._whole(patches))
+        if not self._may_keep(patches):
+            return None
+        dtype = fused_dtype(self.site.device, self.site.stored.dtype)
+        return partial(self._apply_patches, [_lasting(patch, dtype) for patch in patches])
+
+    def _may_keep(self, patches: Sequence[Patch]) -> bool:
+        """Whether inference keeps lowered patches: not a matrix as large as the weight, which would double the base."""
+        if self.site.shift_only or any(not isinstance(patch.route, (CacheableRoute, NoneType)) for patch in patches):
+            return False
+        return KEPT_PART * sum(patch.nbytes for patch in patches) <= self.site.stored.nbytes
+
+    @torch.no_grad()
+    def _folded_form(self, names: tuple[str, ...]) -> FusedPatch | None:
+        if not self.site.matrix_input:
+            return None
+        patches = self.patches(names)
+        dtype = fused_dtype(self.site.device, self.site.stored.dtype)
+        return fuse(patches, self.base_bias, dtype) if can_fuse(patches) else None
+
+    def _sources(self, names: tuple[str, ...]) -> list[Tensor]:
+        """The tensors of adapters, and those that they share with other layers."""
+        return [t for n in names for s in self.bound[n] for t in (*self.tensors(n, s).values(), *s.shared.values())]
+
+    def _apply_patches(self, patches: Sequence[Patch], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if patches and whole_weight(self.site, patches):
+            return self.call_with(*self._whole(patches), x, *args, **kwargs)
+        return apply(self.site, self.base_bias, self._base, patches, self.training, x, *args, **kwargs)
+
+    def _whole(self, patches: Sequence[Patch]) -> tuple[Tensor, Tensor | None]:
+        """The weight, as stored, and the bias with ``patches``, rounded once."""
+        weight = self.site.as_stored(composed(self.base_weight(), patches)).to(self.base_stored.dtype)
+        bias = biases(self.base_bias, patches)[-1]
+        return weight, None if bias is None else bias.to(weight.dtype)
+
+    def follows(self, layout: Layout) -> bool:
+        """Whether the layer can tell rows that lie so apart."""
+        return layout.dim == 0 or (layout.dim == 1 and self.site.channel == -1)
+
+    def rows_in(self, selection: Selection, x: Tensor) -> Mapping[str, Tensor]:
+        """Adapter's name -> the indices of its rows in the first dimension of ``x``."""
+        if self.layout.dim < 0 and selection.is_mixed:
+            raise refused(self.site.name)
+        return selection.groups(x.shape[0], x.device, self.layout)
+
+    def _forward_rows(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.here(selection.used):
+            return self._base(x, *args, **kwargs)
+        if self.layout.dim > 0 and x.ndim > 1:
+            # Whole again, for models take views of what a layer gives.
+            return self._forward_rows_first(selection, x.transpose(0, 1), *args, **kwargs).transpose(0, 1).contiguous()
+        return self._forward_rows_first(selection, x, *args, **kwargs)
+
+    def _forward_rows_first(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if selection.packed(x):
+            return self._forward_rows_first(selection, x.squeeze(0), *args, **kwargs).unsqueeze(0)
+        groups = self.rows_in(selection, x)
+        names = tuple(name for name in self.here(selection.used) if name in groups)
+        y, rest = None, names
+        if names and not (self.training or args or kwargs or torch.compiler.is_compiling()):
+            kept = self._mix(selection, names)
+            if kept.together and not kept.wants_grad(x):
+                order = selection.order(kept.together, x.shape[0], x.device, self.layout)
+                y = kept.forward(self._base if self.merged else self.base_layer, x, order)
+                rest = tuple(name for name in names if kept.members[name] is None)
+        if y is None:
+            y = self._base(x, *args, **kwargs)
+
+        def run(name: str, own_y: Any, own_x: Tensor, *own: Any, **named: Any) -> Any:
+            wanted = [self._for_rows(patch, selection, groups[name], x) for patch in self.patches_now([name])]
+            if whole_weight(self.site, wanted) or any(patch.inner is not None for patch in wanted):
+                return self._apply_patches(wanted, own_x, *own, **named)
+            return apply(self.site, self.base_bias, lambda *_, **__: own_y, wanted, self.training, own_x)
+
+        return apply_rows(y, run, {name: groups[name] for name in rest}, x, *args, **kwargs)
+
+    def _for_rows(self, patch: Patch, selection: Selection, rows: Tensor, x: Tensor) -> Patch:
+        """A patch for some rows of ``x``."""
+        if selection.by_token and (patch.gate is not None or patch.route is not None):
+            # It looks at rows as a whole, and a packed row holds several sequences.
+            raise unsupported(self.site, "an adapter that acts by whole sequences, in a packed one,")
+        return patch.take(rows, x.shape[:-1])
+
+    def _mix(self, selection: Selection, names: tuple[str, ...]) -> CachedMixedForward:
+        """The stacked form of several adapters, which inference keeps until a tensor changes or others are wanted."""
+        keeping = self._keeping
+        kept = keeping.mixed
+        current = kept is not None and kept.is_current(selection)
+        if kept is None or not current or kept.names != names:
+            known = kept.members if kept is not None and current else {}
+            kept = CachedMixedForward(selection, names, self._sources(names), known, self._folded_form)
+            keeping.mixed = kept
+        return kept
+
+    def _forget(self) -> None:
+        """Drop what inference keeps: the layer is in another state now."""
+        self._keeping = Keeping()
+
+    # -- a weight that the model reads ---------------------------------------------------------------------
+
+    def _seen(self, name: str, found: Any) -> Any:
+        """The weight or bias that a model which computes with it itself is to see in a call; ``found`` is the base's.
+
+        A layer that is never called gives its adapters' weight. Of one that is called, and in training, where a pass
+        and its repetition on the way back must do the same, it is made when it is wanted.
+        """
+        selection = self.switch.selection
+        names = self.here(selection.applied)
+        if names == (self.merged if selection.rows is None else ()):
+            return found
+        if isinstance(found, nn.Module):  # it holds the weight
+            rest = self.site.parameter.partition(".")[2]
+            return copy_with(found, {rest: self._seen(rest, found.get_parameter(rest))})
+        if torch.compiler.is_compiling():
+            # Compiled code can hold nothing that refuses: where it would have to, the layer is taken for a called one.
+            patches = self._readable(names) if selection.rows is None else None
+            return found if patches is None else self._part(name, patches)
+        make = partial(self._read, name, selection, names)
+        if name == "bias" or not (self._called or self._wants_grad(names)):
+            with suppress(UnsupportedError):
+                return make()
+        return Unread(found, make) if isinstance(found, Tensor) else found
+
+    def _wants_grad(self, names: tuple[str, ...]) -> bool:
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._sources(names))
+
+    def _readable(self, names: tuple[str, ...]) -> list[Patch] | None:
+        """The patches of ``names``; ``None`` when the layer's weight cannot hold one."""
+        try:
+            patches = self.weight_patches(names)
+        except MergeError:
+            return None
+        return None if any(patch.gate is not None or patch.route is not None for patch in patches) else patches
+
+    def _read(self, name: str, selection: Selection, names: tuple[str, ...]) -> Any:
+        """The weight or bias under a selection; inference keeps the weight."""
+        if name == "bias" or self._wants_grad(names):
+            return self._made(name, selection, names)
+        keeping = self._keeping
+        kept = keeping.read
+        if kept is None or kept.selected != selection.names or not kept.is_current(selection):
+            kept = keeping.read = Read(selection, self._sources(names), partial(self._made, name, selection, names))
+        return kept.weight
+
+    def _made(self, name: str, selection: Selection, names: tuple[str, ...]) -> Any:
+        patches = self._readable(names) if selection.rows is None else None
+        if patches is None:
+            what = "such an adapter" if selection.rows is None else "one adapter for each row"
+            raise UnsupportedError(
+                f"{self.site.name}: the model computes with this layer's weight itself, which cannot hold {what}.",
+                hint="Leave the layer out of target_modules, or run the rows of each adapter by themselves.",
+            )
+        return self._part(name, patches)
+
+    def _part(self, name: str, patches: Sequence[Patch]) -> Tensor | None:
+        """The weight, as stored, or the bias with ``patches``."""
+        if name != "bias":
+            return self.base_stored if self.site.shift_only else self._whole(patches)[0]
+        bias = biases(self.base_bias, patches)[-1]
+        return None if bias is None else bias.to(self.site.stored.dtype)
+
+    # -- merging -------------------------------------------------------------------------------------------
+
+    def merge(self, names: tuple[str, ...]) -> None:
+        """Put the patches of ``names`` into the base layer's parameters, from their original bytes."""
+        self.unmerge()
+        names = self.here(names)
+        if names:
+            original = [None if self.site.shift_only else self.site.stored, self.site.bias]
+            self._store(*self.merged_parameters(names))
+            self.original, self.merged = original, names
+        self._forget()
+
+    def store_merged(self, names: tuple[str, ...]) -> None:
+        """Merge for good: the original parameters are given up."""
+        parameters = self.merged_parameters(names)
+        self.unmerge()
+        self._store(*parameters)
+        self._forget()
+
+    def unmerge(self) -> None:
+        """Put the original parameters back: the same tensors, so the same bytes."""
+        if self.original:
+            self._store(*self.original)
+        self.original, self.merged = [], ()
+        self._forget()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
+        # The original parameters are kept out of the module's own, so a move or cast must be told of them.
+        self.original = [None if p is None else _like(fn(p.detach()), p) for p in self.original]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.watch()
+        self._forget()
+        return self
+
+    def watch(self) -> None:
+        """Watch those tensors of the adapters that are not trained; they may be other objects than before."""
+        for name, module in self._modules.items():
+            if name != "base_layer" and module is not None:
+                watch(module.parameters())
+
+    def train(self, mode: bool = True) -> AdaptedLayer:
+        """Set the mode of this layer and of all in it."""
+        super().train(mode)
+        self._forget()
+        return self
+
+    def _replicate_for_data_parallel(self) -> AdaptedLayer:
+        replica: AdaptedLayer = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._forget()
+        return replica
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_keeping": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_keeping": Keeping()})  # type: ignore[no-untyped-call]
+        self.watch()
+
+    def extra_repr(self) -> str:
+        """The adapters, in a model's print-out."""
+        return f"adapters={list(self.bound)}" + (f", merged={list(self.merged)}" if self.merged else "")
+
+
+def _lasting(patch: Patch, dtype: torch.dtype) -> Patch:
+    """A patch as inference keeps it."""
+    return replace(patch, route=patch.route.for_inference(dtype)) if isinstance(patch.route, CacheableRoute) else patch

@@ -1,0 +1,143 @@
+"""What the adapters bound to one base layer mean for its weight and bias."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.base_model.sites.site import Site
+from veneer.methods import AnyMethod
+from veneer.patches.patch import Patch
+from veneer.patches.weight_arithmetic import merged, merged_bias
+
+
+@dataclass(frozen=True)
+class BoundAdapter:
+    """One adapter's share of a layer.
+
+    Attributes:
+        method: lowers its tensors.
+        settings: what its config means here.
+        leaves: the names of its tensors.
+        key: where they lie in a checkpoint; ``None`` for a layer that shares another's tensors.
+        shared: leaf -> tensor that joins its own: one that all layers use, which one of them holds, or a frozen one.
+    """
+
+    method: AnyMethod
+    settings: Any
+    leaves: tuple[str, ...]
+    key: str | None
+    shared: Mapping[str, nn.Parameter] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PlainBase:
+    """A base layer that carries no adapter yet, as a method sees it."""
+
+    site: Site
+
+    @property
+    def base_bias(self) -> nn.Parameter | None:
+        """Its bias, shape ``(out,)``."""
+        found: nn.Parameter | None = self.site.resident(self.site.bias, "bias")
+        return found
+
+    def base_weight(self) -> Tensor:
+        """Its weight as a canonical matrix."""
+        return self.site.weight()
+
+
+class LayerAdapters:
+    """A base layer and the adapters that are bound to it: what these mean for its weight and bias.
+
+    Attributes:
+        site: the base layer.
+        bound: adapter's name -> its shares of this layer, in the order in which they apply.
+        original: the parameters that the base layer had before a merge that can be undone; empty when none is made.
+        overwrite: whether a merge may take the memory of the weight.
+    """
+
+    site: Site
+    bound: dict[str, list[BoundAdapter]]
+    original: Sequence[nn.Parameter | None] = ()
+    overwrite = False
+
+    def tensors(self, adapter: str, share: BoundAdapter) -> dict[str, nn.Parameter]:
+        """Leaf -> the parameter of an adapter's share of this layer."""
+        raise NotImplementedError(f"{type(self).__name__} holds no tensors")
+
+    def patches(self, names: Sequence[str]) -> list[Patch]:
+        """What adapters that are bound here mean for this layer, in the order in which they apply."""
+        return [
+            share.method.lower(share.settings, {**self.tensors(name, share), **share.shared}, self)
+            for name in names
+            for share in self.bound[name]
+        ]
+
+    def weight_patches(self, names: Sequence[str]) -> list[Patch]:
+        """The same as changes of the layer's weight; ``MergeError`` where no weight can hold one."""
+        return [self.site.in_weight(patch) for patch in self.patches(names)]
+
+    def here(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of ``names`` that are bound to this layer, in their order."""
+        return tuple(name for name in names if name in self.bound)
+
+    def lacks_bias(self, names: tuple[str, ...]) -> bool:
+        """Whether ``names`` move the output of a layer that has no bias to hold this once they are merged."""
+        if self.site.shift_only or self.base_bias is not None:
+            return False
+        shares = [(name, share) for name in self.here(names) for share in self.bound[name]]
+        return any(
+            bool(tensor.count_nonzero())
+            for name, share in shares
+            for leaf, tensor in self.tensors(name, share).items()
+            if leaf in share.method.bias_leaves
+        )
+
+    @property
+    def base_stored(self) -> nn.Parameter:
+        """The base layer's weight as stored, whatever is merged into it now."""
+        weight = self.original[0] if self.original else None
+        found: nn.Parameter = self.site.resident(
+            self.site.stored if weight is None else weight, self.site.parameter, below=bool(self.original)
+        )
+        return found
+
+    @property
+    def base_bias(self) -> nn.Parameter | None:
+        """The base layer's bias, whatever is merged into it now."""
+        bias = self.original[1] if self.original else self.site.bias
+        found: nn.Parameter | None = self.site.resident(bias, "bias", below=bool(self.original))
+        return found
+
+    def base_weight(self) -> Tensor:
+        """The base layer's weight as a canonical matrix, whatever is merged into it now."""
+        return self.site.canonical(self.base_stored.detach()) if self.original else self.site.weight()
+
+    def merged_parameters(self, names: tuple[str, ...]) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        """The weight (as stored) and bias that the layer has with ``names`` merged; nothing is changed yet.
+
+        Unless :attr:`overwrite` says that the weight's memory may be taken.
+        """
+        patches = self.weight_patches(self.here(names))
+        bias = self.base_bias
+        if self.site.shift_only:
+            return None, _like(merged_bias(bias, patches, torch.float32), bias)
+        stored = self.base_stored
+        weight = self.site.as_stored(merged(self.base_weight(), patches, overwrite=self.overwrite))
+        return _like(weight, stored), _like(merged_bias(bias, patches, stored.dtype), bias)
+
+    def _store(self, weight: nn.Parameter | None, bias: nn.Parameter | None) -> None:
+        if weight is None:
+            self.site.store_bias(bias)
+        else:
+            self.site.store(weight, bias)
+
+
+def _like(tensor: Tensor | None, model: nn.Parameter | None) -> Any:
+    """``tensor`` as a parameter that wants gradients as ``model`` does."""
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=model is not None and model.requires_grad)

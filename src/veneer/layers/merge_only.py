@@ -1,0 +1,51 @@
+"""A merge while loading: adapters are bound to base layers that no module is put around."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from veneer.base_model.sites.site import Site
+from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters
+
+
+class MergeOnlyLayer(LayerAdapters):
+    """A base layer and its adapters' tensors, until they are merged for good.
+
+    Answers what loading and merging ask of an ``AdaptedLayer``. The model does not know of it, so nothing can be run or
+    trained through it.
+
+    Args:
+        site: the base layer.
+        overwrite: whether what is merged may take the memory of the layer's weight.
+    """
+
+    merged: tuple[str, ...] = ()
+
+    def __init__(self, site: Site, overwrite: bool) -> None:
+        self.site = site
+        self.overwrite = overwrite
+        self.bound: dict[str, list[BoundAdapter]] = {}
+        # (adapter's name, a tensor's name in memory) -> the tensor
+        self._tensors: dict[tuple[str, str], nn.Parameter] = {}
+
+    def bind(self, adapter: str, share: BoundAdapter, tensors: Mapping[str, nn.Parameter]) -> None:
+        """Add an adapter's tensors (leaf -> parameter), used as they are."""
+        self._tensors.update({(adapter, share.method.in_memory(leaf)): tensors[leaf] for leaf in share.leaves})
+        self.bound.setdefault(adapter, []).append(share)
+
+    def hold(self, adapter: str, kept: Mapping[str, nn.Parameter]) -> None:
+        """Nothing: tensors that are no share's own need a place only in a model that is moved or saved."""
+
+    def unbind(self, adapter: str) -> None:
+        """Remove an adapter's tensors."""
+        del self.bound[adapter]
+        self._tensors = {key: tensor for key, tensor in self._tensors.items() if key[0] != adapter}
+
+    def tensors(self, adapter: str, share: BoundAdapter) -> dict[str, nn.Parameter]:
+        return {leaf: self._tensors[adapter, share.method.in_memory(leaf)] for leaf in share.leaves}
+
+    def store_merged(self, names: tuple[str, ...]) -> None:
+        """Merge for good: the base layer's parameters are given up."""
+        self._store(*self.merged_parameters(names))

@@ -1,0 +1,69 @@
+"""Holds the adapters' tensors of a layer by name, at the cost of no module's containers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from veneer.layers.any_names import AnyNames
+from veneer.patches.watched_parameters import edited, watch
+
+# What every module keeps beside its tensors, empty at first: name -> what makes it.
+_KEPT = {k: type(v) for k, v in vars(nn.Module()).items() if k not in ("training", "_parameters")}
+
+
+class ParameterHolder(AnyNames):
+    """Holds tensors by name: ``lora_A`` those of each adapter, ``lora_A.default`` one's ``weight``.
+
+    ``layer.lora_A["default"].weight`` works as on peft's layers.
+    """
+
+    def __init__(self, training: bool) -> None:
+        # Not nn.Module's own, which makes a dozen containers; of a thousand adapters there are as many leaves as
+        # tensors. The containers are made when something asks for them.
+        vars(self).update(training=training, _parameters={})
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _KEPT:
+            return vars(self).setdefault(name, _KEPT[name]())
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Parameter):
+            self._exchanged()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._exchanged()
+
+    def _exchanged(self) -> None:
+        """Note that tensors are not those of before."""
+        watch(self._parameters.values())
+        edited()
+
+    def __getitem__(self, name: str) -> Any:
+        return self._modules[name] if name in self._modules else self._parameters[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules or name in self._parameters
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self._modules) + len(self._parameters)
+
+    def keys(self) -> list[str]:
+        """The names."""
+        return [*self._modules, *self._parameters]
+
+    def values(self) -> list[Any]:
+        """What goes by them."""
+        return [self[name] for name in self]
+
+    def items(self) -> list[tuple[str, Any]]:
+        """The names, each with what goes by it."""
+        return [(name, self[name]) for name in self]

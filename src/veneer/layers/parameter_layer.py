@@ -1,0 +1,72 @@
+"""The wrapper for one parameter of a layer that uses it inside its own ``forward``: fused experts, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from veneer.base_model.sites.site import call_with, unsupported
+from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.patches.patch import apply_rows
+from veneer.patches.row_layout import Layout
+from veneer.patches.selection import NOTHING, Selection
+from veneer.patches.weight_arithmetic import composed
+
+
+class AdaptedParameter(AdaptedLayer):
+    """Calls the base layer with the changed parameter in its own's place.
+
+    Several nest, one for each parameter; the innermost calls the base layer with all of them changed.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's output under the selected adapters."""
+        selection = self.switch.selection
+        if selection.rows is None:
+            return self._through({}, *args, **kwargs)
+        return self._through_rows(selection, *args, **kwargs)
+
+    def follows(self, layout: Layout) -> bool:
+        """Whether the layer can tell rows that lie so apart: it is given some of them as a batch of its own."""
+        return layout.dim == 0
+
+    def _through(self, changed: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        names = self.here(self.switch.selection.names)
+        if names != self.merged:
+            changed = {**changed, self.site.parameter: self._changed(names)}
+        inner = self.base_layer
+        if isinstance(inner, AdaptedParameter):
+            return inner._through(changed, *args, **kwargs)
+        return call_with(inner, changed, *args, **kwargs) if changed else inner(*args, **kwargs)
+
+    def _changed(self, names: tuple[str, ...]) -> Tensor:
+        if not names:
+            return self.base_stored
+        weight = composed(self.base_weight(), self.patches_now(names))
+        return self.site.as_stored(weight).to(self.base_stored.dtype)
+
+    def _through_rows(self, selection: Selection, *args: Any, **kwargs: Any) -> Any:
+        if not args:
+            first, *_ = kwargs
+            args = (kwargs.pop(first),)
+        x: Tensor = args[0]
+        if selection.by_token and (selection.packed(x) or self.site.stored.ndim != 3):
+            # Attention, and whatever else sees a sequence as a whole.
+            raise unsupported(self.site, "one adapter for each token")
+        with self.switch.during(NOTHING):
+            y = self._through({}, *args, **kwargs)
+
+        def run(name: str, _: Any, *own: Any, **named: Any) -> Any:
+            with self.switch.during(Selection((name,))):
+                return self._through({}, *own, **named)
+
+        groups = self.rows_in(selection, x) if self._uses(selection) else {}
+        return apply_rows(y, run, groups, *args, **kwargs)
+
+    def _uses(self, selection: Selection) -> bool:
+        """Whether an adapter of the rows changes a parameter of the layer."""
+        inner = self.base_layer
+        below = isinstance(inner, AdaptedParameter) and inner._uses(selection)
+        return below or bool(self.here(selection.used))

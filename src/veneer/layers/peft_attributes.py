@@ -1,0 +1,83 @@
+"""What an adapted layer can be asked, under peft's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class LayerFace:
+    """The part of an adapted layer that users' scripts read."""
+
+    @torch.no_grad()
+    def get_delta_weight(self: Any, adapter: str) -> Tensor:
+        """The change that an adapter makes of this layer's weight, as the weight is stored and in its dtype.
+
+        Raises:
+            UnknownAdapterError: the adapter is not on this layer. MergeError: no weight can hold its change.
+        """
+        from veneer.errors import UnknownAdapterError
+        from veneer.layers.weight_change import change_of
+
+        if adapter not in self.bound:
+            raise UnknownAdapterError(
+                f"There is no adapter {adapter!r} on {self.site.name}.", hint=f"Present: {', '.join(self.bound)}."
+            )
+        change = change_of(self, self.weight_patches([adapter])).whole()
+        delta: Tensor = self.site.as_stored(change).to(self.base_stored.dtype)
+        return delta
+
+    @property
+    def scaling(self: Any) -> dict[str, float]:
+        """Adapter's name -> what its LoRA is multiplied by here."""
+        return {name: float(value.scale) for name, value in _lora(self, "scaling")}
+
+    @property
+    def r(self: Any) -> dict[str, int]:
+        """Adapter's name -> the rank of its LoRA here."""
+        return {name: value.r for name, value in _lora(self, "r")}
+
+    @property
+    def active_adapters(self: Any) -> list[str]:
+        """The active adapters, whether they are on this layer or not."""
+        return list(self.switch.selection.names)
+
+    @property
+    def merged_adapters(self: Any) -> list[str]:
+        """The adapters that are in the base layer's weight."""
+        return list(self.merged)
+
+    def own_tensors(self: Any, adapter: str) -> dict[str, Tensor]:
+        """Every tensor of an adapter that lies at this layer, frozen and common ones included, by its place."""
+        found: dict[str, Tensor] = {}
+        for head, holder in self._holders():
+            if adapter in holder._parameters:
+                found[head] = holder._parameters[adapter]
+            elif adapter in holder._modules:
+                own = holder._modules[adapter]
+                found.update((f"{head}.{leaf}", p) for leaf, p in own._parameters.items() if p is not None)
+        return found
+
+    def train_adapters(self: Any) -> None:
+        """Put the layer and its adapters into training mode, and leave the base layer's as it is."""
+        self.training = True
+        for _, holder in self._holders():
+            holder.train()
+
+    def _holders(self: Any) -> Iterator[tuple[str, nn.Module]]:
+        """What holds the adapters' tensors, by its name."""
+        return ((head, module) for head, module in self._modules.items() if head != "base_layer" and module is not None)
+
+
+def _lora(layer: Any, asked: str) -> list[tuple[str, Any]]:
+    """Each adapter with a LoRA at a layer, and its settings there."""
+    from veneer.methods.lora import LoraSettings
+
+    shares = [(name, share.settings) for name, shares in layer.bound.items() for share in shares]
+    found = [(name, settings) for name, settings in shares if isinstance(settings, LoraSettings)]
+    if not found:  # the base layer may have something of that name
+        raise AttributeError(f"no LoRA is on {layer.site.name}, so it has no {asked}")
+    return found

@@ -1,0 +1,90 @@
+"""The wrapper for a packed layer: a merge puts another layer in its place and leaves the packed one as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer.base_model.sites.quantized.packed import PackedSite
+from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.layers.quantized_merge import DEQUANTIZED, Into, LayerError, into_missing, layer_error
+from veneer.patches.selection import ActiveSelection
+from veneer.patches.weight_arithmetic import merged, merged_bias
+
+
+class PackedLayer(AdaptedLayer):
+    """As :class:`AdaptedLayer`; ``site.module`` is the packed layer throughout, so unmerging is putting it back.
+
+    Attributes:
+        into: where merges go; to be set before one.
+        error: what the last one lost.
+    """
+
+    site: PackedSite
+
+    def __init__(self, site: PackedSite, switch: ActiveSelection) -> None:
+        super().__init__(site, switch)
+        self.into: Into | None = None
+        self.error: LayerError | None = None
+
+    def _base(self, *args: Any, **kwargs: Any) -> Any:
+        return self.site.module(*args, **kwargs)
+
+    def _readable(self, names: tuple[str, ...]) -> None:
+        """None: a packed weight holds no adapter without a merge."""
+
+    def merge(self, names: tuple[str, ...]) -> None:
+        self.unmerge()
+        names = self.here(names)
+        if names:
+            self.base_layer, self.merged = self._merged_layer(names), names
+        self._forget()
+
+    def store_merged(self, names: tuple[str, ...]) -> None:
+        layer = self._merged_layer(self.here(names))
+        self.unmerge()
+        self.base_layer = layer
+        self._forget()
+
+    def unmerge(self) -> None:
+        self.base_layer, self.merged = self.site.module, ()
+        self._forget()
+
+    def merged_parameters(self, names: tuple[str, ...]) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        """The weight (float32) and bias with ``names`` merged, before the weight is stored in any form."""
+        patches = self.patches(self.here(names))
+        bias = merged_bias(self.base_bias, patches, self._into.dtype)
+        weight = merged(self.base_weight(), patches)
+        return nn.Parameter(weight, False), None if bias is None else nn.Parameter(bias, False)
+
+    @torch.no_grad()
+    def _merged_layer(self, names: tuple[str, ...]) -> nn.Module:
+        exact, bias = self.merged_parameters(names)
+        assert exact is not None
+        if self._into.choice == DEQUANTIZED:
+            layer: nn.Module = self.site.plain(exact, bias, self._into.dtype)
+            held = exact.to(self._into.dtype).float()
+        else:
+            layer = self.site.packed(exact, bias)
+            held = type(self.site)(self.site.name, layer).weight()
+        self.error = layer_error(held, exact, self.base_weight())
+        return layer
+
+    @property
+    def _into(self) -> Into:
+        if self.into is None:
+            raise into_missing(self.site.name)
+        return self.into
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
+        if self.merged:
+            self.site.module._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> PackedLayer:
+        """Set the mode of this layer and of all in it, the layer that a merge has replaced included."""
+        self.site.module.train(mode)
+        super().train(mode)
+        return self

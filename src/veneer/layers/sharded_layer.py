@@ -1,0 +1,52 @@
+"""The wrapper for a layer under tensor parallelism: it gives patches the whole input and output that they speak of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from veneer.base_model.sharding import gathered, spread
+from veneer.base_model.sites.site import Site
+from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.patches.selection import ActiveSelection
+
+
+class ShardedLayer(AdaptedLayer):
+    """Its base layer takes or gives a part, as the model's plan has it; adapters are whole in every process.
+
+    What each process has is gathered for the patches, and the result spread again. The gradients of an adapter's
+    tensors are therefore whole in every process, and the tensors stay equal.
+    """
+
+    def __init__(self, site: Site, switch: ActiveSelection, inner: AdaptedLayer | None = None) -> None:
+        super().__init__(site, switch, inner)
+        # Found at the first call: whether the base layer takes, and gives, this process's part only.
+        self.takes_part = self.gives_part = False
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's output under the selected adapters; arguments and shapes are the base layer's."""
+        selection = self.switch.selection
+        if selection.rows is None and not self.here(selection.names):
+            return self.base_layer(x, *args, **kwargs)
+        mesh, columns = self._mesh, self.site.shape[1]
+        self.takes_part = self.site.matrix_input and x.shape[-1] != columns
+        y = super().forward(gathered(x, mesh, columns) if self.takes_part else x, *args, **kwargs)
+        return spread(y, mesh) if self.gives_part else y
+
+    @property
+    def _mesh(self) -> Any:
+        held: Any = self.site.stored
+        return held.device_mesh
+
+    def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        mesh, rows = self._mesh, self.site.shape[0]
+        y = self.base_layer(spread(x, mesh) if self.takes_part else x, *args, **kwargs)
+        self.gives_part = y.shape[-1] != rows
+        return gathered(y, mesh, rows) if self.gives_part else y
+
+    def _folded_form(self, names: tuple[str, ...]) -> None:
+        """None: what is folded adds to the base layer's own output, and here that is a part."""
+
+    def _readable(self, names: tuple[str, ...]) -> None:
+        """None: what a process has is a part of a weight."""

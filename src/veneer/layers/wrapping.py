@@ -1,0 +1,175 @@
+"""The wrappers of a base model's adapted layers, put in their places and taken off again.
+
+The base model is edited in one way only: an adapted layer is put in the place of its base layer, which it holds.
+Taking it out again leaves the model as it was, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import nn
+
+from veneer.base_model import sharding
+from veneer.base_model.catalog import Catalog
+from veneer.base_model.sites.attention import AttentionSite
+from veneer.base_model.sites.block import BlockSite
+from veneer.base_model.sites.parameter import ParameterSite
+from veneer.base_model.sites.quantized.packed import PackedSite
+from veneer.base_model.sites.site import Site
+from veneer.errors import BaseModelError, BindError
+from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.layers.adapter_shares import PlainBase
+from veneer.layers.attention_layer import AdaptedAttention
+from veneer.layers.block_layer import AdaptedBlock
+from veneer.layers.merge_only import MergeOnlyLayer
+from veneer.layers.module_copies import ModuleCopies
+from veneer.layers.parameter_layer import AdaptedParameter
+from veneer.layers.quantized_layer import PackedLayer
+from veneer.layers.sharded_layer import ShardedLayer
+from veneer.methods.base.method import BaseLayer
+from veneer.patches.selection import ActiveSelection
+
+
+def check_untouched(model: nn.Module) -> None:
+    """Raise ``BaseModelError`` when a model carries adapters already."""
+    wrapped = (AdaptedLayer, ModuleCopies)
+    first = next((name for name, module in model.named_modules() if isinstance(module, wrapped)), None)
+    if first is not None:
+        raise BaseModelError(
+            f"The base model already carries adapters (first at {first}); wrapping it twice would stack them.",
+            hint="Add another with load_adapter(...) or add_adapter(...) on the model that has them, or "
+            "call its unload() first.",
+        )
+
+
+class LayerPlacement:
+    """What stands in the places of a base model's layers.
+
+    Attributes:
+        model: the base model.
+        catalog: its own modules.
+        switch: what is selected.
+        layers: a site's id -> the adapted layer in its place.
+        saved: a module's name -> what holds the copies of it that adapters bring.
+
+    Raises:
+        BaseModelError: the model carries adapters already.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        check_untouched(model)
+        self.model = model
+        self.catalog = Catalog(model)
+        self.switch = ActiveSelection()
+        self.layers: dict[str, AdaptedLayer] = {}
+        self.saved: dict[str, ModuleCopies] = {}
+        # Whether adapters that are loaded can be run: see unwrapped.
+        self._wraps = True
+        # In which dtypes what is then merged may take the memory of the base's weights.
+        self._overwritten: Collection[torch.dtype] = ()
+
+    @contextmanager
+    def unwrapped(self, overwritten: Collection[torch.dtype] = ()) -> Iterator[None]:
+        """Wrap nothing inside the ``with`` block, in which adapters are loaded and merged for good.
+
+        Packed layers are wrapped all the same, for their wrapper does the merge, and so are those that are spread over
+        processes, which refuse it.
+
+        Args:
+            overwritten: the dtypes in which nobody else holds the base's weights, so that merged ones may take their
+                memory.
+        """
+        self._wraps, self._overwritten = False, overwritten
+        try:
+            yield
+        finally:
+            self._wraps = True
+
+    def wrap(self, site: Site) -> AdaptedLayer:
+        """The adapted layer of a site, put in its place if none was."""
+        if site.id not in self.layers:
+            there = self.at(site.name)
+            self.layers[site.id] = layer = self._wrapped(site, there if isinstance(there, AdaptedLayer) else None)
+            if isinstance(layer, AdaptedLayer):
+                self.put(site.name, layer)
+        return self.layers[site.id]
+
+    def _wrapped(self, site: Site, there: AdaptedLayer | None) -> AdaptedLayer:
+        if isinstance(site, PackedSite):
+            return PackedLayer(site, self.switch)
+        if sharding.is_tensor_parallel(site.module):
+            return ShardedLayer(site, self.switch, there)
+        if not self._wraps:
+            # Not one, but it answers all that is asked of one until it is merged.
+            overwrite = site.stored.dtype in self._overwritten and self.catalog.is_alone(site.stored)
+            return cast(AdaptedLayer, MergeOnlyLayer(site, overwrite))
+        if isinstance(site, AttentionSite):
+            return AdaptedAttention(site, self.switch)
+        if isinstance(site, BlockSite):
+            return AdaptedBlock(site, self.switch)
+        kind = AdaptedParameter if isinstance(site, ParameterSite) else AdaptedLayer
+        return kind(site, self.switch, there)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the base is spread over processes."""
+        return sharding.sharded_parameter(self.catalog.modules.values()) is not None
+
+    def take_off(self, site_id: str) -> None:
+        """Remove a wrapper; one around it holds what it held."""
+        layer = self.layers.pop(site_id)
+        outer = self.at(layer.site.name)
+        if outer is layer:
+            self.put(layer.site.name, layer.base_layer)
+            return
+        while isinstance(outer, AdaptedLayer) and outer.base_layer is not layer:
+            outer = outer.base_layer
+        if isinstance(outer, AdaptedLayer):  # else the layer never stood in the model
+            outer._modules["base_layer"] = layer.base_layer
+
+    def wrap_saved(self, root: str) -> ModuleCopies:
+        """What holds the copies of a module, put in its place if none was."""
+        if root not in self.saved:
+            self.saved[root] = ModuleCopies(self.catalog.modules[root], self.switch)
+            if self._wraps:
+                self.put(root, self.saved[root])
+        return self.saved[root]
+
+    def at(self, name: str) -> nn.Module:
+        """What stands at a name now: the base's own module, or a wrapper."""
+        parent, _, child = name.rpartition(".")
+        module = self.catalog.modules[parent]._modules[child]
+        assert module is not None
+        return module
+
+    def put(self, name: str, module: nn.Module) -> None:
+        """Let ``module`` stand at a name."""
+        parent, _, child = name.rpartition(".")
+        self.catalog.modules[parent]._modules[child] = module
+
+    def base(self, site: Site) -> BaseLayer:
+        """A base layer as it was before any adapter, for a method to start from."""
+        return self.layers.get(site.id) or PlainBase(site)
+
+    def check_spread(self, sites: list[Site], roots: list[str]) -> None:
+        """Of a base that is spread over processes, not every layer can be adapted in every way."""
+        for site in sites:
+            sharding.check_site(site)
+        for root in roots:
+            sharding.check_copy(root, self.catalog.modules[root])
+
+    def check_places(self, sites: list[str], roots: list[str]) -> None:
+        """One adapter's whole module cannot hold another's adapted layer, nor the reverse."""
+        for outer, inner in ((self.saved, sites), (roots, list(self.layers))):
+            for name in inner:
+                root = next((r for r in outer if name == r or name.startswith(r + ".")), None)
+                if root is not None:
+                    raise BindError(
+                        f"{root} is saved whole by one adapter and {name} adapted by another; one model cannot hold "
+                        "both.",
+                        hint="Load them on two copies of the base, or delete the first.",
+                    )

@@ -1,0 +1,1 @@
+"""The base of a merge from disk to disk: its files, names and hashes."""

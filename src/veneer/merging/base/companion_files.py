@@ -1,0 +1,152 @@
+"""What lies beside a checkpoint's weights and comes along with a merge: config, tokenizer, chat templates, licence.
+
+Two things do not: a link that leads out of its folder, for whoever made the folder may not know what it shows here, and
+an adapter's code, which would run in the place of the code that the user of the base trusts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from veneer.errors import SourceError
+from veneer.files.adapter_folders import SET_FILE
+from veneer.files.json_file import read_json
+from veneer.files.names import ADAPTER_STEM, MODEL_CONFIG
+from veneer.files.source import Source
+from veneer.files.weight_files import weight_files
+
+MANIFEST = "merge_manifest.json"
+TEMPLATES = "additional_chat_templates"
+# Written for the output, or about something else than the output.
+_OWN = (".gitattributes", "README.md", "trainer_state.json", SET_FILE, MANIFEST)
+_WEIGHTS = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".tflite",
+    ".ot",
+)
+_CODE = (".py", ".pyc", ".pyd", ".so")
+# Where transformers looks for the code of a tokenizer or a processor, under "auto_map".
+_NAMES_CODE = (
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+# A blob of the hub's cache is named by its digest, which nobody can guess: a link to one comes from a download.
+_BLOB = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+
+
+def beside(root: Path) -> dict[str, Path]:
+    """The files of a folder that belong to its model and are no weights: name -> path, the config among them.
+
+    Raises:
+        SourceError: one of them is no regular file, or a link that leads out of the folder.
+    """
+    names = sorted(path.name for path in root.iterdir() if not path.is_dir())
+    found = {name: root / name for name in names if _belongs(name)}
+    folder = root / TEMPLATES
+    if folder.is_dir():
+        found |= {f"{TEMPLATES}/{path.name}": path for path in sorted(folder.glob("*.jinja"))}
+    check_inside(root, found.values())
+    return found
+
+
+def _belongs(name: str) -> bool:
+    return not name.endswith(_WEIGHTS) and not name.startswith(("adapter_", ".")) and name not in _OWN
+
+
+def files_of_adapter(source: Source) -> dict[str, Path]:
+    """An adapter's own files: name -> path.
+
+    Raises:
+        SourceError: as :func:`beside` raises it.
+    """
+    paths = {path for path in source.root.glob("adapter_*") if path.is_file()}
+    paths |= set(weight_files(source, ADAPTER_STEM))
+    check_inside(source.root, paths)
+    return {path.relative_to(source.root).as_posix(): path for path in sorted(paths)}
+
+
+def check_inside(root: Path, paths: Iterable[Path]) -> None:
+    """Raise ``SourceError`` for a path in ``root`` that is no regular file, or a link that leads out of it."""
+    for path in paths:
+        try:
+            real, home = path.resolve(strict=True), root.resolve()
+        except (OSError, RuntimeError) as error:  # a link to nothing, or to itself
+            raise SourceError(
+                f"{path} is a link that leads nowhere.", hint="Put the file itself there, or remove the link."
+            ) from error
+        if not real.is_file():
+            raise SourceError(f"{path} is no regular file.", hint="Remove it, or put a file in its place.")
+        if not (real.is_relative_to(home) or _is_blob(real, home)):
+            raise SourceError(
+                f"{path} is a link to {real}, out of its folder; it is not followed.",
+                hint="If you trust it, put the file itself there (cp -L); else remove the link.",
+            )
+
+
+def _is_blob(real: Path, home: Path) -> bool:
+    """Whether a file is the hub's cache's, of the snapshot that ``home`` lies in or by the name of its digest."""
+    repository = next((place.parent for place in home.parents if place.name == "snapshots"), None)
+    of_hub = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    own = repository is not None and real.parent == repository / "blobs"
+    return own or (of_hub and _BLOB.fullmatch(real.name) is not None)
+
+
+def bring_along(base: Path, adapters: Iterable[Path], folder: Path) -> list[str]:
+    """Copy what lies beside the weights into ``folder``: the base's, then the adapters', which take its place.
+
+    Args:
+        base: the base's folder. Its config is left to the caller.
+        adapters: the adapters' folders; the last has the last word.
+        folder: where to.
+
+    Returns:
+        What a user should know.
+    """
+    told: list[str] = []
+    own = beside(base)
+    for name, path in own.items():
+        if name != MODEL_CONFIG:
+            _copy(path, folder / name)
+    for root in adapters:
+        for name, path in beside(root).items():
+            if name.lower().endswith(_CODE):
+                if name in own and path.read_bytes() != own[name].read_bytes():
+                    told.append(f"{path} is not the base's {name}; the base's stays.")
+            elif name in _NAMES_CODE:
+                _copy_without_code(path, own.get(name), folder / name)
+            elif name != MODEL_CONFIG:
+                _copy(path, folder / name)
+    return told
+
+
+def _copy(path: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
+    shutil.copyfile(path, target)
+
+
+def _copy_without_code(path: Path, base: Path | None, target: Path) -> None:
+    """Copy an adapter's file; the code that it names is the base's, if the base's names any."""
+    values = read_json(path)
+    known = None if base is None else read_json(base).get("auto_map")
+    if values.get("auto_map") == known or "auto_map" not in values:
+        _copy(path, target)
+        return
+    del values["auto_map"]
+    values |= {} if known is None else {"auto_map": known}
+    target.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

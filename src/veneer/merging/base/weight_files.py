@@ -1,0 +1,172 @@
+"""A model's weights on disk: read by name, whole or by rows, without a mapping of the file into memory."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from veneer.checkpoints.torch_dtypes import DTYPES
+from veneer.errors import CorruptFileError, SourceError, UnsupportedError
+from veneer.files.names import MODEL_STEM, SAFETENSORS
+from veneer.files.safetensors_header import Header, TensorInfo
+from veneer.files.source import Source
+from veneer.files.weight_files import read_headers, weight_files
+from veneer.merging.base.companion_files import check_inside
+from veneer.merging.base.hashing import Stamp, check_unchanged, stamp_of
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# The dtypes that arithmetic is done in; what is narrower is a quantised form.
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """One tensor in a file, by the file's name in the checkpoint: ``start`` is its first byte there."""
+
+    file: str
+    info: TensorInfo
+    start: int
+
+
+@dataclass
+class WeightFiles:
+    """The safetensors files of one checkpoint, open for reading.
+
+    Args:
+        headers: file's name -> its header. The name is the file's path from the checkpoint's folder, since shards in
+            several folders may bear one name: ``one/w.safetensors``.
+
+    Attributes:
+        at_opening: file's name -> what it was when it was opened.
+    """
+
+    headers: Mapping[str, Header]
+    places: dict[str, TensorPlace] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.places = {
+            name: TensorPlace(file, info, header.data_start + info.start)
+            for file, header in self.headers.items()
+            for name, info in header.tensors.items()
+        }
+        self.paths: dict[str, Path] = {file: header.path for file, header in self.headers.items()}
+        self._open: dict[str, int] = {name: _opened(path) for name, path in self.paths.items()}
+        self.at_opening = self.stamps()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
+    def seen_as(self, places: dict[str, TensorPlace]) -> WeightFiles:
+        """The same open files with other names for what is in them; they are closed together."""
+        found = copy.copy(self)
+        found.places = places
+        return found
+
+    def stamps(self) -> dict[str, Stamp]:
+        """File's name -> what it is now."""
+        return {name: stamp_of(path) for name, path in self.paths.items()}
+
+    def check_unchanged(self) -> None:
+        """Raise ``MergeError`` when a file is no longer what it was at the start."""
+        check_unchanged({self.paths[name]: stamp for name, stamp in self.at_opening.items()})
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype; ``UnsupportedError`` for one that torch has not."""
+        own = self.places[name].info.dtype
+        if own not in DTYPES:
+            raise UnsupportedError(
+                f"{name} is stored as {own}, which is not computed with.", hint="Use another copy of the base."
+            )
+        return DTYPES[own]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape."""
+        return self.places[name].info.shape
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor."""
+        place = self.places[name]
+        return self.bytes(name, 0, place.info.nbytes).view(self.dtype(name)).view(place.info.shape)
+
+    def bytes(self, name: str, start: int, count: int) -> Tensor:
+        """``count`` bytes of a tensor from its byte ``start`` on, shape ``(count,)``, uint8."""
+        return self.fill(torch.empty(count, dtype=torch.uint8), name, start)
+
+    def fill(self, found: Tensor, name: str, start: int) -> Tensor:
+        """Fill a contiguous tensor with a stored one's bytes, from its byte ``start`` on."""
+        place = self.places[name]
+        return read_exactly(self._open[place.file], self.paths[place.file], place.start + start, found)
+
+    def raw(self, file: str, start: int, count: int) -> Tensor:
+        """``count`` bytes of a file."""
+        return read_exactly(self._open[file], self.paths[file], start, torch.empty(count, dtype=torch.uint8))
+
+    def descriptor(self, file: str) -> int:
+        """The open file's descriptor."""
+        return self._open[file]
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def open_weights(source: Source) -> WeightFiles:
+    """A full model's weight files, open.
+
+    Raises:
+        IncompleteCheckpointError: there are none. CorruptFileError: one is damaged, or the index names what is none.
+        SourceError: one cannot be read, or is a link that leaves the folder.
+    """
+    paths = weight_files(source, MODEL_STEM)
+    check_inside(source.root, paths)
+    headers = read_headers(source, MODEL_STEM)
+    found = {header.path.relative_to(source.root).as_posix(): header for header in headers}
+    for file, header in found.items():
+        texts = (*header.tensors, *header.metadata, *header.metadata.values())
+        odd = next((text for text in texts if not _is_text(text)), None)
+        if odd is not None or not file.endswith(SAFETENSORS):
+            what = "it is no safetensors file" if odd is None else f"its header holds {odd!r}, which is no text"
+            raise CorruptFileError(f"{header.path} is damaged: {what}.", hint="Copy or download it again.")
+    return WeightFiles(found)
+
+
+def _is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it; half a pair of surrogates it cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_exactly(descriptor: int, path: Path, start: int, found: Tensor) -> Tensor:
+    """Fill a contiguous tensor with the bytes of an open file from ``start`` on."""
+    view = found.view(-1).view(torch.uint8).numpy().data
+    done = 0
+    while done < len(view):
+        try:
+            got = os.preadv(descriptor, [view[done:]], start + done)
+        except OSError as error:
+            raise SourceError(
+                f"{path} cannot be read: {error.strerror or error}.", hint="Check the disk that it lies on."
+            ) from error
+        if not got:
+            raise CorruptFileError(f"{path} became shorter while it was read.", hint="Copy or download it again.")
+        done += got
+    return found
+
+
+def _opened(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    except OSError as error:
+        raise SourceError(
+            f"{path} cannot be read: {error.strerror or error}.", hint="Check its permissions."
+        ) from error

@@ -1,0 +1,1 @@
+"""The folder that a merge from disk to disk writes, and taking a merge back."""

@@ -1,0 +1,159 @@
+"""``merge_manifest.json``: what a merged folder was made from, how, and what rounding left of the change."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from veneer._version import __version__
+from veneer.errors import CorruptFileError, IncompleteCheckpointError
+from veneer.files.json_file import read_json
+from veneer.files.paths import is_file
+from veneer.files.source import Source
+from veneer.merging.base.companion_files import MANIFEST
+from veneer.merging.work.prepare import Options, PreparedMerge
+from veneer.merging.work.rounding import STOCHASTIC, RoundingFigures
+
+VERSION = 1
+# Below this share of the change's energy a user should think again.
+ENOUGH = 0.9
+
+
+def manifest_of(
+    prepared: PreparedMerge,
+    inputs: Mapping[str, str],
+    adapters: Sequence[Mapping[str, str]],
+    outputs: Mapping[str, str],
+    figures: Sequence[RoundingFigures],
+) -> dict[str, Any]:
+    """The manifest as plain JSON types.
+
+    Args:
+        prepared: the merge.
+        inputs: file of the base -> SHA-256.
+        adapters: for each adapter, file -> SHA-256.
+        outputs: file of the output -> SHA-256.
+        figures: of each changed tensor.
+    """
+    return {
+        "manifest_version": VERSION,
+        "versions": {
+            "veneer": __version__,
+            **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        },
+        "base": {"origin": prepared.base.origin, "commit": prepared.base.commit, "sha256": dict(inputs)},
+        "adapters": [
+            {
+                "origin": source.origin,
+                "commit": source.commit,
+                "weight": adapter.weight,
+                "peft_type": str(adapter.checkpoint.config.peft_type),
+                "sha256": dict(digests),
+            }
+            for adapter, source, digests in zip(prepared.adapters, prepared.sources, adapters, strict=True)
+        ],
+        "options": prepared.options.to_dict(),
+        "untied": prepared.plan.untied,
+        "outputs": {"sha256": dict(outputs)},
+        "summary": summary(figures),
+        "tensors": [{**vars(one), "survives": one.survives} for one in figures],
+    }
+
+
+def summary(figures: Sequence[RoundingFigures]) -> dict[str, Any]:
+    """All tensors together."""
+    change = math.sqrt(sum(one.change**2 for one in figures))
+    error = math.sqrt(sum(one.rounding_error**2 for one in figures))
+    total = RoundingFigures("", "", change, error)
+    return {
+        "changed_tensors": sum(1 for one in figures if one.change),
+        "change": change,
+        "rounding_error": error,
+        "survives": total.survives,
+    }
+
+
+def warnings_of(figures: Sequence[RoundingFigures], whole: bool, rounding: str) -> list[str]:
+    """What the figures should make a user think of."""
+    found = summary(figures)
+    if not found["changed_tensors"]:
+        return ["zero-effect adapter: every change is zero, so the output is the base."] if not whole else []
+    if found["survives"] >= ENOUGH:
+        return []
+    worst = min(figures, key=lambda one: one.survives)
+    lost = 100 * (1 - found["survives"])
+    mends = ["--dtype float32 keeps all of it", "an unmerged adapter loses nothing"]
+    if rounding != STOCHASTIC:
+        mends.insert(1, "--rounding stochastic keeps it on average")
+    return [
+        f"Rounding to {worst.dtype} costs {lost:.0f} % of the change (most in {worst.name}, which keeps "
+        f"{100 * worst.survives:.0f} %): {'; '.join(mends)}."
+    ]
+
+
+def write_manifest(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write the manifest into a folder."""
+    (folder / MANIFEST).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A merged folder's manifest, its parts that are used checked.
+
+    Raises:
+        IncompleteCheckpointError: there is none, or none of this version.
+        CorruptFileError: it is not what a merge writes, or names a file outside of the folder.
+    """
+    path = folder / MANIFEST
+    values = read_json(path) if is_file(path) else {}
+    if values.get("manifest_version") != VERSION:
+        raise IncompleteCheckpointError(
+            f"{folder}: there is no {MANIFEST} of this version, so nothing says how it was merged.",
+            hint="Merge it again with `veneer merge`.",
+        )
+    wrong = next((part for part, is_right in _PARTS.items() if not is_right(values.get(part))), None)
+    if wrong is not None:
+        raise CorruptFileError(
+            f"{path}: {wrong!r} is not what a merge writes there.", hint="Copy it again, or merge again."
+        )
+    here = Source(folder, str(path))
+    for name in (*values["base"]["sha256"], *values["outputs"]["sha256"]):
+        here.path(name)
+    return values
+
+
+def _is_base(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("origin"), str) and _are_digests(value.get("sha256"))
+
+
+def _are_adapters(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, dict)
+        and isinstance(one.get("origin"), str)
+        and type(one.get("weight")) in (int, float)
+        and math.isfinite(one["weight"])
+        for one in value
+    )
+
+
+def _are_digests(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(digest, str) for digest in value.values())
+
+
+def _are_options(value: Any) -> bool:
+    """Whether these are the options of a merge: what each of them means is checked where it is used."""
+    kinds = {"str": str, "int": int, "bool": bool, "None": type(None)}
+    allowed = {one.name: [kinds[kind.strip()] for kind in str(one.type).split("|")] for one in fields(Options)}
+    return isinstance(value, dict) and all(type(value[key]) in allowed.get(key, ()) for key in value)
+
+
+_PARTS: Mapping[str, Callable[[Any], bool]] = {
+    "base": _is_base,
+    "adapters": _are_adapters,
+    "options": _are_options,
+    "outputs": lambda value: isinstance(value, dict) and _are_digests(value.get("sha256")),
+}

@@ -1,0 +1,67 @@
+"""What a merge tells when it is done."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from veneer.printing import panel
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge wrote.
+
+    Attributes:
+        adapter: the adapters' paths or ids, with their weights where they are not 1.
+        base: the base model and why it was this one.
+        out: the folder that was written.
+        layers: adapted layers merged.
+        saved_modules: modules of the adapters that replaced the base's.
+        untied: parameters that shared a tensor in the base and no longer do.
+        dtype: of the merged weights.
+        nbytes: bytes written.
+        files: their names.
+        changed_tensors: how many of the weights changed.
+        survives: the share of the change's energy that rounding to ``dtype`` leaves.
+        seconds: from start to end.
+        warnings: what a user should know.
+    """
+
+    adapter: str
+    base: str
+    out: str
+    layers: int
+    saved_modules: list[str]
+    untied: list[str]
+    dtype: str
+    nbytes: int
+    files: list[str]
+    changed_tensors: int
+    survives: float
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types."""
+        return asdict(self)
+
+    def __rich__(self) -> RenderableType:
+        """A panel with one row a fact."""
+        return panel("merge report", self._facts(), self.warnings)
+
+    def _facts(self) -> list[tuple[str, str]]:
+        merged = f"{self.layers} layers" + (f" and {', '.join(self.saved_modules)}" if self.saved_modules else "")
+        share = f"{100 * self.survives:.2f} % of the change is left after rounding to {self.dtype}"
+        facts = [
+            ("adapter", self.adapter),
+            ("base", self.base),
+            ("merged", f"{merged}: {self.changed_tensors} tensors changed"),
+            ("rounding", share),
+            ("out", f"{self.out}: {len(self.files)} files, {self.nbytes / 1e6:.1f} MB, {self.dtype}"),
+            ("seconds", f"{self.seconds:.1f}"),
+        ]
+        return facts if not self.untied else [*facts, ("untied", ", ".join(self.untied))]

@@ -1,0 +1,200 @@
+"""What adapters change in a base on disk: bound to its skeleton exactly as to a live model, by the same code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.attach import load
+from veneer.adapters.collection import Adapters
+from veneer.adapters.merge.in_memory import check_mergeable
+from veneer.base_model.catalog import Catalog
+from veneer.base_model.sites.site import Site
+from veneer.checkpoints.checkpoint import Checkpoint
+from veneer.checkpoints.older_layouts import in_current_layout
+from veneer.configs.base import TargetedConfig
+from veneer.errors import MergeError
+from veneer.files.tensor_keys import encode
+from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.patches.patch import Patch
+
+Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class WeightedAdapter:
+    """One adapter to merge: its checkpoint, and what its change is multiplied by."""
+
+    checkpoint: Checkpoint
+    weight: float = 1.0
+
+
+if TYPE_CHECKING:
+    _Base = Site
+else:
+    _Base = object
+
+
+class OnDisk(_Base):
+    """Mixed into the class of a site: its weight and bias are read when they are asked for.
+
+    Attributes:
+        read: gives a parameter by its name.
+    """
+
+    read: Read
+
+    @property
+    def device(self) -> torch.device:
+        """Arithmetic happens on the CPU, though the skeleton lies on the meta device."""
+        return torch.device("cpu")
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias, kept once it is read."""
+        if super().bias is None:
+            return None
+        if "_bias" not in self.__dict__:
+            self.__dict__["_bias"] = nn.Parameter(self.read(f"{self.name}.bias"), requires_grad=False)
+        return cast(nn.Parameter, self.__dict__["_bias"])
+
+    def weight(self) -> Tensor:
+        """The weight, canonical."""
+        return self.canonical(self.read(f"{self.name}.{self.parameter}"))
+
+
+class DiskCatalog(Catalog):
+    """A skeleton's modules, each of whose sites reads from disk."""
+
+    def __init__(self, model: nn.Module, read: Read) -> None:
+        super().__init__(model)
+        self.read = read
+
+    def _on_disk(self, sites: Iterable[Site]) -> list[Site]:
+        return [site if isinstance(site, OnDisk) else _on_disk(site, self.read) for site in sites]
+
+    def sites_at(self, name: str, whole: bool = False) -> list[Site]:
+        return self._on_disk(super().sites_at(name, whole))
+
+    def parameter_sites(self, wanted: Collection[str]) -> list[Site]:
+        return self._on_disk(super().parameter_sites(wanted))
+
+    def biased(self, config: TargetedConfig, without: Iterable[Site]) -> list[Site]:
+        return self._on_disk(super().biased(config, without))
+
+
+def _on_disk(site: Site, read: Read) -> Site:
+    """The same site, of a class that reads."""
+    kind = type(site)
+    found: Site = object.__new__(type(kind.__name__, (OnDisk, kind), {}))
+    found.__dict__.update(site.__dict__, read=read)
+    return found
+
+
+@dataclass
+class AdapterChanges:
+    """All that is to be merged.
+
+    Attributes:
+        layers: id of a site -> the adapters' tensors bound to it.
+        weights: adapter's name -> what its change is multiplied by, in the order in which they apply.
+        origins: adapter's name -> its path or id.
+        saved: parameter or buffer -> the adapter's tensor that takes its place.
+        roots: the modules that come whole.
+        notes: what was odd and harmless.
+    """
+
+    layers: dict[str, AdaptedLayer] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    saved: dict[str, Tensor] = field(default_factory=dict)
+    roots: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def parts(self, site_id: str) -> list[tuple[object, list[Tensor]]]:
+        """List what is done to a site: each adapter and method, and its tensors."""
+        layer = self.layers[site_id]
+        return [
+            ((name, type(share.method)), list(layer.tensors(name, share).values()))
+            for name in layer.here(tuple(self.weights))
+            for share in layer.bound[name]
+        ]
+
+    @torch.no_grad()
+    def patches(self, site_id: str) -> list[Patch]:
+        """What the adapters mean for a site, in their order."""
+        layer = self.layers[site_id]
+        return [
+            self._weighted(patch, name, site_id)
+            for name in layer.here(tuple(self.weights))
+            for patch in layer.patches([name])
+        ]
+
+    def _weighted(self, patch: Patch, name: str, site_id: str) -> Patch:
+        weight = self.weights[name]
+        scaled = patch if weight == 1.0 else patch.scaled(weight)
+        if scaled is None:
+            raise MergeError(
+                f"{self.origins[name]} is to be merged with weight {weight:g}, and what it does to {site_id} is no "
+                "sum: a share of it is not defined.",
+                hint="A weight other than 1 is for adapters that add to the weights, as LoRA does.",
+            )
+        return scaled
+
+
+def bind_adapters(adapters: Sequence[WeightedAdapter], model: nn.Module, read: Read, strict: bool) -> AdapterChanges:
+    """Bind adapters to a base's skeleton, in their order; the skeleton itself is as before afterwards.
+
+    Raises:
+        BindError: an adapter and the base do not fit. NonFiniteError: it holds NaN or infinity.
+        AdapterError: two bring the same module whole. MergeError: one has no merged form.
+    """
+    bound = Adapters(model)
+    bound.catalog = DiskCatalog(model, read)
+    changes = AdapterChanges()
+    for index, adapter in enumerate(adapters):
+        name, checkpoint = f"adapter{index}", in_current_layout(adapter.checkpoint, bound.catalog)
+        loaded = load(bound, name, checkpoint, trainable=False, strict=strict)
+        changes.weights[name], changes.origins[name] = adapter.weight, checkpoint.origin
+        changes.notes += loaded.notes
+        for root in loaded.saved:
+            _check_whole(adapter, root)
+            changes.roots.append(root)
+            changes.saved.update(_saved(checkpoint, root, bound.saved[root].original_module))
+    bound.selection(list(changes.weights))
+    check_mergeable(bound, list(changes.weights))
+    changes.layers = dict(bound.layers)
+    bound.unload()
+    return changes
+
+
+def _saved(checkpoint: Checkpoint, root: str, module: nn.Module) -> Mapping[str, Tensor]:
+    """The parameters and buffers of a module that comes whole, by their names in the model."""
+    keys = {encode(root, leaf): f"{root}.{leaf}" for leaf in module.state_dict(keep_vars=True)}
+    return {keys[key]: tensor for key, tensor in checkpoint.read(keys).items()}
+
+
+def _check_whole(adapter: WeightedAdapter, root: str) -> None:
+    if adapter.weight != 1.0:
+        raise MergeError(
+            f"{adapter.checkpoint.origin} is to be merged with weight {adapter.weight:g}, and it brings {root} whole: "
+            "a share of a module is not defined.",
+            hint="Give it weight 1, or train without modules_to_save.",
+        )
+
+
+def tie_groups(model: nn.Module) -> list[list[str]]:
+    """The names of parameters that several modules share; one list for each that has more than one name."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def module_id(model: nn.Module, name: str) -> int:
+    """Tells the module that holds a parameter from every other, whatever name it was reached by."""
+    return id(model.get_submodule(name.rpartition(".")[0]))

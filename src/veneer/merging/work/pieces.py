@@ -1,0 +1,367 @@
+"""The pieces of work that a merge consists of: each reads what it needs, and hands finished bytes to a sink."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from veneer.base_model.sites.site import Site
+from veneer.errors import MergeError
+from veneer.merging.base.quantized_tensors import Packed
+from veneer.merging.base.skeleton import Conversion
+from veneer.merging.base.weight_files import NAMES, WeightFiles
+from veneer.merging.work.adapter_changes import AdapterChanges
+from veneer.merging.work.block_merge import BLOCK_VALUES, BlockMerge
+from veneer.merging.work.rounding import Rounding, RoundingFigures, RoundingTally
+from veneer.patches.patch import Patch, biases
+from veneer.patches.weight_arithmetic import check_kept
+
+
+class Sink(Protocol):
+    """Where finished bytes go: into the output's files, or beside what is there already."""
+
+    def put(self, name: str, start: int, data: Tensor) -> None:
+        """Bytes of the output tensor ``name`` from its byte ``start`` on; ``data`` is contiguous."""
+        ...
+
+    def copy(self, names: Sequence[str], files: WeightFiles, file: str, start: int, count: int) -> None:
+        """``count`` bytes of a base's file from ``start`` on: the output tensors ``names``, side by side in both."""
+        ...
+
+
+class Work(Protocol):
+    """A piece of work."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The tensors that it finishes."""
+        ...
+
+    def run(self, sink: Sink) -> list[RoundingFigures]:
+        """Do it, and tell what was changed."""
+        ...
+
+
+@dataclass(frozen=True)
+class CopyBytes:
+    """Tensors that stay as they are, side by side in the base's file and in the output's."""
+
+    files: WeightFiles
+    outputs: tuple[str, ...]
+    file: str
+    start: int
+    count: int
+
+    def run(self, sink: Sink) -> list[RoundingFigures]:
+        """Copy them as one range of bytes."""
+        sink.copy(self.outputs, self.files, self.file, self.start, self.count)
+        return []
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A stored tensor's values, dequantised where it is quantised.
+
+    Attributes:
+        files: the base's.
+        name: the tensor's.
+        packed: how it is quantised, where it is.
+        length: its first size where the output's is another: rows of zeros are added, or the last left out.
+    """
+
+    files: WeightFiles
+    name: str
+    packed: Packed | None = None
+    length: int | None = None
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether its values lie in the file, each in its place."""
+        return self.packed is None and self.length is None
+
+    def whole(self) -> Tensor:
+        """All of it, in the shape that it is stored in but for its length; float32 where it was quantised."""
+        tensor = self.files.read(self.name) if self.packed is None else self.packed.values(self.files, self.name)
+        if self.length is None:
+            return tensor
+        missing = max(self.length - tensor.shape[0], 0)
+        return torch.cat([tensor[: self.length], tensor.new_zeros(missing, *tensor.shape[1:])])
+
+    def rows(self, start: int, into: Tensor) -> Tensor:
+        """Fill ``into`` with rows of it, seen as a matrix of as many columns, from the row ``start`` on."""
+        return self.files.fill(into, self.name, start * into.shape[1] * into.element_size())
+
+
+@dataclass(frozen=True)
+class CastTensor:
+    """A tensor that only changes its dtype."""
+
+    values: StoredTensor
+    name: str
+    dtype: torch.dtype
+    rounding: Rounding
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def run(self, sink: Sink) -> list[RoundingFigures]:
+        """Round it, in blocks where it lies in the file as it is."""
+        rounder, position = self.rounding.of(self.name), 0
+        for block in self._blocks():
+            data = rounder(block.float(), self.dtype) if block.dtype != torch.float64 else block.to(self.dtype)
+            check_kept(block, data, self.name)
+            sink.put(self.name, position, data.contiguous())
+            position += data.numel() * data.element_size()
+        return []
+
+    def _blocks(self) -> Iterator[Tensor]:
+        if not self.values.as_stored:
+            yield self.values.whole()
+            return
+        files, name = self.values.files, self.values.name
+        count = math.prod(files.shape(name))
+        block = torch.empty(min(count, BLOCK_VALUES), dtype=files.dtype(name))
+        for start in range(0, count, BLOCK_VALUES):
+            yield self.values.rows(start, block[: count - start].view(-1, 1)).view(-1)
+
+
+@dataclass(frozen=True)
+class ReplaceTensor:
+    """A tensor that the adapter brings whole."""
+
+    name: str
+    tensor: Tensor
+    before: StoredTensor | None
+    dtype: torch.dtype
+    rounding: Rounding
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def run(self, sink: Sink) -> list[RoundingFigures]:
+        """Write it in the base's dtype."""
+        before = None if self.before is None else self.before.whole()
+        data, figures = _replaced(self.name, self.tensor, before, self.dtype, self.rounding)
+        sink.put(self.name, 0, data.contiguous())
+        return figures
+
+
+def _replaced(
+    name: str, tensor: Tensor, before: Tensor | None, dtype: torch.dtype, rounding: Rounding
+) -> tuple[Tensor, list[RoundingFigures]]:
+    """A tensor that takes a stored one's place, in its dtype, and what that does to it."""
+    if not tensor.is_floating_point():
+        data = tensor.to(dtype)
+        check_kept(tensor, data, name)
+        return data, []
+    after, tally = tensor.float(), RoundingTally()
+    data = rounding.of(name)(after, dtype)
+    check_kept(tensor, data, name)
+    tally.add(before.float() if before is not None and before.shape == after.shape else torch.zeros(()), after, data)
+    return data, [_checked(tally.figures(name, NAMES[dtype]))]
+
+
+@dataclass(frozen=True)
+class ChangedLayer:
+    """One weight that adapters change, and the bias beside it: the sites that mean it, in order."""
+
+    sites: tuple[Site, ...]
+    changes: AdapterChanges
+
+    @property
+    def site(self) -> Site:
+        """The first of them; all see the weight alike."""
+        return self.sites[0]
+
+    def patches(self) -> list[Patch]:
+        """What the adapters mean for it."""
+        return [site.in_weight(patch) for site in self.sites for patch in self.changes.patches(site.id)]
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """An output tensor and the stored values that it comes from."""
+
+    name: str
+    values: StoredTensor
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class AddBias:
+    """A bias of a layer that has none in the base: what the adapters shift its output by, or zeros."""
+
+    name: str
+    layer: ChangedLayer | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rounding: Rounding
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @torch.no_grad()
+    def run(self, sink: Sink) -> list[RoundingFigures]:
+        """Work it out."""
+        moved = None if self.layer is None else biases(None, self.layer.patches())[-1]
+        after, tally = torch.zeros(self.shape) if moved is None else moved, RoundingTally()
+        rounded = self.rounding.of(self.name)(after, self.dtype)
+        tally.add(torch.zeros(self.shape), after, rounded)
+        sink.put(self.name, 0, rounded.contiguous())
+        return [_checked(tally.figures(self.name, NAMES[self.dtype]))]
+
+
+@dataclass(frozen=True)
+class MergeLayer:
+    """A layer whose weight and bias each are a stored tensor."""
+
+    layer: ChangedLayer
+    weight: OutputTensor | None
+    bias: OutputTensor | None
+    rounding: Rounding
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(target.name for target in (self.weight, self.bias) if target is not None)
+
+    def run(self, sink: Sink) -> list[RoundingFigures]:
+        """Merge block by block."""
+        patches = self.layer.patches()
+        figures = []
+        if self.weight is not None:
+            figures.append(self._weight(self.weight, patches, sink))
+        if self.bias is not None:
+            figures.append(_bias(self.bias, self.bias.values.whole(), patches, self.rounding, sink))
+        return figures
+
+    def _weight(self, target: OutputTensor, patches: Sequence[Patch], sink: Sink) -> RoundingFigures:
+        site, values = self.layer.site, target.values
+        empty = site.canonical(torch.empty(site.stored.shape, device="meta"))
+        if not values.as_stored or not empty.is_contiguous() or not all(patch.by_rows for patch in patches):
+            return self._whole(target, patches, sink)
+        rows, columns = empty.shape[-2:]
+        blocks = BlockMerge(rows, columns, target.dtype, self.rounding.of(target.name))
+        stored = torch.empty((blocks.step, columns), dtype=values.files.dtype(values.name))
+        position = 0
+        for index, own in _matrices(empty, patches):
+            blocks.begin(own)
+            for start, stop in blocks.spans():
+                data = blocks.merge(values.rows(index * rows + start, stored[: stop - start]), start)
+                sink.put(target.name, position, data)
+                position += data.numel() * data.element_size()
+        return _checked(blocks.tally.figures(target.name, NAMES[target.dtype]))
+
+    def _whole(self, target: OutputTensor, patches: Sequence[Patch], sink: Sink) -> RoundingFigures:
+        stored = target.values.whole()
+        result, figures = merged_whole(self.layer.site, stored, patches, target, self.rounding)
+        sink.put(target.name, 0, result)
+        return figures
+
+
+def merged_whole(
+    site: Site, stored: Tensor, patches: Sequence[Patch], target: OutputTensor, rounding: Rounding
+) -> tuple[Tensor, RoundingFigures]:
+    """A weight as stored with ``patches`` merged in, for layouts that have no rows in the file."""
+    result = torch.empty(stored.shape, dtype=target.dtype)
+    before, after = site.canonical(stored), site.canonical(result)
+    by_rows = all(patch.by_rows for patch in patches)
+    rows, columns = before.shape[-2:]
+    blocks = BlockMerge(rows, columns, target.dtype, rounding.of(target.name), by_rows)
+    for index, own in _matrices(before, patches):
+        one, into = (before[index], after[index]) if before.ndim == 3 else (before, after)
+        blocks.begin(own)
+        for start, stop in blocks.spans():
+            into[start:stop] = blocks.merge(one[start:stop], start)
+    return result, _checked(blocks.tally.figures(target.name, NAMES[target.dtype]))
+
+
+def _matrices(weight: Tensor, patches: Sequence[Patch]) -> Iterator[tuple[int, list[Patch]]]:
+    """Each matrix of a weight, by its index, and the patches for it."""
+    if weight.ndim == 2:
+        yield 0, list(patches)
+        return
+    for index in range(weight.shape[0]):
+        yield index, [patch.at(index) for patch in patches]
+
+
+def _bias(
+    target: OutputTensor, bias: Tensor, patches: Sequence[Patch], rounding: Rounding, sink: Sink
+) -> RoundingFigures:
+    after = biases(bias, patches)[-1]
+    assert after is not None
+    rounded = rounding.of(target.name)(after.detach(), target.dtype)
+    tally = RoundingTally()
+    tally.add(bias.float(), after, rounded)
+    sink.put(target.name, 0, rounded.contiguous())
+    return _checked(tally.figures(target.name, NAMES[target.dtype]))
+
+
+def _checked(figures: RoundingFigures) -> RoundingFigures:
+    if not math.isfinite(figures.change) or not math.isfinite(figures.rounding_error):
+        raise MergeError(
+            f"Merging gives NaN or infinite values in {figures.name}; nothing was merged.",
+            hint="The weight's dtype may be too small for the change: merge with --dtype bfloat16 or float32.",
+        )
+    return figures
+
+
+@dataclass(frozen=True)
+class MergeConverted:
+    """Parameters that are made of several stored tensors, changed and taken apart again.
+
+    Attributes:
+        conversion: how they are made.
+        values: stored tensor -> its values.
+        layers: parameter -> what changes it.
+        saved: parameter -> what takes its place.
+        dtype: of the output.
+        model: the skeleton.
+        rounding: how values are rounded.
+    """
+
+    conversion: Conversion
+    values: Mapping[str, StoredTensor]
+    layers: Mapping[str, ChangedLayer]
+    saved: Mapping[str, Tensor]
+    dtype: torch.dtype
+    model: Any
+    rounding: Rounding
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.conversion.sources)
+
+    def run(self, sink: Sink) -> list[RoundingFigures]:
+        """Merge each parameter whole."""
+        tensors = {name: values.whole() for name, values in self.values.items()}
+        parameters = self.conversion.parameters(tensors, self.model)
+        del tensors
+        figures: list[RoundingFigures] = []
+        for name in list(parameters):
+            parameters[name] = self._changed(name, parameters[name], figures)
+        for name, tensor in self.conversion.stored(parameters, self.model).items():
+            sink.put(name, 0, tensor.contiguous())
+        return figures
+
+    def _changed(self, name: str, stored: Tensor, figures: list[RoundingFigures]) -> Tensor:
+        if name in self.saved:
+            data, own = _replaced(name, self.saved[name], stored, self.dtype, self.rounding)
+            figures += own
+            return data
+        if name not in self.layers:
+            data = stored if stored.dtype == self.dtype else self.rounding.of(name)(stored.float(), self.dtype)
+            check_kept(stored, data, name)
+            return data
+        layer = self.layers[name]
+        target = OutputTensor(name, next(iter(self.values.values())), self.dtype)
+        result, found = merged_whole(layer.site, stored, layer.patches(), target, self.rounding)
+        figures.append(found)
+        return result

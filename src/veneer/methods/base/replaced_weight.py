@@ -1,0 +1,94 @@
+"""The weight of an embedding or output layer, and its bias, saved beside its LoRA (``save_embedding_layers``).
+
+It is the base's own weight in most checkpoints, and another where the vocabulary was extended before training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from veneer.base_model.sites.embedding import EmbeddingSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.base import TargetedConfig
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.trained_bias import ADAPTED_BIAS, Bias
+from veneer.patches.patch import Patch, Tokens
+
+WEIGHT = "base_layer.weight"
+
+
+@dataclass(frozen=True)
+class SavedWeightSettings:
+    """Whether a token is a row of the canonical weight, and whether the base's own weight differs."""
+
+    rows: bool
+    differs: bool = True
+
+
+class SavedWeight(Method[TargetedConfig, SavedWeightSettings]):
+    """A whole weight, shape ``(vocabulary, dim)``, in the place of the base's."""
+
+    leaves = (WEIGHT,)
+    trainable = False
+    twins_repeat = False
+
+    def in_memory(self, leaf: str) -> str:
+        return "saved_weight"
+
+    def settings(self, config: TargetedConfig, site: Site) -> SavedWeightSettings:
+        return SavedWeightSettings(rows=not isinstance(site, EmbeddingSite))
+
+    def settled(
+        self, settings: SavedWeightSettings, tensors: Mapping[str, Tensor], base: BaseLayer
+    ) -> SavedWeightSettings:
+        own, stored = tensors[self.leaves[0]], base.base_weight()
+        stored = stored if settings.rows else stored.T
+        # One that was saved in a narrower dtype than the base is loaded in is the base's own too.
+        alike = torch.equal(own.to(stored.dtype), stored) or torch.equal(own, stored.to(own.dtype))
+        return replace(settings, differs=not alike)
+
+    def twinned(self, settings: SavedWeightSettings, twin: Site) -> SavedWeightSettings | None:
+        return replace(settings, rows=not isinstance(twin, EmbeddingSite)) if settings.differs else None
+
+    def shapes(self, settings: SavedWeightSettings, site: Site) -> dict[str, tuple[int, ...]]:
+        out, inner = site.shape
+        return {self.leaves[0]: (out, inner) if settings.rows else (inner, out)}
+
+    def init(
+        self, config: TargetedConfig, settings: SavedWeightSettings, base: BaseLayer, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        weight = base.base_weight()
+        return {self.leaves[0]: (weight if settings.rows else weight.T).float()}
+
+    def lower(self, settings: SavedWeightSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
+        if not settings.differs:
+            return Patch()
+        values = tensors[self.leaves[0]]
+        return Patch(tokens=Tokens(torch.arange(values.shape[0], device=values.device), values, settings.rows))
+
+
+class TokenBase(SavedWeight):
+    """The same where tokens of it are trained beside a LoRA."""
+
+    leaves = (f"token_adapter.{WEIGHT}",)
+
+    def in_memory(self, leaf: str) -> str:
+        return "saved_token_weight"
+
+
+class SavedBias(Bias):
+    """The bias of such a layer in the place of the base's; it is not trained."""
+
+    trainable = False
+
+    def in_memory(self, leaf: str) -> str:
+        return "saved_bias"
+
+
+SAVED_WEIGHT = SavedWeight()
+TOKEN_BASE = TokenBase()
+SAVED_BIAS = SavedBias(ADAPTED_BIAS.leaf)

@@ -1,0 +1,61 @@
+"""Biases that are trained whole beside an adapter (``bias="lora_only"`` and ``"all"``): ``b' = b + (trained - b)``.
+
+In peft they are shared by all adapters, which overwrite each other's; here each adapter brings its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from veneer.base_model.sites.parameter import VectorSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.base import TargetedConfig
+from veneer.methods.base.method import BaseLayer, Method
+from veneer.patches.patch import Patch
+
+
+class Bias(Method[TargetedConfig, None]):
+    """The bias of one layer.
+
+    Args:
+        leaf: its name in a checkpoint.
+    """
+
+    def __init__(self, leaf: str) -> None:
+        self.leaf = leaf
+        self.leaves = (leaf,)  # type: ignore[misc]
+
+    def in_memory(self, leaf: str) -> str:
+        return "trained_bias"
+
+    def settings(self, config: TargetedConfig, site: Site) -> None:
+        return None
+
+    def shapes(self, settings: None, site: Site) -> dict[str, tuple[int, ...]]:
+        has = isinstance(site, VectorSite) or site.bias is not None
+        return {self.leaf: site.shape[:1]} if has else {}
+
+    def init(
+        self, config: TargetedConfig, settings: None, base: BaseLayer, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        return {self.leaf: base_bias(base).float().clone()}
+
+    def lower(self, settings: None, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
+        shift = tensors[self.leaf].float() - base_bias(base).float()
+        return Patch(dense=shift.unsqueeze(1)) if isinstance(base.site, VectorSite) else Patch(shift=shift)
+
+
+def base_bias(base: BaseLayer) -> Tensor:
+    """The bias of the base that such a tensor takes the place of."""
+    if isinstance(base.site, VectorSite):
+        return base.base_weight().squeeze(1)
+    assert base.base_bias is not None
+    return base.base_bias.detach()
+
+
+# On a layer that the adapter changes otherwise too, and on any other.
+ADAPTED_BIAS = Bias("base_layer.bias")
+OTHER_BIAS = Bias("bias")

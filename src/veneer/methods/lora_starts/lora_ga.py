@@ -1,0 +1,108 @@
+"""LoRA-GA: begin where the first step of full fine-tuning points (Wang et al. 2024, arXiv:2407.05000, section 3).
+
+    G = U S V^T, the gradient of the weight        A: r rows of V^T, B: r other columns of U S
+
+``direction`` says which of the first 2r are whose; ``scale`` how long B becomes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.configs.lora_start_options import LoraGAConfig, options_of
+from veneer.configs.methods.lora import LoraConfig
+from veneer.errors import ConfigError
+from veneer.keywords import takes
+from veneer.methods.lora_starts.start import Layer
+from veneer.methods.lora_starts.statistics import GRADIENT, keep, kept, linear_sites
+
+
+def start(layer: Layer) -> tuple[Tensor, Tensor]:
+    """``A`` and ``B``."""
+    layer.check_rank(min(layer.weight.shape) // 2)
+    options = options_of(LoraGAConfig, layer.options)
+    gradient = kept(GRADIENT, layer.module, f'{layer.name}: init_lora_weights="lora_ga"', "preprocess_loraga(...)")
+    gradient = gradient.to(layer.weight)
+    r = layer.r
+    with layer.seeded():
+        up, values, columns = torch.svd_lowrank(gradient, q=min(4 * r, *gradient.shape), niter=4)
+        rows, own = _directions(options.direction, r)
+        down, up, values = columns.T[rows], up[:, own] * values[own], values[own]
+        return _scaled(layer, options, down, up, values)
+
+
+def _directions(direction: str, r: int) -> tuple[Tensor, Tensor]:
+    """Which of the first 2r directions are ``A``'s and which ``B``'s."""
+    order = torch.arange(2 * r)
+    if direction == "ArBr":
+        return order[1::2], order[0::2]
+    if direction == "A2rBr":
+        return order[r:], order[:r]
+    if direction == "ArB2r":
+        return order[:r], order[r:]
+    chosen = torch.randperm(2 * r)[:r]
+    return chosen, chosen
+
+
+def _scaled(layer: Layer, options: LoraGAConfig, down: Tensor, up: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    if options.scale == "stable":
+        return down, up * (layer.weight.shape[0] ** 0.25 / options.stable_gamma**0.5)
+    if options.scale == "weight_svd":
+        _, own, _ = torch.svd_lowrank(layer.weight, q=layer.r, niter=4)
+        return down, up * (own[0] / values[0]) if values[0] > 0 else up
+    if options.scale == "gd_scale":
+        return down / layer.scale, up / layer.scale
+    return down, up
+
+
+@takes()
+def preprocess_loraga(model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any]) -> None:
+    """Measure the gradients for ``init_lora_weights="lora_ga"``; call it before ``get_peft_model``.
+
+    Args:
+        model: the base model; afterwards it is as it was.
+        lora_config: which layers it measures.
+        train_step: runs forward and backward passes on a few batches of the training data.
+
+    Raises:
+        ConfigError: a layer got no gradient.
+    """
+    sites = linear_sites(model, lora_config)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    counts = dict.fromkeys(sites, 0)
+    model.requires_grad_(False)
+    handles = []
+    was_training = model.training
+    try:
+        for name, site in sites.items():
+            site.stored.requires_grad_(True)
+            handles.append(site.stored.register_post_accumulate_grad_hook(_counter(counts, name)))
+        model.train()
+        with torch.enable_grad():
+            train_step()
+        for name, site in sites.items():
+            if not counts[name] or site.stored.grad is None:
+                raise ConfigError(
+                    f"preprocess_loraga: {name} got no gradient.",
+                    hint="Let train_step call backward() on a loss of this model.",
+                )
+            keep(GRADIENT, site.module, site.canonical(site.stored.grad.detach()) / counts[name])
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before[name])
+        for site in sites.values():
+            site.stored.grad = None
+        model.train(was_training)
+
+
+def _counter(counts: dict[str, int], name: str) -> Callable[[Tensor], None]:
+    def count(_: Tensor) -> None:
+        counts[name] += 1
+
+    return count

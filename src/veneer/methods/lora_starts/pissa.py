@@ -1,0 +1,26 @@
+"""PiSSA: begin from the weight's principal directions (Meng et al. 2024, arXiv:2404.02948, section 3).
+
+    W = U S V^T        scale * B A = U_r S_r V_r^T
+
+``"pissa"`` takes the exact decomposition, ``"pissa_niter_[n]"`` the fast one of the paper's appendix, with ``n``
+iterations of a randomised method.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from veneer.methods.lora_starts.start import Layer, split
+
+
+def start(layer: Layer) -> tuple[Tensor, Tensor]:
+    """``A`` and ``B``."""
+    layer.check_rank()
+    rounds = layer.how.partition("_niter_")[2]
+    if rounds:
+        with layer.seeded():
+            up, values, columns = torch.svd_lowrank(layer.weight, layer.r, niter=int(rounds))
+        return split(up, values, columns.T, layer.scale)
+    up, values, down = torch.linalg.svd(layer.weight, full_matrices=False)
+    return split(up[:, : layer.r], values[: layer.r], down[: layer.r], layer.scale)

@@ -1,0 +1,54 @@
+"""Variants of LoRA that have tensors or a training of their own: one file each, chosen by an option of the config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from veneer.base_model.sites.site import Site, unsupported
+from veneer.configs.lora_start_options import options_of
+from veneer.configs.lora_variant_options import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from veneer.configs.methods.lora import VARIANTS, LoraConfig
+from veneer.errors import UnsupportedError
+from veneer.methods.lora_starts import is_moved
+from veneer.methods.lora_variants.bdlora import block_diagonal
+from veneer.methods.lora_variants.kasa import Kasa
+from veneer.methods.lora_variants.monteclora import MonteClora
+from veneer.methods.lora_variants.variant import Variant
+from veneer.methods.lora_variants.velora import Velora
+
+__all__ = ["FIXED", "FROZEN", "LEAVES", "Variant", "variant_of"]
+
+_KINDS: tuple[type[Variant], ...] = (Velora, MonteClora, Kasa)
+LEAVES = tuple(leaf for kind in _KINDS for leaf in kind.leaves)
+FIXED = frozenset(leaf for kind in _KINDS for leaf in kind.fixed)
+FROZEN = frozenset(leaf for kind in _KINDS for leaf in kind.frozen)
+
+_MAKE: dict[str, Callable[[Any, Site, int], Variant | None]] = {
+    "use_bdlora": lambda options, site, r: block_diagonal(options_of(BdLoraConfig, options), site, r),
+    "kasa_config": lambda options, site, r: Kasa.on(site, r, options_of(KasaConfig, options)),
+    "monteclora_config": lambda options, site, r: MonteClora(r, options_of(MontecloraConfig, options)),
+    "velora_config": lambda options, site, r: Velora(options_of(VeloraConfig, options)),
+}
+
+
+def variant_of(config: LoraConfig, site: Site, r: int) -> Variant | None:
+    """The variant that ``config`` means for a layer, if any.
+
+    Raises:
+        UnsupportedError: it is not defined on this kind of layer, or not with the config's start.
+    """
+    for name in VARIANTS:
+        options = getattr(config, name)
+        # BD-LoRA's options are an object or a switch.
+        if options is None or options is False:
+            continue
+        if not site.matrix_input:
+            raise unsupported(site, name)
+        if is_moved(config.init_lora_weights) or config.init_lora_weights == "mica":
+            raise UnsupportedError(
+                f"{name} with init_lora_weights={config.init_lora_weights!r}: that start is a plain LoRA's.",
+                hint="Leave one of the two out.",
+            )
+        return _MAKE[name](options, site, r)
+    return None

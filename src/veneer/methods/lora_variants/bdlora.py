@@ -1,0 +1,57 @@
+"""BD-LoRA: LoRA with one block-diagonal factor (Wang et al. 2025, arXiv:2510.23346, section 3).
+
+    W' = W + scale * B diag(A_1, ..., A_n)    or    W + scale * diag(B_1, ..., B_n) A
+
+On disk the blocks lie below each other: A is (r, in / n), B is (out, r / n). A layer that several devices hold in
+columns has such a B, one that they hold in rows such an A, and then no device needs what another has computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from veneer.base_model.sites.site import Site, unsupported
+from veneer.configs.lora_variant_options import BdLoraConfig
+from veneer.errors import ConfigError
+from veneer.methods.lora_variants.variant import LORA_A, LORA_B, Variant
+from veneer.patches.patch import Patch
+
+
+@dataclass(frozen=True)
+class BdLora(Variant):
+    """``leaf`` is the factor with blocks."""
+
+    leaf: str
+    blocks: int
+
+    def shapes(self, plain: Mapping[str, tuple[int, ...]], site: Site) -> dict[str, tuple[int, ...]]:
+        rows, columns = plain[self.leaf]
+        if rows % self.blocks or columns % self.blocks:
+            raise unsupported(site, f"use_bdlora with nblocks={self.blocks}, which does not divide {rows}x{columns},")
+        return {**plain, self.leaf: (rows, columns // self.blocks)}
+
+    def patch(self, plain: Patch, tensors: Mapping[str, Tensor]) -> Patch:
+        name, stored = ("down", plain.down) if self.leaf == LORA_A else ("up", plain.up)
+        assert stored is not None
+        return replace(plain, **{name: torch.block_diag(*stored.chunk(self.blocks))})
+
+
+def block_diagonal(options: BdLoraConfig, site: Site, r: int) -> BdLora | None:
+    """The variant on a layer; ``None`` on one that ``options`` leaves a plain LoRA."""
+    own = site.name.rpartition(".")[2]
+    found = [
+        leaf
+        for leaf, parts in ((LORA_A, options.target_modules_bd_a), (LORA_B, options.target_modules_bd_b))
+        if any(part in own for part in parts or ())
+    ]
+    if len(found) == 2 or (options.match_strict and not found):
+        raise ConfigError(
+            f"use_bdlora: {site.name} is in {'both' if found else 'neither'} of target_modules_bd_a and "
+            "target_modules_bd_b.",
+            hint="Name it in one of them." if found else "Name it in one, or set match_strict=False.",
+        )
+    return BdLora(found[0], options.nblocks) if found else None

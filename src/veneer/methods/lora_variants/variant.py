@@ -1,0 +1,53 @@
+"""What a variant of LoRA adds to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from veneer.base_model.sites.site import Site
+from veneer.patches.patch import Patch
+
+if TYPE_CHECKING:
+    from veneer.methods.base.method import BaseLayer
+
+
+LORA_A = "lora_A.weight"
+LORA_B = "lora_B.weight"
+
+
+class Variant:
+    """One variant on one layer, its options resolved. By default it is the plain LoRA.
+
+    Attributes:
+        leaves: its tensors beside A and B, named as on disk.
+        fixed: those of them that are saved and never trained.
+        frozen: those that only live in memory.
+    """
+
+    leaves: ClassVar[tuple[str, ...]] = ()
+    fixed: ClassVar[frozenset[str]] = frozenset()
+    frozen: ClassVar[frozenset[str]] = frozenset()
+
+    def shapes(self, plain: Mapping[str, tuple[int, ...]], site: Site) -> dict[str, tuple[int, ...]]:
+        """Leaf -> shape, from those of a plain LoRA on the layer."""
+        return dict(plain)
+
+    def init(self, base: BaseLayer, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """Its own tensors of a new adapter, float32."""
+        return {}
+
+    def restored(self, base: Callable[[], BaseLayer]) -> dict[str, Tensor]:
+        """Those in :attr:`frozen`, for an adapter that was loaded."""
+        return {}
+
+    def patch(self, plain: Patch, tensors: Mapping[str, Tensor]) -> Patch:
+        """What the tensors mean, from what A and B as stored would mean alone."""
+        raise NotImplementedError
+
+    def penalty(self, layers: Sequence[Mapping[str, Tensor]]) -> Tensor | None:
+        """What training adds to the loss, for the tensors of all layers that have this variant."""
+        return None

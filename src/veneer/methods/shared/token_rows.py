@@ -1,0 +1,136 @@
+"""Single rows of an embedding, trained and brought whole: beside a LoRA, or as an adapter of their own.
+
+``trainable_tokens_delta``, shape ``(n, dim)``, holds the tokens' new vectors themselves, in the order of the
+config's indices. Whatever shares the input embedding's weight gets the same rows.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from veneer.base_model.sites.embedding import EmbeddingSite
+from veneer.base_model.sites.site import Site
+from veneer.base_model.targets import names_match
+from veneer.configs.methods.lora import LoraConfig
+from veneer.errors import ConfigError
+from veneer.methods.base.method import BaseLayer, ConfigT, Method, MethodOnSites
+from veneer.patches.patch import Patch, Tokens
+
+if TYPE_CHECKING:
+    from veneer.base_model.catalog import Catalog
+
+
+@dataclass(frozen=True)
+class TokenSettings:
+    """The tokens: ``index`` as in the config, ``ascending`` sorted, ``order`` what sorts it; each ``(n,)``.
+
+    ``padding`` is the place among the sorted ones of the token that the embedding never trains.
+    """
+
+    index: Tensor
+    ascending: Tensor
+    order: Tensor
+    rows: bool
+    padding: int | None = None
+
+
+class TokenRows(Method[ConfigT, TokenSettings]):
+    """Rows of an embedding; ``leaves`` is the one tensor that holds them."""
+
+    @abstractmethod
+    def wanted(self, config: ConfigT, site: Site) -> Sequence[int]:
+        """The tokens that the config means on a layer."""
+
+    def settings(self, config: ConfigT, site: Site) -> TokenSettings:
+        return self._settings(list(self.wanted(config, site)), site)
+
+    def _settings(self, wanted: list[int], site: Site) -> TokenSettings:
+        embedding = isinstance(site, EmbeddingSite)
+        vocabulary = site.shape[1 if embedding else 0]
+        if len(set(wanted)) != len(wanted) or not all(0 <= token < vocabulary for token in wanted):
+            raise ConfigError(
+                f"The trained tokens {wanted!r} do not fit {site.name}.",
+                hint=f"Name each token once, from 0 to {vocabulary - 1}.",
+            )
+        index = torch.tensor(wanted, dtype=torch.int64)
+        ascending, order = index.sort()
+        padding = site.padding if isinstance(site, EmbeddingSite) else None
+        place = sorted(wanted).index(padding) if padding in wanted else None
+        return TokenSettings(index, ascending, order, not embedding, place)
+
+    def part(self, config: ConfigT, catalog: Catalog, sites: Sequence[Site]) -> MethodOnSites:
+        """``sites``, and with the input embedding all that share its weight: an output layer, a decoder's embedding.
+
+        These have the embedding's rows, unless other tokens are named for one of them. What is done to one of them
+        alone is meant for that one.
+
+        Raises:
+            ConfigError: other tokens are named for what is to stay alike.
+        """
+        listed, twins = {site.name for site in sites}, dict[str, list[Site]]()
+        for site in (site for site in sites if site.name in catalog.inputs):
+            sharing = catalog.sharing(site.name)
+            own = {twin.name for twin in sharing if twin.name in listed and not self.follows(config, twin)}
+            if self._are_alike(config, site, [twin for twin in sharing if twin.name in listed]):
+                twins[site.id] = [twin for twin in sharing if twin.name not in own]
+        again = {twin.name for found in twins.values() for twin in found}
+        return MethodOnSites(self, [site for site in sites if site.name not in again], twins)
+
+    def _are_alike(self, config: ConfigT, site: Site, twins: Sequence[Site]) -> bool:
+        """Whether the config means the same tokens on a layer and on others."""
+        tokens = self.wanted(config, site)
+        apart = next((twin.name for twin in twins if self.wanted(config, twin) != tokens), None)
+        if apart is not None and getattr(config, "ensure_weight_tying", False):
+            raise ConfigError(
+                f"ensure_weight_tying=True: {site.name} and {apart} share a weight, and other tokens are to be trained "
+                "in each.",
+                hint="Name the same tokens, or train with ensure_weight_tying=False.",
+            )
+        return apart is None
+
+    def follows(self, config: ConfigT, twin: Site) -> bool:
+        """Whether a layer that the config means too has the rows of the embedding whose weight it shares."""
+        return True
+
+    def twinned(self, settings: TokenSettings, twin: Site) -> TokenSettings:
+        return self._settings(settings.index.tolist(), twin)
+
+    def shapes(self, settings: TokenSettings, site: Site) -> dict[str, tuple[int, ...]]:
+        return {self.leaves[0]: (len(settings.index), site.shape[1 if settings.rows else 0])}
+
+    def init(
+        self, config: ConfigT, settings: TokenSettings, base: BaseLayer, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        weight = base.base_weight()
+        vectors = weight if settings.rows else weight.T
+        return {self.leaves[0]: vectors[settings.index.to(vectors.device)].float()}
+
+    def lower(self, settings: TokenSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
+        values = tensors[self.leaves[0]]
+        index, order = settings.ascending.to(values.device), settings.order.to(values.device)
+        return Patch(tokens=Tokens(index, values[order], settings.rows, settings.padding))
+
+
+class LoraTokens(TokenRows[LoraConfig]):
+    """The tokens of ``trainable_token_indices``, beside a LoRA."""
+
+    leaves = ("token_adapter.trainable_tokens_delta",)
+
+    def wanted(self, config: LoraConfig, site: Site) -> Sequence[int]:
+        wanted = config.trainable_token_indices or []
+        if not isinstance(wanted, dict):
+            return wanted
+        return next(tokens for name, tokens in wanted.items() if names_match(site.name, [name]))
+
+    def follows(self, config: LoraConfig, twin: Site) -> bool:
+        # As in peft: one that is meant by its name's ending has rows of its own.
+        return twin.name in (config.trainable_token_indices or ())
+
+
+TOKENS = LoraTokens()

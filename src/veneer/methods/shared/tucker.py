@@ -1,0 +1,56 @@
+"""What LoHa and LoKr share: kernels of a Tucker decomposition, when a low-rank form pays, and how both start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from veneer.base_model.sites.conv import ConvSite
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.site import Site, unsupported
+
+
+def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The kernels ``(out, in, k1, k2)`` of a ``core`` ``(r, r, k1, k2)`` with ``a``: (r, out) and ``b``: (r, in)."""
+    return torch.einsum("ijkl,io,jn->onkl", core, a, b)
+
+
+def core_kernel(site: Site, wanted: bool) -> tuple[int, int] | None:
+    """The two last sizes of a core on this layer, ``None`` where its matrices are not decomposed further.
+
+    Args:
+        site: the layer.
+        wanted: the config's ``use_effective_conv2d``.
+    """
+    if not wanted or not isinstance(site, ConvSite) or site.kernel == site.point:
+        return None
+    if len(site.kernel) > 2:
+        raise unsupported(site, "use_effective_conv2d")
+    return site.kernel[0], (site.kernel[1] if len(site.kernel) == 2 else 1)
+
+
+def channels(site: Site) -> int:
+    """How many input channels one kernel of the layer sees; of a linear layer, its inputs."""
+    return site.stored.shape[1] if isinstance(site, ConvSite) else site.shape[1]
+
+
+def as_low_rank(rank: int, site: Site) -> bool:
+    """Whether a change of this rank is better held as two factors than as a matrix: where these are half its size.
+
+    On a convolution it is a matrix: what it adds may stay within groups of channels, which two factors do not.
+    """
+    out, inner = site.shape
+    return isinstance(site, LinearSite) and 2 * rank * (out + inner) <= out * inner
+
+
+def started(
+    shapes: Mapping[str, tuple[int, ...]], zero: set[str], generator: torch.Generator | None
+) -> dict[str, Tensor]:
+    """Tensors of the given shapes, Kaiming-uniform (He et al. 2015) but for those in ``zero``."""
+    tensors = {leaf: torch.zeros(shape) for leaf, shape in shapes.items()}
+    for leaf in tensors.keys() - zero:
+        torch.nn.init.kaiming_uniform_(tensors[leaf], a=math.sqrt(5), generator=generator)
+    return tensors

@@ -1,0 +1,149 @@
+"""The multiplicative parts of a patch: ``I`` on a weight's input side, ``O`` on its output side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# A factor this near to the identity is one.
+ROUNDING = 1e-6
+
+
+class Multiplier(Protocol):
+    """A square matrix ``M``, in a form cheaper than a matrix where it has one."""
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether it scales each entry on its own."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its values."""
+        ...
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``M x`` along the last dimension of ``x``, in ``x``'s dtype."""
+        ...
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """``weight M`` for rows ``(n, size)`` of a weight."""
+        ...
+
+    def at(self, index: int) -> Multiplier:
+        """The factor of one matrix of a stack."""
+        ...
+
+    def changes(self) -> bool:
+        """Whether it is, beyond rounding, anything but the identity."""
+        ...
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """A diagonal matrix; ``values`` has shape ``(size,)``."""
+
+    values: Tensor
+    is_diagonal = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x * self.values.to(x.dtype)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        return weight * self.values.to(weight.dtype)
+
+    def at(self, index: int) -> Diagonal:
+        return Diagonal(self.values[index])
+
+    def changes(self) -> bool:
+        return bool((self.values.detach().float() - 1).abs().max() > ROUNDING)
+
+
+@dataclass(frozen=True)
+class BlockDiagonal:
+    """A block-diagonal matrix; ``blocks`` has shape ``(n, size, size)``, or ``(1, size, size)`` when all are one."""
+
+    blocks: Tensor
+    is_diagonal = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.blocks.dtype
+
+    def apply(self, x: Tensor) -> Tensor:
+        parts = x.unflatten(-1, (-1, self.blocks.shape[-1]))
+        return torch.einsum("...ni,nji->...nj", parts, self._spread(parts).to(x.dtype)).flatten(-2)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        parts = weight.unflatten(-1, (-1, self.blocks.shape[-1]))
+        return torch.einsum("...nj,nji->...ni", parts, self._spread(parts).to(weight.dtype)).flatten(-2)
+
+    def _spread(self, parts: Tensor) -> Tensor:
+        return self.blocks.expand(parts.shape[-2], -1, -1)
+
+    def at(self, index: int) -> BlockDiagonal:
+        return BlockDiagonal(self.blocks[index])
+
+    def changes(self) -> bool:
+        return _differs(self.blocks)
+
+
+@dataclass(frozen=True)
+class FullMatrix:
+    """A full matrix, shape ``(size, size)``."""
+
+    values: Tensor
+    is_diagonal = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    def apply(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.values.to(x.dtype))
+
+    def rows(self, weight: Tensor) -> Tensor:
+        return weight @ self.values.to(weight.dtype)
+
+    def at(self, index: int) -> FullMatrix:
+        return FullMatrix(self.values[index])
+
+    def changes(self) -> bool:
+        return _differs(self.values)
+
+
+@dataclass(frozen=True)
+class IdentityPlusLowRank:
+    """``1 + P Q`` with few columns: ``left`` is ``P``, shape ``(size, r)``, and ``right`` is ``Q``, ``(r, size)``."""
+
+    left: Tensor
+    right: Tensor
+    is_diagonal = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.left.dtype
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x + (x @ self.right.to(x.dtype).mT) @ self.left.to(x.dtype).mT
+
+    def rows(self, weight: Tensor) -> Tensor:
+        return weight + (weight @ self.left.to(weight.dtype)) @ self.right.to(weight.dtype)
+
+    def at(self, index: int) -> IdentityPlusLowRank:
+        return IdentityPlusLowRank(self.left[index], self.right[index])
+
+    def changes(self) -> bool:
+        return bool((self.left.detach().float() @ self.right.detach().float()).abs().max() > ROUNDING)
+
+
+def _differs(matrices: Tensor) -> bool:
+    identity = torch.eye(matrices.shape[-1], device=matrices.device)
+    return bool((matrices.detach().float() - identity).abs().max() > ROUNDING)

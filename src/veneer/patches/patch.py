@@ -1,0 +1,366 @@
+"""What an adapter means for one layer: a change to its weight and bias, applied or merged.
+
+For a layer ``y = W x + b`` a patch is
+
+    W' = O (W I + scale * U V + D)        b' = b + c, or O b + c
+
+``I`` and ``O`` are square factors on the input and the output side, ``U V`` is low-rank, ``D`` is any matrix, ``c``
+a vector. A method lowers its tensors to this; everything else (the layer, the merge, the mixed batch) knows only
+patches. Several patches on one layer apply one after the other, in the order of the selection: the second changes
+what the first has made of the weight. Merged and unmerged are the same composition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from veneer.errors import MergeError
+from veneer.patches.layer_form import LayerForm
+from veneer.patches.multipliers import Multiplier
+from veneer.patches.operators import LinearOperator
+from veneer.patches.route import Route
+from veneer.patches.token_gate import TokenGate
+
+GATED = "An adapter that acts on some tokens only (alora_invocation_tokens) cannot be a part of a weight."
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Some tokens' vectors, brought whole.
+
+    Attributes:
+        index: the tokens, shape ``(n,)``, int64, ascending.
+        values: their vectors, shape ``(n, dim)``.
+        rows: whether a token is a row of the canonical weight (an output layer) or a column (an embedding).
+        padding: which of ``values`` a look-up does not train; all are trained when ``None``.
+    """
+
+    index: Tensor
+    values: Tensor
+    rows: bool
+    padding: int | None = None
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A change of one layer. Every part may be left out. For a stack of matrices each tensor has a leading dimension.
+
+    Attributes:
+        up: ``U``, shape ``(out, r)``.
+        down: ``V``, shape ``(r, in)``.
+        scale: multiplies ``U V``.
+        dropout: share of the input to ``U V`` and ``D`` that is dropped while training.
+        dense: ``D``, shape ``(out, in)``; a linear layer's may be given in a form cheaper than a matrix.
+        inner: ``I``.
+        outer: ``O``.
+        outer_on_bias: whether ``O`` multiplies the bias too.
+        shift: ``c``, shape ``(out,)``.
+        tokens: vectors that replace the weight's own.
+        drop: gives what stands in the patch's place for one training step, for dropout of other kinds.
+        gate: the positions of the input on which it acts; all when ``None``. With one it has no merged form.
+        route: adds what depends on the input. With one it has no merged form.
+    """
+
+    up: Tensor | None = None
+    down: Tensor | None = None
+    scale: float = 1.0
+    dropout: float = 0.0
+    dense: Tensor | LinearOperator | None = None
+    inner: Multiplier | None = None
+    outer: Multiplier | None = None
+    outer_on_bias: bool = False
+    shift: Tensor | None = None
+    tokens: Tokens | None = None
+    drop: Callable[[Patch], Patch] | None = None
+    gate: TokenGate | None = None
+    route: Route | None = None
+
+    def changes(self) -> bool:
+        """Whether the patch can change anything: false for a freshly made or an all-zero adapter."""
+        low_rank = (
+            self.up is not None
+            and self.down is not None
+            and self.scale != 0
+            and bool(self.up.count_nonzero())
+            and bool(self.down.count_nonzero())
+        )
+        added = any(_changes(part) for part in (self.dense, self.shift))
+        turned = any(factor is not None and factor.changes() for factor in (self.inner, self.outer))
+        routed = self.route is not None and self.route.changes()
+        return low_rank or added or turned or routed or self.tokens is not None
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether it has a part ``U V``."""
+        return self.up is not None
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that its tensors take."""
+        return _nbytes(self)
+
+    @property
+    def only_adds(self) -> bool:
+        """Whether it is no more than ``U V`` and ``c``, so that several are a sum."""
+        return all(part is None for part in (self.dense, self.inner, self.outer, self.tokens, self.gate, self.route))
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether a block of the weight's rows changes without knowledge of the others."""
+        return self.outer is None or self.outer.is_diagonal
+
+    def at(self, index: int) -> Patch:
+        """The patch of one matrix of a stack."""
+        own: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("up", "down", "dense", "shift"):
+            own[name] = None if own[name] is None else own[name][index]
+        for name in ("inner", "outer"):
+            own[name] = None if own[name] is None else own[name].at(index)
+        return Patch(**own)
+
+    def scaled(self, weight: float) -> Patch | None:
+        """The patch whose change is ``weight`` times this one's; ``None`` where the change is no sum."""
+        added = ("up", "down", "scale", "dropout", "dense", "shift", "drop")
+        if any(getattr(self, f.name) is not f.default for f in fields(self) if f.name not in added):
+            return None
+        dense = self.dense.times(weight) if isinstance(self.dense, LinearOperator) else _times(self.dense, weight)
+        shift = _times(self.shift, weight)
+        return replace(self, scale=self.scale * weight, dense=dense, shift=shift)
+
+    def take(self, rows: Tensor, whole: torch.Size) -> Patch:
+        """The patch for some rows of a batch whose input has the leading shape ``whole``."""
+        if self.gate is None and self.route is None:
+            return self
+        gate = None if self.gate is None else self.gate.take(rows, whole)
+        return replace(self, gate=gate, route=None if self.route is None else self.route.take(rows, whole))
+
+    # -- merging -------------------------------------------------------------------------------------------
+
+    def changed_rows(self, rows: Tensor, start: int, stop: int) -> Tensor:
+        """What becomes of float32 ``rows``, the rows ``start:stop`` of a canonical weight.
+
+        ``rows`` may be changed in place where no gradient is wanted.
+        """
+        if self.gate is not None:
+            raise MergeError(GATED, hint="Keep the adapter unmerged.")
+        assert self.route is None
+        in_place = not torch.is_grad_enabled()
+        if self.inner is not None:
+            rows = self.inner.rows(rows)
+        if self.up is not None and self.down is not None:
+            up, down = self.up[..., start:stop, :].float(), self.down.float()
+            if in_place and rows.ndim == 2:
+                rows = rows.addmm_(up, down, alpha=self.scale)
+            else:
+                rows = rows + self.scale * (up @ down)
+        if self.dense is not None:
+            rows = rows + _rows(self.dense, start, stop).float()
+        if self.outer is not None:
+            rows = _outer_rows(self.outer, rows, start, stop)
+        return rows if self.tokens is None else _with_tokens(self.tokens, rows, start, stop)
+
+    def changed_bias(self, bias: Tensor | None) -> Tensor | None:
+        """What becomes of a float32 bias, shape ``(out,)``; ``None`` is a bias of zero."""
+        if bias is not None and self.outer is not None and self.outer_on_bias:
+            bias = self.outer.apply(bias)
+        if self.shift is None:
+            return bias
+        return self.shift.float() if bias is None else bias + self.shift.float()
+
+    # -- applying ------------------------------------------------------------------------------------------
+
+    def changed_output(self, y: Tensor, x: Tensor, bias: Tensor | None, site: LayerForm, training: bool) -> Tensor:
+        """The layer's output with this patch, from its output without.
+
+        Args:
+            y: output of the layer with the patches before this one.
+            x: the input that this patch sees.
+            bias: the part of ``y`` that is bias, shape ``(out,)``.
+            site: the layer.
+            training: whether dropout is on.
+
+        Computed in the wider of the dtypes, so that neither is rounded first.
+        """
+        if training and self.dropout and x.is_floating_point():
+            x = F.dropout(x, self.dropout)
+        before = y
+        if self.up is not None and self.down is not None:
+            y = y + self._low_rank_output(x, y, site)
+        if self.dense is not None:
+            y = y + _product(site, x, self.dense, torch.promote_types(y.dtype, self.dense.dtype))
+        if self.route is not None:
+            y = y + self.route(x, training)
+        if self.outer is not None:
+            y = self._outer_output(y, bias, site)
+        if self.shift is not None:
+            y = y + site.expand(self.shift, y)
+        if self.tokens is not None:
+            y = _tokens_output(self.tokens, y, x, site)
+        return y if self.gate is None else self.gate.choose(y, before)
+
+    def _low_rank_output(self, x: Tensor, y: Tensor, site: LayerForm) -> Tensor:
+        assert self.up is not None
+        assert self.down is not None
+        dtype = torch.promote_types(y.dtype, self.up.dtype)
+        hidden = site.product(_as(x, dtype), self.down.to(dtype))
+        # The smaller of the two outputs is scaled, which a training step does again backwards.
+        return site.mix(hidden if self.scale == 1 else hidden * self.scale, self.up.to(dtype))
+
+    def _outer_output(self, y: Tensor, bias: Tensor | None, site: LayerForm) -> Tensor:
+        assert self.outer is not None
+        y = y.to(torch.promote_types(y.dtype, self.outer.dtype))
+        kept = None if bias is None or self.outer_on_bias else site.expand(bias, y)
+        if kept is not None:
+            y = y - kept
+        y = self.outer.apply(y.movedim(site.channel, -1)).movedim(-1, site.channel)
+        return y if kept is None else y + kept
+
+
+def _changes(part: Tensor | LinearOperator | None) -> bool:
+    if part is None:
+        return False
+    return part.changes() if isinstance(part, LinearOperator) else bool(part.count_nonzero())
+
+
+def _rows(matrix: Tensor | LinearOperator, start: int, stop: int) -> Tensor:
+    return matrix.rows(start, stop) if isinstance(matrix, LinearOperator) else matrix[..., start:stop, :]
+
+
+def _product(site: LayerForm, x: Tensor, matrix: Tensor | LinearOperator, dtype: torch.dtype) -> Tensor:
+    own = _as(x, dtype)
+    return matrix.apply(own) if isinstance(matrix, LinearOperator) else site.product(own, matrix.to(dtype))
+
+
+def _times(values: Tensor | None, factor: float) -> Tensor | None:
+    return None if values is None else values * factor
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, (Tensor, LinearOperator)):
+        return value.nbytes
+    if is_dataclass(value):
+        return sum(_nbytes(getattr(value, f.name)) for f in fields(value))
+    return sum(map(_nbytes, value)) if isinstance(value, (tuple, list)) else 0
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in ``dtype``; token ids stay what they are."""
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def _outer_rows(outer: Multiplier, rows: Tensor, start: int, stop: int) -> Tensor:
+    if outer.is_diagonal:
+        values: Tensor = outer.values  # type: ignore[attr-defined]
+        return rows * values[..., start:stop, None].to(rows.dtype)
+    return outer.apply(rows.mT).mT
+
+
+def _with_tokens(tokens: Tokens, rows: Tensor, start: int, stop: int) -> Tensor:
+    values = tokens.values.float()
+    if not tokens.rows:
+        return rows.index_copy(-1, tokens.index, values.T[start:stop])
+    here = (tokens.index >= start) & (tokens.index < stop)
+    return rows.index_copy(-2, tokens.index[here] - start, values[here])
+
+
+def _tokens_output(tokens: Tokens, y: Tensor, x: Tensor, site: LayerForm) -> Tensor:
+    values = tokens.values.to(torch.promote_types(y.dtype, tokens.values.dtype))
+    if tokens.rows:
+        return y.to(values.dtype).index_copy(-1, tokens.index, F.linear(x.to(values.dtype), values))
+    place = torch.searchsorted(tokens.index, x).clamp(max=len(tokens.index) - 1)
+    found = (tokens.index[place] == x).unsqueeze(-1)
+    return torch.where(found, site.vectors(place, values, tokens.padding), y)
+
+
+def for_training(patches: Sequence[Patch]) -> list[Patch]:
+    """``patches`` as one training step sees them, with what it drops left out."""
+    return [patch if patch.drop is None else patch.drop(patch) for patch in patches]
+
+
+def whole_weight(site: LayerForm, patches: Sequence[Patch]) -> bool:
+    """Whether ``patches`` can be applied to this layer only by changing its whole weight first."""
+    if site.shift_only:
+        return False
+    return not site.products or (not site.matrix_input and any(p.inner is not None for p in patches))
+
+
+def biases(bias: Tensor | None, patches: Sequence[Patch]) -> list[Tensor | None]:
+    """The bias before each patch and after the last, in float32."""
+    found = [None if bias is None else bias.float()]
+    for patch in patches:
+        found.append(patch.changed_bias(found[-1]))
+    return found
+
+
+def apply(
+    site: LayerForm,
+    bias: Tensor | None,
+    base: Callable[..., Any],
+    patches: Sequence[Patch],
+    training: bool,
+    x: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """The layer's output under ``patches``, each after the one before it, rounded once to the base output's dtype.
+
+    Args:
+        site: the layer; its weight is changed output-wise, never as a whole (see :func:`whole_weight`).
+        bias: the layer's bias, shape ``(out,)``.
+        base: the layer's own forward pass, bias included.
+        patches: in the order of the selection.
+        training: whether dropout is on.
+        x: the layer's input.
+        *args: what else it takes.
+        **kwargs: what else it takes.
+    """
+    seen, dtype = [x], x.dtype
+    for patch in reversed(patches):
+        if patch.inner is not None:
+            x = patch.inner.apply(x.to(torch.promote_types(x.dtype, patch.inner.dtype)))
+        seen.append(x)
+    y: Tensor = base(_as(seen.pop(), dtype), *args, **kwargs)
+    needs_bias = any(p.outer is not None and not p.outer_on_bias for p in patches)
+    known = biases(bias, patches) if needs_bias else [None] * len(patches)
+    total = y
+    for patch, known_bias in zip(patches, known, strict=False):
+        total = patch.changed_output(total, seen.pop(), known_bias, site, training)
+    return total.to(y.dtype)
+
+
+def apply_rows(y: Any, run: Callable[..., Any], groups: Mapping[str, Tensor], x: Tensor, *args: Any, **kw: Any) -> Any:
+    """The output of a batch whose rows use different adapters.
+
+    Args:
+        y: the base's output for all rows.
+        run: gives the output of some rows under one adapter: ``run(name, y of the rows, x of the rows, ...)``.
+        groups: adapter's name -> the indices of its rows, shape ``(n,)``, int64. Rows in no group keep ``y``.
+        x: the layer's input; the rows lie along its first dimension, and so they do in ``args``.
+        *args: what else the layer takes.
+        **kw: what else the layer takes.
+    """
+    length = x.shape[0]
+    for name, rows in groups.items():
+        own = [_take(value, rows, length) for value in args]
+        changed = run(name, _take(y, rows, length), x[rows], *own, **{k: _take(v, rows, length) for k, v in kw.items()})
+        y = _put(y, rows, changed)
+    return y
+
+
+def _take(value: Any, rows: Tensor, length: int) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_take(part, rows, length) for part in value)
+    by_row = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == length
+    return value[rows] if by_row else value
+
+
+def _put(y: Any, rows: Tensor, changed: Any) -> Any:
+    if isinstance(y, tuple):
+        return tuple(_put(a, rows, b) for a, b in zip(y, changed, strict=True))
+    return y.index_copy(0, rows, changed.to(y.dtype)) if isinstance(y, Tensor) else y

@@ -1,0 +1,127 @@
+"""The arithmetic of a merge: float32 throughout, rounded once to the weight's own dtype.
+
+The peer's default adds a low-precision delta, and its ``safe_merge`` rounds twice; here the sum of the weight and
+every delta is formed in float32, in blocks of rows so that the working memory stays small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from veneer.errors import MergeError
+from veneer.patches.patch import Patch, biases
+from veneer.patches.scratch_memory import block_for
+
+# Rows of a weight that are worked on at a time: 512 x 4096 float32 values are 8 MB, about a core's cache.
+BLOCK = 512
+# The same as a number of values, for blocks that are written over and over: they stay in the cache.
+VALUES = 1 << 20
+
+
+@torch.no_grad()
+def merged(weight: Tensor, patches: Sequence[Patch], *, overwrite: bool = False) -> Tensor:
+    """A weight with ``patches`` merged in, in their order.
+
+    Args:
+        weight: canonical, shape ``(out, in)``, or a stack of such; any floating dtype.
+        patches: on the same device. They may read the weight, of which they see the rows that they change, unchanged.
+        overwrite: use its memory for the result; else it is not changed.
+
+    Returns:
+        The merged weight, of ``weight``'s shape, dtype and memory layout.
+    """
+    result = weight if overwrite else torch.empty_like(weight)
+    if weight.ndim == 3:
+        for index in range(weight.shape[0]):
+            _merge_into(result[index], weight[index], [patch.at(index) for patch in patches])
+    else:
+        _merge_into(result, weight, patches)
+    return result
+
+
+def _merge_into(result: Tensor, weight: Tensor, patches: Sequence[Patch]) -> None:
+    rows, columns = weight.shape
+    block = max(rows, 1)
+    if all(patch.by_rows for patch in patches):
+        block = min(block, max(VALUES // max(columns, 1), 64))
+    # A new float32 result is worked on where it lies; for others one block of memory serves all: fresh memory costs
+    # more than the arithmetic.
+    apart = None if weight.dtype is torch.float32 and result is not weight else block_for(weight, block)
+    for start in range(0, rows, block):
+        stop = min(start + block, rows)
+        own = result[start:stop] if apart is None else apart[: stop - start]
+        changed = changed_into(own, weight[start:stop], patches, start, stop)
+        if changed is not own or apart is not None:
+            result[start:stop] = changed
+
+
+def composed(weight: Tensor, patches: Sequence[Patch]) -> Tensor:
+    """The same weight in float32, with gradients."""
+    return changed_rows(weight, patches, 0, weight.shape[-2])
+
+
+def changed_rows(rows: Tensor, patches: Sequence[Patch], start: int, stop: int) -> Tensor:
+    """What ``patches`` make of ``rows``, the rows ``start:stop`` of a canonical weight: new, and in float32."""
+    return _changed(rows.to(torch.float32, copy=True), patches, start, stop)
+
+
+def changed_into(own: Tensor, rows: Tensor, patches: Sequence[Patch], start: int, stop: int) -> Tensor:
+    """The same in ``own``, float32, where no gradient is wanted and the patches can work in place."""
+    return _changed(own.copy_(rows), patches, start, stop)
+
+
+def _changed(rows: Tensor, patches: Sequence[Patch], start: int, stop: int) -> Tensor:
+    for patch in patches:
+        rows = patch.changed_rows(rows, start, stop)
+    return rows
+
+
+# Above this rank a pass over the weight costs less than the products of the factors with themselves.
+_FEW = 128
+
+
+@torch.no_grad()
+def added_square(patches: Sequence[Patch]) -> float | None:
+    """The squared norm of what ``patches`` add to a weight, from their factors alone.
+
+        || U V ||^2 = sum (U^T U) * (V V^T)        U^T U and V V^T: (r, r), in double precision
+
+    Returns:
+        ``None`` where they do more than add few products.
+    """
+    factors = [(patch.up, patch.down, patch.scale) for patch in patches if patch.only_adds]
+    ups = [up.double() * scale for up, _, scale in factors if up is not None]
+    downs = [down.double() for _, down, _ in factors if down is not None]
+    if len(ups) != len(patches) or not ups or sum(up.shape[-1] for up in ups) > _FEW:
+        return None
+    up, down = torch.cat(ups, -1), torch.cat(downs, -2)
+    return max(0.0, float(((up.mT @ up) * (down @ down.mT)).sum()))
+
+
+@torch.no_grad()
+def merged_bias(bias: Tensor | None, patches: Sequence[Patch], dtype: torch.dtype) -> Tensor | None:
+    """The bias with ``patches`` merged in; a layer without one gets one, of ``dtype``, when a patch shifts it."""
+    changed = biases(bias, patches)[-1]
+    if changed is None or (bias is None and not changed.count_nonzero()):
+        return None
+    return changed.to(dtype if bias is None else bias.dtype)
+
+
+def check_kept(values: Tensor, data: Tensor, name: str) -> None:
+    """Raise ``MergeError`` where ``data``, which is ``values`` in another dtype, has lost more than digits.
+
+    An infinity that was there before, as of a mask, is kept; whole numbers are kept as they are.
+    """
+    whole = not values.is_floating_point()
+    if values.dtype == data.dtype or (not whole and bool(data.isfinite().all())):
+        return
+    lost = data.to(values.dtype) != values if whole else values.isfinite() & ~data.isfinite()
+    if bool(lost.any()):
+        worst = float(values[lost].double().abs().max())
+        raise MergeError(
+            f"{name} holds {worst:.6g}, which {str(data.dtype).removeprefix('torch.')} does not; nothing was merged.",
+            hint="Merge into a wider dtype, such as bfloat16 or float32.",
+        )

@@ -1,0 +1,1 @@
+"""The model object that users hold, and every way to get one."""

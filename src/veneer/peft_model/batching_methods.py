@@ -1,0 +1,78 @@
+"""Continuous batching of transformers, in whose thread the choice of the caller holds."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from veneer.adapters.call import Call
+from veneer.keywords import keywords, strict, unknown
+from veneer.patches.selection import ActiveSelection
+
+if TYPE_CHECKING:
+    from veneer.adapters.collection import Adapters
+
+
+@strict
+class BatchingFace:
+    """The part of a ``PeftModel`` that is about continuous batching.
+
+    A manager of transformers calls the model in a thread of its own. Here it calls the ``PeftModel``, in the context in
+    which it was started.
+    """
+
+    adapters: Adapters
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's ``generate_batch`` under the active adapters, which stay the same until it returns."""
+        with Call(self.adapters):
+            return self._as_base("generate_batch", kwargs, "max_new_tokens")(*args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's manager; from ``start()`` on, what is chosen there holds: by ``using`` for all its steps."""
+        manager = self._as_base("init_continuous_batching", kwargs)(*args, **kwargs)
+        _carry_choice(manager, self.adapters.switch)
+        return manager
+
+    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
+        """The base model's, around a manager of :meth:`init_continuous_batching`."""
+        method = self._as_base("continuous_batching_context_manager", kwargs)
+        block: AbstractContextManager[Any] = method(*args, **kwargs)
+        return block
+
+    def destroy_cached_continuous_batching_manager(self) -> None:
+        """Let go of the manager that was kept for another session."""
+        self._as_base("destroy_cached_continuous_batching_manager")()
+
+    def _as_base(self, name: str, given: Collection[str] = (), *more: str) -> Callable[..., Any]:
+        """Bind a method of the base model's class to this model, which it then calls in the base's place.
+
+        Args:
+            name: the method's.
+            given: the keywords that it is to be called with.
+            *more: what it takes beside the keywords of its signature. Anything else it would not heed.
+
+        Raises:
+            UnknownKeywordError: one of ``given`` is none that it takes.
+        """
+        method: Callable[..., Any] = getattr(type(self.adapters.model), name).__get__(self)
+        known = [*keywords(method), *more]
+        if not set(known).issuperset(given):
+            raise unknown(f"PeftModel.{name}()", set(given).difference(known), known)
+        return method
+
+
+def _carry_choice(manager: Any, switch: ActiveSelection) -> None:
+    """Let the thread that a manager starts run in a copy of the starter's context."""
+    if "start" in vars(manager):  # kept from another session
+        return
+    start, loop = manager.start, manager._run_generation_loop
+
+    def start_here() -> None:
+        context = contextvars.copy_context()
+        manager._run_generation_loop = lambda: context.run(switch.run, loop)
+        start()
+
+    manager.start = start_here

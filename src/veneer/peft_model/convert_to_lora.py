@@ -1,0 +1,166 @@
+"""An adapter of any method as a plain LoRA, which any tool loads, with the error that this leaves.
+
+A change that is low-rank by definition is taken over as it is, and its error is rounding. Of any other change ``D`` the
+matrix of rank ``r`` that is nearest to it is taken, by its singular values (Eckart and Young 1936); the error is
+``||D - B A|| / ||D||`` in the Frobenius norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from veneer.adapters.merge.combining import Combination, combine
+from veneer.adapters.merge.in_memory import check_mergeable
+from veneer.checkpoints.checkpoint import write_checkpoint
+from veneer.configs.methods.lora import LoraConfig
+from veneer.errors import AdapterError, UnsupportedError
+from veneer.files.base_digest import BASE_DIGEST_KEY
+from veneer.files.paths import is_file, is_folder
+from veneer.files.tensor_keys import encode
+from veneer.keywords import unknown
+from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.layers.weight_change import change_of
+from veneer.methods.lora import METHOD as LORA
+from veneer.methods.lora import check_can_be_made
+from veneer.peft_model.load import load
+from veneer.peft_model.peft_model import PeftModel
+from veneer.printing import panel
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion wrote.
+
+    Attributes:
+        adapter: the adapter that was converted.
+        method: its ``peft_type``.
+        out: the folder that was written.
+        rank: of the LoRA.
+        error: what it leaves of the changes of all layers together, relative, 0 to 1.
+        errors: layer -> what it leaves of its change.
+    """
+
+    adapter: str
+    method: str
+    out: str
+    rank: int
+    error: float
+    errors: dict[str, float]
+
+    @property
+    def worst(self) -> str:
+        """The layer with the largest error."""
+        return max(self.errors, key=lambda name: self.errors[name])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types."""
+        return asdict(self)
+
+    def __rich__(self) -> RenderableType:
+        """A panel with one row a fact."""
+        rows = [
+            ("adapter", f"{self.adapter} ({self.method})"),
+            ("out", f"{self.out}: LoRA of rank {self.rank} on {len(self.errors)} layers"),
+            ("error", f"{self.error:.1e} of the change; the most is {self.errors[self.worst]:.1e}, in {self.worst}"),
+        ]
+        return panel("conversion report", rows)
+
+
+def convert_to_lora(
+    source: PeftModel | str | Path,
+    *,
+    out: str | Path,
+    rank: int | None = None,
+    adapter_name: str | None = None,
+    base: str | Path | None = None,
+    **load_options: Any,
+) -> ConversionReport:
+    """Write an adapter as a plain LoRA adapter in float32.
+
+    Args:
+        source: a model with adapters, or an adapter's folder or hub id.
+        out: the folder to write. It must not exist or be empty.
+        rank: of the LoRA; needed where a change has no low rank by definition, and an upper bound otherwise.
+        adapter_name: which adapter of a model; the active one when ``None``.
+        base: the base of an adapter that is given by its path; by default what its config names.
+        **load_options: as for :func:`veneer.load`.
+
+    Raises:
+        UnknownKeywordError: an option is none of :func:`veneer.load`, or ``source`` is in memory and takes none.
+        AdapterError: ``out`` is taken, or ``source`` has no single active adapter.
+        MergeError: the adapter's change depends on the input, so that no weights hold it.
+        UnsupportedError: no LoRA can hold the adapter, or ``rank`` is missing. Whatever loading raises.
+    """
+    idle = [*load_options, *(() if base is None else ("base",))]
+    if isinstance(source, PeftModel) and idle:
+        raise unknown("convert_to_lora() of a model in memory", idle, ("out", "rank", "adapter_name"))
+    target = Path(out)
+    if is_file(target) or (is_folder(target) and any(target.iterdir())):
+        raise AdapterError(f"{target} is not empty.", hint="Choose another folder.")
+    model = source if isinstance(source, PeftModel) else load(source, base=base, **load_options)
+    adapter = model.adapters.get(_name(model, adapter_name))
+    layers = [model.adapters.layers[name] for name in adapter.layers]
+    check_mergeable(model.adapters, [adapter.name])
+    _check_layers(layers, adapter.name, rank)
+    wanted = Combination((adapter.name,), (1.0,), "cat" if rank is None else "svd", rank)
+    made, tensors = combine(model.adapters, wanted)
+    config = replace(made, base_model_name_or_path=adapter.config.base_model_name_or_path)
+    left = {layer.site.id: _left(layer, adapter.name, config, tensors) for layer in layers}
+    digest = adapter.base_digest or model.base_digest
+    write_checkpoint(target, config, tensors, {} if digest is None else {BASE_DIGEST_KEY: digest})
+    total = sum(size for _, size in left.values())
+    return ConversionReport(
+        adapter=str(adapter.origin or adapter.name),
+        method=str(adapter.config.peft_type),
+        out=str(target),
+        rank=config.r,
+        error=(sum(rest for rest, _ in left.values()) / total) ** 0.5 if total else 0.0,
+        errors={name: (rest / size) ** 0.5 if size else 0.0 for name, (rest, size) in left.items()},
+    )
+
+
+def _name(model: PeftModel, wanted: str | None) -> str:
+    if wanted is not None:
+        return wanted
+    active = list(model.active_adapters)
+    if len(active) != 1:
+        raise AdapterError(
+            f"{len(active)} adapters are active, and one is converted.",
+            hint="Name it with adapter_name=..., or combine several with add_weighted_adapter.",
+        )
+    return active[0]
+
+
+@torch.no_grad()
+def _check_layers(layers: Sequence[AdaptedLayer], adapter: str, rank: int | None) -> None:
+    """Raise ``UnsupportedError`` where no LoRA can be, or when a change has no low rank and none is given."""
+    for layer in layers:
+        check_can_be_made(layer.site)
+        if rank is None and not all(patch.only_adds for patch in layer.patches([adapter])):
+            raise UnsupportedError(
+                f"{layer.site.name}: the adapter's change has no low rank of its own, so that one must be chosen.",
+                hint="Give rank=... (--rank), such as 16; the report tells what it leaves.",
+            )
+
+
+@torch.no_grad()
+def _left(layer: AdaptedLayer, adapter: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> tuple[float, float]:
+    """The squared norms of what the LoRA leaves of a layer's change, and of that change."""
+    key = encode(layer.site.key, "")
+    own = {name[len(key) :]: tensor for name, tensor in tensors.items() if name.startswith(key)}
+    leaves = {leaf: tensor.to(layer.base_stored.device) for leaf, tensor in own.items() if leaf in LORA.leaves}
+    patch = LORA.lower(LORA.settings(config, layer.site), leaves, layer)
+    assert patch.up is not None
+    assert patch.down is not None
+    change = change_of(layer, layer.weight_patches([adapter])).whole()
+    rest = change - patch.scale * (patch.up @ patch.down)
+    return float(rest.double().square().sum()), float(change.double().square().sum())

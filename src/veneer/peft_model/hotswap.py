@@ -1,0 +1,272 @@
+"""Another adapter's weights in the place of one on a model, without compiling the model anew.
+
+A compiled graph holds on to the tensors that it was made with, and to their shapes. So the new values are copied into
+them. For adapters of different ranks and scales the model is prepared once, before it is compiled: each LoRA is given
+the largest rank, the rest of it zeros, and its scale becomes a tensor too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.adapter import Adapter
+from veneer.adapters.attach import check_finite
+from veneer.base_model.sites.conv import ConvSite
+from veneer.base_model.sites.site import Site
+from veneer.checkpoints.binding_plan import Binding, Plan, bind_error, make_plan
+from veneer.checkpoints.checkpoint import Checkpoint
+from veneer.checkpoints.older_layouts import in_current_layout
+from veneer.checkpoints.open_checkpoint import open_checkpoint
+from veneer.configs.base import targeted
+from veneer.errors import AdapterError, MergeError, UnsupportedError
+from veneer.files.resolve import resolve
+from veneer.files.source import Source
+from veneer.keywords import SETTLED, SOURCE, TOKEN, chosen, takes
+from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.layers.adapter_shares import BoundAdapter
+from veneer.methods import method_of
+from veneer.methods.base.trained_bias import Bias, base_bias
+from veneer.methods.lora import RANK_DIMS, Lora, LoraSettings
+from veneer.peft_model.peft_model import PeftModel
+
+
+@torch.no_grad()
+@takes()
+def prepare_model_for_compiled_hotswap(model: PeftModel, *, target_rank: int | None = None) -> None:
+    """Make every LoRA on ``model`` ready to take the weights of others, of any rank up to ``target_rank``.
+
+    Call it before the model is compiled. The adapters compute the same as before and are frozen; they are saved as
+    they were loaded.
+
+    Args:
+        model: the model, with its adapters.
+        target_rank: the largest rank that will come; the ranks stay what they are when ``None``.
+
+    Raises:
+        UnsupportedError: an adapter is of another method, or its rank cannot be padded.
+        AdapterError: ``target_rank`` is smaller than a rank that is there.
+    """
+    with model.adapters.changing():
+        _prepare(model, target_rank)
+
+
+def _prepare(model: PeftModel, target_rank: int | None) -> None:
+    shares = [
+        (entry, layer, share)
+        for entry in model.adapters.entries.values()
+        for layer in (model.adapters.layers[name] for name in entry.layers)
+        for share in layer.bound[entry.name]
+    ]
+    for entry, layer, share in shares:
+        _check_can_be_padded(entry, layer, share, target_rank)
+    for entry in model.adapters.entries.values():
+        model.set_requires_grad(entry.name, False)
+        entry.stored = model.get_adapter_state_dict(entry.name, save_embedding_layers=False)
+    for entry, layer, share in shares:
+        settings = share.settings
+        for leaf, parameter in layer.tensors(entry.name, share).items():
+            _pad(parameter, RANK_DIMS.get(leaf), target_rank, _groups(layer.site))
+        scale = torch.tensor(float(settings.scale), device=layer.base_stored.device)
+        layer.reset(entry.name, share, replace(settings, scale=scale))
+
+
+def _check_can_be_padded(entry: Adapter, layer: AdaptedLayer, share: BoundAdapter, rank: int | None) -> None:
+    if not isinstance(share.method, Lora) or share.settings.variant is not None:
+        raise UnsupportedError(
+            f"{entry.name!r} holds more than a LoRA at {layer.site.name}; only LoRA can be prepared for hot-swapping.",
+            hint="hotswap_adapter takes it unprepared, for adapters of the same shapes and scale.",
+        )
+    own = share.settings.r
+    if rank is not None and own != rank and getattr(layer.site, "stack", None) is not None:
+        raise UnsupportedError(
+            f"{layer.site.id}: the rank of a LoRA on stacked experts cannot be padded.",
+            hint="Swap adapters of one rank there (leave target_rank out).",
+        )
+    if rank is not None and rank % _groups(layer.site):
+        raise UnsupportedError(
+            f"{layer.site.name} has {_groups(layer.site)} groups, and target_rank={rank} is no multiple of it.",
+            hint="Give a target_rank that is one.",
+        )
+    if rank is not None and own > rank:
+        raise AdapterError(
+            f"target_rank={rank} is smaller than the rank {own} of {entry.name!r} at {layer.site.name}.",
+            hint="Give the largest rank of all adapters that will be swapped in.",
+        )
+
+
+def _groups(site: Site) -> int:
+    """In how many parts the ranks of a LoRA lie, each for some of the outputs."""
+    return site.conv.groups if isinstance(site, ConvSite) else 1
+
+
+def _pad(parameter: nn.Parameter, dim: int | None, rank: int | None, groups: int) -> None:
+    """Zeros up to ``rank`` along ``dim``, in memory of its own."""
+    shape = list(parameter.shape)
+    if dim is not None and rank is not None:
+        shape[dim] = rank if dim == 0 else rank // groups
+    padded = parameter.new_zeros(shape)
+    _fill(padded, parameter, groups if dim == 0 else 1)
+    parameter.data = padded
+
+
+def _fill(tensor: Tensor, values: Tensor, parts: int) -> None:
+    """Put the parts of ``values`` along their first dimension at the beginnings of those of ``tensor``."""
+    places, own = (t.unflatten(0, (parts, -1)) for t in (tensor, values))
+    places[tuple(slice(size) for size in own.shape)].copy_(own)
+
+
+@torch.no_grad()
+@takes(*SOURCE, *SETTLED, renamed=TOKEN)
+def hotswap_adapter(
+    model: PeftModel,
+    model_name_or_path: str | Path,
+    adapter_name: str = "default",
+    torch_device: str | None = None,
+    *,
+    strict: bool = True,
+    **source_options: Any,
+) -> None:
+    """Put the weights of the adapter at a path in the place of those of ``adapter_name``, which keeps its name.
+
+    Weights of the same shapes and dtypes are copied in place; others too on a model that
+    :func:`prepare_model_for_compiled_hotswap` has prepared. Where that is not so the tensor is replaced, and a compiled
+    model compiles once more. Layers that the new adapter does not adapt are left without a change.
+
+    Args:
+        model: the model, compiled or not.
+        model_name_or_path: the new adapter's folder or hub id.
+        adapter_name: the adapter to replace.
+        torch_device: accepted for peft's sake; weights go where the old ones are.
+        strict: as for ``load_adapter``.
+        **source_options: ``revision``, ``subfolder``, ``token``, ``local_files_only``, ``cache_dir``,
+            ``force_download``; what else peft takes here is settled by the adapter that is there.
+
+    Raises:
+        BindError: the new adapter does not fit the model. AdapterError: it adapts layers that the old one does not, or
+        is of another method. MergeError: the old one is merged.
+    """
+    model = getattr(model, "_orig_mod", model)
+    model.adapters.get(adapter_name)
+    source = resolve(model_name_or_path, what="adapter", **chosen(source_options, SOURCE))
+    with model.adapters.changing((adapter_name,)):
+        _hotswap(model, source, adapter_name, strict)
+
+
+def _hotswap(model: PeftModel, source: Source, adapter_name: str, strict: bool) -> None:
+    adapters = model.adapters
+    entry = adapters.get(adapter_name)
+    checkpoint = in_current_layout(open_checkpoint(source, strict=strict), adapters.catalog)
+    config = targeted(checkpoint.config)
+    plan = make_plan(config, method_of(config), checkpoint.tensors, adapters.catalog)
+    if plan.problems:
+        raise bind_error(plan, config, checkpoint.origin, len(checkpoint.tensors), adapters.catalog)
+    _check_alike(model, entry, checkpoint, plan)
+    tensors = checkpoint.read(plan.keys)
+    check_finite(tensors, checkpoint.origin)
+    wanted = {(binding.site.id, type(binding.method)): binding for binding in plan.bindings}
+    places = [
+        (layer, share, wanted.get((layer.site.id, type(share.method))))
+        for layer in (adapters.layers[name] for name in entry.layers)
+        for share in layer.bound[adapter_name]
+        if share.key is not None
+    ]
+    for layer, share, binding in places:
+        _check_place(layer, adapter_name, share, binding)
+    bound = {layer.site.id for layer, _, binding in places if binding is not None}
+    for layer, share, binding in places:
+        if entry.stored or layer.site.id in bound:
+            _swap(layer, adapter_name, share, binding, tensors)
+    if not entry.stored:
+        adapters.leave_layers(entry, [name for name in entry.layers if name not in bound])
+    _swap_shared(entry, plan, tensors)
+    entry.config, entry.origin, entry.notes = config, checkpoint.origin, [*checkpoint.notes, *plan.notes]
+    entry.bound = len(plan.keys)
+    entry.stored = dict(tensors) if entry.stored else {}
+    model._swapped(entry, checkpoint)
+
+
+def _check_alike(model: PeftModel, entry: Adapter, checkpoint: Checkpoint, plan: Plan) -> None:
+    merged = [name for name in entry.layers if entry.name in model.adapters.layers[name].merged]
+    if merged:
+        raise MergeError(
+            f"{entry.name!r} is merged into {merged[0]} and {len(merged) - 1} other layers.",
+            hint="Call unmerge_adapter() first.",
+        )
+    new, old = str(checkpoint.config.peft_type), str(entry.config.peft_type)
+    beyond = [b.site.id for b in plan.bindings if b.site.id not in entry.layers]
+    reason = None
+    if new != old:
+        reason = f"is of the method {new}, and {entry.name!r} of {old}"
+    elif beyond:
+        reason = f"adapts {len(beyond)} layers that {entry.name!r} does not (first: {beyond[0]})"
+    elif plan.saved or entry.saved:
+        reason = "or the old one brings whole modules"
+    if reason:
+        raise AdapterError(
+            f"{checkpoint.origin} cannot take the place of {entry.name!r}: it {reason}.",
+            hint=f"Use load_adapter(...) and set_adapter(...), then delete_adapter({entry.name!r}).",
+        )
+
+
+def _check_place(layer: AdaptedLayer, name: str, share: BoundAdapter, binding: Binding | None) -> None:
+    mend = "Use load_adapter(...) and set_adapter(...) instead."
+    if binding is None:
+        # Zeros are no change for a sum alone; a DoRA of zeros would be one.
+        if not all(patch.only_adds for patch in layer.patches([name])):
+            raise AdapterError(
+                f"The new adapter has nothing for {layer.site.id}, where {name!r} does more than add.", hint=mend
+            )
+    elif set(binding.keys) != set(share.leaves):
+        raise AdapterError(
+            f"{layer.site.id}: the new adapter has {sorted(binding.keys)}, and {name!r} has {sorted(share.leaves)}.",
+            hint=mend,
+        )
+
+
+def _swap(
+    layer: AdaptedLayer, name: str, share: BoundAdapter, binding: Binding | None, tensors: Mapping[str, Tensor]
+) -> None:
+    live = layer.tensors(name, share)
+    if binding is None:
+        for parameter in live.values():
+            # A bias is kept whole: that of the base is no change.
+            parameter.copy_(base_bias(layer)) if isinstance(share.method, Bias) else parameter.zero_()
+        layer.reset(name, share, share.settings)
+        return
+    for leaf, parameter in live.items():
+        parts = _groups(layer.site) if RANK_DIMS.get(leaf) == 0 else 1
+        _put(parameter, tensors[binding.keys[leaf]], _is_prepared(share.settings), parts)
+    layer.reset(name, share, _settings(share.settings, binding.method.settled(binding.settings, live, layer)))
+
+
+def _is_prepared(settings: Any) -> bool:
+    return isinstance(settings, LoraSettings) and isinstance(settings.scale, Tensor)
+
+
+def _settings(old: Any, new: Any) -> Any:
+    """The new adapter's settings; where the scale is a tensor that compiled code holds, it stays that tensor."""
+    if not _is_prepared(old):
+        return new
+    old.scale.fill_(float(new.scale))
+    return replace(new, scale=old.scale)
+
+
+def _put(parameter: nn.Parameter, new: Tensor, padded: bool, parts: int = 1) -> None:
+    """Copy ``new`` into ``parameter``, with zeros around it where it is ``padded``; else let it be the parameter."""
+    fits = new.ndim == parameter.ndim and all(a <= b for a, b in zip(new.shape, parameter.shape, strict=True))
+    if (fits if padded else new.shape == parameter.shape) and new.dtype == parameter.dtype:
+        parameter.zero_()
+        _fill(parameter, new, parts)
+    else:
+        parameter.data = new.to(parameter.device, copy=True)
+
+
+def _swap_shared(entry: Adapter, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+    for leaf, key in plan.shared.items():
+        _put(entry.shared[leaf], tensors[key], padded=False)

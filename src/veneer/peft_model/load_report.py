@@ -1,0 +1,147 @@
+"""What a load did: found, bound, active, and why. ``model.load_report``; rich prints it as a table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from veneer.adapters.adapter import Adapter
+from veneer.adapters.collection import Adapters
+from veneer.checkpoints.checkpoint import Checkpoint
+from veneer.printing import panel
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass
+class AdapterReport:
+    """One adapter's part of a load.
+
+    Attributes:
+        name: its name on the model.
+        origin: the path or id it came from.
+        peft_type: its method.
+        tensors_bound: tensors of its checkpoint that are in use.
+        tensors_total: tensors in its checkpoint.
+        nbytes: bytes of those tensors on disk.
+        dtypes: their dtypes in memory.
+        layers: layers that it adapts.
+        zero_layers: those in which it changes nothing.
+        saved_modules: modules that it brings whole.
+        virtual_tokens: how many a prompt puts before the input or into the cache.
+        base_check: how the base's identity was checked: "same", "different", "not recorded", "not known".
+        notes: what was odd.
+    """
+
+    name: str
+    origin: str
+    peft_type: str
+    tensors_bound: int
+    tensors_total: int
+    nbytes: int
+    dtypes: list[str]
+    layers: list[str]
+    zero_layers: list[str]
+    saved_modules: list[str]
+    virtual_tokens: int = 0
+    base_check: str = "not recorded"
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def changed_layers(self) -> list[str]:
+        """The layers that carry a non-zero change."""
+        return [name for name in self.layers if name not in set(self.zero_layers)]
+
+
+@dataclass
+class LoadReport:
+    """What :func:`veneer.load` or ``PeftModel.from_pretrained`` did.
+
+    Attributes:
+        path: what was asked for.
+        kind: what it was: "model", "adapter", "model+adapter", "set of adapters".
+        base: where the base model came from, and why that one.
+        model_class: the base model's class.
+        dtype: the base's dtype.
+        merged: whether the adapter was merged into the base.
+        active: the adapters that are active.
+        adapters: a report for each adapter.
+        seconds: what took how long: "base", "adapters", "total".
+        warnings: what a user should know before relying on the model.
+    """
+
+    path: str
+    kind: str = "adapter"
+    base: str = "the model given"
+    model_class: str = ""
+    dtype: str = ""
+    merged: bool = False
+    active: list[str] = field(default_factory=list)
+    adapters: list[AdapterReport] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types."""
+        return asdict(self)
+
+    def __rich__(self) -> RenderableType:
+        """A panel: one row a fact, the adapters below each other, warnings last."""
+        return panel("load report", self._facts(), self.warnings, border="cyan")
+
+    def _facts(self) -> list[tuple[str, str]]:
+        facts = [
+            ("path", f"{self.path} ({self.kind})"),
+            ("base", f"{self.base}: {self.model_class}, {self.dtype}"),
+        ]
+        for adapter in self.adapters:
+            facts.append((f"adapter {adapter.name}", _adapter_line(adapter)))
+        state = "merged into the base" if self.merged else ", ".join(self.active) or "none: the base alone"
+        facts.append(("active", state))
+        facts.append(("seconds", ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items())))
+        return facts
+
+
+def _adapter_line(adapter: AdapterReport) -> str:
+    parts = [
+        f"{adapter.peft_type}, {adapter.tensors_bound} of {adapter.tensors_total} tensors bound",
+        f"{adapter.nbytes / 1e6:.1f} MB {'/'.join(adapter.dtypes)}",
+        f"{adapter.virtual_tokens} virtual tokens"
+        if adapter.virtual_tokens
+        else f"{len(adapter.changed_layers)} of {len(adapter.layers)} layers carry a change",
+    ]
+    if adapter.saved_modules:
+        parts.append(f"whole modules: {', '.join(adapter.saved_modules)}")
+    parts.append(f"base digest: {adapter.base_check}")
+    return "; ".join(parts)
+
+
+def _adapter_report(adapter: Adapter, checkpoint: Checkpoint, base_check: str, adapters: Adapters) -> AdapterReport:
+    return AdapterReport(
+        name=adapter.name,
+        origin=checkpoint.origin,
+        peft_type=str(adapter.config.peft_type),
+        tensors_bound=adapter.bound,
+        tensors_total=len(checkpoint.tensors),
+        nbytes=checkpoint.nbytes,
+        dtypes=sorted(str(dtype).removeprefix("torch.") for dtype in adapters.dtypes(adapter.name)),
+        layers=list(adapter.layers),
+        zero_layers=list(adapter.zero),
+        saved_modules=list(adapter.saved),
+        virtual_tokens=adapter.virtual_tokens,
+        base_check=base_check,
+        notes=list(adapter.notes),
+    )
+
+
+def _warnings_of(adapter: AdapterReport) -> list[str]:
+    found = [f"{adapter.name}: {note}" for note in adapter.notes]
+    if not (adapter.changed_layers or adapter.saved_modules or adapter.virtual_tokens):
+        found.append(
+            f"{adapter.name}: zero-effect adapter: every change is zero, so the model answers as its base does. "
+            "It may have been saved before training."
+        )
+    if adapter.base_check == "different":
+        found.append(f"{adapter.name}: the base is not the one it was trained on.")
+    return found

@@ -1,0 +1,93 @@
+"""The model card beside saved adapters: ``README.md``, by which the hub and Trainer know what they are.
+
+What it says in its head (library, base, tags) is kept up to date; text that is there is kept as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.files.atomic_write import atomic_write
+from veneer.files.resolve import looks_like_hub_id
+from veneer.printing import tell
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
+
+CARD = "README.md"
+
+
+def write_card(model: Any, folder: Path, tags: Iterable[str] = ()) -> None:
+    """Write the card of a model's adapters into ``folder``, or bring the one that is there up to date.
+
+    Args:
+        model: the model.
+        folder: where its adapters are saved.
+        tags: more tags for the hub.
+    """
+    card = _found(folder / CARD) if (folder / CARD).is_file() else _new(model)
+    if card is None:
+        return
+    base = _base_of(model)
+    card.data["library_name"] = "peft"
+    card.data["tags"] = sorted({*_listed(card.data.get("tags")), *_tags_of(model, base), *tags})
+    if base is not None:
+        card.data["base_model"] = base
+    if str(model.task) == "CAUSAL_LM" and not card.data.get("pipeline_tag"):
+        card.data["pipeline_tag"] = "text-generation"
+    with atomic_write(folder / CARD) as temporary:
+        temporary.write_text(str(card), encoding="utf-8")
+
+
+def fetch_card(api: Any, repo_id: str, revision: str | None, folder: str) -> None:
+    """Put the card that a hub repository has into ``folder``, if it has one."""
+    # A repository without one, and a hub that does not answer, which the upload will tell.
+    with contextlib.suppress(OSError):
+        shutil.copyfile(api.hf_hub_download(repo_id, CARD, revision=revision), Path(folder) / CARD)
+
+
+def _found(path: Path) -> ModelCard | None:
+    """The card that is there; ``None``, with a warning, when its head cannot be read."""
+    from huggingface_hub import ModelCard
+
+    try:
+        return ModelCard(path.read_text(encoding="utf-8"))
+    except Exception as error:  # whatever YAML and the hub's checks make of it
+        tell(f"{path} is left as it is, for its head cannot be read: {error}")
+        return None
+
+
+def _new(model: Any) -> ModelCard:
+    from huggingface_hub import ModelCard
+
+    lines = [f"- `{name}`: {config.peft_type}" for name, config in model.peft_config.items()]
+    base = _base_of(model)
+    onto = f"[{base}](https://huggingface.co/{base})" if base else "the base model that `adapter_config.json` names"
+    text = "\n".join(["# Adapters", "", f"To be loaded onto {onto}, with Veneer or PEFT:", "", *lines])
+    return ModelCard(f"---\nlibrary_name: peft\n---\n\n{text}\n")
+
+
+def _base_of(model: Any) -> str | None:
+    """The base's hub id; ``None`` for one that is known by its place on this machine, which says nothing elsewhere."""
+    names = [config.base_model_name_or_path for config in model.peft_config.values()]
+    known = [name for name in names if name and looks_like_hub_id(name) and not Path(name).exists()]
+    return known[0] if known else None
+
+
+def _tags_of(model: Any, base: str | None) -> list[str]:
+    from transformers import PreTrainedModel
+
+    plain = model.get_base_model()
+    found = list(getattr(plain, "model_tags", None) or ())
+    found += ["transformers"] if isinstance(plain, PreTrainedModel) else []
+    found += ["lora"] if any(str(config.peft_type) == "LORA" for config in model.peft_config.values()) else []
+    return [*found, *([] if base is None else [f"base_model:adapter:{base}"])]
+
+
+def _listed(tags: str | list[str] | None) -> list[str]:
+    return [tags] if isinstance(tags, str) else list(tags or ())

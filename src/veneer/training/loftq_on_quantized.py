@@ -1,0 +1,119 @@
+"""LoftQ on a base that is packed (quantised) already: ``scale * B A`` makes up for what packing took."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from veneer.adapters.adapter import Adapter
+from veneer.adapters.collection import Adapters
+from veneer.base_model.sites.quantized.packed import PackedSite
+from veneer.errors import AdapterError, BaseModelError, SourceError, UnsupportedError
+from veneer.files.resolve import resolve
+from veneer.keywords import takes
+from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.layers.adapter_shares import BoundAdapter
+from veneer.merging.base.skeleton import stored_names
+from veneer.merging.base.weight_files import FLOATS, WeightFiles, open_weights
+from veneer.methods.lora import A, B, Lora
+from veneer.methods.lora_starts.loftq import lost
+from veneer.peft_model.peft_model import PeftModel
+
+
+@torch.no_grad()
+@takes()
+def replace_lora_weights_loftq(
+    model: PeftModel,
+    model_path: str | Path | None = None,
+    adapter_name: str = "default",
+    callback: Callable[[PeftModel, str], bool] | None = None,
+) -> None:
+    """Begin a LoRA on a packed base so that together they are as near to the original weights as its rank allows.
+
+    The weights are read from safetensors files, one layer at a time. What is saved is a plain adapter for the packed
+    base.
+
+    Args:
+        model: the model, its base packed by bitsandbytes, torchao or HQQ.
+        model_path: the original model: a folder, a file, or a cached hub id; the base's own name when ``None``.
+        adapter_name: the adapter.
+        callback: called with the model and a layer's name when that layer has been replaced; where it gives ``False``
+            the layer gets its old values back.
+
+    Raises:
+        AdapterError: the adapter has no packed layer, or is merged. BaseModelError: ``model_path`` is not the original.
+        UnsupportedError: the adapter is a DoRA.
+    """
+    adapters = model.adapters
+    places = _packed(adapters, adapters.get(adapter_name))
+    origin = str(model_path or getattr(model.get_base_model(), "name_or_path", "") or "")
+    if not origin:
+        raise SourceError("The base does not say where it is from.", hint="Give the original model as model_path.")
+    source = resolve(origin, what="base", local_files_only=True)
+    files = open_weights(source)
+    try:
+        for layer, share, weight in _with_weights(model, places, files, origin):
+            _replace(model, adapter_name, layer, share, weight, callback)
+    finally:
+        files.close()
+    adapters.note_zero_layers(adapters.get(adapter_name))
+
+
+def _packed(adapters: Adapters, entry: Adapter) -> list[tuple[AdaptedLayer, BoundAdapter]]:
+    layers = [layer for name in entry.layers if isinstance((layer := adapters.layers[name]).site, PackedSite)]
+    found = [(layer, s) for layer in layers for s in layer.bound[entry.name] if isinstance(s.method, Lora)]
+    if not found or any(entry.name in layer.merged for layer, _ in found):
+        what = "is merged" if found else "has no LoRA on a packed (quantised) layer"
+        raise AdapterError(
+            f"{entry.name!r} {what}.",
+            hint="Call unmerge_adapter()." if found else 'For a base that is not packed: init_lora_weights="loftq".',
+        )
+    if any(share.settings.dora for _, share in found):
+        raise UnsupportedError("LoftQ is not defined for DoRA.", hint="Turn use_dora off.")
+    return found
+
+
+def _with_weights(
+    model: PeftModel, places: list[tuple[AdaptedLayer, BoundAdapter]], files: WeightFiles, origin: str
+) -> Iterator[tuple[AdaptedLayer, BoundAdapter, Tensor]]:
+    shapes = {name: place.info.shape for name, place in files.places.items()}
+    names = stored_names(model.get_base_model(), shapes, shapes).direct
+    wanted = {layer.site.name: f"{layer.site.name}.weight" for layer, _ in places}
+    found = {name: names.get(weight, weight) for name, weight in wanted.items()}
+    for layer, _ in places:
+        stored = found[layer.site.name]
+        if (
+            stored not in files
+            or files.shape(stored) != layer.site.shape
+            or files.places[stored].info.dtype not in FLOATS
+        ):
+            raise BaseModelError(
+                f"{origin} has no {stored} of shape {layer.site.shape} in floating point.",
+                hint="Give the model that the base was quantised from as model_path.",
+            )
+    for layer, share in places:
+        yield layer, share, files.read(found[layer.site.name]).float()
+
+
+def _replace(
+    model: PeftModel,
+    adapter: str,
+    layer: AdaptedLayer,
+    share: BoundAdapter,
+    weight: Tensor,
+    callback: Callable[[PeftModel, str], bool] | None,
+) -> None:
+    own = layer.tensors(adapter, share)
+    packed = layer.base_weight().float()
+    down, up = lost(weight.to(packed.device) - packed, share.settings.r, float(share.settings.scale))
+    before = {leaf: own[leaf].clone() for leaf in (A, B)}
+    own[A].copy_(down)
+    own[B].copy_(up)
+    layer.reset(adapter, share, share.settings)
+    if callback is not None and not callback(model, layer.site.name):
+        for leaf, tensor in before.items():
+            own[leaf].copy_(tensor)
+        layer.reset(adapter, share, share.settings)

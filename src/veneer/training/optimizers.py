@@ -1,0 +1,216 @@
+"""Optimisers for adapters.
+
+LoRA+ (Hayou et al. 2024, arXiv:2402.12354): ``B`` learns faster than ``A``.
+
+LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): ``A`` stays as it began, and ``B``'s gradient is that by which the change
+``scale * B A`` comes closest to a step of the whole weight:
+
+    g' = g (A A^T)^-1 / scale^2        A: (r, in), g: (out, r)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from veneer.configs.methods.lora import LoraConfig
+from veneer.errors import ConfigError
+from veneer.keywords import passed_on, takes
+from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.methods.lora import A, B, LoraSettings
+
+
+def create_loraplus_optimizer(
+    model: nn.Module,
+    optimizer_cls: Callable[..., Optimizer],
+    *,
+    lr: float,
+    loraplus_lr_ratio: float,
+    loraplus_weight_decay: float = 0.0,
+    loraplus_lr_embedding: float = 1e-6,
+    **kwargs: Any,
+) -> Optimizer:
+    """An optimiser in which ``B`` has ``loraplus_lr_ratio`` times the learning rate of ``A``.
+
+    Args:
+        model: the model; what of it is to be trained is optimised.
+        optimizer_cls: such as ``torch.optim.AdamW``.
+        lr: the learning rate of ``A``, and of modules that are saved whole.
+        loraplus_lr_ratio: that of ``B`` and of every vector, as a multiple; the paper finds 16 a good start.
+        loraplus_weight_decay: for all but biases and norms of the faster group.
+        loraplus_lr_embedding: the learning rate of a LoRA on an embedding.
+        **kwargs: for ``optimizer_cls``.
+
+    Raises:
+        ConfigError: nothing is to be trained. UnknownKeywordError: ``optimizer_cls`` does not take one of ``kwargs``.
+    """
+    passed_on(create_loraplus_optimizer, kwargs, optimizer_cls)
+    named = _trained(model)
+    norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
+    fast = lr * loraplus_lr_ratio
+    rates = {"slow": lr, "embedding": loraplus_lr_embedding, "fast": fast, "bare": fast}
+    groups = {key: [p for name, p in named if _group(name, p, norms) == key] for key in rates}
+    return optimizer_cls(
+        [
+            {"params": own, "lr": rates[key], "weight_decay": 0.0 if key == "bare" else loraplus_weight_decay}
+            for key, own in groups.items()
+        ],
+        lr=lr,
+        **kwargs,
+    )
+
+
+@takes()
+def create_lorafa_optimizer(
+    model: nn.Module,
+    r: int,
+    lora_alpha: float,
+    lr: float,
+    weight_decay: float = 0.0,
+    use_rslora: bool | None = None,
+) -> Optimizer:
+    """AdamW in which the LoRA on a linear layer trains its ``B`` alone (LoRA-FA); its ``A`` gets no gradients.
+
+    The inputs of a layer then need not be kept for the backward pass, only their ``r`` projections. What else is to be
+    trained (LoRA on other kinds of layer, biases, modules that are saved whole) is moved by AdamW as it is.
+
+    Args:
+        model: the model, with its LoRA adapters.
+        r: their rank.
+        lora_alpha: their alpha. A layer to which a pattern gives another rank or alpha is scaled by its own.
+        lr: the learning rate.
+        weight_decay: for everything that is trained.
+        use_rslora: whether they are rank-stabilised; ``None`` for what they say.
+
+    Raises:
+        ConfigError: nothing is to be trained, no linear layer has a LoRA that is, or one of the adapters has another
+            rank, alpha or ``use_rslora``.
+    """
+    _trained(model)
+    pairs = list(_pairs(model))
+    if not pairs:
+        raise ConfigError(
+            "No LoRA on a linear layer of this model is to be trained.",
+            hint="LoRA-FA is for those: use an optimiser of torch.optim.",
+        )
+    _check_configs(model, {"r": r, "lora_alpha": lora_alpha, "use_rslora": use_rslora})
+    for down, *_ in pairs:
+        down.requires_grad_(False)
+    partners = {id(up): (down, scale) for down, up, scale in pairs}
+    return LoraFa([p for _, p in _trained(model)], partners, lr=lr, weight_decay=weight_decay)
+
+
+class LoraFa(Optimizer):
+    """AdamW that projects the gradient of some parameters; the step is that of BERT's optimiser.
+
+    Args:
+        params: what is optimised.
+        partners: id of a ``B``, shape ``(out, r)`` -> its frozen ``A``, shape ``(r, in)``, and its scale.
+        lr: the learning rate.
+        betas: how much of the mean and of the mean square of the gradients a step keeps.
+        eps: joins the root of the mean square, before that is corrected for its start at zero.
+        weight_decay: the share of a parameter that a step takes off, times ``lr``.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        partners: Mapping[int, tuple[Tensor, float]],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.partners = partners
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move every parameter that has a gradient; gives what ``closure`` does, which works the loss out again."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, self._gradient(parameter), group)
+        return loss
+
+    def _gradient(self, parameter: Tensor) -> Tensor:
+        """A parameter's gradient, projected where it is a ``B``."""
+        assert parameter.grad is not None
+        if id(parameter) not in self.partners:
+            return parameter.grad
+        down, scale = self.partners[id(parameter)]
+        down = down.float()
+        # A may have fewer independent rows than r, and then no inverse.
+        inverse = torch.linalg.pinv(down @ down.T, hermitian=True)
+        projected: Tensor = parameter.grad.float() @ inverse / scale**2
+        return projected.to(parameter.grad.dtype)
+
+    def _move(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state.update(step=0, mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter))
+        first, second = group["betas"]
+        state["step"] += 1
+        state["mean"].lerp_(gradient, 1 - first)
+        state["square"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        correction = math.sqrt(1 - second ** state["step"]) / (1 - first ** state["step"])
+        parameter.addcdiv_(state["mean"], state["square"].sqrt().add_(group["eps"]), value=-group["lr"] * correction)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """What of a model is to be trained, by name; ``ConfigError`` when that is nothing."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise ConfigError(
+            "No parameter of this model is to be trained.", hint="Load the adapter with is_trainable=True."
+        )
+    return named
+
+
+def _pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]]:
+    """``A``, ``B`` and the scale of each plain LoRA on a linear layer whose ``B`` is to be trained."""
+    for layer in model.modules():
+        if not isinstance(layer, AdaptedLayer) or not layer.site.matrix_input:
+            continue
+        for adapter, share in [(name, share) for name, shares in layer.bound.items() for share in shares]:
+            if not isinstance(share.settings, LoraSettings) or share.settings.variant is not None:
+                continue
+            tensors = layer.tensors(adapter, share)
+            if tensors.keys() >= {A, B} and tensors[B].requires_grad:
+                yield tensors[A], tensors[B], float(share.settings.scale)
+
+
+def _check_configs(model: nn.Module, wanted: Mapping[str, Any]) -> None:
+    """The adapters that are trained must be what the caller says that they are."""
+    configs: Mapping[str, Any] = getattr(model, "peft_config", {})
+    for name in getattr(model, "active_adapters", ()):
+        config = configs[name]
+        if not isinstance(config, LoraConfig):
+            continue
+        for option, value in wanted.items():
+            have = getattr(config, option)
+            if value is not None and value != have:
+                raise ConfigError(
+                    f"{option}={value!r}, and the adapter {name!r} has {option}={have!r}.",
+                    hint="Give create_lorafa_optimizer the values of the adapter's config.",
+                )
+
+
+def _group(name: str, parameter: Tensor, norms: set[int]) -> str:
+    """Which group a parameter is in, by its name in memory."""
+    if "lora_embedding_" in name:
+        return "embedding"
+    if "lora_B." not in name and parameter.ndim != 1:
+        return "slow"
+    return "bare" if "bias" in name or id(parameter) in norms else "fast"
