@@ -556,3 +556,18 @@ def test_pickles_are_neither_read_nor_written(adapter: Path, tmp_path: Path) -> 
     (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
     with pytest.raises(PickleRefusedError, match="convert-pickle"):
         veneer.load(adapter)
+
+
+@pytest.mark.parametrize(
+    "load", [veneer.PeftModel.from_pretrained, lambda base, path, **how: veneer.load(path, base=base, **how)]
+)
+def test_an_adapter_is_opened_once_and_as_strictly_as_asked(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path)
+    edit_config(folder, use_unknown=True)
+    with pytest.raises(veneer.UnknownKeyError, match="use_unknown"):
+        load(build("llama"), folder)
+    with pytest.warns(UserWarning, match="use_unknown") as told:
+        load(build("llama"), folder, strict=False)
+    assert len([one for one in told if "use_unknown" in str(one.message)]) == 1

@@ -19,7 +19,6 @@ from veneer.base_model.transformers_errors import ANOTHER_CLASS, transformers_er
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.checkpoints.find_base import _gguf_base, find_base, kind_of
 from veneer.checkpoints.model_class import class_for, dtype_of, labels_of, note_of
-from veneer.checkpoints.open_checkpoint import open_checkpoint
 from veneer.checkpoints.resized_vocabulary import required_vocabulary
 from veneer.checkpoints.torch_dtypes import DTYPES
 from veneer.configs.base import PeftConfig
@@ -36,6 +35,7 @@ from veneer.files.weight_files import weight_files
 from veneer.keywords import DTYPE, TOKEN, keywords, takes, unknown
 from veneer.packages import GGUF_PACKAGES, require
 from veneer.peft_model.load_report import LoadReport
+from veneer.peft_model.open_adapter import open_adapter, open_members
 from veneer.peft_model.peft_model import PeftModel, wrap
 
 # What to do where transformers cannot make a tokenizer.
@@ -128,9 +128,9 @@ def load(
             "base= is a PeftModel; its adapters would be stacked.",
             hint="Use its load_adapter(...), or pass what its get_base_model() or unload() returns.",
         )
-    checkpoints = [open_checkpoint(m.source, strict=strict) for m in members] if members else []
+    checkpoints = open_members(members, strict)
     if not members and source.has(ADAPTER_CONFIG):
-        checkpoints = [open_checkpoint(source, strict=strict, config=adapter_config)]
+        checkpoints = [open_adapter(source, strict, adapter_config)]
     own: frozenset[torch.dtype] = frozenset()
     if isinstance(base, nn.Module):
         _check_nothing_is_built(model_kwargs, dtype, device_map, base_revision)
@@ -156,9 +156,9 @@ def load(
     }
     with model.adapters.unwrapped(own) if merge else contextlib.nullcontext():
         if members:
-            model._load_set(members, adapter_folders.active(source, members), is_trainable, how)
+            model._load_set(members, checkpoints, adapter_folders.active(source, members), is_trainable, how)
         elif checkpoints:
-            model._load(source, adapter_name, is_trainable, config=adapter_config, **how)
+            model._load(source, checkpoints[0], adapter_name, is_trainable, **how)
         report.seconds["adapters"] = time.perf_counter() - started - report.seconds["base"]
         if merge and model.adapters.entries:
             model.merge_and_unload(into=into)

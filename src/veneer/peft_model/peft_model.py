@@ -34,7 +34,6 @@ from veneer.checkpoints import save_set
 from veneer.checkpoints.checkpoint import Checkpoint, Draft, in_memory_checkpoint
 from veneer.checkpoints.key_mapping import with_keys
 from veneer.checkpoints.older_layouts import in_current_layout
-from veneer.checkpoints.open_checkpoint import open_checkpoint
 from veneer.configs.base import PeftConfig, PromptConfig, TargetedConfig
 from veneer.configs.names import HEADS, PeftType, TaskType
 from veneer.configs.patterns import matching
@@ -50,11 +49,11 @@ from veneer.keywords import READING, SETTLED, SOURCE, TOKEN, chosen, keywords, p
 from veneer.layers.quantized_merge import QuantizedMerge
 from veneer.patches.selection import Selection
 from veneer.patches.token_gate import prompt_decides
-from veneer.peft_model.base_checks import _check_is_adapter, _config_of, _mixes
 from veneer.peft_model.batching_methods import BatchingFace
 from veneer.peft_model.delegation import fitted_class
 from veneer.peft_model.load_report import AdapterReport, LoadReport, _adapter_report, _warnings_of
 from veneer.peft_model.model_card import fetch_card, write_card
+from veneer.peft_model.open_adapter import mixes_others, open_adapter, open_members
 from veneer.peft_model.trainer_state import adapter_state, write_state
 from veneer.peft_model.tuner import Tuner
 from veneer.peft_model.xlora_methods import XLoraMethods
@@ -292,15 +291,15 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
         source = resolve(model_id, what="adapter", **chosen(options, SOURCE))
         how = _reading(options)
         members = adapter_folders.members(source)
-        first = config or (_config_of(members[0].source) if members else _config_of(source))
-        peft_model = _class_for(first.task_type, model)(model)
+        opened = open_members(members, how["strict"]) if members else [open_adapter(source, how["strict"], config)]
+        peft_model = _class_for((config or opened[0].config).task_type, model)(model)
         report = LoadReport(path=str(model_id))
         peft_model.load_report = report
         if members:
             report.kind = "set of adapters"
-            peft_model._load_set(members, adapter_folders.active(source, members), is_trainable, how)
+            peft_model._load_set(members, opened, adapter_folders.active(source, members), is_trainable, how)
         else:
-            peft_model._load(source, adapter_name, is_trainable, config=config, **how)
+            peft_model._load(source, opened[0], adapter_name, is_trainable, **how)
         peft_model._set_mode(is_trainable)
         peft_model._finish_report(report, started)
         return peft_model
@@ -351,12 +350,13 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
             UnknownKeywordError: an option is none of those.
         """
         source = resolve(model_id, what="adapter", **chosen(options, SOURCE))
+        strict = strict and not ignore_mismatched_sizes
         report = self._load(
             source,
+            open_adapter(source, strict, config),
             adapter_name,
             is_trainable or self._is_trained(adapter_name),
-            config=config,
-            strict=strict and not ignore_mismatched_sizes,
+            strict=strict,
             strict_base=strict_base,
             autocast_adapter_dtype=autocast_adapter_dtype,
             key_mapping=key_mapping,
@@ -385,18 +385,16 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
     def _load(
         self,
         source: Source,
+        checkpoint: Checkpoint,
         name: str,
         trainable: bool,
         *,
-        config: PeftConfig | None = None,
         strict: bool = True,
         strict_base: bool = False,
         autocast_adapter_dtype: bool = True,
         key_mapping: Mapping[str, str] | None = None,
         replace: bool = False,
     ) -> AdapterReport:
-        _check_is_adapter(source)
-        checkpoint = open_checkpoint(source, strict=strict, config=config)
         if key_mapping:
             checkpoint = with_keys(checkpoint, key_mapping)
         fresh = replacing.spare(self.adapters, name) if replace else name
@@ -433,13 +431,13 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
         try:
             for index, (name, path) in enumerate(config.expert_paths.items()):
                 source = expert_source(name, index, path, beside)
-                if _mixes(source):  # or even itself, without end
+                if mixes_others(source):  # or even itself, without end
                     raise UnsupportedError(
                         f"{source.origin}, to be mixed as {name!r}, mixes adapters itself.",
                         hint="Mix plain LoRA adapters.",
                     )
                 if name not in here or self.adapters.get(name).origin != source.origin:
-                    self._load(source, name, trainable)
+                    self._load(source, open_adapter(source), name, trainable)
             if not standing.names:  # the first of them was chosen for want of another
                 self.adapters.switch.standing = standing
             yield
@@ -460,13 +458,16 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
     def _load_set(
         self,
         members: Sequence[adapter_folders.Member],
+        opened: Sequence[Checkpoint],
         active: Sequence[str],
         trainable: bool,
         options: dict[str, Any],
     ) -> None:
         # Those that mix others come after them.
-        for member in sorted(members, key=lambda member: _mixes(member.source)):
-            self._load(member.source, member.name, trainable and member.name in active, **options)
+        for member, checkpoint in sorted(
+            zip(members, opened, strict=True), key=lambda one: mixes_others(one[0].source)
+        ):
+            self._load(member.source, checkpoint, member.name, trainable and member.name in active, **options)
         self.adapters.select(active)
 
     def _check_identity(self, checkpoint: Checkpoint, strict_base: bool) -> str:
