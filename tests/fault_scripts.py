@@ -20,10 +20,6 @@ SECONDS = 240
 LIBRARIES = ("torch", "transformers", "peft", "veneer", "safetensors.torch", "transformers.trainer")
 
 
-# Modules of the source that some of them reach into, by the names that these had then.
-FORMER = {"veneer.config": "veneer.configs.base", "veneer.layer": "veneer.layers.adapted_layer"}
-
-
 def run(script: Path, log: Path) -> int:
     """The exit code of a script, run in a child of this process; what it prints goes to ``log``."""
     child = os.fork()
@@ -61,9 +57,6 @@ def main(folder: Path) -> None:
     """Run every script of a folder, and print what came of it."""
     for name in LIBRARIES:
         importlib.import_module(name)
-    for name, now in FORMER.items():
-        sys.modules[name] = importlib.import_module(now)
-        setattr(sys.modules["veneer"], name.rpartition(".")[2], sys.modules[name])
     results = {}
     with tempfile.TemporaryDirectory() as place:
         log = Path(place) / "log"
