@@ -26,6 +26,20 @@ def test_the_demo_runs(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert {path.name for path in (tmp_path / "adapters").iterdir()} == set(STYLES)
 
 
+@pytest.mark.parametrize("make", ["folder", "file"])
+def test_a_workspace_of_somebody_elses_is_left_alone(
+    make: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "model"
+    mine = place / "config.json" if make == "folder" else place
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("{}")
+    assert main(["demo", "--quick", "--workspace", str(place)]) == 2
+    assert "another --workspace" in capsys.readouterr().err
+    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == [mine]
+    assert mine.read_text() == "{}"
+
+
 def test_a_claim_that_does_not_hold_ends_it() -> None:
     from rich.console import Console
 

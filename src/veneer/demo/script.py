@@ -76,10 +76,13 @@ def main(*, workspace: Path | None = None, quick: bool = False, record: Path | N
         record: write a picture (SVG) of each section into this folder.
 
     Raises:
-        DemoError: something did not hold. BaseModelError: the base model is not installed.
+        DemoError: something did not hold. BaseModelError: the base model is not installed. SourceError: the workspace
+            holds something else.
     """
     started = time.perf_counter()
     console = Console(record=True, width=110) if record else Console()
+    if workspace is not None:
+        _check_workspace(workspace)
     with quiet(), contextlib.ExitStack() as stack:
         console.print("[bold]Veneer[/]: a small model, three adapters, and what one can do with them.")
         with console.status("getting the base model ready (converted once, kept in the cache)"):
@@ -338,6 +341,18 @@ def _picture(console: Console, folder: Path | None, name: str) -> None:
         (folder / f"{name}.svg").write_text(console.export_svg(title="veneer demo"), encoding="utf-8")
 
 
+def _check_workspace(folder: Path) -> None:
+    """Refuse a place that holds something other than what an earlier demo left."""
+    if folder.exists() and not folder.is_dir():
+        raise SourceError(f"{folder} is not a folder.", hint="Choose another --workspace.")
+    own = (folder / BASE).is_symlink() and (folder / ADAPTERS).is_dir()
+    if folder.exists() and any(folder.iterdir()) and not own:
+        raise SourceError(
+            f"{folder} is not empty, and no earlier demo made it: it lacks the link {BASE} and the folder {ADAPTERS}.",
+            hint="Choose another --workspace.",
+        )
+
+
 @contextlib.contextmanager
 def _inside(workspace: Path | None, base: Path) -> Iterator[None]:
     """Work in a folder that holds ``base`` and ``adapters``: ``workspace``, or one that goes away afterwards."""
@@ -345,14 +360,9 @@ def _inside(workspace: Path | None, base: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         folder = workspace or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="veneer-demo-")))
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(SHIPPED, folder / ADAPTERS, dirs_exist_ok=True)
         link = folder / BASE
-        if link.is_symlink():
-            link.unlink()
-        elif link.exists():
-            raise SourceError(
-                f"{link} is there already, and the demo wants to put a link there.", hint="Choose another --workspace."
-            )
+        shutil.copytree(SHIPPED, folder / ADAPTERS, dirs_exist_ok=True)
+        link.unlink(missing_ok=True)
         link.symlink_to(base.resolve(), target_is_directory=True)
         os.chdir(folder)
         try:
