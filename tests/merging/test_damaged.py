@@ -16,23 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import veneer
-from tests.adapters import saved, saved_base
+from tests.adapters import saved_base
 from tests.models import build, gap, inputs, logits
 from veneer.errors import ConfigError, CorruptFileError, IncompleteCheckpointError, MergeError, VeneerError
 from veneer.merging.output import unmerge
 
 MANIFEST = "merge_manifest.json"
 DELTA = "merge_delta/model.safetensors.zip"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``base/``, ``adapter/`` and ``merged/``, to be copied from."""
-    root = tmp_path_factory.mktemp("made")
-    saved_base(root / "base")
-    saved(root / "adapter")
-    veneer.merge(root / "adapter", root / "base", out=root / "merged", reversible=True)
-    return root
 
 
 # -- the manifest ----------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import veneer
-from tests.adapters import saved, saved_base
 from tests.models import gap, inputs, logits
 from veneer.errors import CorruptFileError, MergeError, SourceError
 from veneer.merging.output import staging
@@ -25,16 +24,6 @@ from veneer.merging.work.pieces import MergeLayer
 
 MANIFEST = "merge_manifest.json"
 INDEX = "model.safetensors.index.json"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``base/``, ``adapter/`` and ``merged/``, to be copied from."""
-    root = tmp_path_factory.mktemp("made")
-    saved_base(root / "base")
-    saved(root / "adapter")
-    veneer.merge(root / "adapter", root / "base", out=root / "merged", reversible=True)
-    return root
 
 
 @pytest.fixture

@@ -1,0 +1,20 @@
+"""What several tests of merging begin with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import veneer
+from tests.adapters import saved, saved_base
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``base/``, ``adapter/`` and ``merged/``, to be copied from."""
+    root = tmp_path_factory.mktemp("made")
+    saved_base(root / "base")
+    saved(root / "adapter")
+    veneer.merge(root / "adapter", root / "base", out=root / "merged", reversible=True)
+    return root
