@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from veneer.adapters import layout_probe
 from veneer.adapters.call import Call as ModelCall
 from veneer.adapters.known_layouts import Asked, Readiness
-from veneer.base_model.media_rows import call_of, doubled, few, media_of, rows_of, shares_of, spans_of, text_spans_of
+from veneer.base_model.media_rows import (
+    TEXT_SPANS,
+    call_of,
+    doubled,
+    first_rows,
+    media_of,
+    rows_of,
+    shares_of,
+    spans_of,
+)
 from veneer.base_model.model_call import taken_names
 from veneer.configs.names import PeftType
 from veneer.errors import AdapterError, VeneerError
@@ -158,11 +167,11 @@ class Check:
             raise _cannot(missing[0], error)
         shares = shares_of(model, call, rows)
         if shares is None:
-            call, rows = few(call, rows), min(rows, layout_probe.ROWS)
+            call, rows = first_rows(call, rows, layout_probe.ROWS), min(rows, layout_probe.ROWS)
         elif sum(map(bool, shares)) == 1:
             call, rows, shares = doubled(call, shares), 2, (1, 1)
         images = spans_of(call, rows, shares)
-        text = {} if shares is None else text_spans_of()
+        text = {} if shares is None else TEXT_SPANS
         modules = {name: module for name, module in self._modules().items() if name in missing}
         calls = layout_probe.own_calls(model, dict(call), [*images.values(), *text.values()])
         try:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from veneer.errors import AdapterError
 from veneer.patches.row_layout import ROWS, owners
 
-# Number of rows of a model's own inputs that are enough to tell how they lie.
-ENOUGH = 3
 _TOKEN = ("token_id", "token_index")
+
+# Row -> argument -> its entries, of the tokens that go with images: see spans_of.
+TEXT_SPANS = {row: {"input_ids": slice(row, row + 1)} for row in (0, 1)}
 
 
 def media_of(call: Mapping[str, Tensor]) -> list[str]:
@@ -100,11 +101,6 @@ def spans_of(call: Mapping[str, Tensor], rows: int, shares: tuple[int, ...] | No
     return {row: {name: _part(call[name], name, row, shares) for name in media} for row in chosen}
 
 
-def text_spans_of() -> dict[int, dict[str, slice]]:
-    """The same of the tokens that go with images."""
-    return {row: {"input_ids": slice(row, row + 1)} for row in (0, 1)}
-
-
 def _part(value: Tensor, name: str, row: int, shares: tuple[int, ...]) -> slice:
     if value.ndim > 4 and len(value) == len(shares):  # (rows, images, channels, height, width)
         return slice(row, row + 1)
@@ -131,9 +127,9 @@ def _is_by_row(name: str, value: Tensor, rows: int) -> bool:
     return len(value) == rows and (beside or value.ndim > 4)
 
 
-def few(call: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
-    """A call with as many of its rows as are enough."""
-    return {name: value[:ENOUGH] if value.ndim and len(value) == rows else value for name, value in call.items()}
+def first_rows(call: Mapping[str, Tensor], rows: int, number: int) -> dict[str, Tensor]:
+    """A call of ``rows`` rows with the first ``number`` of them."""
+    return {name: value[:number] if value.ndim and len(value) == rows else value for name, value in call.items()}
 
 
 def _unclear(media: list[str], why: str) -> AdapterError:
@@ -148,7 +144,7 @@ def call_of(
     model: nn.Module, names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """The tensors that a call of ``forward`` or ``generate`` gives a model, by name."""
-    main = str(getattr(model, "main_input_name", "input_ids"))
+    main = _main_input(model)
     call = {**dict(zip(names, args, strict=False)), **kwargs}
     if isinstance(call.get("inputs"), Tensor) and main not in call and "inputs" not in names:
         call[main] = call.pop("inputs")
@@ -157,6 +153,12 @@ def call_of(
 
 def rows_of(model: nn.Module, call: Mapping[str, Tensor]) -> int | None:
     """How many rows a call has; ``None`` when nothing tells."""
-    main = str(getattr(model, "main_input_name", "input_ids"))
-    found = next((call[n] for n in (main, "input_ids", "inputs_embeds") if n in call), next(iter(call.values()), None))
+    found = next(
+        (call[n] for n in (_main_input(model), "input_ids", "inputs_embeds") if n in call),
+        next(iter(call.values()), None),
+    )
     return None if found is None or not found.ndim else len(found)
+
+
+def _main_input(model: nn.Module) -> str:
+    return str(getattr(model, "main_input_name", "input_ids"))
