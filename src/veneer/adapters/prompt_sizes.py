@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from veneer.adapters.prompts import _cache_layers, _of_layers, _said, _text_config
 from veneer.base_model.model_call import (
     encoder_of,
     is_encoder_decoder,
@@ -95,3 +94,25 @@ def _of_keys(model: nn.Module) -> Sizes:
     heads = 1 if one else getattr(config, "num_key_value_heads", None) or sizes.num_attention_heads
     width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
     return Sizes(heads * (width or config.hidden_size // sizes.num_attention_heads), sizes.num_layers, heads)
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        raise unsupported_prompt(model, "is no transformers model")
+    return config.get_text_config(decoder=True)
+
+
+def _of_layers(config: Any) -> set[str]:
+    """What of a config is not the same for all layers."""
+    return set(getattr(config, "per_layer_attributes", None) or ())
+
+
+def _said(config: Any, name: str) -> Any:
+    """What a config says of its layers, or of the first one where they differ."""
+    return getattr(config.per_layer_config[0] if name in _of_layers(config) else config, name, None)
+
+
+def _cache_layers(cache: Any) -> list[Any]:
+    """The layers of a cache; of a pair's those that its decoder reads itself."""
+    return list(getattr(cache, "self_attention_cache", cache).layers)

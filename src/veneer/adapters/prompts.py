@@ -30,7 +30,6 @@ from veneer.base_model.model_call import (
     named_call,
     new_cache,
     taken_names,
-    unsupported_prompt,
     words_of,
 )
 from veneer.configs.base import PromptConfig
@@ -38,28 +37,6 @@ from veneer.errors import AdapterError, UnsupportedError
 from veneer.layers.any_names import AnyNames
 from veneer.methods.base.prompt_method import IGNORED, AnyPrompt, PromptEncoder
 from veneer.patches.selection import ActiveSelection
-
-
-def _text_config(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "get_text_config"):
-        raise unsupported_prompt(model, "is no transformers model")
-    return config.get_text_config(decoder=True)
-
-
-def _of_layers(config: Any) -> set[str]:
-    """What of a config is not the same for all layers."""
-    return set(getattr(config, "per_layer_attributes", None) or ())
-
-
-def _said(config: Any, name: str) -> Any:
-    """What a config says of its layers, or of the first one where they differ."""
-    return getattr(config.per_layer_config[0] if name in _of_layers(config) else config, name, None)
-
-
-def _cache_layers(cache: Any) -> list[Any]:
-    """The layers of a cache; of a pair's those that its decoder reads itself."""
-    return list(getattr(cache, "self_attention_cache", cache).layers)
 
 
 class Prompts(AnyNames):

@@ -75,7 +75,7 @@ def find_base(
     return _named_base(source, checkpoints, revision, options)
 
 
-def _gguf_base(base: str | Path, file: str, revision: str | None, options: dict[str, Any]) -> FoundBase:
+def gguf_base(base: str | Path, file: str, revision: str | None, options: dict[str, Any]) -> FoundBase:
     """A base that is a GGUF file; its folder needs no config."""
     source = _resolve_base(base, revision, options)
     if not source.has(file):

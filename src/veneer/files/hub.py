@@ -20,7 +20,7 @@ def is_offline() -> bool:
     return any(os.environ.get(name, "").lower() in on for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
 
 
-def _from_hub(
+def from_hub(
     repo: str,
     revision: str | None,
     subfolder: str | None,
@@ -30,6 +30,7 @@ def _from_hub(
     patterns: Sequence[str],
     hub: Mapping[str, Any],
 ) -> Source:
+    """What a hub repository holds at a revision, from the cache or the hub; arguments as in ``resolve``."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from veneer.errors import NotACheckpointError, PathNotFoundError, PickleRefusedError, SourceError
-from veneer.files.hub import _from_hub
+from veneer.files.hub import from_hub
 from veneer.files.names import SAFETENSORS
 from veneer.files.paths import exists, is_folder, nearest_path
 from veneer.files.safetensors_header import read_header
@@ -70,7 +70,7 @@ def resolve(
         if isinstance(path, Path) or os.path.lexists(local) or not looks_like_hub_id(text):
             raise _missing(local, what)
         hub = {"cache_dir": cache_dir, "force_download": force_download}
-        return _from_hub(text, revision, subfolder, token, local_files_only, what, patterns, hub)
+        return from_hub(text, revision, subfolder, token, local_files_only, what, patterns, hub)
     if not os.access(local, os.R_OK | os.X_OK):
         raise SourceError(f"The {what} {text} cannot be read: Permission denied.", hint="Check its permissions.")
     if subfolder:

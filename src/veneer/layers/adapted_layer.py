@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from veneer.base_model.sites.site import Site, copy_with, unsupported
 from veneer.errors import MergeError, UnsupportedError
-from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters, _like
+from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters, parameter_like
 from veneer.layers.parameter_holder import ParameterHolder
 from veneer.layers.peft_attributes import LayerFace
 from veneer.layers.read_weight import Unread
@@ -441,7 +441,7 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
         # The original parameters are kept out of the module's own, so a move or cast must be told of them.
-        self.original = [None if p is None else _like(fn(p.detach()), p) for p in self.original]
+        self.original = [None if p is None else parameter_like(fn(p.detach()), p) for p in self.original]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.watch()
         self._forget()

@@ -126,10 +126,10 @@ class LayerAdapters:
         patches = self.weight_patches(self.here(names))
         bias = self.base_bias
         if self.site.shift_only:
-            return None, _like(merged_bias(bias, patches, torch.float32), bias)
+            return None, parameter_like(merged_bias(bias, patches, torch.float32), bias)
         stored = self.base_stored
         weight = self.site.as_stored(merged(self.base_weight(), patches, overwrite=self.overwrite))
-        return _like(weight, stored), _like(merged_bias(bias, patches, stored.dtype), bias)
+        return parameter_like(weight, stored), parameter_like(merged_bias(bias, patches, stored.dtype), bias)
 
     def _store(self, weight: nn.Parameter | None, bias: nn.Parameter | None) -> None:
         if weight is None:
@@ -138,6 +138,6 @@ class LayerAdapters:
             self.site.store(weight, bias)
 
 
-def _like(tensor: Tensor | None, model: nn.Parameter | None) -> Any:
+def parameter_like(tensor: Tensor | None, model: nn.Parameter | None) -> Any:
     """``tensor`` as a parameter that wants gradients as ``model`` does."""
     return None if tensor is None else nn.Parameter(tensor, requires_grad=model is not None and model.requires_grad)

@@ -17,7 +17,7 @@ from torch import nn
 
 from veneer.base_model.transformers_errors import ANOTHER_CLASS, transformers_errors_as
 from veneer.checkpoints.checkpoint import Checkpoint
-from veneer.checkpoints.find_base import _gguf_base, find_base, kind_of
+from veneer.checkpoints.find_base import find_base, gguf_base, kind_of
 from veneer.checkpoints.model_class import class_for, dtype_of, labels_of, note_of
 from veneer.checkpoints.resized_vocabulary import required_vocabulary
 from veneer.checkpoints.torch_dtypes import DTYPES
@@ -37,12 +37,6 @@ from veneer.packages import GGUF_PACKAGES, require
 from veneer.peft_model.load_report import LoadReport
 from veneer.peft_model.open_adapter import open_adapter, open_members
 from veneer.peft_model.peft_model import PeftModel, wrap
-
-# What to do where transformers cannot make a tokenizer.
-_TOKENIZER = (
-    "Copy its files again, or remove them from the adapter's folder to use the base's. Code that comes with one is "
-    "not run."
-)
 
 
 @takes(renamed={**DTYPE, **TOKEN}, others=True)
@@ -140,7 +134,7 @@ def load(
             model_kwargs["key_mapping"] = key_mapping
         gguf = model_kwargs.get("gguf_file")
         if gguf is not None and checkpoints and base is not None:
-            found = _gguf_base(base, gguf, base_revision or checkpoints[0].config.revision, options)
+            found = gguf_base(base, gguf, base_revision or checkpoints[0].config.revision, options)
         else:
             found = find_base(source, checkpoints, base, base_revision, options)
         report.base = f"{found.source.origin}, {found.why}"

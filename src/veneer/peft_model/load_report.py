@@ -117,7 +117,8 @@ def _adapter_line(adapter: AdapterReport) -> str:
     return "; ".join(parts)
 
 
-def _adapter_report(adapter: Adapter, checkpoint: Checkpoint, base_check: str, adapters: Adapters) -> AdapterReport:
+def adapter_report(adapter: Adapter, checkpoint: Checkpoint, base_check: str, adapters: Adapters) -> AdapterReport:
+    """The report on an adapter that has been loaded from ``checkpoint``."""
     return AdapterReport(
         name=adapter.name,
         origin=checkpoint.origin,
@@ -135,7 +136,8 @@ def _adapter_report(adapter: Adapter, checkpoint: Checkpoint, base_check: str, a
     )
 
 
-def _warnings_of(adapter: AdapterReport) -> list[str]:
+def warnings_of(adapter: AdapterReport) -> list[str]:
+    """What a user should know of a loaded adapter."""
     found = [f"{adapter.name}: {note}" for note in adapter.notes]
     if not (adapter.changed_layers or adapter.saved_modules or adapter.virtual_tokens):
         found.append(

@@ -51,7 +51,7 @@ from veneer.patches.selection import Selection
 from veneer.patches.token_gate import prompt_decides
 from veneer.peft_model.batching_methods import BatchingFace
 from veneer.peft_model.delegation import fitted_class
-from veneer.peft_model.load_report import AdapterReport, LoadReport, _adapter_report, _warnings_of
+from veneer.peft_model.load_report import AdapterReport, LoadReport, adapter_report, warnings_of
 from veneer.peft_model.model_card import fetch_card, write_card
 from veneer.peft_model.open_adapter import mixes_others, open_adapter, open_members
 from veneer.peft_model.trainer_state import adapter_state, write_state
@@ -419,7 +419,7 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
         adapter.base_digest = checkpoint.metadata.get(BASE_DIGEST_KEY)
         if not self.adapters.switch.standing.names:
             self.adapters.select(name)
-        report = _adapter_report(adapter, checkpoint, base_check, self.adapters)
+        report = adapter_report(adapter, checkpoint, base_check, self.adapters)
         self._reported(report)
         return report
 
@@ -453,7 +453,7 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
         adapter.config.inference_mode = not adapter.trainable
         adapter.base_digest = checkpoint.metadata.get(BASE_DIGEST_KEY)
         self.adapters.note_zero_layers(adapter)
-        self._reported(_adapter_report(adapter, checkpoint, base_check, self.adapters))
+        self._reported(adapter_report(adapter, checkpoint, base_check, self.adapters))
 
     def _load_set(
         self,
@@ -495,7 +495,7 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
             self.load_report = LoadReport(path=adapter.origin)
         self.load_report.adapters = [a for a in self.load_report.adapters if a.name != adapter.name]
         self.load_report.adapters.append(adapter)
-        self.load_report.warnings += _warnings_of(adapter)
+        self.load_report.warnings += warnings_of(adapter)
         self._keep_report()
 
     def _keep_report(self) -> None:

@@ -9,8 +9,13 @@ from veneer.base_model.transformers_errors import transformers_errors_as
 from veneer.errors import CorruptFileError, IncompleteCheckpointError, SourceError
 from veneer.files.resolve import resolve
 from veneer.keywords import takes
-from veneer.peft_model.load import _TOKENIZER
 from veneer.peft_model.peft_model import PeftModel
+
+# What to do where transformers cannot make a tokenizer.
+_TOKENIZER = (
+    "Copy its files again, or remove them from the adapter's folder to use the base's. Code that comes with one is "
+    "not run."
+)
 
 
 @takes()
