@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import veneer
-from tests.adapters import CONFIG, WEIGHTS, adapted, edit_config, saved, saved_base
 from tests.models import build
+from tests.random_adapters import CONFIG, WEIGHTS, adapted, edit_config, saved, saved_base
 from veneer.base_model.transformers_errors import transformers_errors_as
 from veneer.checkpoints.model_class import class_for
 from veneer.files.adapter_folders import expert_source

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import veneer
-from tests.adapters import adapted, config, edit_tensors, saved, saved_base
 from tests.models import build, gap, inputs, logits
+from tests.random_adapters import adapted, config, edit_tensors, saved, saved_base
 from veneer.errors import ConfigError, UnknownKeywordError, UnsupportedError
 from veneer.files.resolve import resolve
 

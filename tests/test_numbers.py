@@ -13,10 +13,10 @@ import transformers as tf
 from torch import Tensor, nn
 
 import veneer
-from tests.adapters import edit_config, edit_tensors, saved
 from tests.methods.case import Case, cases
 from tests.methods.networks import NETWORKS
 from tests.models import TEXT, build, gap, inputs, logits
+from tests.random_adapters import edit_config, edit_tensors, saved
 from veneer.configs.base import config_class
 from veneer.errors import BindError, ConfigError, UnsupportedError, VeneerError
 

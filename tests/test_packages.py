@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import veneer
-from tests.adapters import saved
 from tests.models import build
+from tests.random_adapters import saved
 from veneer.errors import BaseModelError, UnsupportedError
 from veneer.packages import require
 

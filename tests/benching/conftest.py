@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.adapters import saved, saved_base
 from tests.cli.conftest import run
+from tests.random_adapters import saved, saved_base
 from veneer.benching.measure.fresh_process import Request
 
 __all__ = ["run"]

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import veneer
-from tests.adapters import enlarge
 from tests.models import build
+from tests.random_adapters import enlarge
 from veneer.benching.inputs import take_stock
 from veneer.benching.measure.fidelity import fidelity, outputs
 from veneer.benching.measure.fresh_process import LOADS, Request, in_fresh_process, load_and_answer

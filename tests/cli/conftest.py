@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import veneer
-from tests.adapters import config, enlarge, saved_base
 from tests.models import VOCAB
+from tests.random_adapters import config, enlarge, saved_base
 from veneer.cli import main
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w7{% endif %}"

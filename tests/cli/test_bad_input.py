@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.adapters import CONFIG, WEIGHTS, edit_config, edit_tensors
+from tests.random_adapters import CONFIG, WEIGHTS, edit_config, edit_tensors
 
 Run = Callable[..., Any]
 

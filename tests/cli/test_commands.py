@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 import veneer
-from tests.adapters import WEIGHTS, edit_tensors
 from tests.models import gap, inputs, logits
+from tests.random_adapters import WEIGHTS, edit_tensors
 
 Run = Callable[..., Any]
 SHORT = ("--max-new-tokens", "5")

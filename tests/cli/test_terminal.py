@@ -16,8 +16,8 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders
 
 import veneer
-from tests.adapters import CONFIG, edit_config
 from tests.models import VOCAB
+from tests.random_adapters import CONFIG, edit_config
 from veneer.cli import terminal
 from veneer.printing import panel, written
 

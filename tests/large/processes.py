@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import veneer
-from tests.adapters import WEIGHTS, config, enlarge
 from tests.models import gap, inputs, logits
+from tests.random_adapters import WEIGHTS, config, enlarge
 from veneer.errors import MergeError, UnsupportedError
 
 BATCH = inputs("llama")

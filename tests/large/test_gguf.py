@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import veneer
-from tests.adapters import saved
 from tests.models import LLAMA, build, gap, inputs, logits
+from tests.random_adapters import saved
 from veneer.errors import BaseModelError
 
 gguf = pytest.importorskip("gguf")

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import veneer
-from tests.adapters import WEIGHTS, adapted, config, edit_tensors, enlarge, saved, saved_base
 from tests.models import build, gap, inputs, logits
+from tests.random_adapters import WEIGHTS, adapted, config, edit_tensors, enlarge, saved, saved_base
 from veneer.base_model.sites import offload
 
 BATCH = inputs("llama")

@@ -10,8 +10,8 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
-from tests.adapters import adapted, saved_base
 from tests.large.processes import CHECKS, spawn
+from tests.random_adapters import adapted, saved_base
 from veneer.errors import AdapterError
 
 pytest.importorskip("transformers.distributed")

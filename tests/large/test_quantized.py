@@ -16,9 +16,9 @@ import transformers
 from torch import nn
 
 import veneer
-from tests.adapters import adapted, config, enlarge, saved, saved_base
 from tests.large.quantized import FORMS, library, quantized
 from tests.models import build, gap, inputs, logits
+from tests.random_adapters import adapted, config, enlarge, saved, saved_base
 from veneer.base_model.sites import packed_site
 from veneer.errors import BindError, MergeError, TargetError, UnsupportedError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import veneer
-from tests.adapters import saved, saved_base
+from tests.random_adapters import saved, saved_base
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 import veneer
-from tests.adapters import saved
 from tests.models import build
+from tests.random_adapters import saved
 from veneer.errors import CorruptFileError, MergeError
 from veneer.merging.output import write_folder as room
 from veneer.merging.output.staging import StagingFolder

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import veneer
-from tests.adapters import saved_base
 from tests.models import build, gap, inputs, logits
+from tests.random_adapters import saved_base
 from veneer.errors import ConfigError, CorruptFileError, IncompleteCheckpointError, MergeError, VeneerError
 from veneer.merging.output import unmerge
 

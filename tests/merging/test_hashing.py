@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import veneer
-from tests.adapters import edit_config, saved, saved_base
+from tests.random_adapters import edit_config, saved, saved_base
 from veneer.merging.base import hashing as room
 from veneer.merging.base.hashing import Hashing, sha256_of, stamp_of
 from veneer.merging.work import prepare

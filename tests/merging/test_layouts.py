@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import veneer
-from tests.adapters import config, enlarge, saved, saved_base
+from tests.checkpoints.test_older_layouts import OLD, Old, moe, old_experts, seeing
 from tests.models import build, gap, inputs, logits
 from tests.oracle.peer import scramble
-from tests.test_remap import OLD, Old, moe, old_experts, seeing
+from tests.random_adapters import config, enlarge, saved, saved_base
 from veneer.errors import BaseModelError, MergeError, UnsupportedError
 
 CLOSE = 1e-5

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import veneer
-from tests.adapters import config, edit_tensors, enlarge
 from tests.models import BLOCKS, TEXT, build, gap, inputs, logits
+from tests.random_adapters import config, edit_tensors, enlarge
 from veneer.errors import MergeError
 
 CLOSE = 1e-5

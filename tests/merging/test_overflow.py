@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import veneer
-from tests.adapters import config, edit_tensors, enlarge, saved, saved_base
 from tests.merging.kinds import mixtral
 from tests.models import build
+from tests.random_adapters import config, edit_tensors, enlarge, saved, saved_base
 from veneer.errors import ConfigError, MergeError
 from veneer.patches.weight_arithmetic import check_kept
 

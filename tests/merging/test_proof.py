@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import veneer
-from tests.adapters import saved
 from tests.models import build, gap, inputs, logits
+from tests.random_adapters import saved
 from veneer.errors import AdapterError, ConfigError, IncompleteCheckpointError, MergeError
 from veneer.merging.work.rounding import Rounding
 

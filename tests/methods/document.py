@@ -58,7 +58,7 @@ What the contract's cases do not fit: tests by hand, which run with the others.
 OWN_TESTS: Mapping[str, tuple[str, str, str]] = {
     "BONE": ("tests/methods/test_readings.py", "bone", "llama, as MISS of the same values"),
     "SHADOW": ("tests/methods/test_shadow.py", "", "llama, gpt2, qwen3, opt, gpt_neox"),
-    "XLORA": ("tests/test_xlora.py", "", "llama"),
+    "XLORA": ("tests/methods/test_xlora.py", "", "llama"),
 }
 TEST = re.compile(r"^def test_(\w+)\(", re.MULTILINE)
 COLUMNS = (

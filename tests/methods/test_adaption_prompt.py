@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import veneer
-from tests.adapters import saved_base
 from tests.models import build, gap, inputs, logits
+from tests.random_adapters import saved_base
 from veneer.errors import BindError, ConfigError, MergeError, TargetError
 
 OPTIONS: dict[str, Any] = {"adapter_len": 3, "adapter_layers": 2, "task_type": "CAUSAL_LM"}

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import veneer
-from tests.adapters import bits, enlarge, same_bits
 from tests.models import build, inputs, logits
+from tests.random_adapters import bits, enlarge, same_bits
 from veneer.errors import BindError
 
 OPTIONS = {"target_modules": ["q_proj", "down_proj"], "u": 8, "weight_tying": 0.5, "save_projection": False}

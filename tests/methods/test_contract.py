@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import veneer
-from tests.adapters import bits
 from tests.methods.case import Case, cases
 from tests.methods.networks import NETWORKS, Network
 from tests.models import gap
+from tests.random_adapters import bits
 from veneer.errors import BindError, IncompleteCheckpointError, MergeError
 from veneer.layers.adapted_layer import AdaptedLayer
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import veneer
-from tests.adapters import WEIGHTS
 from tests.models import gap
+from tests.random_adapters import WEIGHTS
 from veneer.errors import TargetError, UnsupportedError
 
 TARGETS = ["grow", "pair"]

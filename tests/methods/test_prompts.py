@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import veneer
-from tests.adapters import saved_base
 from tests.methods.case import cases
 from tests.methods.prompt import PromptCase
 from tests.models import CASES, VOCAB, build, gap, inputs, logits
+from tests.random_adapters import saved_base
 from veneer.errors import AdapterError, BindError, ConfigError, MergeError, UnsupportedError
 
 pytestmark = pytest.mark.oracle

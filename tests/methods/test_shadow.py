@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import veneer
-from tests.adapters import WEIGHTS, edit_config, saved_base
 from tests.models import BLOCKS, LLAMA, TEXT, build, gap, inputs, logits
+from tests.random_adapters import WEIGHTS, edit_config, saved_base
 from veneer.errors import (
     AdapterError,
     BindError,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import veneer
-from tests.adapters import bits, same_bits
 from tests.models import build, gap, logits
 from tests.oracle.peer import VISIBLE, config_of, scramble
+from tests.random_adapters import bits, same_bits
 
 pytestmark = pytest.mark.oracle
 

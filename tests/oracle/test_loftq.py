@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import veneer
-from tests.adapters import bits, edit_config, same_bits
 from tests.large.quantized import library, quantized
 from tests.models import build, gap, inputs, logits
 from tests.oracle.peer import VISIBLE, config_of, scramble
+from tests.random_adapters import bits, edit_config, same_bits
 from veneer.methods.lora_starts import loftq
 
 pytestmark = pytest.mark.oracle

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import veneer
-from tests.adapters import bits, same_bits
 from tests.models import build, gap, inputs, logits
 from tests.oracle.peer import VISIBLE, scramble
+from tests.random_adapters import bits, same_bits
 
 pytestmark = pytest.mark.oracle
 

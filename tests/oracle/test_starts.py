@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import veneer
-from tests.adapters import bits, edit_config, same_bits
 from tests.models import CASES, build, gap, inputs, logits
 from tests.oracle.peer import VISIBLE, WEIGHTS, config_of, scramble
+from tests.random_adapters import bits, edit_config, same_bits
 
 pytestmark = pytest.mark.oracle
 

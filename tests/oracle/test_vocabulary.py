@@ -13,9 +13,9 @@ import transformers as tf
 from torch import Tensor, nn
 
 import veneer
-from tests.adapters import edit_tensors
 from tests.models import LLAMA, build, gap, logits
 from tests.oracle.peer import base_model, scramble
+from tests.random_adapters import edit_tensors
 
 pytestmark = pytest.mark.oracle
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import veneer
+from tests.base_model.test_tied_embeddings import tied
 from tests.models import build, gap, inputs, logits
 from tests.oracle.peer import VISIBLE, WEIGHTS, scramble
-from tests.test_tied import tied
 
 pytestmark = pytest.mark.oracle
 

@@ -1,0 +1,165 @@
+"""New adapters for layers that are parameters since version 5 of transformers, and names that mean nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+import veneer
+from tests.models import LLAMA, build, gap, logits, tokens
+from tests.random_adapters import adapted, config, enlarge
+from veneer.errors import TargetError
+
+ONE = {**LLAMA, "num_hidden_layers": 1, "num_experts_per_tok": 2}
+
+
+def qwen3() -> Any:
+    return tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**ONE, head_dim=8, num_experts=4, moe_intermediate_size=16))
+
+
+def mixtral() -> Any:
+    return tf.MixtralForCausalLM(tf.MixtralConfig(**ONE, num_local_experts=4))
+
+
+def qwen2() -> Any:
+    """With experts that all tokens share, which are layers still."""
+    shared = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    return tf.Qwen2MoeForCausalLM(tf.Qwen2MoeConfig(**ONE, **shared))
+
+
+def gpt_oss() -> Any:
+    """Its experts have never been layers."""
+    return tf.GptOssForCausalLM(tf.GptOssConfig(**ONE, head_dim=8, num_local_experts=4))
+
+
+def made(make: Callable[[], nn.Module]) -> Any:
+    torch.manual_seed(0)
+    return make().eval()
+
+
+def trained(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [
+        (qwen3, ["q_proj", "gate_proj", "up_proj", "down_proj"]),
+        (qwen3, ["q_proj", "down_proj"]),
+        (qwen3, ["q_proj", "gate"]),
+        (qwen3, "all-linear"),
+        (mixtral, ["q_proj", "w1", "w2", "w3"]),
+        (mixtral, "all-linear"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or str(value),
+)
+def test_the_usual_names_train_what_pefts_do(make: Callable[[], nn.Module], targets: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*pattern keys did not match")  # of its own making
+        theirs = peft.get_peft_model(made(make), peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets))
+    ours = veneer.get_peft_model(made(make), veneer.LoraConfig(r=2, lora_alpha=6, target_modules=targets))
+    assert trained(ours) == trained(theirs)
+    for name, layer in ours.named_modules():
+        if hasattr(layer, "own_tensors"):
+            assert layer.scaling == theirs.get_submodule(name).scaling  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("make", [qwen3, qwen2, mixtral])
+def test_what_is_trained_is_loaded_again_here_and_in_peft(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    wanted = veneer.LoraConfig(r=2, target_modules="all-linear", rank_pattern={"v_proj": 3})
+    model = veneer.get_peft_model(made(make), wanted).eval()
+    enlarge(model, "default")
+    batch = tokens()
+    expected = logits(model, batch)
+    assert gap(logits(made(make), batch), expected) > 1e-2
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(veneer.PeftModel.from_pretrained(made(make), tmp_path), batch), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(made(make), str(tmp_path))
+    assert gap(logits(theirs, batch), expected) < 1e-5
+    assert gap(logits(model.merge_and_unload(), batch), expected) < 1e-5
+
+
+def test_layers_that_are_left_stay_beside_the_parameters() -> None:
+    model = veneer.get_peft_model(made(qwen2), veneer.LoraConfig(target_modules=["gate_proj", "up_proj"]))
+    found: Any = model.peft_config["default"]
+    assert found.target_modules == ["gate_proj", "up_proj"]
+    assert found.target_parameters == ["mlp.experts.gate_up_proj"]
+    assert any("shared_expert.up_proj.lora_A" in name for name in trained(model))
+
+
+@pytest.mark.parametrize("pattern", [r".*(q_proj|gate_proj|up_proj)", r".*experts\..*_proj"])
+def test_a_regular_expression_means_them_too(pattern: str) -> None:
+    model = veneer.get_peft_model(made(qwen3), veneer.LoraConfig(target_modules=pattern))
+    assert any("mlp.experts" in name for name in trained(model))
+    assert any("q_proj" in name for name in trained(model)) == ("q_proj" in pattern)
+
+
+def test_filters_and_patterns_are_those_of_the_layers() -> None:
+    def targets(**options: Any) -> Any:
+        own = veneer.LoraConfig(target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"], r=2, **options)
+        return veneer.get_peft_model(made(qwen3), own).peft_config["default"]
+
+    assert targets(exclude_modules=["down_proj"]).target_parameters == ["mlp.experts.gate_up_proj"]
+    assert targets(exclude_modules=r".*experts.*").target_parameters is None
+    found = targets(rank_pattern={"gate_proj": 3, "up_proj": 3}, alpha_pattern={"gate_proj": 12, "up_proj": 12})
+    assert found.rank_pattern["mlp.experts.gate_up_proj"] == 6
+    assert found.alpha_pattern["mlp.experts.gate_up_proj"] == 24
+    with pytest.raises(TargetError, match=r"are one matrix now.*scales of their own"):
+        targets(rank_pattern={"gate_proj": 3})
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"lora_bias": True}])
+def test_experts_that_cannot_have_it_are_left_out_with_a_word(options: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match=r"The experts \(.*\) are left out: .*not available|is not"):
+        model = veneer.get_peft_model(made(qwen3), veneer.LoraConfig(target_modules="all-linear", r=2, **options))
+    assert not any("experts" in name for name in trained(model))
+
+
+def test_another_method_leaves_them_out_with_a_word() -> None:
+    with pytest.warns(UserWarning, match="left out: VERA adapts no parameters"):
+        veneer.get_peft_model(made(qwen3), veneer.VeraConfig(target_modules=["q_proj", "down_proj"], r=2))
+
+
+@pytest.mark.parametrize(
+    ("make", "targets", "words"),
+    [
+        (qwen3, ["q_proj", "gate_proj"], "The experts are left out of 'gate_proj': gate and up are one matrix"),
+        (qwen2, ["q_proj", "up_proj"], "The experts are left out of 'up_proj'"),
+        (gpt_oss, ["q_proj", "down_proj"], "target_modules names 'down_proj'.*It is a parameter: see target_param"),
+        (gpt_oss, "all-linear", '"all-linear" leaves out the experts, which are parameters'),
+    ],
+)
+def test_what_names_do_not_reach_is_told(make: Callable[[], nn.Module], targets: Any, words: str) -> None:
+    with pytest.warns(UserWarning, match=words) as caught:
+        veneer.get_peft_model(made(make), veneer.LoraConfig(target_modules=targets))
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"target_modules": ["q_proj", "v_prj"]}, "target_modules names 'v_prj', and no module.*'v_proj'"),
+        ({"exclude_modules": ["lm_heed"]}, "exclude_modules names 'lm_heed'.*'lm_head'"),
+        ({"rank_pattern": {"q_prj": 3}}, "rank_pattern names 'q_prj'.*'q_proj'"),
+        ({"alpha_pattern": {"nothing": 3}}, r"alpha_pattern names 'nothing', and no module of the model\."),
+    ],
+)
+def test_a_name_that_means_nothing_is_told(options: dict[str, Any], words: str) -> None:
+    with pytest.warns(UserWarning, match=words) as caught:
+        veneer.get_peft_model(build("llama"), config(**options))
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_patterns_that_mean_something_are_fine() -> None:
+    adapted(rank_pattern={r"layers\.0\..*": 3, "self_attn.q_proj": 2}, exclude_modules=["1.self_attn.q_proj"])

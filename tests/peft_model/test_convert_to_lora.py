@@ -1,0 +1,112 @@
+"""Any adapter as a plain LoRA, and what error that leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import veneer
+from tests.models import build, gap, inputs, logits
+from tests.random_adapters import enlarge, saved, saved_base
+from veneer.cli.app import run
+from veneer.errors import AdapterError, ConfigError, MergeError, UnsupportedError
+
+TARGETS: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"]}
+
+
+def _model(config: Any) -> veneer.PeftModel:
+    model = veneer.get_peft_model(build("llama"), config, seed=1).eval()
+    enlarge(model, "default")
+    return model
+
+
+def _read(folder: Path) -> torch.Tensor:
+    model = veneer.PeftModel.from_pretrained(build("llama"), folder)
+    assert isinstance(model.peft_config["default"], veneer.LoraConfig)
+    return logits(model, inputs("llama"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        veneer.VeraConfig(r=5, **TARGETS),
+        veneer.GraloraConfig(r=4, **TARGETS),
+        veneer.DeftConfig(r=3, **TARGETS),
+        veneer.TinyLoraConfig(u=8, **TARGETS),
+    ],
+    ids=lambda config: str(config.peft_type),
+)
+def test_a_low_rank_change_is_exact(config: Any, tmp_path: Path) -> None:
+    model = _model(config)
+    report = veneer.convert_to_lora(model, out=tmp_path / "lora")
+    assert report.method == str(config.peft_type)
+    assert report.error < 1e-6
+    expected = logits(model, inputs("llama"))
+    with model.disable_adapter():
+        assert gap(logits(model, inputs("llama")), expected) > 0.02
+    assert gap(_read(tmp_path / "lora"), expected) < 1e-5
+
+
+def test_another_change_is_approached_and_the_error_said(tmp_path: Path) -> None:
+    model = _model(veneer.IA3Config(feedforward_modules=["down_proj"], **TARGETS))
+    with pytest.raises(UnsupportedError, match="no low rank of its own"):
+        veneer.convert_to_lora(model, out=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    few, all_of_it = (veneer.convert_to_lora(model, out=tmp_path / str(rank), rank=rank) for rank in (4, 32))
+    assert 0.05 < few.error < 1
+    assert all_of_it.error < 1e-5
+    expected = logits(model, inputs("llama"))
+    assert gap(_read(tmp_path / "32"), expected) < 1e-4 < gap(_read(tmp_path / "4"), expected)
+    layer = model.adapters.layers[few.worst]
+    merged, _ = layer.merged_parameters(("default",))
+    sizes = torch.linalg.svdvals((merged - layer.base_stored).detach())
+    assert few.errors[few.worst] == pytest.approx(float(sizes[4:].norm() / sizes.norm()), rel=1e-3)
+
+
+def test_from_a_folder_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, adapter = saved_base(tmp_path / "base"), saved(tmp_path / "adapter")
+    options = ["--base", str(base), "--out", str(tmp_path / "out"), "--json"]
+    assert run(["convert", str(adapter), "--rank", "3", *options]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["rank"] == 3
+    assert 0 < told["error"] < 1
+    with pytest.raises(ConfigError, match="none of the methods"):
+        run(["convert", str(adapter), "--to", "ia3", *options])
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(AdapterError, match="not empty"):
+        veneer.convert_to_lora(_model(veneer.VeraConfig(**TARGETS)), out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "why"),
+    [
+        (veneer.PolyConfig(r=2, n_skills=2, **TARGETS), MergeError, "decides by the input"),
+        (veneer.LNTuningConfig(target_modules=["norm"]), UnsupportedError, "norm.*not defined on this kind of layer"),
+        (veneer.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), MergeError, "prompt"),
+    ],
+    ids=lambda value: str(getattr(value, "peft_type", "")),
+)
+def test_what_no_lora_holds_is_refused_and_nothing_is_written(
+    config: Any, error: type[Exception], why: str, tmp_path: Path
+) -> None:
+    model = veneer.get_peft_model(build("llama"), config, seed=1)
+    for rank in (None, 4):
+        with pytest.raises(error, match=why):
+            veneer.convert_to_lora(model, out=tmp_path / "lora", rank=rank)
+    assert not (tmp_path / "lora").exists()
+
+
+def test_what_a_layers_output_is_moved_by_comes_along(tmp_path: Path) -> None:
+    model = _model(veneer.BeftConfig(target_modules=["q_proj", "down_proj"]))
+    veneer.convert_to_lora(model, out=tmp_path / "lora", rank=1)
+    expected = logits(model, inputs("llama"))
+    with model.disable_adapter():
+        assert gap(logits(model, inputs("llama")), expected) > 0.02
+    assert gap(_read(tmp_path / "lora"), expected) < 1e-5

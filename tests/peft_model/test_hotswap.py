@@ -1,0 +1,150 @@
+"""Another adapter's weights in the place of one: the same answers as loading it, and nothing compiled anew."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
+
+import veneer
+from tests.models import build, gap, inputs, logits
+from tests.random_adapters import WEIGHTS, saved
+from veneer.errors import AdapterError, MergeError, UnsupportedError
+
+X = inputs("llama")
+CLOSE = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def adapter(folder: Path, name: str, seed: int, **options: Any) -> Path:
+    return saved(folder / name, "llama", seed, **options)
+
+
+def load(folder: Path) -> veneer.PeftModel:
+    return veneer.PeftModel.from_pretrained(build("llama"), folder)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "the same shapes": {},
+    "another scale": {"lora_alpha": 3},
+    "a smaller rank": {"r": 2, "lora_alpha": 5, "use_rslora": True},
+    "ranks by layer": {"r": 3, "rank_pattern": {"q_proj": 6}},
+    "fewer layers": {"target_modules": ["q_proj"], "r": 2},
+}
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("other", OTHERS)
+def test_it_answers_as_if_loaded(other: str, prepared: bool, tmp_path: Path) -> None:
+    first, second = adapter(tmp_path, "a", 1), adapter(tmp_path, "b", 2, **OTHERS[other])
+    before = (first / WEIGHTS).read_bytes()
+    model, expected = load(first), logits(load(second), X)
+    if prepared:
+        usual = logits(model, X)
+        veneer.prepare_model_for_compiled_hotswap(model, target_rank=6)
+        assert gap(logits(model, X), usual) < CLOSE
+    assert gap(logits(model, X), expected) > 0.02
+    veneer.hotswap_adapter(model, second)
+    assert gap(logits(model, X), expected) < CLOSE
+    assert model.peft_config["default"].r == load(second).peft_config["default"].r  # type: ignore[attr-defined]
+    assert (first / WEIGHTS).read_bytes() == before
+    model.save_pretrained(tmp_path / "out")
+    ours, theirs = load_file(tmp_path / "out" / WEIGHTS), load_file(second / WEIGHTS)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert gap(logits(model.merge_and_unload(), X), expected) < CLOSE
+
+
+def test_nothing_is_compiled_anew(tmp_path: Path) -> None:
+    folders = [adapter(tmp_path, name, seed, **options) for seed, (name, options) in enumerate(OTHERS.items(), 1)]
+    model = load(folders[0])
+    veneer.prepare_model_for_compiled_hotswap(model, target_rank=6)
+    counter = CompileCounter()
+    graph = torch.compile(model, fullgraph=True, backend=counter)
+    for folder in [*folders, folders[0]]:
+        veneer.hotswap_adapter(graph, folder)
+        assert gap(logits(graph, X), logits(load(folder), X)) < CLOSE
+    assert counter.frame_count == 1
+
+
+def test_one_of_several_is_swapped_and_the_report_says_so(tmp_path: Path) -> None:
+    first, second = adapter(tmp_path, "a", 1), adapter(tmp_path, "b", 2)
+    model = load(first)
+    model.load_adapter(first, adapter_name="kept")
+    veneer.hotswap_adapter(model, second, "default")
+    with model.using("kept"):
+        assert gap(logits(model, X), logits(load(first), X)) < CLOSE
+    assert model.load_report is not None
+    origins = {report.name: report.origin for report in model.load_report.adapters}
+    assert origins == {"kept": str(first), "default": str(second)}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"target_modules": ["q_proj", "o_proj"]}, r"adapts 2 layers that 'default' does not"),
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"modules_to_save": ["lm_head"]}, "whole modules"),
+    ],
+)
+def test_what_cannot_be_swapped_leaves_the_model_as_it_was(options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    model = load(adapter(tmp_path, "a", 1))
+    before = logits(model, X)
+    with pytest.raises(AdapterError, match=words):
+        veneer.hotswap_adapter(model, adapter(tmp_path, "b", 2, **options))
+    assert torch.equal(logits(model, X), before)
+
+
+def test_a_merged_adapter_is_not_swapped(tmp_path: Path) -> None:
+    model = load(adapter(tmp_path, "a", 1))
+    model.merge_adapter()
+    with pytest.raises(MergeError, match="unmerge_adapter"):
+        veneer.hotswap_adapter(model, adapter(tmp_path, "b", 2))
+
+
+def test_what_cannot_be_prepared(tmp_path: Path) -> None:
+    model = load(adapter(tmp_path, "a", 1))
+    with pytest.raises(AdapterError, match=r"target_rank=2 is smaller than the rank 4"):
+        veneer.prepare_model_for_compiled_hotswap(model, target_rank=2)
+    veneer.prepare_model_for_compiled_hotswap(model, target_rank=4)
+    with pytest.raises(AdapterError, match="cannot train"):
+        model.set_requires_grad("default")
+    other = veneer.get_peft_model(build("llama"), veneer.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    with pytest.raises(UnsupportedError, match="only LoRA can be prepared"):
+        veneer.prepare_model_for_compiled_hotswap(other)
+
+
+@pytest.mark.oracle
+def test_as_peft_swaps(tmp_path: Path) -> None:
+    from peft.utils.hotswap import hotswap_adapter
+
+    first, second = adapter(tmp_path, "a", 1), adapter(tmp_path, "b", 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(build("llama"), first).eval()
+        hotswap_adapter(theirs, second, "default")
+    model = load(first)
+    veneer.hotswap_adapter(model, second)
+    assert gap(logits(model, X), logits(theirs, X)) < CLOSE
+
+
+def test_a_bias_that_the_new_one_does_not_bring_is_the_bases_again(tmp_path: Path) -> None:
+    first, second = (saved(tmp_path / bias, "qwen2", 1, bias=bias) for bias in ("lora_only", "none"))
+    model = veneer.PeftModel.from_pretrained(build("qwen2"), first)
+    expected = logits(veneer.PeftModel.from_pretrained(build("qwen2"), second), X)
+    assert gap(logits(model, X), expected) > 0.02
+    veneer.hotswap_adapter(model, second)
+    assert gap(logits(model, X), expected) < CLOSE
