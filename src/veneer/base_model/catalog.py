@@ -12,6 +12,7 @@ from torch import nn
 
 from veneer.base_model.sites import bias_site, is_linear, is_never_called, kinds, sites_for, whole_sites
 from veneer.base_model.sites.parameter import ParameterSite
+from veneer.base_model.sites.parameter_reader import LIVE, ParameterReader
 from veneer.base_model.sites.quantized.packed import refusal
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import ALL_LINEAR, is_inside, names_match, saved_modules, shortest, target_names
@@ -21,10 +22,16 @@ from veneer.errors import TargetError
 
 
 class Catalog:
-    """The modules of a base model that carries no adapter: see :func:`veneer.layers.wrapping.check_untouched`."""
+    """The modules of a base model that carries no adapter: see :func:`veneer.layers.wrapping.check_untouched`.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the model.
+        reader: reads the parameters of its layers, for each site.
+    """
+
+    def __init__(self, model: nn.Module, reader: ParameterReader = LIVE) -> None:
         self.model = model
+        self.reader = reader
         self.modules: dict[str, nn.Module] = dict(model.named_modules())
         # What was found before: adapters of one model mostly have one config.
         self._targets: dict[tuple[Any, ...], list[str]] = {}
@@ -144,8 +151,14 @@ class Catalog:
         # A merge may have put a module or a weight of another kind there.
         key = (name, whole, id(module), type(weight), None if weight is None else weight.dtype)
         if key not in self._sites:
-            self._sites[key] = (whole_sites if whole else sites_for)(name, module)
+            self._sites[key] = self._reading((whole_sites if whole else sites_for)(name, module))
         return list(self._sites[key])
+
+    def _reading(self, sites: list[Site]) -> list[Site]:
+        """Give sites the catalog's reader."""
+        for site in sites:
+            site.reader = self.reader
+        return sites
 
     def sites(self, config: TargetedConfig, whole: bool = False) -> list[Site]:
         """The sites of the layers that ``config`` adapts; ``whole`` when these can be norms and the like too.
@@ -186,17 +199,18 @@ class Catalog:
                 f"target_parameters={list(wanted)!r} {what}.",
                 hint=f"Fused experts here: {', '.join(named)}." if named else "Use target_modules for layers.",
             )
-        return found
+        return self._reading(found)
 
     def biased(self, config: TargetedConfig, without: Iterable[Site]) -> list[Site]:
         """The layers with a bias that are neither among ``without`` nor saved whole."""
         taken = {site.name for site in without}
         saved = self.saved(config)
-        return [
+        sites = [
             bias_site(name, module, self.modules[parent := name.rpartition(".")[0]], parent in taken)
             for name, module in self.modules.items()
             if module._parameters.get("bias") is not None and name not in taken and not is_inside(name, saved)
         ]
+        return self._reading(sites)
 
     def token_sites(self, wanted: Iterable[int] | Mapping[str, Iterable[int]]) -> list[Site]:
         """The embeddings of which ``trainable_token_indices`` trains tokens."""

@@ -33,7 +33,7 @@ from veneer.files.resolve import resolve
 from veneer.files.source import Source
 from veneer.files.tensor_keys import encode
 from veneer.keywords import DTYPE, takes
-from veneer.merging.base.skeleton import Parameters, build_skeleton, stored_names
+from veneer.merging.base.skeleton import DiskReader, build_skeleton, stored_names
 from veneer.merging.base.weight_files import WeightFiles, open_weights
 from veneer.merging.output.staging import check_apart
 from veneer.merging.work.adapter_changes import tie_groups
@@ -200,7 +200,7 @@ def _reader(model: nn.Module, files: WeightFiles) -> Callable[[str], Tensor]:
     packed = next((name for name, place in files.places.items() if place.info.dtype.startswith("F8_E")), None)
     if packed is not None:
         raise BaseModelError(f"{packed} is quantised.", hint="Dequantise the model first.")
-    return Parameters(model, stored_names(model, shapes, shapes), files.read)
+    return DiskReader(model, stored_names(model, shapes, shapes), files.read)
 
 
 def _compare(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from veneer.base_model.sites import offload
+from veneer.base_model.sites.parameter_reader import LIVE, ParameterReader
 from veneer.errors import UnsupportedError
 from veneer.patches.patch import Patch
 
@@ -30,6 +31,7 @@ class Site(ABC):
         key: where the adapter's tensors lie in a checkpoint; the layer's name in most cases.
 
     Attributes:
+        reader: reads the values of the layer's parameters.
         channel: the dimension of the layer's output that has ``out`` entries.
         matrix_input: whether the layer's input is ``(..., in)``, so that a factor can be applied to it.
         products: whether :meth:`product` is possible; without it a patch is applied through the whole weight.
@@ -46,6 +48,7 @@ class Site(ABC):
         self.module = module
         self.parameter = parameter
         self.key = name if key is None else key
+        self.reader: ParameterReader = LIVE
 
     @property
     def id(self) -> str:
@@ -80,9 +83,7 @@ class Site(ABC):
     @property
     def device(self) -> torch.device:
         """Where the layer computes: an offloaded weight lies elsewhere between calls."""
-        hook = getattr(self.module, "_hf_hook", None)
-        execution = getattr(hook, "execution_device", None)
-        return self.stored.device if execution is None else torch.device(execution)
+        return self.reader.device(self.module, self.stored)
 
     @property
     @abstractmethod
@@ -102,8 +103,8 @@ class Site(ABC):
         return self.canonical(self.resident(self.stored, self.parameter).detach())
 
     def resident(self, tensor: Any, name: str, *, below: bool = False) -> Any:
-        """A parameter of the layer, its values on the device where it computes: see :func:`.offload.resident`."""
-        return tensor if tensor is None else offload.resident(self.module, name, tensor, below=below)
+        """A parameter of the layer, its values on the device where it computes: see :class:`.ParameterReader`."""
+        return tensor if tensor is None else self.reader.read(self.name, self.module, name, tensor, below=below)
 
     def store(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         """Put parameters (as stored) into the layer. Another layer that shares the old ones keeps them."""

@@ -150,29 +150,37 @@ def resize_vocabulary(model: Any, vocabulary: int, stored: StoredNames) -> dict[
     }
 
 
-class Parameters:
-    """Reads a model's parameters from its checkpoint, by their names in the model.
+class DiskReader:
+    """Reads a model's parameters from its checkpoint, by their names in the model: a :class:`ParameterReader`.
 
     Args:
         model: the skeleton.
         stored: where they lie.
-        read: gives a stored tensor by its name.
+        read_stored: returns a stored tensor by its name.
     """
 
-    def __init__(self, model: nn.Module, stored: StoredNames, read: Callable[[str], Tensor]) -> None:
-        self.model, self.stored, self.read = model, stored, read
+    def __init__(self, model: nn.Module, stored: StoredNames, read_stored: Callable[[str], Tensor]) -> None:
+        self.model, self.stored, self.read_stored = model, stored, read_stored
         named = list(model.named_parameters(remove_duplicate=False))
         by_tensor = {id(parameter): name for name, parameter in named if name in stored.direct}
         self._twins = {name: by_tensor[id(parameter)] for name, parameter in named if id(parameter) in by_tensor}
 
+    def read(self, layer: str, module: nn.Module, name: str, parameter: Tensor, *, below: bool = False) -> Tensor:
+        """Return a layer's parameter, as its layer holds it."""
+        return nn.Parameter(self(f"{layer}.{name}"), requires_grad=False)
+
+    def device(self, module: nn.Module, parameter: Tensor) -> torch.device:
+        """Return the CPU: the skeleton lies on the meta device, and arithmetic happens here."""
+        return torch.device("cpu")
+
     def __call__(self, name: str) -> Tensor:
-        """A parameter, as its layer holds it."""
+        """Return a parameter of the model, as its layer holds it."""
         own = name if name in self.stored.direct else self._twins.get(name, name)
         if own in self.stored.direct:
-            return self.read(self.stored.direct[own])
+            return self.read_stored(self.stored.direct[own])
         if own in self.stored.made:
             conversion = self.stored.made[own]
-            tensors = {source: self.read(source) for source, _ in conversion.sources}
+            tensors = {source: self.read_stored(source) for source, _ in conversion.sources}
             return conversion.parameters(tensors, self.model)[own]
         raise MergeError(
             f"The adapter changes {name}, and the base has no such weight on disk.",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +12,13 @@ from veneer.adapters.attach import load
 from veneer.adapters.collection import Adapters
 from veneer.adapters.merge.in_memory import check_mergeable
 from veneer.base_model.catalog import Catalog
-from veneer.base_model.sites.site import Site
+from veneer.base_model.sites.parameter_reader import ParameterReader
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.checkpoints.older_layouts import in_current_layout
-from veneer.configs.base import TargetedConfig
 from veneer.errors import MergeError
 from veneer.files.tensor_keys import encode
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.patches.patch import Patch
-
-Read = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,68 +27,6 @@ class WeightedAdapter:
 
     checkpoint: Checkpoint
     weight: float = 1.0
-
-
-if TYPE_CHECKING:
-    _Base = Site
-else:
-    _Base = object
-
-
-class OnDisk(_Base):
-    """Mixed into the class of a site: its weight and bias are read when they are asked for.
-
-    Attributes:
-        read: gives a parameter by its name.
-    """
-
-    read: Read
-
-    @property
-    def device(self) -> torch.device:
-        """Arithmetic happens on the CPU, though the skeleton lies on the meta device."""
-        return torch.device("cpu")
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """The bias, kept once it is read."""
-        if super().bias is None:
-            return None
-        if "_bias" not in self.__dict__:
-            self.__dict__["_bias"] = nn.Parameter(self.read(f"{self.name}.bias"), requires_grad=False)
-        return cast(nn.Parameter, self.__dict__["_bias"])
-
-    def weight(self) -> Tensor:
-        """The weight, canonical."""
-        return self.canonical(self.read(f"{self.name}.{self.parameter}"))
-
-
-class DiskCatalog(Catalog):
-    """A skeleton's modules, each of whose sites reads from disk."""
-
-    def __init__(self, model: nn.Module, read: Read) -> None:
-        super().__init__(model)
-        self.read = read
-
-    def _on_disk(self, sites: Iterable[Site]) -> list[Site]:
-        return [site if isinstance(site, OnDisk) else _on_disk(site, self.read) for site in sites]
-
-    def sites_at(self, name: str, whole: bool = False) -> list[Site]:
-        return self._on_disk(super().sites_at(name, whole))
-
-    def parameter_sites(self, wanted: Collection[str]) -> list[Site]:
-        return self._on_disk(super().parameter_sites(wanted))
-
-    def biased(self, config: TargetedConfig, without: Iterable[Site]) -> list[Site]:
-        return self._on_disk(super().biased(config, without))
-
-
-def _on_disk(site: Site, read: Read) -> Site:
-    """The same site, of a class that reads."""
-    kind = type(site)
-    found: Site = object.__new__(type(kind.__name__, (OnDisk, kind), {}))
-    found.__dict__.update(site.__dict__, read=read)
-    return found
 
 
 @dataclass
@@ -146,7 +80,9 @@ class AdapterChanges:
         return scaled
 
 
-def bind_adapters(adapters: Sequence[WeightedAdapter], model: nn.Module, read: Read, strict: bool) -> AdapterChanges:
+def bind_adapters(
+    adapters: Sequence[WeightedAdapter], model: nn.Module, reader: ParameterReader, strict: bool
+) -> AdapterChanges:
     """Bind adapters to a base's skeleton, in their order; the skeleton itself is as before afterwards.
 
     Raises:
@@ -154,7 +90,7 @@ def bind_adapters(adapters: Sequence[WeightedAdapter], model: nn.Module, read: R
         AdapterError: two bring the same module whole. MergeError: one has no merged form.
     """
     bound = Adapters(model)
-    bound.catalog = DiskCatalog(model, read)
+    bound.catalog = Catalog(model, reader)
     changes = AdapterChanges()
     for index, adapter in enumerate(adapters):
         name, checkpoint = f"adapter{index}", in_current_layout(adapter.checkpoint, bound.catalog)

@@ -30,7 +30,7 @@ from veneer.merging.base.hashing import Stamp, check_unchanged, stamps_of
 from veneer.merging.base.plain_skeleton import plain_skeleton, plainly_stored
 from veneer.merging.base.quantized_tensors import as_in_model, packed_tensors
 from veneer.merging.base.repeated_files import repeated_blocks
-from veneer.merging.base.skeleton import Parameters, build_skeleton, resize_vocabulary, stored_names
+from veneer.merging.base.skeleton import DiskReader, build_skeleton, resize_vocabulary, stored_names
 from veneer.merging.base.weight_files import FLOATS, NAMES, WeightFiles, open_weights
 from veneer.merging.work.adapter_changes import AdapterChanges, WeightedAdapter, bind_adapters
 from veneer.merging.work.file_layout import size_in_bytes
@@ -206,8 +206,10 @@ def _planned(
             f"No tensor of {source.origin} belongs to its own model class, {type(model).__name__}.",
             hint="Check that config and weights are from the same model.",
         )
-    read = Parameters(model, stored, lambda name: StoredTensor(base, name, packed.get(name), lengths.get(name)).whole())
-    changes = bind_adapters(merged, model, read, options.strict)
+    reader = DiskReader(
+        model, stored, lambda name: StoredTensor(base, name, packed.get(name), lengths.get(name)).whole()
+    )
+    changes = bind_adapters(merged, model, reader, options.strict)
     dtype = None if options.dtype == "auto" else dtype_of(options.dtype)
     rounding = Rounding(options.rounding, options.seed)
     biases = new_biases(changes.layers.values(), list(changes.weights), model, skeleton)
