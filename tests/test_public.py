@@ -41,6 +41,7 @@ def test_an_error_says_what_and_how_to_mend_it() -> None:
     assert (str(error), error.message, error.hint) == ("There is no x. Try y.", "There is no x.", "Try y.")
     assert isinstance(error, FileNotFoundError)
     assert isinstance(errors.ConfigError("x"), ValueError)
+    assert isinstance(errors.UsageError("x"), errors.ConfigError)  # what a command's mistakes raised earlier
 
 
 def test_importing_it_imports_nothing_heavy() -> None:

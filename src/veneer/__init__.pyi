@@ -128,6 +128,9 @@ from veneer.errors import (
     NotACheckpointError as NotACheckpointError,
 )
 from veneer.errors import (
+    OutputError as OutputError,
+)
+from veneer.errors import (
     PathNotFoundError as PathNotFoundError,
 )
 from veneer.errors import (
@@ -153,6 +156,9 @@ from veneer.errors import (
 )
 from veneer.errors import (
     UnsupportedError as UnsupportedError,
+)
+from veneer.errors import (
+    UsageError as UsageError,
 )
 from veneer.errors import (
     VeneerError as VeneerError,

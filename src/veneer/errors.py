@@ -10,7 +10,8 @@
     ├── ConfigError                 adapter_config.json, or a config object (also ValueError)
     │   ├── UnknownMethodError      a peft_type that no method here answers to
     │   ├── UnknownKeyError         a key unknown here that may change the maths
-    │   └── UnsupportedError        known, and not available: a method's option, a kind of layer
+    │   ├── UnsupportedError        known, and not available: a method's option, a kind of layer
+    │   └── UsageError              an argument of a command, or of a call, that cannot be meant
     ├── TargetError                 a config's targets match nothing, or nothing usable (also ValueError)
     ├── BindError                   checkpoint and model do not fit; carries every problem at once
     ├── BaseModelError              the base: missing, not named, of the wrong kind, already adapted
@@ -19,7 +20,9 @@
     │   ├── UnknownAdapterError     no adapter of that name
     │   ├── DuplicateAdapterError   the name is taken, or no valid name
     │   └── NonFiniteError          NaN or infinity among an adapter's values
-    ├── MergeError                  a merge or its output cannot be made
+    ├── MergeError                  a merge cannot be made
+    ├── OutputError                 an output cannot be written there (also a SourceError, AdapterError and MergeError,
+    │                               which it was called in earlier versions)
     └── UnknownKeywordError         a keyword that a call does not take (also TypeError)
 
 Every error says what is wrong and where in ``message``, and how to mend it in ``hint``; ``str(error)`` is
@@ -88,6 +91,10 @@ class UnsupportedError(ConfigError):
     """Known, and not available here: a method's option, or a kind of layer."""
 
 
+class UsageError(ConfigError):
+    """An argument of a command, or of a call, cannot be meant: no number, given twice, none of the choices."""
+
+
 class TargetError(VeneerError, ValueError):
     """A config's targets match no module, or none that can carry an adapter."""
 
@@ -125,7 +132,14 @@ class NonFiniteError(AdapterError):
 
 
 class MergeError(VeneerError):
-    """A merge, or its output, cannot be made."""
+    """A merge cannot be made."""
+
+
+class OutputError(SourceError, AdapterError, MergeError):
+    """An output cannot be written where it was asked for: the place is taken, closed to writing, or full.
+
+    It is all three of its parents because reports, conversions and merges raised one of them each in earlier versions.
+    """
 
 
 class UnknownKeywordError(VeneerError, TypeError):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from veneer.errors import SourceError
+from veneer.errors import AdapterError, MergeError, OutputError, SourceError
 from veneer.files.atomic_write import atomic_write
+from veneer.files.output_folder import check_output
 
 
 def names(folder: Path) -> list[str]:
@@ -79,8 +80,38 @@ def test_the_mode_is_the_users(mask: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["file/x.txt", "file/deeper/x.txt"])
 def test_a_place_where_nothing_can_be_written(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file, no folder")
-    with pytest.raises(SourceError, match="cannot be written: ") as caught, atomic_write(tmp_path / name):
+    with pytest.raises(OutputError, match="cannot be written: ") as caught, atomic_write(tmp_path / name):
         pytest.fail("the block ran")
     assert str(tmp_path / name) in caught.value.message
     assert caught.value.hint == "Choose another place."
     assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("overwrite", [None, False])
+def test_an_output_may_go_where_nothing_is(overwrite: bool | None, tmp_path: Path) -> None:
+    check_output(tmp_path, overwrite)
+    check_output(tmp_path / "deep" / "er", overwrite)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "overwrite", "message", "hint"),
+    [
+        ("", None, "is not empty", "Choose another folder."),
+        ("", False, "is not empty", "or pass --overwrite (overwrite=True)"),
+        ("file", True, "is a file", "a folder that does not exist yet"),
+        ("file/deeper", True, "cannot be written: Not a directory", "another place"),
+        ("x" * 300, True, "cannot be written: File name too long", "another place"),
+    ],
+)
+# What a report file or a pickle, a conversion and a merge raised before there was a class for it.
+@pytest.mark.parametrize("error", [OutputError, SourceError, AdapterError, MergeError, ValueError])
+def test_an_output_that_cannot_be_written(
+    name: str, overwrite: bool | None, message: str, hint: str, error: type[Exception], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(error, match=message) as caught:
+        check_output(tmp_path / name, overwrite)
+    assert isinstance(caught.value, OutputError)
+    assert hint in str(caught.value.hint)
+    check_output(tmp_path, overwrite=True)

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from veneer.errors import ConfigError
+from veneer.errors import UsageError
 
 # Bytes of a unit, in lower case. 1 GB is 10^9 bytes, as files have it; 1 GiB is 2^30.
 _UNITS: Mapping[str, int] = {
@@ -23,7 +23,7 @@ def counts(text: str, option: str) -> tuple[int, ...]:
     """Numbers from 1 on, such as ``1,8``; each once, ascending."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise ConfigError(f"{option} {text!r} is no list of whole numbers from 1 on.", hint=f"Such as {option} 1,8.")
+        raise UsageError(f"{option} {text!r} is no list of whole numbers from 1 on.", hint=f"Such as {option} 1,8.")
     return tuple(sorted({int(part) for part in parts}))
 
 
@@ -32,7 +32,7 @@ def size(text: str, option: str) -> int:
     found = _SIZE.fullmatch(text)
     unit = _UNITS.get(found[2].lower()) if found else None
     if found is None or unit is None or float(found[1]) * unit < 1:
-        raise ConfigError(f"{option} {text!r} is no amount of memory.", hint=f"Such as {option} 16GB.")
+        raise UsageError(f"{option} {text!r} is no amount of memory.", hint=f"Such as {option} 16GB.")
     return round(float(found[1]) * unit)
 
 
@@ -47,7 +47,7 @@ def shares(text: str, option: str) -> dict[str, float]:
             found = {}
             break
     if not found or "" in found or len(found) != text.count("=") or text.count(",") + 1 != len(found):
-        raise ConfigError(
+        raise UsageError(
             f"{option} {text!r} does not say how requests spread over the adapters.",
             hint=f'Such as {option} "french=80,german=20".',
         )
@@ -58,25 +58,25 @@ def spread_over(traffic: Mapping[str, float] | None, names: Sequence[str]) -> di
     """Adapter -> its share of the requests, the hottest first; equal shares when nothing is known.
 
     Raises:
-        ConfigError: a name is unknown or missing, or a share is no number from 0 on.
+        UsageError: a name is unknown or missing, or a share is no number from 0 on.
     """
     if traffic is None:
         return dict.fromkeys(names, 1 / len(names))
     for name in traffic:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
-            raise ConfigError(
+            raise UsageError(
                 f"The traffic names {name!r}, which is none of the adapters.",
                 hint=(f"Did you mean {near[0]!r}? " if near else "") + f"They are: {', '.join(names)}.",
             )
     missing = [name for name in names if name not in traffic]
     if missing:
-        raise ConfigError(
+        raise UsageError(
             f"The traffic says nothing of {', '.join(missing)}.", hint="Give each adapter its part; 0 is one."
         )
     total = sum(traffic.values())
     if not all(math.isfinite(part) and part >= 0 for part in traffic.values()) or not 0 < total < math.inf:
-        raise ConfigError(
+        raise UsageError(
             f"The traffic's parts must be numbers from 0 on, and not all 0: {dict(traffic)}.",
             hint="Such as a=80, b=20.",
         )

@@ -18,7 +18,7 @@ from veneer.benching.measure.statistics import ENOUGH, differ, ratios, spread
 from veneer.benching.report.content import ABSENT, ReportTable
 from veneer.benching.report.terminal import rich_table
 from veneer.benching.result import BenchData, Figure
-from veneer.errors import ConfigError
+from veneer.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -95,11 +95,11 @@ def compare(old: BenchData, new: BenchData) -> Comparison:
     """Tell what changed from one run to another.
 
     Raises:
-        ConfigError: they have no figure in common.
+        UsageError: they have no figure in common.
     """
     changes = tuple(_changes(old, new))
     if not changes:
-        raise ConfigError("The two runs have no figure in common.", hint="Compare runs with the same inputs.")
+        raise UsageError("The two runs have no figure in common.", hint="Compare runs with the same inputs.")
     return Comparison(old.made, new.made, changes, tuple(_cautions(old, new)))
 
 

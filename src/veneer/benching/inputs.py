@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from veneer.errors import BaseModelError, ConfigError
+from veneer.errors import BaseModelError, UsageError
 from veneer.files import adapter_folders
 from veneer.files.adapter_folders import DEFAULT
 from veneer.files.names import ADAPTER_CONFIG, ADAPTER_STEM, MODEL_CONFIG
@@ -59,7 +59,7 @@ def take_stock(
         local_files_only: use no network.
 
     Raises:
-        SourceError: there is nothing at one of the paths. ConfigError: there is no adapter among them.
+        SourceError: there is nothing at one of the paths. UsageError: there is no adapter among them.
     """
     source = resolve(path, local_files_only=local_files_only)
     members = {m.name: m.source for m in adapter_folders.members(source)}
@@ -71,7 +71,7 @@ def take_stock(
         if base is not None:
             raise BaseModelError(f"{path} is a full model; it takes no base.", hint="Leave --base out.")
         if not more:
-            raise ConfigError(
+            raise UsageError(
                 f"{path} is a full model without adapters: there is nothing to merge.",
                 hint="Give an adapter's path, or name some with --adapters.",
             )

@@ -25,7 +25,7 @@ from veneer.benching.measure.models_compared import ModelsCompared, load_models,
 from veneer.benching.measure.progress import Progress, Timeline
 from veneer.benching.measure.rounds import Collected, InputSize, measure, measure_merge, rotated
 from veneer.benching.result import Fidelity, Figure, MeasuredAdapter, Setup
-from veneer.errors import ConfigError, VeneerError
+from veneer.errors import UsageError, VeneerError
 from veneer.files.names import MODEL_STEM
 from veneer.files.resolve import resolve
 from veneer.files.weight_files import weight_files
@@ -98,7 +98,7 @@ def bench(
         JSON.
 
     Raises:
-        ConfigError: an option makes no sense for this model. Whatever loading raises.
+        UsageError: an option makes no sense for this model. Whatever loading raises.
     """
     started = time.perf_counter()
     _check_numbers(batch, prompt_tokens, new_tokens, repeats, memory, requests_per_change, in_flight)
@@ -177,7 +177,7 @@ def _check_numbers(
     }
     for name, (smallest, value) in least.items():
         if value is not None and not value >= smallest:
-            raise ConfigError(f"{name} must be at least {smallest}, not {value}.", hint="Leave it out for the default.")
+            raise UsageError(f"{name} must be at least {smallest}, not {value}.", hint="Leave it out for the default.")
 
 
 def _setup(

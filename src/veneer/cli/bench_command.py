@@ -11,7 +11,7 @@ import typer
 
 from veneer.cli.options import Base, Dtype, Json, Local
 from veneer.cli.terminal import for_stdout, show, tell
-from veneer.errors import ConfigError, PathNotFoundError
+from veneer.errors import PathNotFoundError, UsageError
 from veneer.files.paths import exists
 from veneer.printing import one_line, quiet
 
@@ -53,7 +53,7 @@ def bench(
         _compare(given, json)
         return
     if not given:
-        raise ConfigError("There is nothing to measure.", hint="`veneer bench PATH`, an adapter's folder or hub id.")
+        raise UsageError("There is nothing to measure.", hint="`veneer bench PATH`, an adapter's folder or hub id.")
     from veneer.benching import arguments
     from veneer.benching.report.files import check
 
@@ -94,7 +94,7 @@ def _compare(paths: list[str], json: bool) -> None:
     from veneer.benching.report.files import read
 
     if len(paths) != 2:
-        raise ConfigError(f"--compare takes two reports, not {len(paths)}.", hint="veneer bench --compare OLD NEW")
+        raise UsageError(f"--compare takes two reports, not {len(paths)}.", hint="veneer bench --compare OLD NEW")
     for path in paths:
         if not exists(Path(path)):
             raise PathNotFoundError(f"{path} does not exist.", hint="Give a report's folder, or a run's JSON file.")

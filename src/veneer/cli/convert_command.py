@@ -9,7 +9,7 @@ import typer
 
 from veneer.cli.options import Base, Json, Local, Revision
 from veneer.cli.terminal import progress, show, tell
-from veneer.errors import ConfigError
+from veneer.errors import UsageError
 from veneer.printing import quiet
 
 
@@ -25,7 +25,7 @@ def convert(
 ) -> None:
     """Write an adapter of any method as a plain LoRA, and say what error that leaves."""
     if to != "lora":
-        raise ConfigError(f"--to {to!r} is none of the methods to convert to.", hint="There is: lora.")
+        raise UsageError(f"--to {to!r} is none of the methods to convert to.", hint="There is: lora.")
     with quiet() as warnings, progress("converting"):
         from veneer.peft_model.convert_to_lora import convert_to_lora
 

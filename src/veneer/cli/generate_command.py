@@ -13,7 +13,7 @@ import typer
 from veneer.base_model.transformers_errors import transformers_errors_as
 from veneer.cli.options import Base, Dtype, Json, Local, Revision
 from veneer.cli.terminal import progress, tell
-from veneer.errors import ConfigError, VeneerError
+from veneer.errors import ConfigError, UsageError, VeneerError
 from veneer.printing import first_line, quiet, written
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _read_prompt() -> str:
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise ConfigError("Standard input is no text in this terminal's encoding.", hint="Give it as UTF-8.") from error
+        raise UsageError("Standard input is no text in this terminal's encoding.", hint="Give it as UTF-8.") from error
 
 
 def _merge(model: PeftModel, adapter: str) -> None:
@@ -88,7 +88,7 @@ def _merge(model: PeftModel, adapter: str) -> None:
     from veneer.patches.selection import BASE
 
     if adapter == BASE:
-        raise ConfigError(
+        raise UsageError(
             f"--merge puts an adapter into the base, and --adapter {BASE} asks for the base alone.",
             hint="Leave out one of the two.",
         )
@@ -112,14 +112,14 @@ def _inputs(tokenizer: Any, text: str, system: str | None, chat: bool) -> Any:
         messages.append({"role": "user", "content": text})
         return _templated(tokenizer, messages)
     if system:
-        raise ConfigError(
+        raise UsageError(
             "--system needs a chat template, and the tokenizer has none or --no-chat is given.",
             hint="Put the instruction into the prompt.",
         )
     with _by_tokenizer("take the prompt apart"):
         inputs = tokenizer(text, return_tensors="pt")
     if not inputs["input_ids"].numel():
-        raise ConfigError("The prompt is empty: it gives no tokens.", hint="Say something with --prompt.")
+        raise UsageError("The prompt is empty: it gives no tokens.", hint="Say something with --prompt.")
     return inputs
 
 

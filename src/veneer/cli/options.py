@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from veneer.errors import ConfigError
+from veneer.errors import UsageError
 from veneer.files.paths import exists
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
@@ -24,7 +24,7 @@ def weighted(path: str | None, adapters: list[str]) -> dict[str | Path, float]:
     for text in adapters:
         name, weight = _split(text)
         if name in found:
-            raise ConfigError(f"--adapter {name} is given twice.", hint="Give each once, with one weight.")
+            raise UsageError(f"--adapter {name} is given twice.", hint="Give each once, with one weight.")
         found[name] = weight
     return found
 
@@ -38,5 +38,5 @@ def _split(text: str) -> tuple[str, float]:
     except ValueError:
         value = math.nan
     if not name or not math.isfinite(value):
-        raise ConfigError(f"--adapter {text!r}: {weight!r} is no weight.", hint="Give PATH or PATH=0.7.")
+        raise UsageError(f"--adapter {text!r}: {weight!r} is no weight.", hint="Give PATH or PATH=0.7.")
     return name, value

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from veneer.demo.base import demo_base
 from veneer.demo.facts import STYLES
-from veneer.errors import SourceError, VeneerError
+from veneer.errors import OutputError, VeneerError
 from veneer.printing import quiet
 
 # As shipped; the demo works on a copy, in its workspace, so that what it shows are short paths.
@@ -76,7 +76,7 @@ def main(*, workspace: Path | None = None, quick: bool = False, record: Path | N
         record: write a picture (SVG) of each section into this folder.
 
     Raises:
-        DemoError: something did not hold. BaseModelError: the base model is not installed. SourceError: the workspace
+        DemoError: something did not hold. BaseModelError: the base model is not installed. OutputError: the workspace
             holds something else.
     """
     started = time.perf_counter()
@@ -344,10 +344,10 @@ def _picture(console: Console, folder: Path | None, name: str) -> None:
 def _check_workspace(folder: Path) -> None:
     """Refuse a place that holds something other than what an earlier demo left."""
     if folder.exists() and not folder.is_dir():
-        raise SourceError(f"{folder} is not a folder.", hint="Choose another --workspace.")
+        raise OutputError(f"{folder} is not a folder.", hint="Choose another --workspace.")
     own = (folder / BASE).is_symlink() and (folder / ADAPTERS).is_dir()
     if folder.exists() and any(folder.iterdir()) and not own:
-        raise SourceError(
+        raise OutputError(
             f"{folder} is not empty, and no earlier demo made it: it lacks the link {BASE} and the folder {ADAPTERS}.",
             hint="Choose another --workspace.",
         )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from veneer.errors import PathNotFoundError, SourceError, VeneerError
+from veneer.errors import OutputError, PathNotFoundError, VeneerError
 from veneer.files.paths import exists
 
 _FULL = os.strerror(errno.ENOSPC)
@@ -22,7 +22,7 @@ def atomic_write(target: Path) -> Iterator[Path]:
     When the block raises, or the process dies, ``target`` is as it was.
 
     Raises:
-        SourceError: nothing can be written there, or the disk is full.
+        OutputError: nothing can be written there, or the disk is full.
     """
     hidden = f".{target.name}.writing-"
     with (
@@ -43,7 +43,7 @@ def writing(target: Path) -> Iterator[None]:
     """Turn what keeps the block from writing ``target`` into an error of Veneer's.
 
     Raises:
-        SourceError: the system refuses, or safetensors does in its place.
+        OutputError: the system refuses, or safetensors does in its place.
     """
     try:
         yield
@@ -53,7 +53,7 @@ def writing(target: Path) -> Iterator[None]:
         reason = _refusal(error)
         if reason is None:
             raise
-        kind = PathNotFoundError if isinstance(error, FileNotFoundError) else SourceError
+        kind = PathNotFoundError if isinstance(error, FileNotFoundError) else OutputError
         hint = "Make room there, or choose another place." if _FULL in reason else "Choose another place."
         raise kind(f"{target} cannot be written: {reason}.", hint=hint) from error
 

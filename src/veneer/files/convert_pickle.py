@@ -11,8 +11,8 @@ from veneer.errors import (
     CorruptFileError,
     IncompleteCheckpointError,
     NotACheckpointError,
+    OutputError,
     PickleRefusedError,
-    SourceError,
     UnsupportedError,
 )
 from veneer.files.atomic_write import atomic_write
@@ -44,13 +44,13 @@ def convert_pickle(path: str | Path, out: str | Path | None = None) -> Path:
     Raises:
         PickleRefusedError: it holds more than tensors. CorruptFileError: it cannot be read.
         IncompleteCheckpointError: it holds no tensor. UnsupportedError: one that safetensors cannot hold.
-        SourceError: the output is there already, or cannot be written.
+        OutputError: the output is there already, or cannot be written.
     """
     pickles, target = _find(Path(path))
     if out is not None:
         target = Path(out) if Path(out).suffix == SAFETENSORS else Path(out) / target.name
     if exists(target):
-        raise SourceError(f"{target} is there already.", hint="Move it away, or name another with out= (--out).")
+        raise OutputError(f"{target} is there already.", hint="Move it away, or name another with out= (--out).")
     tensors = {name: tensor for file in pickles for name, tensor in _read(file).items()}
     if not tensors:
         raise IncompleteCheckpointError(f"{path}: empty checkpoint: it holds no tensor.", hint=_SAVE_AGAIN)

@@ -31,6 +31,11 @@ def is_folder(path: Path) -> bool:
         return False
 
 
+def nearest_existing(path: Path) -> Path:
+    """Return the path itself, or the nearest of its parents that exists."""
+    return next((place for place in (path, *path.parents) if exists(place)), Path())
+
+
 def nearest_path(path: Path) -> str:
     """What stands beside a path that does not exist."""
     parent = path.parent

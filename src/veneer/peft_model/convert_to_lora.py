@@ -21,7 +21,7 @@ from veneer.checkpoints.checkpoint import write_checkpoint
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import AdapterError, UnsupportedError
 from veneer.files.base_digest import BASE_DIGEST_KEY
-from veneer.files.paths import is_file, is_folder
+from veneer.files.output_folder import check_output
 from veneer.files.tensor_keys import encode
 from veneer.keywords import unknown
 from veneer.layers.adapted_layer import AdaptedLayer
@@ -96,7 +96,7 @@ def convert_to_lora(
 
     Raises:
         UnknownKeywordError: an option is none of :func:`veneer.load`, or ``source`` is in memory and takes none.
-        AdapterError: ``out`` is taken, or ``source`` has no single active adapter.
+        OutputError: ``out`` is taken or cannot be written. AdapterError: ``source`` has no single active adapter.
         MergeError: the adapter's change depends on the input, so that no weights hold it.
         UnsupportedError: no LoRA can hold the adapter, or ``rank`` is missing. Whatever loading raises.
     """
@@ -104,8 +104,7 @@ def convert_to_lora(
     if isinstance(source, PeftModel) and idle:
         raise unknown("convert_to_lora() of a model in memory", idle, ("out", "rank", "adapter_name"))
     target = Path(out)
-    if is_file(target) or (is_folder(target) and any(target.iterdir())):
-        raise AdapterError(f"{target} is not empty.", hint="Choose another folder.")
+    check_output(target)
     model = source if isinstance(source, PeftModel) else load(source, base=base, **load_options)
     adapter = model.adapters.get(_name(model, adapter_name))
     layers = [model.adapters.layers[name] for name in adapter.layers]

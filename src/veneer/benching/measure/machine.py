@@ -14,7 +14,7 @@ import torch
 
 from veneer._version import __version__
 from veneer.benching.result import Machine
-from veneer.errors import ConfigError
+from veneer.errors import UsageError
 
 _PACKAGES = ("torch", "transformers", "safetensors")
 
@@ -36,16 +36,16 @@ def device_of(name: str | None) -> torch.device:
     """The device of that name, after a test that it is there; the CPU when ``None``.
 
     Raises:
-        ConfigError: there is no such device, or it cannot be used.
+        UsageError: there is no such device, or it cannot be used.
     """
     try:
         device = torch.device(name or "cpu")
         torch.zeros(1, device=device) + 1
     except Exception as error:  # each backend has its own
         reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
-        raise ConfigError(f"The device {name!r} cannot be used: {reason}.", hint="Such as cpu or cuda.") from error
+        raise UsageError(f"The device {name!r} cannot be used: {reason}.", hint="Such as cpu or cuda.") from error
     if device.type == "meta":
-        raise ConfigError("The device 'meta' computes nothing.", hint="Such as cpu or cuda.")
+        raise UsageError("The device 'meta' computes nothing.", hint="Such as cpu or cuda.")
     return device
 
 

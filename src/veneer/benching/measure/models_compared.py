@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from veneer.adapters.merge.in_memory import check_mergeable
 from veneer.benching.inputs import AdapterInput, Inventory
 from veneer.benching.measure.workloads import Inputs, Workload, workload_of
-from veneer.errors import ConfigError, SourceError, VeneerError
+from veneer.errors import SourceError, UsageError, VeneerError
 from veneer.peft_model.load import load
 from veneer.peft_model.peft_model import PeftModel
 from veneer.peft_model.tokenizer import load_tokenizer
@@ -92,7 +92,7 @@ def load_models(
     questions: list[Tensor] = []
     if base.main_input_name != "input_ids":
         if texts is not None:
-            raise ConfigError(
+            raise UsageError(
                 f"{type(base).__name__} reads {base.main_input_name}, not text.", hint="Leave --prompts out."
             )
         asked = "random values"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from veneer.errors import ConfigError, UnsupportedError
+from veneer.errors import UnsupportedError, UsageError
 
 Inputs = dict[str, Tensor]
 # Lengths that are tried where none was asked for.
@@ -57,7 +57,7 @@ class Workload:
         """The lengths of a row to measure: those asked for, else the usual ones that fit.
 
         Raises:
-            ConfigError: one of them is longer than the model takes.
+            UsageError: one of them is longer than the model takes.
         """
         if not self.sized:
             return ()
@@ -66,7 +66,7 @@ class Workload:
             return tuple(length for length in USUAL if room is None or length <= room) or (max(room or 1, 1),)
         too_long = [length for length in asked if room is not None and length > room]
         if too_long:
-            raise ConfigError(
+            raise UsageError(
                 f"--prompt-tokens {max(too_long)} does not fit: the model takes {self.limit} tokens"
                 + (f", and {new_tokens} are its answer's." if self.kind == "causal" else "."),
                 hint=f"Ask for at most {room}." if room and room > 0 else "Ask for fewer --new-tokens.",

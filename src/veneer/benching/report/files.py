@@ -7,16 +7,15 @@ folder/runs/2026-01-31T12-00-00Z.json          each run
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from veneer.benching.result import BenchData
-from veneer.errors import NotACheckpointError, SourceError
-from veneer.files.atomic_write import atomic_write, writing
+from veneer.errors import NotACheckpointError, OutputError, SourceError
+from veneer.files.atomic_write import atomic_write
 from veneer.files.json_file import read_json
+from veneer.files.output_folder import check_writable
 from veneer.files.paths import exists, is_file, is_folder
 from veneer.packages import require
 
@@ -27,7 +26,7 @@ def write(report: BenchData, folder: Path) -> Path:
     """Write all of them; returns the HTML file's path.
 
     Raises:
-        UnsupportedError: matplotlib is not installed. SourceError: the folder cannot be written.
+        UnsupportedError: matplotlib is not installed. OutputError: the folder cannot be written.
     """
     check(folder)
     from veneer.benching.report.html import html
@@ -56,24 +55,18 @@ def check(folder: Path, read_from: Iterable[Path] = ()) -> None:
         read_from: files that the run reads, which the report must not replace.
     """
     require("The report with its plots", "matplotlib", extra="bench")
-    if exists(folder) and not folder.is_dir():
-        raise SourceError(f"{folder} is a file.", hint="Give --out a folder.")
+    check_writable(folder)
     written = {(folder / name).resolve() for name in (HTML, MARKDOWN, JSON)} if exists(folder) else set()
     taken = next((path for path in read_from if path.resolve() in written), None)
     if taken is not None:
-        raise SourceError(f"{taken} is read, and the report would replace it.", hint="Give --out another folder.")
+        raise OutputError(f"{taken} is read, and the report would replace it.", hint="Give --out another folder.")
     if any(exists(folder / name) for name in (HTML, MARKDOWN, JSON)):
         try:
             read(folder)
         except SourceError as error:
-            raise SourceError(
+            raise OutputError(
                 f"{folder} holds a report of something else; it is not replaced.", hint="Give --out another folder."
             ) from error
-    with writing(folder), suppress(FileNotFoundError):
-        folder.lstat()  # refuses a name that is too long
-    nearest = next((place for place in (folder, *folder.parents) if exists(place)), Path())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise SourceError(f"{folder} cannot be written.", hint="Give --out another place.")
 
 
 def read(path: Path) -> BenchData:
