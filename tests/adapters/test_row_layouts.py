@@ -383,7 +383,7 @@ def test_a_look_leaves_no_trace() -> None:
     part.eval()
     modes = [module.training for module in model.modules()]
     offset, state = base.model.rope_deltas, torch.get_rng_state()
-    with model.adapters.during(model._checked(model.adapters.rows(["default", "other"]), (), batch)):
+    with model.adapters.using(model._checked(model.adapters.rows(["default", "other"]), (), batch)):
         pass
     assert [module.training for module in model.modules()] == modes
     assert base.model.rope_deltas is offset

@@ -356,7 +356,7 @@ def test_what_was_begun_in_another_state_is_not_kept(state: str, mixed: bool, mo
 
     @torch.no_grad()
     def run() -> Tensor:
-        with model.adapters.during(selection):
+        with model.adapters.using(selection):
             return layer(x)
 
     ready, go = threading.Event(), threading.Event()

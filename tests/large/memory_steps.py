@@ -71,7 +71,7 @@ def main() -> None:
             model(x)
 
     def mixed() -> None:
-        with model.adapters.during(model.adapters.rows(["b", "default"])):
+        with model.adapters.using(model.adapters.rows(["b", "default"])):
             model(torch.cat([x, x]))
 
     def round_trip() -> None:

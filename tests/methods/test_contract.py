@@ -114,7 +114,7 @@ def test_merging_into_the_weights_own_memory_is_the_same_merge(made: Made) -> No
     if not made.case.merges:
         pytest.skip("it has no merged form")
     model = veneer.PeftModel(made.bare())
-    with model.adapters.unwrapped({torch.float32}):
+    with model.adapters.merging_on_load({torch.float32}):
         model.load_adapter(made.folder)
         merged = model.merge_and_unload()
     found, expected = bits(merged), bits(made.load().merge_and_unload())
@@ -216,7 +216,7 @@ def test_rows_of_a_batch_are_as_one_by_one(made: Made, tmp_path: Path) -> None:
     with model.using("other"):
         alone["other"] = made.read(model)
     for rows in (["default", "__base__"], ["other", "default"], ["__base__", "other"]):
-        with model.adapters.during(model.adapters.rows(rows)):
+        with model.adapters.using(model.adapters.rows(rows)):
             mixed = made.read(model)
         for index, name in enumerate(rows):
             assert gap(mixed[index], alone[name][index]) < made.case.close
@@ -243,7 +243,7 @@ def test_the_fast_forms_are_the_plain_one(
 
     def outputs() -> dict[str, Tensor]:
         def run(selection: Any) -> Tensor:
-            with model.adapters.during(selection):
+            with model.adapters.using(selection):
                 found = model(**batch)
             return found if isinstance(found, Tensor) else found.logits
 

@@ -229,7 +229,7 @@ def test_rows_of_a_batch_may_use_it_or_not(saved: Saved) -> None:
     base = saved.form.read(saved.form.make().requires_grad_(False))
     with model.disable_adapter():
         assert torch.equal(saved.form.read(model), base)
-    with model.adapters.during(model.adapters.rows(["default", "__base__"])):
+    with model.adapters.using(model.adapters.rows(["default", "__base__"])):
         mixed = saved.form.read(model)
     assert gap(mixed[0], both[0]) < CLOSE
     assert gap(mixed[1], base[1]) < CLOSE

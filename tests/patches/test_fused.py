@@ -126,7 +126,7 @@ def test_tokens_of_a_packed_sequence_have_their_own_adapters(model: veneer.PeftM
     layer: Any = model.get_base_model().model.layers[0].self_attn.q_proj
     x = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        with model.adapters.during(model.adapters.rows(parts)):
+        with model.adapters.using(model.adapters.rows(parts)):
             packed = layer(x)
         start = 0
         for name, length in parts:
@@ -173,7 +173,7 @@ def test_attention_has_one_adapter_for_a_sequence() -> None:
     base.add_module("attention", attention)
     model = veneer.get_peft_model(base, veneer.LoraConfig(r=2, target_modules=["attention"], init_lora_weights=False))
     x = torch.randn(1, 4, 8)
-    tokens_apart = model.adapters.during(model.adapters.rows([("default", 4)]))
+    tokens_apart = model.adapters.using(model.adapters.rows([("default", 4)]))
     with tokens_apart, pytest.raises(UnsupportedError, match="one adapter for each token"):
         base.attention(x, x, x)
 

@@ -20,35 +20,35 @@ class Adapter:
         config: its config.
         origin: where it came from; ``None`` for one made here.
         layers: the names of the layers it adapts, in the model's order.
-        saved: the names of the modules that it brings whole.
-        beside: those of them that are no part of it and are never trained: a grown vocabulary's rows.
+        whole_modules: the names of the modules that it brings whole.
+        vocabulary_rows: those of them that are no part of it and are never trained: a grown vocabulary's rows.
         trainable: whether its tensors are to be trained while it is selected.
-        zero: those of ``layers`` in which it changes nothing, known when it was loaded.
-        bound: how many of its checkpoint's tensors are in use.
+        zero_layers: those of ``layers`` in which it changes nothing, known when it was loaded.
+        tensors_bound: how many of its checkpoint's tensors are in use.
         base_digest: the digest of the base it was trained on, where the checkpoint records it.
         notes: what was odd about it.
         shared: the tensors that all of its layers use.
-        stored: checkpoint key -> tensor, where what is in memory is padded and this is to be saved.
+        unpadded: checkpoint key -> tensor, where what is in memory is padded and this is to be saved.
         virtual_tokens: how many it puts before the input or into the cache; none for a method that adapts layers.
         allocation: what training has learned of an AdaLoRA's ranks, or of an AdaMSS's groups.
-        dtypes: checkpoint key -> dtype on disk, for tensors that are wider in memory and saved as they were.
-        alone: whether no other such adapter can be active beside it.
+        saved_dtypes: checkpoint key -> dtype on disk, for tensors that are wider in memory and saved as they were.
+        exclusive: whether no other such adapter can be active beside it.
     """
 
     name: str
     config: AnyConfig
     origin: str | None = None
     layers: list[str] = field(default_factory=list)
-    saved: list[str] = field(default_factory=list)
-    beside: set[str] = field(default_factory=set)
+    whole_modules: list[str] = field(default_factory=list)
+    vocabulary_rows: set[str] = field(default_factory=set)
     trainable: bool = False
-    zero: list[str] = field(default_factory=list)
-    bound: int = 0
+    zero_layers: list[str] = field(default_factory=list)
+    tensors_bound: int = 0
     base_digest: str | None = None
     notes: list[str] = field(default_factory=list)
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
-    stored: dict[str, Tensor] = field(default_factory=dict)
+    unpadded: dict[str, Tensor] = field(default_factory=dict)
     virtual_tokens: int = 0
     allocation: Any = None
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-    alone: bool = False
+    saved_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    exclusive: bool = False

@@ -52,7 +52,7 @@ def load(
     """
     adapters.check_new(name)
     config = checkpoint.config
-    method = adapters.kind_of(config)
+    method = adapters.method_for(config)
     _meet_experts(adapters, config)
     plan = make_plan(as_any_config(config), method, checkpoint.tensors, adapters.catalog)
     _check_plan(adapters, plan, checkpoint, strict)
@@ -62,7 +62,7 @@ def load(
     sums = check_finite(tensors, checkpoint.origin)
     notes = [*checkpoint.notes, *plan.notes]
     adapter = Adapter(name, as_any_config(config), checkpoint.origin, trainable=trainable, notes=notes)
-    adapter.bound = len(plan.keys)
+    adapter.tensors_bound = len(plan.keys)
     stored = {leaf: tensors[key] for leaf, key in plan.shared.items()}
     if isinstance(config, PromptConfig):
         _restore_prompt(adapters, adapter, config, stored, float32, trainable)
@@ -75,15 +75,17 @@ def load(
         # The base's own rows, so those of all that shares them.
         sharing = [site.name for site in adapters.catalog.sharing(root) if site.id not in adapter.layers]
         saved.update({name: {"weight": saved[root]["weight"]} for name in sharing if name not in saved})
-    adapter.beside = saved.keys() - meant
+    adapter.vocabulary_rows = saved.keys() - meant
     for root, values in saved.items():
         trained = trainable and root in meant
-        adapters.wrap_saved(root).add(name, values).requires_grad_(trained)
-        adapter.saved.append(root)
+        adapters.place_copies(root).add(name, values).requires_grad_(trained)
+        adapter.whole_modules.append(root)
         if not trained:
-            adapter.dtypes.update({encode(root, leaf, method.prefix): tensor.dtype for leaf, tensor in values.items()})
+            adapter.saved_dtypes.update(
+                {encode(root, leaf, method.prefix): tensor.dtype for leaf, tensor in values.items()}
+            )
     _join_saved(adapters, adapter)
-    adapters.added(adapter)
+    adapters.register(adapter)
     return adapter
 
 
@@ -163,7 +165,7 @@ def create(
     roots = adapters.catalog.saved(adapter.config)
     _check_saved_exist(adapters, adapter.config)
     if isinstance(config, PromptConfig):
-        adapters.kind_of(config)
+        adapters.method_for(config)
         adapters.check_places([], roots)
         words = words_of(adapters.model)
         encoder = prompt_of(config).new(config, words, generator)
@@ -173,10 +175,10 @@ def create(
     else:
         _create_layers(adapters, adapter, targeted(config), roots, generator, float32)
     for root in roots:
-        adapters.wrap_saved(root).add(name).requires_grad_(True)
-        adapter.saved.append(root)
+        adapters.place_copies(root).add(name).requires_grad_(True)
+        adapter.whole_modules.append(root)
     _join_saved(adapters, adapter)
-    adapters.added(adapter)
+    adapters.register(adapter)
     return adapter
 
 
@@ -305,7 +307,7 @@ def _bind(adapters: Adapters, adapter: Adapter, made: Sequence[_PendingLayer], s
                 )
                 adapter.layers.append(twin.id)
     adapter.layers = list(dict.fromkeys(adapter.layers))
-    adapter.alone = any(one.method.alone for one in made)
+    adapter.exclusive = any(one.method.alone for one in made)
 
 
 def _check_plan(adapters: Adapters, plan: Plan, checkpoint: Checkpoint, strict: bool) -> None:
@@ -335,7 +337,7 @@ def _check_saved_exist(adapters: Adapters, config: AnyConfig) -> None:
 def _join_saved(adapters: Adapters, adapter: Adapter) -> None:
     """Let two copies of layers that share a weight, and are to stay alike, share theirs where it is the same."""
     for pair in tied_ends(adapter.config, adapters.catalog):
-        if set(pair) <= set(adapter.saved):
+        if set(pair) <= set(adapter.whole_modules):
             one, other = (adapters.copy_of(root, adapter.name)._parameters for root in pair)
             if _equal(one["weight"], other["weight"]):
                 other["weight"] = one["weight"]

@@ -57,7 +57,7 @@ class Call:
 
     def _used(self, names: tuple[str, ...]) -> Collection[str]:
         """``names``, and those of the adapters that they mix."""
-        entries = self.adapters.entries
+        entries = self.adapters.by_name
         mixed = [expert for name in names if name in entries for expert in entries[name].config.experts]
         return (*names, *mixed) if mixed else names
 
@@ -81,4 +81,4 @@ def call(
         return Call(adapters, chosen, task_ids)
     if chosen is None and task_ids is None:
         return nullcontext()
-    return adapters.during(dataclasses.replace(chosen or adapters.switch.selection, task_ids=task_ids))
+    return adapters.using(dataclasses.replace(chosen or adapters.switch.selection, task_ids=task_ids))

@@ -57,7 +57,7 @@ class Adapters(LayerPlacement):
     def __init__(self, model: nn.Module, hooks: Sequence[ModelHook] = ()) -> None:
         super().__init__(model)
         self.hooks = hooks
-        self.entries: dict[str, Adapter] = {}
+        self.by_name: dict[str, Adapter] = {}
         # Whether one of them is, or was, to be trained.
         self.trains = False
         # What the last merge into quantised weights lost.
@@ -93,28 +93,28 @@ class Adapters(LayerPlacement):
         if wanted == present:
             yield
             return
-        if self.entries:
+        if self.by_name:
             raise AdapterError(
                 f"The adapter has layer_replication={wanted or None}, and this model's adapters {present or None}.",
                 hint="Load it on another copy of the base.",
             )
-        self._whole_again()
+        self._undo_replication()
         self._replication = Replication(self.model, wanted) if wanted else None
         self.catalog = Catalog(self.model)
         try:
             yield
         except BaseException:
-            self._whole_again()
+            self._undo_replication()
             raise
 
-    def _whole_again(self) -> None:
+    def _undo_replication(self) -> None:
         """Give the model the blocks that it came with."""
         if self._replication is not None:
             self._replication.undo()
             self._replication = None
             self.catalog = Catalog(self.model)
 
-    def kind_of(self, config: PeftConfig) -> AnyMethod | AnyPrompt:
+    def method_for(self, config: PeftConfig) -> AnyMethod | AnyPrompt:
         """The method of a config; that of a prompt is completed with the model's sizes."""
         if not isinstance(config, PromptConfig):
             return method_of(as_any_config(config))
@@ -124,7 +124,7 @@ class Adapters(LayerPlacement):
 
     def note_zero_layers(self, adapter: Adapter, sure: Collection[str] = ()) -> None:
         """Find the layers in which an adapter changes nothing; those in ``sure`` need not be looked at."""
-        adapter.zero = [
+        adapter.zero_layers = [
             name
             for name in adapter.layers
             if name not in sure and not any(patch.changes() for patch in self.layers[name].patches([adapter.name]))
@@ -137,7 +137,7 @@ class Adapters(LayerPlacement):
                 f"{name!r} cannot be an adapter's name.",
                 hint=f"A name is a non-empty string without dots and slashes, and not {BASE!r}.",
             )
-        if name in self.entries:
+        if name in self.by_name:
             raise DuplicateAdapterError(
                 f"There is an adapter {name!r} on this model already.",
                 hint=f"Choose another adapter_name, or delete_adapter({name!r}) first. Present: {self._present()}.",
@@ -145,7 +145,7 @@ class Adapters(LayerPlacement):
 
     def _note_ties(self, adapter: Adapter) -> None:
         """Tell of an adapter that changes some of the layers that share a weight, and not the others."""
-        touched = {*(self.layers[site].site.name for site in adapter.layers), *adapter.saved}
+        touched = {*(self.layers[site].site.name for site in adapter.layers), *adapter.whole_modules}
         for group in self.catalog.tied:
             changed, same = ([name for name in group if (name in touched) is wanted] for wanted in (True, False))
             if changed and same:
@@ -161,21 +161,21 @@ class Adapters(LayerPlacement):
 
     def check_unused(self, name: str) -> None:
         """Raise ``AdapterError`` when another adapter mixes the one of that name."""
-        users = [other for other, entry in self.entries.items() if name in entry.config.experts]
+        users = [other for other, entry in self.by_name.items() if name in entry.config.experts]
         if users:
             raise AdapterError(
                 f"{users[0]!r} mixes {name!r}, which therefore has to stay as it is.",
                 hint=f"Delete {users[0]!r} first.",
             )
 
-    def added(self, adapter: Adapter) -> None:
+    def register(self, adapter: Adapter) -> None:
         self._note_ties(adapter)
         if self._was_trainable is None:
             self._was_trainable = _trainable(self.catalog.modules.values())
             for module, leaf in self._was_trainable:
                 getattr(module, leaf).requires_grad_(False)
         # Another thread may be going through them.
-        self.entries = {**self.entries, adapter.name: adapter}
+        self.by_name = {**self.by_name, adapter.name: adapter}
         self.layouts.ready.clear()
         self.trains = self.trains or adapter.trainable
         self._refresh_hooks()
@@ -202,11 +202,11 @@ class Adapters(LayerPlacement):
         trainable ones none.
         """
         with self.switch.choosing:
-            wanted = self.switch.standing = self.selection(names)
+            wanted = self.switch.default = self.selection(names)
         if not self.trains:
             return
-        used = {*wanted.names, *(expert for name in wanted.names for expert in self.entries[name].config.experts)}
-        for adapter in self.entries.values():
+        used = {*wanted.names, *(expert for name in wanted.names for expert in self.by_name[name].config.experts)}
+        for adapter in self.by_name.values():
             if adapter.trainable:
                 self.require_grad(adapter, adapter.name in used)
 
@@ -223,7 +223,7 @@ class Adapters(LayerPlacement):
                 f"{prompts[0]!r} and {prompts[1]!r} are prompts; they cannot be active together.",
                 hint="Select one of them, or give each row of a batch its own with adapter_names=[...].",
             )
-        alone = [name for name in wanted if self.entries[name].alone]
+        alone = [name for name in wanted if self.by_name[name].exclusive]
         if len(alone) > 1:
             raise AdapterError(
                 f"{alone[0]!r} and {alone[1]!r} each put another weight in the base's place (LoftQ); they cannot be "
@@ -232,7 +232,7 @@ class Adapters(LayerPlacement):
             )
         holders: dict[str, str] = {}
         for name in wanted:
-            for root in self.entries[name].saved:
+            for root in self.by_name[name].whole_modules:
                 if root in holders:
                     raise AdapterError(
                         f"{holders[root]!r} and {name!r} both bring {root} whole; they cannot be active together.",
@@ -256,23 +256,23 @@ class Adapters(LayerPlacement):
         self.prompts.check_rows(wanted)
         return Selection(rows=wanted, by_token=by_token)
 
-    def during(self, selection: Selection) -> AbstractContextManager[None]:
+    def using(self, selection: Selection) -> AbstractContextManager[None]:
         """Use ``selection`` inside a ``with`` block, in this thread or task only."""
-        return self.switch.during(selection)
+        return self.switch.using(selection)
 
     def disabled(self) -> AbstractContextManager[None]:
         """The base model alone inside a ``with`` block, in this thread or task only."""
-        return self.switch.during(NOTHING)
+        return self.switch.using(NOTHING)
 
     def get(self, name: str) -> Adapter:
         """An adapter by name, or ``UnknownAdapterError``."""
-        if name not in self.entries:
-            near = difflib.get_close_matches(str(name), self.entries, n=1)
+        if name not in self.by_name:
+            near = difflib.get_close_matches(str(name), self.by_name, n=1)
             raise UnknownAdapterError(
                 f"There is no adapter {name!r} on this model.",
                 hint=(f"Did you mean {near[0]!r}? " if near else "") + f"Present: {self._present()}.",
             )
-        return self.entries[name]
+        return self.by_name[name]
 
     def require_grad(self, adapter: Adapter, required: bool) -> None:
         """Turn the gradients of an adapter's tensors on or off."""
@@ -287,7 +287,7 @@ class Adapters(LayerPlacement):
             self.layers[module].watch()
 
     def _present(self) -> str:
-        return ", ".join(map(repr, self.entries)) or "none"
+        return ", ".join(map(repr, self.by_name)) or "none"
 
     # -- tensors -------------------------------------------------------------------------------------------
 
@@ -309,7 +309,7 @@ class Adapters(LayerPlacement):
         return [*own.values(), *self._saved_parameters(adapter)]
 
     def _saved_parameters(self, adapter: Adapter) -> list[nn.Parameter]:
-        trained = [root for root in adapter.saved if root not in adapter.beside]
+        trained = [root for root in adapter.whole_modules if root not in adapter.vocabulary_rows]
         found = [p for root in trained for p in self.copy_of(root, adapter.name).parameters()]
         return list({id(p): p for p in found}.values())
 
@@ -330,8 +330,8 @@ class Adapters(LayerPlacement):
                     found += [(encode(share.key, leaf), tensor) for leaf, tensor in saved.items()]
         if adapter.shared and method_of(adapter.config).saves_shared(adapter.config):
             found += [(SHARED_PREFIX + leaf, value(tensor)) for leaf, tensor in adapter.shared.items()]
-        prefix = self.kind_of(adapter.config).prefix
-        for root in adapter.saved:
+        prefix = self.method_for(adapter.config).prefix
+        for root in adapter.whole_modules:
             own = self.copy_of(root, name).state_dict(keep_vars=True)
             found += [(encode(root, leaf, prefix), value(tensor)) for leaf, tensor in own.items()]
         return found
@@ -345,7 +345,7 @@ class Adapters(LayerPlacement):
             for share in self.layers[module].bound[name]
             for tensor in self.layers[module].tensors(name, share).values()
         }
-        whole = [tensor for root in adapter.saved for tensor in self.copy_of(root, name).state_dict().values()]
+        whole = [tensor for root in adapter.whole_modules for tensor in self.copy_of(root, name).state_dict().values()]
         prompt = self.prompts.encoder(name).tensors().values() if name in self.prompts else ()
         return own | {tensor.dtype for tensor in (*adapter.shared.values(), *whole, *prompt)}
 
@@ -360,7 +360,7 @@ class Adapters(LayerPlacement):
 
     def copy_of(self, root: str, name: str) -> nn.Module:
         """An adapter's copy of a module that it brings whole."""
-        own: nn.Module = self.saved[root].copies[name]
+        own: nn.Module = self.module_copies[root].copies[name]
         return own
 
     # -- changing the set ----------------------------------------------------------------------------------
@@ -378,20 +378,20 @@ class Adapters(LayerPlacement):
             self._leave(module, name)
         if name in self.prompts:
             self.prompts.remove(name)
-        for root in adapter.saved:
-            self.saved[root].remove(name)
-            if not self.saved[root].copies:
-                self.put(root, self.saved.pop(root).original_module)
+        for root in adapter.whole_modules:
+            self.module_copies[root].remove(name)
+            if not self.module_copies[root].copies:
+                self.place(root, self.module_copies.pop(root).original_module)
         with self.switch.choosing:
-            self.entries = {other: entry for other, entry in self.entries.items() if other != name}
-            kept = self.switch.standing.names
-            self.switch.standing = Selection(tuple(other for other in kept if other != name))
+            self.by_name = {other: entry for other, entry in self.by_name.items() if other != name}
+            kept = self.switch.default.names
+            self.switch.default = Selection(tuple(other for other in kept if other != name))
         self.layouts.ready.clear()
         self._refresh_hooks()
 
     def concerned(self, name: str) -> Concerned:
         """Whose calls a change of an adapter disturbs: its own, or all where it is in the base's weights."""
-        entry = self.entries.get(name)
+        entry = self.by_name.get(name)
         layers = [] if entry is None else entry.layers
         return None if any(name in self.layers[layer].merged for layer in layers) else (name,)
 
@@ -412,7 +412,7 @@ class Adapters(LayerPlacement):
             layer.merge(tuple(other for other in layer.merged if other != name))
         layer.unbind(name)
         if not layer.bound:
-            self.take_off(module)
+            self.remove_wrapper(module)
 
     def leave_layers(self, adapter: Adapter, modules: Iterable[str]) -> None:
         """Take an adapter off some of its layers."""
@@ -436,13 +436,13 @@ class Adapters(LayerPlacement):
             self.layers[module].rename(old, new)
         if old in self.prompts:
             self.prompts.rename(old, new)
-        for root in adapter.saved:
-            self.saved[root].rename(old, new)
+        for root in adapter.whole_modules:
+            self.module_copies[root].rename(old, new)
         adapter.name = new
         with self.switch.choosing:
-            self.entries = {entry.name: entry for entry in self.entries.values()}
-            names = self.switch.standing.names
-            self.switch.standing = Selection(tuple(new if name == old else name for name in names))
+            self.by_name = {entry.name: entry for entry in self.by_name.values()}
+            names = self.switch.default.names
+            self.switch.default = Selection(tuple(new if name == old else name for name in names))
         self.layouts.ready.clear()
 
     # -- taking off ----------------------------------------------------------------------------------------
@@ -467,20 +467,20 @@ class Adapters(LayerPlacement):
         if not keep:
             self.unmerge()
         for site_id in list(self.layers):
-            self.take_off(site_id)
-        for root, saved in self.saved.items():
-            self.put(root, saved.original_module)
+            self.remove_wrapper(site_id)
+        for root, saved in self.module_copies.items():
+            self.place(root, saved.original_module)
         self.prompts.clear()
         for module, leaf in self._was_trainable or ():
             getattr(module, leaf).requires_grad_(True)
-        self.layers, self.saved, self.entries = {}, {}, {}
+        self.layers, self.module_copies, self.by_name = {}, {}, {}
         self.layouts.ready.clear()
-        self.switch.standing, self._was_trainable = NOTHING, None
+        self.switch.default, self._was_trainable = NOTHING, None
         self._refresh_hooks()
         if keep and self._replication is not None:  # what was merged into repeated blocks is theirs, and they stay
             self._replication.settle()
             self._replication = None
-        self._whole_again()
+        self._undo_replication()
         return self.model
 
 

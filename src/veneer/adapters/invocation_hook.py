@@ -23,7 +23,7 @@ class InvocationHook:
 
     def refresh(self, adapters: Adapters) -> None:
         """Note it from now on if there is such an adapter, and no longer if there is none."""
-        configs = [entry.config for entry in adapters.entries.values() if isinstance(entry.config, TargetedConfig)]
+        configs = [entry.config for entry in adapters.by_name.values() if isinstance(entry.config, TargetedConfig)]
         wanted = any(method_of(config).invocation(config) for config in configs)
         if wanted and not self._handles:
             self._handles = record_tokens(adapters.model)

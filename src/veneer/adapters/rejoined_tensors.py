@@ -33,5 +33,5 @@ def rejoin(adapters: Adapters) -> None:
         for adapter, shares in layer.bound.items():
             layer.bound[adapter] = [replace(share, shared=now(share.shared)) for share in shares]
         layer._forget()
-    for entry in adapters.entries.values():
+    for entry in adapters.by_name.values():
         entry.shared = now(entry.shared)

@@ -13,9 +13,9 @@ from veneer.adapters.collection import Adapters
 
 def spare(adapters: Adapters, name: str) -> str:
     """Under which name an adapter is loaded that is to be ``name``: another one while that is taken."""
-    if name not in adapters.entries:
+    if name not in adapters.by_name:
         return name
-    return next(other for i in count() if (other := f"{name}_{i}") not in adapters.entries)
+    return next(other for i in count() if (other := f"{name}_{i}") not in adapters.by_name)
 
 
 def replace(adapters: Adapters, name: str, fresh: str) -> Adapter:
@@ -31,7 +31,7 @@ def replace(adapters: Adapters, name: str, fresh: str) -> Adapter:
         with adapters.switch.changing(lambda: adapters.concerned(name)):
             return _filled(adapters, name, fresh) if _are_alike(adapters, name, fresh) else _put(adapters, name, fresh)
     finally:
-        if fresh in adapters.entries:
+        if fresh in adapters.by_name:
             adapters.delete(fresh)
 
 
@@ -43,7 +43,7 @@ def own_tensors(adapters: Adapters, name: str) -> dict[str, Tensor]:
         for site in entry.layers
         for place, tensor in adapters.layers[site].own_tensors(name).items()
     }
-    for root in entry.saved:
+    for root in entry.whole_modules:
         own = adapters.copy_of(root, name).state_dict(keep_vars=True)
         found.update((f"{root}.{leaf}", tensor) for leaf, tensor in own.items())
     if name in adapters.prompts:
@@ -55,7 +55,7 @@ def own_tensors(adapters: Adapters, name: str) -> dict[str, Tensor]:
 def _are_alike(adapters: Adapters, name: str, fresh: str) -> bool:
     """Whether two adapters are of one method and have tensors of the same shapes and dtypes in the same places."""
     old, new = adapters.get(name), adapters.get(fresh)
-    if old.stored or type(old.config) is not type(new.config) or old.alone != new.alone:
+    if old.unpadded or type(old.config) is not type(new.config) or old.exclusive != new.exclusive:
         return False
     kinds = [{place: (t.shape, t.dtype) for place, t in own_tensors(adapters, n).items()} for n in (name, fresh)]
     shares = [
@@ -79,18 +79,28 @@ def _filled(adapters: Adapters, name: str, fresh: str) -> Adapter:
             layer.reset(name, share, other.settings)
     if name in adapters.prompts:
         adapters.prompts.configs[name] = adapters.prompts.configs[fresh]
-    for field in ("config", "origin", "zero", "beside", "bound", "notes", "allocation", "dtypes", "trainable"):
+    for field in (
+        "config",
+        "origin",
+        "zero_layers",
+        "vocabulary_rows",
+        "tensors_bound",
+        "notes",
+        "allocation",
+        "saved_dtypes",
+        "trainable",
+    ):
         setattr(old, field, getattr(new, field))
     return old
 
 
 def _put(adapters: Adapters, name: str, fresh: str) -> Adapter:
     """The new adapter under the old one's name, in its place among the others, selected if that was."""
-    places = list(adapters.entries)
-    wanted = tuple(fresh if one == name else one for one in adapters.switch.standing.names)
+    places = list(adapters.by_name)
+    wanted = tuple(fresh if one == name else one for one in adapters.switch.default.names)
     adapters.selection(wanted)
     adapters.delete(name)
     adapters.rename(fresh, name)
-    adapters.entries = {one: adapters.entries[one] for one in places if one != fresh}
+    adapters.by_name = {one: adapters.by_name[one] for one in places if one != fresh}
     adapters.select(tuple(name if one == fresh else one for one in wanted))
     return adapters.get(name)

@@ -92,7 +92,7 @@ class Check:
 
     def _is_by_place(self, name: str, tasks: bool) -> bool:
         """Whether an adapter asks of each entry which row or token it is, also where all rows use it."""
-        config: Any = self.adapters.entries[name].config
+        config: Any = self.adapters.by_name[name].config
         invoked = bool(getattr(config, "alora_invocation_tokens", None))
         return invoked or config.peft_type == PeftType.XLORA or (tasks and config.peft_type == PeftType.POLY)
 
@@ -105,7 +105,7 @@ class Check:
         """What is known for a call, after learning what it can tell."""
         ready, media = self.layouts.ready.get(asked), frozenset(media_of(call))
         if ready is None or (ready.unreached and not media <= ready.media):
-            entries = (self.adapters.entries[name] for name in asked.names)
+            entries = (self.adapters.by_name[name] for name in asked.names)
             places = dict(itertools.chain.from_iterable(map(self._places, entries)))
             self._learn(list(places), call, rows)
             layouts = [self.layouts.known.get(name) for name in places]
@@ -119,16 +119,16 @@ class Check:
 
     def _places(self, adapter: Adapter) -> Iterator[tuple[str, AdaptedLayer | ModuleCopies]]:
         """The modules that an adapter changes: their names, and what stands in their places."""
-        layers, saved = self.adapters.layers, self.adapters.saved
+        layers, saved = self.adapters.layers, self.adapters.module_copies
         yield from ((layers[site].site.name, layers[site]) for site in adapter.layers)
-        yield from ((root, saved[root]) for root in adapter.saved)
+        yield from ((root, saved[root]) for root in adapter.whole_modules)
         for expert in adapter.config.experts:
-            yield from self._places(self.adapters.entries[expert])
+            yield from self._places(self.adapters.by_name[expert])
 
     def _unfit(self, asked: Asked) -> str | None:
         for name in asked.names:
             by_place = self._is_by_place(name, asked.tasks)
-            for place, wrapper in self._places(self.adapters.entries[name]):
+            for place, wrapper in self._places(self.adapters.by_name[name]):
                 layout = self.layouts.known.get(place, ROWS)
                 plain = layout == ROWS or (asked.by_row and layout == Layout(dim=1))
                 if layout == UNKNOWN or not wrapper.follows(layout) or (by_place and not plain):
@@ -207,11 +207,11 @@ class Check:
 
     def _modules(self) -> dict[str, nn.Module]:
         """Name -> what stands in an adapted module's place, for those of which nothing is known."""
-        return {name: self.adapters.at(name) for name, _ in self._wrappers() if name not in self.layouts.known}
+        return {name: self.adapters.standing_at(name) for name, _ in self._wrappers() if name not in self.layouts.known}
 
     def _wrappers(self) -> Iterator[tuple[str, AdaptedLayer | ModuleCopies]]:
         yield from ((layer.site.name, layer) for layer in self.adapters.layers.values())
-        yield from self.adapters.saved.items()
+        yield from self.adapters.module_copies.items()
 
 
 def _check_count(selection: Selection, rows: int | None, call: Call) -> None:

@@ -51,7 +51,7 @@ class ShadowPass:
 
     def refresh(self, adapters: Adapters) -> None:
         """Run them from now on if there are any, and no longer if there are none."""
-        entries = adapters.entries
+        entries = adapters.by_name
         wanted = any(isinstance(entry.config, ShadowConfig) for entry in entries.values())
         self._decoders = {name: made for name, made in self._decoders.items() if name in entries}
         if wanted and not self._hooks:
@@ -70,7 +70,7 @@ class ShadowPass:
     def _selected(self) -> dict[str, ShadowConfig]:
         selection = self.adapters.switch.selection
         names = selection.applied
-        configs = {name: self.adapters.entries[name].config for name in names}
+        configs = {name: self.adapters.by_name[name].config for name in names}
         found = {name: config for name, config in configs.items() if isinstance(config, ShadowConfig)}
         other = next((name for name in names if isinstance(configs[name], XLoraConfig)), None)
         if found and other is not None:
@@ -108,7 +108,7 @@ class ShadowPass:
         """The small decoder's last states in the base's width, for all rows."""
         from veneer.methods.shadow import BACKBONE, own_tensors, projected, shares
 
-        shared = self.adapters.entries[name].shared
+        shared = self.adapters.by_name[name].shared
         tensors = own_tensors(shared, BACKBONE)
         decoder, like = self._decoder(name, config, stack), next(iter(tensors.values()))
         decoder.train(stack.training)
@@ -154,7 +154,7 @@ class ShadowPass:
         if first is None or loss is None or call.get("labels") is None or not module.training:
             return
         for name, state in first.items():
-            config = self.adapters.entries[name].config
+            config = self.adapters.by_name[name].config
             assert isinstance(config, ShadowConfig)
             own = self._own_loss(name, config, state, call) if config.auxiliary_loss_weight > 0 else None
             if own is not None:
@@ -168,7 +168,7 @@ class ShadowPass:
         labels, mask = self._own_rows(name, call["labels"]), call.get("attention_mask")
         if config.task_type == TaskType.CAUSAL_LM:
             return _prediction_loss(self.adapters.model, state, labels)
-        head, tensors = classifier(self.adapters.catalog), own_tensors(self.adapters.entries[name].shared, HEAD)
+        head, tensors = classifier(self.adapters.catalog), own_tensors(self.adapters.by_name[name].shared, HEAD)
         if head is None or not tensors:
             return None
         last = _last_tokens(state, None if mask is None else self._own_rows(name, mask))

@@ -106,16 +106,16 @@ def model_status(model: nn.Module, adapters: Adapters) -> TunerModelStatus:
     return TunerModelStatus(
         base_model_type=type(adapters.model).__name__,
         adapter_model_type=type(model).__name__,
-        peft_types={name: str(entry.config.peft_type) for name, entry in adapters.entries.items()},
+        peft_types={name: str(entry.config.peft_type) for name, entry in adapters.by_name.items()},
         trainable_params=sum(n for n, trained in parameters if trained),
         total_params=sum(n for n, _ in parameters),
         num_adapter_layers=len(layers),
         enabled=adapters.switch.enabled,
         active_adapters=adapters.active,
         merged_adapters=_merged(adapters, layers),
-        requires_grad={name: _trained(adapters.parameters(name)) for name in adapters.entries},
-        available_adapters=list(adapters.entries),
-        devices={name: _devices(adapters.parameters(name)) for name in adapters.entries},
+        requires_grad={name: _trained(adapters.parameters(name)) for name in adapters.by_name},
+        available_adapters=list(adapters.by_name),
+        devices={name: _devices(adapters.parameters(name)) for name in adapters.by_name},
     )
 
 
@@ -124,7 +124,7 @@ def _devices(tensors: Iterable[nn.Parameter]) -> list[str]:
 
 
 def _merged(adapters: Adapters, layers: Iterable[TunerLayerStatus]) -> list[str] | Irregular:
-    merged = [name for name in adapters.entries if any(name in layer.merged_adapters for layer in layers)]
+    merged = [name for name in adapters.by_name if any(name in layer.merged_adapters for layer in layers)]
     regular = all(
         name in layer.merged_adapters for layer in layers for name in merged if name in layer.available_adapters
     )

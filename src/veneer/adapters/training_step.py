@@ -34,7 +34,7 @@ def with_penalty(adapters: Adapters, output: Any) -> Any:
 
 
 def _penalty(adapters: Adapters, name: str) -> Tensor | None:
-    adapter = adapters.entries[name]
+    adapter = adapters.by_name[name]
     if not adapter.trainable or name in adapters.prompts:
         return None
     method = method_of(adapter.config)
@@ -53,7 +53,7 @@ def allocate(adapters: Adapters, step: int) -> None:
     Raises:
         AdapterError: none of those that are active and trainable does.
     """
-    trained = [entry for name in adapters.active if (entry := adapters.entries[name]).trainable]
+    trained = [entry for name in adapters.active if (entry := adapters.by_name[name]).trainable]
     found = [(entry, kind) for entry in trained if (kind := _kind(entry.config)) is not None]
     if not found:
         raise AdapterError(

@@ -48,7 +48,7 @@ class XLoraPass:
 
     def refresh(self, adapters: Adapters) -> None:
         """Make the passes from now on if there is an X-LoRA, and no longer if there is none."""
-        wanted = any(isinstance(entry.config, XLoraConfig) for entry in adapters.entries.values())
+        wanted = any(isinstance(entry.config, XLoraConfig) for entry in adapters.by_name.values())
         if wanted and not self._hooks:
             self.adapters, model = adapters, adapters.model
             self._hooks = [
@@ -64,7 +64,7 @@ class XLoraPass:
         if not self._hooks:  # the last one was deleted while this call, which does not use it, came here
             return {}
         selection = self.adapters.switch.selection
-        configs = {name: self.adapters.entries[name].config for name in sorted(selection.applied)}
+        configs = {name: self.adapters.by_name[name].config for name in sorted(selection.applied)}
         return {name: config for name, config in configs.items() if isinstance(config, XLoraConfig)}
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -79,7 +79,7 @@ class XLoraPass:
         made = {}
         for place, (name, config) in enumerate(configs.items()):
             hidden = self._first_pass(module, call, name, config, place)
-            scalings = predict(config, self.adapters.entries[name].shared, hidden, module.training)
+            scalings = predict(config, self.adapters.by_name[name].shared, hidden, module.training)
             made[id(config)] = scalings
             self.latest[name] = scalings.detach()
             if self.logging:
@@ -103,7 +103,7 @@ class XLoraPass:
         shape = rows, length, len(config.target_modules or ()), len(config.experts)
         constant = torch.full(shape, config.scaling_pass_value, device=device)
         chosen = Selection((name,)) if config.scaling_pass_value else NOTHING
-        with self.adapters.during(chosen), holding({id(config): constant}):
+        with self.adapters.using(chosen), holding({id(config): constant}):
             states = getattr(module.forward(**own), "hidden_states", None)
         if not states:
             raise UnsupportedError(

@@ -190,7 +190,7 @@ def _setup(
     new_tokens: int,
     repeats: int,
 ) -> Setup:
-    entries = models.several.adapters.entries
+    entries = models.several.adapters.by_name
     named_base = next(iter(models.single.peft_config.values())).base_model_name_or_path
     facts = [
         MeasuredAdapter(a.name, a.origin, str(entries[a.name].config.peft_type), a.nbytes, len(entries[a.name].layers))

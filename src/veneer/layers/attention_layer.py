@@ -49,7 +49,7 @@ class AdaptedAttention(AdaptedLayer):
                 y = y + self.site.output(self._heads(name, query).to(y.dtype))
                 continue
             rows = groups[name]
-            with self.switch.during(Selection((name,))):
+            with self.switch.using(Selection((name,))):
                 own = self._heads(name, query[rows]).to(y.dtype)
             heads = torch.zeros(query.shape[:2] + own.shape[2:], dtype=y.dtype, device=y.device).index_copy(
                 0, rows, own

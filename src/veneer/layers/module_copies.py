@@ -126,7 +126,7 @@ class ModuleCopies(nn.Module):
         result = module(*(_cast(a, own) for a in args), **{k: _cast(v, own) for k, v in kwargs.items()})
         return _cast(result, base)
 
-    def taken_over(self, adapter: str) -> nn.Module:
+    def as_base_module(self, adapter: str) -> nn.Module:
         """An adapter's copy in the original's dtype, to stand in the model for good."""
         own: nn.Module = self.copies[adapter]
         for mine, theirs in zip(_tensors(own), _tensors(self.original_module), strict=True):

@@ -55,11 +55,11 @@ class AdaptedParameter(AdaptedLayer):
         if selection.by_token and (selection.packed(x) or self.site.stored.ndim != 3):
             # Attention, and whatever else sees a sequence as a whole.
             raise unsupported(self.site, "one adapter for each token")
-        with self.switch.during(NOTHING):
+        with self.switch.using(NOTHING):
             y = self._through({}, *args, **kwargs)
 
         def run(name: str, _: Any, *own: Any, **named: Any) -> Any:
-            with self.switch.during(Selection((name,))):
+            with self.switch.using(Selection((name,))):
                 return self._through({}, *own, **named)
 
         groups = self.rows_in(selection, x) if self._uses(selection) else {}

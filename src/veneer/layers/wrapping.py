@@ -54,7 +54,7 @@ class LayerPlacement:
         catalog: its own modules.
         switch: what is selected.
         layers: a site's id -> the adapted layer in its place.
-        saved: a module's name -> what holds the copies of it that adapters bring.
+        module_copies: a module's name -> what holds the copies of it that adapters bring.
 
     Raises:
         BaseModelError: the model carries adapters already.
@@ -66,14 +66,14 @@ class LayerPlacement:
         self.catalog = Catalog(model)
         self.switch = ActiveSelection()
         self.layers: dict[str, AdaptedLayer] = {}
-        self.saved: dict[str, ModuleCopies] = {}
-        # Whether adapters that are loaded can be run: see unwrapped.
+        self.module_copies: dict[str, ModuleCopies] = {}
+        # Whether adapters that are loaded can be run: see merging_on_load.
         self._wraps = True
         # In which dtypes what is then merged may take the memory of the base's weights.
         self._overwritten: Collection[torch.dtype] = ()
 
     @contextmanager
-    def unwrapped(self, overwritten: Collection[torch.dtype] = ()) -> Iterator[None]:
+    def merging_on_load(self, overwritten: Collection[torch.dtype] = ()) -> Iterator[None]:
         """Wrap nothing inside the ``with`` block, in which adapters are loaded and merged for good.
 
         Packed layers are wrapped all the same, for their wrapper does the merge, and so are those that are spread over
@@ -92,10 +92,10 @@ class LayerPlacement:
     def wrap(self, site: Site) -> AdaptedLayer:
         """The adapted layer of a site, put in its place if none was."""
         if site.id not in self.layers:
-            there = self.at(site.name)
+            there = self.standing_at(site.name)
             self.layers[site.id] = layer = self._wrapped(site, there if isinstance(there, AdaptedLayer) else None)
             if isinstance(layer, AdaptedLayer):
-                self.put(site.name, layer)
+                self.place(site.name, layer)
         return self.layers[site.id]
 
     def _wrapped(self, site: Site, there: AdaptedLayer | None) -> AdaptedLayer:
@@ -119,34 +119,34 @@ class LayerPlacement:
         """Whether the base is spread over processes."""
         return sharding.sharded_parameter(self.catalog.modules.values()) is not None
 
-    def take_off(self, site_id: str) -> None:
+    def remove_wrapper(self, site_id: str) -> None:
         """Remove a wrapper; one around it holds what it held."""
         layer = self.layers.pop(site_id)
-        outer = self.at(layer.site.name)
+        outer = self.standing_at(layer.site.name)
         if outer is layer:
-            self.put(layer.site.name, layer.base_layer)
+            self.place(layer.site.name, layer.base_layer)
             return
         while isinstance(outer, AdaptedLayer) and outer.base_layer is not layer:
             outer = outer.base_layer
         if isinstance(outer, AdaptedLayer):  # else the layer never stood in the model
             outer._modules["base_layer"] = layer.base_layer
 
-    def wrap_saved(self, root: str) -> ModuleCopies:
+    def place_copies(self, root: str) -> ModuleCopies:
         """What holds the copies of a module, put in its place if none was."""
-        if root not in self.saved:
-            self.saved[root] = ModuleCopies(self.catalog.modules[root], self.switch)
+        if root not in self.module_copies:
+            self.module_copies[root] = ModuleCopies(self.catalog.modules[root], self.switch)
             if self._wraps:
-                self.put(root, self.saved[root])
-        return self.saved[root]
+                self.place(root, self.module_copies[root])
+        return self.module_copies[root]
 
-    def at(self, name: str) -> nn.Module:
+    def standing_at(self, name: str) -> nn.Module:
         """What stands at a name now: the base's own module, or a wrapper."""
         parent, _, child = name.rpartition(".")
         module = self.catalog.modules[parent]._modules[child]
         assert module is not None
         return module
 
-    def put(self, name: str, module: nn.Module) -> None:
+    def place(self, name: str, module: nn.Module) -> None:
         """Let ``module`` stand at a name."""
         parent, _, child = name.rpartition(".")
         self.catalog.modules[parent]._modules[child] = module
@@ -164,7 +164,7 @@ class LayerPlacement:
 
     def check_places(self, sites: list[str], roots: list[str]) -> None:
         """One adapter's whole module cannot hold another's adapted layer, nor the reverse."""
-        for outer, inner in ((self.saved, sites), (roots, list(self.layers))):
+        for outer, inner in ((self.module_copies, sites), (roots, list(self.layers))):
             for name in inner:
                 root = next((r for r in outer if name == r or name.startswith(r + ".")), None)
                 if root is not None:

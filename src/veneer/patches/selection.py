@@ -159,7 +159,7 @@ class ActiveSelection:
     """
 
     def __init__(self) -> None:
-        self.__setstate__({"standing": NOTHING, "enabled": True})
+        self.__setstate__({"default": NOTHING, "enabled": True})
 
     @property
     def selection(self) -> Selection:
@@ -167,7 +167,7 @@ class ActiveSelection:
         chosen = self._thread.chosen if torch.compiler.is_compiling() else self._in_context()
         if chosen is not None:
             return chosen
-        return self.standing if self.enabled else NOTHING
+        return self.default if self.enabled else NOTHING
 
     def _in_context(self) -> Selection | None:
         """The choice made for this call, if one was."""
@@ -202,7 +202,7 @@ class ActiveSelection:
         chosen = self._in_context()
         if chosen is None:
             return function()
-        with self.during(chosen):
+        with self.using(chosen):
             return function()
 
     def changing(self, concerned: Callable[[], Concerned]) -> AbstractContextManager[None]:
@@ -210,7 +210,7 @@ class ActiveSelection:
         return self.underway.change(concerned, self.calls())
 
     @contextmanager
-    def during(self, selection: Selection) -> Iterator[None]:
+    def using(self, selection: Selection) -> Iterator[None]:
         """Use ``selection`` inside the block, in this thread or task only.
 
         A compiled model sees the choice of its thread, whichever task made it: do not await inside the block.
@@ -229,10 +229,10 @@ class ActiveSelection:
             self.pop(token)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"standing": self.standing, "enabled": self.enabled}
+        return {"default": self.default, "enabled": self.enabled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.standing: Selection = state["standing"]
+        self.default: Selection = state["default"]
         self.enabled: bool = state["enabled"]
         self.choosing = threading.RLock()
         self.underway = Underway()

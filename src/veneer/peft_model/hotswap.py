@@ -59,15 +59,15 @@ def prepare_model_for_compiled_hotswap(model: PeftModel, *, target_rank: int | N
 def _prepare(model: PeftModel, target_rank: int | None) -> None:
     shares = [
         (entry, layer, share)
-        for entry in model.adapters.entries.values()
+        for entry in model.adapters.by_name.values()
         for layer in (model.adapters.layers[name] for name in entry.layers)
         for share in layer.bound[entry.name]
     ]
     for entry, layer, share in shares:
         _check_can_be_padded(entry, layer, share, target_rank)
-    for entry in model.adapters.entries.values():
+    for entry in model.adapters.by_name.values():
         model.set_requires_grad(entry.name, False)
-        entry.stored = model.get_adapter_state_dict(entry.name, save_embedding_layers=False)
+        entry.unpadded = model.get_adapter_state_dict(entry.name, save_embedding_layers=False)
     for entry, layer, share in shares:
         settings = share.settings
         for leaf, parameter in layer.tensors(entry.name, share).items():
@@ -180,14 +180,14 @@ def _hotswap(model: PeftModel, source: Source, adapter_name: str, strict: bool) 
         _check_place(layer, adapter_name, share, binding)
     bound = {layer.site.id for layer, _, binding in places if binding is not None}
     for layer, share, binding in places:
-        if entry.stored or layer.site.id in bound:
+        if entry.unpadded or layer.site.id in bound:
             _swap(layer, adapter_name, share, binding, tensors)
-    if not entry.stored:
+    if not entry.unpadded:
         adapters.leave_layers(entry, [name for name in entry.layers if name not in bound])
     _swap_shared(entry, plan, tensors)
     entry.config, entry.origin, entry.notes = config, checkpoint.origin, [*checkpoint.notes, *plan.notes]
-    entry.bound = len(plan.keys)
-    entry.stored = dict(tensors) if entry.stored else {}
+    entry.tensors_bound = len(plan.keys)
+    entry.unpadded = dict(tensors) if entry.unpadded else {}
     model._swapped(entry, checkpoint)
 
 
@@ -205,7 +205,7 @@ def _check_alike(model: PeftModel, entry: Adapter, checkpoint: Checkpoint, plan:
         reason = f"is of the method {new}, and {entry.name!r} of {old}"
     elif beyond:
         reason = f"adapts {len(beyond)} layers that {entry.name!r} does not (first: {beyond[0]})"
-    elif plan.saved or entry.saved:
+    elif plan.saved or entry.whole_modules:
         reason = "or the old one brings whole modules"
     if reason:
         raise AdapterError(

@@ -148,13 +148,13 @@ def load(
         "autocast_adapter_dtype": autocast_adapter_dtype,
         "key_mapping": key_mapping,
     }
-    with model.adapters.unwrapped(own) if merge else contextlib.nullcontext():
+    with model.adapters.merging_on_load(own) if merge else contextlib.nullcontext():
         if members:
             model._load_set(members, checkpoints, adapter_folders.active(source, members), is_trainable, how)
         elif checkpoints:
             model._load(source, checkpoints[0], adapter_name, is_trainable, **how)
         report.seconds["adapters"] = time.perf_counter() - started - report.seconds["base"]
-        if merge and model.adapters.entries:
+        if merge and model.adapters.by_name:
             model.merge_and_unload(into=into)
             report.merged = True
     model._set_mode(is_trainable)

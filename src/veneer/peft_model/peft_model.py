@@ -285,7 +285,7 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
             UnknownKeywordError: an option is none of those.
         """
         started = time.perf_counter()
-        if isinstance(model, PeftModel) and not model.adapters.entries:
+        if isinstance(model, PeftModel) and not model.adapters.by_name:
             model = model.get_base_model()
         _check_base(model)
         source = resolve(model_id, what="adapter", **chosen(options, SOURCE))
@@ -367,7 +367,7 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
         return report
 
     def _is_trained(self, name: str) -> bool:
-        return name in self.adapters.entries and self.adapters.entries[name].trainable
+        return name in self.adapters.by_name and self.adapters.by_name[name].trainable
 
     def _set_mode(self, trained: bool) -> None:
         """Eval mode; or, for an adapter that is to be trained, training mode for what is the adapters' own.
@@ -417,7 +417,7 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
                 adapter = replacing.replace(self.adapters, name, fresh)
         adapter.config.inference_mode = not trainable
         adapter.base_digest = checkpoint.metadata.get(BASE_DIGEST_KEY)
-        if not self.adapters.switch.standing.names:
+        if not self.adapters.switch.default.names:
             self.adapters.select(name)
         report = adapter_report(adapter, checkpoint, base_check, self.adapters)
         self._reported(report)
@@ -426,7 +426,7 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
     @contextmanager
     def _with_experts(self, config: PeftConfig, beside: Source | None, trainable: bool) -> Iterator[None]:
         """Load the adapters that ``config`` mixes, unless they are here; take them off again if the block fails."""
-        here, standing = set(self.adapters.entries), self.adapters.switch.standing
+        here, standing = set(self.adapters.by_name), self.adapters.switch.default
         trainable = trainable and bool(getattr(config, "use_trainable_adapters", False))
         try:
             for index, (name, path) in enumerate(config.expert_paths.items()):
@@ -439,12 +439,12 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
                 if name not in here or self.adapters.get(name).origin != source.origin:
                     self._load(source, open_adapter(source), name, trainable)
             if not standing.names:  # the first of them was chosen for want of another
-                self.adapters.switch.standing = standing
+                self.adapters.switch.default = standing
             yield
         except BaseException:
-            for name in self.adapters.entries.keys() - here:
+            for name in self.adapters.by_name.keys() - here:
                 self.adapters.delete(name)
-            self.adapters.switch.standing = standing
+            self.adapters.switch.default = standing
             raise
 
     def _swapped(self, adapter: Adapter, checkpoint: Checkpoint) -> None:
@@ -501,13 +501,13 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
     def _keep_report(self) -> None:
         """Let the report say what is on the model and active now."""
         if self.load_report is not None:
-            present = self.adapters.entries
+            present = self.adapters.by_name
             self.load_report.adapters = [a for a in self.load_report.adapters if a.name in present]
         self._note_active()
 
     def _note_active(self) -> None:
         if self.load_report is not None:
-            self.load_report.active = list(self.adapters.switch.standing.names)
+            self.load_report.active = list(self.adapters.switch.default.names)
 
     def _finish_report(self, report: LoadReport, started: float) -> None:
         base = self.get_base_model()
@@ -549,11 +549,11 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
         ):
             attach.create(self.adapters, adapter_name, peft_config, generator=generator, float32=autocast_adapter_dtype)
         peft_config.inference_mode = False
-        if not self.adapters.switch.standing.names:
+        if not self.adapters.switch.default.names:
             self.adapters.select(adapter_name)
         else:
             # Among trainable adapters only the active ones get gradients.
-            self.adapters.select(self.adapters.switch.standing.names)
+            self.adapters.select(self.adapters.switch.default.names)
         self._keep_report()
 
     def add_weighted_adapter(
@@ -621,7 +621,7 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
             checkpoint = in_memory_checkpoint(config, tensors, f"the combination of {', '.join(adapters)}")
             made = attach.load(self.adapters, adapter_name, checkpoint, trainable=False)
         made.origin, made.base_digest = None, self.base_digest
-        if not self.adapters.switch.standing.names:
+        if not self.adapters.switch.default.names:
             self.adapters.select(adapter_name)
         self._keep_report()
 
@@ -630,7 +630,7 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
         """Adapter's name -> its config."""
-        return {name: adapter.config for name, adapter in self.adapters.entries.items()}
+        return {name: adapter.config for name, adapter in self.adapters.by_name.items()}
 
     @property
     def active_peft_config(self) -> PeftConfig:
@@ -699,7 +699,7 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
 
     def using(self, adapter_name: str | Sequence[str]) -> AbstractContextManager[None]:
         """Inside the ``with`` block use these adapters; other threads and tasks do not see it."""
-        return self.adapters.during(self.adapters.selection(adapter_name))
+        return self.adapters.using(self.adapters.selection(adapter_name))
 
     def disable_adapter(self) -> AbstractContextManager[None]:
         """Inside the ``with`` block the base runs alone; other threads and tasks do not see it."""
@@ -721,14 +721,14 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
         """Make adapters trainable, or freeze them."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             adapter = self.adapters.get(name)
-            if requires_grad and adapter.stored:
+            if requires_grad and adapter.unpadded:
                 raise AdapterError(
                     f"{name!r} was prepared for hot-swapping, so its tensors hold more than is saved; it cannot train.",
                     hint="Load it again for training.",
                 )
             adapter.trainable = requires_grad
             self.adapters.trains = self.adapters.trains or requires_grad
-            self.adapters.require_grad(adapter, requires_grad and name in self.adapters.switch.standing.names)
+            self.adapters.require_grad(adapter, requires_grad and name in self.adapters.switch.default.names)
             self.adapters.watch(adapter)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -840,7 +840,7 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
         Raises:
             UnknownKeywordError: one of ``kwargs`` is none of those. UnsupportedError: it asks for something else.
         """
-        if not self.adapters.entries:
+        if not self.adapters.by_name:
             with writing(Path(save_directory)):
                 if is_file(Path(save_directory)):  # which transformers only logs
                     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -854,10 +854,10 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
             )
         folder, state = Path(save_directory), state_dict or {}
         with self.adapters.switch.choosing:  # in another thread, none is renamed or deleted meanwhile
-            names = list(self.adapters.entries) if selected_adapters is None else list(selected_adapters)
+            names = list(self.adapters.by_name) if selected_adapters is None else list(selected_adapters)
             entries = [self.adapters.get(name) for name in names]
             drafts = {entry.name: self._draft(entry, folder, state, save_embedding_layers) for entry in entries}
-            chosen, modules = self.adapters.switch.standing.names, list(self.modules())
+            chosen, modules = self.adapters.switch.default.names, list(self.modules())
         with sharding.one_writer(modules) as first:
             if first and is_main_process:
                 save_set.save(folder, drafts, chosen)
@@ -876,8 +876,8 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
     def _tensors_to_save(self, adapter: Adapter, state: dict[str, Tensor], ends: SaveEnds) -> dict[str, Tensor]:
         """Checkpoint key -> tensor, in the dtype that it had on disk; from ``state`` where that has it."""
         beside = ends_to_save(self.adapters, adapter, ends)
-        if adapter.stored:
-            return {**beside, **adapter.stored}
+        if adapter.unpadded:
+            return {**beside, **adapter.unpadded}
         names = {id(tensor): name for name, tensor in self.state_dict(keep_vars=True).items()} if state else {}
 
         def value(live: Tensor) -> Tensor:
@@ -890,7 +890,7 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
             return tensor
 
         own = self.adapters.named_tensors(adapter.name, value)
-        found = {key: tensor.to(adapter.dtypes.get(key, tensor.dtype)) for key, tensor in own}
+        found = {key: tensor.to(adapter.saved_dtypes.get(key, tensor.dtype)) for key, tensor in own}
         return {**{key: value(tensor) for key, tensor in beside.items() if key not in found}, **found}
 
     def get_adapter_state_dict(
@@ -1061,7 +1061,7 @@ def get_peft_model(
     Raises:
         TargetError: the config's targets match nothing usable.
     """
-    if isinstance(model, PeftModel) and not model.adapters.entries:
+    if isinstance(model, PeftModel) and not model.adapters.by_name:
         model = model.get_base_model()
     _check_base(model)
     peft_model = _class_for(peft_config.task_type, model)(model)

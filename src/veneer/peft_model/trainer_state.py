@@ -24,7 +24,7 @@ STATE = "model.safetensors"
 
 def adapter_state(model: Any) -> dict[str, Tensor]:
     """Name in ``state_dict()`` -> tensor, of all that is the adapters' own."""
-    own = {id(t) for name in model.adapters.entries for t in own_tensors(model.adapters, name).values()}
+    own = {id(t) for name in model.adapters.by_name for t in own_tensors(model.adapters, name).values()}
     return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in own}
 
 

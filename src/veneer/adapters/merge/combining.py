@@ -91,9 +91,9 @@ def combine(adapters: Adapters, wanted: Combination) -> tuple[LoraConfig, dict[s
     entries = [adapters.get(name) for name in wanted.names]
     check_mergeable(adapters, wanted.names)
     for entry in entries:
-        if entry.saved:
+        if entry.whole_modules:
             raise UnsupportedError(
-                f"{entry.name!r} brings {', '.join(entry.saved)} whole, which no LoRA can hold.",
+                f"{entry.name!r} brings {', '.join(entry.whole_modules)} whole, which no LoRA can hold.",
                 hint="Combine adapters without modules_to_save.",
             )
     generator = None if wanted.seed is None else torch.Generator().manual_seed(wanted.seed)

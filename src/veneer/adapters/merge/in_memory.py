@@ -36,8 +36,8 @@ def merge(adapters: Adapters, names: Sequence[str] | None, *, check: bool = Fals
 
 
 def _merge(adapters: Adapters, names: Sequence[str] | None, check: bool, into: str | None) -> None:
-    wanted = list(adapters.switch.standing.names if names is None else names)
-    merged = [name for name in adapters.entries if any(name in layer.merged for layer in adapters.layers.values())]
+    wanted = list(adapters.switch.default.names if names is None else names)
+    merged = [name for name in adapters.by_name if any(name in layer.merged for layer in adapters.layers.values())]
     selection = adapters.selection(list(dict.fromkeys([*merged, *wanted])))
     check_mergeable(adapters, selection.names)
     packed = choose(adapters.layers.values(), selection.names, into, adapters.catalog.dtype)
@@ -57,7 +57,7 @@ def merge_and_unload(
 
 
 def _merge_and_unload(adapters: Adapters, names: Sequence[str] | None, check: bool, into: str | None) -> nn.Module:
-    wanted = adapters.selection(list(adapters.switch.standing.names if names is None else names)).names
+    wanted = adapters.selection(list(adapters.switch.default.names if names is None else names)).names
     check_mergeable(adapters, wanted)
     packed = choose(adapters.layers.values(), wanted, into, adapters.catalog.dtype)
     added = new_biases(adapters.layers.values(), wanted, adapters.catalog.model)
@@ -67,10 +67,10 @@ def _merge_and_unload(adapters: Adapters, names: Sequence[str] | None, check: bo
     here = [layer for layer in adapters.layers.values() if layer.here(wanted)]
     _change(here, lambda layer: layer.store_merged(wanted))
     groups, alike = adapters.catalog.shared if wanted else [], _changed_alike(adapters, wanted)
-    for root, saved in adapters.saved.items():
+    for root, saved in adapters.module_copies.items():
         own = saved.here(wanted)
         if own:
-            adapters.catalog.modules[root] = saved.original_module = saved.taken_over(own[0])
+            adapters.catalog.modules[root] = saved.original_module = saved.as_base_module(own[0])
     model = adapters.unload(keep=True)
     added.put_into(model)
     untie(model, groups, alike)
@@ -87,7 +87,7 @@ def check_mergeable(adapters: Adapters, names: Sequence[str]) -> None:
     """Raise ``MergeError``, before anything is merged, when one of ``names`` cannot be."""
     for name in names:
         if name in adapters.prompts:
-            entry = adapters.entries[name]
+            entry = adapters.by_name[name]
             raise MergeError(
                 f"{entry.origin or name} is a prompt ({entry.config.peft_type}): it changes input or cache, "
                 "and no weight could hold it.",
@@ -140,7 +140,7 @@ def _storable(layer: AdaptedLayer, names: tuple[str, ...]) -> tuple[Tensor | Non
 
 def _check_saved(adapters: Adapters, names: tuple[str, ...]) -> None:
     """Raise ``MergeError`` where a module that comes whole does not fit into the dtypes of the base's."""
-    for root, saved in adapters.saved.items():
+    for root, saved in adapters.module_copies.items():
         for name in saved.here(names)[:1]:
             base = saved.original_module.state_dict()
             for leaf, tensor in saved.copies[name].state_dict().items():
@@ -161,7 +161,7 @@ def _changed_alike(adapters: Adapters, names: Sequence[str]) -> set[str]:
             for tensor in layer.tensors(name, share).values()
         }
 
-    alike = all(getattr(adapters.entries[name].config, "ensure_weight_tying", False) for name in names)
+    alike = all(getattr(adapters.by_name[name].config, "ensure_weight_tying", False) for name in names)
     pairs = [pair for pair in adapters.catalog.tied_ends if alike and used(pair[0]) and used(pair[0]) == used(pair[1])]
     return {name for pair in pairs for name in pair}
 

@@ -97,10 +97,10 @@ def bind_adapters(
         loaded = load(bound, name, checkpoint, trainable=False, strict=strict)
         changes.weights[name], changes.origins[name] = adapter.weight, checkpoint.origin
         changes.notes += loaded.notes
-        for root in loaded.saved:
+        for root in loaded.whole_modules:
             _check_whole(adapter, root)
             changes.roots.append(root)
-            changes.saved.update(_saved(checkpoint, root, bound.saved[root].original_module))
+            changes.saved.update(_saved(checkpoint, root, bound.module_copies[root].original_module))
     bound.selection(list(changes.weights))
     check_mergeable(bound, list(changes.weights))
     changes.layers = dict(bound.layers)
