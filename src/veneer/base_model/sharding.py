@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.base_model.sites.parameter import ParameterSite
 from veneer.base_model.sites.site import Site
 from veneer.errors import MergeError, UnsupportedError
 
@@ -101,7 +100,7 @@ def check_site(site: Site) -> None:
     held = sharded_parameter([site.module])
     if held is None or not is_tensor_parallel(site.module):
         return
-    if isinstance(site, ParameterSite):
+    if site.inside_layer:
         raise _refused(site.name, site.module, "adapting a parameter inside it")
     if held.device_mesh.ndim != 1:
         raise _refused(site.name, site.module, "adapting a layer spread in two ways at once")

@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from veneer.base_model.sites import sites_for
-from veneer.base_model.sites.embedding import EmbeddingSite
-from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.checkpoints.checkpoint import write_checkpoint
 from veneer.checkpoints.model_class import dtype_of
@@ -228,7 +226,7 @@ def _compare(
     if not changed:
         return
     site = next(iter(sites_for(name, module)), None)
-    if set(changed) == {"weight"} and isinstance(site, (LinearSite, EmbeddingSite)):
+    if set(changed) == {"weight"} and site is not None and (site.matrix_input or site.looks_up):
         _add_layer(found, site, *changed["weight"], rank, energy)
         return
     found.whole.append(name)
@@ -245,10 +243,7 @@ def _add_layer(found: _Found, site: Site, tuned: Tensor, base: Tensor, rank: int
     found.left += left
     found.ranks[site.name] = up.shape[1]
     found.errors[site.name] = math.sqrt(left / total)
-    embedding = isinstance(site, EmbeddingSite)
-    leaves = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
-    found.tensors[encode(site.name, leaves[0])] = down
-    found.tensors[encode(site.name, leaves[1])] = up
+    found.tensors.update({encode(site.name, leaf): tensor for leaf, tensor in site.as_low_rank(up, down).items()})
 
 
 def factors(change: Tensor, rank: int, energy: float | None) -> tuple[Tensor, Tensor]:

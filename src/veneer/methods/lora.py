@@ -31,13 +31,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from veneer.base_model.sites.conv import ConvSite
 from veneer.base_model.sites.embedding import EmbeddingSite
-from veneer.base_model.sites.parameter import ParameterSite
-from veneer.base_model.sites.quantized.packed import PackedSite
 from veneer.base_model.sites.site import Site, unsupported
-from veneer.base_model.sites.vector import ColumnSite
-from veneer.base_model.sites.whole_layer import WholeSite
 from veneer.base_model.targets import only_parameters, pattern_value
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import MergeError, UnsupportedError
@@ -60,8 +55,7 @@ if TYPE_CHECKING:
 A = LORA_A
 B = LORA_B
 B_BIAS = "lora_B.bias"
-EMBEDDING_A = "lora_embedding_A"
-EMBEDDING_B = "lora_embedding_B"
+EMBEDDING_A, EMBEDDING_B = EmbeddingSite.low_rank_names
 MAGNITUDE = "lora_magnitude_vector"
 # Leaf -> its dimension of size r.
 RANK_DIMS = {A: 0, B: 1, EMBEDDING_A: 0, EMBEDDING_B: 1}
@@ -107,7 +101,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
         parameters = catalog.parameter_sites(config.target_parameters or ())
         parts = [MethodOnSites(method, [*layers, *parameters], companions=True)]
         if config.init_lora_weights == "loftq":
-            plain = [site for site in layers if site.matrix_input and not isinstance(site, PackedSite)]
+            plain = [site for site in layers if site.matrix_input and not site.is_packed]
             parts.insert(0, MethodOnSites(LOFTQ_BASE, plain))
         if config.trainable_token_indices:
             tokens = TOKENS.part(config, catalog, catalog.token_sites(config.trainable_token_indices))
@@ -133,15 +127,14 @@ class Lora(Method[LoraConfig, LoraSettings]):
         return replace(output, of_embedding=True) if alike and not output.dora and output.variant is None else None
 
     def _check(self, config: LoraConfig, site: Site, r: int) -> None:
-        groups = site.conv.groups if isinstance(site, ConvSite) else 1
-        if r % groups:
+        if r % site.groups:
             raise UnsupportedError(
-                f"{site.name} has {groups} groups, and rank {r} is no multiple of it.",
+                f"{site.name} has {site.groups} groups, and rank {r} is no multiple of it.",
                 hint="Give it such a rank with rank_pattern, or leave it out with exclude_modules.",
             )
-        if config.use_dora and (groups > 1 or isinstance(site, ParameterSite)):
+        if config.use_dora and (site.groups > 1 or site.inside_layer):
             raise unsupported(site, "DoRA (use_dora)")
-        if config.use_dora and config.init_lora_weights == "loftq" and not isinstance(site, PackedSite):
+        if config.use_dora and config.init_lora_weights == "loftq" and not site.is_packed:
             raise unsupported(site, 'DoRA (use_dora) with init_lora_weights="loftq"')
         if config.alora_invocation_tokens and not site.matrix_input:
             raise unsupported(site, "alora_invocation_tokens")
@@ -152,7 +145,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
                 f"{site.name} has {site.shape[1]} inputs, no multiple of qalora_group_size={config.qalora_group_size}.",
                 hint="Choose a size that divides them, or leave the layer out with exclude_modules.",
             )
-        if config.lora_bias and isinstance(site, (EmbeddingSite, ParameterSite)):
+        if config.lora_bias and (site.looks_up or site.inside_layer):
             raise unsupported(site, "lora_bias")
 
     def invocation(self, config: LoraConfig) -> tuple[int, ...]:
@@ -166,30 +159,23 @@ class Lora(Method[LoraConfig, LoraSettings]):
         return bool(settings.scale)
 
     def shapes(self, settings: LoraSettings, site: Site) -> dict[str, tuple[int, ...]]:
-        out, inner = site.shape
-        r = settings.r
+        (out, inner), r = site.shape, settings.r
         if settings.of_embedding:
             return {EMBEDDING_A: (r, out), EMBEDDING_B: (inner, r)}
-        if isinstance(site, EmbeddingSite):
-            found: dict[str, tuple[int, ...]] = {EMBEDDING_A: (r, inner), EMBEDDING_B: (out, r)}
-        elif isinstance(site, ConvSite):
-            conv = site.conv
-            found = {A: (r, conv.in_channels, *site.kernel), B: (out, r // conv.groups, *site.point)}
-        else:
-            stack = (site.stack or 1) if isinstance(site, ParameterSite) else 1
-            found = {A: (r * stack, inner // settings.group), B: (out, r * stack)}
+        shapes = dict(zip(site.low_rank_names, site.low_rank_shapes(r), strict=True))
+        if settings.group > 1:
+            shapes[A] = (r, inner // settings.group)
         if settings.dora:
-            found[MAGNITUDE] = (1, out, *site.point) if isinstance(site, ConvSite) else (out,)
+            shapes[MAGNITUDE] = (1, out, *site.point) if site.kernel else (out,)
         if settings.bias:
-            found[B_BIAS] = (out,)
-        return found if settings.variant is None else settings.variant.shapes(found, site)
+            shapes[B_BIAS] = (out,)
+        return shapes if settings.variant is None else settings.variant.shapes(shapes, site)
 
     def init(
         self, config: LoraConfig, settings: LoraSettings, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         tensors = {leaf: torch.zeros(shape) for leaf, shape in self.shapes(settings, base.site).items()}
-        embedding = EMBEDDING_A in tensors
-        down, up = (EMBEDDING_A, EMBEDDING_B) if embedding else (A, B)
+        down, up, embedding = *base.site.low_rank_names, base.site.looks_up
         start = config.init_lora_weights
         # EVA's own start needs data: initialize_lora_eva_weights gives it to an adapter that begins as any other.
         if isinstance(start, str) and start not in ("gaussian", "eva"):
@@ -217,7 +203,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
     ) -> dict[str, Tensor]:
         """A and B of a starting point with a file of its own; of one that is moved, a copy to take off again."""
         how, site = str(config.init_lora_weights), base.site
-        if how == "loftq" and isinstance(site, PackedSite):
+        if how == "loftq" and site.is_packed:
             raise UnsupportedError(
                 f'{site.name}: init_lora_weights="loftq" needs the weight as it was before the base was quantised.',
                 hint="Begin with True, then call replace_lora_weights_loftq(model).",
@@ -286,7 +272,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
     def _low_rank(self, settings: LoraSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         shift = tensors[B_BIAS] * settings.scale if B_BIAS in tensors else None
         up, down = _factors(settings, tensors, base.site)
-        scale = settings.scale * (base.site.gain if isinstance(base.site, ParameterSite) else 1.0)
+        scale = settings.scale * base.site.low_rank_gain
         if isinstance(scale, Tensor):
             up, scale = up.float() * scale, 1.0
         gate = TokenGate(settings.invocation) if settings.invocation else None
@@ -312,50 +298,12 @@ def _factors(settings: LoraSettings, tensors: Mapping[str, Tensor], site: Site) 
     """``U`` and ``V`` of a layer's canonical weight."""
     if settings.of_embedding:
         return tensors[EMBEDDING_A].T, tensors[EMBEDDING_B].T
-    if EMBEDDING_A in tensors:
-        return tensors[EMBEDDING_B], tensors[EMBEDDING_A]
     if START_A in tensors:
         tensors = _without_start(tensors)
-    up, down = tensors[B], tensors[A]
-    if isinstance(site, ConvSite):
-        return up.flatten(1), down.flatten(1)
-    stack = site.stack if isinstance(site, ParameterSite) else None
+    down, up = (tensors[leaf] for leaf in site.low_rank_names)
     if settings.group > 1:
         down = down.repeat_interleave(settings.group, 1) * (down.shape[1] / settings.group)
-    if stack is None:
-        return up, down
-    # The experts lie apart in A and interleaved in B: (experts * r, in) and (out, r * experts).
-    r = settings.r
-    return up.reshape(up.shape[0], r, stack).permute(2, 0, 1), down.reshape(stack, r, down.shape[1])
-
-
-def check_can_be_made(site: Site) -> None:
-    """Raise ``UnsupportedError`` where no LoRA holds a change of the weight: norms, and convolutions with groups."""
-    if isinstance(site, (ColumnSite, WholeSite)) or (isinstance(site, ConvSite) and site.conv.groups > 1):
-        raise unsupported(site, "a LoRA made from a change of the weight")
-
-
-def as_leaves(up: Tensor, down: Tensor, site: Site) -> dict[str, Tensor]:
-    """The leaves of a LoRA of scale 1 that changes a layer's canonical weight by ``up @ down``.
-
-    Args:
-        up: shape ``(out, r)``, or ``(n, out, r)`` for a stack of matrices.
-        down: shape ``(r, in)``, or ``(n, r, in)``.
-        site: the layer.
-
-    Raises:
-        UnsupportedError: no LoRA can be made there.
-    """
-    check_can_be_made(site)
-    if isinstance(site, EmbeddingSite):
-        return {EMBEDDING_A: down, EMBEDDING_B: up}
-    if isinstance(site, ConvSite):
-        return {A: down.reshape(-1, site.conv.in_channels, *site.kernel), B: up.reshape(*up.shape, *site.point)}
-    if isinstance(site, ParameterSite):
-        up = up / site.gain
-        if site.stack is not None:
-            return {A: down.flatten(0, 1), B: up.permute(1, 2, 0).flatten(1)}
-    return {A: down, B: up}
+    return site.low_rank_factors(down, up)
 
 
 def _without_start(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

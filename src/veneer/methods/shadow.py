@@ -141,8 +141,8 @@ class Shadow(RoutedMethod[ShadowConfig, ShadowConfig]):
             return {}
         site = cast(BlockSite, sites[0])
         with torch.device("meta"):
-            decoder = small_decoder(config, site.stack)
-        tensors = {**stored(decoder.state_dict(), config, site.stack), **_head_start(config, site)}
+            decoder = small_decoder(config, site.decoder)
+        tensors = {**stored(decoder.state_dict(), config, site.decoder), **_head_start(config, site)}
         found = {leaf: tuple(tensor.shape) for leaf, tensor in tensors.items()}
         own, width = int(decoder.config.hidden_size), site.shape[0]  # type: ignore[union-attr, arg-type]
         if own != width or (config.shadow_model != MIRROR and shadow_source(config.shadow_model).projected):
@@ -156,8 +156,8 @@ class Shadow(RoutedMethod[ShadowConfig, ShadowConfig]):
         seed = int(torch.randint(2**31, (), generator=generator))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            values, projection = _start(config, site.stack)
-        found = {**stored(values, config, site.stack), **_head_start(config, site)}
+            values, projection = _start(config, site.decoder)
+        found = {**stored(values, config, site.decoder), **_head_start(config, site)}
         shape = self.shared_shapes(config, [site]).get(_WIDENING)
         if shape is not None:
             found[_WIDENING] = _uniform(shape, shape[1], generator) if projection is None else projection

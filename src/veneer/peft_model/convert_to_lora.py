@@ -27,7 +27,6 @@ from veneer.keywords import unknown
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.layers.weight_change import change_of
 from veneer.methods.lora import METHOD as LORA
-from veneer.methods.lora import check_can_be_made
 from veneer.peft_model.load import load
 from veneer.peft_model.peft_model import PeftModel
 from veneer.printing import panel
@@ -143,7 +142,7 @@ def _name(model: PeftModel, wanted: str | None) -> str:
 def _check_layers(layers: Sequence[AdaptedLayer], adapter: str, rank: int | None) -> None:
     """Raise ``UnsupportedError`` where no LoRA can be, or when a change has no low rank and none is given."""
     for layer in layers:
-        check_can_be_made(layer.site)
+        layer.site.check_low_rank()
         if rank is None and not all(patch.only_adds for patch in layer.patches([adapter])):
             raise UnsupportedError(
                 f"{layer.site.name}: the adapter's change has no low rank of its own, so that one must be chosen.",

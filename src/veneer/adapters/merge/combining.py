@@ -31,7 +31,7 @@ from veneer.errors import AdapterError, ConfigError, UnsupportedError
 from veneer.files.tensor_keys import encode
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.layers.weight_change import change_of
-from veneer.methods.lora import B_BIAS, as_leaves
+from veneer.methods.lora import B_BIAS
 
 EXACT = ("cat", "linear")
 ON_FACTORS = (*EXACT, "svd")
@@ -105,7 +105,7 @@ def combine(adapters: Adapters, wanted: Combination) -> tuple[LoraConfig, dict[s
     biased = any(shift is not None for *_, shift in found)
     tensors = {}
     for layer, up, down, shift in found:
-        leaves = as_leaves(_padded(up, rank, -1), _padded(down, rank, -2), layer.site)
+        leaves = layer.site.as_low_rank(_padded(up, rank, -1), _padded(down, rank, -2))
         if biased:
             leaves[B_BIAS] = torch.zeros(layer.site.shape[0]) if shift is None else shift
         tensors.update({encode(layer.site.key, leaf): tensor.contiguous() for leaf, tensor in leaves.items()})

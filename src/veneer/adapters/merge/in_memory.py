@@ -99,7 +99,7 @@ def check_mergeable(adapters: Adapters, names: Sequence[str]) -> None:
         for name in layer.here(tuple(names)):
             for share in layer.bound[name]:
                 share.method.check_mergeable(share.settings, layer.site)
-        if layer.site.narrow:
+        if layer.site.groups > 1:
             layer.weight_patches(layer.here(tuple(names)))
 
 

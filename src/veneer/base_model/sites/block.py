@@ -17,15 +17,15 @@ class BlockSite(Site):
     Args:
         name: the block's name in the base model.
         module: the block.
-        stack: the decoder that it is a block of.
+        decoder: the decoder that it is a block of.
         head: the classifier that reads the decoder's states, if the model has one.
     """
 
     products = False
 
-    def __init__(self, name: str, module: nn.Module, stack: nn.Module, head: nn.Module | None = None) -> None:
+    def __init__(self, name: str, module: nn.Module, decoder: nn.Module, head: nn.Module | None = None) -> None:
         super().__init__(name, module, next(leaf for leaf, _ in module.named_parameters()))
-        self.stack, self.head = stack, head
+        self.decoder, self.head = decoder, head
 
     @property
     def id(self) -> str:
@@ -39,7 +39,7 @@ class BlockSite(Site):
 
     @property
     def shape(self) -> tuple[int, int]:
-        width = int(self.stack.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        width = int(self.decoder.config.hidden_size)  # type: ignore[union-attr, arg-type]
         return width, width
 
     def canonical(self, stored: Tensor) -> Tensor:

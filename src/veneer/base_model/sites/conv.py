@@ -50,13 +50,28 @@ class ConvSite(Site):
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """The kernel's size, one number a spatial dimension."""
         return tuple(self.conv.kernel_size)
 
     @property
-    def point(self) -> tuple[int, ...]:
-        """The size of a kernel of 1."""
-        return (1,) * len(self.kernel)
+    def groups(self) -> int:
+        return self.conv.groups
+
+    @property
+    def channels(self) -> int:
+        return self.stored.shape[1]
+
+    @property
+    def has_low_rank_form(self) -> bool:
+        return self.groups == 1
+
+    def low_rank_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (r, self.conv.in_channels, *self.kernel), (self.shape[0], r // self.groups, *self.point)
+
+    def low_rank_factors(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        return up.flatten(1), down.flatten(1)
+
+    def _stored_low_rank(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        return down.reshape(-1, self.conv.in_channels, *self.kernel), up.reshape(*up.shape, *self.point)
 
     def canonical(self, stored: Tensor) -> Tensor:
         return stored.reshape(stored.shape[0], -1)
@@ -77,24 +92,20 @@ class ConvSite(Site):
 
     def mix(self, hidden: Tensor, matrix: Tensor) -> Tensor:
         kernels = matrix.reshape(*matrix.shape, *self.point)
-        return _FUNCTIONS[len(self.kernel)](hidden, kernels, groups=self.conv.groups)
-
-    @property
-    def narrow(self) -> bool:
-        return self.conv.groups > 1
+        return _FUNCTIONS[len(self.kernel)](hidden, kernels, groups=self.groups)
 
     @torch.no_grad()
     def in_weight(self, patch: Patch) -> Patch:
-        if patch.up is None or patch.down is None or not self.narrow:
+        if patch.up is None or patch.down is None or self.groups == 1:
             return patch
         across = self._across(patch.up.float(), patch.down.float())
-        own = torch.stack([across[group, :, group] for group in range(self.conv.groups)])
-        for group in range(self.conv.groups):
+        own = torch.stack([across[group, :, group] for group in range(self.groups)])
+        for group in range(self.groups):
             across[group, :, group] = 0
         left, kept = float(across.norm()), float(own.norm())
         if left > _ROUNDING * kept:
             raise MergeError(
-                f"{self.name} has {self.conv.groups} groups, and its LoRA connects channels across them: "
+                f"{self.name} has {self.groups} groups, and its LoRA connects channels across them: "
                 f"{left / math.hypot(left, kept):.0%} of its change. No weight of that layer can hold this.",
                 hint="Keep the adapter unmerged, or train with this layer in exclude_modules.",
             )
@@ -111,6 +122,5 @@ class ConvSite(Site):
         Returns:
             shape ``(groups, out / groups, groups, in / groups * k1 * k2 ...)``.
         """
-        groups = self.conv.groups
-        found: Tensor = up.reshape(groups, -1, up.shape[1]) @ down.reshape(groups, -1, down.shape[1])
-        return found.reshape(*found.shape[:2], groups, -1)
+        change: Tensor = up.reshape(self.groups, -1, up.shape[1]) @ down.reshape(self.groups, -1, down.shape[1])
+        return change.reshape(*change.shape[:2], self.groups, -1)

@@ -13,6 +13,9 @@ from veneer.base_model.sites.site import Site
 class EmbeddingSite(Site):
     """``nn.Embedding``, and subclasses that scale what they look up."""
 
+    looks_up = True
+    low_rank_names = ("lora_embedding_A", "lora_embedding_B")
+
     @property
     def products(self) -> bool:  # type: ignore[override]
         """No sum of products has its vectors' norm limited as a whole, or counts how often each token is read."""
@@ -24,9 +27,8 @@ class EmbeddingSite(Site):
 
     @property
     def padding(self) -> int | None:
-        """The token whose vector no look-up trains."""
-        found: int | None = self._table.padding_idx
-        return found
+        token: int | None = self._table.padding_idx
+        return token
 
     @property
     def shape(self) -> tuple[int, int]:

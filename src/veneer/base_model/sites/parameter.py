@@ -22,6 +22,7 @@ class ParameterSite(Site):
     """
 
     products = False
+    inside_layer = True
 
     def __init__(
         self,
@@ -48,8 +49,24 @@ class ParameterSite(Site):
 
     @property
     def stack(self) -> int | None:
-        """How many matrices are stacked; ``None`` for a single one."""
         return self.stored.shape[0] if self.stored.ndim == 3 else None
+
+    @property
+    def low_rank_gain(self) -> float:
+        return self.gain
+
+    def low_rank_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return super().low_rank_shapes(r * (self.stack or 1))
+
+    def low_rank_factors(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        if self.stack is None:
+            return up, down
+        # The experts lie apart in A and interleaved in B: (experts * r, in) and (out, r * experts).
+        return up.unflatten(1, (-1, self.stack)).permute(2, 0, 1), down.unflatten(0, (self.stack, -1))
+
+    def _stored_low_rank(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        up = up / self.gain
+        return (down, up) if self.stack is None else (down.flatten(0, 1), up.permute(1, 2, 0).flatten(1))
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -36,12 +36,20 @@ class Site(ABC):
         matrix_input: whether the layer's input is ``(..., in)``, so that a factor can be applied to it.
         products: whether :meth:`product` is possible; without it a patch is applied through the whole weight.
         shift_only: whether a patch can only move the bias here.
+        looks_up: whether the layer looks rows of its stored weight up, as an embedding does.
+        inside_layer: whether the weight is one of several in a larger layer, which uses it in its own ``forward``.
+        is_packed: whether another library has packed (quantised) the weight.
+        low_rank_names: the names of a LoRA's ``A`` and ``B`` on this kind of layer in a checkpoint.
     """
 
     channel: ClassVar[int] = -1
     matrix_input: ClassVar[bool] = False
     products: ClassVar[bool] = True
     shift_only: ClassVar[bool] = False
+    looks_up: ClassVar[bool] = False
+    inside_layer: ClassVar[bool] = False
+    is_packed: ClassVar[bool] = False
+    low_rank_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
 
     def __init__(self, name: str, module: nn.Module, parameter: str = "weight", key: str | None = None) -> None:
         self.name = name
@@ -98,6 +106,81 @@ class Site(ABC):
     def as_stored(self, matrix: Tensor) -> Tensor:
         """The inverse of :meth:`canonical`."""
 
+    @property
+    def groups(self) -> int:
+        """The number of groups that a convolution's channels are cut into; 1 for other layers."""
+        return 1
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The size of a convolution's kernel, one number a spatial dimension; empty for other layers."""
+        return ()
+
+    @property
+    def point(self) -> tuple[int, ...]:
+        """The size of a kernel of 1."""
+        return (1,) * len(self.kernel)
+
+    @property
+    def channels(self) -> int:
+        """The number of input channels that a row of the weight sees; without a kernel, its columns."""
+        return self.shape[1]
+
+    @property
+    def padding(self) -> int | None:
+        """The token whose vector no look-up trains."""
+        return None
+
+    @property
+    def stack(self) -> int | None:
+        """The number of stacked matrices; ``None`` for a single one."""
+        return None
+
+    # -- low-rank changes ----------------------------------------------------------------------------------
+
+    @property
+    def has_low_rank_form(self) -> bool:
+        """Whether there is a LoRA for every low-rank change of the weight."""
+        return True
+
+    @property
+    def low_rank_gain(self) -> float:
+        """The factor by which the layer multiplies a LoRA."""
+        return 1.0
+
+    def low_rank_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of a LoRA's ``A`` and ``B``, as stored."""
+        out, inner = self.shape
+        return (r, inner), (out, r)
+
+    def low_rank_factors(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the canonical ``U`` and ``V`` of a LoRA's stored ``A`` and ``B``, without :attr:`low_rank_gain`."""
+        return up, down
+
+    def as_low_rank(self, up: Tensor, down: Tensor) -> dict[str, Tensor]:
+        """Return the tensors, as stored, of a LoRA of scale 1 that changes the canonical weight by ``up @ down``.
+
+        Args:
+            up: shape ``(out, r)``, or ``(n, out, r)`` for a stack of matrices.
+            down: shape ``(r, in)``, or ``(n, r, in)``.
+
+        Raises:
+            UnsupportedError: no LoRA holds every change of this layer's weight.
+        """
+        self.check_low_rank()
+        return dict(zip(self.low_rank_names, self._stored_low_rank(up, down), strict=True))
+
+    def _stored_low_rank(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``A`` and ``B`` as stored; the inverse of :meth:`low_rank_factors`."""
+        return down, up
+
+    def check_low_rank(self) -> None:
+        """Raise ``UnsupportedError`` unless :attr:`has_low_rank_form`."""
+        if not self.has_low_rank_form:
+            raise unsupported(self, "a LoRA made from a change of the weight")
+
+    # -- the weight ----------------------------------------------------------------------------------------
+
     def weight(self) -> Tensor:
         """The weight as a canonical matrix, in the dtype in which the layer holds it."""
         return self.canonical(self.resident(self.stored, self.parameter).detach())
@@ -143,13 +226,8 @@ class Site(ABC):
         """``matrix``, shape ``(out, rows)``, applied to what :meth:`product` gave."""
         return nn.functional.linear(hidden, matrix)
 
-    @property
-    def narrow(self) -> bool:
-        """Whether there are changes of the layer's output that no weight of it can hold."""
-        return False
-
     def in_weight(self, patch: Patch) -> Patch:
-        """``patch`` in a form that changes the layer's weight: itself, but on a :attr:`narrow` layer.
+        """``patch`` in a form that changes the layer's weight: itself, but on a convolution in :attr:`groups`.
 
         Raises:
             MergeError: no weight of the layer can hold it.

@@ -10,6 +10,8 @@ from veneer.base_model.sites.site import Site
 class ColumnSite(Site):
     """A vector of shape ``(out,)``, canonically ``(out, 1)``."""
 
+    has_low_rank_form = False
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.stored.shape[0], 1

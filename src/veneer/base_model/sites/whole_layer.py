@@ -16,6 +16,7 @@ class WholeSite(Site):
     """A layer that uses its weight in its own ``forward``, so that a patch acts through the whole changed weight."""
 
     products = False
+    has_low_rank_form = False
 
     @property
     def shape(self) -> tuple[int, int]:

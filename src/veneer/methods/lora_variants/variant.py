@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from veneer.methods.base.method import BaseLayer
 
 
-LORA_A = "lora_A.weight"
-LORA_B = "lora_B.weight"
+LORA_A, LORA_B = Site.low_rank_names
 
 
 class Variant:

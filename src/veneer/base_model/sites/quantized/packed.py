@@ -45,6 +45,8 @@ _LIBRARIES = {
 class PackedSite(LinearSite):
     """``y = W x + b`` with a packed ``W``, shape ``(out, in)``."""
 
+    is_packed = True
+
     @property
     def shape(self) -> tuple[int, int]:
         layer: Any = self.module
