@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import veneer
-from tests.models import CASES, build
+from tests.models import BUILT, build
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -20,7 +20,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 def config(arch: str = "llama", **options: Any) -> veneer.LoraConfig:
     """A LoRA config for an architecture, its start random instead of zero."""
-    case = CASES[arch]
+    case = BUILT[arch]
     chosen = {"r": 4, "target_modules": list(case.targets), "init_lora_weights": False, "task_type": case.task}
     return veneer.LoraConfig(**{**chosen, **case.options, **options})
 

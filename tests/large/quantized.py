@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models import build
+from tests.models import WIDE_LLAMA, build
 
 # Layers that stay as they are, as transformers leaves them.
 KEPT = ("lm_head",)
@@ -91,7 +91,7 @@ FORMS: Mapping[str, Callable[[], Callable[[nn.Linear], nn.Module]]] = {
 }
 
 
-def quantized(form: str, arch: str = "llama") -> nn.Module:
+def quantized(form: str, arch: str = WIDE_LLAMA) -> nn.Module:
     """A fresh quantised model, the same every time."""
     change = FORMS[form]()
     with torch.random.fork_rng(devices=[]):

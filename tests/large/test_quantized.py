@@ -17,12 +17,12 @@ from torch import nn
 
 import veneer
 from tests.large.quantized import FORMS, library, quantized
-from tests.models import build, gap, inputs, logits
+from tests.models import WIDE_LLAMA, build, gap, inputs, logits
 from tests.random_adapters import adapted, config, enlarge, saved, saved_base
 from veneer.base_model.sites import packed_site
 from veneer.errors import BindError, MergeError, TargetError, UnsupportedError
 
-BATCH = inputs("llama")
+BATCH = inputs(WIDE_LLAMA)
 # Each rounds its inputs too, so that its own product is not that of its weight.
 INPUTS_ROUNDED = {"bitsandbytes 8 bits"}
 REPACKING = "Packing the merged weights again lost"
@@ -61,7 +61,7 @@ def plain(form: str) -> nn.Module:
 
 
 def test_unmerged_is_the_adapter_on_the_dequantised_base(form: str, tmp_path: Path) -> None:
-    folder = saved(tmp_path)
+    folder = saved(tmp_path, WIDE_LLAMA)
     on_packed = logits(veneer.PeftModel.from_pretrained(quantized(form), folder), BATCH)
     on_plain = logits(veneer.PeftModel.from_pretrained(plain(form), folder), BATCH)
     assert gap(on_packed, logits(quantized(form), BATCH)) > 0.02
@@ -271,10 +271,10 @@ WQLinear_GEMM.__module__ = "awq.modules.linear.gemm"
 
 
 def test_a_packed_layer_of_an_unknown_form_is_refused(tmp_path: Path) -> None:
-    folder = saved(tmp_path)
+    folder = saved(tmp_path, WIDE_LLAMA)
 
     def base() -> nn.Module:
-        model: Any = build("llama")
+        model: Any = build(WIDE_LLAMA)
         for layer in model.model.layers:
             layer.self_attn.q_proj = WQLinear_GEMM()
         return model  # type: ignore[no-any-return]
@@ -307,7 +307,7 @@ def on_the_fly(kind: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["4", "8", "int8"])
 def test_loaded_merged_and_saved_through_transformers(kind: str, tmp_path: Path) -> None:
-    base, folder = saved_base(tmp_path / "base"), saved(tmp_path / "adapter")
+    base, folder = saved_base(tmp_path / "base", WIDE_LLAMA), saved(tmp_path / "adapter", WIDE_LLAMA)
     options = on_the_fly(kind)
     model = veneer.load(folder, base=base, **options)
     expected = logits(model, BATCH)
@@ -351,7 +351,7 @@ def test_as_the_peer_has_it(form: str, options: dict[str, Any], tmp_path: Path) 
     folder = saved(tmp_path, **options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated without")
-        theirs = logits(peft.PeftModel.from_pretrained(quantized(form), folder).eval(), BATCH)
-    ours = logits(veneer.PeftModel.from_pretrained(quantized(form), folder), BATCH)
+        theirs = logits(peft.PeftModel.from_pretrained(quantized(form, "llama"), folder).eval(), BATCH)
+    ours = logits(veneer.PeftModel.from_pretrained(quantized(form, "llama"), folder), BATCH)
     # The base's own product is the same; quantisation itself moves these outputs by a hundred times this and more.
     assert gap(ours, theirs) < 1e-4

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import veneer
 from tests.large.quantized import library, quantized
-from tests.models import build, gap, inputs, logits
+from tests.models import WIDE_LLAMA, build, gap, inputs, logits
 from tests.oracle.peer import VISIBLE, config_of, scramble
 from tests.random_adapters import bits, edit_config, same_bits
 from veneer.methods.lora_starts import loftq
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.oracle
 
 CLOSE = 1e-5
 LINEAR = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"]}
-BATCH = inputs("llama")
+BATCH = inputs(WIDE_LLAMA)
 FORM = "bitsandbytes 4 bits"
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -40,12 +40,12 @@ def portable_layout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def begun(how: str = "loftq", base: nn.Module | None = None, **options: Any) -> veneer.PeftModel:
     config = veneer.LoraConfig(init_lora_weights=how, **{**LINEAR, **options})
-    return veneer.get_peft_model(base or build("llama"), config, seed=2).eval()
+    return veneer.get_peft_model(base or build(WIDE_LLAMA), config, seed=2).eval()
 
 
 def on_quantised(model: veneer.PeftModel) -> nn.Module:
     """The base with the quantised weights in place."""
-    base = build("llama")
+    base = build(WIDE_LLAMA)
     config: Any = model.peft_config["default"]
     for layer in model.adapters.layers.values():
         weight = base.get_submodule(layer.site.name).weight
@@ -57,7 +57,7 @@ def on_quantised(model: veneer.PeftModel) -> nn.Module:
 def errors(model: veneer.PeftModel) -> dict[str, tuple[float, float]]:
     """Layer -> how far the original weight is from the quantised one, and from it with the adapter."""
     found = {}
-    plain, rounded = build("llama"), on_quantised(model)
+    plain, rounded = build(WIDE_LLAMA), on_quantised(model)
     merged = model.merge_and_unload()
     for name in [name for name, m in plain.named_modules() if name.endswith(("q_proj", "down_proj"))]:
         weight, near, nearer = (m.get_submodule(name).weight.detach() for m in (plain, rounded, merged))
@@ -88,7 +88,7 @@ def test_taking_turns_comes_nearer_still() -> None:
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_it_acts_on_the_quantised_base_and_leaves_the_own_alone(options: dict[str, Any], tmp_path: Path) -> None:
-    base = build("llama")
+    base = build(WIDE_LLAMA)
     before, plain = bits(base), logits(base, BATCH)
     model = scramble(begun(base=base, **options))
     expected = logits(model, BATCH)
@@ -99,7 +99,7 @@ def test_it_acts_on_the_quantised_base_and_leaves_the_own_alone(options: dict[st
     assert config_of(tmp_path)["init_lora_weights"] == "loftq"
     assert config_of(tmp_path)["r"] == 4
     assert config_of(tmp_path)["loftq_config"].keys() == {"loftq_bits", "loftq_iter"} or "loftq_config" in options
-    again = veneer.PeftModel.from_pretrained(build("llama"), tmp_path)
+    again = veneer.PeftModel.from_pretrained(build(WIDE_LLAMA), tmp_path)
     assert gap(logits(again, BATCH), expected) < CLOSE
     assert gap(logits(again.merge_and_unload(), BATCH), expected) < CLOSE
     rounded = on_quantised(model)
@@ -111,7 +111,7 @@ def test_it_acts_on_the_quantised_base_and_leaves_the_own_alone(options: dict[st
 
 
 def test_on_disk_it_merges_to_the_same(tmp_path: Path) -> None:
-    build("llama").save_pretrained(tmp_path / "base")
+    build(WIDE_LLAMA).save_pretrained(tmp_path / "base")
     model = scramble(begun())
     model.save_pretrained(tmp_path / "adapter")
     veneer.merge(tmp_path / "adapter", tmp_path / "base", out=tmp_path / "out")
@@ -150,14 +150,14 @@ def packed() -> tuple[veneer.PeftModel, list[str]]:
 
 
 def distances(model: veneer.PeftModel) -> list[float]:
-    plain = build("llama")
+    plain = build(WIDE_LLAMA)
     merged = model.merge_and_unload(into="dequantized")
     names = [name for name, _ in plain.named_modules() if name.endswith(("q_proj", "down_proj"))]
     return [float((plain.get_submodule(n).weight - merged.get_submodule(n).weight).detach().norm()) for n in names]
 
 
 def test_a_packed_base_is_made_up_for(tmp_path: Path) -> None:
-    build("llama").save_pretrained(tmp_path / "base")
+    build(WIDE_LLAMA).save_pretrained(tmp_path / "base")
     before, _ = packed()
     model, layers = packed()
     asked: list[str] = []
@@ -208,16 +208,16 @@ def test_mica_begins_and_trains_as_in_peft(tmp_path: Path) -> None:
     mine = begun("mica")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        other = peft.get_peft_model(build("llama"), peft.LoraConfig(init_lora_weights="mica", **LINEAR))
+        other = peft.get_peft_model(build(WIDE_LLAMA), peft.LoraConfig(init_lora_weights="mica", **LINEAR))
     for name, up in tensors_of(other, "lora_B").items():
         assert gap(tensors_of(mine, "lora_B")[name].abs(), up.abs()) < 1e-3
     wanted = [{n for n, p in model.named_parameters() if p.requires_grad} for model in (mine, other)]
     assert wanted[0] == wanted[1] == set(tensors_of(mine, "lora_A"))
-    assert gap(logits(mine, BATCH), logits(build("llama"), BATCH)) < CLOSE
+    assert gap(logits(mine, BATCH), logits(build(WIDE_LLAMA), BATCH)) < CLOSE
     expected = logits(scramble(mine), BATCH)
-    assert gap(expected, logits(build("llama"), BATCH)) > 1e-3
+    assert gap(expected, logits(build(WIDE_LLAMA), BATCH)) > 1e-3
     mine.save_pretrained(tmp_path)
-    assert gap(logits(peft.PeftModel.from_pretrained(build("llama"), tmp_path).eval(), BATCH), expected) < CLOSE
-    here = veneer.PeftModel.from_pretrained(build("llama"), tmp_path, is_trainable=True)
+    assert gap(logits(peft.PeftModel.from_pretrained(build(WIDE_LLAMA), tmp_path).eval(), BATCH), expected) < CLOSE
+    here = veneer.PeftModel.from_pretrained(build(WIDE_LLAMA), tmp_path, is_trainable=True)
     assert gap(logits(here.eval(), BATCH), expected) < CLOSE
     assert {n for n, p in here.named_parameters() if p.requires_grad} == set(tensors_of(mine, "lora_A"))
