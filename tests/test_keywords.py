@@ -17,6 +17,7 @@ import veneer
 from tests.models import build, gap, inputs, logits
 from tests.random_adapters import adapted, config, edit_tensors, saved, saved_base
 from veneer.errors import ConfigError, UnknownKeywordError, UnsupportedError
+from veneer.files.lookup_options import LookupOptions
 from veneer.files.resolve import resolve
 
 SLIP = "is_trainble"
@@ -198,7 +199,7 @@ def test_the_cache_is_the_one_that_is_given(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    resolve("owner/name", cache_dir=tmp_path / "cache", force_download=True)
+    resolve("owner/name", LookupOptions(cache_dir=tmp_path / "cache", force_download=True))
     assert [one["cache_dir"] for one in asked] == [tmp_path / "cache"] * 2
     assert asked[-1]["force_download"]
     veneer.PeftModel.from_pretrained(build("llama"), "owner/name", cache_dir=str(tmp_path / "cache"))

@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from veneer.errors import CorruptFileError, NotACheckpointError, PathNotFoundError, PickleRefusedError, SourceError
+from veneer.files.lookup_options import LookupOptions
 from veneer.files.resolve import resolve
 from veneer.files.weight_files import weight_files
 
@@ -43,7 +44,7 @@ def test_a_folder(kind: Callable[[Path], Any], tmp_path: Path) -> None:
 
 def test_a_subfolder(tmp_path: Path) -> None:
     (tmp_path / "french").mkdir()
-    source = resolve(tmp_path, subfolder="french")
+    source = resolve(tmp_path, LookupOptions(subfolder="french"))
     assert source.root == tmp_path / "french"
     assert source.origin == f"{tmp_path}/french"
 
@@ -51,7 +52,7 @@ def test_a_subfolder(tmp_path: Path) -> None:
 def test_a_subfolder_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "french").mkdir()
     with pytest.raises(PathNotFoundError) as caught:
-        resolve(tmp_path, subfolder="frensh")
+        resolve(tmp_path, LookupOptions(subfolder="frensh"))
     assert "no subfolder 'frensh'" in caught.value.message
     assert str(tmp_path / "french") in (caught.value.hint or "")
 
@@ -59,7 +60,7 @@ def test_a_subfolder_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("subfolder", ["..", "../..", "/etc"])
 def test_a_subfolder_does_not_lead_out(subfolder: str, tmp_path: Path) -> None:
     with pytest.raises(CorruptFileError, match="outside of its folder"):
-        resolve(tmp_path, subfolder=subfolder)
+        resolve(tmp_path, LookupOptions(subfolder=subfolder))
 
 
 def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +75,7 @@ def test_a_single_file(tmp_path: Path) -> None:
     assert (source.root, source.file) == (tmp_path, path)
     assert weight_files(source, "model") == [path]
     with pytest.raises(PathNotFoundError, match="is a file"):
-        resolve(path, subfolder="french")
+        resolve(path, LookupOptions(subfolder="french"))
 
 
 def test_a_single_file_is_checked(tmp_path: Path) -> None:
@@ -170,7 +171,7 @@ def test_a_cached_repository_needs_no_network(repo: str, cache: Path) -> None:
 def test_a_cached_revision_and_subfolder(cache: Path) -> None:
     cached(cache, "owner/name", "config.json", "model.safetensors")
     other = cached(cache, "owner/name", "fr/x.json", "fr/x.safetensors", commit="f" * 40, ref="v2")
-    source = resolve("owner/name", revision="v2", subfolder="fr")
+    source = resolve("owner/name", LookupOptions("v2", "fr"))
     assert source.root.samefile(other / "fr")
     assert (source.origin, source.revision, source.commit) == ("owner/name/fr", "v2", "f" * 40)
 
@@ -204,7 +205,7 @@ def test_offline_it_is_the_cache_or_an_error(how: str, cache: Path, monkeypatch:
     if how != "argument":
         monkeypatch.setenv(how, "1")
     with pytest.raises(PathNotFoundError) as caught:
-        resolve("owner/name", local_files_only=how == "argument")
+        resolve("owner/name", LookupOptions(local_files_only=how == "argument"))
     assert "network is switched off" in caught.value.message
     assert "Download it first" in (caught.value.hint or "")
 

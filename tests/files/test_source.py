@@ -28,6 +28,7 @@ from veneer.errors import (
     SourceError,
 )
 from veneer.files.json_file import read_json
+from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import DTYPE_BITS
 from veneer.files.resolve import looks_like_hub_id, resolve
 from veneer.files.safetensors_header import read_header
@@ -134,13 +135,13 @@ def test_a_folder_a_file_and_a_subfolder(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors")
     assert resolve(tmp_path).root == tmp_path
     assert resolve(str(tmp_path)).origin == str(tmp_path)
-    assert resolve(tmp_path, subfolder="inner").root == tmp_path / "inner"
+    assert resolve(tmp_path, LookupOptions(subfolder="inner")).root == tmp_path / "inner"
     single = resolve(tmp_path / "x.safetensors")
     assert (single.root, single.file) == (tmp_path, tmp_path / "x.safetensors")
     with pytest.raises(PathNotFoundError, match="no subfolder 'other'"):
-        resolve(tmp_path, subfolder="other")
+        resolve(tmp_path, LookupOptions(subfolder="other"))
     with pytest.raises(CorruptFileError, match="outside of its folder"):
-        resolve(tmp_path, subfolder="../x")
+        resolve(tmp_path, LookupOptions(subfolder="../x"))
 
 
 def test_nothing_there_names_what_is_near(tmp_path: Path) -> None:
@@ -203,9 +204,10 @@ import socket, sys
 def refuse(*a, **k): raise SystemExit("network used")
 socket.socket.connect = refuse
 socket.getaddrinfo = refuse
+from veneer.files.lookup_options import LookupOptions
 from veneer.files.resolve import resolve
 import veneer
-source = resolve("owner/name", local_files_only={local})
+source = resolve("owner/name", LookupOptions(local_files_only={local}))
 print(source.commit, sorted(source.files()), veneer.inspect("owner/name", local_files_only={local}).kind)
 """
 
@@ -285,13 +287,13 @@ def test_a_subfolder_does_not_lead_out_of_a_cached_repository(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CorruptFileError, match="points outside of its folder"):
-        resolve("owner/name", subfolder=subfolder, local_files_only=True)
+        resolve("owner/name", LookupOptions(subfolder=subfolder, local_files_only=True))
 
 
 def test_a_missing_revision_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PathNotFoundError, match="'nobody/nothing' at 'v9' is neither"):
-        resolve("nobody/nothing", revision="v9", local_files_only=True)
+        resolve("nobody/nothing", LookupOptions("v9", local_files_only=True))
 
 
 def test_an_index_of_odd_names(tmp_path: Path) -> None:

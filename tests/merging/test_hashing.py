@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import veneer
 from tests.random_adapters import edit_config, saved, saved_base
+from veneer.files.lookup_options import LookupOptions
 from veneer.merging.base import hashing as room
 from veneer.merging.base.hashing import Hashing, sha256_of, stamp_of
 from veneer.merging.work import prepare
-from veneer.merging.work.inputs import LookupOptions, likely_weights
+from veneer.merging.work.inputs import likely_weights
 
 
 @pytest.fixture

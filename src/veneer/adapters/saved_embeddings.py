@@ -17,6 +17,7 @@ from veneer.base_model.targets import ALL_LINEAR, names_match
 from veneer.checkpoints.resized_vocabulary import vocabulary_of
 from veneer.configs.base import AnyConfig
 from veneer.errors import ConfigError, SourceError
+from veneer.files.lookup_options import OFFLINE
 from veneer.files.names import MODEL_CONFIG
 from veneer.files.resolve import resolve
 from veneer.files.tensor_keys import encode
@@ -71,7 +72,7 @@ def vocabulary_differs(adapters: Adapters, adapter: Adapter) -> bool:
     named = (adapter.config.base_model_name_or_path, getattr(adapters.model, "name_or_path", None))
     for place in filter(None, named):
         with contextlib.suppress(SourceError):
-            source = resolve(place, what="base", local_files_only=True)
+            source = resolve(place, OFFLINE, what="base")
             if source.has(MODEL_CONFIG):
                 return own is not None and vocabulary_of(source.json(MODEL_CONFIG), source.origin) not in (None, own)
     return False

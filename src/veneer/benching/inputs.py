@@ -9,6 +9,7 @@ from pathlib import Path
 from veneer.errors import BaseModelError, UsageError
 from veneer.files import adapter_folders
 from veneer.files.adapter_folders import DEFAULT
+from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_CONFIG, ADAPTER_STEM, MODEL_CONFIG
 from veneer.files.resolve import resolve
 from veneer.files.source import Source
@@ -61,10 +62,11 @@ def take_stock(
     Raises:
         SourceError: there is nothing at one of the paths. UsageError: there is no adapter among them.
     """
-    source = resolve(path, local_files_only=local_files_only)
+    lookup = LookupOptions(local_files_only=local_files_only)
+    source = resolve(path, lookup)
     members = {m.name: m.source for m in adapter_folders.members(source)}
     chosen = [str(name) for name in adapters if str(name) in members]
-    more = [resolve(p, what="adapter", local_files_only=local_files_only) for p in adapters if str(p) not in chosen]
+    more = [resolve(p, lookup, what="adapter") for p in adapters if str(p) not in chosen]
     own = {name: members[name] for name in chosen or members}
     entry = str(path)
     if not members and source.has(MODEL_CONFIG) and not source.has(ADAPTER_CONFIG):

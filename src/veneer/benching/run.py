@@ -26,6 +26,7 @@ from veneer.benching.measure.progress import Progress, Timeline
 from veneer.benching.measure.rounds import Collected, InputSize, measure, measure_merge, rotated
 from veneer.benching.result import Fidelity, Figure, MeasuredAdapter, Setup
 from veneer.errors import UsageError, VeneerError
+from veneer.files.lookup_options import OFFLINE
 from veneer.files.names import MODEL_STEM
 from veneer.files.resolve import resolve
 from veneer.files.weight_files import weight_files
@@ -249,7 +250,7 @@ def _sizes(models: ModelsCompared, adapters: Sequence[AdapterInput]) -> list[Fig
         tensors = [tensor for _, tensor in models.several.adapters.named_tensors(adapter.name)]
         collected.add("weights", f"adapter {adapter.name}", nbytes(tensors))
         collected.add("disk", f"adapter {adapter.name}", adapter.nbytes)
-    files = weight_files(resolve(models.base.name_or_path, what="base", local_files_only=True), MODEL_STEM)
+    files = weight_files(resolve(models.base.name_or_path, OFFLINE, what="base"), MODEL_STEM)
     collected.add("disk", "base", sum(file.stat().st_size for file in files))
     collected.add("disk", "merged", nbytes(models.merged.parameters()))
     return collected.figures("B")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.errors import BaseModelError, IncompleteCheckpointError, NotACheckpointError, PathNotFoundError, SourceError
 from veneer.files import adapter_folders
 from veneer.files.base_map import look_up
+from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG
 from veneer.files.paths import exists, is_file
 from veneer.files.resolve import resolve
@@ -58,8 +58,7 @@ def find_base(
     source: Source,
     checkpoints: list[Checkpoint],
     base: str | Path | None,
-    base_revision: str | None,
-    options: dict[str, Any],
+    lookup: LookupOptions,
 ) -> FoundBase:
     """The base of what is at ``source``: itself, the one asked for, or the one that its adapters name."""
     if not checkpoints:
@@ -69,31 +68,29 @@ def find_base(
                 hint="Leave base= out, or give an adapter's path.",
             )
         return _checked(FoundBase(source, "the model itself"))
-    revision = base_revision or checkpoints[0].config.revision
+    lookup = lookup.for_base(checkpoints[0].config.revision)
     if base is not None:
-        return _checked(FoundBase(_resolve_base(base, revision, options), "as given by base="))
-    return _named_base(source, checkpoints, revision, options)
+        return _checked(FoundBase(_resolve_base(base, lookup), "as given by base="))
+    return _named_base(source, checkpoints, lookup)
 
 
-def gguf_base(base: str | Path, file: str, revision: str | None, options: dict[str, Any]) -> FoundBase:
+def gguf_base(base: str | Path, file: str, lookup: LookupOptions) -> FoundBase:
     """A base that is a GGUF file; its folder needs no config."""
-    source = _resolve_base(base, revision, options)
+    source = _resolve_base(base, lookup)
     if not source.has(file):
         present = ", ".join(sorted(path.name for path in source.root.glob("*.gguf"))) or "none"
         raise BaseModelError(f"{source.origin}: there is no {file}.", hint=f"GGUF files there: {present}.")
     return FoundBase(source, f"its {file}, dequantised")
 
 
-def _resolve_base(base: str | Path, revision: str | None, options: dict[str, Any]) -> Source:
+def _resolve_base(base: str | Path, lookup: LookupOptions) -> Source:
     try:
-        return resolve(base, revision=revision, what="base", **options)
+        return resolve(base, lookup, what="base")
     except PathNotFoundError as error:
         raise BaseModelError(f"base={str(base)!r}: {error.message}", hint=error.hint) from error
 
 
-def _named_base(
-    source: Source, checkpoints: list[Checkpoint], revision: str | None, options: dict[str, Any]
-) -> FoundBase:
+def _named_base(source: Source, checkpoints: list[Checkpoint], lookup: LookupOptions) -> FoundBase:
     """The base that the adapters' configs name, wherever it is found."""
     names = list(dict.fromkeys(c.config.base_model_name_or_path for c in checkpoints))
     mend = f"Name it: veneer.load({source.origin!r}, base=...) or --base ..."
@@ -111,7 +108,7 @@ def _named_base(
         places = {moved: f"where the base map says that {name} is"}
     for place, why in sorted(places.items(), key=lambda item: not exists(Path(item[0]))):
         try:
-            found = resolve(place, revision=revision, what="base", **options)
+            found = resolve(place, lookup, what="base")
         except SourceError as error:
             tried.append(f"{place} ({error.message.rstrip('.')})")
             continue

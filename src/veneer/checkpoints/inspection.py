@@ -23,6 +23,7 @@ from veneer.files import adapter_folders
 from veneer.files.base_digest import BASE_DIGEST_KEY
 from veneer.files.base_map import look_up
 from veneer.files.hub import is_offline
+from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import (
     ADAPTER_CONFIG,
     ADAPTER_STEM,
@@ -102,10 +103,10 @@ def inspect(
     Raises:
         PathNotFoundError: nothing is there. NotACheckpointError: it is a file, and no checkpoint.
     """
-    options: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "token": token}
-    source = resolve(path, local_files_only=local_files_only, patterns=_SMALL, **options)
+    lookup = LookupOptions(revision, subfolder, token, local_files_only)
+    source = resolve(path, lookup, patterns=_SMALL)
     if source.commit is not None and source.has(ADAPTER_CONFIG):
-        source = resolve(path, local_files_only=local_files_only, **options)
+        source = resolve(path, lookup)
     # Headers of weights that are not in the cache are asked for at the hub's root, and only where it may be asked.
     ask = source.commit is not None and not (subfolder or local_files_only or is_offline())
     return _inspect(source, os.fspath(path), token, ask)

@@ -22,6 +22,7 @@ from veneer.configs.names import PeftType, TaskType
 from veneer.configs.value_checks import check_at_least_one, is_beyond, matches_type
 from veneer.errors import ConfigError, UnknownKeyError, UnknownMethodError, UnsupportedError
 from veneer.files.atomic_write import atomic_write
+from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_CONFIG
 from veneer.files.resolve import resolve
 from veneer.keywords import SOURCE, TOKEN, Fields, strict, takes
@@ -153,7 +154,7 @@ class PeftConfig(Fields):
             revision: on the hub.
             **source: ``subfolder``, ``token``, ``local_files_only``, ``cache_dir``, ``force_download``.
         """
-        found = resolve(path, revision=revision, what="adapter", **source)
+        found = resolve(path, LookupOptions(revision=revision, **source), what="adapter")
         return cls.from_dict(found.json(ADAPTER_CONFIG), where=f"{found.origin}/{ADAPTER_CONFIG}")
 
     def to_dict(self) -> dict[str, Any]:

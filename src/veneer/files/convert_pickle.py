@@ -16,6 +16,7 @@ from veneer.errors import (
     UnsupportedError,
 )
 from veneer.files.atomic_write import atomic_write
+from veneer.files.lookup_options import OFFLINE
 from veneer.files.names import ADAPTER_STEM, MODEL_STEM, SAFETENSORS
 from veneer.files.paths import exists
 from veneer.files.resolve import look_up, resolve
@@ -81,7 +82,7 @@ def _find(path: Path) -> tuple[list[Path], Path]:
     if is_file:
         stem = ADAPTER_STEM if path.name.startswith("adapter") else MODEL_STEM
         return [path], path.with_name(stem + SAFETENSORS)
-    source = resolve(path, local_files_only=True)
+    source = resolve(path, OFFLINE)
     for stem, names in PICKLES.items():
         for name in names:
             if source.has(name):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from veneer.errors import PathNotFoundError, SourceError
+from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import SAFETENSORS
 from veneer.files.paths import is_folder, nearest_path
 from veneer.files.source import Source
@@ -20,34 +21,26 @@ def is_offline() -> bool:
     return any(os.environ.get(name, "").lower() in on for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
 
 
-def from_hub(
-    repo: str,
-    revision: str | None,
-    subfolder: str | None,
-    token: str | None,
-    local_files_only: bool,
-    what: str,
-    patterns: Sequence[str],
-    hub: Mapping[str, Any],
-) -> Source:
+def from_hub(repo: str, lookup: LookupOptions, what: str, patterns: Sequence[str]) -> Source:
     """What a hub repository holds at a revision, from the cache or the hub; arguments as in ``resolve``."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    revision, subfolder = lookup.revision, lookup.subfolder
     prefix = f"{Source(Path(), repo).path(subfolder).as_posix()}/" if subfolder else ""
     wanted = [prefix + pattern for pattern in patterns]
     # With a folder ``owner`` here, ``owner/name`` is a path with a slip in it, and the hub need not hear of it.
     slip = "/" in repo and is_folder(Path(repo).parent)
-    offline = local_files_only or is_offline() or slip
+    offline = lookup.local_files_only or is_offline() or slip
     cached: str | None = None
-    where: dict[str, Any] = {"revision": revision, "allow_patterns": wanted, "cache_dir": hub["cache_dir"]}
+    where: dict[str, Any] = {"revision": revision, "allow_patterns": wanted, "cache_dir": lookup.cache_dir}
     with contextlib.suppress(LocalEntryNotFoundError):
         cached = snapshot_download(repo, local_files_only=True, **where)
     folder = cached
-    again = hub["force_download"]
+    again = lookup.force_download
     if not offline and (again or cached is None or not _is_complete(Path(cached) / prefix, patterns)):
         try:
-            folder = snapshot_download(repo, token=token, force_download=again, **where)
+            folder = snapshot_download(repo, token=lookup.token, force_download=again, **where)
         except GatedRepoError as error:
             raise SourceError(
                 f"The {what} {repo} is gated on the hub.", hint="Accept its terms there, then pass token=."

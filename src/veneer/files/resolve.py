@@ -13,6 +13,7 @@ from pathlib import Path
 
 from veneer.errors import NotACheckpointError, PathNotFoundError, PickleRefusedError, SourceError
 from veneer.files.hub import from_hub
+from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import SAFETENSORS
 from veneer.files.paths import exists, is_folder, nearest_path
 from veneer.files.safetensors_header import read_header
@@ -24,6 +25,7 @@ _WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py", "LI
 _HUB_ID = re.compile(r"(\w([\w.-]{,94}\w)?/)?\w([\w.-]{,94}\w)?", re.ASCII)
 _NOT_IN_HUB_ID = ("..", "--")
 _NOT_HUB_ENDINGS = (SAFETENSORS, ".git")
+_DEFAULT = LookupOptions()
 
 
 # -- finding -----------------------------------------------------------------------------------------------
@@ -31,13 +33,8 @@ _NOT_HUB_ENDINGS = (SAFETENSORS, ".git")
 
 def resolve(
     path: str | os.PathLike[str],
+    lookup: LookupOptions = _DEFAULT,
     *,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    token: str | None = None,
-    local_files_only: bool = False,
-    cache_dir: str | os.PathLike[str] | None = None,
-    force_download: bool = False,
     what: str = "path",
     patterns: Sequence[str] = _WANTED,
 ) -> Source:
@@ -45,12 +42,7 @@ def resolve(
 
     Args:
         path: what to find.
-        revision: branch, tag or commit on the hub.
-        subfolder: where below it to look.
-        token: for the hub.
-        local_files_only: use no network.
-        cache_dir: the hub's cache; huggingface_hub's own when ``None``.
-        force_download: ask the hub again for what the cache holds.
+        lookup: where and how to look.
         what: what it is meant to be, for errors: "adapter", "base".
         patterns: which files of a hub repository are needed.
 
@@ -58,7 +50,7 @@ def resolve(
         PathNotFoundError: nothing is there. NotACheckpointError: it is a file, and no safetensors file.
         SourceError: the hub refuses, or cannot be reached.
     """
-    text = os.fspath(path)
+    text, subfolder = os.fspath(path), lookup.subfolder
     if not text.strip():
         raise PathNotFoundError(f"The {what} is an empty string.", hint="Give a folder or a hub id.")
     local, a_file, a_folder = look_up(text, what)
@@ -69,8 +61,7 @@ def resolve(
     if not a_folder:
         if isinstance(path, Path) or os.path.lexists(local) or not looks_like_hub_id(text):
             raise _missing(local, what)
-        hub = {"cache_dir": cache_dir, "force_download": force_download}
-        return from_hub(text, revision, subfolder, token, local_files_only, what, patterns, hub)
+        return from_hub(text, lookup, what, patterns)
     if not os.access(local, os.R_OK | os.X_OK):
         raise SourceError(f"The {what} {text} cannot be read: Permission denied.", hint="Check its permissions.")
     if subfolder:

@@ -25,6 +25,7 @@ from veneer.configs.methods.lora import LoraConfig
 from veneer.configs.names import TaskType
 from veneer.errors import BaseModelError, ConfigError, MergeError
 from veneer.files.base_digest import BASE_DIGEST_KEY, base_digest
+from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_CONFIG, MODEL_CONFIG
 from veneer.files.paths import is_file, is_folder
 from veneer.files.resolve import resolve
@@ -142,8 +143,8 @@ def extract(
         raise MergeError(f"{folder} is not empty.", hint="Choose another folder, or pass --overwrite (overwrite=True).")
     if overwrite and is_folder(folder) and any(folder.iterdir()) and not is_file(folder / ADAPTER_CONFIG):
         raise MergeError(f"{folder} holds no adapter; it is not replaced.", hint="Choose another folder.")
-    options: dict[str, Any] = {"local_files_only": local_files_only}
-    sources = resolve(tuned, what="tuned model", **options), resolve(base, what="base", **options)
+    lookup = LookupOptions(local_files_only=local_files_only)
+    sources = resolve(tuned, lookup, what="tuned model"), resolve(base, lookup, what="base")
     check_apart(folder, [("tuned model", sources[0].root), ("base", sources[1].root)])
     on_step("reading")
     model = build_skeleton(sources[1], [], None, trust_remote_code)

@@ -11,10 +11,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from veneer.files.lookup_options import LookupOptions
 from veneer.keywords import DTYPE, TOKEN, takes
 from veneer.merging.base.hashing import Hashing
 from veneer.merging.output.merge_report import MergeReport
-from veneer.merging.work.inputs import AdapterPaths, LookupOptions, likely_weights
+from veneer.merging.work.inputs import AdapterPaths, likely_weights
 
 
 @takes(renamed={**DTYPE, **TOKEN})
@@ -80,8 +81,15 @@ def merge(
     """
     started = time.perf_counter()
     on_step("loading")
-    where = LookupOptions(revision, base_revision, subfolder, token, local_files_only, trust_remote_code)
-    with closing(Hashing(likely_weights(adapter, base, where))) as hashing:
+    lookup = LookupOptions(
+        revision,
+        subfolder,
+        token,
+        local_files_only,
+        base_revision=base_revision,
+        trust_remote_code=trust_remote_code,
+    )
+    with closing(Hashing(likely_weights(adapter, base, lookup))) as hashing:
         from veneer.merging.output.staging import check_target, written_to
         from veneer.merging.output.write_folder import write_folder
         from veneer.merging.work.prepare import options_of, prepare
@@ -97,6 +105,6 @@ def merge(
             task=task,
             strict=strict,
         )
-        prepared = prepare(adapter, base, options, where, strict_base)
+        prepared = prepare(adapter, base, options, lookup, strict_base)
         with closing(prepared.files):
             return write_folder(prepared, target, hashing, reversible, resume, overwrite, on_step, started)

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from veneer.base_model.transformers_errors import transformers_errors_as
 from veneer.errors import MergeError, VeneerError
+from veneer.files.lookup_options import LookupOptions
 from veneer.files.resolve import resolve
 from veneer.keywords import takes
 from veneer.merging.base.hashing import sha256_of
 from veneer.merging.base.weight_files import WeightFiles, open_weights
 from veneer.merging.output.file_writer import run_all
 from veneer.merging.output.manifest import read_manifest
-from veneer.merging.work.inputs import AdapterPaths, LookupOptions
+from veneer.merging.work.inputs import AdapterPaths
 from veneer.merging.work.prepare import Options, find_adapters, prepare
 from veneer.printing import panel
 
@@ -165,11 +166,11 @@ def verify(
     """
     folder = Path(out)
     manifest = read_manifest(folder)
-    where = LookupOptions(local_files_only=local_files_only, trust_remote_code=trust_remote_code)
-    adapters = _weighted(manifest, adapter, where)
+    lookup = LookupOptions(local_files_only=local_files_only, trust_remote_code=trust_remote_code)
+    adapters = _weighted(manifest, adapter, lookup)
     base = manifest["base"]["origin"] if base is None else base
     on_step("merging again")
-    tensors, different = _replayed(folder, adapters, base, Options(**manifest["options"]), where, sample)
+    tensors, different = _replayed(folder, adapters, base, Options(**manifest["options"]), lookup, sample)
     altered = [
         name
         for name, digest in manifest["outputs"]["sha256"].items()
@@ -178,17 +179,17 @@ def verify(
     answers, notes = None, []
     if logits:
         on_step("comparing answers")
-        answers, note = _answers(folder, adapters, base, list(prompts or PROMPTS), where)
+        answers, note = _answers(folder, adapters, base, list(prompts or PROMPTS), lookup)
         notes = [note] if note else []
     return VerifyReport(str(folder), tensors, different, altered, answers, max_kl, notes)
 
 
-def _weighted(manifest: dict[str, Any], adapter: AdapterPaths | None, where: LookupOptions) -> dict[str | Path, float]:
+def _weighted(manifest: dict[str, Any], adapter: AdapterPaths | None, lookup: LookupOptions) -> dict[str | Path, float]:
     weights = [one["weight"] for one in manifest["adapters"]]
     if adapter is None:
         paths: list[str | Path] = [one["origin"] for one in manifest["adapters"]]
     else:
-        paths = [source.root for source in find_adapters(adapter, where)[0]]
+        paths = [source.root for source in find_adapters(adapter, lookup)[0]]
     if len(paths) != len(weights):
         raise MergeError(
             f"{len(paths)} adapters are given, and {len(weights)} were merged.", hint="Give those, in their order."
@@ -201,10 +202,10 @@ def _replayed(
     adapters: AdapterPaths,
     base: str | Path,
     options: Options,
-    where: LookupOptions,
+    lookup: LookupOptions,
     sample: int | None,
 ) -> tuple[int, list[str]]:
-    prepared = prepare(adapters, base, options, where)
+    prepared = prepare(adapters, base, options, lookup)
     files = None
     try:
         files = open_weights(resolve(folder))
@@ -226,7 +227,7 @@ def _replayed(
 
 
 def _answers(
-    folder: Path, adapters: dict[str | Path, float], base: str | Path, prompts: list[str], where: LookupOptions
+    folder: Path, adapters: dict[str | Path, float], base: str | Path, prompts: list[str], lookup: LookupOptions
 ) -> tuple[Answers | None, str]:
     """The comparison, or why there is none."""
     from veneer.peft_model.load import load
@@ -235,8 +236,8 @@ def _answers(
         return None, "Answers are not compared: weights other than 1 have no unmerged form."
     options: dict[str, Any] = {
         "dtype": torch.float32,
-        "local_files_only": where.local_files_only,
-        "trust_remote_code": where.trust_remote_code,
+        "local_files_only": lookup.local_files_only,
+        "trust_remote_code": lookup.trust_remote_code,
     }
     first, *others = adapters
     model = load(first, base=base, adapter_name="a0", **options)

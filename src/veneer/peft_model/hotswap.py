@@ -25,6 +25,7 @@ from veneer.checkpoints.older_layouts import in_current_layout
 from veneer.checkpoints.open_checkpoint import open_checkpoint
 from veneer.configs.base import targeted
 from veneer.errors import AdapterError, MergeError, UnsupportedError
+from veneer.files.lookup_options import LookupOptions
 from veneer.files.resolve import resolve
 from veneer.files.source import Source
 from veneer.keywords import SETTLED, SOURCE, TOKEN, chosen, takes
@@ -153,7 +154,7 @@ def hotswap_adapter(
     """
     model = getattr(model, "_orig_mod", model)
     model.adapters.get(adapter_name)
-    source = resolve(model_name_or_path, what="adapter", **chosen(source_options, SOURCE))
+    source = resolve(model_name_or_path, LookupOptions(**chosen(source_options, SOURCE)), what="adapter")
     with model.adapters.changing((adapter_name,)):
         _hotswap(model, source, adapter_name, strict)
 

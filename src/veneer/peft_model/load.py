@@ -26,6 +26,7 @@ from veneer.configs.names import TaskType
 from veneer.errors import BaseModelError, SourceError
 from veneer.files import adapter_folders
 from veneer.files.base_folder import origin_of, without_adapter
+from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_CONFIG, MODEL_CONFIG, MODEL_STEM
 from veneer.files.resolve import resolve
 from veneer.files.safetensors_header import read_header
@@ -105,16 +106,11 @@ def load(
         fit. UnknownKeywordError: transformers does not take one of ``model_kwargs``, or ``base`` is in memory already.
     """
     started = time.perf_counter()
-    options: dict[str, Any] = {
-        "token": token,
-        "local_files_only": local_files_only,
-        "cache_dir": cache_dir,
-        "force_download": force_download,
-    }
+    lookup = LookupOptions(revision, subfolder, token, local_files_only, cache_dir, force_download, base_revision)
     adapter_config = config if isinstance(config, PeftConfig) else None
     if config is not adapter_config:
         model_kwargs["config"] = config
-    source = resolve(path, revision=revision, subfolder=subfolder, **options)
+    source = resolve(path, lookup)
     members = adapter_folders.members(source)
     report = LoadReport(path=str(path), kind=kind_of(source, members))
     if isinstance(base, PeftModel):
@@ -134,9 +130,9 @@ def load(
             model_kwargs["key_mapping"] = key_mapping
         gguf = model_kwargs.get("gguf_file")
         if gguf is not None and checkpoints and base is not None:
-            found = gguf_base(base, gguf, base_revision or checkpoints[0].config.revision, options)
+            found = gguf_base(base, gguf, lookup.for_base(checkpoints[0].config.revision))
         else:
-            found = find_base(source, checkpoints, base, base_revision, options)
+            found = find_base(source, checkpoints, base, lookup)
         report.base = f"{found.source.origin}, {found.why}"
         own = _converted(found.source) if merge else own
         model = _build(found.source, checkpoints, task, report, dtype, device_map, trust_remote_code, model_kwargs)

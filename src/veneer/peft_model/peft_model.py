@@ -42,6 +42,7 @@ from veneer.files import adapter_folders
 from veneer.files.adapter_folders import expert_source
 from veneer.files.atomic_write import writing
 from veneer.files.base_digest import BASE_DIGEST_KEY, base_digest
+from veneer.files.lookup_options import OFFLINE, LookupOptions
 from veneer.files.paths import is_file
 from veneer.files.resolve import resolve
 from veneer.files.source import Source
@@ -288,7 +289,7 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
         if isinstance(model, PeftModel) and not model.adapters.by_name:
             model = model.get_base_model()
         _check_base(model)
-        source = resolve(model_id, what="adapter", **chosen(options, SOURCE))
+        source = resolve(model_id, LookupOptions(**chosen(options, SOURCE)), what="adapter")
         how = _reading(options)
         members = adapter_folders.members(source)
         opened = open_members(members, how["strict"]) if members else [open_adapter(source, how["strict"], config)]
@@ -349,7 +350,7 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
             BindError: adapter and model do not fit. SourceError, ConfigError: the adapter cannot be read.
             UnknownKeywordError: an option is none of those.
         """
-        source = resolve(model_id, what="adapter", **chosen(options, SOURCE))
+        source = resolve(model_id, LookupOptions(**chosen(options, SOURCE)), what="adapter")
         strict = strict and not ignore_mismatched_sizes
         report = self._load(
             source,
@@ -1125,7 +1126,7 @@ def _digest_of(origin: str | None) -> str | None:
     if not origin:
         return None
     try:
-        digest: str = base_digest(resolve(origin, what="base", local_files_only=True).root)
+        digest: str = base_digest(resolve(origin, OFFLINE, what="base").root)
         return digest
     except VeneerError:
         return None

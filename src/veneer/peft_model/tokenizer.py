@@ -7,6 +7,7 @@ from typing import Any
 
 from veneer.base_model.transformers_errors import transformers_errors_as
 from veneer.errors import CorruptFileError, IncompleteCheckpointError, SourceError
+from veneer.files.lookup_options import OFFLINE
 from veneer.files.resolve import resolve
 from veneer.keywords import takes
 from veneer.peft_model.peft_model import PeftModel
@@ -38,7 +39,7 @@ def load_tokenizer(model: PeftModel, *, trust_remote_code: bool = False) -> Any:
     for place in places:
         source = None
         with contextlib.suppress(SourceError):
-            source = resolve(place, local_files_only=True)
+            source = resolve(place, OFFLINE)
         if source is not None and (source.has("tokenizer.json") or source.has("tokenizer_config.json")):
             trusted = trust_remote_code and place == base
             with transformers_errors_as(

@@ -12,6 +12,7 @@ from veneer.adapters.adapter import Adapter
 from veneer.adapters.collection import Adapters
 from veneer.base_model.sites.quantized.packed import PackedSite
 from veneer.errors import AdapterError, BaseModelError, SourceError, UnsupportedError
+from veneer.files.lookup_options import OFFLINE
 from veneer.files.resolve import resolve
 from veneer.keywords import takes
 from veneer.layers.adapted_layer import AdaptedLayer
@@ -52,7 +53,7 @@ def replace_lora_weights_loftq(
     origin = str(model_path or getattr(model.get_base_model(), "name_or_path", "") or "")
     if not origin:
         raise SourceError("The base does not say where it is from.", hint="Give the original model as model_path.")
-    source = resolve(origin, what="base", local_files_only=True)
+    source = resolve(origin, OFFLINE, what="base")
     files = open_weights(source)
     try:
         for layer, share, weight in _with_weights(model, places, files, origin):

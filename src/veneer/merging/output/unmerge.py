@@ -26,6 +26,7 @@ from torch import Tensor
 
 from veneer.adapters.merge.cores import cores
 from veneer.errors import CorruptFileError, MergeError, VeneerError
+from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import DTYPE_BITS
 from veneer.files.resolve import resolve
 from veneer.files.safetensors_header import header_in
@@ -116,7 +117,8 @@ def unmerge(
     check_target(target, overwrite)
     manifest = read_manifest(folder)
     digests: dict[str, str] = manifest["base"]["sha256"]
-    origin = None if base is None else resolve(base, what="base", local_files_only=local_files_only)
+    lookup = LookupOptions(local_files_only=local_files_only)
+    origin = None if base is None else resolve(base, lookup, what="base")
     if origin is None and not (folder / DELTA).is_dir():
         raise MergeError(
             f"{folder} was not merged with --reversible, so the base's bytes are not in it.",

@@ -22,6 +22,7 @@ from veneer.errors import BaseMismatchError, BaseModelError, ConfigError, MergeE
 from veneer.files import adapter_folders
 from veneer.files.base_config import part_of
 from veneer.files.base_digest import BASE_DIGEST_KEY, base_digest
+from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import INDEX, MODEL_CONFIG, MODEL_STEM
 from veneer.files.resolve import resolve
 from veneer.files.source import Source
@@ -34,7 +35,7 @@ from veneer.merging.base.skeleton import DiskReader, build_skeleton, resize_voca
 from veneer.merging.base.weight_files import FLOATS, NAMES, WeightFiles, open_weights
 from veneer.merging.work.adapter_changes import AdapterChanges, WeightedAdapter, bind_adapters
 from veneer.merging.work.file_layout import size_in_bytes
-from veneer.merging.work.inputs import AdapterPaths, LookupOptions, weighted
+from veneer.merging.work.inputs import AdapterPaths, weighted
 from veneer.merging.work.merge_plan import MergePlan, Planner, config_changes
 from veneer.merging.work.pieces import StoredTensor
 from veneer.merging.work.rounding import NEAREST, Rounding
@@ -118,7 +119,7 @@ class PreparedMerge:
         check_unchanged(self.read)
 
 
-def find_adapters(adapters: AdapterPaths, where: LookupOptions) -> tuple[list[Source], list[float]]:
+def find_adapters(adapters: AdapterPaths, lookup: LookupOptions) -> tuple[list[Source], list[float]]:
     """The adapters' folders in their order, and their weights. A set stands for those of it that are active."""
     pairs = weighted(adapters)
     if not pairs:
@@ -126,7 +127,7 @@ def find_adapters(adapters: AdapterPaths, where: LookupOptions) -> tuple[list[So
     sources: list[Source] = []
     weights: list[float] = []
     for path, weight in pairs:
-        source = resolve(path, revision=where.revision, subfolder=where.subfolder, **where.hub)
+        source = resolve(path, lookup)
         members = adapter_folders.members(source)
         kind = kind_of(source, members)
         if kind == "model":
@@ -142,7 +143,7 @@ def prepare(
     adapters: AdapterPaths,
     base: str | Path | None,
     options: Options,
-    where: LookupOptions,
+    lookup: LookupOptions,
     strict_base: bool = False,
 ) -> PreparedMerge:
     """Find and plan everything; no weight is read.
@@ -151,10 +152,10 @@ def prepare(
         SourceError, ConfigError: something cannot be read. BaseModelError: no usable base. BindError: they do not
         fit. MergeError: they cannot be merged.
     """
-    sources, weights = find_adapters(adapters, where)
+    sources, weights = find_adapters(adapters, lookup)
     checkpoints = [open_checkpoint(source, strict=options.strict) for source in sources]
     merged = [WeightedAdapter(checkpoint, weight) for checkpoint, weight in zip(checkpoints, weights, strict=True)]
-    found = find_base(sources[0], checkpoints, base, where.base_revision, where.hub)
+    found = find_base(sources[0], checkpoints, base, lookup)
     small = _small(found.source)
     own = [
         path for source in sources for part in (files_of_adapter(source), beside(source.root)) for path in part.values()
@@ -164,7 +165,7 @@ def prepare(
     try:
         told = _check_identity(merged, found.source, strict_base)
         with matching(*(checkpoint.config for checkpoint in checkpoints), where=", ".join(s.origin for s in sources)):
-            return _planned(merged, sources, found, files, options, where, told, small, read)
+            return _planned(merged, sources, found, files, options, lookup, told, small, read)
     except BaseException:
         files.close()
         raise
@@ -176,14 +177,14 @@ def _planned(
     found: Any,
     files: WeightFiles,
     options: Options,
-    where: LookupOptions,
+    lookup: LookupOptions,
     told: list[str],
     small: dict[str, Path],
     read_at_start: dict[Path, Stamp],
 ) -> PreparedMerge:
     source: Source = found.source
     checkpoints = [adapter.checkpoint for adapter in merged]
-    build: Any = partial(build_skeleton, source, checkpoints, options.task, where.trust_remote_code)
+    build: Any = partial(build_skeleton, source, checkpoints, options.task, lookup.trust_remote_code)
     repeated = repeated_blocks(checkpoints, source, build)
     base = files if repeated is None else repeated.seen_in(files)
     deeper = {} if repeated is None else dict(repeated.config)

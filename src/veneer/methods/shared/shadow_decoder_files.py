@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from veneer.base_model.transformers_errors import transformers_errors_as
 from veneer.errors import CorruptFileError, IncompleteCheckpointError, UnsupportedError
+from veneer.files.lookup_options import OFFLINE
 from veneer.files.names import MODEL_CONFIG, MODEL_STEM
 from veneer.files.resolve import resolve
 from veneer.files.source import Source
@@ -110,7 +111,7 @@ def shadow_source(path: str) -> ShadowSource:
     """
     import transformers
 
-    source = resolve(path, what="shadow_model", local_files_only=True)
+    source = resolve(path, OFFLINE, what="shadow_model")
     values = source.json(MODEL_CONFIG)
     projected = values.get("model_type") == PROJECTED
     auto: Any = transformers.AutoConfig
