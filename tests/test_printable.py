@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer.printing import one_line, printable
+import veneer
+from veneer.configs.methods.lora import LoraConfig
+from veneer.printing import one_line, printable, quiet, warn
 
 
 @pytest.mark.parametrize(
@@ -32,3 +36,21 @@ def test_any_text_is_one_printable_line(text: str) -> None:
     assert len(shown.splitlines()) <= 1
     shown.encode()
     assert one_line(shown) == shown
+
+
+def test_a_warning_points_at_the_callers_line() -> None:
+    with pytest.warns(UserWarning, match="not used") as caught:
+        LoraConfig.from_dict({"peft_type": "LORA", "odd": None, "oddly": 1})
+    assert {(w.category, w.filename) for w in caught} == {(veneer.VeneerWarning, __file__)}
+
+
+def test_quiet_collects_veneers_warnings_alone() -> None:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with quiet() as texts:
+        warnings.warn("an adapter of somebody else's", UserWarning, stacklevel=1)
+        warn("ours")
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.CRITICAL, False)
+    assert texts == ["ours"]
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before

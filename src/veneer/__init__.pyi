@@ -282,6 +282,7 @@ from veneer.peft_model.peft_model import (
     get_peft_model as get_peft_model,
 )
 from veneer.peft_model.tokenizer import load_tokenizer as load_tokenizer
+from veneer.printing import VeneerWarning as VeneerWarning
 from veneer.training.eva import (
     get_eva_state_dict as get_eva_state_dict,
 )

@@ -59,35 +59,51 @@ def panel(
     return Panel(table, title=title, title_align="left", border_style=border, expand=False)
 
 
-@contextmanager
-def quiet() -> Iterator[list[str]]:
-    """Silence other libraries' bars and logs; collect Veneer's warnings, as they come, to be told when it suits."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging as transformers_logging
-
-    # Its errors are raised, too, and told by Veneer; logged, they cite a checkpoint as it stands.
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    logging.captureWarnings(False)
-    told: list[str] = []
-
-    def note(message: Warning | str, category: type[Warning], filename: str, *where: object, **more: object) -> None:
-        if "veneer" in filename or "adapter" in str(message):
-            told.append(str(message))
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = note
-        yield told
+class VeneerWarning(UserWarning):
+    """A warning from Veneer: something works, and may not be what was meant."""
 
 
-def tell(message: str) -> None:
-    """Warn at the nearest line outside of this package; what a checkpoint says in it steers no terminal."""
+def warn(message: str) -> None:
+    """Give a ``VeneerWarning`` at the nearest line outside of this package; its text cannot steer a terminal."""
     depth, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "veneer":
         depth, frame = depth + 1, frame.f_back
-    warnings.warn(printable(message), stacklevel=depth)
+    warnings.warn(printable(message), VeneerWarning, stacklevel=depth)
+
+
+@contextmanager
+def quiet() -> Iterator[list[str]]:
+    """Silence other libraries' bars, logs and warnings; collect the texts of Veneer's warnings as they come."""
+    texts: list[str] = []
+
+    def collect(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
+        if issubclass(category, VeneerWarning):
+            texts.append(str(message))
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with quiet_transformers(), warnings.catch_warnings():
+        logging.captureWarnings(False)
+        warnings.simplefilter("always")
+        warnings.showwarning = collect
+        yield texts
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' bars and logs while the block runs."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # for what is logged while it is imported
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    # Its errors are raised, too, and reported by Veneer; logged, they cite a checkpoint as it stands.
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def first_line(error: BaseException) -> str:

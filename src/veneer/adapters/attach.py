@@ -30,7 +30,7 @@ from veneer.layers.adapter_shares import BoundAdapter
 from veneer.methods import AnyMethod, method_of, prompt_of
 from veneer.methods.base.parts import parts_of
 from veneer.methods.base.prompt_method import PromptEncoder
-from veneer.printing import tell
+from veneer.printing import warn
 
 
 @guarded
@@ -317,7 +317,7 @@ def _check_plan(adapters: Adapters, plan: Plan, checkpoint: Checkpoint, strict: 
         )
         if strict or not plan.keys:
             raise error
-        tell(error.message + " What fits is used (strict=False).")
+        warn(error.message + " What fits is used (strict=False).")
         plan.notes += plan.problems
     adapters.check_spread([b.site for b in plan.bindings], list(plan.saved))
     adapters.check_places([b.site.name for b in plan.bindings], list(plan.saved))

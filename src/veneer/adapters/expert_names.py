@@ -16,7 +16,7 @@ from veneer.configs import patterns
 from veneer.configs.base import TargetedConfig
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import TargetError, VeneerError
-from veneer.printing import tell
+from veneer.printing import warn
 
 # Parameter -> the layers of one expert that it holds, by each of their names.
 HELD: Mapping[str, tuple[tuple[str, ...], ...]] = {
@@ -63,7 +63,7 @@ def name_experts(config: TargetedConfig, catalog: Catalog, check: Callable[[Site
             raise TargetError(f"{config.peft_type} adapts no parameters.")
         check(catalog.parameter_sites([shares[0].name])[0])
     except VeneerError as error:
-        tell(f"The experts ({shares[0].name} ...) are left out: {error.message}")
+        warn(f"The experts ({shares[0].name} ...) are left out: {error.message}")
     else:
         _name(config, shares, catalog)
     return held
@@ -118,7 +118,7 @@ def _shares(config: TargetedConfig, stack: str, catalog: Catalog, halves: list[s
 def _warn_of_left_out(config: TargetedConfig, catalog: Catalog, halves: list[str]) -> None:
     """Warn of experts that the config's names do not reach."""
     if halves:
-        tell(
+        warn(
             f"The experts are left out of {halves[0].rpartition('.')[2]!r}: gate and up are one matrix there. Name "
             "both, or gate_up_proj in target_parameters."
         )
@@ -129,7 +129,7 @@ def _warn_of_left_out(config: TargetedConfig, catalog: Catalog, halves: list[str
         if value is not None and value.ndim == 3 and name.endswith("experts") and not _holds_experts(module)
     ]
     if config.target_modules == ALL_LINEAR and others and not getattr(config, "target_parameters", None):
-        tell(f'"all-linear" leaves out the experts, which are parameters ({others[0]} ...): see target_parameters.')
+        warn(f'"all-linear" leaves out the experts, which are parameters ({others[0]} ...): see target_parameters.')
 
 
 def _router(config: TargetedConfig, name: str) -> Share:
@@ -198,12 +198,12 @@ def warn_of_idle_names(config: TargetedConfig, catalog: Catalog, layers: Iterabl
             if not any(names_match(module, [name]) for module in names):
                 held = any(name in module._parameters for module in catalog.modules.values())
                 more = " It is a parameter: see target_parameters." if held and option == "target_modules" else ""
-                tell(_idle(option, name, [] if more else endings) + more)
+                warn(_idle(option, name, [] if more else endings) + more)
     modules = [*names, *(site.pattern_name for site in _parameters(config, catalog))]
     for option in ("rank_pattern", "alpha_pattern"):
         for name in getattr(config, option, None) or ():
             if not any(patterns.match(name, patterns.ENDING, module) for module in modules):
-                tell(_idle(option, name, endings))
+                warn(_idle(option, name, endings))
 
 
 def _parameters(config: TargetedConfig, catalog: Catalog) -> list[Site]:

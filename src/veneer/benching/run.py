@@ -5,13 +5,10 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-
-from transformers.utils import logging as transformers_logging
 
 from veneer.benching.arguments import spread_over
 from veneer.benching.bench_report import BenchReport
@@ -31,26 +28,13 @@ from veneer.files.names import MODEL_STEM
 from veneer.files.resolve import resolve
 from veneer.files.weight_files import weight_files
 from veneer.keywords import DTYPE, takes
+from veneer.printing import quiet_transformers
 
 # More fresh processes than this tell nothing new about loading.
 _MOST_LOADS = 3
 
 
-@contextmanager
-def _others_quiet() -> Iterator[None]:
-    """Transformers' bars and remarks put aside: each of a hundred runs would repeat them."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-@_others_quiet()
+@quiet_transformers()
 @takes(renamed=DTYPE)
 def bench(
     path: str | Path,

@@ -26,7 +26,7 @@ from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_CONFIG
 from veneer.files.resolve import resolve
 from veneer.keywords import SOURCE, TOKEN, Fields, strict, takes
-from veneer.printing import first_line, tell
+from veneer.printing import first_line, warn
 
 # Keys that describe a checkpoint and never change what it computes; peft up to 0.2 wrote merge_weights, which said when
 # its own layers merge.
@@ -352,9 +352,9 @@ def check_unknown_keys(extra: Mapping[str, Any], known: set[str], where: str, st
                 hint=(f"Did you mean {near[0]!r}? " if near else "")
                 + "Remove the key if it changes nothing, or load with strict=False to ignore it.",
             )
-        tell(message + " It is ignored.")
+        warn(message + " It is ignored.")
     for key in on.keys() - set(switches):
-        tell(f"{where}: unknown key {key}={on[key]!r} is kept and not used.")
+        warn(f"{where}: unknown key {key}={on[key]!r} is kept and not used.")
 
 
 def _peft_type(name: str) -> PeftType | str:

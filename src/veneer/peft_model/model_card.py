@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.files.atomic_write import atomic_write
 from veneer.files.resolve import looks_like_hub_id
-from veneer.printing import tell
+from veneer.printing import warn
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -58,7 +58,7 @@ def _found(path: Path) -> ModelCard | None:
     try:
         return ModelCard(path.read_text(encoding="utf-8"))
     except Exception as error:  # whatever YAML and the hub's checks make of it
-        tell(f"{path} is left as it is, for its head cannot be read: {error}")
+        warn(f"{path} is left as it is, for its head cannot be read: {error}")
         return None
 
 

@@ -58,7 +58,7 @@ from veneer.peft_model.open_adapter import mixes_others, open_adapter, open_memb
 from veneer.peft_model.trainer_state import adapter_state, write_state
 from veneer.peft_model.tuner import Tuner
 from veneer.peft_model.xlora_methods import XLoraMethods
-from veneer.printing import tell
+from veneer.printing import warn
 
 # One name for each row of a batch, or (name, tokens) for each part of a packed sequence.
 RowNames = Sequence[str | tuple[str, int]] | None
@@ -488,7 +488,7 @@ class PeftModel(XLoraMethods, BatchingFace, nn.Module):
                 message,
                 hint="Load it on the base it was trained on, or pass strict_base=False to accept this one.",
             )
-        tell(message + " Its answers may differ (strict_base=True makes this an error).")
+        warn(message + " Its answers may differ (strict_base=True makes this an error).")
         return "different"
 
     def _reported(self, adapter: AdapterReport) -> None:

@@ -13,7 +13,7 @@ from veneer.errors import MergeError
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.layers.quantized_layer import PackedLayer
 from veneer.layers.quantized_merge import CHOICES, REQUANTIZED, Into, QuantizedMerge, into_missing
-from veneer.printing import tell
+from veneer.printing import warn
 
 
 def choose(
@@ -49,7 +49,7 @@ def measured(packed: Sequence[PackedLayer]) -> QuantizedMerge | None:
         return None
     found = QuantizedMerge(chosen, {layer.site.id: layer.error for layer in packed if layer.error is not None})
     if found.lost:
-        tell(found.warning())
+        warn(found.warning())
     return found
 
 

@@ -39,7 +39,7 @@ from veneer.merging.work.inputs import AdapterPaths, weighted
 from veneer.merging.work.merge_plan import MergePlan, Planner, config_changes
 from veneer.merging.work.pieces import StoredTensor
 from veneer.merging.work.rounding import NEAREST, Rounding
-from veneer.printing import tell
+from veneer.printing import warn
 
 
 @dataclass(frozen=True)
@@ -287,6 +287,6 @@ def _check_identity(merged: Sequence[WeightedAdapter], base: Source, strict_base
         message = f"The adapter {adapter.checkpoint.origin} was trained on another base than {base.origin}."
         if strict_base:
             raise BaseMismatchError(message, hint="Give the base that it was trained on.")
-        tell(message + " The merged model may answer differently.")
+        warn(message + " The merged model may answer differently.")
         told.append(message)
     return told
