@@ -64,7 +64,7 @@ class BOFT(Method[BOFTConfig, BOFTSettings]):
 
     def shapes(self, settings: BOFTSettings, site: Site) -> dict[str, tuple[int, ...]]:
         out = site.shape[0]
-        scale = (1, out) if isinstance(site, ConvSite) else (out, 1)
+        scale = (1, out) if site.kernel else (out, 1)
         return {R: (settings.factors, settings.blocks, settings.size, settings.size), S: scale}
 
     def init(

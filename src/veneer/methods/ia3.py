@@ -41,8 +41,8 @@ class IA3(Method[IA3Config, IA3Settings]):
         return IA3Settings(names_match(site.name, config.feedforward_modules))
 
     def shapes(self, settings: IA3Settings, site: Site) -> dict[str, tuple[int, ...]]:
-        if isinstance(site, ConvSite):
-            size = site.conv.in_channels if settings.feedforward else site.shape[0]
+        if site.kernel:
+            size = site.channels * site.groups if settings.feedforward else site.shape[0]
             return {SCALE: (1, size, *site.point)}
         return {SCALE: (1, site.shape[1]) if settings.feedforward else (site.shape[0], 1)}
 
@@ -56,17 +56,15 @@ class IA3(Method[IA3Config, IA3Settings]):
         scale = tensors[SCALE].flatten()
         if not settings.feedforward:
             return Patch(outer=Diagonal(scale), outer_on_bias=True)
-        if isinstance(base.site, ConvSite):
-            return _of_channels(scale, base, base.site)
-        return Patch(inner=Diagonal(scale))
+        return _of_channels(scale, base) if base.site.kernel else Patch(inner=Diagonal(scale))
 
 
 METHOD = IA3()
 
 
-def _of_channels(scale: Tensor, base: BaseLayer, site: ConvSite) -> Patch:
+def _of_channels(scale: Tensor, base: BaseLayer) -> Patch:
     """The patch of a convolution whose input channels are scaled: ``scale`` (channels,)."""
-    groups, (out, inner) = site.conv.groups, site.shape
+    groups, (out, inner) = base.site.groups, base.site.shape
     # One entry a channel, and the canonical weight has a column for each entry of its kernel.
     columns = scale.repeat_interleave(inner * groups // len(scale))
     if groups == 1:

@@ -24,7 +24,7 @@ from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.loha import LoHaConfig
 from veneer.methods.base.method import BaseLayer, Method
 from veneer.methods.shared.patch_dropout import Drop, of_delta
-from veneer.methods.shared.tucker import as_low_rank, channels, core_kernel, started, tucker
+from veneer.methods.shared.tucker import as_low_rank, core_kernel, started, tucker
 from veneer.patches.patch import Patch
 
 A1, B1, A2, B2 = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
@@ -58,7 +58,7 @@ class LoHa(Method[LoHaConfig, LoHaSettings]):
         r = settings.r
         if settings.core is None:
             return {A1: (out, r), B1: (r, inner), A2: (out, r), B2: (r, inner)}
-        a, b, core = (r, out), (r, channels(site)), (r, r, *settings.core)
+        a, b, core = (r, out), (r, site.channels), (r, r, *settings.core)
         return {A1: a, B1: b, A2: a, B2: b, CORE1: core, CORE2: core}
 
     def init(

@@ -49,14 +49,14 @@ class OFT(Method[OFTConfig, OFTSettings]):
 
     def settings(self, config: OFTConfig, site: Site) -> OFTSettings:
         check_groups(site, "OFT")
-        width = site.shape[0 if isinstance(site, EmbeddingSite) else 1]
+        width = site.shape[0 if site.looks_up else 1]
         size = width // _divisor(width, config.r) if config.r else _divisor(width, config.oft_block_size)
         blocks = 1 if config.block_share else width // size
         terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else 0
         return OFTSettings(blocks, size, terms, config.eps if config.coft else None, config.module_dropout)
 
     def shapes(self, settings: OFTSettings, site: Site) -> dict[str, tuple[int, ...]]:
-        leaf = EMBEDDING_ENTRIES if isinstance(site, EmbeddingSite) else ENTRIES
+        leaf = EMBEDDING_ENTRIES if site.looks_up else ENTRIES
         return {leaf: (settings.blocks, settings.size * (settings.size - 1) // 2)}
 
     def init(
@@ -72,7 +72,7 @@ class OFT(Method[OFTConfig, OFTSettings]):
         if settings.radius is not None:
             skew = _drawn_in(skew, settings.radius)
         turned = BlockDiagonal((neumann(skew, settings.terms) if settings.terms else cayley(skew)).mT)
-        if isinstance(base.site, EmbeddingSite):
+        if base.site.looks_up:
             return Patch(outer=turned)
         return Patch(inner=turned, drop=of_blocks(settings.dropout))
 

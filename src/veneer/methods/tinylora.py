@@ -61,7 +61,7 @@ class TinyLora(Method[TinyLoraConfig, TinyLoraConfig]):
         self, config: TinyLoraConfig, settings: TinyLoraConfig, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         weight = base.base_weight().float()
-        u, s, v = torch.linalg.svd(weight.T if isinstance(base.site, EmbeddingSite) else weight, full_matrices=False)
+        u, s, v = torch.linalg.svd(weight.T if base.site.looks_up else weight, full_matrices=False)
         r = _rank(settings, base.site)
         root = s[:r].sqrt()
         return {A: (root.unsqueeze(1) * v[:r]).contiguous(), B: (u[:, :r] * root).contiguous()}
@@ -77,7 +77,7 @@ class TinyLora(Method[TinyLoraConfig, TinyLoraConfig]):
     def lower(self, settings: TinyLoraConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         middle = torch.einsum("u,uij->ij", tensors[V], tensors[P].to(tensors[V].dtype))
         down, up = tensors[A], tensors[B]
-        if isinstance(base.site, EmbeddingSite):
+        if base.site.looks_up:
             up, down, middle = down.T, up.T, middle.T
         return Patch(up=up @ middle.to(up.dtype), down=down, dropout=settings.tinylora_dropout)
 
@@ -87,7 +87,7 @@ METHOD = TinyLora()
 
 def _stored_shape(site: Site) -> tuple[int, int]:
     out, inner = site.shape
-    return (inner, out) if isinstance(site, EmbeddingSite) else (out, inner)
+    return (inner, out) if site.looks_up else (out, inner)
 
 
 def _rank(config: TinyLoraConfig, site: Site) -> int:

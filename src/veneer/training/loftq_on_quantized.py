@@ -10,7 +10,6 @@ from torch import Tensor
 
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.collection import Adapters
-from veneer.base_model.sites.quantized.packed import PackedSite
 from veneer.errors import AdapterError, BaseModelError, SourceError, UnsupportedError
 from veneer.files.lookup_options import OFFLINE
 from veneer.files.resolve import resolve
@@ -64,7 +63,7 @@ def replace_lora_weights_loftq(
 
 
 def _packed(adapters: Adapters, entry: Adapter) -> list[tuple[AdaptedLayer, BoundAdapter]]:
-    layers = [layer for name in entry.layers if isinstance((layer := adapters.layers[name]).site, PackedSite)]
+    layers = [layer for name in entry.layers if (layer := adapters.layers[name]).site.is_packed]
     found = [(layer, s) for layer in layers for s in layer.bound[entry.name] if isinstance(s.method, Lora)]
     if not found or any(entry.name in layer.merged for layer, _ in found):
         what = "is merged" if found else "has no LoRA on a packed (quantised) layer"

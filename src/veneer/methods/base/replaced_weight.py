@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from veneer.base_model.sites.embedding import EmbeddingSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.base import TargetedConfig
 from veneer.methods.base.method import BaseLayer, Method
@@ -40,7 +39,7 @@ class SavedWeight(Method[TargetedConfig, SavedWeightSettings]):
         return "saved_weight"
 
     def settings(self, config: TargetedConfig, site: Site) -> SavedWeightSettings:
-        return SavedWeightSettings(rows=not isinstance(site, EmbeddingSite))
+        return SavedWeightSettings(rows=not site.looks_up)
 
     def settled(
         self, settings: SavedWeightSettings, tensors: Mapping[str, Tensor], base: BaseLayer
@@ -52,7 +51,7 @@ class SavedWeight(Method[TargetedConfig, SavedWeightSettings]):
         return replace(settings, differs=not alike)
 
     def twinned(self, settings: SavedWeightSettings, twin: Site) -> SavedWeightSettings | None:
-        return replace(settings, rows=not isinstance(twin, EmbeddingSite)) if settings.differs else None
+        return replace(settings, rows=not twin.looks_up) if settings.differs else None
 
     def shapes(self, settings: SavedWeightSettings, site: Site) -> dict[str, tuple[int, ...]]:
         out, inner = site.shape

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from veneer.base_model.sites.embedding import EmbeddingSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import names_match
 from veneer.configs.methods.lora import LoraConfig
@@ -51,8 +50,7 @@ class TokenRows(Method[ConfigT, TokenSettings]):
         return self._settings(list(self.wanted(config, site)), site)
 
     def _settings(self, wanted: list[int], site: Site) -> TokenSettings:
-        embedding = isinstance(site, EmbeddingSite)
-        vocabulary = site.shape[1 if embedding else 0]
+        vocabulary = site.shape[1 if site.looks_up else 0]
         if len(set(wanted)) != len(wanted) or not all(0 <= token < vocabulary for token in wanted):
             raise ConfigError(
                 f"The trained tokens {wanted!r} do not fit {site.name}.",
@@ -60,9 +58,8 @@ class TokenRows(Method[ConfigT, TokenSettings]):
             )
         index = torch.tensor(wanted, dtype=torch.int64)
         ascending, order = index.sort()
-        padding = site.padding if isinstance(site, EmbeddingSite) else None
-        place = sorted(wanted).index(padding) if padding in wanted else None
-        return TokenSettings(index, ascending, order, not embedding, place)
+        place = sorted(wanted).index(site.padding) if site.padding in wanted else None
+        return TokenSettings(index, ascending, order, not site.looks_up, place)
 
     def part(self, config: ConfigT, catalog: Catalog, sites: Sequence[Site]) -> MethodOnSites:
         """``sites``, and with the input embedding all that share its weight: an output layer, a decoder's embedding.
