@@ -19,6 +19,7 @@ from veneer.base_model.sites.site import Site, unsupported
 from veneer.configs.methods.psoft import PsoftConfig
 from veneer.methods.base.method import BaseLayer, Method
 from veneer.methods.shared.rotation import cayley, neumann, skew_of
+from veneer.patches.low_rank import balanced
 from veneer.patches.patch import Patch
 
 TURN = "psoft_R.weight"
@@ -81,8 +82,8 @@ def _directions(config: PsoftConfig, weight: Tensor) -> dict[str, Tensor]:
             u, s, transposed = torch.svd_lowrank(weight, q=config.r, niter=config.psoft_svd_lowrank_niter)
         v = transposed.T
     u, s, v = u[:, : config.r], s[: config.r] * config.r / config.psoft_alpha, v[: config.r]
-    left, right = (s, torch.ones_like(s)) if config.ab_svd_init == "psoft_init" else (s.sqrt(), s.sqrt())
-    return {A: right.unsqueeze(1) * v, B: u * left}
+    up, down = (u * s, v.clone()) if config.ab_svd_init == "psoft_init" else balanced(u, s, v)
+    return {A: down, B: up}
 
 
 def _orthogonal(settings: PsoftConfig, skew: Tensor) -> Tensor:

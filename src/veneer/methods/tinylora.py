@@ -20,6 +20,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.tinylora import TinyLoraConfig
 from veneer.methods.base.method import BaseLayer, Method
+from veneer.patches.low_rank import truncated
 from veneer.patches.patch import Patch
 
 A = "tinylora_A"
@@ -61,10 +62,8 @@ class TinyLora(Method[TinyLoraConfig, TinyLoraConfig]):
         self, config: TinyLoraConfig, settings: TinyLoraConfig, base: BaseLayer, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         weight = base.base_weight().float()
-        u, s, v = torch.linalg.svd(weight.T if base.site.looks_up else weight, full_matrices=False)
-        r = _rank(settings, base.site)
-        root = s[:r].sqrt()
-        return {A: (root.unsqueeze(1) * v[:r]).contiguous(), B: (u[:, :r] * root).contiguous()}
+        up, down = truncated(weight.T if base.site.looks_up else weight, _rank(settings, base.site))
+        return {A: down.contiguous(), B: up.contiguous()}
 
     def beside(
         self, config: TinyLoraConfig, bases: Sequence[BaseLayer], shared: Mapping[str, Tensor]

@@ -19,7 +19,7 @@ from veneer.layers.adapter_shares import BoundAdapter
 from veneer.merging.base.skeleton import stored_names
 from veneer.merging.base.weight_files import FLOATS, WeightFiles, open_weights
 from veneer.methods.lora import A, B, Lora
-from veneer.methods.lora_starts.loftq import lost
+from veneer.patches.low_rank import truncated
 from veneer.peft_model.peft_model import PeftModel
 
 
@@ -108,7 +108,7 @@ def _replace(
 ) -> None:
     own = layer.tensors(adapter, share)
     packed = layer.base_weight().float()
-    down, up = lost(weight.to(packed.device) - packed, share.settings.r, float(share.settings.scale))
+    up, down = truncated(weight.to(packed.device) - packed, share.settings.r, float(share.settings.scale))
     before = {leaf: own[leaf].clone() for leaf in (A, B)}
     own[A].copy_(down)
     own[B].copy_(up)
