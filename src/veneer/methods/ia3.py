@@ -17,7 +17,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import names_match
 from veneer.configs.methods.ia3 import IA3Config
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.multipliers import Diagonal
 from veneer.patches.patch import Patch
 
@@ -46,11 +46,10 @@ class IA3(Method[IA3Config, IA3Settings]):
             return {SCALE: (1, size, *site.point)}
         return {SCALE: (1, site.shape[1]) if settings.feedforward else (site.shape[0], 1)}
 
-    def init(
-        self, config: IA3Config, settings: IA3Settings, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        shape = self.shapes(settings, base.site)[SCALE]
-        return {SCALE: torch.ones(shape) if config.init_ia3_weights else torch.randn(shape, generator=generator)}
+    def init(self, new: NewLayer[IA3Config, IA3Settings]) -> dict[str, Tensor]:
+        shape = self.shapes(new.settings, new.site)[SCALE]
+        start = torch.ones(shape) if new.config.init_ia3_weights else torch.randn(shape, generator=new.generator)
+        return {SCALE: start}
 
     def lower(self, settings: IA3Settings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         scale = tensors[SCALE].flatten()

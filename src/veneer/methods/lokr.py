@@ -23,7 +23,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.lokr import LoKrConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.patch_dropout import Drop, of_delta
 from veneer.methods.shared.tucker import core_kernel, started, tucker
 from veneer.patches.operators import Kronecker
@@ -72,11 +72,9 @@ class LoKr(Method[LoKrConfig, LoKrSettings]):
             return {**found, D1: (b, r), D2: (r, d * math.prod(site.kernel))}
         return {**found, D1: (r, b), D2: (r, d), CORE: (r, r, *settings.core)}
 
-    def init(
-        self, config: LoKrConfig, settings: LoKrSettings, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        zero = {D, D2} if config.init_weights == "lycoris" else {C, C1}
-        return started(self.shapes(settings, base.site), zero if config.init_weights else set(), generator)
+    def init(self, new: NewLayer[LoKrConfig, LoKrSettings]) -> dict[str, Tensor]:
+        zero = {D, D2} if new.config.init_weights == "lycoris" else {C, C1}
+        return started(self.shapes(new.settings, new.site), zero if new.config.init_weights else set(), new.generator)
 
     def lower(self, settings: LoKrSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         first = tensors[C] if settings.whole_first else tensors[C1] @ tensors[C2]

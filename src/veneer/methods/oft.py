@@ -20,7 +20,7 @@ from veneer.base_model.sites.embedding import EmbeddingSite
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.oft import OFTConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.patch_dropout import of_blocks
 from veneer.methods.shared.rotation import cayley, check_groups, neumann, skew_of
 from veneer.patches.multipliers import BlockDiagonal
@@ -59,12 +59,10 @@ class OFT(Method[OFTConfig, OFTSettings]):
         leaf = EMBEDDING_ENTRIES if site.looks_up else ENTRIES
         return {leaf: (settings.blocks, settings.size * (settings.size - 1) // 2)}
 
-    def init(
-        self, config: OFTConfig, settings: OFTSettings, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        std = 0.0 if config.init_weights else 0.1
-        shapes = self.shapes(settings, base.site).items()
-        return {leaf: torch.empty(shape).normal_(std=std, generator=generator) for leaf, shape in shapes}
+    def init(self, new: NewLayer[OFTConfig, OFTSettings]) -> dict[str, Tensor]:
+        std = 0.0 if new.config.init_weights else 0.1
+        shapes = self.shapes(new.settings, new.site).items()
+        return {leaf: torch.empty(shape).normal_(std=std, generator=new.generator) for leaf, shape in shapes}
 
     def lower(self, settings: OFTSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         [entries] = tensors.values()

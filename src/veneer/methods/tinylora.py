@@ -19,7 +19,7 @@ from veneer.base_model.sites.embedding import EmbeddingSite
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.tinylora import TinyLoraConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.low_rank import truncated
 from veneer.patches.patch import Patch
 
@@ -58,11 +58,9 @@ class TinyLora(Method[TinyLoraConfig, TinyLoraConfig]):
             return {leaf: torch.zeros(shape) for leaf, shape in shapes.items()}
         return {leaf: torch.empty(s).uniform_(-bound, bound, generator=generator) for leaf, s in shapes.items()}
 
-    def init(
-        self, config: TinyLoraConfig, settings: TinyLoraConfig, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        weight = base.base_weight().float()
-        up, down = truncated(weight.T if base.site.looks_up else weight, _rank(settings, base.site))
+    def init(self, new: NewLayer[TinyLoraConfig, TinyLoraConfig]) -> dict[str, Tensor]:
+        weight = new.base.base_weight().float()
+        up, down = truncated(weight.T if new.site.looks_up else weight, _rank(new.settings, new.site))
         return {A: down.contiguous(), B: up.contiguous()}
 
     def beside(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from veneer.base_model.sites.site import Site
 from veneer.configs.base import TargetedConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.base.trained_bias import ADAPTED_BIAS, Bias
 from veneer.patches.patch import Patch, Tokens
 
@@ -57,11 +57,9 @@ class SavedWeight(Method[TargetedConfig, SavedWeightSettings]):
         out, inner = site.shape
         return {self.leaves[0]: (out, inner) if settings.rows else (inner, out)}
 
-    def init(
-        self, config: TargetedConfig, settings: SavedWeightSettings, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        weight = base.base_weight()
-        return {self.leaves[0]: (weight if settings.rows else weight.T).float()}
+    def init(self, new: NewLayer[TargetedConfig, SavedWeightSettings]) -> dict[str, Tensor]:
+        weight = new.base.base_weight()
+        return {self.leaves[0]: (weight if new.settings.rows else weight.T).float()}
 
     def lower(self, settings: SavedWeightSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         if not settings.differs:

@@ -18,7 +18,7 @@ from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import names_match
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import ConfigError
-from veneer.methods.base.method import BaseLayer, ConfigT, Method, MethodOnSites
+from veneer.methods.base.method import BaseLayer, ConfigT, Method, MethodOnSites, NewLayer
 from veneer.patches.patch import Patch, Tokens
 
 if TYPE_CHECKING:
@@ -101,12 +101,10 @@ class TokenRows(Method[ConfigT, TokenSettings]):
     def shapes(self, settings: TokenSettings, site: Site) -> dict[str, tuple[int, ...]]:
         return {self.leaves[0]: (len(settings.index), site.shape[1 if settings.rows else 0])}
 
-    def init(
-        self, config: ConfigT, settings: TokenSettings, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        weight = base.base_weight()
-        vectors = weight if settings.rows else weight.T
-        return {self.leaves[0]: vectors[settings.index.to(vectors.device)].float()}
+    def init(self, new: NewLayer[ConfigT, TokenSettings]) -> dict[str, Tensor]:
+        weight = new.base.base_weight()
+        vectors = weight if new.settings.rows else weight.T
+        return {self.leaves[0]: vectors[new.settings.index.to(vectors.device)].float()}
 
     def lower(self, settings: TokenSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         values = tensors[self.leaves[0]]
