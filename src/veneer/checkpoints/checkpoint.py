@@ -12,6 +12,7 @@ from veneer.configs.base import PeftConfig
 from veneer.files.atomic_write import atomic_write, flush, writing
 from veneer.files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from veneer.files.safetensors_header import Header, TensorInfo
+from veneer.files.source import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,7 @@ class Checkpoint:
         tensors: key -> dtype and shape, in the file's order.
         metadata: the safetensors header's own.
         notes: what was done to it since.
+        source: its files; ``None`` when its tensors are in memory.
     """
 
     origin: str
@@ -35,6 +37,7 @@ class Checkpoint:
     metadata: Mapping[str, str]
     _headers: tuple[Header, ...] = field(repr=False)
     notes: tuple[str, ...] = field(default=(), kw_only=True)
+    source: Source | None = field(default=None, kw_only=True, repr=False)
 
     @property
     def nbytes(self) -> int:

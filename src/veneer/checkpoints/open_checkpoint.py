@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.configs.base import PeftConfig
 from veneer.errors import IncompleteCheckpointError
@@ -36,4 +38,5 @@ def open_checkpoint(source: Source, *, strict: bool = True, config: PeftConfig |
             "with stage3_gather_16bit_weights_on_model_save, or gather before saving.",
         )
     metadata = {key: value for header in headers for key, value in header.metadata.items()}
-    return as_peft_writes(Checkpoint(source.origin, config, tensors, metadata, tuple(headers)))
+    checkpoint = as_peft_writes(Checkpoint(source.origin, config, tensors, metadata, tuple(headers)))
+    return replace(checkpoint, source=source)

@@ -1,13 +1,14 @@
-"""Continuous batching of transformers, in whose thread the choice of the caller holds."""
+"""Gives a PeftModel the continuous batching of transformers, whose thread runs under the caller's adapters."""
 
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from veneer.adapters.call import Call
+from veneer.errors import AdapterError
 from veneer.keywords import keywords, strict, unknown
 from veneer.patches.selection import ActiveSelection
 
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
 
 @strict
-class BatchingFace:
-    """The part of a ``PeftModel`` that is about continuous batching.
+class BatchingMethods:
+    """Holds the methods of a ``PeftModel`` for continuous batching.
 
     A manager of transformers calls the model in a thread of its own. Here it calls the ``PeftModel``, in the context in
     which it was started.
@@ -25,19 +26,29 @@ class BatchingFace:
 
     adapters: Adapters
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's ``generate_batch`` under the active adapters, which stay the same until it returns."""
+    def generate_batch(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Generate as the base model's ``generate_batch`` does, under the adapters that are active when it is called.
+
+        Raises:
+            AdapterError: it is given ``adapter_names``, which it would leave unheeded.
+        """
+        if adapter_names is not None:
+            raise AdapterError(
+                "generate_batch packs requests anew in every step and does not take adapter_names.",
+                hint="Use model.generate(..., adapter_names=[...]), or call generate_batch once for each adapter, "
+                "after set_adapter(name).",
+            )
         with Call(self.adapters):
             return self._as_base("generate_batch", kwargs, "max_new_tokens")(*args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's manager; from ``start()`` on, what is chosen there holds: by ``using`` for all its steps."""
+        """Make the base model's manager; all its steps run under the adapters that are chosen at its ``start()``."""
         manager = self._as_base("init_continuous_batching", kwargs)(*args, **kwargs)
         _carry_choice(manager, self.adapters.switch)
         return manager
 
     def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
-        """The base model's, around a manager of :meth:`init_continuous_batching`."""
+        """Return the base model's context manager, around a manager of :meth:`init_continuous_batching`."""
         method = self._as_base("continuous_batching_context_manager", kwargs)
         block: AbstractContextManager[Any] = method(*args, **kwargs)
         return block

@@ -27,7 +27,7 @@ from veneer.errors import BaseModelError, SourceError
 from veneer.files import adapter_folders
 from veneer.files.base_folder import origin_of, without_adapter
 from veneer.files.lookup_options import LookupOptions
-from veneer.files.names import ADAPTER_CONFIG, MODEL_CONFIG, MODEL_STEM
+from veneer.files.names import MODEL_CONFIG, MODEL_STEM
 from veneer.files.resolve import resolve
 from veneer.files.safetensors_header import read_header
 from veneer.files.source import Source
@@ -35,8 +35,9 @@ from veneer.files.tensor_keys import PREFIX, SHARED_PREFIX
 from veneer.files.weight_files import weight_files
 from veneer.keywords import DTYPE, TOKEN, keywords, takes, unknown
 from veneer.packages import GGUF_PACKAGES, require
+from veneer.peft_model.attach_adapter import AttachOptions, attach_all, set_mode
 from veneer.peft_model.load_report import LoadReport
-from veneer.peft_model.open_adapter import open_adapter, open_members
+from veneer.peft_model.open_adapter import OpenedAdapters, open_adapters
 from veneer.peft_model.peft_model import PeftModel, wrap
 
 
@@ -118,9 +119,10 @@ def load(
             "base= is a PeftModel; its adapters would be stacked.",
             hint="Use its load_adapter(...), or pass what its get_base_model() or unload() returns.",
         )
-    checkpoints = open_members(members, strict)
-    if not members and source.has(ADAPTER_CONFIG):
-        checkpoints = [open_adapter(source, strict, adapter_config)]
+    opened = OpenedAdapters()
+    if report.kind != "model":
+        opened = open_adapters(source, members, adapter_name, strict, adapter_config)
+    checkpoints = opened.checkpoints
     own: frozenset[torch.dtype] = frozenset()
     if isinstance(base, nn.Module):
         _check_nothing_is_built(model_kwargs, dtype, device_map, base_revision)
@@ -137,24 +139,16 @@ def load(
         own = _converted(found.source) if merge else own
         model = _build(found.source, checkpoints, task, report, dtype, device_map, trust_remote_code, model_kwargs)
     report.seconds["base"] = time.perf_counter() - started
-    model.load_report = report
-    how: dict[str, Any] = {
-        "strict": strict,
-        "strict_base": strict_base,
-        "autocast_adapter_dtype": autocast_adapter_dtype,
-        "key_mapping": key_mapping,
-    }
+    model.load_log.report = report
+    how = AttachOptions(is_trainable, strict, strict_base, autocast_adapter_dtype, key_mapping)
     with model.adapters.merging_on_load(own) if merge else contextlib.nullcontext():
-        if members:
-            model._load_set(members, checkpoints, adapter_folders.active(source, members), is_trainable, how)
-        elif checkpoints:
-            model._load(source, checkpoints[0], adapter_name, is_trainable, **how)
+        attach_all(model, opened, how)
         report.seconds["adapters"] = time.perf_counter() - started - report.seconds["base"]
         if merge and model.adapters.by_name:
             model.merge_and_unload(into=into)
             report.merged = True
-    model._set_mode(is_trainable)
-    model._finish_report(report, started)
+    set_mode(model, is_trainable)
+    model.load_log.finish(started)
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -117,8 +118,51 @@ def _adapter_line(adapter: AdapterReport) -> str:
     return "; ".join(parts)
 
 
-def adapter_report(adapter: Adapter, checkpoint: Checkpoint, base_check: str, adapters: Adapters) -> AdapterReport:
-    """The report on an adapter that has been loaded from ``checkpoint``."""
+class LoadLog:
+    """Keeps the report of a model's last load, and lets it say what is on the model and active."""
+
+    def __init__(self, adapters: Adapters) -> None:
+        self._adapters = adapters
+        self.report: LoadReport | None = None
+
+    def loaded(self, adapter: Adapter, checkpoint: Checkpoint, base_check: str) -> AdapterReport:
+        """Add an adapter that has been loaded from ``checkpoint``, and return its report."""
+        report = _adapter_report(adapter, checkpoint, base_check, self._adapters)
+        if self.report is None:
+            self.report = LoadReport(path=report.origin)
+        self.report.adapters = [a for a in self.report.adapters if a.name != report.name] + [report]
+        self.report.warnings += _warnings_of(report)
+        self.sync()
+        return report
+
+    def sync(self) -> None:
+        """Drop the adapters that are gone, and note which are active."""
+        if self.report is not None:
+            self.report.adapters = [a for a in self.report.adapters if a.name in self._adapters.by_name]
+        self.note_active()
+
+    def note_active(self) -> None:
+        """Note which adapters are active."""
+        if self.report is not None:
+            self.report.active = list(self._adapters.switch.default.names)
+
+    def rename(self, old: str, new: str) -> None:
+        """Follow an adapter that has got another name."""
+        for adapter in self.report.adapters if self.report is not None else ():
+            if adapter.name == old:
+                adapter.name = new
+        self.sync()
+
+    def finish(self, started: float) -> None:
+        """Note the base's class and dtype, and the seconds since ``started``."""
+        if self.report is not None:
+            base = self._adapters.model
+            self.report.model_class = type(base).__name__
+            self.report.dtype = str(getattr(base, "dtype", "")).removeprefix("torch.")
+            self.report.seconds["total"] = time.perf_counter() - started
+
+
+def _adapter_report(adapter: Adapter, checkpoint: Checkpoint, base_check: str, adapters: Adapters) -> AdapterReport:
     return AdapterReport(
         name=adapter.name,
         origin=checkpoint.origin,
@@ -136,14 +180,13 @@ def adapter_report(adapter: Adapter, checkpoint: Checkpoint, base_check: str, ad
     )
 
 
-def warnings_of(adapter: AdapterReport) -> list[str]:
-    """What a user should know of a loaded adapter."""
-    found = [f"{adapter.name}: {note}" for note in adapter.notes]
+def _warnings_of(adapter: AdapterReport) -> list[str]:
+    warnings = [f"{adapter.name}: {note}" for note in adapter.notes]
     if not (adapter.changed_layers or adapter.saved_modules or adapter.virtual_tokens):
-        found.append(
+        warnings.append(
             f"{adapter.name}: zero-effect adapter: every change is zero, so the model answers as its base does. "
             "It may have been saved before training."
         )
     if adapter.base_check == "different":
-        found.append(f"{adapter.name}: the base is not the one it was trained on.")
-    return found
+        warnings.append(f"{adapter.name}: the base is not the one it was trained on.")
+    return warnings

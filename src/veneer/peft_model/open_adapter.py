@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.checkpoints.open_checkpoint import open_checkpoint
 from veneer.configs.base import PeftConfig
 from veneer.configs.names import PeftType
 from veneer.errors import NotACheckpointError
+from veneer.files import adapter_folders
 from veneer.files.adapter_folders import Member
 from veneer.files.names import ADAPTER_CONFIG, MODEL_CONFIG
 from veneer.files.source import Source
@@ -33,12 +35,35 @@ def open_adapter(source: Source, strict: bool = True, config: PeftConfig | None 
     return open_checkpoint(source, strict=strict, config=config)
 
 
-def open_members(members: Sequence[Member], strict: bool) -> list[Checkpoint]:
-    """Open the adapters of a set, in its order."""
-    return [open_adapter(member.source, strict) for member in members]
+@dataclass(frozen=True)
+class OpenedAdapters:
+    """Holds the adapters at one path, each opened once.
+
+    Attributes:
+        by_name: name on the model -> checkpoint, in the set's order; empty for a full model.
+        active: those of a set that become active; ``None`` for a single adapter.
+    """
+
+    by_name: Mapping[str, Checkpoint] = field(default_factory=dict)
+    active: Sequence[str] | None = None
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints, in the set's order."""
+        return list(self.by_name.values())
+
+
+def open_adapters(
+    source: Source, members: Sequence[Member], name: str, strict: bool, config: PeftConfig | None = None
+) -> OpenedAdapters:
+    """Open a set of adapters; or the single adapter at ``source``, which is to be ``name``, where there is no set."""
+    if not members:
+        return OpenedAdapters({name: open_adapter(source, strict, config)})
+    opened = {member.name: open_adapter(member.source, strict) for member in members}
+    return OpenedAdapters(opened, adapter_folders.active(source, members))
 
 
 def mixes_others(source: Source) -> bool:
-    """Whether an adapter mixes others, by its config's file."""
+    """Tell whether an adapter mixes others, by its config's file."""
     values = source.json(ADAPTER_CONFIG)
     return bool(values.get("arrow_config")) or values.get("peft_type") == PeftType.XLORA

@@ -1,0 +1,210 @@
+"""Holds a base model and its adapters, answers questions about them, and stands in for the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from veneer.adapters.collection import Adapters
+from veneer.adapters.invocation_hook import InvocationHook
+from veneer.adapters.rejoined_tensors import rejoin
+from veneer.adapters.shadow_pass import ShadowPass
+from veneer.adapters.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
+from veneer.adapters.xlora_pass import XLoraPass
+from veneer.configs.base import PeftConfig
+from veneer.configs.names import PeftType
+from veneer.errors import AdapterError
+from veneer.keywords import strict
+from veneer.layers.quantized_merge import QuantizedMerge
+from veneer.peft_model.base_checks import check_base, digest_of
+from veneer.peft_model.delegation import fitted_class
+from veneer.peft_model.load_report import LoadLog, LoadReport
+from veneer.peft_model.trainer_state import adapter_state
+from veneer.peft_model.tuner import Tuner
+
+
+@strict
+class AdaptedModel(nn.Module):
+    """Holds the base model, the set of adapters on it, and the log of what was loaded.
+
+    Args:
+        model: the base model; it must carry no adapters.
+    """
+
+    # The class as it is imported, of which the instance's own is a fitted subclass.
+    kind: ClassVar[type[AdaptedModel]]
+
+    def __new__(cls, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> AdaptedModel:
+        """Make an instance of the class that fits ``model``."""
+        return object.__new__(cls) if model is None else _blank(cls, type(model))
+
+    def __init__(self, model: nn.Module) -> None:
+        nn.Module.__init__(self)
+        check_base(model)
+        self.xlora_pass = XLoraPass()
+        self.adapters = Adapters(model, (InvocationHook(), self.xlora_pass, ShadowPass()))
+        tuner = self._modules["base_model"] = Tuner(model, self.adapters)
+        tuner.belong_to(self)
+        self._modules["prompt_encoder"] = self.adapters.prompts
+        self.load_log = LoadLog(self.adapters)
+        self._base_digest: str | None = None
+        self.training = model.training
+
+    @property
+    def base_model(self) -> Tuner:
+        """The module between this one and the base model; ``base_model.model`` is the base."""
+        tuner = self._modules["base_model"]
+        assert isinstance(tuner, Tuner)
+        return tuner
+
+    def get_base_model(self) -> Any:
+        """Return the base model, with the adapted layers in it."""
+        return self._modules["base_model"]._modules["model"]  # type: ignore[union-attr]
+
+    @property
+    def base_digest(self) -> str | None:
+        """The digest of the base's files; ``None`` when they are not on this machine or hold other weights."""
+        if self._base_digest is None:
+            self._base_digest = digest_of(self.get_base_model())
+        return self._base_digest
+
+    @property
+    def load_report(self) -> LoadReport | None:
+        """The report of the last load: what was found, bound and made active."""
+        return self.load_log.report
+
+    # -- what the adapters are -----------------------------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """Adapter's name -> its config."""
+        return {name: adapter.config for name, adapter in self.adapters.by_name.items()}
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The config of the first active adapter."""
+        return self.adapters.get(self.active_adapter).config
+
+    @property
+    def peft_type(self) -> PeftType | str | None:
+        """The method of the first adapter; ``None`` when there is none."""
+        return next((config.peft_type for config in self.peft_config.values()), None)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The modules that the adapters name as saved whole; ``None`` when they name nothing."""
+        named = [getattr(config, "modules_to_save", None) or () for config in self.peft_config.values()]
+        return {name for names in named for name in names} or None
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The names of the modules that carry adapters."""
+        return list(dict.fromkeys(layer.site.name for layer in self.adapters.layers.values()))
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The base model's dtype, where it says one."""
+        return getattr(self.get_base_model(), "dtype", None)
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """True while a forward pass uses an adapter."""
+        return bool(self.adapters.active)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters, in the order in which they apply; empty when the base runs alone."""
+        return self.adapters.active
+
+    @property
+    def active_adapter(self) -> str:
+        """The active adapter; the first when several are.
+
+        Raises:
+            AdapterError: none is.
+        """
+        names = self.adapters.active
+        if not names:
+            raise AdapterError("No adapter is active.", hint="Choose one with set_adapter(...).")
+        return names[0]
+
+    @property
+    def quantized_merge(self) -> QuantizedMerge | None:
+        """The losses of the last merge into a quantised base, layer by layer; ``None`` when there was none."""
+        return self.adapters.quantized_merge
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """Return what is on each adapted layer: adapters, active and merged ones, their devices and gradients."""
+        return layer_status(self.adapters)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """Return the same of the model as a whole."""
+        return model_status(self, self.adapters)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return the numbers of trainable and of all parameters, the adapters' included."""
+        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trainable in counts if trainable), sum(n for n, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Print both numbers and the share."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total if total else 0.0
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    # -- standing in for the base --------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "base_model" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.get_base_model(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What the base keeps for itself (config, generation_config ...) is set where the base will read it.
+        base = self.__dict__.get("_modules", {}).get("base_model")
+        if base is not None and name not in self.__dict__ and name in base.model.__dict__:
+            setattr(base.model, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The fitted class has no importable name; it is made again where the model is copied or unpickled.
+        return _blank, (self.kind, type(self.get_base_model())), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.base_model.belong_to(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AdaptedModel:
+        with self.adapters.changing():
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            rejoin(self.adapters)
+        return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state as torch does; with ``strict=False`` that of adapters alone misses no tensors of the base.
+
+        ``assign=True`` puts the given tensors in the place of the model's.
+        """
+        with self.adapters.changing():
+            mismatch: Any = super().load_state_dict(state_dict, strict, assign)
+            rejoin(self.adapters)
+        if strict or not mismatch.missing_keys:
+            return mismatch
+        adapter_keys = adapter_state(self).keys()
+        if not adapter_keys >= state_dict.keys():
+            return mismatch
+        missing = [name for name in mismatch.missing_keys if name in adapter_keys]
+        return type(mismatch)(missing, mismatch.unexpected_keys)
+
+
+def _blank(kind: type[AdaptedModel], base_class: type[nn.Module]) -> AdaptedModel:
+    """Make an instance without contents, for ``__init__``, copying or unpickling to fill."""
+    instance: AdaptedModel = object.__new__(fitted_class(kind, base_class))  # type: ignore[assignment]
+    return instance
