@@ -92,11 +92,12 @@ def merge(
     with closing(Hashing(likely_weights(adapter, base, lookup))) as hashing:
         from veneer.merging.output.staging import check_target, written_to
         from veneer.merging.output.write_folder import write_folder
-        from veneer.merging.work.prepare import options_of, prepare
+        from veneer.merging.work.merge_options import merge_options
+        from veneer.merging.work.prepare import prepare
 
         target = written_to(out)
         check_target(target, overwrite)
-        options = options_of(
+        options = merge_options(
             dtype,
             max_shard_size,
             rounding=rounding,

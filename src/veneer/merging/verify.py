@@ -22,7 +22,8 @@ from veneer.merging.base.weight_files import WeightFiles, open_weights
 from veneer.merging.output.file_writer import run_all
 from veneer.merging.output.manifest import read_manifest
 from veneer.merging.work.inputs import AdapterPaths
-from veneer.merging.work.prepare import Options, find_adapters, prepare
+from veneer.merging.work.merge_options import MergeOptions
+from veneer.merging.work.prepare import find_adapters, prepare
 from veneer.printing import panel
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def verify(
     adapters = _weighted(manifest, adapter, lookup)
     base = manifest["base"]["origin"] if base is None else base
     on_step("merging again")
-    tensors, different = _replayed(folder, adapters, base, Options(**manifest["options"]), lookup, sample)
+    tensors, different = _replayed(folder, adapters, base, MergeOptions(**manifest["options"]), lookup, sample)
     altered = [
         name
         for name, digest in manifest["outputs"]["sha256"].items()
@@ -201,7 +202,7 @@ def _replayed(
     folder: Path,
     adapters: AdapterPaths,
     base: str | Path,
-    options: Options,
+    options: MergeOptions,
     lookup: LookupOptions,
     sample: int | None,
 ) -> tuple[int, list[str]]:

@@ -16,7 +16,8 @@ from veneer.files.json_file import read_json
 from veneer.files.paths import is_file
 from veneer.files.source import Source
 from veneer.merging.base.companion_files import MANIFEST
-from veneer.merging.work.prepare import Options, PreparedMerge
+from veneer.merging.work.merge_options import MergeOptions
+from veneer.merging.work.prepare import PreparedMerge
 from veneer.merging.work.rounding import STOCHASTIC, RoundingFigures
 
 VERSION = 1
@@ -147,7 +148,7 @@ def _are_digests(value: Any) -> bool:
 def _are_options(value: Any) -> bool:
     """Whether these are the options of a merge: what each of them means is checked where it is used."""
     kinds = {"str": str, "int": int, "bool": bool, "None": type(None)}
-    allowed = {one.name: [kinds[kind.strip()] for kind in str(one.type).split("|")] for one in fields(Options)}
+    allowed = {one.name: [kinds[kind.strip()] for kind in str(one.type).split("|")] for one in fields(MergeOptions)}
     return isinstance(value, dict) and all(type(value[key]) in allowed.get(key, ()) for key in value)
 
 

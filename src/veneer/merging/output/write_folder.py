@@ -90,11 +90,10 @@ def _write(
     figures = [one for file in plan.files for one in shop.finished[file.name][1]]
     prepared.check_unchanged()
     _write_small(prepared, shop.model)
-    small = prepared.small
-    inputs |= {name: sha256_of(path) for name, path in small.items()}
+    inputs |= {name: sha256_of(path) for name, path in prepared.companions.items()}
     if reversible:
         on_step("keeping the way back")
-        write_delta(files, shop.model, small)
+        write_delta(files, shop.model, prepared.companions)
     outputs = {file.name: shop.finished[file.name][0] for file in plan.files}
     outputs |= {name: sha256_of(path) for name, path in _files_in(shop.model).items() if name not in outputs}
     adapters = [

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from veneer.adapters.merge.new_bias import NewBiases
-from veneer.adapters.merge.untie import FLAG, asks_for_ties
 from veneer.base_model.sites.site import Site
-from veneer.checkpoints.torch_dtypes import DTYPES
 from veneer.errors import MergeError
-from veneer.merging.base.quantized_tensors import Packed
-from veneer.merging.base.skeleton import StoredNames
+from veneer.merging.base.disk_base import DiskBase
 from veneer.merging.base.weight_files import FLOATS, NAMES, WeightFiles
 from veneer.merging.work.adapter_changes import AdapterChanges, module_id, tie_groups
 from veneer.merging.work.file_layout import OutFile, Wanted, lay_out
@@ -29,7 +24,6 @@ from veneer.merging.work.pieces import (
     MergeLayer,
     OutputTensor,
     ReplaceTensor,
-    StoredTensor,
     Work,
 )
 from veneer.merging.work.rounding import Rounding
@@ -61,100 +55,100 @@ class Planner:
     """Works out a :class:`MergePlan`.
 
     Args:
-        model: the skeleton.
-        base: its weight files.
-        stored: where its parameters lie.
+        base: the base.
         changes: what the adapters do.
         dtype: of the output; the base's own when ``None``.
         rounding: how values are rounded.
-        packed: quantised tensor -> how it is quantised.
         biases: that layers without one get.
-        lengths: stored tensor -> its first size in the output, where that is another.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        base: WeightFiles,
-        stored: StoredNames,
+        base: DiskBase,
         changes: AdapterChanges,
         dtype: torch.dtype | None,
         rounding: Rounding,
-        packed: Mapping[str, Packed],
-        biases: NewBiases | None = None,
-        lengths: Mapping[str, int] | None = None,
+        biases: NewBiases,
     ) -> None:
-        self.model, self.base, self.stored, self.changes = model, base, stored, changes
-        self.dtype, self.rounding, self.packed = dtype, rounding, packed
-        self.biases, self.lengths = biases or NewBiases(), lengths or {}
+        self.base, self.changes, self.biases = base, changes, biases
+        self.dtype, self.rounding = dtype, rounding
+        self.model, self.stored, self.files = base.model, base.stored, base.files
         self.layers = self._layers()
-        self.groups = {name: group for group in tie_groups(model) for name in group}
+        self.groups = {name: group for group in tie_groups(base.model) for name in group}
         self.works: list[Work] = []
-        self.shapes = {name: one.shape for name, one in packed.items()}
+        self.shapes = {name: packed.shape for name, packed in base.packed.items()}
         self.shapes |= {
-            name: (length, *self.shapes.get(name, base.shape(name))[1:]) for name, length in self.lengths.items()
+            name: (length, *self.shapes.get(name, base.files.shape(name))[1:]) for name, length in base.lengths.items()
         }
         self.new: list[Wanted] = []
         self.untied: list[str] = []
-        self.parts = {part for one in packed.values() for part in one.parts}
-        counts = Counter[str]()
-        for name, place in base.places.items():
-            plain = place.info.dtype in FLOATS and name not in self.parts and name not in packed
-            counts[place.info.dtype] += place.info.numel if plain else 0
-        self.common = DTYPES[counts.most_common(1)[0][0]] if counts.total() else torch.bfloat16
 
     def plan(self, limit: int | None) -> MergePlan:
-        """The plan, with at most ``limit`` bytes of tensors in a file."""
+        """Return the plan, with at most ``limit`` bytes of tensors in a file."""
         for name in self._owned(self._touched()):
             self._plan_parameter(name)
         for name, shape in self.biases.shapes.items():
             self._plan_bias(name, shape)
         if self.untied:
             self._part_biases()
-        done = {name for work in self.works for name in work.outputs}
-        drop = set(self.parts)
-        drop |= {name for name in self.base.places if name.endswith("activation_scale")} if self.packed else set()
-        wanted = [
-            Wanted(name, NAMES[self.out_dtype(name)] if self._casts(name) else place.info.dtype, shape, place.file)
-            for name, place in self.base.places.items()
-            if name not in drop
-            for shape in [self.shapes.get(name, place.info.shape)]
-        ]
-        for tensor in wanted:
-            own = self.base.places[tensor.name].info
-            if tensor.name not in done and (tensor.dtype, tensor.shape) != (own.dtype, own.shape):
-                self.works.append(
-                    CastTensor(self._values(tensor.name), tensor.name, self.out_dtype(tensor.name), self.rounding)
-                )
-        headers = {file: header.metadata for file, header in self.base.headers.items()}
-        files = lay_out([*wanted, *self.new], headers, limit)
-        done = {name for work in self.works for name in work.outputs}
-        self.works += _copies(self.base, files, done)
+        kept = self._kept()
+        self._plan_casts(kept)
+        headers = {file: header.metadata for file, header in self.files.headers.items()}
+        files = lay_out([*kept, *self.new], headers, limit)
+        self.works += _copies(self.files, files, self._finished())
         order = {name: i for i, name in enumerate(name for file in files for name in file.tensors)}
         self.works.sort(key=lambda work: min(order[name] for name in work.outputs))
-        return MergePlan(files, self.works, self.untied, self._missing(), NAMES[self.dtype or self.common])
+        return MergePlan(files, self.works, self.untied, self._missing(), NAMES[self.dtype or self.base.common_dtype])
+
+    def _kept(self) -> list[Wanted]:
+        """Return the base's tensors that the output has too: all but what belongs to quantised ones."""
+        dropped = set(self.base.parts)
+        if self.base.packed:
+            dropped |= {name for name in self.files.places if name.endswith("activation_scale")}
+        return [
+            Wanted(
+                name,
+                NAMES[self.out_dtype(name)] if self._casts(name) else place.info.dtype,
+                self.shapes.get(name, place.info.shape),
+                place.file,
+            )
+            for name, place in self.files.places.items()
+            if name not in dropped
+        ]
+
+    def _plan_casts(self, kept: Sequence[Wanted]) -> None:
+        """Plan the tensors that no adapter changes and that have another dtype or shape in the output."""
+        finished = self._finished()
+        for tensor in kept:
+            info = self.files.places[tensor.name].info
+            if tensor.name not in finished and (tensor.dtype, tensor.shape) != (info.dtype, info.shape):
+                self._plan_cast(tensor.name, tensor.name)
+
+    def _plan_cast(self, source: str, target: str) -> None:
+        self.works.append(CastTensor(self.base.tensor(source), target, self.out_dtype(source), self.rounding))
+
+    def _finished(self) -> set[str]:
+        """Return the output's tensors that are planned so far."""
+        return {name for work in self.works for name in work.outputs}
 
     # -- dtypes and values ---------------------------------------------------------------------------------
 
     def _casts(self, name: str) -> bool:
-        return name in self.packed or self.base.places[name].info.dtype in FLOATS
+        return name in self.base.packed or self.files.places[name].info.dtype in FLOATS
 
     def out_dtype(self, name: str) -> torch.dtype:
         """The dtype that a stored tensor gets."""
-        if name in self.packed:
-            return self.dtype or self.common
-        return self.dtype if self.dtype is not None and self._casts(name) else self.base.dtype(name)
+        if name in self.base.packed:
+            return self.dtype or self.base.common_dtype
+        return self.dtype if self.dtype is not None and self._casts(name) else self.files.dtype(name)
 
     def _check_floats(self, name: str, why: str) -> None:
         """Raise ``MergeError`` where a stored tensor is of a dtype that holds no merged weight."""
         if not self._casts(name):
             raise MergeError(
-                f"{why} {name}, which the base stores as {self.base.places[name].info.dtype}: no dtype of weights.",
+                f"{why} {name}, which the base stores as {self.files.places[name].info.dtype}: no dtype of weights.",
                 hint="Use another copy of the base.",
             )
-
-    def _values(self, name: str) -> StoredTensor:
-        return StoredTensor(self.base, name, self.packed.get(name), self.lengths.get(name))
 
     # -- what is changed -----------------------------------------------------------------------------------
 
@@ -215,7 +209,7 @@ class Planner:
         target = lies or (source if shared and source is not None else name)
         if source is not None and (name in self.layers or self._brings_floats(name)):
             self._check_floats(source, "The adapter changes")
-        dtype = (self.dtype or self.common) if source is None else self.out_dtype(source)
+        dtype = (self.dtype or self.base.common_dtype) if source is None else self.out_dtype(source)
         if name in self.changes.saved:
             self._plan_saved(name, target, source, dtype)
         elif source is None:
@@ -224,13 +218,13 @@ class Planner:
                 hint="Give the base that the adapter was trained on, or another task=.",
             )
         elif name in self.layers:
-            self._plan_layer(self.layers[name], OutputTensor(target, self._values(source), dtype))
+            self._plan_layer(self.layers[name], OutputTensor(target, self.base.tensor(source), dtype))
         elif lies is None:
-            self.works.append(CastTensor(self._values(source), target, dtype, self.rounding))
-        if target not in self.base:
-            own = self.shapes.get(str(source)) or self.base.shape(str(source)) if source else ()
+            self._plan_cast(source, target)
+        if target not in self.files:
+            own = self.shapes.get(str(source)) or self.files.shape(str(source)) if source else ()
             shape = self.changes.saved[name].shape if name in self.changes.saved else own
-            self.new.append(Wanted(target, NAMES[dtype], tuple(shape), list(self.base.paths)[-1]))
+            self.new.append(Wanted(target, NAMES[dtype], tuple(shape), list(self.files.paths)[-1]))
 
     def _brings_floats(self, name: str) -> bool:
         return name in self.changes.saved and self.changes.saved[name].is_floating_point()
@@ -239,7 +233,7 @@ class Planner:
         tensor = self.changes.saved[name]
         if not tensor.is_floating_point():
             dtype = tensor.dtype if source is None else self.out_dtype(source)
-        before = None if source is None else self._values(source)
+        before = None if source is None else self.base.tensor(source)
         self.shapes[target] = tuple(tensor.shape)
         self.works.append(ReplaceTensor(target, tensor, before, dtype, self.rounding))
 
@@ -258,31 +252,33 @@ class Planner:
                 raise MergeError(f"The base has no {bias_name} on disk.", hint="Copy or download it again.")
             self._check_floats(source, "The adapter changes the layer of")
             target = bias_name if lies is None and self.untied else source
-            bias = OutputTensor(target, self._values(source), self.out_dtype(source))
+            bias = OutputTensor(target, self.base.tensor(source), self.out_dtype(source))
             self._want_new(target, source)
         self.works.append(MergeLayer(layer, weight, bias, self.rounding))
 
     def _want_new(self, target: str, source: str) -> None:
         """Give the output a tensor of another's shape and dtype, unless the base has one of that name."""
-        if target not in self.base:
-            shape, dtype = self.base.shape(source), NAMES[self.out_dtype(source)]
-            self.new.append(Wanted(target, dtype, shape, list(self.base.paths)[-1]))
+        if target not in self.files:
+            shape, dtype = self.files.shape(source), NAMES[self.out_dtype(source)]
+            self.new.append(Wanted(target, dtype, shape, list(self.files.paths)[-1]))
 
     def _part_biases(self) -> None:
         """Write apart the biases that are one where the weights beside them are; the config ties both or neither."""
-        done = {name for work in self.works for name in work.outputs}
+        finished = self._finished()
         for name, group in self.groups.items():
             source = self._lies(group)
-            if name.endswith(".bias") and name not in self.stored.direct and name not in done and source is not None:
-                self.works.append(CastTensor(self._values(source), name, self.out_dtype(source), self.rounding))
+            if source is None or not name.endswith(".bias"):
+                continue
+            if name not in self.stored.direct and name not in finished:
+                self._plan_cast(source, name)
                 self._want_new(name, source)
 
     def _plan_bias(self, name: str, shape: tuple[int, ...]) -> None:
         weight = self.stored.direct.get(f"{name}.weight")
         target = f"{name}.bias" if weight is None else weight.removesuffix("weight") + "bias"
-        dtype = (self.dtype or self.common) if weight is None else self.out_dtype(weight)
+        dtype = (self.dtype or self.base.common_dtype) if weight is None else self.out_dtype(weight)
         self.works.append(AddBias(target, self.layers.get(f"{name}.weight"), shape, dtype, self.rounding))
-        file = list(self.base.paths)[-1] if weight is None else self.base.places[weight].file
+        file = list(self.files.paths)[-1] if weight is None else self.files.places[weight].file
         self.new.append(Wanted(target, NAMES[dtype], shape, file))
 
     def _plan_conversion(self, name: str) -> None:
@@ -302,7 +298,7 @@ class Planner:
                 f"{name} is made of tensors that cannot be written back one by one.",
                 hint="Merge in memory: veneer.load(..., merge=True).save_pretrained(...).",
             )
-        values = {source: self._values(source) for source in sources}
+        values = {source: self.base.tensor(source) for source in sources}
         self.works.append(MergeConverted(conversion, values, layers, saved, dtypes.pop(), self.model, self.rounding))
 
     def _missing(self) -> list[str]:
@@ -342,22 +338,3 @@ def _length(base: WeightFiles, names: Sequence[str]) -> int:
 def _copy(base: WeightFiles, names: Sequence[str]) -> CopyBytes:
     first = base.places[names[0]]
     return CopyBytes(base, tuple(names), first.file, first.start, _length(base, names))
-
-
-def config_changes(plan: MergePlan, skeleton: Any, retied: Any) -> dict[str, Any]:
-    """What a base's config must say otherwise for the output.
-
-    Args:
-        plan: the plan.
-        skeleton: the model of the base's config.
-        retied: gives the model of the same config with ``tie_word_embeddings=False``.
-    """
-    if not plan.untied or not getattr(skeleton.config, FLAG, False) or asks_for_ties(skeleton):
-        return {}
-    parameters = dict(retied().named_parameters(remove_duplicate=False))
-    others = [group for group in tie_groups(skeleton) if not set(group) <= set(plan.untied)]
-    # Some families (T5) tie whatever their config says, and others tie more than was parted: what the file then lacks
-    # would be lost. Their reader keeps apart what is stored apart.
-    says_so = len({id(parameters[name]) for name in plan.untied}) > 1
-    lost = any(len({id(parameters[name]) for name in group}) > 1 for group in others)
-    return {FLAG: False} if says_so and not lost else {}

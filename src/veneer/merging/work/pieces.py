@@ -12,7 +12,7 @@ from torch import Tensor
 
 from veneer.base_model.sites.site import Site
 from veneer.errors import MergeError
-from veneer.merging.base.quantized_tensors import Packed
+from veneer.merging.base.disk_base import StoredTensor
 from veneer.merging.base.skeleton import Conversion
 from veneer.merging.base.weight_files import NAMES, WeightFiles
 from veneer.merging.work.adapter_changes import AdapterChanges
@@ -61,40 +61,6 @@ class CopyBytes:
         """Copy them as one range of bytes."""
         sink.copy(self.outputs, self.files, self.file, self.start, self.count)
         return []
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A stored tensor's values, dequantised where it is quantised.
-
-    Attributes:
-        files: the base's.
-        name: the tensor's.
-        packed: how it is quantised, where it is.
-        length: its first size where the output's is another: rows of zeros are added, or the last left out.
-    """
-
-    files: WeightFiles
-    name: str
-    packed: Packed | None = None
-    length: int | None = None
-
-    @property
-    def as_stored(self) -> bool:
-        """Whether its values lie in the file, each in its place."""
-        return self.packed is None and self.length is None
-
-    def whole(self) -> Tensor:
-        """All of it, in the shape that it is stored in but for its length; float32 where it was quantised."""
-        tensor = self.files.read(self.name) if self.packed is None else self.packed.values(self.files, self.name)
-        if self.length is None:
-            return tensor
-        missing = max(self.length - tensor.shape[0], 0)
-        return torch.cat([tensor[: self.length], tensor.new_zeros(missing, *tensor.shape[1:])])
-
-    def rows(self, start: int, into: Tensor) -> Tensor:
-        """Fill ``into`` with rows of it, seen as a matrix of as many columns, from the row ``start`` on."""
-        return self.files.fill(into, self.name, start * into.shape[1] * into.element_size())
 
 
 @dataclass(frozen=True)
