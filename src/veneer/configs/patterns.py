@@ -11,7 +11,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -53,6 +53,15 @@ class _Allowance:
     where: str = ""
     left: float = dataclasses.field(default_factory=lambda: _ALTOGETHER)
 
+    def spend(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        """Call ``action`` and take its time off what is left; ``_RefusedError`` when that does not suffice."""
+        started = time.thread_time()
+        result = action(*arguments)
+        self.left -= time.thread_time() - started
+        if self.left < 0:
+            raise _RefusedError("takes too long, with what was matched before")
+        return result
+
 
 _current: ContextVar[_Allowance | None] = ContextVar("allowance", default=None)
 
@@ -73,7 +82,7 @@ def matching(*configs: Any, where: str = "") -> Iterator[None]:
 
 
 def match(pattern: str, form: Form, name: str) -> Any:
-    """The match of a config's expression with a module's name, put as ``form`` says; ``None`` when there is none.
+    """Match a config's expression with a module's name, put as ``form`` says; ``None`` when it does not match.
 
     Raises:
         ConfigError: it is no expression, or matching takes too long.
@@ -81,17 +90,10 @@ def match(pattern: str, form: Form, name: str) -> Any:
     if _PLAIN.fullmatch(pattern):
         return _plain(pattern, form)(name)
     allowance = _current.get() or _Allowance()
-    started = time.thread_time()
     try:
-        found = _bounded(pattern, form)(name, timeout=_LONGEST)
-    except TimeoutError as error:
-        raise _refused(pattern, "takes too long to match", allowance) from error
-    except _NoExpressionError as error:
+        return allowance.spend(_match_in_time, pattern, form, name)
+    except _RefusedError as error:
         raise _refused(pattern, str(error), allowance) from error
-    allowance.left -= time.thread_time() - started
-    if allowance.left < 0:
-        raise _refused(pattern, "takes too long to match with all names", allowance)
-    return found
 
 
 def check(option: str, value: Any, form: Form) -> None:
@@ -99,21 +101,24 @@ def check(option: str, value: Any, form: Form) -> None:
     if not isinstance(value, str) or _PLAIN.fullmatch(value):
         return
     allowance = _current.get() or _Allowance()
-    started = time.thread_time()
     try:
-        _bounded(value, form)
-    except _NoExpressionError as error:
+        allowance.spend(_bounded, value, form)
+    except _RefusedError as error:
         raise ConfigError(f"{option}: {_short(value)} {error}.", hint=_HINT) from error
-    allowance.left -= time.thread_time() - started
-    if allowance.left < 0:
-        raise ConfigError(f"{option}: its expressions take too long to read.", hint=_HINT)
 
 
 _HINT = "Escape dots and brackets with a backslash, or list the names instead."
 
 
-class _NoExpressionError(Exception):
-    """Why a text cannot be matched as a regular expression."""
+class _RefusedError(Exception):
+    """A text cannot be matched as a regular expression, and why."""
+
+
+def _match_in_time(pattern: str, form: Form, name: str) -> Any:
+    try:
+        return _bounded(pattern, form)(name, timeout=_LONGEST)
+    except TimeoutError as error:
+        raise _RefusedError("takes too long to match") from error
 
 
 @lru_cache(maxsize=4096)
@@ -127,14 +132,14 @@ def _bounded(pattern: str, form: Form) -> Any:
 
     copies = math.prod(int(count) for count in re.findall(r"\{(\d{1,9})", pattern) if int(count))
     if len(pattern) > _MOST_CHARACTERS or copies > _MOST_COPIES:
-        raise _NoExpressionError("is too long, or repeats too often")
+        raise _RefusedError("is too long, or repeats too often")
     try:
         # Alone and in its place: ``a)|(b`` is an expression only in brackets, and a flag only at the beginning.
         re.compile(pattern)
         re.compile(form.around.format(pattern))
         return getattr(regex.compile(form.around.format(_TOKENS.sub(_spelt_out, pattern))), form.method)
     except (re.error, regex.error, OverflowError, RecursionError) as error:
-        raise _NoExpressionError(f"is no regular expression: {error}") from error
+        raise _RefusedError(f"is no regular expression: {error}") from error
 
 
 def _spelt_out(token: re.Match[str]) -> str:
