@@ -18,6 +18,17 @@ from pathlib import Path
 SECONDS = 240
 # What the scripts import, which takes longer than what they do.
 LIBRARIES = ("torch", "transformers", "peft", "veneer", "safetensors.torch", "transformers.trainer")
+# What they import of veneer by a path of before its rooms -> the module that has it now.
+FORMER = {"config": "configs.base", "layer": "layers.adapted_layer"}
+
+
+def import_libraries() -> None:
+    """Import what the scripts import, and let former paths lead to the modules of today."""
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    for former, path in FORMER.items():
+        module = sys.modules[f"veneer.{former}"] = importlib.import_module(f"veneer.{path}")
+        setattr(sys.modules["veneer"], former, module)
 
 
 def run(script: Path, log: Path) -> int:
@@ -55,8 +66,7 @@ def _become(script: Path, log: Path) -> None:
 
 def main(folder: Path) -> None:
     """Run every script of a folder, and print what came of it."""
-    for name in LIBRARIES:
-        importlib.import_module(name)
+    import_libraries()
     results = {}
     with tempfile.TemporaryDirectory() as place:
         log = Path(place) / "log"
