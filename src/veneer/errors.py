@@ -31,7 +31,8 @@ both. The command line prints that one line and leaves with exit code 2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Callable, Iterable, Sequence
 
 from veneer.printing import printable
 
@@ -144,3 +145,9 @@ class OutputError(SourceError, AdapterError, MergeError):
 
 class UnknownKeywordError(VeneerError, TypeError):
     """A public call was given a keyword that it does not take."""
+
+
+def did_you_mean(name: str, known: Iterable[str], shown: Callable[[str], str] = repr) -> str:
+    """Return the question whether the nearest known name was meant, and a space; nothing where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"Did you mean {shown(near[0])}? " if near else ""

@@ -15,8 +15,9 @@ from torch import Tensor
 import veneer
 from tests.models import build, gap, inputs, logits
 from tests.random_adapters import adapted, config, enlarge
-from veneer.adapters.merge.combining import drop_at_random, elect, keep_largest, nearest, nearest_dense
+from veneer.adapters.merge.combining import drop_at_random, elect, keep_largest
 from veneer.errors import ConfigError, DuplicateAdapterError, UnknownAdapterError, UnsupportedError
+from veneer.patches.low_rank import truncated, truncated_product
 
 X = inputs("llama")
 CLOSE = 2e-5
@@ -182,7 +183,7 @@ def test_embeddings_and_other_methods_too() -> None:
 def test_the_nearest_of_a_product_and_of_a_matrix_agree(batch: tuple[int, ...]) -> None:
     up, down = torch.randn(*batch, 20, 6), torch.randn(*batch, 6, 11)
     for rank in (2, 6, None):
-        (a, b), (c, d) = nearest(up, down, rank), nearest_dense(up @ down, rank)
+        (a, b), (c, d) = truncated_product(up, down, rank), truncated(up @ down, rank)
         assert a.shape[-1] == (rank or 6)
         assert torch.allclose(a @ b, c @ d, atol=1e-4)
 

@@ -28,6 +28,7 @@ from veneer.errors import NonFiniteError, TargetError
 from veneer.files.tensor_keys import encode
 from veneer.layers.adapter_shares import BoundAdapter
 from veneer.methods import AnyMethod, method_of, prompt_of
+from veneer.methods.base.method import NewLayer
 from veneer.methods.base.parts import parts_of
 from veneer.methods.base.prompt_method import PromptEncoder
 from veneer.printing import warn
@@ -206,7 +207,7 @@ def _create_layers(
         for site in part.sites:
             part.method.check_site(site)
             settings = part.method.settings(config, site)
-            tensors = part.method.init(config, settings, adapters.base(site), generator)
+            tensors = part.method.init(NewLayer(config, settings, adapters.base(site), generator))
             parameters = {
                 leaf: _parameter(t, site.device, True, part.method.trains(leaf)) for leaf, t in tensors.items()
             }
@@ -234,7 +235,7 @@ def _check_can_start(adapters: Adapters, method: AnyMethod, config: TargetedConf
     method.check_site(site)
     settings = method.settings(config, site)
     if isinstance(getattr(config, "init_lora_weights", None), str):
-        method.init(config, settings, adapters.base(site), torch.Generator())
+        method.init(NewLayer(config, settings, adapters.base(site), torch.Generator()))
 
 
 def _in_dtype_of_base(made: Sequence[_PendingLayer], shared: Collection[nn.Parameter]) -> None:

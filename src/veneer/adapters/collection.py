@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -22,7 +21,7 @@ from veneer.base_model import sharding
 from veneer.base_model.catalog import Catalog
 from veneer.base_model.repeated_blocks import Replication
 from veneer.configs.base import AnyConfig, PeftConfig, PromptConfig, TargetedConfig, as_any_config
-from veneer.errors import AdapterError, DuplicateAdapterError, UnknownAdapterError
+from veneer.errors import AdapterError, DuplicateAdapterError, UnknownAdapterError, did_you_mean
 from veneer.files.tensor_keys import SHARED_PREFIX, encode
 from veneer.layers.quantized_merge import QuantizedMerge
 from veneer.layers.wrapping import LayerPlacement
@@ -267,10 +266,9 @@ class Adapters(LayerPlacement):
     def get(self, name: str) -> Adapter:
         """An adapter by name, or ``UnknownAdapterError``."""
         if name not in self.by_name:
-            near = difflib.get_close_matches(str(name), self.by_name, n=1)
             raise UnknownAdapterError(
                 f"There is no adapter {name!r} on this model.",
-                hint=(f"Did you mean {near[0]!r}? " if near else "") + f"Present: {self._present()}.",
+                hint=did_you_mean(str(name), self.by_name) + f"Present: {self._present()}.",
             )
         return self.by_name[name]
 

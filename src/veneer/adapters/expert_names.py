@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from veneer.base_model.targets import ALL_LINEAR, in_blocks, is_inside, names_ma
 from veneer.configs import patterns
 from veneer.configs.base import TargetedConfig
 from veneer.configs.methods.lora import LoraConfig
-from veneer.errors import TargetError, VeneerError
+from veneer.errors import TargetError, VeneerError, did_you_mean
 from veneer.printing import warn
 
 # Parameter -> the layers of one expert that it holds, by each of their names.
@@ -211,5 +210,5 @@ def _parameters(config: TargetedConfig, catalog: Catalog) -> list[Site]:
 
 
 def _idle(option: str, name: str, endings: list[str]) -> str:
-    near = difflib.get_close_matches(name.rpartition(".")[2], endings, n=1)
-    return f"{option} names {name!r}, and no module of the model." + (f" Did you mean {near[0]!r}?" if near else "")
+    question = did_you_mean(name.rpartition(".")[2], endings)
+    return f"{option} names {name!r}, and no module of the model. {question}".rstrip()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
 
-from veneer.errors import UsageError
+from veneer.errors import UsageError, did_you_mean
 
 # Bytes of a unit, in lower case. 1 GB is 10^9 bytes, as files have it; 1 GiB is 2^30.
 _UNITS: Mapping[str, int] = {
@@ -64,10 +63,9 @@ def spread_over(traffic: Mapping[str, float] | None, names: Sequence[str]) -> di
         return dict.fromkeys(names, 1 / len(names))
     for name in traffic:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
             raise UsageError(
                 f"The traffic names {name!r}, which is none of the adapters.",
-                hint=(f"Did you mean {near[0]!r}? " if near else "") + f"They are: {', '.join(names)}.",
+                hint=did_you_mean(name, names) + f"They are: {', '.join(names)}.",
             )
     missing = [name for name in names if name not in traffic]
     if missing:

@@ -6,7 +6,6 @@ alone would take longer than ``veneer inspect`` may.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from typing import Annotated
@@ -14,6 +13,7 @@ from typing import Annotated
 import typer
 
 from veneer._version import __version__
+from veneer.errors import did_you_mean
 from veneer.printing import one_line
 
 # Command -> the module with its function of the same name, in the order in which help lists them.
@@ -69,8 +69,8 @@ def run(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
     name = arguments[0] if arguments else ""
     if name and not name.startswith("-") and name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"Did you mean `veneer {near[0]}`?" if near else f"There are: {', '.join(COMMANDS)}."
+        question = did_you_mean(name, COMMANDS, lambda command: f"`veneer {command}`")
+        hint = question or f"There are: {', '.join(COMMANDS)}."
         return _refuse(f"There is no command {name!r}. {hint}")
     command = typer.main.get_command(build([name] if name in COMMANDS else list(COMMANDS)))
     try:

@@ -7,7 +7,6 @@ unknown here are kept and written back; see :func:`check_unknown_keys` for when 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import json
 from collections.abc import Iterable, Mapping
@@ -20,7 +19,7 @@ from typing import Any, ClassVar, get_type_hints
 from veneer.configs import patterns
 from veneer.configs.names import PeftType, TaskType
 from veneer.configs.value_checks import check_at_least_one, is_beyond, matches_type
-from veneer.errors import ConfigError, UnknownKeyError, UnknownMethodError, UnsupportedError
+from veneer.errors import ConfigError, UnknownKeyError, UnknownMethodError, UnsupportedError, did_you_mean
 from veneer.files.atomic_write import atomic_write
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_CONFIG
@@ -322,10 +321,9 @@ def config_class(peft_type: Any, where: str) -> type[PeftConfig]:
     name = str(peft_type)
     if name not in _CONFIGS:
         if name not in registered():
-            near = difflib.get_close_matches(name.upper(), registered(), n=1)
             raise UnknownMethodError(
                 f"{where}: peft_type {name!r} is unknown to this version of Veneer.",
-                hint=(f"Did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(registered())}.",
+                hint=did_you_mean(name.upper(), registered()) + f"Known: {', '.join(registered())}.",
             )
         # A file a method; its class registers itself.
         importlib.import_module(f"veneer.configs.methods.{name.lower()}")
@@ -344,12 +342,11 @@ def check_unknown_keys(extra: Mapping[str, Any], known: set[str], where: str, st
     }
     switches = [k for k, v in on.items() if v is True or k.startswith("use_") or k.endswith("_config")]
     for key in switches:
-        near = difflib.get_close_matches(key, known, n=1)
         message = f"{where}: {key}={on[key]!r} is unknown to this version of Veneer and may change the maths."
         if strict:
             raise UnknownKeyError(
                 message,
-                hint=(f"Did you mean {near[0]!r}? " if near else "")
+                hint=did_you_mean(key, known)
                 + "Remove the key if it changes nothing, or load with strict=False to ignore it.",
             )
         warn(message + " It is ignored.")

@@ -17,7 +17,6 @@ from veneer.base_model import sharding
 from veneer.base_model.catalog import Catalog
 from veneer.base_model.sites.attention import AttentionSite
 from veneer.base_model.sites.block import BlockSite
-from veneer.base_model.sites.parameter import ParameterSite
 from veneer.base_model.sites.quantized.packed import PackedSite
 from veneer.base_model.sites.site import Site
 from veneer.errors import BaseModelError, BindError
@@ -111,7 +110,7 @@ class LayerPlacement:
             return AdaptedAttention(site, self.switch)
         if isinstance(site, BlockSite):
             return AdaptedBlock(site, self.switch)
-        kind = AdaptedParameter if isinstance(site, ParameterSite) else AdaptedLayer
+        kind = AdaptedParameter if site.inside_layer else AdaptedLayer
         return kind(site, self.switch, there)
 
     @property

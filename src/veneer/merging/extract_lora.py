@@ -36,6 +36,7 @@ from veneer.merging.base.skeleton import DiskReader, build_skeleton, stored_name
 from veneer.merging.base.weight_files import WeightFiles, open_weights
 from veneer.merging.output.staging import check_apart
 from veneer.merging.work.adapter_changes import tie_groups
+from veneer.patches.low_rank import balanced
 from veneer.patches.weight_arithmetic import check_kept
 from veneer.printing import panel
 
@@ -267,8 +268,8 @@ def factors(change: Tensor, rank: int, energy: float | None) -> tuple[Tensor, Te
     if energy is not None:
         reached = s.double().square().cumsum(0) / change.double().square().sum()
         keep = min(keep, int((reached < energy).sum()) + 1)
-    root = s[:keep].sqrt()
-    return (u[:, :keep] * root).contiguous(), (root.unsqueeze(1) * v[:keep]).contiguous()
+    up, down = balanced(u[:, :keep], s[:keep], v[:keep])
+    return up.contiguous(), down.contiguous()
 
 
 def _check_ties(found: _Found, model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from veneer.base_model.sites.conv import ConvSite
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.adalora import AdaLoraConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.rotation import check_groups
 from veneer.patches.patch import Patch
 
@@ -52,13 +52,11 @@ class AdaLora(Method[AdaLoraConfig, AdaLoraSettings]):
         (out, inner), r = site.shape, settings.r
         return {A: (r, inner), B: (out, r), E: (r, 1)}
 
-    def init(
-        self, config: AdaLoraConfig, settings: AdaLoraSettings, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        std = 0.02 if config.init_lora_weights else 1.0
-        shapes = self.shapes(settings, base.site).items()
-        made = {leaf: torch.empty(shape).normal_(std=std, generator=generator) for leaf, shape in shapes}
-        return {**made, E: torch.zeros_like(made[E])} if config.init_lora_weights else made
+    def init(self, new: NewLayer[AdaLoraConfig, AdaLoraSettings]) -> dict[str, Tensor]:
+        std = 0.02 if new.config.init_lora_weights else 1.0
+        shapes = self.shapes(new.settings, new.site).items()
+        made = {leaf: torch.empty(shape).normal_(std=std, generator=new.generator) for leaf, shape in shapes}
+        return {**made, E: torch.zeros_like(made[E])} if new.config.init_lora_weights else made
 
     def lower(self, settings: AdaLoraSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         return Patch(up=tensors[B], down=tensors[A] * tensors[E], scale=settings.scale, dropout=settings.dropout)

@@ -22,7 +22,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.adamss import AdamssConfig
 from veneer.errors import BaseMismatchError, UnsupportedError
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.packages import require
 from veneer.patches.patch import Patch
 
@@ -78,17 +78,15 @@ class Adamss(Method[AdamssConfig, AdamssSettings]):
             found.update({down: (rank, r), up: (rows, rank)})
         return found
 
-    def init(
-        self, config: AdamssConfig, settings: AdamssSettings, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        left, right = _decomposed(config, base)
-        groups = _groups(config, left, base.site)
+    def init(self, new: NewLayer[AdamssConfig, AdamssSettings]) -> dict[str, Tensor]:
+        left, right = _decomposed(new.config, new.base)
+        groups = _groups(new.config, left, new.site)
         found = {V: right, ROWS: torch.cat(groups)}
         for down, up, rows in zip(self.downs, self.ups, groups, strict=False):
-            found[down] = _directions(config, left[rows])
+            found[down] = _directions(new.config, left[rows])
             shape = (len(rows), len(found[down]))
-            zero = config.init_weights == "orthogonal"
-            found[up] = torch.zeros(shape) if zero else 0.01 * torch.randn(shape, generator=generator)
+            zero = new.config.init_weights == "orthogonal"
+            found[up] = torch.zeros(shape) if zero else 0.01 * torch.randn(shape, generator=new.generator)
         return found
 
     def restored(

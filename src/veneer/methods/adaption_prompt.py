@@ -23,7 +23,7 @@ from veneer.base_model.sites.attention import FORMS, AttentionSite, attention_si
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.adaption_prompt import AdaptionPromptConfig
 from veneer.errors import TargetError
-from veneer.methods.base.method import BaseLayer, MethodOnSites
+from veneer.methods.base.method import BaseLayer, MethodOnSites, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
 from veneer.patches.patch import Patch
 
@@ -85,11 +85,9 @@ class AdaptionPrompt(RoutedMethod[AdaptionPromptConfig, int]):
     def shapes(self, settings: int, site: Site) -> dict[str, tuple[int, ...]]:
         return {PROMPT: (1, settings, site.shape[1]), GATE: (1,)}
 
-    def init(
-        self, config: AdaptionPromptConfig, settings: int, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        shapes = self.shapes(settings, base.site)
-        return {PROMPT: torch.randn(shapes[PROMPT], generator=generator), GATE: torch.zeros(shapes[GATE])}
+    def init(self, new: NewLayer[AdaptionPromptConfig, int]) -> dict[str, Tensor]:
+        shapes = self.shapes(new.settings, new.site)
+        return {PROMPT: torch.randn(shapes[PROMPT], generator=new.generator), GATE: torch.zeros(shapes[GATE])}
 
     def lower(self, settings: int, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         assert isinstance(base.site, AttentionSite)

@@ -14,7 +14,7 @@ from veneer.base_model.sites.conv import ConvSite
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.beft import BeftConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
 
 SHIFT = "beft_bias"
@@ -33,11 +33,9 @@ class Beft(Method[BeftConfig, None]):
     def shapes(self, settings: None, site: Site) -> dict[str, tuple[int, ...]]:
         return {SHIFT: (1, site.shape[0])}
 
-    def init(
-        self, config: BeftConfig, settings: None, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        std = 0.0 if config.init_weights else 1.0
-        return {SHIFT: torch.empty(1, base.site.shape[0]).normal_(std=std, generator=generator)}
+    def init(self, new: NewLayer[BeftConfig, None]) -> dict[str, Tensor]:
+        std = 0.0 if new.config.init_weights else 1.0
+        return {SHIFT: torch.empty(1, new.site.shape[0]).normal_(std=std, generator=new.generator)}
 
     def lower(self, settings: None, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         return Patch(shift=tensors[SHIFT].flatten())

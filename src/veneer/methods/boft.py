@@ -19,7 +19,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.boft import BOFTConfig
 from veneer.errors import UnsupportedError
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.patch_dropout import of_blocks
 from veneer.methods.shared.rotation import cayley, check_groups
 from veneer.patches.multipliers import BlockDiagonal, Diagonal, FullMatrix, Multiplier
@@ -64,15 +64,13 @@ class BOFT(Method[BOFTConfig, BOFTSettings]):
 
     def shapes(self, settings: BOFTSettings, site: Site) -> dict[str, tuple[int, ...]]:
         out = site.shape[0]
-        scale = (1, out) if isinstance(site, ConvSite) else (out, 1)
+        scale = (1, out) if site.kernel else (out, 1)
         return {R: (settings.factors, settings.blocks, settings.size, settings.size), S: scale}
 
-    def init(
-        self, config: BOFTConfig, settings: BOFTSettings, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        std = 0.0 if config.init_weights else 0.1
-        shapes = self.shapes(settings, base.site)
-        made = {leaf: torch.empty(shape).normal_(std=std, generator=generator) for leaf, shape in shapes.items()}
+    def init(self, new: NewLayer[BOFTConfig, BOFTSettings]) -> dict[str, Tensor]:
+        std = 0.0 if new.config.init_weights else 0.1
+        shapes = self.shapes(new.settings, new.site)
+        made = {leaf: torch.empty(shape).normal_(std=std, generator=new.generator) for leaf, shape in shapes.items()}
         return {R: made[R], S: made[S] + 1}
 
     def lower(self, settings: BOFTSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:

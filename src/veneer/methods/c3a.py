@@ -16,7 +16,7 @@ from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.c3a import C3AConfig
 from veneer.errors import UnsupportedError
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.operators import Circulant
 from veneer.patches.patch import Patch
 
@@ -43,17 +43,15 @@ class C3A(Method[C3AConfig, int]):
         out, inner = site.shape
         return {KERNEL: (out // settings, inner // settings, settings)}
 
-    def init(
-        self, config: C3AConfig, settings: int, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        kernel = torch.zeros(self.shapes(settings, base.site)[KERNEL])
-        if config.init_weights == "gaussian":
-            kernel.normal_(generator=generator)
-        elif config.init_weights is not True:
+    def init(self, new: NewLayer[C3AConfig, int]) -> dict[str, Tensor]:
+        kernel = torch.zeros(self.shapes(new.settings, new.site)[KERNEL])
+        if new.config.init_weights == "gaussian":
+            kernel.normal_(generator=new.generator)
+        elif new.config.init_weights is not True:
             # Bounds as for the whole change: the kernel's own shape says nothing of the layer's.
-            out, inner = base.site.shape
-            bound = math.sqrt(1 / inner if config.init_weights == "kaiming_uniform" else 6 / (inner + out))
-            kernel.uniform_(-bound, bound, generator=generator)
+            out, inner = new.site.shape
+            bound = math.sqrt(1 / inner if new.config.init_weights == "kaiming_uniform" else 6 / (inner + out))
+            kernel.uniform_(-bound, bound, generator=new.generator)
         return {KERNEL: kernel}
 
     def lower(self, settings: int, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:

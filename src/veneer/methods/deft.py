@@ -16,7 +16,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.deft import DeftConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
 
 P, R = "deft_P", "deft_R"
@@ -36,17 +36,15 @@ class Deft(Method[DeftConfig, DeftConfig]):
         r = _rank(settings, site)
         return {P: (out, r)} if settings.para else {P: (out, r), R: (r, inner)}
 
-    def init(
-        self, config: DeftConfig, settings: DeftConfig, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        shapes = self.shapes(settings, base.site)
-        tensors = {P: torch.empty(shapes[P]).normal_(std=0.02, generator=generator)}
-        if R in shapes and config.init_weights:
-            _, measure = _projector(settings, tensors[P])
-            weight = base.base_weight().float()
-            tensors[R] = measure.to(weight.device).T @ weight / _scale(settings, base.site)
+    def init(self, new: NewLayer[DeftConfig, DeftConfig]) -> dict[str, Tensor]:
+        shapes = self.shapes(new.settings, new.site)
+        tensors = {P: torch.empty(shapes[P]).normal_(std=0.02, generator=new.generator)}
+        if R in shapes and new.config.init_weights:
+            _, measure = _projector(new.settings, tensors[P])
+            weight = new.base.base_weight().float()
+            tensors[R] = measure.to(weight.device).T @ weight / _scale(new.settings, new.site)
         elif R in shapes:
-            tensors[R] = torch.empty(shapes[R]).normal_(std=0.02 * config.init_scale, generator=generator)
+            tensors[R] = torch.empty(shapes[R]).normal_(std=0.02 * new.config.init_scale, generator=new.generator)
         return tensors
 
     def lower(self, settings: DeftConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:

@@ -18,7 +18,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.delora import DeloraConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.tucker import started
 from veneer.patches.patch import Patch
 
@@ -52,13 +52,11 @@ class Delora(Method[DeloraConfig, DeloraSettings]):
         (out, inner), r = site.shape, settings.r
         return {A: (r, inner), B: (out, r), LAMBDA: (1,), NORM: (inner,)}
 
-    def init(
-        self, config: DeloraConfig, settings: DeloraSettings, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        shapes = {leaf: shape for leaf, shape in self.shapes(settings, base.site).items() if leaf in (A, B)}
-        tensors = started(shapes, {B} if config.init_weights else set(), generator)
-        norm = base.base_weight().float().norm(dim=0)
-        return {**tensors, LAMBDA: torch.full((1,), float(settings.size)), NORM: norm}
+    def init(self, new: NewLayer[DeloraConfig, DeloraSettings]) -> dict[str, Tensor]:
+        shapes = {leaf: shape for leaf, shape in self.shapes(new.settings, new.site).items() if leaf in (A, B)}
+        tensors = started(shapes, {B} if new.config.init_weights else set(), new.generator)
+        norm = new.base.base_weight().float().norm(dim=0)
+        return {**tensors, LAMBDA: torch.full((1,), float(new.settings.size)), NORM: norm}
 
     def lower(self, settings: DeloraSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         down, up = tensors[A].float(), tensors[B].float()

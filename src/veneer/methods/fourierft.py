@@ -15,7 +15,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.fourierft import FourierFTConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.random_entries import random_places
 from veneer.patches.operators import Sparse, SparseInTransform
 from veneer.patches.patch import Patch
@@ -44,11 +44,9 @@ class FourierFT(Method[FourierFTConfig, FourierFTSettings]):
     def shapes(self, settings: FourierFTSettings, site: Site) -> dict[str, tuple[int, ...]]:
         return {SPECTRUM: tuple(settings.places.shape)}
 
-    def init(
-        self, config: FourierFTConfig, settings: FourierFTSettings, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        std = 0.0 if config.init_weights else 1.0
-        return {SPECTRUM: torch.empty(settings.places.shape).normal_(std=std, generator=generator)}
+    def init(self, new: NewLayer[FourierFTConfig, FourierFTSettings]) -> dict[str, Tensor]:
+        std = 0.0 if new.config.init_weights else 1.0
+        return {SPECTRUM: torch.empty(new.settings.places.shape).normal_(std=std, generator=new.generator)}
 
     def lower(self, settings: FourierFTSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         values, shape = tensors[SPECTRUM].float(), base.site.shape

@@ -20,7 +20,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.frod import FrodConfig
 from veneer.errors import UnsupportedError
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
 
 LENGTHS, ENTRIES = "frod_lambda_l", "frod_lambda_s_values"
@@ -67,11 +67,9 @@ class Frod(Method[FrodConfig, FrodConfig]):
     def saves_shared(self, config: FrodConfig) -> bool:
         return config.save_projection
 
-    def init(
-        self, config: FrodConfig, settings: FrodConfig, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        entries = torch.zeros(_count(settings, base.site.shape[1]))
-        return {ENTRIES: entries if config.init_weights else entries.normal_(std=0.1, generator=generator)}
+    def init(self, new: NewLayer[FrodConfig, FrodConfig]) -> dict[str, Tensor]:
+        entries = torch.zeros(_count(new.settings, new.site.shape[1]))
+        return {ENTRIES: entries if new.config.init_weights else entries.normal_(std=0.1, generator=new.generator)}
 
     def beside(
         self, config: FrodConfig, bases: Sequence[BaseLayer], shared: Mapping[str, Tensor]

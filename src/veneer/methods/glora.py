@@ -19,7 +19,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.glora import GloraConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.operators import HadamardLowRank
 from veneer.patches.patch import Patch
 
@@ -47,15 +47,13 @@ class Glora(Method[GloraConfig, GloraConfig]):
                 found.update({leaf: shape[:1] for leaf, shape in _shapes(part, settings.config_D_E, out, 1, r).items()})
         return found
 
-    def init(
-        self, config: GloraConfig, settings: GloraConfig, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        tensors = {leaf: torch.zeros(shape) for leaf, shape in self.shapes(settings, base.site).items()}
+    def init(self, new: NewLayer[GloraConfig, GloraConfig]) -> dict[str, Tensor]:
+        tensors = {leaf: torch.zeros(shape) for leaf, shape in self.shapes(new.settings, new.site).items()}
         for leaf, tensor in tensors.items():
             if leaf.endswith(UP):
-                torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
-            elif not config.init_weights:
-                tensor.normal_(std=0.02, generator=generator)
+                torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=new.generator)
+            elif not new.config.init_weights:
+                tensor.normal_(std=0.02, generator=new.generator)
         return tensors
 
     def lower(self, settings: GloraConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:

@@ -18,7 +18,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site, unsupported
 from veneer.configs.methods.gralora import GraloraConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
 
 A, B = "gralora_A", "gralora_B"
@@ -41,16 +41,14 @@ class Gralora(Method[GraloraConfig, GraloraConfig]):
         found: dict[str, tuple[int, ...]] = {A: (k, inner // k, r), B: (k, r, out // k)}
         return {**found, GENERAL_A: (hybrid, inner), GENERAL_B: (out, hybrid)} if hybrid else found
 
-    def init(
-        self, config: GraloraConfig, settings: GraloraConfig, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        tensors = {leaf: torch.zeros(shape) for leaf, shape in self.shapes(settings, base.site).items()}
+    def init(self, new: NewLayer[GraloraConfig, GraloraConfig]) -> dict[str, Tensor]:
+        tensors = {leaf: torch.zeros(shape) for leaf, shape in self.shapes(new.settings, new.site).items()}
         for leaf, tensor in tensors.items():
-            if leaf in (A, GENERAL_A) or not config.init_weights:
+            if leaf in (A, GENERAL_A) or not new.config.init_weights:
                 # A's columns are the rank: its fan-in is the rows.
                 seen = tensor.mT if leaf == A else tensor
                 bound = 1 / math.sqrt(seen.shape[-1])
-                seen.uniform_(-bound, bound, generator=generator)
+                seen.uniform_(-bound, bound, generator=new.generator)
         return tensors
 
     def lower(self, settings: GraloraConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:

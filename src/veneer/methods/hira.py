@@ -20,7 +20,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.hira import HiraConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.rotation import check_groups
 from veneer.methods.shared.tucker import started
 from veneer.patches.operators import HadamardLowRank
@@ -53,30 +53,25 @@ class Hira(Method[HiraConfig, HiraSettings]):
         return [replace(settings, r=config.r)]
 
     def shapes(self, settings: HiraSettings, site: Site) -> dict[str, tuple[int, ...]]:
-        (out, inner), r = site.shape, settings.r
-        if isinstance(site, ConvSite):
-            return {A: (r, *site.stored.shape[1:]), B: (out, r, *site.point)}
-        down, up = (EMBEDDING_A, EMBEDDING_B) if isinstance(site, EmbeddingSite) else (A, B)
-        return {down: (r, inner), up: (out, r)}
+        leaves = (EMBEDDING_A, EMBEDDING_B) if site.looks_up else (A, B)
+        return dict(zip(leaves, site.low_rank_shapes(settings.r), strict=True))
 
-    def init(
-        self, config: HiraConfig, settings: HiraSettings, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        shapes = self.shapes(settings, base.site)
+    def init(self, new: NewLayer[HiraConfig, HiraSettings]) -> dict[str, Tensor]:
+        shapes = self.shapes(new.settings, new.site)
         down, up = shapes
-        if not config.init_weights:
-            return {leaf: torch.randn(shape, generator=generator) for leaf, shape in shapes.items()}
-        if isinstance(base.site, EmbeddingSite):
+        if not new.config.init_weights:
+            return {leaf: torch.randn(shape, generator=new.generator) for leaf, shape in shapes.items()}
+        if new.site.looks_up:
             # As peft has it, "gaussian" too: A at zero and B at random.
-            return {down: torch.zeros(shapes[down]), up: torch.randn(shapes[up], generator=generator)}
-        tensors = started(shapes, {up}, generator)
-        if config.init_weights == "gaussian" and isinstance(base.site, LinearSite):
-            tensors[down].normal_(std=1 / settings.r, generator=generator)
+            return {down: torch.zeros(shapes[down]), up: torch.randn(shapes[up], generator=new.generator)}
+        tensors = started(shapes, {up}, new.generator)
+        if new.config.init_weights == "gaussian" and new.site.matrix_input:
+            tensors[down].normal_(std=1 / new.settings.r, generator=new.generator)
         return tensors
 
     def lower(self, settings: HiraSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         down, up = (tensors[leaf].flatten(1).float() for leaf in self.shapes(settings, base.site))
-        if isinstance(base.site, LinearSite):
+        if base.site.matrix_input:
             return Patch(dense=HadamardLowRank(base.base_weight(), up, down), dropout=settings.dropout)
         return Patch(dense=base.base_weight().float() * (up @ down), dropout=settings.dropout)
 

@@ -17,7 +17,7 @@ from veneer.base_model.sites.conv import ConvSite
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.hra import HRAConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.rotation import check_groups
 from veneer.methods.shared.tucker import started
 from veneer.patches.multipliers import IdentityPlusLowRank
@@ -39,13 +39,11 @@ class HRA(Method[HRAConfig, HRAConfig]):
     def shapes(self, settings: HRAConfig, site: Site) -> dict[str, tuple[int, ...]]:
         return {U: (site.shape[1], settings.r)}
 
-    def init(
-        self, config: HRAConfig, settings: HRAConfig, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        width, r = base.site.shape[1], config.r
-        if config.init_weights and r % 2 == 0:
-            return {U: started({U: (width, r // 2)}, set(), generator)[U].repeat_interleave(2, dim=1)}
-        return started({U: (width, r)}, set(), generator)
+    def init(self, new: NewLayer[HRAConfig, HRAConfig]) -> dict[str, Tensor]:
+        width, r = new.site.shape[1], new.config.r
+        if new.config.init_weights and r % 2 == 0:
+            return {U: started({U: (width, r // 2)}, set(), new.generator)[U].repeat_interleave(2, dim=1)}
+        return started({U: (width, r)}, set(), new.generator)
 
     def lower(self, settings: HRAConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         u = tensors[U].float()

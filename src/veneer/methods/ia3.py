@@ -17,7 +17,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import names_match
 from veneer.configs.methods.ia3 import IA3Config
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.multipliers import Diagonal
 from veneer.patches.patch import Patch
 
@@ -41,32 +41,29 @@ class IA3(Method[IA3Config, IA3Settings]):
         return IA3Settings(names_match(site.name, config.feedforward_modules))
 
     def shapes(self, settings: IA3Settings, site: Site) -> dict[str, tuple[int, ...]]:
-        if isinstance(site, ConvSite):
-            size = site.conv.in_channels if settings.feedforward else site.shape[0]
+        if site.kernel:
+            size = site.channels * site.groups if settings.feedforward else site.shape[0]
             return {SCALE: (1, size, *site.point)}
         return {SCALE: (1, site.shape[1]) if settings.feedforward else (site.shape[0], 1)}
 
-    def init(
-        self, config: IA3Config, settings: IA3Settings, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        shape = self.shapes(settings, base.site)[SCALE]
-        return {SCALE: torch.ones(shape) if config.init_ia3_weights else torch.randn(shape, generator=generator)}
+    def init(self, new: NewLayer[IA3Config, IA3Settings]) -> dict[str, Tensor]:
+        shape = self.shapes(new.settings, new.site)[SCALE]
+        start = torch.ones(shape) if new.config.init_ia3_weights else torch.randn(shape, generator=new.generator)
+        return {SCALE: start}
 
     def lower(self, settings: IA3Settings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         scale = tensors[SCALE].flatten()
         if not settings.feedforward:
             return Patch(outer=Diagonal(scale), outer_on_bias=True)
-        if isinstance(base.site, ConvSite):
-            return _of_channels(scale, base, base.site)
-        return Patch(inner=Diagonal(scale))
+        return _of_channels(scale, base) if base.site.kernel else Patch(inner=Diagonal(scale))
 
 
 METHOD = IA3()
 
 
-def _of_channels(scale: Tensor, base: BaseLayer, site: ConvSite) -> Patch:
+def _of_channels(scale: Tensor, base: BaseLayer) -> Patch:
     """The patch of a convolution whose input channels are scaled: ``scale`` (channels,)."""
-    groups, (out, inner) = site.conv.groups, site.shape
+    groups, (out, inner) = base.site.groups, base.site.shape
     # One entry a channel, and the canonical weight has a column for each entry of its kernel.
     columns = scale.repeat_interleave(inner * groups // len(scale))
     if groups == 1:

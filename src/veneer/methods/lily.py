@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.lily import LilyConfig
-from veneer.methods.base.method import BaseLayer
+from veneer.methods.base.method import BaseLayer, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
 from veneer.patches.patch import Patch
 from veneer.patches.route import CacheableRoute
@@ -104,13 +104,11 @@ class Lily(RoutedMethod[LilyConfig, LilyConfig]):
         r, experts = settings.r, settings.num_B
         return {A: (r, inner), B: (experts * r, out), ROUTER: (experts, r)}
 
-    def init(
-        self, config: LilyConfig, settings: LilyConfig, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
+    def init(self, new: NewLayer[LilyConfig, LilyConfig]) -> dict[str, Tensor]:
         found = {}
-        for leaf, shape in self.shapes(settings, base.site).items():
-            bound = 0.0 if leaf == B and config.init_weights else 1 / math.sqrt(shape[1])
-            found[leaf] = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        for leaf, shape in self.shapes(new.settings, new.site).items():
+            bound = 0.0 if leaf == B and new.config.init_weights else 1 / math.sqrt(shape[1])
+            found[leaf] = torch.empty(shape).uniform_(-bound, bound, generator=new.generator)
         return found
 
     def tied(self, config: LilyConfig, sites: Sequence[Site]) -> dict[str, list[int]]:

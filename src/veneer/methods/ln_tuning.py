@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from veneer.base_model.sites.conv import ConvSite
@@ -22,7 +21,7 @@ from veneer.base_model.sites.vector import NormSite, is_norm
 from veneer.base_model.sites.whole_layer import WholeSite
 from veneer.base_model.targets import shortest
 from veneer.configs.methods.ln_tuning import LNTuningConfig
-from veneer.methods.base.method import BaseLayer, Method, MethodOnSites
+from veneer.methods.base.method import BaseLayer, Method, MethodOnSites, NewLayer
 from veneer.patches.patch import Patch
 
 if TYPE_CHECKING:
@@ -53,11 +52,9 @@ class LNTuning(Method[LNTuningConfig, None]):
         found = {WEIGHT: site.stored_shape}
         return found if site.bias is None else {**found, BIAS: tuple(site.bias.shape)}
 
-    def init(
-        self, config: LNTuningConfig, settings: None, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        found = {WEIGHT: base.site.as_stored(base.base_weight()).float().clone()}
-        return found if base.base_bias is None else {**found, BIAS: base.base_bias.detach().float().clone()}
+    def init(self, new: NewLayer[LNTuningConfig, None]) -> dict[str, Tensor]:
+        found = {WEIGHT: new.site.as_stored(new.base.base_weight()).float().clone()}
+        return found if new.base.base_bias is None else {**found, BIAS: new.base.base_bias.detach().float().clone()}
 
     def lower(self, settings: None, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         dense = base.site.canonical(tensors[WEIGHT].float()) - base.base_weight().float()

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from veneer.base_model.sites.conv import ConvSite
@@ -22,9 +21,9 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.loha import LoHaConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.patch_dropout import Drop, of_delta
-from veneer.methods.shared.tucker import as_low_rank, channels, core_kernel, started, tucker
+from veneer.methods.shared.tucker import as_low_rank, core_kernel, started, tucker
 from veneer.patches.patch import Patch
 
 A1, B1, A2, B2 = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
@@ -58,13 +57,11 @@ class LoHa(Method[LoHaConfig, LoHaSettings]):
         r = settings.r
         if settings.core is None:
             return {A1: (out, r), B1: (r, inner), A2: (out, r), B2: (r, inner)}
-        a, b, core = (r, out), (r, channels(site)), (r, r, *settings.core)
+        a, b, core = (r, out), (r, site.channels), (r, r, *settings.core)
         return {A1: a, B1: b, A2: a, B2: b, CORE1: core, CORE2: core}
 
-    def init(
-        self, config: LoHaConfig, settings: LoHaSettings, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        return started(self.shapes(settings, base.site), {B2} if config.init_weights else set(), generator)
+    def init(self, new: NewLayer[LoHaConfig, LoHaSettings]) -> dict[str, Tensor]:
+        return started(self.shapes(new.settings, new.site), {B2} if new.config.init_weights else set(), new.generator)
 
     def lower(self, settings: LoHaSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         if as_low_rank(settings.r**2, base.site):

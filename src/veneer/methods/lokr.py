@@ -23,9 +23,9 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.lokr import LoKrConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.patch_dropout import Drop, of_delta
-from veneer.methods.shared.tucker import channels, core_kernel, started, tucker
+from veneer.methods.shared.tucker import core_kernel, started, tucker
 from veneer.patches.operators import Kronecker
 from veneer.patches.patch import Patch
 
@@ -57,7 +57,7 @@ class LoKr(Method[LoKrConfig, LoKrSettings]):
     def settings(self, config: LoKrConfig, site: Site) -> LoKrSettings:
         r = pattern_value(site.name, config.rank_pattern, config.r)
         alpha = pattern_value(site.name, config.alpha_pattern, config.alpha)
-        (a, b), (c, d) = (_split(size, config.decompose_factor) for size in (site.shape[0], channels(site)))
+        (a, b), (c, d) = (_split(size, config.decompose_factor) for size in (site.shape[0], site.channels))
         whole_first = not (config.decompose_both and r < max(a, c) / 2)
         drop = of_delta(config.module_dropout, config.rank_dropout, config.rank_dropout_scale)
         core = core_kernel(site, config.use_effective_conv2d)
@@ -65,19 +65,16 @@ class LoKr(Method[LoKrConfig, LoKrSettings]):
 
     def shapes(self, settings: LoKrSettings, site: Site) -> dict[str, tuple[int, ...]]:
         r, (a, c), (b, d) = settings.r, settings.first, settings.second
-        kernel = site.kernel if isinstance(site, ConvSite) else ()
         found: dict[str, tuple[int, ...]] = {C: (a, c)} if settings.whole_first else {C1: (a, r), C2: (r, c)}
         if settings.whole_second:
-            return {**found, D: (b, d, *kernel)}
+            return {**found, D: (b, d, *site.kernel)}
         if settings.core is None:
-            return {**found, D1: (b, r), D2: (r, d * math.prod(kernel))}
+            return {**found, D1: (b, r), D2: (r, d * math.prod(site.kernel))}
         return {**found, D1: (r, b), D2: (r, d), CORE: (r, r, *settings.core)}
 
-    def init(
-        self, config: LoKrConfig, settings: LoKrSettings, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        zero = {D, D2} if config.init_weights == "lycoris" else {C, C1}
-        return started(self.shapes(settings, base.site), zero if config.init_weights else set(), generator)
+    def init(self, new: NewLayer[LoKrConfig, LoKrSettings]) -> dict[str, Tensor]:
+        zero = {D, D2} if new.config.init_weights == "lycoris" else {C, C1}
+        return started(self.shapes(new.settings, new.site), zero if new.config.init_weights else set(), new.generator)
 
     def lower(self, settings: LoKrSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         first = tensors[C] if settings.whole_first else tensors[C1] @ tensors[C2]
@@ -87,7 +84,7 @@ class LoKr(Method[LoKrConfig, LoKrSettings]):
             second = tensors[D1] @ tensors[D2]
         else:
             second = tucker(tensors[CORE], tensors[D1], tensors[D2])
-        if isinstance(base.site, LinearSite):
+        if base.site.matrix_input:
             return Patch(dense=Kronecker(settings.scale * first, second), drop=settings.drop)
         if second.ndim == 4:
             first = first[..., None, None]

@@ -36,7 +36,7 @@ from veneer.base_model.sites.site import Site, unsupported
 from veneer.base_model.targets import only_parameters, pattern_value
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import MergeError, UnsupportedError
-from veneer.methods.base.method import BaseLayer, Method, MethodOnSites
+from veneer.methods.base.method import BaseLayer, Method, MethodOnSites, NewLayer
 from veneer.methods.base.replaced_weight import TOKEN_BASE
 from veneer.methods.lora_starts import begin, is_moved, repeats
 from veneer.methods.lora_starts.start import Layer
@@ -171,38 +171,34 @@ class Lora(Method[LoraConfig, LoraSettings]):
             shapes[B_BIAS] = (out,)
         return shapes if settings.variant is None else settings.variant.shapes(shapes, site)
 
-    def init(
-        self, config: LoraConfig, settings: LoraSettings, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        tensors = {leaf: torch.zeros(shape) for leaf, shape in self.shapes(settings, base.site).items()}
-        down, up, embedding = *base.site.low_rank_names, base.site.looks_up
-        start = config.init_lora_weights
+    def init(self, new: NewLayer[LoraConfig, LoraSettings]) -> dict[str, Tensor]:
+        tensors = {leaf: torch.zeros(shape) for leaf, shape in self.shapes(new.settings, new.site).items()}
+        down, up, embedding = *new.site.low_rank_names, new.site.looks_up
+        start = new.config.init_lora_weights
         # EVA's own start needs data: initialize_lora_eva_weights gives it to an adapter that begins as any other.
         if isinstance(start, str) and start not in ("gaussian", "eva"):
-            tensors.update(self._start(config, settings, base, generator))
+            tensors.update(self._start(new))
         elif embedding:
             # As peft has it, "gaussian" too: an embedding's A starts at zero and its B at random.
-            tensors[up].normal_(generator=generator)
+            tensors[up].normal_(generator=new.generator)
         elif start == "gaussian":
-            tensors[down].normal_(std=1 / settings.r, generator=generator)
+            tensors[down].normal_(std=1 / new.settings.r, generator=new.generator)
         else:
-            torch.nn.init.kaiming_uniform_(tensors[down], a=math.sqrt(5), generator=generator)
-        if settings.variant is not None:
-            tensors.update(settings.variant.init(base, generator))
+            torch.nn.init.kaiming_uniform_(tensors[down], a=math.sqrt(5), generator=new.generator)
+        if new.settings.variant is not None:
+            tensors.update(new.settings.variant.init(new.base, new.generator))
         if start is False:
-            tensors[down if embedding else up].normal_(std=0.02, generator=generator)
-        if settings.dora:
+            tensors[down if embedding else up].normal_(std=0.02, generator=new.generator)
+        if new.settings.dora:
             # Started at the length of what A and B already make of the weight: then nothing changes.
             tensors[MAGNITUDE].copy_(
-                _lengths(self._low_rank(settings, tensors, base), base).view_as(tensors[MAGNITUDE])
+                _lengths(self._low_rank(new.settings, tensors, new.base), new.base).view_as(tensors[MAGNITUDE])
             )
         return tensors
 
-    def _start(
-        self, config: LoraConfig, settings: LoraSettings, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
+    def _start(self, new: NewLayer[LoraConfig, LoraSettings]) -> dict[str, Tensor]:
         """A and B of a starting point with a file of its own; of one that is moved, a copy to take off again."""
-        how, site = str(config.init_lora_weights), base.site
+        how, site = str(new.config.init_lora_weights), new.site
         if how == "loftq" and site.is_packed:
             raise UnsupportedError(
                 f'{site.name}: init_lora_weights="loftq" needs the weight as it was before the base was quantised.',
@@ -210,9 +206,9 @@ class Lora(Method[LoraConfig, LoraSettings]):
             )
         if not site.matrix_input:
             raise unsupported(site, f"init_lora_weights={how!r}")
-        options = getattr(config, f"{how}_config", None) or {}
-        weight = base.base_weight().float()
-        layer = Layer(site.name, weight, settings.r, float(settings.scale), how, options, site.module, generator)
+        options = getattr(new.config, f"{how}_config", None) or {}
+        weight, settings = new.base.base_weight().float(), new.settings
+        layer = Layer(site.name, weight, settings.r, float(settings.scale), how, options, site.module, new.generator)
         down, up = (tensor.cpu() for tensor in begin(layer))
         return {A: down, B: up, START_A: down.clone(), START_B: up.clone()} if is_moved(how) else {A: down, B: up}
 
@@ -230,7 +226,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
                 "path_initial_model_for_weight_conversion); or, if its base is the changed one, set init_lora_weights "
                 "to true in its config.",
             )
-        made = self._start(config, settings, base(), None)
+        made = self._start(NewLayer(config, settings, base()))
         return {leaf: made[leaf] for leaf in (START_A, START_B)}
 
     def on_disk(self, settings: LoraSettings, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

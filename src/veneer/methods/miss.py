@@ -19,7 +19,7 @@ from veneer.base_model.sites.site import Site
 from veneer.configs.methods.bone import BoneConfig
 from veneer.configs.methods.miss import MissConfig
 from veneer.errors import UnsupportedError
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.tucker import started
 from veneer.patches.patch import Patch
 
@@ -63,14 +63,9 @@ class Miss(Method[MissConfig | BoneConfig, MissSettings]):
         r = settings.r
         return {self.leaf: (site.shape[0] // r, r, r) if settings.bat else (r, settings.columns)}
 
-    def init(
-        self,
-        config: MissConfig | BoneConfig,
-        settings: MissSettings,
-        base: BaseLayer,
-        generator: torch.Generator | None,
-    ) -> dict[str, Tensor]:
-        return started(self.shapes(settings, base.site), {self.leaf} if config.init_weights else set(), generator)
+    def init(self, new: NewLayer[MissConfig | BoneConfig, MissSettings]) -> dict[str, Tensor]:
+        zero = {self.leaf} if new.config.init_weights else set()
+        return started(self.shapes(new.settings, new.site), zero, new.generator)
 
     def lower(self, settings: MissSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         (out, inner), r, block = base.site.shape, settings.r, tensors[self.leaf]

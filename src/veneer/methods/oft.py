@@ -20,7 +20,7 @@ from veneer.base_model.sites.embedding import EmbeddingSite
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.oft import OFTConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.patch_dropout import of_blocks
 from veneer.methods.shared.rotation import cayley, check_groups, neumann, skew_of
 from veneer.patches.multipliers import BlockDiagonal
@@ -49,22 +49,20 @@ class OFT(Method[OFTConfig, OFTSettings]):
 
     def settings(self, config: OFTConfig, site: Site) -> OFTSettings:
         check_groups(site, "OFT")
-        width = site.shape[0 if isinstance(site, EmbeddingSite) else 1]
+        width = site.shape[0 if site.looks_up else 1]
         size = width // _divisor(width, config.r) if config.r else _divisor(width, config.oft_block_size)
         blocks = 1 if config.block_share else width // size
         terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else 0
         return OFTSettings(blocks, size, terms, config.eps if config.coft else None, config.module_dropout)
 
     def shapes(self, settings: OFTSettings, site: Site) -> dict[str, tuple[int, ...]]:
-        leaf = EMBEDDING_ENTRIES if isinstance(site, EmbeddingSite) else ENTRIES
+        leaf = EMBEDDING_ENTRIES if site.looks_up else ENTRIES
         return {leaf: (settings.blocks, settings.size * (settings.size - 1) // 2)}
 
-    def init(
-        self, config: OFTConfig, settings: OFTSettings, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        std = 0.0 if config.init_weights else 0.1
-        shapes = self.shapes(settings, base.site).items()
-        return {leaf: torch.empty(shape).normal_(std=std, generator=generator) for leaf, shape in shapes}
+    def init(self, new: NewLayer[OFTConfig, OFTSettings]) -> dict[str, Tensor]:
+        std = 0.0 if new.config.init_weights else 0.1
+        shapes = self.shapes(new.settings, new.site).items()
+        return {leaf: torch.empty(shape).normal_(std=std, generator=new.generator) for leaf, shape in shapes}
 
     def lower(self, settings: OFTSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         [entries] = tensors.values()
@@ -72,7 +70,7 @@ class OFT(Method[OFTConfig, OFTSettings]):
         if settings.radius is not None:
             skew = _drawn_in(skew, settings.radius)
         turned = BlockDiagonal((neumann(skew, settings.terms) if settings.terms else cayley(skew)).mT)
-        if isinstance(base.site, EmbeddingSite):
+        if base.site.looks_up:
             return Patch(outer=turned)
         return Patch(inner=turned, drop=of_blocks(settings.dropout))
 

@@ -18,7 +18,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.osf import OSFConfig
 from veneer.configs.patterns import PART, match
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
 
 U, S, V = (f"osf_svd_params.{part}_low" for part in "USV")
@@ -45,13 +45,12 @@ class OSF(Method[OSFConfig, int]):
         trained = min(out, inner) - settings
         return {U: (out, trained), S: (trained,), V: (trained, inner)}
 
-    def init(
-        self, config: OSFConfig, settings: int, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        if config.init_weights is False:
-            return {leaf: torch.randn(s, generator=generator) for leaf, s in self.shapes(settings, base.site).items()}
-        u, s, v = torch.linalg.svd(base.base_weight().float(), full_matrices=False)
-        return {U: u[:, settings:].contiguous(), S: s[settings:].clone(), V: v[settings:].contiguous()}
+    def init(self, new: NewLayer[OSFConfig, int]) -> dict[str, Tensor]:
+        if new.config.init_weights is False:
+            shapes = self.shapes(new.settings, new.site)
+            return {leaf: torch.randn(shape, generator=new.generator) for leaf, shape in shapes.items()}
+        u, s, v = torch.linalg.svd(new.base.base_weight().float(), full_matrices=False)
+        return {U: u[:, new.settings :].contiguous(), S: s[new.settings :].clone(), V: v[new.settings :].contiguous()}
 
     def beside(
         self, config: OSFConfig, bases: Sequence[BaseLayer], shared: Mapping[str, Tensor]

@@ -19,7 +19,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.peanut import PeanutConfig
 from veneer.errors import ConfigError
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
 
 A, B = "peanut_A.weight", "peanut_B.weight"
@@ -51,13 +51,11 @@ class Peanut(Method[PeanutConfig, PeanutConfig]):
         out, r = site.shape[0], settings.r
         return {A: (r, out), B: (out, r), **dict.fromkeys((*self.encoders, *self.decoders), (r, r))}
 
-    def init(
-        self, config: PeanutConfig, settings: PeanutConfig, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        tensors = {leaf: torch.zeros(shape) for leaf, shape in self.shapes(settings, base.site).items()}
+    def init(self, new: NewLayer[PeanutConfig, PeanutConfig]) -> dict[str, Tensor]:
+        tensors = {leaf: torch.zeros(shape) for leaf, shape in self.shapes(new.settings, new.site).items()}
         for leaf, tensor in tensors.items():
-            if leaf != B or not config.init_weights:
-                torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+            if leaf != B or not new.config.init_weights:
+                torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=new.generator)
         return tensors
 
     def lower(self, settings: PeanutConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:

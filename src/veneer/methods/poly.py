@@ -22,7 +22,7 @@ from torch.distributions import RelaxedBernoulli
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.poly import PolyConfig
 from veneer.errors import AdapterError, UnsupportedError
-from veneer.methods.base.method import BaseLayer
+from veneer.methods.base.method import BaseLayer, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
 from veneer.patches.patch import Patch
 from veneer.patches.selection import selected_tasks
@@ -113,15 +113,13 @@ class Poly(RoutedMethod[PolyConfig, PolyConfig]):
             LOGITS: (settings.n_tasks, splits * skills),
         }
 
-    def init(
-        self, config: PolyConfig, settings: PolyConfig, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        shapes = self.shapes(settings, base.site)
-        bounds = {A: 1 / math.sqrt(shapes[A][2]), B: 1 / math.sqrt(config.r), LOGITS: 1e-3}
-        if config.init_weights:
+    def init(self, new: NewLayer[PolyConfig, PolyConfig]) -> dict[str, Tensor]:
+        shapes = self.shapes(new.settings, new.site)
+        bounds = {A: 1 / math.sqrt(shapes[A][2]), B: 1 / math.sqrt(new.config.r), LOGITS: 1e-3}
+        if new.config.init_weights:
             bounds[B] = 0.0
         return {
-            leaf: torch.empty(shape).uniform_(-bounds[leaf], bounds[leaf], generator=generator)
+            leaf: torch.empty(shape).uniform_(-bounds[leaf], bounds[leaf], generator=new.generator)
             for leaf, shape in shapes.items()
         }
 

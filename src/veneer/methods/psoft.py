@@ -17,8 +17,9 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site, unsupported
 from veneer.configs.methods.psoft import PsoftConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.rotation import cayley, neumann, skew_of
+from veneer.patches.low_rank import balanced
 from veneer.patches.patch import Patch
 
 TURN = "psoft_R.weight"
@@ -44,13 +45,11 @@ class Psoft(Method[PsoftConfig, PsoftConfig]):
         scales = {AFTER: settings.psoft_mag_b, BEFORE: settings.psoft_mag_a}
         return {**found, **{leaf: (r,) for leaf, used in scales.items() if used}}
 
-    def init(
-        self, config: PsoftConfig, settings: PsoftConfig, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        tensors = {leaf: torch.ones(shape) for leaf, shape in self.shapes(settings, base.site).items()}
-        tensors[TURN] = torch.zeros_like(tensors[TURN]) if config.psoft_orth else torch.eye(config.r)
-        if not config.init_weights:
-            tensors[TURN] += 0.1 * torch.randn(tensors[TURN].shape, generator=generator)
+    def init(self, new: NewLayer[PsoftConfig, PsoftConfig]) -> dict[str, Tensor]:
+        tensors = {leaf: torch.ones(shape) for leaf, shape in self.shapes(new.settings, new.site).items()}
+        tensors[TURN] = torch.zeros_like(tensors[TURN]) if new.config.psoft_orth else torch.eye(new.config.r)
+        if not new.config.init_weights:
+            tensors[TURN] += 0.1 * torch.randn(tensors[TURN].shape, generator=new.generator)
         return tensors
 
     def beside(
@@ -81,8 +80,8 @@ def _directions(config: PsoftConfig, weight: Tensor) -> dict[str, Tensor]:
             u, s, transposed = torch.svd_lowrank(weight, q=config.r, niter=config.psoft_svd_lowrank_niter)
         v = transposed.T
     u, s, v = u[:, : config.r], s[: config.r] * config.r / config.psoft_alpha, v[: config.r]
-    left, right = (s, torch.ones_like(s)) if config.ab_svd_init == "psoft_init" else (s.sqrt(), s.sqrt())
-    return {A: right.unsqueeze(1) * v, B: u * left}
+    up, down = (u * s, v.clone()) if config.ab_svd_init == "psoft_init" else balanced(u, s, v)
+    return {A: down, B: up}
 
 
 def _orthogonal(settings: PsoftConfig, skew: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.pvera import PveraConfig
 from veneer.errors import MergeError
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.vera import largest, seeded
 from veneer.patches.patch import Patch
 
@@ -103,12 +103,10 @@ class Pvera(Method[PveraConfig, PveraSettings]):
     def saves_shared(self, config: PveraConfig) -> bool:
         return config.save_projection
 
-    def init(
-        self, config: PveraConfig, settings: PveraSettings, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        if config.init_weights:
-            return {B: torch.zeros(base.site.shape[0]), D: torch.full((2 * config.r,), float(config.d_initial))}
-        return {B: torch.ones(base.site.shape[0]), D: torch.randn(2 * config.r, generator=generator)}
+    def init(self, new: NewLayer[PveraConfig, PveraSettings]) -> dict[str, Tensor]:
+        if new.config.init_weights:
+            return {B: torch.zeros(new.site.shape[0]), D: torch.full((2 * new.config.r,), float(new.config.d_initial))}
+        return {B: torch.ones(new.site.shape[0]), D: torch.randn(2 * new.config.r, generator=new.generator)}
 
     def lower(self, settings: PveraSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         out, inner = base.site.shape

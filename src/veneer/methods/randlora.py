@@ -21,7 +21,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.randlora import RandLoraConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
 
 LAMBDA = "randlora_lambda"
@@ -69,15 +69,13 @@ class RandLora(Method[RandLoraConfig, RandLoraConfig]):
     def saves_shared(self, config: RandLoraConfig) -> bool:
         return config.save_projection
 
-    def init(
-        self, config: RandLoraConfig, settings: RandLoraConfig, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        shapes = self.shapes(settings, base.site)
-        if config.init_weights:
+    def init(self, new: NewLayer[RandLoraConfig, RandLoraConfig]) -> dict[str, Tensor]:
+        shapes = self.shapes(new.settings, new.site)
+        if new.config.init_weights:
             return {LAMBDA: torch.zeros(shapes[LAMBDA]), GAMMA: torch.full(shapes[GAMMA], 1 / max(shapes[GAMMA]))}
         return {
-            LAMBDA: torch.randn(shapes[LAMBDA], generator=generator),
-            GAMMA: torch.full(shapes[GAMMA], 1 / max(base.site.shape)),
+            LAMBDA: torch.randn(shapes[LAMBDA], generator=new.generator),
+            GAMMA: torch.full(shapes[GAMMA], 1 / max(new.site.shape)),
         }
 
     def lower(self, settings: RandLoraConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:

@@ -18,7 +18,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.road import VARIANTS, RoadConfig
 from veneer.errors import UnsupportedError
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.multipliers import BlockDiagonal
 from veneer.patches.patch import Patch
 
@@ -52,12 +52,10 @@ class Road(Method[RoadConfig, RoadSettings]):
         shape = (site.shape[0] // 2 * settings.numbers,)
         return {THETA: shape, ALPHA: shape}
 
-    def init(
-        self, config: RoadConfig, settings: RoadSettings, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        std = 0.0 if config.init_weights else 0.5
-        shapes = self.shapes(settings, base.site)
-        made = {leaf: torch.empty(shape).normal_(std=std, generator=generator) for leaf, shape in shapes.items()}
+    def init(self, new: NewLayer[RoadConfig, RoadSettings]) -> dict[str, Tensor]:
+        std = 0.0 if new.config.init_weights else 0.5
+        shapes = self.shapes(new.settings, new.site)
+        made = {leaf: torch.empty(shape).normal_(std=std, generator=new.generator) for leaf, shape in shapes.items()}
         return {THETA: made[THETA], ALPHA: made[ALPHA] + 1}
 
     def lower(self, settings: RoadSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:

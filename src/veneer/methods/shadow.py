@@ -31,7 +31,7 @@ from veneer.base_model.sites.site import Site
 from veneer.configs.methods.shadow import MIRROR, ShadowConfig
 from veneer.configs.names import HEADS, TaskType
 from veneer.errors import AdapterError, TargetError, UnsupportedError
-from veneer.methods.base.method import BaseLayer, MethodOnSites
+from veneer.methods.base.method import BaseLayer, MethodOnSites, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
 from veneer.methods.shared.shadow_decoder_files import embedding_leaves, shadow_source
 from veneer.patches.patch import Patch
@@ -165,15 +165,13 @@ class Shadow(RoutedMethod[ShadowConfig, ShadowConfig]):
         # Of their own memory: the classifier stays the base's.
         return {leaf: tensor.detach().float().clone() for leaf, tensor in found.items()}
 
-    def init(
-        self, config: ShadowConfig, settings: ShadowConfig, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        shapes = self.shapes(settings, base.site)
+    def init(self, new: NewLayer[ShadowConfig, ShadowConfig]) -> dict[str, Tensor]:
+        shapes = self.shapes(new.settings, new.site)
         made = {
-            leaf: _uniform(shape, shapes[leaf.replace("bias", "weight")][1], generator)
+            leaf: _uniform(shape, shapes[leaf.replace("bias", "weight")][1], new.generator)
             for leaf, shape in shapes.items()
         }
-        return {**made, UP: torch.zeros(shapes[UP])} if config.init_weights else made
+        return {**made, UP: torch.zeros(shapes[UP])} if new.config.init_weights else made
 
     def lower(self, settings: ShadowConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         return Patch(route=ShadowRoute(settings, {leaf: tensors[leaf] for leaf in self.leaves}))

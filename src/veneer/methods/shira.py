@@ -16,7 +16,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.shira import ShiraConfig
 from veneer.errors import UnsupportedError
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.random_entries import random_places
 from veneer.patches.operators import Sparse
 from veneer.patches.patch import Patch
@@ -39,17 +39,15 @@ class Shira(Method[ShiraConfig, int]):
     def shapes(self, settings: int, site: Site) -> dict[str, tuple[int, ...]]:
         return {VALUES: (settings,), PLACES: (2, settings)}
 
-    def init(
-        self, config: ShiraConfig, settings: int, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        if config.mask_type != "random":
+    def init(self, new: NewLayer[ShiraConfig, int]) -> dict[str, Tensor]:
+        if new.config.mask_type != "random":
             raise UnsupportedError(
-                f"mask_type={config.mask_type!r} is a function of one's own, which no config holds.",
+                f"mask_type={new.config.mask_type!r} is a function of one's own, which no config holds.",
                 hint='Use "random"; an adapter that was made with another mask loads.',
             )
-        places = random_places(base.site, settings, config.random_seed).sort().values
-        values = torch.empty(settings).normal_(std=0.0 if config.init_weights else 1.0, generator=generator)
-        columns = base.site.shape[1]
+        places = random_places(new.site, new.settings, new.config.random_seed).sort().values
+        values = torch.empty(new.settings).normal_(std=0.0 if new.config.init_weights else 1.0, generator=new.generator)
+        columns = new.site.shape[1]
         return {VALUES: values, PLACES: torch.stack([places // columns, places % columns]).int()}
 
     def lower(self, settings: int, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:

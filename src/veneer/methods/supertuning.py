@@ -17,7 +17,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site, unsupported
 from veneer.configs.methods.supertuning import SupertuningConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.operators import Sparse
 from veneer.patches.patch import Patch
 
@@ -47,16 +47,14 @@ class Supertuning(Method[SupertuningConfig, SupertuningConfig]):
             found.update({A: (settings.r, site.shape[1]), B: (site.shape[0], settings.r)})
         return found
 
-    def init(
-        self, config: SupertuningConfig, settings: SupertuningConfig, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        shapes = self.shapes(settings, base.site)
+    def init(self, new: NewLayer[SupertuningConfig, SupertuningConfig]) -> dict[str, Tensor]:
+        shapes = self.shapes(new.settings, new.site)
         tensors = {leaf: torch.zeros(shape) for leaf, shape in shapes.items() if leaf != INDICES}
         for leaf, tensor in tensors.items():
             if leaf == A:
-                torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
-            elif not config.init_weights:
-                tensor.normal_(generator=generator)
+                torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=new.generator)
+            elif not new.config.init_weights:
+                tensor.normal_(generator=new.generator)
         return tensors
 
     def beside(

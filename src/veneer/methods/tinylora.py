@@ -19,7 +19,8 @@ from veneer.base_model.sites.embedding import EmbeddingSite
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.tinylora import TinyLoraConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.patches.low_rank import truncated
 from veneer.patches.patch import Patch
 
 A = "tinylora_A"
@@ -57,14 +58,10 @@ class TinyLora(Method[TinyLoraConfig, TinyLoraConfig]):
             return {leaf: torch.zeros(shape) for leaf, shape in shapes.items()}
         return {leaf: torch.empty(s).uniform_(-bound, bound, generator=generator) for leaf, s in shapes.items()}
 
-    def init(
-        self, config: TinyLoraConfig, settings: TinyLoraConfig, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        weight = base.base_weight().float()
-        u, s, v = torch.linalg.svd(weight.T if isinstance(base.site, EmbeddingSite) else weight, full_matrices=False)
-        r = _rank(settings, base.site)
-        root = s[:r].sqrt()
-        return {A: (root.unsqueeze(1) * v[:r]).contiguous(), B: (u[:, :r] * root).contiguous()}
+    def init(self, new: NewLayer[TinyLoraConfig, TinyLoraConfig]) -> dict[str, Tensor]:
+        weight = new.base.base_weight().float()
+        up, down = truncated(weight.T if new.site.looks_up else weight, _rank(new.settings, new.site))
+        return {A: down.contiguous(), B: up.contiguous()}
 
     def beside(
         self, config: TinyLoraConfig, bases: Sequence[BaseLayer], shared: Mapping[str, Tensor]
@@ -77,7 +74,7 @@ class TinyLora(Method[TinyLoraConfig, TinyLoraConfig]):
     def lower(self, settings: TinyLoraConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         middle = torch.einsum("u,uij->ij", tensors[V], tensors[P].to(tensors[V].dtype))
         down, up = tensors[A], tensors[B]
-        if isinstance(base.site, EmbeddingSite):
+        if base.site.looks_up:
             up, down, middle = down.T, up.T, middle.T
         return Patch(up=up @ middle.to(up.dtype), down=down, dropout=settings.tinylora_dropout)
 
@@ -87,7 +84,7 @@ METHOD = TinyLora()
 
 def _stored_shape(site: Site) -> tuple[int, int]:
     out, inner = site.shape
-    return (inner, out) if isinstance(site, EmbeddingSite) else (out, inner)
+    return (inner, out) if site.looks_up else (out, inner)
 
 
 def _rank(config: TinyLoraConfig, site: Site) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from veneer.base_model.sites.embedding import EmbeddingSite
@@ -18,7 +17,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import shortest
 from veneer.configs.methods.trainable_tokens import TrainableTokensConfig
-from veneer.methods.base.method import BaseLayer, MethodOnSites
+from veneer.methods.base.method import MethodOnSites, NewLayer
 from veneer.methods.base.replaced_weight import SAVED_WEIGHT
 from veneer.methods.shared.token_rows import TokenRows, TokenSettings
 
@@ -46,15 +45,9 @@ class TrainableTokens(TokenRows[TrainableTokensConfig]):
     def wanted(self, config: TrainableTokensConfig, site: Site) -> Sequence[int]:
         return config.token_indices
 
-    def init(
-        self,
-        config: TrainableTokensConfig,
-        settings: TokenSettings,
-        base: BaseLayer,
-        generator: torch.Generator | None,
-    ) -> dict[str, Tensor]:
-        found = super().init(config, settings, base, generator)
-        return found if config.init_weights else {VALUES: found[VALUES].normal_(generator=generator)}
+    def init(self, new: NewLayer[TrainableTokensConfig, TokenSettings]) -> dict[str, Tensor]:
+        found = super().init(new)
+        return found if new.config.init_weights else {VALUES: found[VALUES].normal_(generator=new.generator)}
 
 
 METHOD = TrainableTokens()

@@ -18,7 +18,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.unilora import UniLoraConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
 
 INDICES_A, INDICES_B = "unilora_indices_A", "unilora_indices_B"
@@ -59,9 +59,7 @@ class UniLora(Method[UniLoraConfig, UniLoraConfig]):
         )
         return {THETA: drawn}
 
-    def init(
-        self, config: UniLoraConfig, settings: UniLoraConfig, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
+    def init(self, new: NewLayer[UniLoraConfig, UniLoraConfig]) -> dict[str, Tensor]:
         return {}
 
     def beside(

@@ -18,7 +18,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.vblora import VBLoRAConfig
 from veneer.errors import UnsupportedError
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
 
 LOGITS_A = "vblora_logits_A"
@@ -70,12 +70,10 @@ class VBLora(Method[VBLoRAConfig, VBLoRAConfig]):
         bound = config.init_vector_bank_bound
         return {BANK: torch.empty(self.shared_shapes(config, ())[BANK]).uniform_(-bound, bound, generator=generator)}
 
-    def init(
-        self, config: VBLoRAConfig, settings: VBLoRAConfig, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        std = config.init_logits_std
-        shapes = self._logits(settings, base.site)
-        return {leaf: torch.empty(shape).normal_(std=std, generator=generator) for leaf, shape in shapes.items()}
+    def init(self, new: NewLayer[VBLoRAConfig, VBLoRAConfig]) -> dict[str, Tensor]:
+        std = new.config.init_logits_std
+        shapes = self._logits(new.settings, new.site)
+        return {leaf: torch.empty(shape).normal_(std=std, generator=new.generator) for leaf, shape in shapes.items()}
 
     def on_disk(self, settings: VBLoRAConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if not settings.save_only_topk_weights or LOGITS_A not in tensors:

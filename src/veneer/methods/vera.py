@@ -17,7 +17,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.vera import VeraConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
 
 D = "vera_lambda_d"
@@ -51,10 +51,8 @@ class Vera(Method[VeraConfig, VeraConfig]):
     def saves_shared(self, config: VeraConfig) -> bool:
         return config.save_projection
 
-    def init(
-        self, config: VeraConfig, settings: VeraConfig, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        return {B: torch.zeros(base.site.shape[0]), D: torch.full((config.r,), float(config.d_initial))}
+    def init(self, new: NewLayer[VeraConfig, VeraConfig]) -> dict[str, Tensor]:
+        return {B: torch.zeros(new.site.shape[0]), D: torch.full((new.config.r,), float(new.config.d_initial))}
 
     def lower(self, settings: VeraConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         out, inner = base.site.shape

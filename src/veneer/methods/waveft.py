@@ -18,7 +18,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.waveft import WaveFTConfig
-from veneer.methods.base.method import BaseLayer, Method, MethodOnSites
+from veneer.methods.base.method import BaseLayer, Method, MethodOnSites, NewLayer
 from veneer.methods.shared.random_entries import random_places
 from veneer.methods.shared.wavelets import between, low_pass
 from veneer.patches.operators import Sparse
@@ -71,11 +71,9 @@ class WaveFT(Method[WaveFTConfig, WaveFTSettings]):
     def shapes(self, settings: WaveFTSettings, site: Site) -> dict[str, tuple[int, ...]]:
         return {SPECTRUM: tuple(settings.places.shape)}
 
-    def init(
-        self, config: WaveFTConfig, settings: WaveFTSettings, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        std = 0.0 if config.init_weights else 0.01
-        return {SPECTRUM: torch.empty(settings.places.shape).normal_(std=std, generator=generator)}
+    def init(self, new: NewLayer[WaveFTConfig, WaveFTSettings]) -> dict[str, Tensor]:
+        std = 0.0 if new.config.init_weights else 0.01
+        return {SPECTRUM: torch.empty(new.settings.places.shape).normal_(std=std, generator=new.generator)}
 
     def lower(self, settings: WaveFTSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         rows, columns = base.site.shape

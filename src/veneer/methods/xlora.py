@@ -26,7 +26,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.xlora import XLoraConfig
 from veneer.errors import AdapterError, UnsupportedError
-from veneer.methods.base.method import BaseLayer, MethodOnSites
+from veneer.methods.base.method import BaseLayer, MethodOnSites, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
 from veneer.methods.shared.expert_mixture import LiveLayer, low_rank_patches, weighted_sum
 from veneer.patches.patch import Patch
@@ -141,9 +141,7 @@ class XLora(RoutedMethod[XLoraConfig, XLoraSettings]):
             for leaf, shape in shapes.items()
         }
 
-    def init(
-        self, config: XLoraConfig, settings: XLoraSettings, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
+    def init(self, new: NewLayer[XLoraConfig, XLoraSettings]) -> dict[str, Tensor]:
         return {}
 
     def lower(self, settings: XLoraSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.attach import check_finite
-from veneer.base_model.sites.conv import ConvSite
-from veneer.base_model.sites.site import Site
 from veneer.checkpoints.binding_plan import Binding, Plan, bind_error, make_plan
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.checkpoints.older_layouts import in_current_layout
@@ -73,7 +71,7 @@ def _prepare(model: PeftModel, target_rank: int | None) -> None:
     for entry, layer, share in shares:
         settings = share.settings
         for leaf, parameter in layer.tensors(entry.name, share).items():
-            _pad(parameter, RANK_DIMS.get(leaf), target_rank, _groups(layer.site))
+            _pad(parameter, RANK_DIMS.get(leaf), target_rank, layer.site.groups)
         scale = torch.tensor(float(settings.scale), device=layer.base_stored.device)
         layer.reset(entry.name, share, replace(settings, scale=scale))
 
@@ -85,14 +83,14 @@ def _check_can_be_padded(entry: Adapter, layer: AdaptedLayer, share: BoundAdapte
             hint="hotswap_adapter takes it unprepared, for adapters of the same shapes and scale.",
         )
     own = share.settings.r
-    if rank is not None and own != rank and getattr(layer.site, "stack", None) is not None:
+    if rank is not None and own != rank and layer.site.stack is not None:
         raise UnsupportedError(
             f"{layer.site.id}: the rank of a LoRA on stacked experts cannot be padded.",
             hint="Swap adapters of one rank there (leave target_rank out).",
         )
-    if rank is not None and rank % _groups(layer.site):
+    if rank is not None and rank % layer.site.groups:
         raise UnsupportedError(
-            f"{layer.site.name} has {_groups(layer.site)} groups, and target_rank={rank} is no multiple of it.",
+            f"{layer.site.name} has {layer.site.groups} groups, and target_rank={rank} is no multiple of it.",
             hint="Give a target_rank that is one.",
         )
     if rank is not None and own > rank:
@@ -100,11 +98,6 @@ def _check_can_be_padded(entry: Adapter, layer: AdaptedLayer, share: BoundAdapte
             f"target_rank={rank} is smaller than the rank {own} of {entry.name!r} at {layer.site.name}.",
             hint="Give the largest rank of all adapters that will be swapped in.",
         )
-
-
-def _groups(site: Site) -> int:
-    """In how many parts the ranks of a LoRA lie, each for some of the outputs."""
-    return site.conv.groups if isinstance(site, ConvSite) else 1
 
 
 def _pad(parameter: nn.Parameter, dim: int | None, rank: int | None, groups: int) -> None:
@@ -242,7 +235,7 @@ def _swap(
         layer.reset(name, share, share.settings)
         return
     for leaf, parameter in live.items():
-        parts = _groups(layer.site) if RANK_DIMS.get(leaf) == 0 else 1
+        parts = layer.site.groups if RANK_DIMS.get(leaf) == 0 else 1
         _put(parameter, tensors[binding.keys[leaf]], _is_prepared(share.settings), parts)
     layer.reset(name, share, _settings(share.settings, binding.method.settled(binding.settings, live, layer)))
 

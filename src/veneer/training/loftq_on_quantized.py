@@ -10,7 +10,6 @@ from torch import Tensor
 
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.collection import Adapters
-from veneer.base_model.sites.quantized.packed import PackedSite
 from veneer.errors import AdapterError, BaseModelError, SourceError, UnsupportedError
 from veneer.files.lookup_options import OFFLINE
 from veneer.files.resolve import resolve
@@ -20,7 +19,7 @@ from veneer.layers.adapter_shares import BoundAdapter
 from veneer.merging.base.skeleton import stored_names
 from veneer.merging.base.weight_files import FLOATS, WeightFiles, open_weights
 from veneer.methods.lora import A, B, Lora
-from veneer.methods.lora_starts.loftq import lost
+from veneer.patches.low_rank import truncated
 from veneer.peft_model.peft_model import PeftModel
 
 
@@ -64,7 +63,7 @@ def replace_lora_weights_loftq(
 
 
 def _packed(adapters: Adapters, entry: Adapter) -> list[tuple[AdaptedLayer, BoundAdapter]]:
-    layers = [layer for name in entry.layers if isinstance((layer := adapters.layers[name]).site, PackedSite)]
+    layers = [layer for name in entry.layers if (layer := adapters.layers[name]).site.is_packed]
     found = [(layer, s) for layer in layers for s in layer.bound[entry.name] if isinstance(s.method, Lora)]
     if not found or any(entry.name in layer.merged for layer, _ in found):
         what = "is merged" if found else "has no LoRA on a packed (quantised) layer"
@@ -109,7 +108,7 @@ def _replace(
 ) -> None:
     own = layer.tensors(adapter, share)
     packed = layer.base_weight().float()
-    down, up = lost(weight.to(packed.device) - packed, share.settings.r, float(share.settings.scale))
+    up, down = truncated(weight.to(packed.device) - packed, share.settings.r, float(share.settings.scale))
     before = {leaf: own[leaf].clone() for leaf in (A, B)}
     own[A].copy_(down)
     own[B].copy_(up)

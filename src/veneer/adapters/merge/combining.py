@@ -32,6 +32,7 @@ from veneer.files.tensor_keys import encode
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.layers.weight_change import change_of
 from veneer.methods.lora import B_BIAS
+from veneer.patches.low_rank import truncated, truncated_product
 
 EXACT = ("cat", "linear")
 ON_FACTORS = (*EXACT, "svd")
@@ -155,14 +156,14 @@ def _combined(
         if wanted.kind == "cat" and wanted.rank is None:
             return up, down, shift
         exact = wanted.kind in EXACT and wanted.rank is None
-        return *nearest(up, down, None if exact else rank), shift
+        return *truncated_product(up, down, None if exact else rank), shift
     if not rank:
         raise UnsupportedError(
             f"{layer.site.name}: a change is of no low rank, so that of the result must be chosen.",
             hint="Give svd_rank=..., such as 16.",
         )
     whole = [change.whole() for change in changes]
-    return *nearest_dense(_ON_CHANGES[wanted.kind.removesuffix("_svd")](whole, weights, wanted, generator), rank), shift
+    return *truncated(_ON_CHANGES[wanted.kind.removesuffix("_svd")](whole, weights, wanted, generator), rank), shift
 
 
 # -- combining whole changes -------------------------------------------------------------------------------
@@ -232,33 +233,6 @@ _ON_CHANGES: Mapping[str, Callable[..., Tensor]] = {
     "ties": _ties,
     "dare_ties": _dare_ties,
 }
-
-
-# -- low rank ----------------------------------------------------------------------------------------------
-
-
-def nearest(up: Tensor, down: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
-    """The factors of rank ``rank`` of the matrix nearest to ``up @ down``, which is never formed.
-
-    Args:
-        up: shape ``(..., out, k)``.
-        down: shape ``(..., k, in)``.
-        rank: of the result; the smallest that changes nothing beyond rounding when ``None``.
-    """
-    left, left_corner = torch.linalg.qr(up)
-    right, right_corner = torch.linalg.qr(down.mT)
-    small_up, small_down = nearest_dense(left_corner @ right_corner.mT, rank)
-    return left @ small_up, small_down @ right.mT
-
-
-def nearest_dense(matrix: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
-    """The factors of rank ``rank`` of the matrix nearest to ``matrix`` (Eckart and Young 1936)."""
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    if rank is None:
-        largest = float(s.amax()) if s.numel() else 0.0
-        rank = max(int((s > largest * torch.finfo(s.dtype).eps * max(matrix.shape[-2:])).sum(-1).max()), 1)
-    root = s[..., :rank].sqrt()
-    return u[..., :rank] * root.unsqueeze(-2), root.unsqueeze(-1) * vh[..., :rank, :]
 
 
 def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:

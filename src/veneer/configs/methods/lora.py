@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from veneer.configs.arrow_options import ArrowConfig
 from veneer.configs.base import TargetedConfig
 from veneer.configs.lora_start_options import LoftQConfig
 from veneer.configs.names import PeftType
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, did_you_mean
 
 STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_[n]", "olora", "eva", "corda", "lora_ga", "loftq", "mica")
 _START_CONFIGS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")
@@ -146,8 +145,7 @@ class LoraConfig(TargetedConfig, peft_type=PeftType.LORA):
     def _check_start(self) -> None:
         start = self.init_lora_weights
         if isinstance(start, str) and start not in STARTS and not re.fullmatch(r"pissa_niter_\d+", start):
-            near = difflib.get_close_matches(start, STARTS, n=1)
             raise ConfigError(
                 f"init_lora_weights={start!r} is no starting point.",
-                hint=(f"Did you mean {near[0]!r}? " if near else "") + f"Known: True, False, {', '.join(STARTS)}.",
+                hint=did_you_mean(start, STARTS) + f"Known: True, False, {', '.join(STARTS)}.",
             )

@@ -65,6 +65,28 @@ class MethodOnSites:
         return [*self.sites, *(twin for twins in self.twins.values() for twin in twins)]
 
 
+@dataclass(frozen=True)
+class NewLayer(Generic[ConfigT, SettingsT]):
+    """A layer that a new adapter gets tensors for.
+
+    Attributes:
+        config: the adapter's.
+        settings: the config's meaning for the layer.
+        base: the layer.
+        generator: of what is drawn at random; torch's own when ``None``.
+    """
+
+    config: ConfigT
+    settings: SettingsT
+    base: BaseLayer
+    generator: torch.Generator | None = None
+
+    @property
+    def site(self) -> Site:
+        """The layer's kind, name and shape."""
+        return self.base.site
+
+
 class Method(ABC, Generic[ConfigT, SettingsT]):
     """One PEFT method. Stateless: its tensors live in the layers, its options in the config.
 
@@ -217,9 +239,7 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
         """Leaf -> the shape it must have on a layer."""
 
     @abstractmethod
-    def init(
-        self, config: ConfigT, settings: SettingsT, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
+    def init(self, new: NewLayer[ConfigT, SettingsT]) -> dict[str, Tensor]:
         """Leaf -> the float32 tensor that a new adapter starts from."""
 
     @abstractmethod

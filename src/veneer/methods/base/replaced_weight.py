@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from veneer.base_model.sites.embedding import EmbeddingSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.base import TargetedConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.base.trained_bias import ADAPTED_BIAS, Bias
 from veneer.patches.patch import Patch, Tokens
 
@@ -40,7 +39,7 @@ class SavedWeight(Method[TargetedConfig, SavedWeightSettings]):
         return "saved_weight"
 
     def settings(self, config: TargetedConfig, site: Site) -> SavedWeightSettings:
-        return SavedWeightSettings(rows=not isinstance(site, EmbeddingSite))
+        return SavedWeightSettings(rows=not site.looks_up)
 
     def settled(
         self, settings: SavedWeightSettings, tensors: Mapping[str, Tensor], base: BaseLayer
@@ -52,17 +51,15 @@ class SavedWeight(Method[TargetedConfig, SavedWeightSettings]):
         return replace(settings, differs=not alike)
 
     def twinned(self, settings: SavedWeightSettings, twin: Site) -> SavedWeightSettings | None:
-        return replace(settings, rows=not isinstance(twin, EmbeddingSite)) if settings.differs else None
+        return replace(settings, rows=not twin.looks_up) if settings.differs else None
 
     def shapes(self, settings: SavedWeightSettings, site: Site) -> dict[str, tuple[int, ...]]:
         out, inner = site.shape
         return {self.leaves[0]: (out, inner) if settings.rows else (inner, out)}
 
-    def init(
-        self, config: TargetedConfig, settings: SavedWeightSettings, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        weight = base.base_weight()
-        return {self.leaves[0]: (weight if settings.rows else weight.T).float()}
+    def init(self, new: NewLayer[TargetedConfig, SavedWeightSettings]) -> dict[str, Tensor]:
+        weight = new.base.base_weight()
+        return {self.leaves[0]: (weight if new.settings.rows else weight.T).float()}
 
     def lower(self, settings: SavedWeightSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         if not settings.differs:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from veneer.base_model.sites.parameter import VectorSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.base import TargetedConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
 
 
@@ -38,10 +37,8 @@ class Bias(Method[TargetedConfig, None]):
         has = isinstance(site, VectorSite) or site.bias is not None
         return {self.leaf: site.shape[:1]} if has else {}
 
-    def init(
-        self, config: TargetedConfig, settings: None, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        return {self.leaf: base_bias(base).float().clone()}
+    def init(self, new: NewLayer[TargetedConfig, None]) -> dict[str, Tensor]:
+        return {self.leaf: base_bias(new.base).float().clone()}
 
     def lower(self, settings: None, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         shift = tensors[self.leaf].float() - base_bias(base).float()

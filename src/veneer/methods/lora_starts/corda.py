@@ -18,8 +18,9 @@ from veneer.configs.lora_start_options import CordaConfig, options_of
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import ConfigError
 from veneer.keywords import takes
-from veneer.methods.lora_starts.start import Layer, split
+from veneer.methods.lora_starts.start import Layer
 from veneer.methods.lora_starts.statistics import COVARIANCE, keep, kept, linear_layers, watching
+from veneer.patches.low_rank import balanced
 
 # How far the product of C and its computed inverse may be from the identity.
 _INVERSE_ERROR = 0.05
@@ -31,9 +32,10 @@ def start(layer: Layer) -> tuple[Tensor, Tensor]:
     options = options_of(CordaConfig, layer.options)
     covariance = kept(COVARIANCE, layer.module, f'{layer.name}: init_lora_weights="corda"', "preprocess_corda(...)")
     damped, inverse = _damped(covariance.to(layer.weight))
-    up, values, down = torch.linalg.svd(layer.weight @ damped, full_matrices=False)
+    left, values, right = torch.linalg.svd(layer.weight @ damped, full_matrices=False)
     part = slice(None, layer.r) if options.corda_method == "ipm" else slice(-layer.r, None)
-    return split(up[:, part], values[part], (down @ inverse)[part], layer.scale)
+    up, down = balanced(left[:, part], values[part], (right @ inverse)[part], layer.scale)
+    return down, up
 
 
 def _damped(covariance: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from veneer.configs.lora_start_options import LoftQConfig, options_of
-from veneer.methods.lora_starts.start import Layer, split
+from veneer.methods.lora_starts.start import Layer
+from veneer.patches.low_rank import truncated
 
 BLOCK = 64
 _NORMAL_FLOATS = (
@@ -30,13 +31,8 @@ _NORMAL_FLOATS = (
 def start(layer: Layer) -> tuple[Tensor, Tensor]:
     """``A`` and ``B``."""
     layer.check_rank()
-    return lost(layer.weight - quantised(layer.weight, layer.r, layer.options), layer.r, layer.scale)
-
-
-def lost(residual: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
-    """``A`` and ``B`` of rank ``r`` that make up for ``residual``, what quantising took, shape ``(out, in)``."""
-    up, values, down = torch.linalg.svd(residual, full_matrices=False)
-    return split(up[:, :r], values[:r], down[:r], scale)
+    up, down = truncated(layer.weight - quantised(layer.weight, layer.r, layer.options), layer.r, layer.scale)
+    return down, up
 
 
 def quantised(weight: Tensor, r: int, options: Mapping[str, Any]) -> Tensor:
@@ -45,7 +41,7 @@ def quantised(weight: Tensor, r: int, options: Mapping[str, Any]) -> Tensor:
     rounded = _eight_bits if wanted.loftq_bits == 8 else four_bits
     found = rounded(weight)
     for _ in range(wanted.loftq_iter - 1):
-        down, up = lost(weight - found, r, 1.0)
+        up, down = truncated(weight - found, r)
         found = rounded(weight - up @ down)
     return found
 

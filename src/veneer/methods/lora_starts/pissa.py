@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veneer.methods.lora_starts.start import Layer, split
+from veneer.methods.lora_starts.start import Layer
+from veneer.patches.low_rank import balanced, truncated
 
 
 def start(layer: Layer) -> tuple[Tensor, Tensor]:
@@ -20,7 +21,8 @@ def start(layer: Layer) -> tuple[Tensor, Tensor]:
     rounds = layer.how.partition("_niter_")[2]
     if rounds:
         with layer.seeded():
-            up, values, columns = torch.svd_lowrank(layer.weight, layer.r, niter=int(rounds))
-        return split(up, values, columns.T, layer.scale)
-    up, values, down = torch.linalg.svd(layer.weight, full_matrices=False)
-    return split(up[:, : layer.r], values[: layer.r], down[: layer.r], layer.scale)
+            left, values, columns = torch.svd_lowrank(layer.weight, layer.r, niter=int(rounds))
+        up, down = balanced(left, values, columns.T, layer.scale)
+    else:
+        up, down = truncated(layer.weight, layer.r, layer.scale)
+    return down, up

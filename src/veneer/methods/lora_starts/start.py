@@ -1,4 +1,4 @@
-"""What a starting point is given, and the decompositions that several of them share."""
+"""The layer that a starting point is given."""
 
 from __future__ import annotations
 
@@ -57,16 +57,3 @@ class Layer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             yield
-
-
-def split(up: Tensor, values: Tensor, down: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """``A`` and ``B`` with ``scale * B A = up diag(values) down``, the values shared evenly.
-
-    Args:
-        up: shape ``(out, r)``.
-        values: shape ``(r,)``, not negative.
-        down: shape ``(r, in)``.
-        scale: what multiplies ``B A``.
-    """
-    root = (values / scale).sqrt()
-    return root.unsqueeze(1) * down, up * root

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.lora import LoraConfig
-from veneer.methods.base.method import BaseLayer, Method
+from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.lora_starts.loftq import quantised
 from veneer.patches.patch import Patch
 
@@ -35,10 +34,8 @@ class LoftqBase(Method[LoraConfig, int]):
     def shapes(self, settings: int, site: Site) -> dict[str, tuple[int, ...]]:
         return {}
 
-    def init(
-        self, config: LoraConfig, settings: int, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        return self.restored(config, settings, lambda: base)
+    def init(self, new: NewLayer[LoraConfig, int]) -> dict[str, Tensor]:
+        return self.restored(new.config, new.settings, lambda: new.base)
 
     def restored(self, config: LoraConfig, settings: int, base: Callable[[], BaseLayer]) -> dict[str, Tensor]:
         weight = base().base_weight().float()

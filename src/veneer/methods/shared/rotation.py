@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veneer.base_model.sites.conv import ConvSite
 from veneer.base_model.sites.site import Site
 from veneer.errors import UnsupportedError
 
@@ -46,8 +45,8 @@ def skew_of(entries: Tensor, size: int) -> Tensor:
 
 def check_groups(site: Site, what: str) -> None:
     """Raise ``UnsupportedError`` for a convolution in groups, whose rows see different channels."""
-    if isinstance(site, ConvSite) and site.conv.groups > 1:
+    if site.groups > 1:
         raise UnsupportedError(
-            f"{site.name} has {site.conv.groups} groups, and {what} turns all input channels together.",
+            f"{site.name} has {site.groups} groups, and {what} turns all input channels together.",
             hint="Leave the layer out with exclude_modules.",
         )

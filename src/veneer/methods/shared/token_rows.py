@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from veneer.base_model.sites.embedding import EmbeddingSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import names_match
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import ConfigError
-from veneer.methods.base.method import BaseLayer, ConfigT, Method, MethodOnSites
+from veneer.methods.base.method import BaseLayer, ConfigT, Method, MethodOnSites, NewLayer
 from veneer.patches.patch import Patch, Tokens
 
 if TYPE_CHECKING:
@@ -51,8 +50,7 @@ class TokenRows(Method[ConfigT, TokenSettings]):
         return self._settings(list(self.wanted(config, site)), site)
 
     def _settings(self, wanted: list[int], site: Site) -> TokenSettings:
-        embedding = isinstance(site, EmbeddingSite)
-        vocabulary = site.shape[1 if embedding else 0]
+        vocabulary = site.shape[1 if site.looks_up else 0]
         if len(set(wanted)) != len(wanted) or not all(0 <= token < vocabulary for token in wanted):
             raise ConfigError(
                 f"The trained tokens {wanted!r} do not fit {site.name}.",
@@ -60,9 +58,8 @@ class TokenRows(Method[ConfigT, TokenSettings]):
             )
         index = torch.tensor(wanted, dtype=torch.int64)
         ascending, order = index.sort()
-        padding = site.padding if isinstance(site, EmbeddingSite) else None
-        place = sorted(wanted).index(padding) if padding in wanted else None
-        return TokenSettings(index, ascending, order, not embedding, place)
+        place = sorted(wanted).index(site.padding) if site.padding in wanted else None
+        return TokenSettings(index, ascending, order, not site.looks_up, place)
 
     def part(self, config: ConfigT, catalog: Catalog, sites: Sequence[Site]) -> MethodOnSites:
         """``sites``, and with the input embedding all that share its weight: an output layer, a decoder's embedding.
@@ -104,12 +101,10 @@ class TokenRows(Method[ConfigT, TokenSettings]):
     def shapes(self, settings: TokenSettings, site: Site) -> dict[str, tuple[int, ...]]:
         return {self.leaves[0]: (len(settings.index), site.shape[1 if settings.rows else 0])}
 
-    def init(
-        self, config: ConfigT, settings: TokenSettings, base: BaseLayer, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        weight = base.base_weight()
-        vectors = weight if settings.rows else weight.T
-        return {self.leaves[0]: vectors[settings.index.to(vectors.device)].float()}
+    def init(self, new: NewLayer[ConfigT, TokenSettings]) -> dict[str, Tensor]:
+        weight = new.base.base_weight()
+        vectors = weight if new.settings.rows else weight.T
+        return {self.leaves[0]: vectors[new.settings.index.to(vectors.device)].float()}
 
     def lower(self, settings: TokenSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         values = tensors[self.leaves[0]]

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from veneer.base_model.sites.conv import ConvSite
-from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site, unsupported
 
 
@@ -25,16 +23,11 @@ def core_kernel(site: Site, wanted: bool) -> tuple[int, int] | None:
         site: the layer.
         wanted: the config's ``use_effective_conv2d``.
     """
-    if not wanted or not isinstance(site, ConvSite) or site.kernel == site.point:
+    if not wanted or site.kernel == site.point:
         return None
     if len(site.kernel) > 2:
         raise unsupported(site, "use_effective_conv2d")
     return site.kernel[0], (site.kernel[1] if len(site.kernel) == 2 else 1)
-
-
-def channels(site: Site) -> int:
-    """How many input channels one kernel of the layer sees; of a linear layer, its inputs."""
-    return site.stored.shape[1] if isinstance(site, ConvSite) else site.shape[1]
 
 
 def as_low_rank(rank: int, site: Site) -> bool:
@@ -43,7 +36,7 @@ def as_low_rank(rank: int, site: Site) -> bool:
     On a convolution it is a matrix: what it adds may stay within groups of channels, which two factors do not.
     """
     out, inner = site.shape
-    return isinstance(site, LinearSite) and 2 * rank * (out + inner) <= out * inner
+    return site.matrix_input and 2 * rank * (out + inner) <= out * inner
 
 
 def started(
