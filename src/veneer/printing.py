@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import re
 import sys
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,15 @@ if TYPE_CHECKING:
 
 # Beside what prints: a line's end, a tab, and the invisible characters that join or part letters and emoji.
 _WRITING = frozenset("\n\t\u200c\u200d")
+
+# A size as it is typed, and the bytes of its unit in lower case: 1 GB is 10^9 bytes, as files have it; 1 GiB is 2^30.
+_SIZE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([a-zA-Z]*)\s*", re.ASCII)
+_UNITS: Mapping[str, int] = {
+    "": 1,
+    "b": 1,
+    **{f"{letter}b": int(1000**power) for power, letter in enumerate("kmgt", 1)},
+    **{f"{letter}ib": int(1024**power) for power, letter in enumerate("kmgt", 1)},
+}
 
 
 def printable(text: str) -> str:
@@ -32,6 +43,23 @@ def written(text: str) -> str:
 def one_line(text: str) -> str:
     """The same on a single line, its runs of white space as one space."""
     return printable(" ".join(text.split()))
+
+
+def nbytes(value: int) -> str:
+    """Return bytes in the largest unit that fits, such as ``270.9 MB``; units are decimal, as for files."""
+    shown, unit = float(value), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if shown < 1000:
+            break
+        shown, unit = shown / 1000, larger
+    return f"{shown:.0f} {unit}" if unit == "B" else f"{shown:.1f} {unit}"
+
+
+def parse_bytes(text: str) -> int | None:
+    """Return the bytes of a size such as ``16GB``, ``512 MiB`` or ``1000000``; ``None`` where it is none."""
+    size = _SIZE.fullmatch(text)
+    value = float(size[1]) * _UNITS.get(size[2].lower(), 0) if size else 0
+    return round(value) if 1 <= value < math.inf else None
 
 
 def panel(

@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 from veneer.errors import UsageError, did_you_mean
-
-# Bytes of a unit, in lower case. 1 GB is 10^9 bytes, as files have it; 1 GiB is 2^30.
-_UNITS: Mapping[str, int] = {
-    "": 1,
-    "b": 1,
-    **{f"{letter}b": int(1000**power) for power, letter in enumerate("kmgt", 1)},
-    **{f"{letter}ib": int(1024**power) for power, letter in enumerate("kmgt", 1)},
-}
-_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*")
+from veneer.printing import parse_bytes
 
 
 def counts(text: str, option: str) -> tuple[int, ...]:
@@ -28,11 +19,10 @@ def counts(text: str, option: str) -> tuple[int, ...]:
 
 def size(text: str, option: str) -> int:
     """Bytes, such as ``16GB``, ``512 MiB`` or ``1000000``."""
-    found = _SIZE.fullmatch(text)
-    unit = _UNITS.get(found[2].lower()) if found else None
-    if found is None or unit is None or float(found[1]) * unit < 1:
+    value = parse_bytes(text)
+    if value is None:
         raise UsageError(f"{option} {text!r} is no amount of memory.", hint=f"Such as {option} 16GB.")
-    return round(float(found[1]) * unit)
+    return value
 
 
 def shares(text: str, option: str) -> dict[str, float]:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from veneer.checkpoints.inspection_facts import AdapterFacts, ModelFacts, PathFacts, Weights
-from veneer.printing import printable
+from veneer.printing import nbytes, printable
 
 _TITLES = {"model": "full model", "adapter": "adapter", "model+adapter": "full model and adapter", "unknown": "unknown"}
 _BORDERS = {"model": "green", "adapter": "cyan", "model+adapter": "yellow", "unknown": "red"}
@@ -79,7 +79,7 @@ def _weights(weights: Weights | None) -> str:
         return "cannot be read"
     dtypes = _counts(weights.dtypes, "values") if len(weights.dtypes) > 1 else "".join(weights.dtypes)
     return (
-        f"{weights.parameters:,} parameters in {weights.tensors} tensors, {dtypes}, {_size(weights.nbytes)} in "
+        f"{weights.parameters:,} parameters in {weights.tensors} tensors, {dtypes}, {nbytes(weights.nbytes)} in "
         f"{len(weights.files)} file{'s' if len(weights.files) != 1 else ''}"
     )
 
@@ -89,7 +89,7 @@ def _one_line(inspection: PathFacts) -> str:
     if facts is None:
         return inspection.kind
     parts = [facts.peft_type or "unknown", f"rank {_counts(facts.ranks, 'layers')}" if facts.ranks else ""]
-    parts.append(f"{facts.layers} layers, {_size(facts.weights.nbytes)}" if facts.weights else "no weights")
+    parts.append(f"{facts.layers} layers, {nbytes(facts.weights.nbytes)}" if facts.weights else "no weights")
     return ", ".join(part for part in parts if part)
 
 
@@ -101,12 +101,3 @@ def _counts(counts: Mapping[int, int] | Mapping[str, int], what: str) -> str:
 
 def _number(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:g}"
-
-
-def _size(nbytes: int) -> str:
-    value, unit = float(nbytes), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

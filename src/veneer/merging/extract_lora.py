@@ -38,7 +38,7 @@ from veneer.merging.output.staging import check_apart
 from veneer.merging.work.adapter_changes import tie_groups
 from veneer.patches.low_rank import balanced
 from veneer.patches.weight_arithmetic import check_kept
-from veneer.printing import panel
+from veneer.printing import nbytes, panel
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -88,7 +88,7 @@ class ExtractReport:
             ("layers", f"{len(self.ranks)}, rank {low}" + (f" to {high}" if high != low else "")),
             ("whole", ", ".join(self.whole) or "nothing"),
             ("error", f"{100 * self.error:.3f} % of the change is left out"),
-            ("out", f"{self.out}: {self.nbytes / 1e6:.1f} MB"),
+            ("out", f"{self.out}: {nbytes(self.nbytes)}"),
         ]
         if worst:
             facts.insert(5, ("worst layer", f"{worst}: {100 * self.layer_errors[worst]:.3f} %"))

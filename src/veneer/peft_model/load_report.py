@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.collection import Adapters
 from veneer.checkpoints.checkpoint import Checkpoint
-from veneer.printing import panel
+from veneer.printing import nbytes, panel
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -107,7 +107,7 @@ class LoadReport:
 def _adapter_line(adapter: AdapterReport) -> str:
     parts = [
         f"{adapter.peft_type}, {adapter.tensors_bound} of {adapter.tensors_total} tensors bound",
-        f"{adapter.nbytes / 1e6:.1f} MB {'/'.join(adapter.dtypes)}",
+        f"{nbytes(adapter.nbytes)} {'/'.join(adapter.dtypes)}",
         f"{adapter.virtual_tokens} virtual tokens"
         if adapter.virtual_tokens
         else f"{len(adapter.changed_layers)} of {len(adapter.layers)} layers carry a change",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from veneer.printing import panel
+from veneer.printing import nbytes, panel
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -61,7 +61,7 @@ class MergeReport:
             ("base", self.base),
             ("merged", f"{merged}: {self.changed_tensors} tensors changed"),
             ("rounding", share),
-            ("out", f"{self.out}: {len(self.files)} files, {self.nbytes / 1e6:.1f} MB, {self.dtype}"),
+            ("out", f"{self.out}: {len(self.files)} files, {nbytes(self.nbytes)}, {self.dtype}"),
             ("seconds", f"{self.seconds:.1f}"),
         ]
         return facts if not self.untied else [*facts, ("untied", ", ".join(self.untied))]

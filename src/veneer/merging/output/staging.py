@@ -28,6 +28,7 @@ from veneer.files.paths import exists
 from veneer.merging.base.companion_files import MANIFEST, TEMPLATES
 from veneer.merging.base.hashing import sha256_of
 from veneer.merging.work.rounding import RoundingFigures
+from veneer.printing import nbytes
 
 # In a reversible merge's output: what tells the base's bytes from the output's.
 DELTA = "merge_delta"
@@ -320,7 +321,7 @@ def check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(_nearest(target)).free
     if free < needed:
         raise MergeError(
-            f"{target} needs {needed / 1e6:,.1f} MB, and the disk has {free / 1e6:,.1f} MB left.",
+            f"{target} needs {nbytes(needed)}, and the disk has {nbytes(free)} left.",
             hint="Make room, or choose another disk.",
         )
 

@@ -45,7 +45,7 @@ from veneer.merging.output.staging import (
     workshop,
     written_to,
 )
-from veneer.printing import panel
+from veneer.printing import nbytes, panel
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -84,7 +84,7 @@ class UnmergeReport:
         facts = [
             ("merged", self.merged),
             ("restored from", self.source),
-            ("out", f"{self.out}: {len(self.files)} files, {self.nbytes / 1e6:.1f} MB, every byte the base's"),
+            ("out", f"{self.out}: {len(self.files)} files, {nbytes(self.nbytes)}, every byte the base's"),
         ]
         return panel("unmerge report", facts)
 

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from veneer.errors import ConfigError
+from veneer.errors import UsageError
 from veneer.files.names import DTYPE_BITS, SAFETENSORS
 from veneer.files.safetensors_header import TensorInfo
-
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
+from veneer.printing import parse_bytes
 
 
 @dataclass(frozen=True)
@@ -135,13 +134,8 @@ def index_of(files: Sequence[OutFile], metadata: Mapping[str, Any]) -> dict[str,
 
 
 def size_in_bytes(text: str | int) -> int:
-    """``"5GB"``, ``"500MiB"`` or a number of bytes."""
-    written = str(text).strip().upper()
-    unit = next((unit for unit in sorted(_UNITS, key=len, reverse=True) if written.endswith(unit)), "")
-    try:
-        size = int(float(written.removesuffix(unit)) * _UNITS.get(unit, 1))
-    except (ValueError, OverflowError):
-        size = 0
-    if size <= 0:
-        raise ConfigError(f"{text!r} is no size.", hint='Give one such as "5GB" or "500MiB".')
+    """Return the bytes that ``"5GB"``, ``"500MiB"`` or a number of bytes means."""
+    size = parse_bytes(str(text))
+    if size is None:
+        raise UsageError(f"{text!r} is no size.", hint='Give one such as "5GB" or "500MiB".')
     return size
