@@ -50,7 +50,7 @@ def summed(model: veneer.PeftModel, weights: tuple[float, float] = (0.7, -0.4), 
 def test_the_exact_kinds_are_the_sum_of_the_changes(kind: str, tmp_path: Path) -> None:
     model = pair()
     model.add_weighted_adapter(["default", "other"], [0.7, -0.4], "both", kind)
-    for layer in model.adapters.get("both").layers:
+    for layer in model.adapters.get("both").layers.names:
         assert gap(change(model, "both", layer), summed(model, layer=layer)) < CLOSE
     model.set_adapter("both")
     expected = logits(model, X)

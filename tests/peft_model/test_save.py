@@ -19,6 +19,7 @@ from torch import Tensor
 import veneer
 from tests.models import build, inputs
 from tests.random_adapters import config, enlarge
+from veneer.adapters.adapter import Adapter
 from veneer.checkpoints import checkpoint
 from veneer.errors import IncompleteCheckpointError, SourceError
 
@@ -180,7 +181,8 @@ def test_saving_beside_a_thread_that_changes_the_set(
     """What is saved is the set as it was before the other thread came, or after; here before."""
     model = several({"default": 4, "a": 8}, seed=1)
     before = answers(model)
-    named, jobs = model.adapters.named_tensors, []
+    named = Adapter.named_tensors
+    jobs: list[Any] = []
     with ThreadPoolExecutor(1) as pool:
 
         def meet(*args: Any) -> Any:
@@ -189,7 +191,7 @@ def test_saving_beside_a_thread_that_changes_the_set(
                 time.sleep(0.05)
             return named(*args)
 
-        monkeypatch.setattr(model.adapters, "named_tensors", meet)
+        monkeypatch.setattr(Adapter, "named_tensors", meet)
         model.save_pretrained(tmp_path)
         jobs[0].result()
     assert same(answers(veneer.load(tmp_path, base=build("llama"))), before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -10,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.adapter import Adapter
+from veneer.adapters.adapter import Adapter, PromptPart
 from veneer.adapters.collection import Adapters
 from veneer.adapters.expert_names import name_experts, warn_of_idle_names
 from veneer.adapters.experts import check_experts
 from veneer.adapters.guard import guarded
+from veneer.adapters.prompt_sizes import complete
 from veneer.base_model import sharding
 from veneer.base_model.model_call import place_of, words_of
 from veneer.base_model.sites.site import Site
@@ -52,95 +54,20 @@ def load(
         DuplicateAdapterError: the name is taken.
     """
     adapters.check_new(name)
-    config = checkpoint.config
-    method = adapters.method_for(config)
-    _meet_experts(adapters, config)
-    plan = make_plan(as_any_config(config), method, checkpoint.tensors, adapters.catalog)
+    adapter = Adapter(name, as_any_config(checkpoint.config), checkpoint.origin, trainable=trainable)
+    attaching = _attaching(adapters, adapter, float32)
+    attaching.complete_config()
+    plan = make_plan(adapter.config, method_of(adapter.config), checkpoint.tensors, adapters.catalog)
     _check_plan(adapters, plan, checkpoint, strict)
     tensors = checkpoint.read(plan.keys)
-    if trainable and not isinstance(config, PromptConfig):
-        _check_trained_alike(adapters, as_any_config(config), plan, tensors)
+    attaching.check_tied(plan, tensors)
     sums = check_finite(tensors, checkpoint.origin)
-    notes = [*checkpoint.notes, *plan.notes]
-    adapter = Adapter(name, as_any_config(config), checkpoint.origin, trainable=trainable, notes=notes)
+    adapter.notes = [*checkpoint.notes, *plan.notes]
     adapter.tensors_bound = len(plan.keys)
-    stored = {leaf: tensors[key] for leaf, key in plan.shared.items()}
-    if isinstance(config, PromptConfig):
-        _restore_prompt(adapters, adapter, config, stored, float32, trainable)
-    else:
-        _restore_layers(adapters, adapter, plan, tensors, stored, float32, trainable)
-        adapters.note_zero_layers(adapter, _sure_to_change(plan, sums))
-    meant = adapters.catalog.saved(as_any_config(config)) if plan.saved else []
-    saved = {root: {leaf: tensors[key] for leaf, key in keys.items()} for root, keys in plan.saved.items()}
-    for root in plan.saved.keys() - meant:
-        # The base's own rows, so those of all that shares them.
-        sharing = [site.name for site in adapters.catalog.sharing(root) if site.id not in adapter.layers]
-        saved.update({name: {"weight": saved[root]["weight"]} for name in sharing if name not in saved})
-    adapter.vocabulary_rows = saved.keys() - meant
-    for root, values in saved.items():
-        trained = trainable and root in meant
-        adapters.place_copies(root).add(name, values).requires_grad_(trained)
-        adapter.whole_modules.append(root)
-        if not trained:
-            adapter.saved_dtypes.update(
-                {encode(root, leaf, method.prefix): tensor.dtype for leaf, tensor in values.items()}
-            )
-    _join_saved(adapters, adapter)
-    adapters.register(adapter)
-    return adapter
-
-
-def _meet_experts(adapters: Adapters, config: PeftConfig) -> None:
-    if isinstance(config, TargetedConfig) and config.experts:
-        check_experts(config, adapters)
-
-
-def _restore_layers(
-    adapters: Adapters,
-    adapter: Adapter,
-    plan: Plan,
-    tensors: dict[str, Tensor],
-    stored: dict[str, Tensor],
-    float32: bool,
-    trainable: bool,
-) -> None:
-    config = targeted(adapter.config)
-    made = []
-    for binding in plan.bindings:
-        device = binding.site.device
-        parameters = {
-            leaf: _parameter(tensors[key], device, float32, trainable and binding.method.trains(leaf))
-            for leaf, key in binding.keys.items()
-        }
-        parameters.update(_restored(adapters, binding, config))
-        made.append(_PendingLayer(binding.site, binding.method, binding.settings, parameters, binding.twins))
-    made = _tie_outputs(made, method_of(config), tied_ends(config, adapters.catalog), new=False, trainable=trainable)
-    _bind(adapters, adapter, made, _shared(adapters, config, method_of(config), made, stored, float32, trainable, None))
-
-
-def _restore_prompt(
-    adapters: Adapters,
-    adapter: Adapter,
-    config: PromptConfig,
-    stored: dict[str, Tensor],
-    float32: bool,
-    trainable: bool,
-) -> None:
-    device = place_of(adapters.model)
-    own = {leaf: _parameter(tensor, device, float32, trainable) for leaf, tensor in stored.items()}
-    _add_prompt(adapters, adapter, config, prompt_of(config).restored(config, own))
-
-
-def _add_prompt(adapters: Adapters, adapter: Adapter, config: PromptConfig, encoder: PromptEncoder) -> None:
-    adapters.prompts.add(adapter.name, config, prompt_of(config), encoder, adapters.model)
-    adapter.virtual_tokens = config.num_virtual_tokens or 0
-
-
-def _restored(adapters: Adapters, binding: Binding, config: TargetedConfig) -> dict[str, nn.Parameter]:
-    """The tensors of a layer that are in no checkpoint, and never trained."""
-    site = binding.site
-    found = binding.method.restored(config, binding.settings, lambda: adapters.base(site))
-    return {leaf: _parameter(tensor, site.device, True, False) for leaf, tensor in found.items()}
+    attaching.restore(plan, tensors)
+    adapter.note_zero_layers(_sure_to_change(plan, sums))
+    attaching.restore_whole_modules(plan, tensors)
+    return attaching.registered()
 
 
 @guarded
@@ -160,27 +87,162 @@ def create(
     """
     adapters.check_new(name)
     config.check_honoured()
-    _meet_experts(adapters, config)
     adapter = Adapter(name, as_any_config(config), trainable=True)
+    attaching = _attaching(adapters, adapter, float32)
+    attaching.complete_config()
     name_both(adapter.config, adapters.catalog)
     roots = adapters.catalog.saved(adapter.config)
     _check_saved_exist(adapters, adapter.config)
-    if isinstance(config, PromptConfig):
-        adapters.method_for(config)
-        adapters.check_places([], roots)
-        words = words_of(adapters.model)
-        encoder = prompt_of(config).new(config, words, generator)
-        if adapters.is_spread:
-            sharding.agree(encoder.state_dict().values())
-        _add_prompt(adapters, adapter, config, encoder.to(next(words.parameters()).device))
-    else:
-        _create_layers(adapters, adapter, targeted(config), roots, generator, float32)
+    attaching.create(roots, generator)
+    adapter.note_zero_layers()
     for root in roots:
-        adapters.place_copies(root).add(name).requires_grad_(True)
-        adapter.whole_modules.append(root)
-    _join_saved(adapters, adapter)
-    adapters.register(adapter)
-    return adapter
+        attaching.place_copy(root, None, trainable=True)
+    return attaching.registered()
+
+
+class Attaching(ABC):
+    """One adapter on its way onto a model.
+
+    Args:
+        adapters: of the model.
+        adapter: without tensors yet.
+        float32: whether its floating-point tensors are to be wider than they are.
+    """
+
+    def __init__(self, adapters: Adapters, adapter: Adapter, float32: bool) -> None:
+        self.adapters, self.adapter, self.float32 = adapters, adapter, float32
+
+    @abstractmethod
+    def complete_config(self) -> None:
+        """Check the config against the model, and fill in what it leaves to that."""
+
+    @abstractmethod
+    def check_tied(self, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+        """Raise where two layers that are to stay alike would part in training."""
+
+    @abstractmethod
+    def restore(self, plan: Plan, tensors: dict[str, Tensor]) -> None:
+        """Bind a checkpoint's tensors, but for those of whole modules."""
+
+    @abstractmethod
+    def create(self, roots: list[str], generator: torch.Generator | None) -> None:
+        """Bind new tensors, but for those of the whole modules ``roots``."""
+
+    def restore_whole_modules(self, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+        """Place copies of the modules that the checkpoint holds whole."""
+        catalog, adapter = self.adapters.catalog, self.adapter
+        named = catalog.saved(adapter.config) if plan.saved else []
+        values = {root: {leaf: tensors[key] for leaf, key in keys.items()} for root, keys in plan.saved.items()}
+        for root in plan.saved.keys() - named:
+            # The base's own rows, so those of all that shares them.
+            sharing = [site.name for site in catalog.sharing(root) if site.id not in adapter.layers.by_id]
+            values.update({name: {"weight": values[root]["weight"]} for name in sharing if name not in values})
+        adapter.whole_modules.untrained = values.keys() - named
+        for root, leaves in values.items():
+            trainable = adapter.trainable and root in named
+            self.place_copy(root, leaves, trainable)
+            if not trainable:
+                adapter.saved_dtypes.update(
+                    {encode(root, leaf, adapter.prefix): tensor.dtype for leaf, tensor in leaves.items()}
+                )
+
+    def place_copy(self, root: str, values: Mapping[str, Tensor] | None, trainable: bool) -> None:
+        """Place the adapter's copy of a module, with the base's values where it has none of its own."""
+        copies = self.adapters.place_copies(root)
+        copies.add(self.adapter.name, values).requires_grad_(trainable)
+        self.adapter.whole_modules.copies[root] = copies
+
+    def registered(self) -> Adapter:
+        """Add the adapter, whose tensors are all bound, to those of the model."""
+        _join_saved(self.adapters, self.adapter)
+        self.adapters.register(self.adapter)
+        return self.adapter
+
+
+class AttachingLayers(Attaching):
+    """An adapter that has shares of layers."""
+
+    @property
+    def config(self) -> TargetedConfig:
+        """The adapter's config."""
+        return targeted(self.adapter.config)
+
+    def complete_config(self) -> None:
+        if self.config.experts:
+            check_experts(self.config, self.adapters)
+
+    def check_tied(self, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+        if self.adapter.trainable:
+            _check_trained_alike(self.adapters, self.config, plan, tensors)
+
+    def restore(self, plan: Plan, tensors: dict[str, Tensor]) -> None:
+        _restore_layers(self.adapters, self.adapter, plan, tensors, self.float32)
+
+    def create(self, roots: list[str], generator: torch.Generator | None) -> None:
+        _create_layers(self.adapters, self.adapter, self.config, roots, generator, self.float32)
+
+
+class AttachingPrompt(Attaching):
+    """An adapter that is a prompt."""
+
+    def __init__(self, adapters: Adapters, adapter: Adapter, float32: bool, config: PromptConfig) -> None:
+        super().__init__(adapters, adapter, float32)
+        self.config, self.method = config, prompt_of(config)
+
+    def complete_config(self) -> None:
+        complete(self.config, self.method, self.adapters.model)
+
+    def check_tied(self, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing: it has no layers."""
+
+    def restore(self, plan: Plan, tensors: dict[str, Tensor]) -> None:
+        device, trainable = place_of(self.adapters.model), self.adapter.trainable
+        own = {leaf: _parameter(tensors[key], device, self.float32, trainable) for leaf, key in plan.shared.items()}
+        self._place(self.method.restored(self.config, own))
+
+    def create(self, roots: list[str], generator: torch.Generator | None) -> None:
+        self.adapters.check_places([], roots)
+        words = words_of(self.adapters.model)
+        encoder = self.method.new(self.config, words, generator)
+        if self.adapters.is_spread:
+            sharding.agree(encoder.state_dict().values())
+        self._place(encoder.to(next(words.parameters()).device))
+
+    def _place(self, encoder: PromptEncoder) -> None:
+        prompts = self.adapters.prompts
+        prompts.add(self.adapter.name, self.config, self.method, encoder, self.adapters.model)
+        self.adapter.prompt = PromptPart(prompts)
+
+
+def _attaching(adapters: Adapters, adapter: Adapter, float32: bool) -> Attaching:
+    if isinstance(adapter.config, PromptConfig):
+        return AttachingPrompt(adapters, adapter, float32, adapter.config)
+    return AttachingLayers(adapters, adapter, float32)
+
+
+def _restore_layers(
+    adapters: Adapters, adapter: Adapter, plan: Plan, tensors: dict[str, Tensor], float32: bool
+) -> None:
+    config, trainable = targeted(adapter.config), adapter.trainable
+    stored = {leaf: tensors[key] for leaf, key in plan.shared.items()}
+    made = []
+    for binding in plan.bindings:
+        device = binding.site.device
+        parameters = {
+            leaf: _parameter(tensors[key], device, float32, trainable and binding.method.trains(leaf))
+            for leaf, key in binding.keys.items()
+        }
+        parameters.update(_restored(adapters, binding, config))
+        made.append(_PendingLayer(binding.site, binding.method, binding.settings, parameters, binding.twins))
+    made = _tie_outputs(made, method_of(config), tied_ends(config, adapters.catalog), new=False, trainable=trainable)
+    _bind(adapters, adapter, made, _shared(adapters, config, method_of(config), made, stored, float32, trainable, None))
+
+
+def _restored(adapters: Adapters, binding: Binding, config: TargetedConfig) -> dict[str, nn.Parameter]:
+    """The tensors of a layer that are in no checkpoint, and never trained."""
+    site = binding.site
+    found = binding.method.restored(config, binding.settings, lambda: adapters.base(site))
+    return {leaf: _parameter(tensor, site.device, True, False) for leaf, tensor in found.items()}
 
 
 def _create_layers(
@@ -226,7 +288,6 @@ def _create_layers(
     if not float32:
         _in_dtype_of_base(made, shared.values())
     _bind(adapters, adapter, made, shared)
-    adapters.note_zero_layers(adapter)
 
 
 def _check_can_start(adapters: Adapters, method: AnyMethod, config: TargetedConfig, site: Site) -> None:
@@ -285,7 +346,7 @@ def _with_extra_tensors(
 
 def _bind(adapters: Adapters, adapter: Adapter, made: Sequence[_PendingLayer], shared: dict[str, nn.Parameter]) -> None:
     """Put tensors that are ready into their layers; from here on nothing can fail."""
-    adapter.shared = shared
+    adapter.layers.shared = shared
     # The adapter's own method alone has such tensors; its companions (biases ...) have none.
     config = targeted(adapter.config)
     _share_between_layers(method_of(config), config, made)
@@ -299,16 +360,14 @@ def _bind(adapters: Adapters, adapter: Adapter, made: Sequence[_PendingLayer], s
         layer.hold(adapter.name, {k: t for k, t in joining.items() if not any(t is s for s in shared.values())})
         share = BoundAdapter(one.method, settings, tuple(one.tensors), one.site.key, joining)
         layer.bind(adapter.name, share, one.tensors)
-        adapter.layers.append(one.site.id)
+        adapter.layers.by_id[one.site.id] = layer
         for twin, twinned in ((twin, one.method.twinned(settings, twin)) for twin in one.twins):
             if twinned is not None:
                 key = twin.key if one.method.saves_twins else None
-                adapters.wrap(twin).bind(
-                    adapter.name, BoundAdapter(one.method, twinned, tuple(one.tensors), key), one.tensors
-                )
-                adapter.layers.append(twin.id)
-    adapter.layers = list(dict.fromkeys(adapter.layers))
-    adapter.exclusive = any(one.method.alone for one in made)
+                adapter.layers.by_id[twin.id] = adapters.wrap(twin)
+                share = BoundAdapter(one.method, twinned, tuple(one.tensors), key)
+                adapter.layers.by_id[twin.id].bind(adapter.name, share, one.tensors)
+    adapter.layers.exclusive = any(one.method.alone for one in made)
 
 
 def _check_plan(adapters: Adapters, plan: Plan, checkpoint: Checkpoint, strict: bool) -> None:
@@ -338,8 +397,8 @@ def _check_saved_exist(adapters: Adapters, config: AnyConfig) -> None:
 def _join_saved(adapters: Adapters, adapter: Adapter) -> None:
     """Let two copies of layers that share a weight, and are to stay alike, share theirs where it is the same."""
     for pair in tied_ends(adapter.config, adapters.catalog):
-        if set(pair) <= set(adapter.whole_modules):
-            one, other = (adapters.copy_of(root, adapter.name)._parameters for root in pair)
+        if set(pair) <= adapter.whole_modules.copies.keys():
+            one, other = (adapter.whole_modules.copy_of(root, adapter)._parameters for root in pair)
             if _equal(one["weight"], other["weight"]):
                 other["weight"] = one["weight"]
 

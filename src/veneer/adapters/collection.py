@@ -5,31 +5,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from veneer.adapters.adapter import Adapter
+from veneer.adapters.adapter import Adapter, Claim
 from veneer.adapters.guard import guarded
 from veneer.adapters.known_layouts import Layouts
-from veneer.adapters.prompt_sizes import complete
 from veneer.adapters.prompts import Prompts
 from veneer.base_model import sharding
 from veneer.base_model.catalog import Catalog
 from veneer.base_model.repeated_blocks import Replication
-from veneer.configs.base import AnyConfig, PeftConfig, PromptConfig, TargetedConfig, as_any_config
+from veneer.configs.base import PeftConfig
 from veneer.errors import AdapterError, DuplicateAdapterError, UnknownAdapterError, did_you_mean
-from veneer.files.tensor_keys import SHARED_PREFIX, encode
 from veneer.layers.quantized_merge import QuantizedMerge
 from veneer.layers.wrapping import LayerPlacement
-from veneer.methods import AnyMethod, method_of, prompt_of
-from veneer.methods.base.prompt_method import AnyPrompt
 from veneer.patches.selection import BASE, NOTHING, Selection
 from veneer.patches.underway import Concerned
-from veneer.patches.watched_parameters import leave_alone
 
 
 class ModelHook(Protocol):
@@ -113,22 +107,6 @@ class Adapters(LayerPlacement):
             self._replication = None
             self.catalog = Catalog(self.model)
 
-    def method_for(self, config: PeftConfig) -> AnyMethod | AnyPrompt:
-        """The method of a config; that of a prompt is completed with the model's sizes."""
-        if not isinstance(config, PromptConfig):
-            return method_of(as_any_config(config))
-        method = prompt_of(config)
-        complete(config, method, self.model)
-        return method
-
-    def note_zero_layers(self, adapter: Adapter, sure: Collection[str] = ()) -> None:
-        """Find the layers in which an adapter changes nothing; those in ``sure`` need not be looked at."""
-        adapter.zero_layers = [
-            name
-            for name in adapter.layers
-            if name not in sure and not any(patch.changes() for patch in self.layers[name].patches([adapter.name]))
-        ]
-
     def check_new(self, name: str) -> None:
         """Raise ``DuplicateAdapterError`` unless ``name`` can be a new adapter's."""
         if not isinstance(name, str) or not name or name == BASE or any(c in name for c in "./\\"):
@@ -144,7 +122,7 @@ class Adapters(LayerPlacement):
 
     def _note_ties(self, adapter: Adapter) -> None:
         """Tell of an adapter that changes some of the layers that share a weight, and not the others."""
-        touched = {*(self.layers[site].site.name for site in adapter.layers), *adapter.whole_modules}
+        touched = {name for name, _ in adapter.wrappers()}
         for group in self.catalog.tied:
             changed, same = ([name for name in group if (name in touched) is wanted] for wanted in (True, False))
             if changed and same:
@@ -179,7 +157,7 @@ class Adapters(LayerPlacement):
         self.trains = self.trains or adapter.trainable
         self._refresh_hooks()
         if adapter.trainable and sharding.is_data_parallel(self.catalog.modules.values()):
-            sharding.average_gradients(self.parameters(adapter.name))
+            sharding.average_gradients(adapter.parameters())
 
     # -- selecting -----------------------------------------------------------------------------------------
 
@@ -207,7 +185,7 @@ class Adapters(LayerPlacement):
         used = {*wanted.names, *(expert for name in wanted.names for expert in self.by_name[name].config.experts)}
         for adapter in self.by_name.values():
             if adapter.trainable:
-                self.require_grad(adapter, adapter.name in used)
+                adapter.require_grad(adapter.name in used)
 
     def selection(self, names: str | Sequence[str]) -> Selection:
         """The checked selection of one adapter or of several at once."""
@@ -216,28 +194,15 @@ class Adapters(LayerPlacement):
             self.get(name)
         if len(set(wanted)) != len(wanted):
             raise AdapterError(f"{list(wanted)} names an adapter twice.", hint="Name each once.")
-        prompts = [name for name in wanted if name in self.prompts]
-        if len(prompts) > 1:
-            raise AdapterError(
-                f"{prompts[0]!r} and {prompts[1]!r} are prompts; they cannot be active together.",
-                hint="Select one of them, or give each row of a batch its own with adapter_names=[...].",
-            )
-        alone = [name for name in wanted if self.by_name[name].exclusive]
-        if len(alone) > 1:
-            raise AdapterError(
-                f"{alone[0]!r} and {alone[1]!r} each put another weight in the base's place (LoftQ); they cannot be "
-                "active together.",
-                hint="Select one of them, or load them on a base that is quantised.",
-            )
-        holders: dict[str, str] = {}
+        holders: dict[Claim, str] = {}
         for name in wanted:
-            for root in self.by_name[name].whole_modules:
-                if root in holders:
+            for claim in self.by_name[name].claims():
+                if claim in holders:
                     raise AdapterError(
-                        f"{holders[root]!r} and {name!r} both bring {root} whole; they cannot be active together.",
-                        hint="Select one of them.",
+                        f"{holders[claim]!r} and {name!r} {claim.conflict}; they cannot be active together.",
+                        hint=claim.remedy,
                     )
-                holders[root] = name
+                holders[claim] = name
         return Selection(wanted)
 
     def rows(self, names: Iterable[str | tuple[str, int]]) -> Selection:
@@ -272,94 +237,18 @@ class Adapters(LayerPlacement):
             )
         return self.by_name[name]
 
-    def require_grad(self, adapter: Adapter, required: bool) -> None:
-        """Turn the gradients of an adapter's tensors on or off."""
-        for parameter in self.parameters(adapter.name):
-            parameter.requires_grad_(required)
-
-    def watch(self, adapter: Adapter) -> None:
-        """Watch an adapter's tensors where it is not to be trained, and only then."""
-        if adapter.trainable:
-            leave_alone(self.parameters(adapter.name))
-        for module in () if adapter.trainable else adapter.layers:
-            self.layers[module].watch()
-
     def _present(self) -> str:
         return ", ".join(map(repr, self.by_name)) or "none"
 
     # -- tensors -------------------------------------------------------------------------------------------
 
     def parameters(self, name: str) -> list[nn.Parameter]:
-        """Every parameter of an adapter that is trained."""
-        adapter = self.get(name)
-        if name in self.prompts:
-            return [*self.prompts.encoder(name).trained(), *self._saved_parameters(adapter)]
-        own = {
-            id(p): p
-            for module in adapter.layers
-            for share in self.layers[module].bound[name]
-            for leaf, p in self.layers[module].tensors(name, share).items()
-            if share.method.trains(leaf)
-        }
-        if adapter.shared:
-            trains = method_of(adapter.config).trains_shared_leaf
-            own.update((id(p), p) for leaf, p in adapter.shared.items() if trains(adapter.config, leaf))
-        return [*own.values(), *self._saved_parameters(adapter)]
+        """Return every parameter of an adapter that is trained."""
+        return self.get(name).parameters()
 
-    def _saved_parameters(self, adapter: Adapter) -> list[nn.Parameter]:
-        trained = [root for root in adapter.whole_modules if root not in adapter.vocabulary_rows]
-        found = [p for root in trained for p in self.copy_of(root, adapter.name).parameters()]
-        return list({id(p): p for p in found}.values())
-
-    def named_tensors(
-        self, name: str, value: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    ) -> list[tuple[str, Tensor]]:
-        """Each tensor of an adapter that is saved: its checkpoint key, itself, or what ``value`` puts in its place."""
-        adapter = self.get(name)
-        found: list[tuple[str, Tensor]] = []
-        if name in self.prompts:
-            found += [(key, value(tensor)) for key, tensor in self.prompts.encoder(name).tensors().items()]
-        for module in adapter.layers:
-            layer = self.layers[module]
-            for share in layer.bound[name]:
-                if share.key is not None:
-                    tensors = {leaf: value(tensor) for leaf, tensor in layer.tensors(name, share).items()}
-                    saved = share.method.on_disk(share.settings, tensors)
-                    found += [(encode(share.key, leaf), tensor) for leaf, tensor in saved.items()]
-        if adapter.shared and method_of(adapter.config).saves_shared(adapter.config):
-            found += [(SHARED_PREFIX + leaf, value(tensor)) for leaf, tensor in adapter.shared.items()]
-        prefix = self.method_for(adapter.config).prefix
-        for root in adapter.whole_modules:
-            own = self.copy_of(root, name).state_dict(keep_vars=True)
-            found += [(encode(root, leaf, prefix), value(tensor)) for leaf, tensor in own.items()]
-        return found
-
-    def dtypes(self, name: str) -> set[torch.dtype]:
-        """The dtypes of an adapter's tensors in memory."""
-        adapter = self.get(name)
-        own = {
-            tensor.dtype
-            for module in adapter.layers
-            for share in self.layers[module].bound[name]
-            for tensor in self.layers[module].tensors(name, share).values()
-        }
-        whole = [tensor for root in adapter.whole_modules for tensor in self.copy_of(root, name).state_dict().values()]
-        prompt = self.prompts.encoder(name).tensors().values() if name in self.prompts else ()
-        return own | {tensor.dtype for tensor in (*adapter.shared.values(), *whole, *prompt)}
-
-    def config_on_disk(self, name: str) -> AnyConfig:
-        """The config that goes with :meth:`named_tensors`."""
-        adapter = self.get(name)
-        shares = [share for module in adapter.layers for share in self.layers[module].bound[name]]
-        if any(share.method.frozen.intersection(share.leaves) for share in shares):
-            converted: TargetedConfig = method_of(adapter.config).config_on_disk(adapter.config)
-            return converted
-        return adapter.config
-
-    def copy_of(self, root: str, name: str) -> nn.Module:
-        """An adapter's copy of a module that it brings whole."""
-        own: nn.Module = self.module_copies[root].copies[name]
-        return own
+    def named_tensors(self, name: str) -> list[tuple[str, Tensor]]:
+        """Return the checkpoint key of each tensor of an adapter that is saved, and the tensor."""
+        return self.get(name).named_tensors()
 
     # -- changing the set ----------------------------------------------------------------------------------
 
@@ -372,14 +261,8 @@ class Adapters(LayerPlacement):
     def _delete(self, name: str) -> None:
         adapter = self.get(name)
         self.check_unused(name)
-        for module in adapter.layers:
-            self._leave(module, name)
-        if name in self.prompts:
-            self.prompts.remove(name)
-        for root in adapter.whole_modules:
-            self.module_copies[root].remove(name)
-            if not self.module_copies[root].copies:
-                self.place(root, self.module_copies.pop(root).original_module)
+        for part in adapter.parts:
+            part.remove(adapter, self)
         with self.switch.choosing:
             self.by_name = {other: entry for other, entry in self.by_name.items() if other != name}
             kept = self.switch.default.names
@@ -390,8 +273,7 @@ class Adapters(LayerPlacement):
     def concerned(self, name: str) -> Concerned:
         """Whose calls a change of an adapter disturbs: its own, or all where it is in the base's weights."""
         entry = self.by_name.get(name)
-        layers = [] if entry is None else entry.layers
-        return None if any(name in self.layers[layer].merged for layer in layers) else (name,)
+        return (name,) if entry is None or not entry.layers.merged(name) else None
 
     def changing(self, concerned: Concerned = None) -> AbstractContextManager[None]:
         """Change adapters in a ``with`` block, while no call is under way that ``concerned`` are used in.
@@ -403,20 +285,6 @@ class Adapters(LayerPlacement):
             AdapterError: this is asked for inside such a call.
         """
         return self.switch.changing(lambda: concerned)
-
-    def _leave(self, module: str, name: str) -> None:
-        layer = self.layers[module]
-        if name in layer.merged:
-            layer.merge(tuple(other for other in layer.merged if other != name))
-        layer.unbind(name)
-        if not layer.bound:
-            self.remove_wrapper(module)
-
-    def leave_layers(self, adapter: Adapter, modules: Iterable[str]) -> None:
-        """Take an adapter off some of its layers."""
-        for module in modules:
-            self._leave(module, adapter.name)
-            adapter.layers.remove(module)
 
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name; it keeps its place in the order."""
@@ -430,12 +298,8 @@ class Adapters(LayerPlacement):
             return
         self.check_new(new)
         self.check_unused(old)
-        for module in adapter.layers:
-            self.layers[module].rename(old, new)
-        if old in self.prompts:
-            self.prompts.rename(old, new)
-        for root in adapter.whole_modules:
-            self.module_copies[root].rename(old, new)
+        for part in adapter.parts:
+            part.rename(old, new)
         adapter.name = new
         with self.switch.choosing:
             self.by_name = {entry.name: entry for entry in self.by_name.values()}
@@ -466,12 +330,12 @@ class Adapters(LayerPlacement):
             self.unmerge()
         for site_id in list(self.layers):
             self.remove_wrapper(site_id)
-        for root, saved in self.module_copies.items():
-            self.place(root, saved.original_module)
+        for root in list(self.module_copies):
+            self.remove_copies(root)
         self.prompts.clear()
         for module, leaf in self._was_trainable or ():
             getattr(module, leaf).requires_grad_(True)
-        self.layers, self.module_copies, self.by_name = {}, {}, {}
+        self.by_name = {}
         self.layouts.ready.clear()
         self.switch.default, self._was_trainable = NOTHING, None
         self._refresh_hooks()

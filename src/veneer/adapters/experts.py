@@ -28,12 +28,12 @@ def check_experts(config: TargetedConfig, adapters: Adapters) -> None:
                 hint="Load those first, under these names.",
             )
         for layer in adapters.by_name[name].layers:
-            if not all(_is_plain(patch) for patch in adapters.layers[layer].patches([name])):
+            if not all(_is_plain(patch) for patch in layer.patches([name])):
                 raise UnsupportedError(
-                    f"{name!r} does more to {layer} than add a product of two matrices, so it cannot be mixed.",
+                    f"{name!r} does more to {layer.site.id} than add a product of two matrices, so it cannot be mixed.",
                     hint="Mix plain LoRA adapters: without DoRA, lora_bias and alora_invocation_tokens.",
                 )
-        layers += [adapters.layers[layer].site.name for layer in adapters.by_name[name].layers]
+        layers += [layer.site.name for layer in adapters.by_name[name].layers]
     if config.experts and config.target_modules is None:
         config.target_modules = [name for name in adapters.catalog.modules if name in set(layers)]
 

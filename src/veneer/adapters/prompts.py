@@ -219,7 +219,8 @@ class Prompts(AnyNames):
         groups = selection.groups(rows, device)
         return {name: groups[name] for name in names}
 
-    def _tokens(self, name: str) -> int:
+    def tokens(self, name: str) -> int:
+        """Return how many virtual tokens a prompt has."""
         return self.configs[name].num_virtual_tokens or 0
 
     def _mask(self, fills_cache: bool, rows: int, device: torch.device) -> Tensor | None:
@@ -227,11 +228,11 @@ class Prompts(AnyNames):
         found = self._rows(fills_cache, rows, device)
         if not found:
             return None
-        longest = max(self._tokens(name) for name in found)
+        longest = max(self.tokens(name) for name in found)
         mask = torch.zeros(rows, longest, dtype=torch.long, device=device)
         for name, index in found.items():
             # Shorter prompts are padded on the left, so that every prompt ends where the input begins.
-            start = longest - self._tokens(name)
+            start = longest - self.tokens(name)
             mask[slice(None) if index is None else index, start:] = 1
         return mask
 
@@ -242,7 +243,7 @@ class Prompts(AnyNames):
         total: Tensor | None = None
         for name, index in self._rows(fills_cache, rows, device).items():
             own_tasks = tasks if tasks is None or index is None else tasks.to(device)[index]
-            own = self.encoder(name)(own_tasks)[..., : self._tokens(name), :]
+            own = self.encoder(name)(own_tasks)[..., : self.tokens(name), :]
             own = F.pad(own, (0, 0, tokens - own.shape[-2], 0))
             own = own.expand(rows if index is None else len(index), -1, -1)
             if index is not None:

@@ -34,4 +34,4 @@ def rejoin(adapters: Adapters) -> None:
             layer.bound[adapter] = [replace(share, shared=now(share.shared)) for share in shares]
         layer._forget()
     for entry in adapters.by_name.values():
-        entry.shared = now(entry.shared)
+        entry.layers.shared = now(entry.layers.shared)

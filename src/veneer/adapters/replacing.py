@@ -5,14 +5,13 @@ from __future__ import annotations
 from itertools import count
 
 import torch
-from torch import Tensor
 
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.collection import Adapters
 
 
 def spare(adapters: Adapters, name: str) -> str:
-    """Under which name an adapter is loaded that is to be ``name``: another one while that is taken."""
+    """Return the name to load an adapter under that is to be ``name``: another one while that is taken."""
     if name not in adapters.by_name:
         return name
     return next(other for i in count() if (other := f"{name}_{i}") not in adapters.by_name)
@@ -29,73 +28,45 @@ def replace(adapters: Adapters, name: str, fresh: str) -> Adapter:
     """
     try:
         with adapters.switch.changing(lambda: adapters.concerned(name)):
-            return _filled(adapters, name, fresh) if _are_alike(adapters, name, fresh) else _put(adapters, name, fresh)
+            old, new = adapters.get(name), adapters.get(fresh)
+            return _filled(old, new) if _are_alike(old, new) else _put(adapters, name, fresh)
     finally:
         if fresh in adapters.by_name:
             adapters.delete(fresh)
 
 
-def own_tensors(adapters: Adapters, name: str) -> dict[str, Tensor]:
-    """Every tensor of an adapter that lies on the model, frozen ones included, by its place."""
-    entry = adapters.get(name)
-    found = {
-        f"{site}.{place}": tensor
-        for site in entry.layers
-        for place, tensor in adapters.layers[site].own_tensors(name).items()
-    }
-    for root in entry.whole_modules:
-        own = adapters.copy_of(root, name).state_dict(keep_vars=True)
-        found.update((f"{root}.{leaf}", tensor) for leaf, tensor in own.items())
-    if name in adapters.prompts:
-        own = adapters.prompts.encoder(name).state_dict(keep_vars=True)
-        found.update((f"prompt.{leaf}", tensor) for leaf, tensor in own.items())
-    return found
-
-
-def _are_alike(adapters: Adapters, name: str, fresh: str) -> bool:
-    """Whether two adapters are of one method and have tensors of the same shapes and dtypes in the same places."""
-    old, new = adapters.get(name), adapters.get(fresh)
-    if old.unpadded or type(old.config) is not type(new.config) or old.exclusive != new.exclusive:
+def _are_alike(old: Adapter, new: Adapter) -> bool:
+    """Tell whether two adapters are of one method and have tensors of the same shapes and dtypes in the same places."""
+    if old.unpadded or type(old.config) is not type(new.config) or old.layers.exclusive != new.layers.exclusive:
         return False
-    kinds = [{place: (t.shape, t.dtype) for place, t in own_tensors(adapters, n).items()} for n in (name, fresh)]
-    shares = [
-        {site: [(type(s.method), s.leaves, s.key) for s in adapters.layers[site].bound[n]] for site in entry.layers}
-        for n, entry in ((name, old), (fresh, new))
-    ]
-    merged = any(name in adapters.layers[site].merged for site in old.layers)
-    return kinds[0] == kinds[1] and shares[0] == shares[1] and not merged
+    if old.layers.merged(old.name):
+        return False
+    return _kinds(old) == _kinds(new) and _shares(old) == _shares(new)
+
+
+def _kinds(adapter: Adapter) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {place: (tensor.shape, tensor.dtype) for place, tensor in adapter.tensors_by_place().items()}
+
+
+def _shares(adapter: Adapter) -> list[tuple[str, type, tuple[str, ...], str | None]]:
+    return [(layer.site.id, type(s.method), s.leaves, s.key) for layer, s in adapter.bound_layers()]
 
 
 @torch.no_grad()
-def _filled(adapters: Adapters, name: str, fresh: str) -> Adapter:
-    """The old adapter with the new one's values and settings."""
-    old, new = adapters.get(name), adapters.get(fresh)
-    values = own_tensors(adapters, fresh)
-    for place, tensor in own_tensors(adapters, name).items():
+def _filled(old: Adapter, new: Adapter) -> Adapter:
+    """Give the old adapter the new one's values and settings."""
+    values = new.tensors_by_place()
+    for place, tensor in old.tensors_by_place().items():
         tensor.copy_(values[place])
-    for site in old.layers:
-        layer = adapters.layers[site]
-        for share, other in zip(list(layer.bound[name]), layer.bound[fresh], strict=True):
-            layer.reset(name, share, other.settings)
-    if name in adapters.prompts:
-        adapters.prompts.configs[name] = adapters.prompts.configs[fresh]
-    for field in (
-        "config",
-        "origin",
-        "zero_layers",
-        "vocabulary_rows",
-        "tensors_bound",
-        "notes",
-        "allocation",
-        "saved_dtypes",
-        "trainable",
-    ):
+    for part in old.parts:
+        part.take_settings(old, new)
+    for field in ("config", "origin", "tensors_bound", "notes", "allocation", "saved_dtypes", "trainable"):
         setattr(old, field, getattr(new, field))
     return old
 
 
 def _put(adapters: Adapters, name: str, fresh: str) -> Adapter:
-    """The new adapter under the old one's name, in its place among the others, selected if that was."""
+    """Put the new adapter under the old one's name, in its place among the others, selected if that was."""
     places = list(adapters.by_name)
     wanted = tuple(fresh if one == name else one for one in adapters.switch.default.names)
     adapters.selection(wanted)

@@ -119,9 +119,7 @@ class Check:
 
     def _places(self, adapter: Adapter) -> Iterator[tuple[str, AdaptedLayer | ModuleCopies]]:
         """The modules that an adapter changes: their names, and what stands in their places."""
-        layers, saved = self.adapters.layers, self.adapters.module_copies
-        yield from ((layers[site].site.name, layers[site]) for site in adapter.layers)
-        yield from ((root, saved[root]) for root in adapter.whole_modules)
+        yield from adapter.wrappers()
         for expert in adapter.config.experts:
             yield from self._places(self.adapters.by_name[expert])
 

@@ -44,7 +44,9 @@ def ends_to_save(adapters: Adapters, adapter: Adapter, wanted: SaveEnds) -> dict
     if wanted not in (True, False, "auto"):
         raise ConfigError(f"save_embedding_layers={wanted!r} is none of the choices.", hint='True, False or "auto".')
     catalog, grown = adapters.catalog, vocabulary_differs(adapters, adapter)
-    ends = [name for name in dict.fromkeys([*catalog.inputs, *catalog.outputs]) if name not in adapter.whole_modules]
+    ends = [
+        name for name in dict.fromkeys([*catalog.inputs, *catalog.outputs]) if name not in adapter.whole_modules.copies
+    ]
     methods = {name: _methods(adapters, adapter, name) for name in ends}
     by_token = any(isinstance(method, TokenRows) for name in ends for method in methods[name])
     if wanted == "auto":
@@ -97,6 +99,7 @@ def _tensors(adapters: Adapters, adapter: Adapter, name: str, methods: list[Any]
         return []
     if methods:
         return [(encode(name, (TOKEN_BASE.leaves if TOKENS in methods else (WEIGHT,))[0]), weight)]
-    prefix = adapters.method_for(adapter.config).prefix
     bias = module._parameters.get("bias") if layer is None else layer.base_bias
-    return [(encode(name, leaf, prefix), t) for leaf, t in (("weight", weight), ("bias", bias)) if t is not None]
+    return [
+        (encode(name, leaf, adapter.prefix), t) for leaf, t in (("weight", weight), ("bias", bias)) if t is not None
+    ]

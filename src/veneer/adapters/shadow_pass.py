@@ -108,7 +108,7 @@ class ShadowPass:
         """The small decoder's last states in the base's width, for all rows."""
         from veneer.methods.shadow import BACKBONE, own_tensors, projected, shares
 
-        shared = self.adapters.by_name[name].shared
+        shared = self.adapters.by_name[name].layers.shared
         tensors = own_tensors(shared, BACKBONE)
         decoder, like = self._decoder(name, config, stack), next(iter(tensors.values()))
         decoder.train(stack.training)
@@ -168,7 +168,7 @@ class ShadowPass:
         labels, mask = self._own_rows(name, call["labels"]), call.get("attention_mask")
         if config.task_type == TaskType.CAUSAL_LM:
             return _prediction_loss(self.adapters.model, state, labels)
-        head, tensors = classifier(self.adapters.catalog), own_tensors(self.adapters.by_name[name].shared, HEAD)
+        head, tensors = classifier(self.adapters.catalog), own_tensors(self.adapters.by_name[name].layers.shared, HEAD)
         if head is None or not tensors:
             return None
         last = _last_tokens(state, None if mask is None else self._own_rows(name, mask))

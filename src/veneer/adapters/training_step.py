@@ -35,13 +35,12 @@ def with_penalty(adapters: Adapters, output: Any) -> Any:
 
 def _penalty(adapters: Adapters, name: str) -> Tensor | None:
     adapter = adapters.by_name[name]
-    if not adapter.trainable or name in adapters.prompts:
+    if not adapter.trainable:
         return None
     method = method_of(adapter.config)
     layers = [
-        (share.settings, adapters.layers[module].tensors(name, share))
-        for module in adapter.layers
-        for share in adapters.layers[module].bound[name]
+        (share.settings, layer.tensors(name, share))
+        for layer, share in adapter.bound_layers()
         if share.method is method
     ]
     return method.penalty(adapter.config, layers) if layers else None
@@ -64,7 +63,7 @@ def allocate(adapters: Adapters, step: int) -> None:
         )
     for adapter, kind in found:
         adapter.allocation = adapter.allocation or kind()
-        adapter.allocation.step(adapter.config, _layers(adapters, adapter), step)
+        adapter.allocation.step(adapter.config, _layers(adapter), step)
 
 
 def _kind(config: PeftConfig) -> type[RankAllocation | GroupAllocation] | None:
@@ -73,12 +72,9 @@ def _kind(config: PeftConfig) -> type[RankAllocation | GroupAllocation] | None:
     return GroupAllocation if isinstance(config, AdamssConfig) and config.use_asa else None
 
 
-def _layers(adapters: Adapters, adapter: Adapter) -> list[Mapping[str, Tensor]]:
+def _layers(adapter: Adapter) -> list[Mapping[str, Tensor]]:
     """The tensors of each layer of an adapter, without its biases."""
     own = type(method_of(adapter.config))
     return [
-        adapters.layers[module].tensors(adapter.name, share)
-        for module in adapter.layers
-        for share in adapters.layers[module].bound[adapter.name]
-        if isinstance(share.method, own)
+        layer.tensors(adapter.name, share) for layer, share in adapter.bound_layers() if isinstance(share.method, own)
     ]

@@ -79,7 +79,7 @@ class XLoraPass:
         made = {}
         for place, (name, config) in enumerate(configs.items()):
             hidden = self._first_pass(module, call, name, config, place)
-            scalings = predict(config, self.adapters.by_name[name].shared, hidden, module.training)
+            scalings = predict(config, self.adapters.by_name[name].layers.shared, hidden, module.training)
             made[id(config)] = scalings
             self.latest[name] = scalings.detach()
             if self.logging:

@@ -138,6 +138,10 @@ class LayerPlacement:
                 self.place(root, self.module_copies[root])
         return self.module_copies[root]
 
+    def remove_copies(self, root: str) -> None:
+        """Put a module back in the place of its copies."""
+        self.place(root, self.module_copies.pop(root).original_module)
+
     def standing_at(self, name: str) -> nn.Module:
         """What stands at a name now: the base's own module, or a wrapper."""
         parent, _, child = name.rpartition(".")

@@ -112,7 +112,7 @@ def attach_adapter(
 def note_swapped(model: AdaptedModel, adapter: Adapter, checkpoint: Checkpoint) -> None:
     """Note that an adapter has the weights of another checkpoint now."""
     base_check = _check_identity(model, checkpoint, strict_base=False)
-    model.adapters.note_zero_layers(adapter)
+    adapter.note_zero_layers()
     _record(model, adapter, checkpoint, base_check)
 
 

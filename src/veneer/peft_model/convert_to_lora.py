@@ -106,7 +106,7 @@ def convert_to_lora(
     check_output(target)
     model = source if isinstance(source, PeftModel) else load(source, base=base, **load_options)
     adapter = model.adapters.get(_name(model, adapter_name))
-    layers = [model.adapters.layers[name] for name in adapter.layers]
+    layers = list(adapter.layers)
     check_mergeable(model.adapters, [adapter.name])
     _check_layers(layers, adapter.name, rank)
     wanted = Combination((adapter.name,), (1.0,), "cat" if rank is None else "svd", rank)

@@ -58,10 +58,7 @@ def prepare_model_for_compiled_hotswap(model: PeftModel, *, target_rank: int | N
 
 def _prepare(model: PeftModel, target_rank: int | None) -> None:
     shares = [
-        (entry, layer, share)
-        for entry in model.adapters.by_name.values()
-        for layer in (model.adapters.layers[name] for name in entry.layers)
-        for share in layer.bound[entry.name]
+        (entry, layer, share) for entry in model.adapters.by_name.values() for layer, share in entry.bound_layers()
     ]
     for entry, layer, share in shares:
         _check_can_be_padded(entry, layer, share, target_rank)
@@ -167,8 +164,7 @@ def _hotswap(model: PeftModel, source: Source, adapter_name: str, strict: bool) 
     wanted = {(binding.site.id, type(binding.method)): binding for binding in plan.bindings}
     places = [
         (layer, share, wanted.get((layer.site.id, type(share.method))))
-        for layer in (adapters.layers[name] for name in entry.layers)
-        for share in layer.bound[adapter_name]
+        for layer, share in entry.bound_layers()
         if share.key is not None
     ]
     for layer, share, binding in places:
@@ -178,7 +174,7 @@ def _hotswap(model: PeftModel, source: Source, adapter_name: str, strict: bool) 
         if entry.unpadded or layer.site.id in bound:
             _swap(layer, adapter_name, share, binding, tensors)
     if not entry.unpadded:
-        adapters.leave_layers(entry, [name for name in entry.layers if name not in bound])
+        entry.layers.leave(entry, adapters, [name for name in entry.layers.names if name not in bound])
     _swap_shared(entry, plan, tensors)
     entry.config, entry.origin, entry.notes = config, checkpoint.origin, [*checkpoint.notes, *plan.notes]
     entry.tensors_bound = len(plan.keys)
@@ -187,20 +183,20 @@ def _hotswap(model: PeftModel, source: Source, adapter_name: str, strict: bool) 
 
 
 def _check_alike(model: PeftModel, entry: Adapter, checkpoint: Checkpoint, plan: Plan) -> None:
-    merged = [name for name in entry.layers if entry.name in model.adapters.layers[name].merged]
+    merged = entry.layers.merged(entry.name)
     if merged:
         raise MergeError(
             f"{entry.name!r} is merged into {merged[0]} and {len(merged) - 1} other layers.",
             hint="Call unmerge_adapter() first.",
         )
     new, old = str(checkpoint.config.peft_type), str(entry.config.peft_type)
-    beyond = [b.site.id for b in plan.bindings if b.site.id not in entry.layers]
+    beyond = [b.site.id for b in plan.bindings if b.site.id not in entry.layers.by_id]
     reason = None
     if new != old:
         reason = f"is of the method {new}, and {entry.name!r} of {old}"
     elif beyond:
         reason = f"adapts {len(beyond)} layers that {entry.name!r} does not (first: {beyond[0]})"
-    elif plan.saved or entry.whole_modules:
+    elif plan.saved or entry.whole_modules.names:
         reason = "or the old one brings whole modules"
     if reason:
         raise AdapterError(
@@ -264,4 +260,4 @@ def _put(parameter: nn.Parameter, new: Tensor, padded: bool, parts: int = 1) -> 
 
 def _swap_shared(entry: Adapter, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     for leaf, key in plan.shared.items():
-        _put(entry.shared[leaf], tensors[key], padded=False)
+        _put(entry.layers.shared[leaf], tensors[key], padded=False)

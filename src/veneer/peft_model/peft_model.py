@@ -400,8 +400,8 @@ class PeftModel(XLoraMethods, BatchingMethods, AdaptedModel):
                 )
             adapter.trainable = requires_grad
             self.adapters.trains = self.adapters.trains or requires_grad
-            self.adapters.require_grad(adapter, requires_grad and name in self.adapters.switch.default.names)
-            self.adapters.watch(adapter)
+            adapter.require_grad(requires_grad and name in self.adapters.switch.default.names)
+            adapter.watch()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only active one, the base runs alone until another is chosen."""

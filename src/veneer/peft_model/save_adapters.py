@@ -84,7 +84,7 @@ def tensors_to_save(
             )
         return tensor
 
-    named = model.adapters.named_tensors(adapter.name, value)
+    named = adapter.named_tensors(value)
     tensors = {key: tensor.to(adapter.saved_dtypes.get(key, tensor.dtype)) for key, tensor in named}
     return {**{key: value(tensor) for key, tensor in embeddings.items() if key not in tensors}, **tensors}
 
@@ -125,7 +125,7 @@ def _draft(model: AdaptedModel, adapter: Adapter, folder: Path, state: Mapping[s
     digest = adapter.base_digest or model.base_digest
     return Draft(
         adapter_folders.place(folder, adapter.name),
-        model.adapters.config_on_disk(adapter.name),
+        adapter.config_on_disk(),
         tensors_to_save(model, adapter, state, ends),
         {} if digest is None else {BASE_DIGEST_KEY: digest},
     )

@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor
 
-from veneer.adapters.replacing import own_tensors
 from veneer.checkpoints.checkpoint import apart
 from veneer.files.adapter_folders import TRAINER_CHECKPOINT
 from veneer.files.atomic_write import atomic_write
@@ -24,7 +23,7 @@ STATE = "model.safetensors"
 
 def adapter_state(model: Any) -> dict[str, Tensor]:
     """Name in ``state_dict()`` -> tensor, of all that is the adapters' own."""
-    own = {id(t) for name in model.adapters.by_name for t in own_tensors(model.adapters, name).values()}
+    own = {id(t) for entry in model.adapters.by_name.values() for t in entry.tensors_by_place().values()}
     return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in own}
 
 

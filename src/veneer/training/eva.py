@@ -292,7 +292,7 @@ def _checked(adapters: Adapters, name: str) -> Adapter:
     entry = adapters.get(name)
     if getattr(entry.config, "init_lora_weights", None) != "eva":
         raise AdapterError(f"{name!r} does not begin by EVA.", hint='Make it with LoraConfig(init_lora_weights="eva").')
-    if any(name in adapters.layers[layer].merged for layer in entry.layers):
+    if entry.layers.merged(name):
         raise AdapterError(f"{name!r} is merged, and cannot begin anew.", hint="Call unmerge_adapter() first.")
     if adapters.is_spread:
         raise UnsupportedError(
@@ -304,11 +304,9 @@ def _checked(adapters: Adapters, name: str) -> Adapter:
 
 def _linear(adapters: Adapters, entry: Adapter) -> list[tuple[AdaptedLayer, BoundAdapter]]:
     """The linear layers that a LoRA adapts, with its shares of them."""
-    layers = [adapters.layers[name] for name in entry.layers]
     return [
         (layer, share)
-        for layer in layers
-        for share in layer.bound[entry.name]
+        for layer, share in entry.bound_layers()
         if isinstance(share.method, Lora) and layer.site.matrix_input
     ]
 
@@ -329,8 +327,8 @@ def _begin(adapters: Adapters, entry: Adapter, given: Mapping[str, Tensor]) -> N
                 start = given[name] if RANK_DIMS[leaf] == 0 else torch.zeros(shape)
                 parameter.data = start.to(parameter.device, parameter.dtype, copy=True)
         layer.reset(entry.name, share, settings)
-    adapters.leave_layers(entry, [name for name in places if name in given and not len(given[name])])
-    adapters.note_zero_layers(entry)
+    entry.layers.leave(entry, adapters, [name for name in places if name in given and not len(given[name])])
+    entry.note_zero_layers()
     entry.config = config
 
 
@@ -362,9 +360,9 @@ def _with_ranks(adapters: Adapters, entry: Adapter, given: Mapping[str, Tensor])
     adjust = options_of(EvaConfig, old.eva_config or {}).adjust_scaling_factors
     ranks: dict[str, int] = {}
     alphas: dict[str, int | float] = {}
-    for name in entry.layers:
-        site = adapters.layers[name].site
-        if not any(isinstance(share.settings, LoraSettings) for share in adapters.layers[name].bound[entry.name]):
+    for layer in entry.layers:
+        site = layer.site
+        if not any(isinstance(share.settings, LoraSettings) for share in layer.bound[entry.name]):
             continue
         r = pattern_value(site.pattern_name, old.rank_pattern, old.r)
         alpha = pattern_value(site.pattern_name, old.alpha_pattern, old.lora_alpha)

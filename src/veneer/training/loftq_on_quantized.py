@@ -59,12 +59,15 @@ def replace_lora_weights_loftq(
             _replace(model, adapter_name, layer, share, weight, callback)
     finally:
         files.close()
-    adapters.note_zero_layers(adapters.get(adapter_name))
+    adapters.get(adapter_name).note_zero_layers()
 
 
 def _packed(adapters: Adapters, entry: Adapter) -> list[tuple[AdaptedLayer, BoundAdapter]]:
-    layers = [layer for name in entry.layers if (layer := adapters.layers[name]).site.is_packed]
-    found = [(layer, s) for layer in layers for s in layer.bound[entry.name] if isinstance(s.method, Lora)]
+    found = [
+        (layer, share)
+        for layer, share in entry.bound_layers()
+        if layer.site.is_packed and isinstance(share.method, Lora)
+    ]
     if not found or any(entry.name in layer.merged for layer, _ in found):
         what = "is merged" if found else "has no LoRA on a packed (quantised) layer"
         raise AdapterError(

@@ -92,13 +92,13 @@ def combine(adapters: Adapters, wanted: Combination) -> tuple[LoraConfig, dict[s
     entries = [adapters.get(name) for name in wanted.names]
     check_mergeable(adapters, wanted.names)
     for entry in entries:
-        if entry.whole_modules:
+        if entry.whole_modules.names:
             raise UnsupportedError(
-                f"{entry.name!r} brings {', '.join(entry.whole_modules)} whole, which no LoRA can hold.",
+                f"{entry.name!r} brings {', '.join(entry.whole_modules.names)} whole, which no LoRA can hold.",
                 hint="Combine adapters without modules_to_save.",
             )
     generator = None if wanted.seed is None else torch.Generator().manual_seed(wanted.seed)
-    layers = [layer for name, layer in adapters.layers.items() if any(name in entry.layers for entry in entries)]
+    layers = [layer for name, layer in adapters.layers.items() if any(name in entry.layers.by_id for entry in entries)]
     found = [(layer, *_combined(layer, wanted, generator)) for layer in layers]
     rank = max((up.shape[-1] for _, up, _, _ in found), default=0)
     if not rank:

@@ -12,7 +12,6 @@ from veneer.adapters.merge.into_quantized import choose, dequantize, forget_load
 from veneer.adapters.merge.new_bias import new_biases
 from veneer.adapters.merge.untie import untie
 from veneer.adapters.merge.worker_threads import for_each
-from veneer.base_model import sharding
 from veneer.base_model.catalog import Catalog
 from veneer.errors import MergeError
 from veneer.layers.adapted_layer import AdaptedLayer
@@ -86,21 +85,7 @@ def _merge_and_unload(adapters: Adapters, names: Sequence[str] | None, check: bo
 def check_mergeable(adapters: Adapters, names: Sequence[str]) -> None:
     """Raise ``MergeError``, before anything is merged, when one of ``names`` cannot be."""
     for name in names:
-        if name in adapters.prompts:
-            entry = adapters.by_name[name]
-            raise MergeError(
-                f"{entry.origin or name} is a prompt ({entry.config.peft_type}): it changes input or cache, "
-                "and no weight could hold it.",
-                hint="Use it unmerged; merge other adapters by name: merge_adapter([...]).",
-            )
-    for layer in adapters.layers.values():
-        if layer.here(tuple(names)):
-            sharding.check_merge(layer.site.name, layer.site.module)
-        for name in layer.here(tuple(names)):
-            for share in layer.bound[name]:
-                share.method.check_mergeable(share.settings, layer.site)
-        if layer.site.groups > 1:
-            layer.weight_patches(layer.here(tuple(names)))
+        adapters.by_name[name].check_mergeable()
 
 
 def _change(layers: Collection[AdaptedLayer], action: Callable[[AdaptedLayer], None]) -> None:

@@ -97,7 +97,7 @@ def bind_adapters(
         loaded = load(bound, name, checkpoint, trainable=False, strict=strict)
         changes.weights[name], changes.origins[name] = adapter.weight, checkpoint.origin
         changes.notes += loaded.notes
-        for root in loaded.whole_modules:
+        for root in loaded.whole_modules.names:
             _check_whole(adapter, root)
             changes.roots.append(root)
             changes.saved.update(_saved(checkpoint, root, bound.module_copies[root].original_module))
