@@ -409,10 +409,10 @@ def test_a_base_that_is_there_is_no_problem(adapter: Path, place: Any) -> None:
 
 def test_the_documentation_has_a_line_for_each_problem() -> None:
     root = Path(__file__).parents[2]
-    source = (root / "src/veneer/checkpoints/inspection.py").read_text()
+    source = "".join(path.read_text() for path in (root / "src/veneer/checkpoints").glob("inspection*.py"))
     page = (root / "docs/inspect.md").read_text().partition("## Problems")[2]
     documented = set(re.findall(r"^\| `([a-z-]+)` \| [^`]", page, re.MULTILINE)) - {"code"}
-    named = set(re.findall(r'roblem\(\s*"([a-z-]+)"', source))
+    named = set(re.findall(r'roblem(?:_of)?\(\s*"([a-z-]+)"', source))
     assert documented >= named
     assert [code for code in documented if f'"{code}"' not in source] == []
 

@@ -64,6 +64,8 @@ class PeftConfig(Fields):
 
     # The method of a class, said once: ``class XyzConfig(TargetedConfig, peft_type=...)``.
     own_type: ClassVar[PeftType | str | None] = None
+    # How the names of the method's tensors begin, such as ``lora`` in ``lora_A.weight``: by default as its type.
+    tensor_head: ClassVar[str] = ""
     # option -> the values that this version honours; anything else in the file is refused, never ignored.
     honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
@@ -72,6 +74,7 @@ class PeftConfig(Fields):
         super().__init_subclass__(**kwargs)
         if peft_type is not None:
             cls.own_type = peft_type
+            cls.tensor_head = cls.__dict__.get("tensor_head", str(peft_type).lower())
             register_config(str(peft_type), cls)
 
     def __post_init__(self) -> None:

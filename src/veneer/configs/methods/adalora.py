@@ -58,6 +58,7 @@ class AdaLoraConfig(TargetedConfig, peft_type=PeftType.ADALORA):
     lora_bias: bool = False
     target_parameters: list[str] | None = None
 
+    tensor_head = "lora"
     honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "trainable_token_indices": (None,),
         "use_dora": (False, None),

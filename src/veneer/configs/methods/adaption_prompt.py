@@ -24,6 +24,8 @@ class AdaptionPromptConfig(TargetedConfig, peft_type=PeftType.ADAPTION_PROMPT):
         adapter_layers: how many layers have them, counted from the top.
     """
 
+    tensor_head = "adaption"
+
     adapter_len: int | None = None
     adapter_layers: int | None = None
 

@@ -24,6 +24,8 @@ class LoHaConfig(TargetedConfig, peft_type=PeftType.LOHA):
         init_weights: ``True`` starts without effect, ``False`` at random.
     """
 
+    tensor_head = "hada"
+
     r: int = 8
     alpha: int | float = 8
     rank_dropout: float = 0.0
