@@ -11,10 +11,12 @@ import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.text import Text
 
 
 # Beside what prints: a line's end, a tab, and the invisible characters that join or part letters and emoji.
@@ -63,9 +65,12 @@ def parse_bytes(text: str) -> int | None:
 
 
 def panel(
-    title: str, facts: Iterable[tuple[str, str]], warnings: Sequence[str] = (), border: str = "green"
+    title: str | Text,
+    facts: Iterable[tuple[str | Text, str | Text]],
+    warnings: Sequence[str] = (),
+    border: str = "green",
 ) -> RenderableType:
-    """One row a fact, warnings last.
+    """Make a panel of one row a fact, warnings last; what is no ``Text`` yet is made printable.
 
     Args:
         title: the panel's.
@@ -78,13 +83,42 @@ def panel(
     from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column()
-    for name, value in facts:
-        table.add_row(Text(printable(name)), Text(printable(value)))
-    for warning in warnings:
-        table.add_row(Text("warning", "yellow"), Text(printable(warning)))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in [*facts, *((Text("warning", "yellow"), warning) for warning in warnings)]:
+        table.add_row(*(cell if isinstance(cell, Text) else Text(printable(cell)) for cell in row))
     return Panel(table, title=title, title_align="left", border_style=border, expand=False)
+
+
+class AsJson:
+    """A dataclass that can be written as JSON."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON types."""
+        return asdict(self)
+
+
+class Report(AsJson):
+    """A dataclass that can be written as JSON, and that rich prints as a panel with a row for each fact."""
+
+    _title: ClassVar[str]
+
+    def __rich__(self) -> RenderableType:
+        return panel(self._title, self._facts(), self._warnings(), self._border())
+
+    def _facts(self) -> Sequence[tuple[str, str]]:
+        """Return name and value of each row."""
+        raise NotImplementedError
+
+    def _warnings(self) -> Sequence[str]:
+        """Return what a user should know, for the last rows."""
+        return ()
+
+    def _border(self) -> str:
+        """Return the border's colour."""
+        return "green"
 
 
 class VeneerWarning(UserWarning):

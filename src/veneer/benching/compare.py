@@ -7,8 +7,8 @@ rounds: what changed for both is the machine's doing (or the base's), and is sai
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.text import Text
@@ -19,6 +19,7 @@ from veneer.benching.report.content import ABSENT, ReportTable
 from veneer.benching.report.terminal import rich_table
 from veneer.benching.result import BenchData, Figure
 from veneer.errors import UsageError
+from veneer.printing import AsJson
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -60,7 +61,7 @@ class FigureChange:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(AsJson):
     """Two runs.
 
     Attributes:
@@ -79,10 +80,6 @@ class Comparison:
     def regressions(self) -> list[FigureChange]:
         """What became worse beyond noise."""
         return [change for change in self.changes if change.verdict == "worse"]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The comparison as plain JSON types."""
-        return asdict(self)
 
     def __rich__(self) -> RenderableType:
         """A table of what changed, and a line on the rest."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from types import UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from veneer.benching.decide.cost_model import BreakEven, ServingPlan
 from veneer.benching.measure.statistics import Spread, spread
 from veneer.errors import CorruptFileError
+from veneer.printing import AsJson
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -191,7 +192,7 @@ class Recommendation:
 
 
 @dataclass(frozen=True)
-class BenchData:
+class BenchData(AsJson):
     """The data of a run of :func:`veneer.bench`: what was measured, and what follows from it.
 
     Attributes:
@@ -219,10 +220,6 @@ class BenchData:
     def find(self, quantity: str, variant: str, batch: int = 0, length: int = 0) -> Figure | None:
         """A figure, if it was measured."""
         return find(self.figures, quantity, variant, batch, length)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types."""
-        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "the report") -> Self:

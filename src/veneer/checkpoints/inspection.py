@@ -79,9 +79,9 @@ class Inspection(PathFacts):
 
     def __rich__(self) -> RenderableType:
         """A panel: the facts, a line for each member of a set, then the problems."""
-        from veneer.checkpoints.inspection_text import panel
+        from veneer.checkpoints.inspection_text import as_panel
 
-        return panel(self)
+        return as_panel(self)
 
 
 @takes(renamed=TOKEN)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
+
+from veneer.printing import AsJson
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
-class PathFacts:
+class PathFacts(AsJson):
     """What is at a path.
 
     Attributes:
@@ -113,7 +115,3 @@ class PathFacts:
     adapters: Mapping[str, PathFacts] = field(default_factory=dict)
     commit: str | None = None
     problems: tuple[Problem, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON types."""
-        return asdict(self)

@@ -4,31 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from rich.panel import Panel
-from rich.table import Table
+from rich.console import RenderableType
 from rich.text import Text
 
 from veneer.checkpoints.inspection_facts import AdapterFacts, ModelFacts, PathFacts, Weights
-from veneer.printing import nbytes, printable
+from veneer.printing import nbytes, panel, printable
 
 _TITLES = {"model": "full model", "adapter": "adapter", "model+adapter": "full model and adapter", "unknown": "unknown"}
 _BORDERS = {"model": "green", "adapter": "cyan", "model+adapter": "yellow", "unknown": "red"}
 
 
-def panel(inspection: PathFacts) -> Panel:
-    """A panel with one row a fact."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in _facts(inspection):
-        table.add_row(Text(printable(name)), Text(printable(value)))
-    for problem in inspection.problems:
-        table.add_row(
-            Text("problem", "yellow"), Text.assemble(printable(problem.message), " ", (printable(problem.hint), "dim"))
-        )
+def as_panel(inspection: PathFacts) -> RenderableType:
+    """Make a panel of one row a fact, and one a problem."""
+    problems = [
+        (Text("problem", "yellow"), Text.assemble(printable(problem.message), " ", (printable(problem.hint), "dim")))
+        for problem in inspection.problems
+    ]
     kind = "set of adapters" if inspection.adapters else _TITLES[inspection.kind]
     title = Text.assemble((printable(inspection.path), "bold"), f": {kind}")
-    return Panel(table, title=title, title_align="left", border_style=_BORDERS[inspection.kind], expand=False)
+    return panel(title, [*_facts(inspection), *problems], border=_BORDERS[inspection.kind])
 
 
 def _facts(inspection: PathFacts) -> Iterable[tuple[str, str]]:

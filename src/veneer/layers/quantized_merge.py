@@ -7,13 +7,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from veneer.errors import MergeError
+from veneer.printing import AsJson
 
 DEQUANTIZED = "dequantized"
 REQUANTIZED = "requantized"
@@ -59,7 +59,7 @@ class LayerError:
 
 
 @dataclass(frozen=True)
-class QuantizedMerge:
+class QuantizedMerge(AsJson):
     """What the last merge into packed weights did: ``model.quantized_merge``.
 
     Attributes:
@@ -88,10 +88,6 @@ class QuantizedMerge:
             f"{len(self.layers)} layers (at worst {self.worst.change:.0%} of it): the grid is coarser than the change. "
             f'Keep the adapter unmerged, or merge with into="{DEQUANTIZED}".'
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures as plain JSON types."""
-        return asdict(self)
 
 
 def layer_error(held: Tensor, exact: Tensor, before: Tensor) -> LayerError:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +38,7 @@ from veneer.merging.output.staging import check_apart
 from veneer.merging.work.adapter_changes import tie_groups
 from veneer.patches.low_rank import balanced
 from veneer.patches.weight_arithmetic import check_kept
-from veneer.printing import nbytes, panel
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
+from veneer.printing import Report, nbytes
 
 # Up to this many rows or columns all singular values are computed; of larger weights the first, at random (Halko,
 # Martinsson & Tropp 2011, arXiv:0909.4061), with some more than are kept for accuracy.
@@ -51,7 +47,7 @@ _MORE = 16
 
 
 @dataclass(frozen=True)
-class ExtractReport:
+class ExtractReport(Report):
     """What was extracted.
 
     Attributes:
@@ -74,12 +70,9 @@ class ExtractReport:
     layer_errors: dict[str, float]
     nbytes: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types."""
-        return asdict(self)
+    _title = "extract report"
 
-    def __rich__(self) -> RenderableType:
-        """A panel with one row a fact."""
+    def _facts(self) -> list[tuple[str, str]]:
         low, high = min(self.ranks.values(), default=0), max(self.ranks.values(), default=0)
         worst = max(self.layer_errors, key=lambda name: self.layer_errors[name], default="")
         facts = [
@@ -92,7 +85,7 @@ class ExtractReport:
         ]
         if worst:
             facts.insert(5, ("worst layer", f"{worst}: {100 * self.layer_errors[worst]:.3f} %"))
-        return panel("extract report", facts)
+        return facts
 
 
 @dataclass

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +24,7 @@ from veneer.merging.output.manifest import read_manifest
 from veneer.merging.work.inputs import AdapterPaths
 from veneer.merging.work.merge_options import MergeOptions
 from veneer.merging.work.prepare import find_adapters, prepare
-from veneer.printing import panel
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
+from veneer.printing import Report
 
 PROMPTS = (
     "The capital of France is",
@@ -60,7 +56,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class VerifyReport:
+class VerifyReport(Report):
     """What a verification found.
 
     Attributes:
@@ -81,6 +77,8 @@ class VerifyReport:
     max_kl: float
     notes: list[str] = field(default_factory=list)
 
+    _title = "verify report"
+
     @property
     def passed(self) -> bool:
         """Whether everything is as it should be."""
@@ -88,11 +86,7 @@ class VerifyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types."""
-        return {"passed": self.passed, **asdict(self)}
-
-    def __rich__(self) -> RenderableType:
-        """A panel with one row a fact."""
-        return panel("verify report", self._facts(), self.notes, border="green" if self.passed else "red")
+        return {"passed": self.passed, **super().to_dict()}
 
     def _facts(self) -> list[tuple[str, str]]:
         def told(bad: Sequence[str], good: str) -> str:
@@ -109,6 +103,12 @@ class VerifyReport:
             facts.append(("argmax", f"{100 * one.argmax_agreement:.1f} % of {one.positions} positions agree"))
             facts.append(("KL", f"{one.kl:.1e} nats on average (up to {self.max_kl:g} passes)"))
         return [*facts, ("result", "pass" if self.passed else "FAIL")]
+
+    def _warnings(self) -> list[str]:
+        return self.notes
+
+    def _border(self) -> str:
+        return "green" if self.passed else "red"
 
 
 class CompareSink:

@@ -8,9 +8,9 @@ matrix of rank ``r`` that is nearest to it is taken, by its singular values (Eck
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,14 +29,11 @@ from veneer.layers.weight_change import change_of
 from veneer.methods.lora import METHOD as LORA
 from veneer.peft_model.load import load
 from veneer.peft_model.peft_model import PeftModel
-from veneer.printing import panel
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from veneer.printing import Report
 
 
 @dataclass(frozen=True)
-class ConversionReport:
+class ConversionReport(Report):
     """What a conversion wrote.
 
     Attributes:
@@ -55,23 +52,19 @@ class ConversionReport:
     error: float
     errors: dict[str, float]
 
+    _title = "conversion report"
+
     @property
     def worst(self) -> str:
         """The layer with the largest error."""
         return max(self.errors, key=lambda name: self.errors[name])
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types."""
-        return asdict(self)
-
-    def __rich__(self) -> RenderableType:
-        """A panel with one row a fact."""
-        rows = [
+    def _facts(self) -> list[tuple[str, str]]:
+        return [
             ("adapter", f"{self.adapter} ({self.method})"),
             ("out", f"{self.out}: LoRA of rank {self.rank} on {len(self.errors)} layers"),
             ("error", f"{self.error:.1e} of the change; the most is {self.errors[self.worst]:.1e}, in {self.worst}"),
         ]
-        return panel("conversion report", rows)
 
 
 def convert_to_lora(

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
 
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.collection import Adapters
 from veneer.checkpoints.checkpoint import Checkpoint
-from veneer.printing import nbytes, panel
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from veneer.printing import Report, nbytes
 
 
 @dataclass
@@ -56,7 +52,7 @@ class AdapterReport:
 
 
 @dataclass
-class LoadReport:
+class LoadReport(Report):
     """What :func:`veneer.load` or ``PeftModel.from_pretrained`` did.
 
     Attributes:
@@ -83,13 +79,7 @@ class LoadReport:
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types."""
-        return asdict(self)
-
-    def __rich__(self) -> RenderableType:
-        """A panel: one row a fact, the adapters below each other, warnings last."""
-        return panel("load report", self._facts(), self.warnings, border="cyan")
+    _title = "load report"
 
     def _facts(self) -> list[tuple[str, str]]:
         facts = [
@@ -102,6 +92,12 @@ class LoadReport:
         facts.append(("active", state))
         facts.append(("seconds", ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items())))
         return facts
+
+    def _warnings(self) -> list[str]:
+        return self.warnings
+
+    def _border(self) -> str:
+        return "cyan"
 
 
 def _adapter_line(adapter: AdapterReport) -> str:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
 
-from veneer.printing import nbytes, panel
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from veneer.printing import Report, nbytes
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(Report):
     """What a merge wrote.
 
     Attributes:
@@ -45,13 +41,7 @@ class MergeReport:
     seconds: float
     warnings: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types."""
-        return asdict(self)
-
-    def __rich__(self) -> RenderableType:
-        """A panel with one row a fact."""
-        return panel("merge report", self._facts(), self.warnings)
+    _title = "merge report"
 
     def _facts(self) -> list[tuple[str, str]]:
         merged = f"{self.layers} layers" + (f" and {', '.join(self.saved_modules)}" if self.saved_modules else "")
@@ -65,3 +55,6 @@ class MergeReport:
             ("seconds", f"{self.seconds:.1f}"),
         ]
         return facts if not self.untied else [*facts, ("untied", ", ".join(self.untied))]
+
+    def _warnings(self) -> list[str]:
+        return self.warnings

@@ -17,9 +17,9 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -45,11 +45,7 @@ from veneer.merging.output.staging import (
     workshop,
     written_to,
 )
-from veneer.printing import nbytes, panel
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
+from veneer.printing import Report, nbytes
 
 _SMALL = "small.zip"
 _BLOCK = 1 << 22
@@ -58,7 +54,7 @@ _MOST = 1 << 27
 
 
 @dataclass(frozen=True)
-class UnmergeReport:
+class UnmergeReport(Report):
     """What was restored.
 
     Attributes:
@@ -75,18 +71,14 @@ class UnmergeReport:
     files: list[str]
     nbytes: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types."""
-        return asdict(self)
+    _title = "unmerge report"
 
-    def __rich__(self) -> RenderableType:
-        """A panel with one row a fact."""
-        facts = [
+    def _facts(self) -> list[tuple[str, str]]:
+        return [
             ("merged", self.merged),
             ("restored from", self.source),
             ("out", f"{self.out}: {len(self.files)} files, {nbytes(self.nbytes)}, every byte the base's"),
         ]
-        return panel("unmerge report", facts)
 
 
 @takes()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from veneer.errors import ConfigError
 from veneer.merging.base.weight_files import FLOATS, NAMES
 from veneer.merging.work.file_layout import size_in_bytes
 from veneer.merging.work.rounding import NEAREST
+from veneer.printing import AsJson
 
 _DTYPES = [str(DTYPES[name]).removeprefix("torch.") for name in FLOATS]
 
 
 @dataclass(frozen=True)
-class MergeOptions:
+class MergeOptions(AsJson):
     """How a merge is done; all of it is recorded in the manifest.
 
     Attributes:
@@ -43,10 +44,6 @@ class MergeOptions:
     def torch_dtype(self) -> torch.dtype | None:
         """The dtype of the merged weights; ``None`` where each tensor keeps its own."""
         return None if self.dtype == "auto" else dtype_of(self.dtype)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the options as plain JSON types."""
-        return asdict(self)
 
 
 def merge_options(dtype: Any, max_shard_size: str | int | None, **others: Any) -> MergeOptions:
