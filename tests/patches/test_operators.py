@@ -41,16 +41,16 @@ MATRICES = {
 @pytest.mark.parametrize("rows", [(), (1,), (2, 5)])
 def test_applied_as_whole(make: object, rows: tuple[int, ...]) -> None:
     matrix = make()  # type: ignore[operator]
-    whole, x = matrix.whole(), _random(*rows, 18)
+    whole, x = matrix.dense(), _random(*rows, 18)
     assert matrix.changes()
     assert whole.shape == (12, 18)
     with torch.no_grad():
         assert torch.allclose(matrix.apply(x), x @ whole.T, atol=1e-5)
-        assert torch.allclose(matrix.times(-2.0).apply(x), x @ whole.T * -2, atol=1e-5)
+        assert torch.allclose(matrix.scaled(-2.0).apply(x), x @ whole.T * -2, atol=1e-5)
         wide = matrix.apply(x.bfloat16())
     assert wide.dtype is torch.float32
     assert torch.allclose(wide, x.bfloat16().float() @ whole.T, atol=1e-5)
-    assert torch.equal(matrix.rows(3, 7), matrix.whole()[3:7])
+    assert torch.equal(matrix.rows(3, 7), matrix.dense()[3:7])
 
 
 @pytest.mark.parametrize("make", MATRICES.values(), ids=MATRICES)
@@ -58,7 +58,7 @@ def test_the_gradient_is_that_of_the_whole(make: object) -> None:
     matrix = make()  # type: ignore[operator]
     x = _random(4, 18).requires_grad_()
     [found] = torch.autograd.grad(matrix.apply(x).square().sum(), x)
-    [expected] = torch.autograd.grad((x @ matrix.whole().T).square().sum(), x)
+    [expected] = torch.autograd.grad((x @ matrix.dense().T).square().sum(), x)
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-3)
 
 

@@ -2,52 +2,58 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-# A factor this near to the identity is one.
+# A multiplier this near to the identity is one.
 ROUNDING = 1e-6
 
 
-class Multiplier(Protocol):
-    """A square matrix ``M``, in a form cheaper than a matrix where it has one."""
+class Multiplier(ABC):
+    """A square matrix ``M``, in a form cheaper than a matrix where it has one.
+
+    Attributes:
+        is_diagonal: whether it scales each entry on its own.
+    """
+
+    is_diagonal: ClassVar[bool] = False
 
     @property
-    def is_diagonal(self) -> bool:
-        """Whether it scales each entry on its own."""
-        ...
-
-    @property
+    @abstractmethod
     def dtype(self) -> torch.dtype:
-        """Of its values."""
-        ...
+        """The dtype of its values."""
 
+    @abstractmethod
     def apply(self, x: Tensor) -> Tensor:
-        """``M x`` along the last dimension of ``x``, in ``x``'s dtype."""
-        ...
+        """Return ``M x`` along the last dimension of ``x``, in ``x``'s dtype."""
 
+    @abstractmethod
     def rows(self, weight: Tensor) -> Tensor:
-        """``weight M`` for rows ``(n, size)`` of a weight."""
-        ...
+        """Return ``weight M`` for rows ``(n, size)`` of a weight."""
 
+    def left_rows(self, weight: Tensor, start: int, stop: int) -> Tensor:
+        """Return the rows ``start:stop`` of ``M W`` from those of ``W``; all of them unless :attr:`is_diagonal`."""
+        return self.apply(weight.mT).mT
+
+    @abstractmethod
     def at(self, index: int) -> Multiplier:
-        """The factor of one matrix of a stack."""
-        ...
+        """Return the multiplier of one matrix of a stack."""
 
+    @abstractmethod
     def changes(self) -> bool:
-        """Whether it is, beyond rounding, anything but the identity."""
-        ...
+        """Tell whether it is, beyond rounding, anything but the identity."""
 
 
 @dataclass(frozen=True)
-class Diagonal:
+class Diagonal(Multiplier):
     """A diagonal matrix; ``values`` has shape ``(size,)``."""
 
-    values: Tensor
     is_diagonal = True
+    values: Tensor
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,6 +65,9 @@ class Diagonal:
     def rows(self, weight: Tensor) -> Tensor:
         return weight * self.values.to(weight.dtype)
 
+    def left_rows(self, weight: Tensor, start: int, stop: int) -> Tensor:
+        return weight * self.values[..., start:stop, None].to(weight.dtype)
+
     def at(self, index: int) -> Diagonal:
         return Diagonal(self.values[index])
 
@@ -67,11 +76,10 @@ class Diagonal:
 
 
 @dataclass(frozen=True)
-class BlockDiagonal:
+class BlockDiagonal(Multiplier):
     """A block-diagonal matrix; ``blocks`` has shape ``(n, size, size)``, or ``(1, size, size)`` when all are one."""
 
     blocks: Tensor
-    is_diagonal = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,11 +104,10 @@ class BlockDiagonal:
 
 
 @dataclass(frozen=True)
-class FullMatrix:
+class FullMatrix(Multiplier):
     """A full matrix, shape ``(size, size)``."""
 
     values: Tensor
-    is_diagonal = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,12 +127,11 @@ class FullMatrix:
 
 
 @dataclass(frozen=True)
-class IdentityPlusLowRank:
+class IdentityPlusLowRank(Multiplier):
     """``1 + P Q`` with few columns: ``left`` is ``P``, shape ``(size, r)``, and ``right`` is ``Q``, ``(r, size)``."""
 
     left: Tensor
     right: Tensor
-    is_diagonal = False
 
     @property
     def dtype(self) -> torch.dtype:

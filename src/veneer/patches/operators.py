@@ -1,4 +1,4 @@
-"""Matrices ``D`` that a patch adds to a weight, in forms that are applied to an input without being made."""
+"""Linear operators: the matrices ``D`` that patches add to a weight, applied to an input without building them."""
 
 from __future__ import annotations
 
@@ -12,30 +12,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from veneer.patches.layer_form import LayerForm
+
 
 class LinearOperator(ABC):
-    """A matrix ``(out, in)`` of a linear layer, made whole only where it is merged."""
+    """A matrix ``(out, in)`` of a layer, built only where it is merged."""
 
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """Of its values."""
+        """The dtype of its values."""
 
     @abstractmethod
     def apply(self, x: Tensor) -> Tensor:
-        """``D x`` along the last dimension of ``x``, in float32 or what is wider."""
+        """Return ``D x`` along the last dimension of ``x``, in float32 or what is wider."""
 
     @abstractmethod
-    def whole(self) -> Tensor:
-        """The matrix itself."""
+    def dense(self) -> Tensor:
+        """Return the matrix itself."""
 
     @abstractmethod
-    def times(self, factor: float) -> LinearOperator:
-        """The same matrix, each entry ``factor`` times as large."""
+    def scaled(self, factor: float) -> LinearOperator:
+        """Return the same matrix, each entry ``factor`` times as large."""
 
     @abstractmethod
     def changes(self) -> bool:
-        """Whether it is anything but zero."""
+        """Tell whether it is anything but zero."""
 
     @property
     def nbytes(self) -> int:
@@ -43,18 +45,57 @@ class LinearOperator(ABC):
         return sum(value.nbytes for value in vars(self).values() if isinstance(value, (Tensor, LinearOperator)))
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """The rows ``start:stop``."""
-        return self._made[start:stop]
+        """Return the rows ``start:stop``."""
+        return self._built[start:stop]
 
     @cached_property
-    def _made(self) -> Tensor:
+    def _built(self) -> Tensor:
         # A merge asks block by block.
-        return self.whole()
+        return self.dense()
+
+    def output(self, x: Tensor, site: LayerForm, dtype: torch.dtype) -> Tensor:
+        """Return what it adds to a layer's output for the input ``x``.
+
+        Args:
+            x: in ``dtype``, or token ids.
+            site: the layer.
+            dtype: to compute in; an operator may take a wider one.
+        """
+        return self.apply(x)
+
+    def at(self, index: int) -> LinearOperator:
+        """Return the operator of one matrix of a stack."""
+        return DenseMatrix(self.dense()[index])
 
 
-def as_dense(matrix: Tensor | LinearOperator) -> Tensor:
-    """The matrix itself, in whichever form it is."""
-    return matrix.whole() if isinstance(matrix, LinearOperator) else matrix
+@dataclass(frozen=True)
+class DenseMatrix(LinearOperator):
+    """A matrix that is built already; of any kind of layer, and with a leading dimension for a stack of them."""
+
+    matrix: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
+
+    def apply(self, x: Tensor) -> Tensor:
+        wide = _wide(x)
+        return F.linear(wide, self.matrix.to(wide.dtype))
+
+    def dense(self) -> Tensor:
+        return self.matrix
+
+    def scaled(self, factor: float) -> DenseMatrix:
+        return DenseMatrix(self.matrix * factor)
+
+    def changes(self) -> bool:
+        return bool(self.matrix.count_nonzero())
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.matrix[..., start:stop, :]
+
+    def output(self, x: Tensor, site: LayerForm, dtype: torch.dtype) -> Tensor:
+        return site.product(x, self.matrix.to(dtype))
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -79,10 +120,10 @@ class Kronecker(LinearOperator):
         found: Tensor = self.first.to(x.dtype) @ (parts @ self.second.to(x.dtype).mT)
         return found.flatten(-2)
 
-    def whole(self) -> Tensor:
+    def dense(self) -> Tensor:
         return torch.kron(self.first, self.second.contiguous())
 
-    def times(self, factor: float) -> Kronecker:
+    def scaled(self, factor: float) -> Kronecker:
         return replace(self, first=self.first * factor)
 
     def changes(self) -> bool:
@@ -115,13 +156,13 @@ class Circulant(LinearOperator):
         found: Tensor = torch.fft.irfft((seen @ self._spectrum).permute(1, 2, 0), n=size)
         return found.flatten(1).view(*x.shape[:-1], -1)
 
-    def whole(self) -> Tensor:
+    def dense(self) -> Tensor:
         size = self.kernel.shape[2]
         step = torch.arange(size, device=self.kernel.device)
         blocks = self.kernel[:, :, (step - step.unsqueeze(1)) % size]
         return blocks.transpose(1, 2).flatten(2).flatten(0, 1)
 
-    def times(self, factor: float) -> Circulant:
+    def scaled(self, factor: float) -> Circulant:
         return Circulant(self.kernel * factor)
 
     def changes(self) -> bool:
@@ -150,7 +191,7 @@ class Sparse(LinearOperator):
         flat = _wide(x).reshape(-1, self.shape[1])
         wants_grad = torch.is_grad_enabled() and (self.values.requires_grad or x.requires_grad)
         if wants_grad or torch.compiler.is_compiling():
-            found = flat @ self.whole().to(flat.dtype).mT
+            found = flat @ self.dense().to(flat.dtype).mT
         else:
             found = (self._compressed.to(flat.dtype) @ flat.mT).mT
         return found.reshape(*x.shape[:-1], -1)
@@ -169,11 +210,11 @@ class Sparse(LinearOperator):
     def nbytes(self) -> int:
         return 2 * (self.values.nbytes + self.row.nbytes + self.column.nbytes)
 
-    def whole(self) -> Tensor:
+    def dense(self) -> Tensor:
         empty = self.values.new_zeros(self.shape[0] * self.shape[1])
         return empty.index_add(0, self.row.long() * self.shape[1] + self.column, self.values).view(self.shape)
 
-    def times(self, factor: float) -> Sparse:
+    def scaled(self, factor: float) -> Sparse:
         return replace(self, values=self.values * factor)
 
     def changes(self) -> bool:
@@ -188,7 +229,7 @@ class SparseInTransform(LinearOperator):
         sparse: ``S``.
         inner: acts on the last dimension of an input.
         outer: acts on the last dimension of what ``S`` gives.
-        matrix: the whole matrix that is meant for an ``S`` made whole.
+        matrix: gives the whole matrix for a dense ``S``.
     """
 
     sparse: Sparse
@@ -203,11 +244,11 @@ class SparseInTransform(LinearOperator):
     def apply(self, x: Tensor) -> Tensor:
         return self.outer(self.sparse.apply(self.inner(_wide(x))))
 
-    def whole(self) -> Tensor:
-        return self.matrix(self.sparse.whole())
+    def dense(self) -> Tensor:
+        return self.matrix(self.sparse.dense())
 
-    def times(self, factor: float) -> SparseInTransform:
-        return replace(self, sparse=self.sparse.times(factor))
+    def scaled(self, factor: float) -> SparseInTransform:
+        return replace(self, sparse=self.sparse.scaled(factor))
 
     def changes(self) -> bool:
         return self.sparse.changes()
@@ -235,18 +276,18 @@ class HadamardLowRank(LinearOperator):
     def apply(self, x: Tensor) -> Tensor:
         flat = _wide(x).reshape(-1, x.shape[-1])
         if len(flat) > _FEW_ROWS:
-            return F.linear(flat, self.whole().to(flat.dtype)).view(*x.shape[:-1], -1)
+            return F.linear(flat, self.dense().to(flat.dtype)).view(*x.shape[:-1], -1)
         scaled = flat.unsqueeze(1) * self.down.to(flat.dtype)  # (rows, r, in)
         found = F.linear(scaled, self.weight.to(flat.dtype)) * self.up.mT.to(flat.dtype)
         return found.sum(1).view(*x.shape[:-1], -1)
 
-    def whole(self) -> Tensor:
+    def dense(self) -> Tensor:
         return self.rows(0, len(self.weight))
 
     def rows(self, start: int, stop: int) -> Tensor:
         return self.weight[start:stop].to(self.dtype) * (self.up[start:stop] @ self.down)
 
-    def times(self, factor: float) -> HadamardLowRank:
+    def scaled(self, factor: float) -> HadamardLowRank:
         return replace(self, up=self.up * factor)
 
     def changes(self) -> bool:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from veneer.errors import MergeError
 from veneer.patches.layer_form import LayerForm
 from veneer.patches.multipliers import Multiplier
-from veneer.patches.operators import LinearOperator
+from veneer.patches.operators import DenseMatrix, LinearOperator
 from veneer.patches.route import Route
 from veneer.patches.token_gate import TokenGate
 
@@ -56,7 +56,7 @@ class Patch:
         down: ``V``, shape ``(r, in)``.
         scale: multiplies ``U V``.
         dropout: share of the input to ``U V`` and ``D`` that is dropped while training.
-        dense: ``D``, shape ``(out, in)``; a linear layer's may be given in a form cheaper than a matrix.
+        dense: ``D``, shape ``(out, in)``; a linear layer's may be an operator, cheaper than a matrix.
         inner: ``I``.
         outer: ``O``.
         outer_on_bias: whether ``O`` multiplies the bias too.
@@ -90,10 +90,17 @@ class Patch:
             and bool(self.up.count_nonzero())
             and bool(self.down.count_nonzero())
         )
-        added = any(_changes(part) for part in (self.dense, self.shift))
+        shifted = self.shift is not None and bool(self.shift.count_nonzero())
+        operator = self.operator
+        added = operator is not None and operator.changes()
         turned = any(factor is not None and factor.changes() for factor in (self.inner, self.outer))
         routed = self.route is not None and self.route.changes()
-        return low_rank or added or turned or routed or self.tokens is not None
+        return low_rank or shifted or added or turned or routed or self.tokens is not None
+
+    @property
+    def operator(self) -> LinearOperator | None:
+        """``D`` as an operator, in whichever form it was given."""
+        return DenseMatrix(self.dense) if isinstance(self.dense, Tensor) else self.dense
 
     @property
     def low_rank(self) -> bool:
@@ -117,20 +124,21 @@ class Patch:
 
     def at(self, index: int) -> Patch:
         """The patch of one matrix of a stack."""
-        own: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in ("up", "down", "dense", "shift"):
-            own[name] = None if own[name] is None else own[name][index]
+        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("up", "down", "shift"):
+            parts[name] = None if parts[name] is None else parts[name][index]
         for name in ("inner", "outer"):
-            own[name] = None if own[name] is None else own[name].at(index)
-        return Patch(**own)
+            parts[name] = None if parts[name] is None else parts[name].at(index)
+        return Patch(**{**parts, "dense": None if self.operator is None else self.operator.at(index)})
 
     def scaled(self, weight: float) -> Patch | None:
         """The patch whose change is ``weight`` times this one's; ``None`` where the change is no sum."""
         added = ("up", "down", "scale", "dropout", "dense", "shift", "drop")
         if any(getattr(self, f.name) is not f.default for f in fields(self) if f.name not in added):
             return None
-        dense = self.dense.times(weight) if isinstance(self.dense, LinearOperator) else _times(self.dense, weight)
-        shift = _times(self.shift, weight)
+        operator = self.operator
+        dense = None if operator is None else operator.scaled(weight)
+        shift = None if self.shift is None else self.shift * weight
         return replace(self, scale=self.scale * weight, dense=dense, shift=shift)
 
     def take(self, rows: Tensor, whole: torch.Size) -> Patch:
@@ -159,10 +167,11 @@ class Patch:
                 rows = rows.addmm_(up, down, alpha=self.scale)
             else:
                 rows = rows + self.scale * (up @ down)
-        if self.dense is not None:
-            rows = rows + _rows(self.dense, start, stop).float()
+        operator = self.operator
+        if operator is not None:
+            rows = rows + operator.rows(start, stop).float()
         if self.outer is not None:
-            rows = _outer_rows(self.outer, rows, start, stop)
+            rows = self.outer.left_rows(rows, start, stop)
         return rows if self.tokens is None else _with_tokens(self.tokens, rows, start, stop)
 
     def changed_bias(self, bias: Tensor | None) -> Tensor | None:
@@ -192,8 +201,10 @@ class Patch:
         before = y
         if self.up is not None and self.down is not None:
             y = y + self._low_rank_output(x, y, site)
-        if self.dense is not None:
-            y = y + _product(site, x, self.dense, torch.promote_types(y.dtype, self.dense.dtype))
+        operator = self.operator
+        if operator is not None:
+            dtype = torch.promote_types(y.dtype, operator.dtype)
+            y = y + operator.output(_as(x, dtype), site, dtype)
         if self.route is not None:
             y = y + self.route(x, training)
         if self.outer is not None:
@@ -222,25 +233,6 @@ class Patch:
         return y if kept is None else y + kept
 
 
-def _changes(part: Tensor | LinearOperator | None) -> bool:
-    if part is None:
-        return False
-    return part.changes() if isinstance(part, LinearOperator) else bool(part.count_nonzero())
-
-
-def _rows(matrix: Tensor | LinearOperator, start: int, stop: int) -> Tensor:
-    return matrix.rows(start, stop) if isinstance(matrix, LinearOperator) else matrix[..., start:stop, :]
-
-
-def _product(site: LayerForm, x: Tensor, matrix: Tensor | LinearOperator, dtype: torch.dtype) -> Tensor:
-    own = _as(x, dtype)
-    return matrix.apply(own) if isinstance(matrix, LinearOperator) else site.product(own, matrix.to(dtype))
-
-
-def _times(values: Tensor | None, factor: float) -> Tensor | None:
-    return None if values is None else values * factor
-
-
 def _nbytes(value: Any) -> int:
     if isinstance(value, (Tensor, LinearOperator)):
         return value.nbytes
@@ -252,13 +244,6 @@ def _nbytes(value: Any) -> int:
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` in ``dtype``; token ids stay what they are."""
     return x.to(dtype) if x.is_floating_point() else x
-
-
-def _outer_rows(outer: Multiplier, rows: Tensor, start: int, stop: int) -> Tensor:
-    if outer.is_diagonal:
-        values: Tensor = outer.values  # type: ignore[attr-defined]
-        return rows * values[..., start:stop, None].to(rows.dtype)
-    return outer.apply(rows.mT).mT
 
 
 def _with_tokens(tokens: Tokens, rows: Tensor, start: int, stop: int) -> Tensor:

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from veneer.base_model.sites.site import Site
 from veneer.errors import MergeError
-from veneer.patches.operators import as_dense
 
 if TYPE_CHECKING:
     from veneer.patches.patch import Patch
@@ -110,7 +109,9 @@ class ConvSite(Site):
                 hint="Keep the adapter unmerged, or train with this layer in exclude_modules.",
             )
         dense = patch.scale * own.reshape(self.shape)
-        return replace(patch, up=None, down=None, dense=dense if patch.dense is None else dense + as_dense(patch.dense))
+        if patch.operator is not None:
+            dense = dense + patch.operator.dense()
+        return replace(patch, up=None, down=None, dense=dense)
 
     def _across(self, up: Tensor, down: Tensor) -> Tensor:
         """What a low-rank change makes of every group's input for every group's output.

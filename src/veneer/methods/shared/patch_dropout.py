@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from veneer.patches.multipliers import BlockDiagonal, Multiplier
-from veneer.patches.operators import as_dense
 from veneer.patches.patch import Patch
 
 Drop = Callable[[Patch], Patch]
@@ -31,8 +30,9 @@ def of_delta(module: float, rows: float, rescale: bool) -> Drop | None:
             return patch
         if patch.up is not None:
             return replace(patch, up=_some_rows(patch.up, rows, rescale))
-        assert patch.dense is not None
-        return replace(patch, dense=_some_rows(as_dense(patch.dense), rows, rescale))
+        operator = patch.operator
+        assert operator is not None
+        return replace(patch, dense=_some_rows(operator.dense(), rows, rescale))
 
     return drop if module or rows else None
 

@@ -63,7 +63,7 @@ def between(sparse: Sparse, border: tuple[int, int, int, int], family: str) -> S
         return full[:, :rows].reshape(*y.shape[:-1], -1)
 
     def matrix(_: Tensor) -> Tensor:
-        return inverse(F.pad(sparse.whole(), border), family)[:rows, :columns]
+        return inverse(F.pad(sparse.dense(), border), family)[:rows, :columns]
 
     return SparseInTransform(inside, inner, outer, matrix)
 
