@@ -21,7 +21,7 @@ from veneer.files.resolve import resolve
 from veneer.files.source import Source
 from veneer.merging.base.plain_skeleton import FAMILIES, plain_skeleton, plainly_stored
 from veneer.merging.base.skeleton import build_skeleton, stored_names
-from veneer.merging.base.weight_files import WeightFiles, open_weights
+from veneer.merging.base.weight_files import WeightFiles
 
 SIZES = {
     "vocab_size": 48,
@@ -40,7 +40,7 @@ def base(folder: Path, family: str, **options: Any) -> Source:
 
 
 def files_of(source: Source) -> WeightFiles:
-    return open_weights(source)
+    return WeightFiles.open(source)
 
 
 def described(model: nn.Module) -> dict[str, Any]:

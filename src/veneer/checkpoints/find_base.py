@@ -11,12 +11,11 @@ from veneer.errors import BaseModelError, IncompleteCheckpointError, NotACheckpo
 from veneer.files import adapter_folders
 from veneer.files.base_map import look_up
 from veneer.files.lookup_options import LookupOptions
-from veneer.files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG
+from veneer.files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, MODEL_STEM
 from veneer.files.paths import exists, is_file
 from veneer.files.resolve import resolve
-from veneer.files.safetensors_header import read_header
 from veneer.files.source import Source
-from veneer.files.weight_files import weight_files
+from veneer.files.weight_files import read_headers
 
 
 @dataclass(frozen=True)
@@ -141,6 +140,5 @@ def _checked(base: FoundBase) -> FoundBase:
             hint=f"`veneer inspect {source.origin}` tells what is there.",
         )
     source.json(MODEL_CONFIG)
-    for file in weight_files(source, "model"):
-        read_header(file)
+    read_headers(source, MODEL_STEM)
     return base

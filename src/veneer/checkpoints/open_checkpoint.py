@@ -9,7 +9,7 @@ from veneer.configs.base import PeftConfig
 from veneer.errors import IncompleteCheckpointError
 from veneer.files.names import ADAPTER_CONFIG, ADAPTER_STEM, ADAPTER_WEIGHTS
 from veneer.files.source import Source
-from veneer.files.weight_files import read_headers
+from veneer.files.weight_files import read_checked_headers
 
 
 def open_checkpoint(source: Source, *, strict: bool = True, config: PeftConfig | None = None) -> Checkpoint:
@@ -29,7 +29,7 @@ def open_checkpoint(source: Source, *, strict: bool = True, config: PeftConfig |
     if config is None:
         where = f"{source.origin}/{ADAPTER_CONFIG}"
         config = PeftConfig.from_dict(source.json(ADAPTER_CONFIG), where=where, strict=strict)
-    headers = read_headers(source, ADAPTER_STEM)
+    headers = read_checked_headers(source, ADAPTER_STEM)
     tensors = {name: info for header in headers for name, info in header.tensors.items()}
     if not sum(info.numel for info in tensors.values()):
         raise IncompleteCheckpointError(

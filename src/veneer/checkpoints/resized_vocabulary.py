@@ -11,10 +11,10 @@ from veneer.configs.base import PromptConfig, TargetedConfig
 from veneer.configs.names import TaskType
 from veneer.errors import BaseModelError
 from veneer.files.base_config import part_of
-from veneer.files.safetensors_header import read_header
+from veneer.files.names import MODEL_STEM
 from veneer.files.source import Source
 from veneer.files.tensor_keys import PREFIX, SHARED_PREFIX
-from veneer.files.weight_files import weight_files
+from veneer.files.weight_files import read_headers
 from veneer.methods import method_of, prompt_of
 
 INPUT, OUTPUT = "input embedding", "output layer"
@@ -110,6 +110,6 @@ def _needed(base: Source, task: str | None) -> tuple[list[str], bool]:
     """The ends of the model that is loaded, and whether they share their vectors."""
     if task not in (None, TaskType.CAUSAL_LM.value, TaskType.SEQ_2_SEQ_LM.value):
         return [INPUT], False
-    names = [name for file in weight_files(base, "model") for name in read_header(file).tensors]
+    names = [name for header in read_headers(base, MODEL_STEM) for name in header.tensors]
     untied = any(name.endswith(".weight") and _ENDS.get(name.split(".")[-2]) == OUTPUT for name in names if "." in name)
     return [INPUT, OUTPUT], not untied

@@ -16,13 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from veneer.errors import CorruptFileError, IncompleteCheckpointError
-from veneer.files.names import ADAPTER_CONFIG
+from veneer.files.names import ADAPTER_CONFIG, ADAPTER_STEM
 from veneer.files.paths import exists, is_file
 from veneer.files.resolve import resolve
-from veneer.files.safetensors_header import read_header
 from veneer.files.source import Source
 from veneer.files.tensor_keys import PREFIX
-from veneer.files.weight_files import weight_files
+from veneer.files.weight_files import read_headers
 
 SET_FILE = "adapter_set.json"
 SAVING = "saving"  # in the set file: which adapters are being saved
@@ -107,5 +106,4 @@ def expert_source(name: str, index: int, path: str, beside: Source | None) -> So
 
 def _is_whole(source: Source) -> bool:
     """Whether a LoRA beside an X-LoRA is one: peft 0.21 writes a part of it there, and a part of the base."""
-    headers = [read_header(path) for path in weight_files(source, "adapter_model")]
-    return all(key.startswith(PREFIX) for header in headers for key in header.tensors)
+    return all(key.startswith(PREFIX) for header in read_headers(source, ADAPTER_STEM) for key in header.tensors)

@@ -13,9 +13,9 @@ from typing import BinaryIO
 from veneer.errors import NotACheckpointError
 from veneer.files.names import ADAPTER_CONFIG, ADAPTER_STEM, MODEL_CONFIG, MODEL_STEM
 from veneer.files.resolve import resolve
-from veneer.files.safetensors_header import TensorInfo, read_header
+from veneer.files.safetensors_header import TensorInfo
 from veneer.files.source import Source
-from veneer.files.weight_files import weight_files
+from veneer.files.weight_files import read_headers
 
 # Where an adapter's safetensors header keeps the digest of its base.
 BASE_DIGEST_KEY = "base_digest"
@@ -41,8 +41,7 @@ def base_digest(base: Source | str | Path, *, full: bool = False) -> str:
     """
     source = base if isinstance(base, Source) else resolve(base, what="base")
     _check_is_no_adapter(source)
-    headers = [read_header(path) for path in weight_files(source, MODEL_STEM)]
-    where = {name: header for header in headers for name in header.tensors}
+    where = {name: header for header in read_headers(source, MODEL_STEM) for name in header.tensors}
     digest = hashlib.sha256()
     files: dict[Path, BinaryIO] = {}
     try:

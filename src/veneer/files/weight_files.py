@@ -13,17 +13,25 @@ from veneer.files.source import PICKLES, Source
 
 
 def read_headers(source: Source, stem: str) -> list[Header]:
-    """The headers of a checkpoint's safetensors files, in the files' order.
+    """Read the headers of a checkpoint's safetensors files, in the files' order.
 
     Args:
-        source: where.
+        source: the checkpoint.
         stem: ``"model"`` or ``"adapter_model"``.
 
     Raises:
-        CorruptFileError: a file is damaged, or shards and index contradict each other. SourceError: see
-            :func:`weight_files`.
+        CorruptFileError: a file is damaged. SourceError: see :func:`weight_files`.
     """
-    headers = [read_header(path) for path in weight_files(source, stem)]
+    return [read_header(path) for path in weight_files(source, stem)]
+
+
+def read_checked_headers(source: Source, stem: str) -> list[Header]:
+    """Read the headers as :func:`read_headers` does, and compare the shards with their index.
+
+    Raises:
+        CorruptFileError: they contradict each other.
+    """
+    headers = read_headers(source, stem)
     check_shards(source, stem, headers)
     return headers
 

@@ -33,7 +33,7 @@ from veneer.files.source import Source
 from veneer.files.tensor_keys import encode
 from veneer.keywords import DTYPE, takes
 from veneer.merging.base.skeleton import DiskReader, build_skeleton, stored_names
-from veneer.merging.base.weight_files import WeightFiles, open_weights
+from veneer.merging.base.weight_files import WeightFiles
 from veneer.merging.output.staging import check_apart
 from veneer.merging.work.adapter_changes import tie_groups
 from veneer.patches.low_rank import balanced
@@ -142,18 +142,14 @@ def extract(
     check_apart(folder, [("tuned model", sources[0].root), ("base", sources[1].root)])
     on_step("reading")
     model = build_skeleton(sources[1], [], None, trust_remote_code)
-    files = [_open(source) for source in sources]
-    try:
-        read_tuned, read_base = (_reader(model, own) for own in files)
+    with _open(sources[0]) as tuned_files, _open(sources[1]) as base_files:
+        read_tuned, read_base = _reader(model, tuned_files), _reader(model, base_files)
         found = _Found()
         for name, module in model.named_modules():
             if module._parameters and not any(name == root or name.startswith(root + ".") for root in found.whole):
                 on_step(f"comparing {name}")
                 _compare(found, name, module, read_tuned, read_base, rank, energy)
         _check_ties(found, model)
-    finally:
-        for own in files:
-            own.close()
     if not found.ranks:
         raise MergeError(
             f"{tuned} and {base} differ in no linear or embedding layer; there is no adapter to extract.",
@@ -185,7 +181,7 @@ def _check(rank: int, energy: float | None) -> None:
 
 def _open(source: Source) -> WeightFiles:
     source.json(MODEL_CONFIG)
-    return open_weights(source)
+    return WeightFiles.open(source)
 
 
 def _reader(model: nn.Module, files: WeightFiles) -> Callable[[str], Tensor]:

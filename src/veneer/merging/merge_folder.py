@@ -106,6 +106,5 @@ def merge(
             task=task,
             strict=strict,
         )
-        prepared = prepare(adapter, base, options, lookup, strict_base)
-        with closing(prepared.files):
+        with prepare(adapter, base, options, lookup, strict_base) as prepared:
             return write_folder(prepared, target, hashing, reversible, resume, overwrite, on_step, started)

@@ -18,7 +18,7 @@ from veneer.files.lookup_options import LookupOptions
 from veneer.files.resolve import resolve
 from veneer.keywords import takes
 from veneer.merging.base.hashing import sha256_of
-from veneer.merging.base.weight_files import WeightFiles, open_weights
+from veneer.merging.base.weight_files import WeightFiles
 from veneer.merging.output.file_writer import run_all
 from veneer.merging.output.manifest import read_manifest
 from veneer.merging.work.inputs import AdapterPaths
@@ -206,25 +206,17 @@ def _replayed(
     lookup: LookupOptions,
     sample: int | None,
 ) -> tuple[int, list[str]]:
-    prepared = prepare(adapters, base, options, lookup)
-    files = None
-    try:
-        files = open_weights(resolve(folder))
+    with prepare(adapters, base, options, lookup) as prepared, WeightFiles.open(resolve(folder)) as files:
         works = prepared.plan.works
         if sample is not None:
             works = works[:: max(1, len(works) // max(sample, 1))]
         sink = CompareSink(files)
         for _ in run_all(works, sink):
             pass
-        names = {name: info for file in prepared.plan.files for name, info in file.tensors.items()}
-        have = {name: (place.info.dtype, place.info.shape) for name, place in files.places.items()}
-        odd = {name for name in names.keys() | have.keys() if name not in names or name not in have}
-        odd |= {n for n, info in names.items() if n in have and have[n] != (info.dtype, tuple(info.shape))}
+        wanted = {name: (info.dtype, info.shape) for file in prepared.plan.files for name, info in file.tensors.items()}
+        present = {name: (place.info.dtype, place.info.shape) for name, place in files.places.items()}
+        odd = {name for name in wanted.keys() | present.keys() if wanted.get(name) != present.get(name)}
         return sum(len(work.outputs) for work in works), sorted(sink.different | odd)
-    finally:
-        prepared.files.close()
-        if files is not None:
-            files.close()
 
 
 def _answers(

@@ -29,10 +29,9 @@ from veneer.files.base_folder import origin_of, without_adapter
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import MODEL_CONFIG, MODEL_STEM
 from veneer.files.resolve import resolve
-from veneer.files.safetensors_header import read_header
 from veneer.files.source import Source
 from veneer.files.tensor_keys import PREFIX, SHARED_PREFIX
-from veneer.files.weight_files import weight_files
+from veneer.files.weight_files import read_headers
 from veneer.keywords import DTYPE, TOKEN, keywords, takes, unknown
 from veneer.packages import GGUF_PACKAGES, require
 from veneer.peft_model.attach_adapter import AttachOptions, attach_all, set_mode
@@ -158,7 +157,7 @@ def _converted(base: Source) -> frozenset[torch.dtype]:
     Writing to a mapped page costs more than new memory, and the page that is given up costs nothing.
     """
     try:
-        headers = [read_header(path) for path in weight_files(base, MODEL_STEM)]
+        headers = read_headers(base, MODEL_STEM)
     except SourceError:  # other files than safetensors
         return frozenset()
     stored = {DTYPES.get(info.dtype) for header in headers for info in header.tensors.values()}

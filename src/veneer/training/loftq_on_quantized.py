@@ -17,7 +17,7 @@ from veneer.keywords import takes
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.layers.adapter_shares import BoundAdapter
 from veneer.merging.base.skeleton import stored_names
-from veneer.merging.base.weight_files import FLOATS, WeightFiles, open_weights
+from veneer.merging.base.weight_files import FLOATS, WeightFiles
 from veneer.methods.lora import A, B, Lora
 from veneer.patches.low_rank import truncated
 from veneer.peft_model.peft_model import PeftModel
@@ -53,12 +53,9 @@ def replace_lora_weights_loftq(
     if not origin:
         raise SourceError("The base does not say where it is from.", hint="Give the original model as model_path.")
     source = resolve(origin, OFFLINE, what="base")
-    files = open_weights(source)
-    try:
+    with WeightFiles.open(source) as files:
         for layer, share, weight in _with_weights(model, places, files, origin):
             _replace(model, adapter_name, layer, share, weight, callback)
-    finally:
-        files.close()
     adapters.get(adapter_name).note_zero_layers()
 
 

@@ -16,7 +16,7 @@ from veneer.errors import CorruptFileError, SourceError, UnsupportedError
 from veneer.files.names import MODEL_STEM, SAFETENSORS
 from veneer.files.safetensors_header import Header, TensorInfo
 from veneer.files.source import Source
-from veneer.files.weight_files import read_headers, weight_files
+from veneer.files.weight_files import read_checked_headers, weight_files
 from veneer.merging.base.companion_files import check_inside
 from veneer.merging.base.hashing import Stamp, check_unchanged, stamp_of
 
@@ -36,7 +36,7 @@ class TensorPlace:
 
 @dataclass
 class WeightFiles:
-    """The safetensors files of one checkpoint, open for reading.
+    """The safetensors files of one checkpoint, open for reading until its ``with`` block ends.
 
     Args:
         headers: file's name -> its header. The name is the file's path from the checkpoint's folder, since shards in
@@ -58,6 +58,27 @@ class WeightFiles:
         self.paths: dict[str, Path] = {file: header.path for file, header in self.headers.items()}
         self._open: dict[str, int] = {name: _opened(path) for name, path in self.paths.items()}
         self.at_opening = self.stamps()
+
+    @classmethod
+    def open(cls, source: Source) -> WeightFiles:
+        """Open a full model's weight files.
+
+        Raises:
+            IncompleteCheckpointError: there are none. CorruptFileError: one is damaged, or the index names what is
+            none. SourceError: one cannot be read, or is a link that leaves the folder.
+        """
+        check_inside(source.root, weight_files(source, MODEL_STEM))
+        headers = read_checked_headers(source, MODEL_STEM)
+        by_file = {header.path.relative_to(source.root).as_posix(): header for header in headers}
+        for file, header in by_file.items():
+            _check_text(file, header)
+        return cls(by_file)
+
+    def __enter__(self) -> WeightFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __contains__(self, name: object) -> bool:
         return name in self.places
@@ -117,24 +138,13 @@ class WeightFiles:
             os.close(self._open.popitem()[1])
 
 
-def open_weights(source: Source) -> WeightFiles:
-    """A full model's weight files, open.
-
-    Raises:
-        IncompleteCheckpointError: there are none. CorruptFileError: one is damaged, or the index names what is none.
-        SourceError: one cannot be read, or is a link that leaves the folder.
-    """
-    paths = weight_files(source, MODEL_STEM)
-    check_inside(source.root, paths)
-    headers = read_headers(source, MODEL_STEM)
-    found = {header.path.relative_to(source.root).as_posix(): header for header in headers}
-    for file, header in found.items():
-        texts = (*header.tensors, *header.metadata, *header.metadata.values())
-        odd = next((text for text in texts if not _is_text(text)), None)
-        if odd is not None or not file.endswith(SAFETENSORS):
-            what = "it is no safetensors file" if odd is None else f"its header holds {odd!r}, which is no text"
-            raise CorruptFileError(f"{header.path} is damaged: {what}.", hint="Copy or download it again.")
-    return WeightFiles(found)
+def _check_text(file: str, header: Header) -> None:
+    """Raise ``CorruptFileError`` for a file that is no safetensors file, or whose header holds what is no text."""
+    texts = (*header.tensors, *header.metadata, *header.metadata.values())
+    odd = next((text for text in texts if not _is_text(text)), None)
+    if odd is not None or not file.endswith(SAFETENSORS):
+        what = "it is no safetensors file" if odd is None else f"its header holds {odd!r}, which is no text"
+        raise CorruptFileError(f"{header.path} is damaged: {what}.", hint="Copy or download it again.")
 
 
 def _is_text(text: str) -> bool:

@@ -34,7 +34,7 @@ from veneer.files.source import Source
 from veneer.keywords import takes
 from veneer.merging.base.companion_files import check_inside
 from veneer.merging.base.hashing import sha256_of
-from veneer.merging.base.weight_files import WeightFiles, open_weights
+from veneer.merging.base.weight_files import WeightFiles
 from veneer.merging.output.manifest import read_manifest
 from veneer.merging.output.staging import (
     DELTA,
@@ -175,12 +175,9 @@ def write_delta(base_files: WeightFiles, merged: Path, small: Mapping[str, Path]
     """
     delta = merged / DELTA
     delta.mkdir(exist_ok=True)
-    own = open_weights(resolve(merged))
-    try:
+    with WeightFiles.open(resolve(merged)) as own:
         for file in base_files.headers:
             _write_archive(file, base_files, own, delta / _archive_of(file))
-    finally:
-        own.close()
     with zipfile.ZipFile(delta / _SMALL, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, path in small.items():
             if not (merged / name).is_file() or (merged / name).read_bytes() != path.read_bytes():
@@ -231,19 +228,17 @@ def _packed(name: str, start: int, base: WeightFiles, own: WeightFiles, alike: b
 def _rebuild(merged: Path, folder: Path, digests: Mapping[str, str]) -> None:
     """Write the base's files from a merged folder and its delta: those that the manifest names, and no others."""
     delta = merged / DELTA
-    own = open_weights(resolve(merged))
-    try:
-        check_inside(merged, [delta / _SMALL, *(path for path in delta.iterdir() if path.is_symlink())])
-        with zipfile.ZipFile(delta / _SMALL) as small:
-            check_space(folder, sum(info.file_size for info in small.infolist()))
-            for name in digests:
-                _rebuild_file(name, small, merged, own, _made(folder / name))
-    except Exception as error:  # damaged archives make zipfile, zlib and torch fail in any way they can
-        if isinstance(error, VeneerError) or (isinstance(error, OSError) and error.errno is not None):
-            raise
-        raise CorruptFileError(f"{delta} is damaged: {error}.", hint="Give the base instead: --base ...") from error
-    finally:
-        own.close()
+    with WeightFiles.open(resolve(merged)) as own:
+        try:
+            check_inside(merged, [delta / _SMALL, *(path for path in delta.iterdir() if path.is_symlink())])
+            with zipfile.ZipFile(delta / _SMALL) as small:
+                check_space(folder, sum(info.file_size for info in small.infolist()))
+                for name in digests:
+                    _rebuild_file(name, small, merged, own, _made(folder / name))
+        except Exception as error:  # damaged archives make zipfile, zlib and torch fail in any way they can
+            if isinstance(error, VeneerError) or (isinstance(error, OSError) and error.errno is not None):
+                raise
+            raise CorruptFileError(f"{delta} is damaged: {error}.", hint="Give the base instead: --base ...") from error
 
 
 def _rebuild_file(name: str, small: zipfile.ZipFile, merged: Path, own: WeightFiles, target: Path) -> None:

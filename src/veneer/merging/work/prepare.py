@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from veneer.files.source import Source
 from veneer.merging.base.companion_files import beside, check_inside, files_of_adapter
 from veneer.merging.base.disk_base import DiskBase
 from veneer.merging.base.hashing import Stamp, check_unchanged, stamps_of
-from veneer.merging.base.weight_files import WeightFiles, open_weights
+from veneer.merging.base.weight_files import WeightFiles
 from veneer.merging.work.adapter_changes import AdapterChanges, WeightedAdapter, bind_adapters
 from veneer.merging.work.inputs import AdapterPaths, weighted
 from veneer.merging.work.merge_options import MergeOptions
@@ -89,14 +90,15 @@ def find_adapters(adapters: AdapterPaths, lookup: LookupOptions) -> tuple[list[S
     return sources, weights
 
 
+@contextmanager
 def prepare(
     adapters: AdapterPaths,
     base: str | Path | None,
     options: MergeOptions,
     lookup: LookupOptions,
     strict_base: bool = False,
-) -> PreparedMerge:
-    """Find and plan everything; no weight is read.
+) -> Iterator[PreparedMerge]:
+    """Find and plan everything for the ``with`` block, in which the base's files are open; no weight is read before.
 
     Raises:
         SourceError, ConfigError: something cannot be read. BaseModelError: no usable base. BindError: they do not
@@ -108,34 +110,30 @@ def prepare(
     found = find_base(sources[0], checkpoints, base, lookup)
     companions = _companions(found.source)
     stamps = stamps_of([*companions.values(), *_files_of_adapters(sources)])
-    files = open_weights(found.source)
-    try:
+    where = ", ".join(source.origin for source in sources)
+    with WeightFiles.open(found.source) as files:
         warnings = _check_identity(weighted_adapters, found.source, strict_base)
-        with matching(*(checkpoint.config for checkpoint in checkpoints), where=", ".join(s.origin for s in sources)):
+        with matching(*(checkpoint.config for checkpoint in checkpoints), where=where):
             disk_base = DiskBase(
                 found.source, files, checkpoints, options.task, options.dequantize, lookup.trust_remote_code
             )
             changes = bind_adapters(weighted_adapters, disk_base.model, disk_base.reader, options.strict)
             plan, config = _plan(disk_base, changes, options)
-    except BaseException:
-        files.close()
-        raise
-    warnings += [*disk_base.notes, *_missing(disk_base, plan), *changes.notes]
-    text = f"{found.source.origin}, {found.why}"
-    return PreparedMerge(
-        weighted_adapters,
-        sources,
-        found.source,
-        text,
-        files,
-        changes,
-        plan,
-        config,
-        options,
-        companions,
-        stamps,
-        warnings,
-    )
+        warnings += [*disk_base.notes, *_missing(disk_base, plan), *changes.notes]
+        yield PreparedMerge(
+            weighted_adapters,
+            sources,
+            found.source,
+            f"{found.source.origin}, {found.why}",
+            files,
+            changes,
+            plan,
+            config,
+            options,
+            companions,
+            stamps,
+            warnings,
+        )
 
 
 def _plan(base: DiskBase, changes: AdapterChanges, options: MergeOptions) -> tuple[MergePlan, dict[str, Any]]:

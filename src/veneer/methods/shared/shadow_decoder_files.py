@@ -28,7 +28,7 @@ from veneer.files.lookup_options import OFFLINE
 from veneer.files.names import MODEL_CONFIG, MODEL_STEM
 from veneer.files.resolve import resolve
 from veneer.files.source import Source
-from veneer.files.weight_files import read_headers
+from veneer.files.weight_files import read_checked_headers
 
 PROJECTED = "causal_lm_with_hidden_projection"
 _DECODER = "shadow_model."
@@ -65,7 +65,7 @@ class ShadowSource:
         Raises:
             SourceError: the weights are missing, damaged, of another model, or there only as a pickle.
         """
-        files = [header.path for header in read_headers(self.source, MODEL_STEM)]
+        files = [header.path for header in read_checked_headers(self.source, MODEL_STEM)]
         return self._projected_values(files) if self.projected else (self._plain_values(), None)
 
     def _plain_values(self) -> dict[str, Tensor]:
