@@ -12,7 +12,7 @@ from pathlib import Path
 from veneer.errors import OutputError, PathNotFoundError, VeneerError
 from veneer.files.paths import exists
 
-_FULL = os.strerror(errno.ENOSPC)
+_FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
 
 
 @contextmanager
@@ -54,7 +54,8 @@ def writing(target: Path) -> Iterator[None]:
         if reason is None:
             raise
         kind = PathNotFoundError if isinstance(error, FileNotFoundError) else OutputError
-        hint = "Make room there, or choose another place." if _FULL in reason else "Choose another place."
+        is_full = any(text in reason for text in _FULL)
+        hint = "Make room there, or choose another place." if is_full else "Choose another place."
         raise kind(f"{target} cannot be written: {reason}.", hint=hint) from error
 
 

@@ -23,10 +23,11 @@ from veneer.checkpoints.checkpoint import write_checkpoint
 from veneer.checkpoints.model_class import dtype_of
 from veneer.configs.methods.lora import LoraConfig
 from veneer.configs.names import TaskType
-from veneer.errors import BaseModelError, ConfigError, MergeError
+from veneer.errors import BaseModelError, ConfigError, MergeError, OutputError
 from veneer.files.base_digest import BASE_DIGEST_KEY, base_digest
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_CONFIG, MODEL_CONFIG
+from veneer.files.output_folder import check_output
 from veneer.files.paths import is_file, is_folder
 from veneer.files.resolve import resolve
 from veneer.files.source import Source
@@ -129,14 +130,13 @@ def extract(
         on_step: called with what begins now.
 
     Raises:
-        MergeError: nothing differs, or ``out`` is taken. BaseModelError: the two are not of one shape.
+        OutputError: ``out`` is taken. MergeError: nothing differs. BaseModelError: the two are not of one shape.
     """
     _check(rank, energy)
     folder = Path(out)
-    if is_file(folder) or (is_folder(folder) and any(folder.iterdir()) and not overwrite):
-        raise MergeError(f"{folder} is not empty.", hint="Choose another folder, or pass --overwrite (overwrite=True).")
-    if overwrite and is_folder(folder) and any(folder.iterdir()) and not is_file(folder / ADAPTER_CONFIG):
-        raise MergeError(f"{folder} holds no adapter; it is not replaced.", hint="Choose another folder.")
+    check_output(folder, overwrite)
+    if is_folder(folder) and any(folder.iterdir()) and not is_file(folder / ADAPTER_CONFIG):
+        raise OutputError(f"{folder} holds no adapter; it is not replaced.", hint="Choose another folder.")
     lookup = LookupOptions(local_files_only=local_files_only)
     sources = resolve(tuned, lookup, what="tuned model"), resolve(base, lookup, what="base")
     check_apart(folder, [("tuned model", sources[0].root), ("base", sources[1].root)])

@@ -76,8 +76,9 @@ def merge(
         on_step: called with what begins now, for a progress display.
 
     Raises:
-        MergeError: ``out`` is taken or cannot be written, ``adapter`` is no adapter, the merged weights are not
-            finite, a file changed meanwhile. SourceError, ConfigError, BaseModelError, BindError: as loading raises.
+        OutputError: ``out`` is taken or cannot be written. MergeError: ``adapter`` is no adapter, the merged weights
+            are not finite, a file changed meanwhile. SourceError, ConfigError, BaseModelError, BindError: as loading
+            raises.
     """
     started = time.perf_counter()
     on_step("loading")

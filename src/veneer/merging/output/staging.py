@@ -8,7 +8,6 @@ parent/.NAME.merging/old/           what was at NAME, for the moment of the exch
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -20,11 +19,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import MergeError, VeneerError
+from veneer.errors import MergeError, OutputError, VeneerError
 from veneer.files.atomic_write import atomic_write
 from veneer.files.json_file import read_json
 from veneer.files.names import ADAPTER_CONFIG, MODEL_CONFIG
-from veneer.files.paths import exists
+from veneer.files.output_folder import check_output
+from veneer.files.paths import nearest_existing
 from veneer.merging.base.companion_files import MANIFEST, TEMPLATES
 from veneer.merging.base.hashing import sha256_of
 from veneer.merging.work.rounding import RoundingFigures
@@ -32,7 +32,6 @@ from veneer.printing import nbytes
 
 # In a reversible merge's output: what tells the base's bytes from the output's.
 DELTA = "merge_delta"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass
@@ -66,7 +65,7 @@ class StagingFolder:
             temporary.write_text(json.dumps({"made_from": self.made_from, "finished": files}), encoding="utf-8")
 
     def commit(self) -> None:
-        """Put the folder in the target's place; ``MergeError`` when something has come there meanwhile."""
+        """Put the folder in the target's place; ``OutputError`` when something has come there meanwhile."""
         check_target(self.target, self.overwrite)
         for path in self.model.iterdir():
             _sync(path)
@@ -84,8 +83,8 @@ def workshop(target: Path, made_from: Mapping[str, Any], resume: bool, overwrite
     """A place to make the output in. Nothing of it is left when the block fails, unless it is to be resumed.
 
     Raises:
-        MergeError: another process writes there, what was begun there was made from something else, or the target is
-            taken, then or when the output is to take its place.
+        OutputError: another process writes there, or the target is taken, then or when the output is to take its
+            place. MergeError: what was begun there was made from something else.
     """
     root = _place_of(target)
     _check_is_ours(root)
@@ -96,7 +95,7 @@ def workshop(target: Path, made_from: Mapping[str, Any], resume: bool, overwrite
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise MergeError(
+            raise OutputError(
                 f"Another process is writing {target}.", hint="Wait for it, or choose another folder."
             ) from error
         shop = StagingFolder(target, root, json.loads(json.dumps(made_from)), overwrite)
@@ -124,10 +123,10 @@ def _place_of(target: Path) -> Path:
 
 
 def _check_is_ours(root: Path) -> None:
-    """Raise ``MergeError`` where a link leads out of the hidden folder."""
+    """Raise ``OutputError`` where a link leads out of the hidden folder."""
     odd = next((path for path in (root, *(root.iterdir() if root.is_dir() else ())) if path.is_symlink()), None)
     if odd is not None:
-        raise MergeError(
+        raise OutputError(
             f"{odd} is a link, and a merge makes none; it is not followed.",
             hint=f"Look at {root}, which somebody has prepared, and remove it; or choose another folder.",
         )
@@ -184,38 +183,31 @@ def _noted(journal: Path) -> tuple[dict[str, Any], dict[str, tuple[str, list[Rou
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Raise ``MergeError`` unless ``target`` can be written."""
-    if exists(target) and not target.is_dir():
-        raise MergeError(f"{target} is a file.", hint="Give a folder that does not exist yet.")
+    """Raise ``OutputError`` unless ``target`` can be written: it holds nothing, or a plain model to be replaced."""
     if target.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise MergeError(
+        raise OutputError(
             f"{target} is the current folder, or one above it; the finished output would take its place.",
             hint="Give a folder that does not exist yet, such as merged.",
         )
-    nearest = _nearest(target)
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise MergeError(
-            f"{target} cannot be written: {nearest} is no folder open to writing.", hint="Choose another place."
-        )
-    with told_as_merge_error(target), suppress(FileNotFoundError):
-        target.lstat()  # refuses a name that is too long
+    check_output(target, overwrite)
     if target.is_dir() and any(target.iterdir()):
-        if not overwrite:
-            raise MergeError(
-                f"{target} is not empty.", hint="Choose another folder, or pass --overwrite (overwrite=True)."
-            )
-        if not (target / MODEL_CONFIG).is_file() or (target / ADAPTER_CONFIG).is_file():
-            raise MergeError(
-                f"{target} holds something other than a plain model; it is not replaced.",
-                hint="Choose another folder, or empty this one yourself.",
-            )
-        foreign = _foreign(target)
-        if foreign:
-            raise MergeError(
-                f"{target} holds what is no part of a plain model, and would be lost: {', '.join(foreign[:3])}"
-                f"{f' and {len(foreign) - 3} more' if len(foreign) > 3 else ''}.",
-                hint="Move it away, or choose another folder.",
-            )
+        _check_is_model(target)
+
+
+def _check_is_model(target: Path) -> None:
+    """Raise ``OutputError`` where a folder to be replaced holds something else than a plain model."""
+    if not (target / MODEL_CONFIG).is_file() or (target / ADAPTER_CONFIG).is_file():
+        raise OutputError(
+            f"{target} holds something other than a plain model; it is not replaced.",
+            hint="Choose another folder, or empty this one yourself.",
+        )
+    foreign = _foreign(target)
+    if foreign:
+        raise OutputError(
+            f"{target} holds what is no part of a plain model, and would be lost: {', '.join(foreign[:3])}"
+            f"{f' and {len(foreign) - 3} more' if len(foreign) > 3 else ''}.",
+            hint="Move it away, or choose another folder.",
+        )
 
 
 def written_to(out: str | Path) -> Path:
@@ -287,7 +279,7 @@ def _recorded(target: Path) -> Collection[str]:
 
 
 def check_apart(target: Path, inputs: Iterable[tuple[str, Path]]) -> None:
-    """Raise ``MergeError`` when something that is read lies at or below what is written, or where that is made.
+    """Raise ``OutputError`` when something that is read lies at or below what is written, or where that is made.
 
     It is decided by the folders that the paths lead to, however they are spelt.
 
@@ -301,7 +293,7 @@ def check_apart(target: Path, inputs: Iterable[tuple[str, Path]]) -> None:
         taken = next((place for place in (target, _place_of(target)) if _identity(place) in above - {None}), None)
         if taken is not None:
             is_it = _identity(taken) == _identity(real)
-            raise MergeError(
+            raise OutputError(
                 f"{taken} {f'is the {what} itself' if is_it else f'holds the {what}, {path}'}; it is not replaced.",
                 hint="Choose another folder.",
             )
@@ -317,29 +309,13 @@ def _identity(place: Path) -> tuple[int, int] | None:
 
 
 def check_space(target: Path, needed: int) -> None:
-    """Raise ``MergeError`` when the disk has not ``needed`` bytes left."""
-    free = shutil.disk_usage(_nearest(target)).free
+    """Raise ``OutputError`` when the disk has not ``needed`` bytes left."""
+    free = shutil.disk_usage(nearest_existing(target)).free
     if free < needed:
-        raise MergeError(
+        raise OutputError(
             f"{target} needs {nbytes(needed)}, and the disk has {nbytes(free)} left.",
             hint="Make room, or choose another disk.",
         )
-
-
-def _nearest(target: Path) -> Path:
-    return next((place for place in (target, *target.parents) if exists(place)), Path())
-
-
-@contextmanager
-def told_as_merge_error(target: Path) -> Iterator[None]:
-    """Turn the system's refusal to write into a ``MergeError``."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, VeneerError):
-            raise
-        mend = "Make room, or choose another disk." if error.errno in _FULL else "Check the disk and its permissions."
-        raise MergeError(f"{target} cannot be written: {error.strerror or error}.", hint=mend) from error
 
 
 def _sync(path: Path) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from veneer.adapters.merge.cores import cores
 from veneer.errors import CorruptFileError, MergeError, VeneerError
+from veneer.files.atomic_write import writing
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import DTYPE_BITS
 from veneer.files.resolve import resolve
@@ -41,7 +42,6 @@ from veneer.merging.output.staging import (
     check_apart,
     check_space,
     check_target,
-    told_as_merge_error,
     workshop,
     written_to,
 )
@@ -102,8 +102,8 @@ def unmerge(
         on_step: called with what begins now.
 
     Raises:
-        MergeError: ``base`` is another, there is no delta, or what is restored is not the base. SourceError: a
-            folder cannot be read.
+        OutputError: ``out`` is taken or cannot be written. MergeError: ``base`` is another, there is no delta, or what
+            is restored is not the base. SourceError: a folder cannot be read.
     """
     folder, target = Path(merged), written_to(out)
     check_target(target, overwrite)
@@ -118,7 +118,7 @@ def unmerge(
         )
     check_apart(target, [("merged folder", folder), *([] if origin is None else [("base", origin.root)])])
     on_step("restoring")
-    with told_as_merge_error(target), workshop(target, {}, False, overwrite) as shop:
+    with writing(target), workshop(target, {}, False, overwrite) as shop:
         if origin is not None:
             _copy(origin, shop.model, digests)
         else:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.checkpoints.torch_dtypes import DTYPES
+from veneer.files.atomic_write import writing
 from veneer.files.names import INDEX, MODEL_CONFIG, MODEL_STEM
 from veneer.files.source import Source
 from veneer.merging.base.companion_files import bring_along, files_of_adapter
@@ -17,7 +18,7 @@ from veneer.merging.base.hashing import Hashing, sha256_of, stamp_of
 from veneer.merging.output.file_writer import FileSink, write_files
 from veneer.merging.output.manifest import manifest_of, warnings_of, write_manifest
 from veneer.merging.output.merge_report import MergeReport
-from veneer.merging.output.staging import StagingFolder, check_apart, check_space, told_as_merge_error, workshop
+from veneer.merging.output.staging import StagingFolder, check_apart, check_space, workshop
 from veneer.merging.output.unmerge import write_delta
 from veneer.merging.work.file_layout import index_of
 from veneer.merging.work.prepare import PreparedMerge
@@ -46,10 +47,10 @@ def write_folder(
         started: when the merge began, by ``time.perf_counter``.
 
     Raises:
-        MergeError: as :func:`veneer.merge` raises it.
+        OutputError, MergeError: as :func:`veneer.merge` raises it.
     """
     check_apart(target, [("base", prepared.base.root), *(("adapter", source.root) for source in prepared.sources)])
-    with told_as_merge_error(target), workshop(target, _made_from(prepared), resume, overwrite) as shop:
+    with writing(target), workshop(target, _made_from(prepared), resume, overwrite) as shop:
         manifest = _write(prepared, shop, hashing, reversible, on_step)
         prepared.check_unchanged()
         shop.commit()
