@@ -1,18 +1,14 @@
 """A base's skeleton from its headers and its config alone, for the families that have exactly one form.
 
-    model.embed_tokens   model.layers.N.input_layernorm             model.norm   lm_head (or the embedding's weight)
-                                       .self_attn.{q,k,v,o}_proj
-                                       .post_attention_layernorm
-                                       .mlp.{gate,up,down}_proj
-
-Importing transformers' model classes takes longer than merging a model of a billion weights. What is not exactly this
-(another family, method or task, a tensor too many, a shape that the config does not say) is left to transformers.
+What is not exactly of a known family (another method or task, a tensor too many, a shape that the config does not say)
+is left to transformers.
 """
+
+# 3.7 s of imports of transformers' model classes are saved: benchmarks/notes.md, The merge from disk to disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,32 +22,9 @@ from veneer.configs.methods.lora import LoraConfig
 from veneer.configs.names import TaskType
 from veneer.files.names import MODEL_CONFIG
 from veneer.files.source import Source
+from veneer.merging.base.plain_families import AFTER_BLOCKS, BEFORE_BLOCKS, EMBEDDING, FAMILIES, HEAD, SIZES, Family
 from veneer.merging.base.skeleton import StoredNames
 from veneer.merging.base.weight_files import WeightFiles
-
-
-@dataclass(frozen=True)
-class Family:
-    """How a family differs from the others.
-
-    Attributes:
-        kind: the model's class.
-        biased: the projections that have a bias.
-        normed: whether each head's query and key go through a norm.
-    """
-
-    kind: str
-    biased: tuple[str, ...] = ()
-    normed: bool = False
-
-
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family("LlamaForCausalLM"),
-    "mistral": Family("MistralForCausalLM"),
-    "qwen2": Family("Qwen2ForCausalLM", biased=("q_proj", "k_proj", "v_proj")),
-    "qwen3": Family("Qwen3ForCausalLM", normed=True),
-}
-_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
 
 
 class _Config(SimpleNamespace):
@@ -90,7 +63,7 @@ class _Plain(nn.Module):
 def plain_skeleton(
     source: Source, files: WeightFiles, checkpoints: Sequence[Checkpoint], task: str | None, **changes: Any
 ) -> nn.Module | None:
-    """The model of a base, on the meta device; ``None`` where it is not plain.
+    """Build the model of a base on the meta device; ``None`` where it is not plain.
 
     Args:
         source: the base.
@@ -101,66 +74,53 @@ def plain_skeleton(
     """
     config = {**source.json(MODEL_CONFIG), **changes}
     family = FAMILIES.get(str(config.get("model_type")))
+    if family is None or not _is_plain(family, config) or not _are_plain(checkpoints, task):
+        return None
+    stored = {name: place.info for name, place in files.places.items()}
+    if any(info.dtype not in DTYPES for info in stored.values()):
+        return None
+    shapes = _shapes(family, config, is_tied=bool(config.get("tie_word_embeddings", False)))
+    if shapes != {name: info.shape for name, info in stored.items()}:
+        return None
+    return _built(family, config, {name: DTYPES[info.dtype] for name, info in stored.items()}, shapes)
+
+
+def _is_plain(family: Family, config: Mapping[str, Any]) -> bool:
+    """Tell whether a config describes a model of its family, with nothing special, by whole numbers."""
+    return (
+        config.get("architectures") == [family.model_class]
+        and all(config.get(key) is None for key in ("quantization_config", "auto_map"))
+        and all(isinstance(config.get(key), int) for key in SIZES.values())
+        and isinstance(config.get("head_dim") or 0, int)
+    )
+
+
+def _are_plain(checkpoints: Sequence[Checkpoint], task: str | None) -> bool:
+    """Tell whether adapters ask of the base only what a plain skeleton has."""
     tasks = {task, *(checkpoint.config.task_type for checkpoint in checkpoints)}
-    if (
-        family is None
-        or config.get("architectures") != [family.kind]
-        or not tasks <= {None, TaskType.CAUSAL_LM}
-        or not all(_is_lora(checkpoint.config) for checkpoint in checkpoints)
-        or any(config.get(key) is not None for key in ("quantization_config", "auto_map"))
-        or not all(isinstance(config.get(size), int) for size in (*_SIZES, "vocab_size"))
-        or not isinstance(config.get("head_dim") or 0, int)
-    ):
-        return None
-    tied = bool(config.get("tie_word_embeddings", False))
-    shapes = dict(_shapes(family, config))
-    if tied and "lm_head.weight" not in files:
-        head = shapes.pop("lm_head.weight")
-        shapes = shapes if head == shapes["model.embed_tokens.weight"] else {}
-    elif tied:
-        return None
-    if shapes != {name: place.info.shape for name, place in files.places.items()}:
-        return None
-    if any(place.info.dtype not in DTYPES for place in files.places.values()):
-        return None
-    return _built(family, config, {name: files.dtype(name) for name in files.places}, shapes)
+    return tasks <= {None, TaskType.CAUSAL_LM} and all(_is_lora(checkpoint.config) for checkpoint in checkpoints)
 
 
 def _is_lora(config: PeftConfig) -> bool:
-    """Whether an adapter adds nothing but factors; one that adds biases may need more of the config than is here."""
+    """Tell whether an adapter adds factors alone; one that adds biases may need more of the config than is here."""
     return isinstance(config, LoraConfig) and not config.lora_bias
 
 
 def plainly_stored(files: WeightFiles) -> StoredNames:
-    """Where a plain model's parameters lie: each under its own name."""
+    """Return where a plain model's parameters lie: each under its own name."""
     return StoredNames({name: name for name in files.places}, {})
 
 
-def _shapes(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every parameter and its shape."""
-    hidden, inner, heads, keys, count = (config[size] for size in _SIZES)
-    head = config.get("head_dim") or hidden // max(heads, 1)
-    wide, narrow = heads * head, keys * head
-    attention = {"q_proj": (wide, hidden), "k_proj": (narrow, hidden), "v_proj": (narrow, hidden)}
-    yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
-    for index in range(count):
-        at = f"model.layers.{index}"
-        for name, shape in {**attention, "o_proj": (hidden, wide)}.items():
-            yield f"{at}.self_attn.{name}.weight", shape
-            if name in family.biased:
-                yield f"{at}.self_attn.{name}.bias", shape[:1]
-        for name in ("q_norm", "k_norm") if family.normed else ():
-            yield f"{at}.self_attn.{name}.weight", (head,)
-        for name, shape in {
-            "gate_proj": (inner, hidden),
-            "up_proj": (inner, hidden),
-            "down_proj": (hidden, inner),
-        }.items():
-            yield f"{at}.mlp.{name}.weight", shape
-        yield f"{at}.input_layernorm.weight", (hidden,)
-        yield f"{at}.post_attention_layernorm.weight", (hidden,)
-    yield "model.norm.weight", (hidden,)
-    yield "lm_head.weight", (config["vocab_size"], hidden)
+def _shapes(family: Family, config: Mapping[str, Any], is_tied: bool) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter that such a model stores."""
+    sizes = {size: config[key] for size, key in SIZES.items()}
+    head = config.get("head_dim") or sizes["hidden"] // max(sizes["heads"], 1)
+    sizes |= {"head": head, "queries": sizes["heads"] * head, "keys": sizes["key_heads"] * head}
+    blocks = {f"model.layers.{i}.{name}": shape for i in range(sizes["blocks"]) for name, shape in family.block.items()}
+    named = {**BEFORE_BLOCKS, **blocks, **AFTER_BLOCKS}
+    if is_tied:
+        del named[HEAD]
+    return {name: tuple(sizes[size] for size in shape) for name, shape in named.items()}
 
 
 def _built(
@@ -169,16 +129,15 @@ def _built(
     dtypes: Mapping[str, torch.dtype],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> nn.Module:
-    model: _Plain = type(family.kind, (_Plain,), {})()
+    model: _Plain = type(family.model_class, (_Plain,), {})()
     model.config = _Config(**config)
     for name, shape in shapes.items():
         module, _, leaf = name.rpartition(".")
         if leaf == "weight":
             _put(model, module, _module(module, shape, dtypes[name], f"{module}.bias" in shapes))
-    if "lm_head.weight" not in shapes:
-        embedding = "model.embed_tokens.weight"
-        head = _module("lm_head", shapes[embedding], dtypes[embedding], False)
-        head.weight = model.get_parameter(embedding)
+    if HEAD not in shapes:
+        head = _module("lm_head", shapes[EMBEDDING], dtypes[EMBEDDING], False)
+        head.weight = model.get_parameter(EMBEDDING)
         _put(model, "lm_head", head)
     return model.eval()
 
