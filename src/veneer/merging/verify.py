@@ -207,16 +207,16 @@ def _replayed(
     sample: int | None,
 ) -> tuple[int, list[str]]:
     with prepare(adapters, base, options, lookup) as prepared, WeightFiles.open(resolve(folder)) as files:
-        works = prepared.plan.works
+        pieces = prepared.plan.pieces
         if sample is not None:
-            works = works[:: max(1, len(works) // max(sample, 1))]
+            pieces = pieces[:: max(1, len(pieces) // max(sample, 1))]
         sink = CompareSink(files)
-        for _ in run_all(works, sink):
+        for _ in run_all(pieces, sink):
             pass
         wanted = {name: (info.dtype, info.shape) for file in prepared.plan.files for name, info in file.tensors.items()}
         present = {name: (place.info.dtype, place.info.shape) for name, place in files.places.items()}
         odd = {name for name in wanted.keys() | present.keys() if wanted.get(name) != present.get(name)}
-        return sum(len(work.outputs) for work in works), sorted(sink.different | odd)
+        return sum(len(piece.outputs) for piece in pieces), sorted(sink.different | odd)
 
 
 def _answers(

@@ -6,7 +6,7 @@ every delta is formed in float32, in blocks of rows so that the working memory s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -34,12 +34,30 @@ def merged(weight: Tensor, patches: Sequence[Patch], *, overwrite: bool = False)
         The merged weight, of ``weight``'s shape, dtype and memory layout.
     """
     result = weight if overwrite else torch.empty_like(weight)
-    if weight.ndim == 3:
-        for index in range(weight.shape[0]):
-            _merge_into(result[index], weight[index], [patch.at(index) for patch in patches])
-    else:
-        _merge_into(result, weight, patches)
+    for into, matrix, own_patches in zip(
+        matrices(result), matrices(weight), patches_by_matrix(weight, patches), strict=True
+    ):
+        _merge_into(into, matrix, own_patches)
     return result
+
+
+def matrices(weight: Tensor) -> Sequence[Tensor]:
+    """Return the matrices of a canonical weight: itself, or those of its stack."""
+    return [weight] if weight.ndim == 2 else weight.unbind(0)
+
+
+def patches_by_matrix(weight: Tensor, patches: Sequence[Patch]) -> Iterator[Sequence[Patch]]:
+    """Give the patches for each matrix of a canonical weight."""
+    if weight.ndim == 2:
+        yield patches
+    else:
+        yield from ([patch.at(index) for patch in patches] for index in range(weight.shape[0]))
+
+
+def row_blocks(rows: int, size: int) -> Iterator[tuple[int, int]]:
+    """Give the first row and the end of each block of ``size`` rows; the last may be smaller."""
+    for start in range(0, rows, size):
+        yield start, min(start + size, rows)
 
 
 def _merge_into(result: Tensor, weight: Tensor, patches: Sequence[Patch]) -> None:
@@ -50,8 +68,7 @@ def _merge_into(result: Tensor, weight: Tensor, patches: Sequence[Patch]) -> Non
     # A new float32 result is worked on where it lies; for others one block of memory serves all: fresh memory costs
     # more than the arithmetic.
     apart = None if weight.dtype is torch.float32 and result is not weight else block_for(weight, block)
-    for start in range(0, rows, block):
-        stop = min(start + block, rows)
+    for start, stop in row_blocks(rows, block):
         own = result[start:stop] if apart is None else apart[: stop - start]
         changed = changed_into(own, weight[start:stop], patches, start, stop)
         if changed is not own or apart is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from veneer.adapters.merge.worker_threads import one_thread_each
 from veneer.merging.base.weight_files import WeightFiles, read_exactly
 from veneer.merging.work.file_layout import OutFile
-from veneer.merging.work.pieces import Sink, Work
+from veneer.merging.work.pieces import Piece, Sink
 from veneer.merging.work.rounding import RoundingFigures
 
 _BLOCK = 1 << 20
@@ -108,17 +108,17 @@ def _copy_range(files: WeightFiles, file: str, start: int, out: int, position: i
 
 
 def run_all(
-    works: Sequence[Work], sink: Sink, workers: int | None = None
-) -> Iterator[tuple[Work, list[RoundingFigures]]]:
+    pieces: Sequence[Piece], sink: Sink, workers: int | None = None
+) -> Iterator[tuple[Piece, list[RoundingFigures]]]:
     """Do every piece, several at a time, and yield each when it and all before it are done.
 
     When one fails, those that have not begun are dropped and its error is raised.
     """
     with one_thread_each(workers) as pool:
-        futures: list[Future[list[RoundingFigures]]] = [pool.submit(work.run, sink) for work in works]
+        futures: list[Future[list[RoundingFigures]]] = [pool.submit(piece.run, sink) for piece in pieces]
         try:
-            for work, future in zip(works, futures, strict=True):
-                yield work, future.result()
+            for piece, future in zip(pieces, futures, strict=True):
+                yield piece, future.result()
         except BaseException:
             for future in futures:
                 future.cancel()
@@ -127,7 +127,7 @@ def run_all(
 
 def write_files(
     files: Sequence[OutFile],
-    works: Sequence[Work],
+    pieces: Sequence[Piece],
     sink: FileSink,
     finished: Callable[[OutFile, str, list[RoundingFigures]], None],
     workers: int | None = None,
@@ -136,7 +136,7 @@ def write_files(
     for file in files:
         sink.make(file)
     pending = {name for file in files for name in file.tensors}
-    own = [work for work in works if pending.intersection(work.outputs)]
+    own = [piece for piece in pieces if pending.intersection(piece.outputs)]
     done: dict[str, list[RoundingFigures]] = {}
     results = run_all(own, sink, workers)
     for file in files:
@@ -144,9 +144,9 @@ def write_files(
         figures: list[RoundingFigures] = []
         for name, info in file.tensors.items():
             while name not in done:
-                work, found = next(results)
-                done.update({key: [] for key in work.outputs})
-                done[work.outputs[0]] = found
+                piece, found = next(results)
+                done.update({key: [] for key in piece.outputs})
+                done[piece.outputs[0]] = found
             figures += done[name]
             _hash(digest, sink, file, info.nbytes, file.start(name))
             sink.settle(file.name)

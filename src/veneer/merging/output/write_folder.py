@@ -83,7 +83,7 @@ def _write(
     sink = FileSink(shop.model, plan.files)
     hashing.expect(files.paths, files.at_opening)
     try:
-        write_files(todo, plan.works, sink, lambda file, digest, own: shop.record(file.name, digest, own))
+        write_files(todo, plan.pieces, sink, lambda file, digest, own: shop.record(file.name, digest, own))
         on_step("writing")
         inputs = hashing.result()
     finally:

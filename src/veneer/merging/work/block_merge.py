@@ -1,22 +1,22 @@
-"""Merging a matrix a block of rows at a time, in memory that serves every block: new memory costs more than sums."""
+"""Merges matrices a block of rows at a time, in memory that serves every block: new memory costs more than sums."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from veneer.merging.work.rounding import Rounder, RoundingTally
 from veneer.patches.patch import Patch
-from veneer.patches.weight_arithmetic import added_square, changed_into
+from veneer.patches.weight_arithmetic import added_square, changed_into, patches_by_matrix, row_blocks
 
 # Values that are worked on at a time: a megabyte in float32, about what a core's cache holds.
 BLOCK_VALUES = 1 << 18
 
 
 class BlockMerge:
-    """Merges one matrix, or the matrices of a stack one after the other, and counts what that does to it.
+    """Merges one matrix, or the matrices of a stack one after the other, and measures the change and the rounding.
 
     Args:
         rows: of a matrix.
@@ -27,7 +27,7 @@ class BlockMerge:
 
     Attributes:
         step: rows of a block.
-        tally: what was counted.
+        tally: the sums that are measured.
     """
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, rounder: Rounder, by_rows: bool = True) -> None:
@@ -36,21 +36,34 @@ class BlockMerge:
         self._after, self._scratch = torch.empty((2, self.step, columns))
         self._rounded = torch.empty((self.step, columns), dtype=dtype)
 
-    def spans(self) -> Iterator[tuple[int, int]]:
-        """The first row and the end of each block."""
-        for start in range(0, self.rows, self.step):
-            yield start, min(start + self.step, self.rows)
+    def run(
+        self,
+        weight: Tensor,
+        patches: Sequence[Patch],
+        read: Callable[[int, int, int], Tensor],
+        write: Callable[[int, int, int, Tensor], None],
+    ) -> None:
+        """Merge the matrices of a canonical weight, block by block.
 
-    def begin(self, patches: Sequence[Patch]) -> None:
-        """Begin a matrix, which ``patches`` change."""
+        Args:
+            weight: tells how many there are.
+            patches: change the weight.
+            read: returns the base's rows of a block: of a matrix's index, from a first row to an end.
+            write: takes the same place, and the block's merged rows, which the next block rewrites.
+        """
+        for index, own_patches in enumerate(patches_by_matrix(weight, patches)):
+            self._begin(own_patches)
+            for start, stop in row_blocks(self.rows, self.step):
+                write(index, start, stop, self._merge(read(index, start, stop), start))
+
+    def _begin(self, patches: Sequence[Patch]) -> None:
         # The change of a float32 result is counted value by value: no rounding error would tell of an infinity in it.
         known = added_square(patches) if self._rounded.dtype != torch.float32 else None
         self.tally.change += known or 0.0
         self._patches, self._is_counted = patches, known is not None
 
     @torch.no_grad()
-    def merge(self, before: Tensor, start: int) -> Tensor:
-        """One block's merged rows, from the base's, whose first is ``start``; the next call rewrites them."""
+    def _merge(self, before: Tensor, start: int) -> Tensor:
         count = before.shape[0]
         scratch = self._scratch[:count]
         after = changed_into(self._after[:count], before, self._patches, start, start + count)

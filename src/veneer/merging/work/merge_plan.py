@@ -23,8 +23,8 @@ from veneer.merging.work.pieces import (
     MergeConverted,
     MergeLayer,
     OutputTensor,
+    Piece,
     ReplaceTensor,
-    Work,
 )
 from veneer.merging.work.rounding import Rounding
 
@@ -38,14 +38,14 @@ class MergePlan:
 
     Attributes:
         files: the output's weight files.
-        works: the pieces, in the order of the tensors that they finish.
+        pieces: the work, in the order of the tensors that they finish.
         untied: the parameters that shared a tensor and no longer do.
         missing: parameters that neither the base nor an adapter has.
         dtype: that most of the output's values have, as safetensors calls it.
     """
 
     files: list[OutFile]
-    works: list[Work]
+    pieces: list[Piece]
     untied: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     dtype: str = "F32"
@@ -75,7 +75,7 @@ class Planner:
         self.model, self.stored, self.files = base.model, base.stored, base.files
         self.layers = self._layers()
         self.groups = {name: group for group in tie_groups(base.model) for name in group}
-        self.works: list[Work] = []
+        self.pieces: list[Piece] = []
         self.shapes = {name: packed.shape for name, packed in base.packed.items()}
         self.shapes |= {
             name: (length, *self.shapes.get(name, base.files.shape(name))[1:]) for name, length in base.lengths.items()
@@ -95,10 +95,10 @@ class Planner:
         self._plan_casts(kept)
         headers = {file: header.metadata for file, header in self.files.headers.items()}
         files = lay_out([*kept, *self.new], headers, limit)
-        self.works += _copies(self.files, files, self._finished())
+        self.pieces += _copies(self.files, files, self._finished())
         order = {name: i for i, name in enumerate(name for file in files for name in file.tensors)}
-        self.works.sort(key=lambda work: min(order[name] for name in work.outputs))
-        return MergePlan(files, self.works, self.untied, self._missing(), NAMES[self.dtype or self.base.common_dtype])
+        self.pieces.sort(key=lambda piece: min(order[name] for name in piece.outputs))
+        return MergePlan(files, self.pieces, self.untied, self._missing(), NAMES[self.dtype or self.base.common_dtype])
 
     def _kept(self) -> list[Wanted]:
         """Return the base's tensors that the output has too: all but what belongs to quantised ones."""
@@ -125,11 +125,11 @@ class Planner:
                 self._plan_cast(tensor.name, tensor.name)
 
     def _plan_cast(self, source: str, target: str) -> None:
-        self.works.append(CastTensor(self.base.tensor(source), target, self.out_dtype(source), self.rounding))
+        self.pieces.append(CastTensor(target, self.out_dtype(source), self.rounding, self.base.tensor(source)))
 
     def _finished(self) -> set[str]:
         """Return the output's tensors that are planned so far."""
-        return {name for work in self.works for name in work.outputs}
+        return {name for piece in self.pieces for name in piece.outputs}
 
     # -- dtypes and values ---------------------------------------------------------------------------------
 
@@ -235,12 +235,12 @@ class Planner:
             dtype = tensor.dtype if source is None else self.out_dtype(source)
         before = None if source is None else self.base.tensor(source)
         self.shapes[target] = tuple(tensor.shape)
-        self.works.append(ReplaceTensor(target, tensor, before, dtype, self.rounding))
+        self.pieces.append(ReplaceTensor(target, dtype, self.rounding, tensor, before))
 
     def _plan_layer(self, layer: ChangedLayer, weight: OutputTensor) -> None:
         site = layer.site
         if site.shift_only:
-            self.works.append(MergeLayer(layer, None, weight, self.rounding))
+            self.pieces.append(MergeLayer(layer, None, weight, self.rounding))
             return
         bias_name = f"{site.name}.bias"
         bias = None
@@ -254,7 +254,7 @@ class Planner:
             target = bias_name if lies is None and self.untied else source
             bias = OutputTensor(target, self.base.tensor(source), self.out_dtype(source))
             self._want_new(target, source)
-        self.works.append(MergeLayer(layer, weight, bias, self.rounding))
+        self.pieces.append(MergeLayer(layer, weight, bias, self.rounding))
 
     def _want_new(self, target: str, source: str) -> None:
         """Give the output a tensor of another's shape and dtype, unless the base has one of that name."""
@@ -277,14 +277,14 @@ class Planner:
         weight = self.stored.direct.get(f"{name}.weight")
         target = f"{name}.bias" if weight is None else weight.removesuffix("weight") + "bias"
         dtype = (self.dtype or self.base.common_dtype) if weight is None else self.out_dtype(weight)
-        self.works.append(AddBias(target, self.layers.get(f"{name}.weight"), shape, dtype, self.rounding))
+        self.pieces.append(AddBias(target, dtype, self.rounding, self.layers.get(f"{name}.weight"), shape))
         file = list(self.files.paths)[-1] if weight is None else self.files.places[weight].file
         self.new.append(Wanted(target, NAMES[dtype], shape, file))
 
     def _plan_conversion(self, name: str) -> None:
         conversion = self.stored.made[name]
         names = [other for other, made in self.stored.made.items() if made is conversion]
-        if any(set(work.outputs) & {source for source, _ in conversion.sources} for work in self.works):
+        if any(set(piece.outputs) & {source for source, _ in conversion.sources} for piece in self.pieces):
             return
         sources = [source for source, _ in conversion.sources]
         saved: dict[str, Tensor] = {n: self.changes.saved[n] for n in names if n in self.changes.saved}
@@ -299,7 +299,7 @@ class Planner:
                 hint="Merge in memory: veneer.load(..., merge=True).save_pretrained(...).",
             )
         values = {source: self.base.tensor(source) for source in sources}
-        self.works.append(MergeConverted(conversion, values, layers, saved, dtypes.pop(), self.model, self.rounding))
+        self.pieces.append(MergeConverted(conversion, values, layers, saved, dtypes.pop(), self.model, self.rounding))
 
     def _missing(self) -> list[str]:
         have = {*self.stored.direct, *self.stored.made, *self.changes.saved}
@@ -310,9 +310,9 @@ class Planner:
         ]
 
 
-def _copies(base: WeightFiles, files: Sequence[OutFile], done: set[str]) -> list[Work]:
+def _copies(base: WeightFiles, files: Sequence[OutFile], done: set[str]) -> list[Piece]:
     """What stays as it is, neighbours together."""
-    found: list[Work] = []
+    found: list[Piece] = []
     for file in files:
         names: list[str] = []
         for name in file.tensors:

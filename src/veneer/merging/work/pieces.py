@@ -19,7 +19,7 @@ from veneer.merging.work.adapter_changes import AdapterChanges
 from veneer.merging.work.block_merge import BLOCK_VALUES, BlockMerge
 from veneer.merging.work.rounding import Rounding, RoundingFigures, RoundingTally
 from veneer.patches.patch import Patch, biases
-from veneer.patches.weight_arithmetic import check_kept
+from veneer.patches.weight_arithmetic import check_kept, matrices
 
 
 class Sink(Protocol):
@@ -34,8 +34,8 @@ class Sink(Protocol):
         ...
 
 
-class Work(Protocol):
-    """A piece of work."""
+class Piece(Protocol):
+    """A piece of work, which finishes tensors of the output."""
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -43,7 +43,7 @@ class Work(Protocol):
         ...
 
     def run(self, sink: Sink) -> list[RoundingFigures]:
-        """Do it, and tell what was changed."""
+        """Do the work, and return the figures of each tensor that is changed."""
         ...
 
 
@@ -64,17 +64,30 @@ class CopyBytes:
 
 
 @dataclass(frozen=True)
-class CastTensor:
-    """A tensor that only changes its dtype."""
+class OneTensor:
+    """Base of the pieces that finish one tensor.
 
-    values: StoredTensor
+    Attributes:
+        name: the tensor's.
+        dtype: of the output.
+        rounding: how its values are rounded.
+    """
+
     name: str
     dtype: torch.dtype
     rounding: Rounding
 
     @property
     def outputs(self) -> tuple[str, ...]:
+        """The tensor."""
         return (self.name,)
+
+
+@dataclass(frozen=True)
+class CastTensor(OneTensor):
+    """Changes only a tensor's dtype, or how many rows it has."""
+
+    values: StoredTensor
 
     def run(self, sink: Sink) -> list[RoundingFigures]:
         """Round it, in blocks where it lies in the file as it is."""
@@ -98,18 +111,11 @@ class CastTensor:
 
 
 @dataclass(frozen=True)
-class ReplaceTensor:
-    """A tensor that the adapter brings whole."""
+class ReplaceTensor(OneTensor):
+    """Puts a tensor that the adapter brings whole in the place of the base's."""
 
-    name: str
     tensor: Tensor
     before: StoredTensor | None
-    dtype: torch.dtype
-    rounding: Rounding
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return (self.name,)
 
     def run(self, sink: Sink) -> list[RoundingFigures]:
         """Write it in the base's dtype."""
@@ -161,18 +167,11 @@ class OutputTensor:
 
 
 @dataclass(frozen=True)
-class AddBias:
-    """A bias of a layer that has none in the base: what the adapters shift its output by, or zeros."""
+class AddBias(OneTensor):
+    """Adds a bias to a layer that has none in the base: what the adapters shift its output by, or zeros."""
 
-    name: str
     layer: ChangedLayer | None
     shape: tuple[int, ...]
-    dtype: torch.dtype
-    rounding: Rounding
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return (self.name,)
 
     @torch.no_grad()
     def run(self, sink: Sink) -> list[RoundingFigures]:
@@ -216,13 +215,14 @@ class MergeLayer:
         rows, columns = empty.shape[-2:]
         blocks = BlockMerge(rows, columns, target.dtype, self.rounding.of(target.name))
         stored = torch.empty((blocks.step, columns), dtype=values.files.dtype(values.name))
-        position = 0
-        for index, own in _matrices(empty, patches):
-            blocks.begin(own)
-            for start, stop in blocks.spans():
-                data = blocks.merge(values.rows(index * rows + start, stored[: stop - start]), start)
-                sink.put(target.name, position, data)
-                position += data.numel() * data.element_size()
+
+        def read(index: int, start: int, stop: int) -> Tensor:
+            return values.rows(index * rows + start, stored[: stop - start])
+
+        def write(index: int, start: int, stop: int, merged: Tensor) -> None:
+            sink.put(target.name, (index * rows + start) * columns * target.dtype.itemsize, merged)
+
+        blocks.run(empty, patches, read, write)
         return _checked(blocks.tally.figures(target.name, NAMES[target.dtype]))
 
     def _whole(self, target: OutputTensor, patches: Sequence[Patch], sink: Sink) -> RoundingFigures:
@@ -237,25 +237,19 @@ def merged_whole(
 ) -> tuple[Tensor, RoundingFigures]:
     """A weight as stored with ``patches`` merged in, for layouts that have no rows in the file."""
     result = torch.empty(stored.shape, dtype=target.dtype)
-    before, after = site.canonical(stored), site.canonical(result)
+    weight = site.canonical(stored)
+    before, after = matrices(weight), matrices(site.canonical(result))
     by_rows = all(patch.by_rows for patch in patches)
-    rows, columns = before.shape[-2:]
-    blocks = BlockMerge(rows, columns, target.dtype, rounding.of(target.name), by_rows)
-    for index, own in _matrices(before, patches):
-        one, into = (before[index], after[index]) if before.ndim == 3 else (before, after)
-        blocks.begin(own)
-        for start, stop in blocks.spans():
-            into[start:stop] = blocks.merge(one[start:stop], start)
+    blocks = BlockMerge(weight.shape[-2], weight.shape[-1], target.dtype, rounding.of(target.name), by_rows)
+
+    def read(index: int, start: int, stop: int) -> Tensor:
+        return before[index][start:stop]
+
+    def write(index: int, start: int, stop: int, merged: Tensor) -> None:
+        after[index][start:stop] = merged
+
+    blocks.run(weight, patches, read, write)
     return result, _checked(blocks.tally.figures(target.name, NAMES[target.dtype]))
-
-
-def _matrices(weight: Tensor, patches: Sequence[Patch]) -> Iterator[tuple[int, list[Patch]]]:
-    """Each matrix of a weight, by its index, and the patches for it."""
-    if weight.ndim == 2:
-        yield 0, list(patches)
-        return
-    for index in range(weight.shape[0]):
-        yield index, [patch.at(index) for patch in patches]
 
 
 def _bias(
