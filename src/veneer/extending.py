@@ -16,6 +16,7 @@ from veneer.base_model.sites.site import Site
 from veneer.base_model.sites.vector import NormSite
 from veneer.configs.base import PromptConfig, TargetedConfig, register_config
 from veneer.methods import register_method
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, MethodOnSites, NewLayer
 from veneer.methods.base.prompt_method import EmbeddingTable, PromptEncoder, PromptMethod
 from veneer.methods.base.routed_method import RoutedMethod
@@ -40,6 +41,7 @@ __all__ = [
     "HadamardLowRank",
     "IdentityPlusLowRank",
     "Kronecker",
+    "Leaf",
     "LinearOperator",
     "LinearSite",
     "Method",

@@ -77,7 +77,7 @@ def test_every_methods_tensors_are_told_by_their_names() -> None:
     for name in names():
         method = importlib.import_module(f"veneer.methods.{name.lower()}").METHOD
         tensors = [
-            TensorInfo(f"base_model.model.a.{leaf}", "F32", (1,), 0, 4) for leaf in getattr(method, "leaves", ())
+            TensorInfo(f"base_model.model.a.{leaf}", "F32", (1,), 0, 4) for leaf in getattr(method, "disk_names", ())
         ]
         assert _layers(name, tensors) == bool(tensors), name
 

@@ -204,8 +204,8 @@ def _upright(text: str) -> str:
 def _tensors(method: Any) -> str:
     if isinstance(method, PromptMethod):
         return f"Tensors: `{PROMPT}`."
-    layer = ", ".join(f"`{leaf}`" for leaf in method.leaves)
-    shared = ", ".join(f"`{leaf}`" for leaf in method.shared)
+    layer = ", ".join(f"`{leaf}`" for leaf in method.disk_names)
+    shared = ", ".join(f"`{leaf.name}`" for leaf in method.shared)
     return f"Tensors of a layer: {layer}." + (f" Of all layers together: {shared}." if shared else "")
 
 

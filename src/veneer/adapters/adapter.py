@@ -116,7 +116,7 @@ class LayerParts:
 
     def parameters(self, adapter: Adapter) -> Iterator[nn.Parameter]:
         for layer, share in adapter.bound_layers():
-            yield from (p for leaf, p in layer.tensors(adapter.name, share).items() if share.method.trains(leaf))
+            yield from (p for leaf, p in layer.tensors(adapter.name, share).items() if share.method.leaf(leaf).trained)
         if self.shared:
             trains = method_of(adapter.config).trains_shared_leaf
             yield from (p for leaf, p in self.shared.items() if trains(adapter.config, leaf))
@@ -363,7 +363,7 @@ class Adapter:
 
     def config_on_disk(self) -> AnyConfig:
         """Return the config that goes with :meth:`named_tensors`."""
-        if any(share.method.frozen.intersection(share.leaves) for _, share in self.bound_layers()):
+        if any(not leaf.saved for _, share in self.bound_layers() for leaf in share.leaves):
             converted: TargetedConfig = method_of(self.config).config_on_disk(self.config)
             return converted
         return self.config

@@ -229,7 +229,7 @@ def _restore_layers(
     for binding in plan.bindings:
         device = binding.site.device
         parameters = {
-            leaf: _parameter(tensors[key], device, float32, trainable and binding.method.trains(leaf))
+            leaf: _parameter(tensors[key], device, float32, trainable and binding.method.leaf(leaf).trained)
             for leaf, key in binding.keys.items()
         }
         parameters.update(_restored(adapters, binding, config))
@@ -271,16 +271,16 @@ def _create_layers(
             settings = part.method.settings(config, site)
             tensors = part.method.init(NewLayer(config, settings, adapters.base(site), generator))
             parameters = {
-                leaf: _parameter(t, site.device, True, part.method.trains(leaf)) for leaf, t in tensors.items()
+                leaf: _parameter(t, site.device, True, part.method.leaf(leaf).trained) for leaf, t in tensors.items()
             }
             made.append(_PendingLayer(site, part.method, settings, parameters, part.twins.get(site.id, ())))
     shared = _shared(adapters, config, method, made, {}, True, True, generator)
     for one, more in _with_extra_tensors(adapters, config, method, made, shared):
-        needed = one.method.shapes(one.settings, one.site).keys() - one.tensors.keys() - one.method.optional
+        needed = one.method.shapes(one.settings, one.site).keys() - one.tensors.keys()
         one.tensors.update(
-            (leaf, _parameter(more[leaf], one.site.device, True, one.method.trains(leaf)))
+            (leaf.name, _parameter(more[leaf.name], one.site.device, True, leaf.trained))
             for leaf in one.method.leaves
-            if leaf in needed & more.keys()
+            if leaf.name in needed & more.keys()
         )
     made = _tie_outputs(made, method, tied_ends(config, adapters.catalog), new=True, trainable=True)
     if adapters.is_spread:
@@ -358,14 +358,15 @@ def _bind(adapters: Adapters, adapter: Adapter, made: Sequence[_PendingLayer], s
         settings = one.method.settled(one.settings, one.tensors, layer)
         joining = _frozen(beside.get(id(one), {}), one.tensors, one.site)
         layer.hold(adapter.name, {k: t for k, t in joining.items() if not any(t is s for s in shared.values())})
-        share = BoundAdapter(one.method, settings, tuple(one.tensors), one.site.key, joining)
+        leaves = tuple(map(one.method.leaf, one.tensors))
+        share = BoundAdapter(one.method, settings, leaves, one.site.key, joining)
         layer.bind(adapter.name, share, one.tensors)
         adapter.layers.by_id[one.site.id] = layer
         for twin, twinned in ((twin, one.method.twinned(settings, twin)) for twin in one.twins):
             if twinned is not None:
                 key = twin.key if one.method.saves_twins else None
                 adapter.layers.by_id[twin.id] = adapters.wrap(twin)
-                share = BoundAdapter(one.method, twinned, tuple(one.tensors), key)
+                share = BoundAdapter(one.method, twinned, leaves, key)
                 adapter.layers.by_id[twin.id].bind(adapter.name, share, one.tensors)
     adapter.layers.exclusive = any(one.method.alone for one in made)
 

@@ -8,6 +8,7 @@ import torch
 
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.collection import Adapters
+from veneer.methods.base.leaf import Leaf
 
 
 def spare(adapters: Adapters, name: str) -> str:
@@ -48,7 +49,7 @@ def _kinds(adapter: Adapter) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {place: (tensor.shape, tensor.dtype) for place, tensor in adapter.tensors_by_place().items()}
 
 
-def _shares(adapter: Adapter) -> list[tuple[str, type, tuple[str, ...], str | None]]:
+def _shares(adapter: Adapter) -> list[tuple[str, type, tuple[Leaf, ...], str | None]]:
     return [(layer.site.id, type(s.method), s.leaves, s.key) for layer, s in adapter.bound_layers()]
 
 

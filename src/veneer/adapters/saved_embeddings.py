@@ -98,7 +98,7 @@ def _tensors(adapters: Adapters, adapter: Adapter, name: str, methods: list[Any]
     if weight is None or not weight.is_floating_point():  # packed: never grown
         return []
     if methods:
-        return [(encode(name, (TOKEN_BASE.leaves if TOKENS in methods else (WEIGHT,))[0]), weight)]
+        return [(encode(name, TOKEN_BASE.leaves[0].name if TOKENS in methods else WEIGHT), weight)]
     bias = module._parameters.get("bias") if layer is None else layer.base_bias
     return [
         (encode(name, leaf, adapter.prefix), t) for leaf, t in (("weight", weight), ("bias", bias)) if t is not None

@@ -84,7 +84,7 @@ def layer_status(adapters: Adapters) -> list[TunerLayerStatus]:
 def _of_layer(adapters: Adapters, name: str, layer: AdaptedLayer) -> TunerLayerStatus:
     tensors = {a: [p for s in shares for p in layer.tensors(a, s).values()] for a, shares in layer.bound.items()}
     trained = {
-        a: [p for s in shares for leaf, p in layer.tensors(a, s).items() if s.method.trains(leaf)]
+        a: [p for s in shares for leaf, p in layer.tensors(a, s).items() if s.method.leaf(leaf).trained]
         for a, shares in layer.bound.items()
     }
     return TunerLayerStatus(

@@ -21,6 +21,7 @@ from veneer.configs.base import AnyConfig
 from veneer.errors import BindError, TargetError
 from veneer.files.tensor_keys import SHARED_PREFIX, Slot, decode
 from veneer.methods import AnyMethod, Method
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import MethodOnSites, leaves_of
 from veneer.methods.base.parts import parts_of
 
@@ -45,11 +46,7 @@ class PlannedMethod(Protocol):
     """What the plan needs of a method, whether it adapts layers or is a prompt."""
 
     @property
-    def shared(self) -> tuple[str, ...]: ...
-    @property
-    def empty(self) -> tuple[str, ...]: ...
-    @property
-    def integers(self) -> frozenset[str]: ...
+    def shared(self) -> tuple[Leaf, ...]: ...
     @property
     def prefix(self) -> str: ...
     def parts(self, config: Any, catalog: Catalog) -> list[MethodOnSites]: ...
@@ -138,23 +135,25 @@ def _made_plan(config: AnyConfig, method: PlannedMethod, tensors: Mapping[str, H
     plan = Plan()
     parts = _parts(plan, config, method, catalog)
     leaves = leaves_of(parts)
-    saved = _saved(plan, config, [*leaves, *method.empty], method.prefix, tensors, catalog)
+    ignored = [leaf.name for leaf in getattr(method, "leaves", ()) if not leaf.loaded]
+    shared = {leaf.name for leaf in method.shared}
+    saved = _saved(plan, config, [*leaves, *ignored], method.prefix, tensors, catalog)
     held: dict[tuple[str, str], dict[str, str]] = {}
     spare: list[str] = []
     empty: list[str] = []
     for key in tensors:
-        slot = decode(key, [*leaves, *method.empty], method.prefix)
+        slot = decode(key, [*leaves, *ignored], method.prefix)
         common = key.removeprefix(SHARED_PREFIX)
-        if common.partition(".")[0] in method.shared:
+        if common.partition(".")[0] in shared:
             plan.shared[common] = key
         elif slot is None:
             plan.problems.append(f"{key}: not in the PEFT dialect (it would begin with {method.prefix})")
-        elif slot.leaf in method.empty:
+        elif slot.leaf in ignored:
             empty.append(key)
         elif any(infix in key for infix in _SPARE):
             spare.append(key)
         elif slot.leaf in leaves and not is_inside(slot.module, saved):
-            held.setdefault((slot.module, next(iter(leaves[slot.leaf].method.leaves))), {})[slot.leaf] = key
+            held.setdefault((slot.module, next(iter(leaves[slot.leaf].method.disk_names))), {})[slot.leaf] = key
         else:
             _plan_saved(plan, key, slot, tensors[key], saved, catalog)
     if empty:
@@ -209,7 +208,7 @@ def _plan_part(
     catalog: Catalog,
 ) -> None:
     meant = {site.key: site for site in part.sites}
-    own = {module: keys for (module, head), keys in held.items() if head == next(iter(part.method.leaves), "")}
+    own = {module: keys for (module, head), keys in held.items() if head == next(iter(part.method.disk_names), "")}
     if part.method.twins_repeat:
         for twin in (twin for twins in part.twins.values() for twin in twins):
             for leaf, key in own.pop(twin.key, {}).items():
@@ -277,13 +276,12 @@ def _plan_site(
     ]
     for leaf, shape in wanted.items():
         if leaf not in keys:
-            if leaf not in method.optional:
-                problems.append(f"{site.key}: {leaf} is missing from the checkpoint")
+            problems.append(f"{site.key}: {leaf} is missing from the checkpoint")
         elif tuple(tensors[keys[leaf]].shape) != shape:
             stored = tuple(tensors[keys[leaf]].shape)
             problems.append(f"{site.key}: {leaf} is {stored}, and this layer and config want {shape}")
         else:
-            problems += _of_wrong_kind(f"{site.key}: {leaf}", tensors[keys[leaf]], leaf not in method.integers)
+            problems += _of_wrong_kind(f"{site.key}: {leaf}", tensors[keys[leaf]], not method.leaf(leaf).integer)
     plan.problems += problems
     if not problems:
         plan.bindings.append(Binding(site, method, settings, dict(keys), twins))
@@ -340,6 +338,7 @@ def _is_floating(tensor: HasShape) -> bool:
 def _check_shared(plan: Plan, config: AnyConfig, method: PlannedMethod, tensors: Mapping[str, HasShape]) -> None:
     sites = [binding.site for binding in plan.bindings if binding.method is method]
     wanted = method.shared_shapes(config, sites)
+    integers = {leaf.name for leaf in method.shared if leaf.integer}
     plan.problems += [
         f"{leaf}: in the checkpoint, and this model and config have no such tensor"
         for leaf in plan.shared
@@ -350,7 +349,7 @@ def _check_shared(plan: Plan, config: AnyConfig, method: PlannedMethod, tensors:
             stored = tuple(tensors[plan.shared[leaf]].shape)
             if stored != shape:
                 plan.problems.append(f"{leaf}: is {stored}, and this model and config want {shape}")
-            wide = leaf.partition(".")[0] not in method.integers
+            wide = leaf.partition(".")[0] not in integers
             plan.problems += _of_wrong_kind(leaf, tensors[plan.shared[leaf]], wide)
         elif method.saves_shared(config):
             plan.problems.append(f"{leaf}, which all layers share, is missing from the checkpoint")

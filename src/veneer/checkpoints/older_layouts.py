@@ -178,7 +178,7 @@ def closeness(checkpoint: Checkpoint, catalog: Catalog) -> Closeness:
 
 def _heads(config: TargetedConfig) -> frozenset[str]:
     """The words that follow a module's name in a key."""
-    return frozenset(leaf.partition(".")[0] for leaf in method_of(config).for_config(config).leaves) | _BETWEEN
+    return frozenset(leaf.partition(".")[0] for leaf in method_of(config).for_config(config).disk_names) | _BETWEEN
 
 
 @lru_cache(maxsize=1 << 13)

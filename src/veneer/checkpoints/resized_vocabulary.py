@@ -79,7 +79,8 @@ def _wanted(checkpoint: Checkpoint, own: int, tied: bool) -> tuple[int | None, s
     sizes: set[int] = set()
     brought: set[str] = set()
     config = checkpoint.config
-    own_parts = prompt_of(config).shared if isinstance(config, PromptConfig) else method_of(config).shared
+    shared = prompt_of(config).shared if isinstance(config, PromptConfig) else method_of(config).shared
+    own_parts = {leaf.name for leaf in shared}
     for key, info in checkpoint.tensors.items():
         if key.removeprefix(SHARED_PREFIX).partition(".")[0] in own_parts:
             continue  # of no module of the base: a small decoder of the adapter's has a vocabulary of its own

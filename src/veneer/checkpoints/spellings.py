@@ -58,8 +58,8 @@ def _leaves(config: PeftConfig) -> dict[str, str]:
     """What the key of a tensor of the method's own ends with, in memory (but for the adapter's name) -> on disk."""
     if isinstance(config, TargetedConfig):
         methods = [method_of(config).for_config(config), *([TOKENS] if isinstance(config, LoraConfig) else [])]
-        return {method.in_memory(leaf): leaf for method in methods for leaf in method.leaves}
-    return {leaf: leaf for leaf in prompt_of(config).shared} if isinstance(config, PromptConfig) else {}
+        return {method.leaf(name).memory_name: name for method in methods for name in method.disk_names}
+    return {leaf.name: leaf.name for leaf in prompt_of(config).shared} if isinstance(config, PromptConfig) else {}
 
 
 def _without_name(checkpoint: Checkpoint, leaves: Mapping[str, str]) -> Checkpoint:

@@ -125,7 +125,7 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
     def bind(self, adapter: str, share: BoundAdapter, tensors: Mapping[str, nn.Parameter]) -> None:
         """Add an adapter's tensors (leaf -> parameter), used as they are."""
         for leaf in share.leaves:
-            self._place(adapter, share.method.in_memory(leaf), tensors[leaf])
+            self._place(adapter, leaf.memory_name, tensors[leaf.name])
         watch([*tensors.values(), *share.shared.values()])
         self.bound.setdefault(adapter, []).append(share)
         self._forget()
@@ -155,7 +155,7 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
         """Remove an adapter's tensors; the heads that are empty then go too."""
         shares = self.bound.pop(adapter)
         self._forget()
-        names = [s.method.in_memory(leaf) for s in shares for leaf in s.leaves] + [*self.held.pop(adapter, ())]
+        names = [leaf.memory_name for share in shares for leaf in share.leaves] + [*self.held.pop(adapter, ())]
         for head in {name.partition(".")[0] for name in names} & self._modules.keys():
             holder = self._holder(head)
             holder._parameters.pop(adapter, None)
@@ -181,7 +181,7 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
 
     def tensors(self, adapter: str, share: BoundAdapter) -> dict[str, nn.Parameter]:
         """Leaf -> the parameter of an adapter's share of this layer."""
-        return {leaf: self.placed(adapter, share.method.in_memory(leaf)) for leaf in share.leaves}
+        return {leaf.name: self.placed(adapter, leaf.memory_name) for leaf in share.leaves}
 
     def placed(self, adapter: str, name: str) -> nn.Parameter:
         """A tensor among the layer's own: see :meth:`_place`."""

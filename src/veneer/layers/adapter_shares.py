@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from veneer.base_model.sites.site import Site
 from veneer.methods import AnyMethod
+from veneer.methods.base.leaf import Leaf
 from veneer.patches.patch import Patch
 from veneer.patches.weight_arithmetic import merged, merged_bias
 
@@ -22,14 +23,14 @@ class BoundAdapter:
     Attributes:
         method: lowers its tensors.
         settings: what its config means here.
-        leaves: the names of its tensors.
+        leaves: its tensors.
         key: where they lie in a checkpoint; ``None`` for a layer that shares another's tensors.
         shared: leaf -> tensor that joins its own: one that all layers use, which one of them holds, or a frozen one.
     """
 
     method: AnyMethod
     settings: Any
-    leaves: tuple[str, ...]
+    leaves: tuple[Leaf, ...]
     key: str | None
     shared: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
@@ -95,7 +96,7 @@ class LayerAdapters:
             bool(tensor.count_nonzero())
             for name, share in shares
             for leaf, tensor in self.tensors(name, share).items()
-            if leaf in share.method.bias_leaves
+            if share.method.leaf(leaf).moves_bias
         )
 
     @property

@@ -32,7 +32,7 @@ class MergeOnlyLayer(LayerAdapters):
 
     def bind(self, adapter: str, share: BoundAdapter, tensors: Mapping[str, nn.Parameter]) -> None:
         """Add an adapter's tensors (leaf -> parameter), used as they are."""
-        self._tensors.update({(adapter, share.method.in_memory(leaf)): tensors[leaf] for leaf in share.leaves})
+        self._tensors.update({(adapter, leaf.memory_name): tensors[leaf.name] for leaf in share.leaves})
         self.bound.setdefault(adapter, []).append(share)
 
     def hold(self, adapter: str, kept: Mapping[str, nn.Parameter]) -> None:
@@ -44,7 +44,7 @@ class MergeOnlyLayer(LayerAdapters):
         self._tensors = {key: tensor for key, tensor in self._tensors.items() if key[0] != adapter}
 
     def tensors(self, adapter: str, share: BoundAdapter) -> dict[str, nn.Parameter]:
-        return {leaf: self._tensors[adapter, share.method.in_memory(leaf)] for leaf in share.leaves}
+        return {leaf.name: self._tensors[adapter, leaf.memory_name] for leaf in share.leaves}
 
     def store_merged(self, names: tuple[str, ...]) -> None:
         """Merge for good: the base layer's parameters are given up."""

@@ -18,6 +18,7 @@ from veneer.base_model.sites.conv import ConvSite
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.adalora import AdaLoraConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.rotation import check_groups
 from veneer.patches.patch import Patch
@@ -37,7 +38,7 @@ class AdaLoraSettings:
 class AdaLora(Method[AdaLoraConfig, AdaLoraSettings]):
     """AdaLoRA on linear layers and convolutions."""
 
-    leaves = (A, B, E)
+    leaves = (Leaf(A), Leaf(B), Leaf(E))
     kinds = (LinearSite, ConvSite)
 
     def settings(self, config: AdaLoraConfig, site: Site) -> AdaLoraSettings:

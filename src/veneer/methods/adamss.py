@@ -22,6 +22,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.adamss import AdamssConfig
 from veneer.errors import BaseMismatchError, UnsupportedError
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.packages import require
 from veneer.patches.patch import Patch
@@ -47,13 +48,12 @@ class Adamss(Method[AdamssConfig, AdamssSettings]):
     """
 
     kinds = (LinearSite,)
-    fixed = frozenset({V})
-    frozen = frozenset({ROWS})
 
     def __init__(self, groups: int) -> None:
         self.downs = [f"{A}{index}" for index in range(groups)]
         self.ups = [f"{B}{index}" for index in range(groups)]
-        self.leaves = (V, *self.downs, *self.ups)  # type: ignore[misc]
+        own = (Leaf(V, trained=False), Leaf(ROWS, trained=False, saved=False))
+        self.leaves = (*own, *map(Leaf, (*self.downs, *self.ups)))
 
     def for_config(self, config: AdamssConfig) -> Adamss:
         return Adamss(config.num_subspaces)

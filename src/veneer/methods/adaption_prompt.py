@@ -23,6 +23,7 @@ from veneer.base_model.sites.attention import FORMS, AttentionSite, attention_si
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.adaption_prompt import AdaptionPromptConfig
 from veneer.errors import TargetError
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, MethodOnSites, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
 from veneer.patches.patch import Patch
@@ -59,7 +60,7 @@ class AdaptionPromptRoute:
 class AdaptionPrompt(RoutedMethod[AdaptionPromptConfig, int]):
     """LLaMA-Adapter. What it means for a layer is the number of vectors."""
 
-    leaves = (PROMPT, GATE)
+    leaves = (Leaf(PROMPT), Leaf(GATE))
     kinds = (AttentionSite,)
 
     def complete(self, config: AdaptionPromptConfig, catalog: Catalog) -> None:

@@ -133,7 +133,7 @@ class Arrow(Lora):
     """Arrow routing on linear layers."""
 
     kinds = (LinearSite,)
-    trainable = False
+    leaves = tuple(replace(leaf, trained=False) for leaf in Lora.leaves)
 
     def settings(self, config: LoraConfig, site: Site) -> ArrowSettings:
         plain = super().settings(config, site)

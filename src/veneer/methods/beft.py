@@ -14,6 +14,7 @@ from veneer.base_model.sites.conv import ConvSite
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.beft import BeftConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
 
@@ -23,8 +24,7 @@ SHIFT = "beft_bias"
 class Beft(Method[BeftConfig, None]):
     """BEFT on linear layers and convolutions."""
 
-    leaves = (SHIFT,)
-    bias_leaves = frozenset({SHIFT})
+    leaves = (Leaf(SHIFT, moves_bias=True),)
     kinds = (LinearSite, ConvSite)
 
     def settings(self, config: BeftConfig, site: Site) -> None:

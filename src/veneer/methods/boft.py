@@ -19,6 +19,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.boft import BOFTConfig
 from veneer.errors import UnsupportedError
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.patch_dropout import of_blocks
 from veneer.methods.shared.rotation import cayley, check_groups
@@ -42,7 +43,7 @@ class BOFTSettings:
 class BOFT(Method[BOFTConfig, BOFTSettings]):
     """BOFT on linear layers and convolutions."""
 
-    leaves = (R, S)
+    leaves = (Leaf(R), Leaf(S))
     kinds = (LinearSite, ConvSite)
 
     def settings(self, config: BOFTConfig, site: Site) -> BOFTSettings:

@@ -16,6 +16,7 @@ from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.c3a import C3AConfig
 from veneer.errors import UnsupportedError
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.operators import Circulant
 from veneer.patches.patch import Patch
@@ -26,7 +27,7 @@ KERNEL = "c3a_kernel"
 class C3A(Method[C3AConfig, int]):
     """C3A on linear layers; its settings are the size of a block."""
 
-    leaves = (KERNEL,)
+    leaves = (Leaf(KERNEL),)
     kinds = (LinearSite,)
 
     def settings(self, config: C3AConfig, site: Site) -> int:

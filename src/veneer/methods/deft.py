@@ -16,6 +16,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.deft import DeftConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
 
@@ -26,7 +27,7 @@ class Deft(Method[DeftConfig, DeftConfig]):
     """DEFT and PaRa on layers with a matrix."""
 
     kinds = (LinearSite,)
-    leaves = (P, R)
+    leaves = (Leaf(P), Leaf(R))
 
     def settings(self, config: DeftConfig, site: Site) -> DeftConfig:
         return config

@@ -18,6 +18,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.delora import DeloraConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.tucker import started
 from veneer.patches.patch import Patch
@@ -39,8 +40,7 @@ class DeloraSettings:
 class Delora(Method[DeloraConfig, DeloraSettings]):
     """DeLoRA on linear layers."""
 
-    leaves = (A, B, LAMBDA, NORM)
-    fixed = frozenset({NORM})
+    leaves = (Leaf(A), Leaf(B), Leaf(LAMBDA), Leaf(NORM, trained=False))
     kinds = (LinearSite,)
 
     def settings(self, config: DeloraConfig, site: Site) -> DeloraSettings:

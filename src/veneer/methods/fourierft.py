@@ -15,6 +15,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.fourierft import FourierFTConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.random_entries import random_places
 from veneer.patches.operators import Sparse, SparseInTransform
@@ -34,7 +35,7 @@ class FourierFTSettings:
 class FourierFT(Method[FourierFTConfig, FourierFTSettings]):
     """FourierFT on linear layers."""
 
-    leaves = (SPECTRUM,)
+    leaves = (Leaf(SPECTRUM),)
     kinds = (LinearSite,)
 
     def settings(self, config: FourierFTConfig, site: Site) -> FourierFTSettings:

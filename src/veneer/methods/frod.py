@@ -20,6 +20,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.frod import FrodConfig
 from veneer.errors import UnsupportedError
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
 
@@ -32,9 +33,12 @@ class Frod(Method[FrodConfig, FrodConfig]):
     """FRoD on layers with a matrix."""
 
     kinds = (LinearSite,)
-    leaves = (LENGTHS, ENTRIES)
-    shared = (V, PLACES, SIZE)
-    integers = frozenset({PLACES, SIZE})
+    leaves = (Leaf(LENGTHS), Leaf(ENTRIES))
+    shared = (
+        Leaf(V, trained=False),
+        Leaf(PLACES, trained=False, integer=True),
+        Leaf(SIZE, trained=False, integer=True),
+    )
 
     def settings(self, config: FrodConfig, site: Site) -> FrodConfig:
         return config

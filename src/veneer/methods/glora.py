@@ -19,6 +19,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.glora import GloraConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.operators import HadamardLowRank
 from veneer.patches.patch import Patch
@@ -31,9 +32,11 @@ class Glora(Method[GloraConfig, GloraConfig]):
     """GLoRA on layers with a matrix."""
 
     kinds = (LinearSite,)
-    leaves = tuple(part + form for part in (A, B, C, D, E) for form in (DOWN, UP, PLAIN))
-    # What is "none" stands in peft's checkpoints as zeros.
-    empty = tuple(part + ".zeros" for part in (A, B, C, D, E))
+    leaves = (
+        *(Leaf(part + form) for part in (A, B, C, D, E) for form in (DOWN, UP, PLAIN)),
+        # What is "none" stands in peft's checkpoints as zeros.
+        *(Leaf(part + ".zeros", loaded=False) for part in (A, B, C, D, E)),
+    )
 
     def settings(self, config: GloraConfig, site: Site) -> GloraConfig:
         return config

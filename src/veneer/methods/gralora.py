@@ -18,6 +18,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site, unsupported
 from veneer.configs.methods.gralora import GraloraConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
 
@@ -29,7 +30,7 @@ class Gralora(Method[GraloraConfig, GraloraConfig]):
     """GraLoRA and its hybrid on layers with a matrix."""
 
     kinds = (LinearSite,)
-    leaves = (A, B, GENERAL_A, GENERAL_B)
+    leaves = (Leaf(A), Leaf(B), Leaf(GENERAL_A), Leaf(GENERAL_B))
 
     def settings(self, config: GraloraConfig, site: Site) -> GraloraConfig:
         if any(side % config.gralora_k for side in site.shape):

@@ -20,6 +20,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.hira import HiraConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.rotation import check_groups
 from veneer.methods.shared.tucker import started
@@ -41,7 +42,7 @@ class HiraSettings:
 class Hira(Method[HiraConfig, HiraSettings]):
     """HiRA on linear layers, convolutions and embeddings."""
 
-    leaves = (A, B, EMBEDDING_A, EMBEDDING_B)
+    leaves = (Leaf(A), Leaf(B), Leaf(EMBEDDING_A), Leaf(EMBEDDING_B))
     kinds = (LinearSite, ConvSite, EmbeddingSite)
 
     def settings(self, config: HiraConfig, site: Site) -> HiraSettings:

@@ -17,6 +17,7 @@ from veneer.base_model.sites.conv import ConvSite
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.hra import HRAConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.rotation import check_groups
 from veneer.methods.shared.tucker import started
@@ -29,7 +30,7 @@ U = "hra_u"
 class HRA(Method[HRAConfig, HRAConfig]):
     """HRA on linear layers and convolutions."""
 
-    leaves = (U,)
+    leaves = (Leaf(U),)
     kinds = (LinearSite, ConvSite)
 
     def settings(self, config: HRAConfig, site: Site) -> HRAConfig:

@@ -17,6 +17,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import names_match
 from veneer.configs.methods.ia3 import IA3Config
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.multipliers import Diagonal
 from veneer.patches.patch import Patch
@@ -34,7 +35,7 @@ class IA3Settings:
 class IA3(Method[IA3Config, IA3Settings]):
     """(IA)3 on linear layers and convolutions."""
 
-    leaves = (SCALE,)
+    leaves = (Leaf(SCALE),)
     kinds = (LinearSite, ConvSite)
 
     def settings(self, config: IA3Config, site: Site) -> IA3Settings:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.lily import LilyConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
 from veneer.patches.patch import Patch
@@ -94,7 +95,7 @@ class LilyInferenceRoute:
 class Lily(RoutedMethod[LilyConfig, LilyConfig]):
     """Lily."""
 
-    leaves = (A, B, ROUTER)
+    leaves = (Leaf(A), Leaf(B), Leaf(ROUTER))
 
     def settings(self, config: LilyConfig, site: Site) -> LilyConfig:
         return config

@@ -21,6 +21,7 @@ from veneer.base_model.sites.vector import NormSite, is_norm
 from veneer.base_model.sites.whole_layer import WholeSite
 from veneer.base_model.targets import shortest
 from veneer.configs.methods.ln_tuning import LNTuningConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, MethodOnSites, NewLayer
 from veneer.patches.patch import Patch
 
@@ -34,7 +35,7 @@ BIAS = "ln_tuning_layers.bias"
 class LNTuning(Method[LNTuningConfig, None]):
     """LN tuning on norms, and on any other layer that it is pointed at."""
 
-    leaves = (WEIGHT, BIAS)
+    leaves = (Leaf(WEIGHT), Leaf(BIAS))
     kinds = (NormSite, LinearSite, ConvSite, EmbeddingSite, WholeSite)
 
     def complete(self, config: LNTuningConfig, catalog: Catalog) -> None:

@@ -21,6 +21,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.loha import LoHaConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.patch_dropout import Drop, of_delta
 from veneer.methods.shared.tucker import as_low_rank, core_kernel, started, tucker
@@ -43,7 +44,7 @@ class LoHaSettings:
 class LoHa(Method[LoHaConfig, LoHaSettings]):
     """LoHa on linear layers and convolutions."""
 
-    leaves = (A1, B1, A2, B2, CORE1, CORE2)
+    leaves = (Leaf(A1), Leaf(B1), Leaf(A2), Leaf(B2), Leaf(CORE1), Leaf(CORE2))
     kinds = (LinearSite, ConvSite)
 
     def settings(self, config: LoHaConfig, site: Site) -> LoHaSettings:

@@ -23,6 +23,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.lokr import LoKrConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.patch_dropout import Drop, of_delta
 from veneer.methods.shared.tucker import core_kernel, started, tucker
@@ -51,7 +52,7 @@ class LoKrSettings:
 class LoKr(Method[LoKrConfig, LoKrSettings]):
     """LoKr on linear layers and convolutions."""
 
-    leaves = (C, C1, C2, D, D1, D2, CORE)
+    leaves = (Leaf(C), Leaf(C1), Leaf(C2), Leaf(D), Leaf(D1), Leaf(D2), Leaf(CORE))
     kinds = (LinearSite, ConvSite)
 
     def settings(self, config: LoKrConfig, site: Site) -> LoKrSettings:

@@ -36,11 +36,12 @@ from veneer.base_model.sites.site import Site, unsupported
 from veneer.base_model.targets import only_parameters, pattern_value
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import MergeError, UnsupportedError
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, MethodOnSites, NewLayer
 from veneer.methods.base.replaced_weight import TOKEN_BASE
 from veneer.methods.lora_starts import begin, is_moved, repeats
 from veneer.methods.lora_starts.start import Layer
-from veneer.methods.lora_variants import FIXED, FROZEN, LEAVES, variant_of
+from veneer.methods.lora_variants import LEAVES, variant_of
 from veneer.methods.lora_variants.variant import LORA_A, LORA_B, Variant
 from veneer.methods.shared.loftq_base import LOFTQ_BASE
 from veneer.methods.shared.token_rows import TOKENS
@@ -87,13 +88,17 @@ class LoraSettings:
 class Lora(Method[LoraConfig, LoraSettings]):
     """LoRA, rsLoRA, DoRA, and the variants in :mod:`veneer.methods.lora_variants`."""
 
-    leaves = (A, B, B_BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, *LEAVES)
-    bias_leaves = frozenset({B_BIAS})
-    fixed = FIXED
-    frozen = frozenset({START_A, START_B}) | FROZEN
-
-    def in_memory(self, leaf: str) -> str:
-        return f"{leaf}.weight" if leaf == MAGNITUDE else leaf
+    leaves = (
+        Leaf(A),
+        Leaf(B),
+        Leaf(B_BIAS, moves_bias=True),
+        Leaf(EMBEDDING_A),
+        Leaf(EMBEDDING_B),
+        Leaf(MAGNITUDE, memory_name=f"{MAGNITUDE}.weight"),
+        Leaf(START_A, trained=False, saved=False),
+        Leaf(START_B, trained=False, saved=False),
+        *LEAVES,
+    )
 
     def parts(self, config: LoraConfig, catalog: Catalog) -> list[MethodOnSites]:
         layers = [] if only_parameters(config) else catalog.sites(config)
@@ -237,7 +242,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
                 A: tensors[EMBEDDING_B].T.clone(memory_format=shape),
                 B: tensors[EMBEDDING_A].T.clone(memory_format=shape),
             }
-        kept = {leaf: tensor for leaf, tensor in tensors.items() if leaf not in self.frozen}
+        kept = {leaf: tensor for leaf, tensor in tensors.items() if self.leaf(leaf).saved}
         return {**kept, **_without_start(tensors)} if START_A in tensors else kept
 
     def config_on_disk(self, config: LoraConfig) -> LoraConfig:
@@ -283,7 +288,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
 class Mica(Lora):
     """LoRA whose ``B`` stays as it began (:mod:`veneer.methods.lora_starts.mica`)."""
 
-    fixed = frozenset({B})
+    leaves = tuple(replace(leaf, trained=leaf.trained and leaf.name != B) for leaf in Lora.leaves)
 
 
 METHOD = Lora()

@@ -19,6 +19,7 @@ from veneer.base_model.sites.site import Site
 from veneer.configs.methods.bone import BoneConfig
 from veneer.configs.methods.miss import MissConfig
 from veneer.errors import UnsupportedError
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.tucker import started
 from veneer.patches.patch import Patch
@@ -38,14 +39,14 @@ class Miss(Method[MissConfig | BoneConfig, MissSettings]):
     """MiSS on linear layers.
 
     Args:
-        leaf: the matrix's name in a checkpoint.
+        name: the matrix's name in a checkpoint.
     """
 
     kinds = (LinearSite,)
 
-    def __init__(self, leaf: str) -> None:
-        self.leaf = leaf
-        self.leaves = (leaf,)  # type: ignore[misc]
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.leaves = (Leaf(name),)
 
     def settings(self, config: MissConfig | BoneConfig, site: Site) -> MissSettings:
         (out, inner), r, bat = site.shape, config.r, config.init_weights == "bat"
@@ -61,14 +62,14 @@ class Miss(Method[MissConfig | BoneConfig, MissSettings]):
 
     def shapes(self, settings: MissSettings, site: Site) -> dict[str, tuple[int, ...]]:
         r = settings.r
-        return {self.leaf: (site.shape[0] // r, r, r) if settings.bat else (r, settings.columns)}
+        return {self.name: (site.shape[0] // r, r, r) if settings.bat else (r, settings.columns)}
 
     def init(self, new: NewLayer[MissConfig | BoneConfig, MissSettings]) -> dict[str, Tensor]:
-        zero = {self.leaf} if new.config.init_weights else set()
+        zero = {self.name} if new.config.init_weights else set()
         return started(self.shapes(new.settings, new.site), zero, new.generator)
 
     def lower(self, settings: MissSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
-        (out, inner), r, block = base.site.shape, settings.r, tensors[self.leaf]
+        (out, inner), r, block = base.site.shape, settings.r, tensors[self.name]
         if settings.bat:
             weight = base.base_weight().to(block.dtype).view(out // r, r, inner // r, r)
             change = torch.einsum("paqb,pbc->paqc", weight, block) + block.unsqueeze(2)

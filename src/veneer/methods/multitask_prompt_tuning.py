@@ -17,6 +17,7 @@ from veneer.base_model.sites.site import Site
 from veneer.configs.methods.multitask_prompt_tuning import FROM_SOURCE, MultitaskPromptTuningConfig
 from veneer.errors import AdapterError, ConfigError
 from veneer.files.resolve import resolve
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.prompt_method import PROMPT, PromptEncoder, PromptMethod
 from veneer.methods.prompt_tuning import start
 
@@ -58,7 +59,7 @@ class TaskTable(PromptEncoder):
 class MultitaskPromptTuning(PromptMethod[MultitaskPromptTuningConfig]):
     """Multitask prompt tuning."""
 
-    shared = (COLS, ROWS, PROMPT)
+    shared = (Leaf(COLS), Leaf(ROWS), Leaf(PROMPT))
 
     def shared_shapes(
         self, config: MultitaskPromptTuningConfig, sites: Sequence[Site]

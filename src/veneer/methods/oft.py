@@ -20,6 +20,7 @@ from veneer.base_model.sites.embedding import EmbeddingSite
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.oft import OFTConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.patch_dropout import of_blocks
 from veneer.methods.shared.rotation import cayley, check_groups, neumann, skew_of
@@ -44,7 +45,7 @@ class OFTSettings:
 class OFT(Method[OFTConfig, OFTSettings]):
     """OFT and COFT on linear layers, convolutions and embeddings."""
 
-    leaves = (ENTRIES, EMBEDDING_ENTRIES)
+    leaves = (Leaf(ENTRIES), Leaf(EMBEDDING_ENTRIES))
     kinds = (LinearSite, ConvSite, EmbeddingSite)
 
     def settings(self, config: OFTConfig, site: Site) -> OFTSettings:

@@ -18,6 +18,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.osf import OSFConfig
 from veneer.configs.patterns import PART, match
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
 
@@ -29,7 +30,7 @@ class OSF(Method[OSFConfig, int]):
     """OSF on layers with a matrix. Its settings for a layer are how many directions are kept."""
 
     kinds = (LinearSite,)
-    leaves = (U, S, V)
+    leaves = (Leaf(U), Leaf(S), Leaf(V))
 
     def settings(self, config: OSFConfig, site: Site) -> int:
         small, chosen = min(site.shape), config.effective_rank

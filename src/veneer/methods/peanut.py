@@ -19,6 +19,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.peanut import PeanutConfig
 from veneer.errors import ConfigError
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
 
@@ -37,7 +38,7 @@ class Peanut(Method[PeanutConfig, PeanutConfig]):
     def __init__(self, depth: int) -> None:
         self.encoders = [f"peanut_encoders.{index}.weight" for index in range(depth)]
         self.decoders = [f"peanut_decoders.{index}.weight" for index in range(depth)]
-        self.leaves = (A, B, *self.encoders, *self.decoders)  # type: ignore[misc]
+        self.leaves = tuple(map(Leaf, (A, B, *self.encoders, *self.decoders)))
 
     def for_config(self, config: PeanutConfig) -> Peanut:
         return Peanut(config.depth)

@@ -22,6 +22,7 @@ from torch.distributions import RelaxedBernoulli
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.poly import PolyConfig
 from veneer.errors import AdapterError, UnsupportedError
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
 from veneer.patches.patch import Patch
@@ -95,7 +96,7 @@ class PolyRoute:
 class Poly(RoutedMethod[PolyConfig, PolyConfig]):
     """Poly and multi-head routing."""
 
-    leaves = (A, B, LOGITS)
+    leaves = (Leaf(A), Leaf(B), Leaf(LOGITS))
 
     def settings(self, config: PolyConfig, site: Site) -> PolyConfig:
         if any(size % config.n_splits for size in site.shape):

@@ -17,6 +17,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site, unsupported
 from veneer.configs.methods.psoft import PsoftConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.rotation import cayley, neumann, skew_of
 from veneer.patches.low_rank import balanced
@@ -32,7 +33,7 @@ class Psoft(Method[PsoftConfig, PsoftConfig]):
     """PSOFT on layers with a matrix."""
 
     kinds = (LinearSite,)
-    leaves = (TURN, AFTER, BEFORE)
+    leaves = (Leaf(TURN), Leaf(AFTER), Leaf(BEFORE))
 
     def settings(self, config: PsoftConfig, site: Site) -> PsoftConfig:
         if config.r > min(site.shape):

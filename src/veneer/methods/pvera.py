@@ -22,6 +22,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.pvera import PveraConfig
 from veneer.errors import MergeError
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.vera import largest, seeded
 from veneer.patches.patch import Patch
@@ -74,8 +75,8 @@ class Pvera(Method[PveraConfig, PveraSettings]):
     """PVeRA on layers with a matrix."""
 
     kinds = (LinearSite,)
-    leaves = (B, D)
-    shared = (SHARED_A, SHARED_B)
+    leaves = (Leaf(B), Leaf(D))
+    shared = (Leaf(SHARED_A, trained=False), Leaf(SHARED_B, trained=False))
 
     def settings(self, config: PveraConfig, site: Site) -> PveraSettings:
         seed = config.generator_seed

@@ -21,6 +21,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.randlora import RandLoraConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
 
@@ -34,10 +35,9 @@ class RandLora(Method[RandLoraConfig, RandLoraConfig]):
     """RandLoRA on layers with a matrix."""
 
     kinds = (LinearSite,)
-    leaves = (LAMBDA, GAMMA)
     # peft writes the shared tensors once more for every layer.
-    empty = (SHARED_A, SHARED_B)
-    shared = (SHARED_A, SHARED_B)
+    leaves = (Leaf(LAMBDA), Leaf(GAMMA), Leaf(SHARED_A, loaded=False), Leaf(SHARED_B, loaded=False))
+    shared = (Leaf(SHARED_A, trained=False), Leaf(SHARED_B, trained=False))
 
     def settings(self, config: RandLoraConfig, site: Site) -> RandLoraConfig:
         return config

@@ -18,6 +18,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.road import VARIANTS, RoadConfig
 from veneer.errors import UnsupportedError
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.multipliers import BlockDiagonal
 from veneer.patches.patch import Patch
@@ -37,7 +38,7 @@ class RoadSettings:
 class Road(Method[RoadConfig, RoadSettings]):
     """RoAd on linear layers."""
 
-    leaves = (THETA, ALPHA)
+    leaves = (Leaf(THETA), Leaf(ALPHA))
     kinds = (LinearSite,)
 
     def settings(self, config: RoadConfig, site: Site) -> RoadSettings:

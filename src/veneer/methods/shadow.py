@@ -31,6 +31,7 @@ from veneer.base_model.sites.site import Site
 from veneer.configs.methods.shadow import MIRROR, ShadowConfig
 from veneer.configs.names import HEADS, TaskType
 from veneer.errors import AdapterError, TargetError, UnsupportedError
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, MethodOnSites, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
 from veneer.methods.shared.shadow_decoder_files import embedding_leaves, shadow_source
@@ -92,19 +93,15 @@ class ShadowRoute:
 class Shadow(RoutedMethod[ShadowConfig, ShadowConfig]):
     """SHADOW on the blocks of a decoder."""
 
-    leaves = (DOWN, UP, *_UPDATES)
+    leaves = tuple(Leaf(name, memory_name=name.replace(_NAMED, ".")) for name in (DOWN, UP, *_UPDATES))
     kinds = (BlockSite,)
-    shared = (BACKBONE, PROJECTION, HEAD)
-    trains_shared = True
+    shared = (Leaf(BACKBONE), Leaf(PROJECTION), Leaf(HEAD))
 
     def trains_shared_leaf(self, config: ShadowConfig, leaf: str) -> bool:
         if config.shadow_model == MIRROR:
             return True
         # As in peft: they may be most of what a model of its own has.
         return leaf.removeprefix(f"{BACKBONE}{_NAMED}") not in embedding_leaves(config.shadow_model)
-
-    def in_memory(self, leaf: str) -> str:
-        return leaf.replace(_NAMED, ".")
 
     def complete(self, config: ShadowConfig, catalog: Catalog) -> None:
         blocks = _blocks(catalog)
@@ -174,7 +171,7 @@ class Shadow(RoutedMethod[ShadowConfig, ShadowConfig]):
         return {**made, UP: torch.zeros(shapes[UP])} if new.config.init_weights else made
 
     def lower(self, settings: ShadowConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
-        return Patch(route=ShadowRoute(settings, {leaf: tensors[leaf] for leaf in self.leaves}))
+        return Patch(route=ShadowRoute(settings, {leaf: tensors[leaf] for leaf in self.by_name}))
 
 
 METHOD = Shadow()

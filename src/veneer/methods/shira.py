@@ -16,6 +16,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.shira import ShiraConfig
 from veneer.errors import UnsupportedError
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.random_entries import random_places
 from veneer.patches.operators import Sparse
@@ -28,9 +29,7 @@ PLACES = "shira_indices"
 class Shira(Method[ShiraConfig, int]):
     """SHiRA on linear layers; its settings are how many numbers a layer has."""
 
-    leaves = (VALUES, PLACES)
-    integers = frozenset({PLACES})
-    fixed = integers
+    leaves = (Leaf(VALUES), Leaf(PLACES, trained=False, integer=True))
     kinds = (LinearSite,)
 
     def settings(self, config: ShiraConfig, site: Site) -> int:

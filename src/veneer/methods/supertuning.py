@@ -17,6 +17,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site, unsupported
 from veneer.configs.methods.supertuning import SupertuningConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.operators import Sparse
 from veneer.patches.patch import Patch
@@ -30,9 +31,7 @@ class Supertuning(Method[SupertuningConfig, SupertuningConfig]):
     """Super-Tuning and Supra on layers with a matrix."""
 
     kinds = (LinearSite,)
-    leaves = (VALUES, INDICES, A, B)
-    integers = frozenset({INDICES})
-    fixed = integers
+    leaves = (Leaf(VALUES), Leaf(INDICES, trained=False, integer=True), Leaf(A), Leaf(B))
 
     def settings(self, config: SupertuningConfig, site: Site) -> SupertuningConfig:
         if not _count(config, site):

@@ -19,6 +19,7 @@ from veneer.base_model.sites.embedding import EmbeddingSite
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.tinylora import TinyLoraConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.low_rank import truncated
 from veneer.patches.patch import Patch
@@ -33,10 +34,8 @@ class TinyLora(Method[TinyLoraConfig, TinyLoraConfig]):
     """TinyLoRA on layers with a matrix and on embeddings."""
 
     kinds = (LinearSite, EmbeddingSite)
-    leaves = (A, B, P)
-    trainable = False
-    shared = (V,)
-    trains_shared = True
+    leaves = (Leaf(A, trained=False), Leaf(B, trained=False), Leaf(P, trained=False))
+    shared = (Leaf(V),)
 
     def settings(self, config: TinyLoraConfig, site: Site) -> TinyLoraConfig:
         return config

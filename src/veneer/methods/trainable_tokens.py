@@ -17,6 +17,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import shortest
 from veneer.configs.methods.trainable_tokens import TrainableTokensConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import MethodOnSites, NewLayer
 from veneer.methods.base.replaced_weight import SAVED_WEIGHT
 from veneer.methods.shared.token_rows import TokenRows, TokenSettings
@@ -30,7 +31,7 @@ VALUES = "trainable_tokens_delta"
 class TrainableTokens(TokenRows[TrainableTokensConfig]):
     """Trainable tokens on embeddings and output layers."""
 
-    leaves = (VALUES,)
+    leaves = (Leaf(VALUES),)
     kinds = (EmbeddingSite, LinearSite)
     saves_twins = True
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.unilora import UniLoraConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
 
@@ -30,11 +31,13 @@ class UniLora(Method[UniLoraConfig, UniLoraConfig]):
     """Uni-LoRA on layers with a matrix."""
 
     kinds = (LinearSite,)
-    leaves = (INDICES_A, INDICES_B, SCALES_A, SCALES_B)
-    integers = frozenset({INDICES_A, INDICES_B})
-    trainable = False
-    shared = (THETA,)
-    trains_shared = True
+    leaves = (
+        Leaf(INDICES_A, trained=False, integer=True),
+        Leaf(INDICES_B, trained=False, integer=True),
+        Leaf(SCALES_A, trained=False),
+        Leaf(SCALES_B, trained=False),
+    )
+    shared = (Leaf(THETA),)
 
     def settings(self, config: UniLoraConfig, site: Site) -> UniLoraConfig:
         return config
@@ -72,7 +75,7 @@ class UniLora(Method[UniLoraConfig, UniLoraConfig]):
         indices = [part.view(shape) for part, shape in zip(dealt.split(sizes), wanted, strict=True)]
         scales = [often[part].float().rsqrt() for part in indices]
         pairs = zip(indices[::2], indices[1::2], scales[::2], scales[1::2], strict=True)
-        return [{**shared, **dict(zip(self.leaves, found, strict=True))} for found in pairs]
+        return [{**shared, **dict(zip(self.by_name, found, strict=True))} for found in pairs]
 
     def lower(self, settings: UniLoraConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         theta = tensors[THETA]

@@ -18,6 +18,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.vblora import VBLoRAConfig
 from veneer.errors import UnsupportedError
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
 
@@ -32,11 +33,12 @@ class VBLora(Method[VBLoRAConfig, VBLoRAConfig]):
     """VB-LoRA on layers with a matrix."""
 
     kinds = (LinearSite,)
-    leaves = tuple(leaf + part for leaf in (LOGITS_A, LOGITS_B) for part in ("", CHOICE, SHARES))
-    integers = frozenset({LOGITS_A + CHOICE, LOGITS_B + CHOICE})
-    fixed = integers
-    shared = (BANK,)
-    trains_shared = True
+    leaves = tuple(
+        leaf
+        for logits in (LOGITS_A, LOGITS_B)
+        for leaf in (Leaf(logits), Leaf(logits + CHOICE, trained=False, integer=True), Leaf(logits + SHARES))
+    )
+    shared = (Leaf(BANK),)
 
     def settings(self, config: VBLoRAConfig, site: Site) -> VBLoRAConfig:
         if any(side % config.vector_length for side in site.shape):

@@ -17,6 +17,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.vera import VeraConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
 
@@ -29,9 +30,9 @@ SHARED_B = "vera_B"
 class Vera(Method[VeraConfig, VeraConfig]):
     """VeRA on layers with a matrix."""
 
-    leaves = (B, D)
+    leaves = (Leaf(B), Leaf(D))
     kinds = (LinearSite,)
-    shared = (SHARED_A, SHARED_B)
+    shared = (Leaf(SHARED_A, trained=False), Leaf(SHARED_B, trained=False))
 
     def settings(self, config: VeraConfig, site: Site) -> VeraConfig:
         return config

@@ -18,6 +18,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.waveft import WaveFTConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, MethodOnSites, NewLayer
 from veneer.methods.shared.random_entries import random_places
 from veneer.methods.shared.wavelets import between, low_pass
@@ -46,7 +47,7 @@ class WaveFT(Method[WaveFTConfig, WaveFTSettings]):
         counts: layer's name -> how many coefficients it has, where that depends on the other layers.
     """
 
-    leaves = (SPECTRUM,)
+    leaves = (Leaf(SPECTRUM),)
     kinds = (LinearSite,)
 
     def __init__(self, counts: Mapping[str, int] | None = None) -> None:

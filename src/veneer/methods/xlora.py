@@ -26,6 +26,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.xlora import XLoraConfig
 from veneer.errors import AdapterError, UnsupportedError
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, MethodOnSites, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
 from veneer.methods.shared.expert_mixture import LiveLayer, low_rank_patches, weighted_sum
@@ -100,8 +101,7 @@ class XLora(RoutedMethod[XLoraConfig, XLoraSettings]):
 
     leaves = ()
     kinds = (LinearSite, EmbeddingSite)
-    shared = (CLASSIFIER,)
-    trains_shared = True
+    shared = (Leaf(CLASSIFIER),)
 
     def complete(self, config: XLoraConfig, catalog: Catalog) -> None:
         own = getattr(catalog.model, "config", None)

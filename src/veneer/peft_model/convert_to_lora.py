@@ -148,7 +148,7 @@ def _left(layer: AdaptedLayer, adapter: str, config: LoraConfig, tensors: Mappin
     """The squared norms of what the LoRA leaves of a layer's change, and of that change."""
     key = encode(layer.site.key, "")
     own = {name[len(key) :]: tensor for name, tensor in tensors.items() if name.startswith(key)}
-    leaves = {leaf: tensor.to(layer.base_stored.device) for leaf, tensor in own.items() if leaf in LORA.leaves}
+    leaves = {leaf: tensor.to(layer.base_stored.device) for leaf, tensor in own.items() if leaf in LORA.by_name}
     patch = LORA.lower(LORA.settings(config, layer.site), leaves, layer)
     assert patch.up is not None
     assert patch.down is not None

@@ -213,9 +213,9 @@ def _check_place(layer: AdaptedLayer, name: str, share: BoundAdapter, binding: B
             raise AdapterError(
                 f"The new adapter has nothing for {layer.site.id}, where {name!r} does more than add.", hint=mend
             )
-    elif set(binding.keys) != set(share.leaves):
+    elif binding.keys.keys() != (leaves := {leaf.name for leaf in share.leaves}):
         raise AdapterError(
-            f"{layer.site.id}: the new adapter has {sorted(binding.keys)}, and {name!r} has {sorted(share.leaves)}.",
+            f"{layer.site.id}: the new adapter has {sorted(binding.keys)}, and {name!r} has {sorted(leaves)}.",
             hint=mend,
         )
 

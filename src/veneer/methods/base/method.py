@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from veneer.base_model.sites.site import Site, unsupported
 from veneer.configs.base import TargetedConfig
 from veneer.files.tensor_keys import PREFIX
+from veneer.methods.base.leaf import Leaf
 from veneer.patches.patch import Patch
 
 if TYPE_CHECKING:
@@ -91,37 +93,21 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
     """One PEFT method. Stateless: its tensors live in the layers, its options in the config.
 
     Attributes:
-        leaves: the tensors that an adapted layer may have, named as on disk.
-        optional: those of them that a checkpoint may leave out.
-        bias_leaves: those of them that move the output of a layer by what is then its bias, even where it has none.
-        integers: those of them, shared ones too, that hold whole numbers, such as the places of values.
-        fixed: those of them that are saved and never trained.
-        frozen: those that only live in memory, beside the others, and are never trained.
+        leaves: the tensors that an adapted layer may have.
         kinds: the kinds of layer that it can adapt.
         saves_twins: whether a layer that uses another's tensors has them in a checkpoint again.
         twins_repeat: whether tensors of such a layer in a checkpoint are those again; else they are its own.
-        trainable: whether the others are trained.
-        empty: tensors of a layer that peft writes and that say nothing; they are not loaded.
         shared: tensors that all layers of an adapter use, ``base_model.<leaf>`` on disk; they join the layer's own in
             what :meth:`lower` gets. ``"v"`` also means ``v.0``, ``v.1`` ...
-        trains_shared: whether those are trained.
         prefix: what begins the checkpoint key of a module that is saved whole.
         alone: whether two adapters that have it on layers cannot be active together.
     """
 
-    leaves: ClassVar[tuple[str, ...]]
-    optional: ClassVar[frozenset[str]] = frozenset()
-    bias_leaves: ClassVar[frozenset[str]] = frozenset()
-    integers: ClassVar[frozenset[str]] = frozenset()
-    fixed: ClassVar[frozenset[str]] = frozenset()
-    frozen: ClassVar[frozenset[str]] = frozenset()
+    leaves: tuple[Leaf, ...]
     kinds: ClassVar[tuple[type[Site], ...]] = (Site,)
     saves_twins: ClassVar[bool] = False
     twins_repeat: ClassVar[bool] = True
-    trainable: ClassVar[bool] = True
-    empty: ClassVar[tuple[str, ...]] = ()
-    shared: ClassVar[tuple[str, ...]] = ()
-    trains_shared: ClassVar[bool] = False
+    shared: ClassVar[tuple[Leaf, ...]] = ()
     prefix: ClassVar[str] = PREFIX
     alone: ClassVar[bool] = False
 
@@ -140,12 +126,22 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
         return True
 
     def trains_shared_leaf(self, config: ConfigT, leaf: str) -> bool:
-        """Whether a shared tensor is trained: all or none, by :attr:`trains_shared`, if a method does not say which."""
-        return self.trains_shared
+        """Tell whether a shared tensor is trained; by default as :attr:`shared` says."""
+        return any(shared.trained for shared in self.shared if shared.name == leaf.partition(".")[0])
 
-    def trains(self, leaf: str) -> bool:
-        """Whether a leaf is trained."""
-        return self.trainable and leaf not in self.frozen | self.fixed
+    @cached_property
+    def by_name(self) -> Mapping[str, Leaf]:
+        """Name -> leaf of a layer."""
+        return {leaf.name: leaf for leaf in self.leaves}
+
+    @cached_property
+    def disk_names(self) -> tuple[str, ...]:
+        """The names of the leaves that are read from a checkpoint."""
+        return tuple(leaf.name for leaf in self.leaves if leaf.saved and leaf.loaded)
+
+    def leaf(self, name: str) -> Leaf:
+        """Return the leaf of a name."""
+        return self.by_name[name]
 
     def complete(self, config: ConfigT, catalog: Catalog) -> None:
         """Fill in which layers a new adapter has, where ``config`` leaves it open and the method knows."""
@@ -187,10 +183,6 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
         if not isinstance(site, self.kinds):
             raise unsupported(site, type(self).__name__)
 
-    def in_memory(self, leaf: str) -> str:
-        """The name of a leaf in memory, where the adapter's name follows its head; as on disk by default."""
-        return leaf
-
     def changes_unless_zero(self, settings: SettingsT) -> bool:
         """Whether it changes any layer of which no tensor is all zero; where not, :meth:`lower` has to tell."""
         return False
@@ -216,7 +208,7 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
         return settings
 
     def restored(self, config: ConfigT, settings: SettingsT, base: Callable[[], BaseLayer]) -> dict[str, Tensor]:
-        """The tensors in :attr:`frozen` of a layer that was loaded; none by default."""
+        """The tensors of a loaded layer that no checkpoint holds; none by default."""
         return {}
 
     def on_disk(self, settings: SettingsT, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -224,7 +216,7 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
         return tensors
 
     def config_on_disk(self, config: ConfigT) -> ConfigT:
-        """The config that goes with :meth:`on_disk` of an adapter that has tensors in :attr:`frozen`."""
+        """The config that goes with :meth:`on_disk` of an adapter with tensors that no checkpoint holds."""
         return config
 
     def invocation(self, config: ConfigT) -> tuple[int, ...]:
@@ -256,5 +248,5 @@ AnyMethod = Method[Any, Any]
 
 def leaves_of(parts: Iterable[MethodOnSites]) -> dict[str, MethodOnSites]:
     """Leaf -> the part whose it is, the longest leaf first."""
-    found = {leaf: part for part in parts for leaf in part.method.leaves}
+    found = {leaf: part for part in parts for leaf in part.method.disk_names}
     return dict(sorted(found.items(), key=lambda item: -len(item[0])))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from veneer.base_model.sites.site import Site
 from veneer.configs.base import PromptConfig
 from veneer.files.tensor_keys import SHARED_PREFIX
+from veneer.methods.base.leaf import Leaf
 
 if TYPE_CHECKING:
     from veneer.base_model.catalog import Catalog
@@ -86,15 +87,11 @@ class PromptMethod(ABC, Generic[ConfigT]):
     Attributes:
         fills_cache: whether its tokens are keys and values in the cache; else they are embeddings before the input's.
         shared: the tensors that a checkpoint holds.
-        empty: leaves that say nothing: none.
-        integers: leaves that hold whole numbers: none.
         prefix: what begins the checkpoint key of a module that is saved whole.
     """
 
     fills_cache: ClassVar[bool] = False
-    shared: ClassVar[tuple[str, ...]] = (PROMPT,)
-    empty: ClassVar[tuple[str, ...]] = ()
-    integers: ClassVar[frozenset[str]] = frozenset()
+    shared: ClassVar[tuple[Leaf, ...]] = (Leaf(PROMPT),)
     prefix: ClassVar[str] = SHARED_PREFIX
 
     def parts(self, config: ConfigT, catalog: Catalog) -> list[MethodOnSites]:

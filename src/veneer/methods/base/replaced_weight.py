@@ -13,6 +13,7 @@ from torch import Tensor
 
 from veneer.base_model.sites.site import Site
 from veneer.configs.base import TargetedConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.base.trained_bias import ADAPTED_BIAS, Bias
 from veneer.patches.patch import Patch, Tokens
@@ -31,12 +32,8 @@ class SavedWeightSettings:
 class SavedWeight(Method[TargetedConfig, SavedWeightSettings]):
     """A whole weight, shape ``(vocabulary, dim)``, in the place of the base's."""
 
-    leaves = (WEIGHT,)
-    trainable = False
+    leaves = (Leaf(WEIGHT, trained=False, memory_name="saved_weight"),)
     twins_repeat = False
-
-    def in_memory(self, leaf: str) -> str:
-        return "saved_weight"
 
     def settings(self, config: TargetedConfig, site: Site) -> SavedWeightSettings:
         return SavedWeightSettings(rows=not site.looks_up)
@@ -44,7 +41,7 @@ class SavedWeight(Method[TargetedConfig, SavedWeightSettings]):
     def settled(
         self, settings: SavedWeightSettings, tensors: Mapping[str, Tensor], base: BaseLayer
     ) -> SavedWeightSettings:
-        own, stored = tensors[self.leaves[0]], base.base_weight()
+        own, stored = tensors[self.leaves[0].name], base.base_weight()
         stored = stored if settings.rows else stored.T
         # One that was saved in a narrower dtype than the base is loaded in is the base's own too.
         alike = torch.equal(own.to(stored.dtype), stored) or torch.equal(own, stored.to(own.dtype))
@@ -55,37 +52,29 @@ class SavedWeight(Method[TargetedConfig, SavedWeightSettings]):
 
     def shapes(self, settings: SavedWeightSettings, site: Site) -> dict[str, tuple[int, ...]]:
         out, inner = site.shape
-        return {self.leaves[0]: (out, inner) if settings.rows else (inner, out)}
+        return {self.leaves[0].name: (out, inner) if settings.rows else (inner, out)}
 
     def init(self, new: NewLayer[TargetedConfig, SavedWeightSettings]) -> dict[str, Tensor]:
         weight = new.base.base_weight()
-        return {self.leaves[0]: (weight if new.settings.rows else weight.T).float()}
+        return {self.leaves[0].name: (weight if new.settings.rows else weight.T).float()}
 
     def lower(self, settings: SavedWeightSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         if not settings.differs:
             return Patch()
-        values = tensors[self.leaves[0]]
+        values = tensors[self.leaves[0].name]
         return Patch(tokens=Tokens(torch.arange(values.shape[0], device=values.device), values, settings.rows))
 
 
 class TokenBase(SavedWeight):
     """The same where tokens of it are trained beside a LoRA."""
 
-    leaves = (f"token_adapter.{WEIGHT}",)
-
-    def in_memory(self, leaf: str) -> str:
-        return "saved_token_weight"
+    leaves = (Leaf(f"token_adapter.{WEIGHT}", trained=False, memory_name="saved_token_weight"),)
 
 
 class SavedBias(Bias):
     """The bias of such a layer in the place of the base's; it is not trained."""
 
-    trainable = False
-
-    def in_memory(self, leaf: str) -> str:
-        return "saved_bias"
-
 
 SAVED_WEIGHT = SavedWeight()
 TOKEN_BASE = TokenBase()
-SAVED_BIAS = SavedBias(ADAPTED_BIAS.leaf)
+SAVED_BIAS = SavedBias(Leaf(ADAPTED_BIAS.name, trained=False, memory_name="saved_bias"))

@@ -12,6 +12,7 @@ from torch import Tensor
 from veneer.base_model.sites.parameter import VectorSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.base import TargetedConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
 
@@ -20,28 +21,25 @@ class Bias(Method[TargetedConfig, None]):
     """The bias of one layer.
 
     Args:
-        leaf: its name in a checkpoint.
+        leaf: the one tensor.
     """
 
-    def __init__(self, leaf: str) -> None:
-        self.leaf = leaf
-        self.leaves = (leaf,)  # type: ignore[misc]
-
-    def in_memory(self, leaf: str) -> str:
-        return "trained_bias"
+    def __init__(self, leaf: Leaf) -> None:
+        self.name = leaf.name
+        self.leaves = (leaf,)
 
     def settings(self, config: TargetedConfig, site: Site) -> None:
         return None
 
     def shapes(self, settings: None, site: Site) -> dict[str, tuple[int, ...]]:
         has = isinstance(site, VectorSite) or site.bias is not None
-        return {self.leaf: site.shape[:1]} if has else {}
+        return {self.name: site.shape[:1]} if has else {}
 
     def init(self, new: NewLayer[TargetedConfig, None]) -> dict[str, Tensor]:
-        return {self.leaf: base_bias(new.base).float().clone()}
+        return {self.name: base_bias(new.base).float().clone()}
 
     def lower(self, settings: None, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
-        shift = tensors[self.leaf].float() - base_bias(base).float()
+        shift = tensors[self.name].float() - base_bias(base).float()
         return Patch(dense=shift.unsqueeze(1)) if isinstance(base.site, VectorSite) else Patch(shift=shift)
 
 
@@ -54,5 +52,5 @@ def base_bias(base: BaseLayer) -> Tensor:
 
 
 # On a layer that the adapter changes otherwise too, and on any other.
-ADAPTED_BIAS = Bias("base_layer.bias")
-OTHER_BIAS = Bias("bias")
+ADAPTED_BIAS = Bias(Leaf("base_layer.bias", memory_name="trained_bias"))
+OTHER_BIAS = Bias(Leaf("bias", memory_name="trained_bias"))

@@ -17,12 +17,10 @@ from veneer.methods.lora_variants.monteclora import MonteClora
 from veneer.methods.lora_variants.variant import Variant
 from veneer.methods.lora_variants.velora import Velora
 
-__all__ = ["FIXED", "FROZEN", "LEAVES", "Variant", "variant_of"]
+__all__ = ["LEAVES", "Variant", "variant_of"]
 
 _KINDS: tuple[type[Variant], ...] = (Velora, MonteClora, Kasa)
 LEAVES = tuple(leaf for kind in _KINDS for leaf in kind.leaves)
-FIXED = frozenset(leaf for kind in _KINDS for leaf in kind.fixed)
-FROZEN = frozenset(leaf for kind in _KINDS for leaf in kind.frozen)
 
 _MAKE: dict[str, Callable[[Any, Site, int], Variant | None]] = {
     "use_bdlora": lambda options, site, r: block_diagonal(options_of(BdLoraConfig, options), site, r),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from veneer.base_model.sites.site import Site, unsupported
 from veneer.configs.lora_variant_options import KasaConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.lora_variants.variant import LORA_A, LORA_B, Variant
 from veneer.patches.multipliers import IdentityPlusLowRank
 from veneer.patches.patch import Patch
@@ -37,8 +38,7 @@ class Kasa(Variant):
     r: int
     beta: float
     gamma: float
-    leaves = (VALUES,)
-    frozen = frozenset({GIVEN_UP})
+    leaves = (Leaf(VALUES), Leaf(GIVEN_UP, trained=False, saved=False))
 
     @classmethod
     def on(cls, site: Site, r: int, options: KasaConfig) -> Kasa:

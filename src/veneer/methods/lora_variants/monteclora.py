@@ -21,6 +21,7 @@ from torch.distributions import Dirichlet, kl_divergence
 
 from veneer.base_model.sites.site import Site
 from veneer.configs.lora_variant_options import MontecloraConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.lora_variants.variant import Variant
 from veneer.patches.patch import Patch
 
@@ -41,8 +42,12 @@ class MonteClora(Variant):
 
     r: int
     options: MontecloraConfig
-    leaves = (SPREAD, SHARES, LAST_VARIANCES, LAST_WEIGHTS)
-    fixed = frozenset({LAST_VARIANCES, LAST_WEIGHTS})
+    leaves = (
+        Leaf(SPREAD),
+        Leaf(SHARES),
+        Leaf(LAST_VARIANCES, trained=False),
+        Leaf(LAST_WEIGHTS, trained=False),
+    )
 
     def shapes(self, plain: Mapping[str, tuple[int, ...]], site: Site) -> dict[str, tuple[int, ...]]:
         count = (self.options.num_samples,)

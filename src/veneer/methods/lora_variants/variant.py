@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from veneer.base_model.sites.site import Site
+from veneer.methods.base.leaf import Leaf
 from veneer.patches.patch import Patch
 
 if TYPE_CHECKING:
@@ -22,14 +23,10 @@ class Variant:
     """One variant on one layer, its options resolved. By default it is the plain LoRA.
 
     Attributes:
-        leaves: its tensors beside A and B, named as on disk.
-        fixed: those of them that are saved and never trained.
-        frozen: those that only live in memory.
+        leaves: its tensors beside A and B.
     """
 
-    leaves: ClassVar[tuple[str, ...]] = ()
-    fixed: ClassVar[frozenset[str]] = frozenset()
-    frozen: ClassVar[frozenset[str]] = frozenset()
+    leaves: ClassVar[tuple[Leaf, ...]] = ()
 
     def shapes(self, plain: Mapping[str, tuple[int, ...]], site: Site) -> dict[str, tuple[int, ...]]:
         """Leaf -> shape, from those of a plain LoRA on the layer."""
@@ -40,7 +37,7 @@ class Variant:
         return {}
 
     def restored(self, base: Callable[[], BaseLayer]) -> dict[str, Tensor]:
-        """Those in :attr:`frozen`, for an adapter that was loaded."""
+        """Those that no checkpoint holds, for an adapter that was loaded."""
         return {}
 
     def patch(self, plain: Patch, tensors: Mapping[str, Tensor]) -> Patch:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from veneer.base_model.sites.site import Site
 from veneer.configs.lora_variant_options import VeloraConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.lora_variants.variant import Variant
 from veneer.patches.patch import Patch
 
@@ -34,8 +35,7 @@ class Velora(Variant):
     """VeLoRA with its options."""
 
     options: VeloraConfig
-    leaves = (DIRECTION,)
-    fixed = frozenset({DIRECTION})
+    leaves = (Leaf(DIRECTION, trained=False),)
 
     def _size(self, inner: int) -> int:
         """How many features a group has; the last may be filled up with zeros."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.lora import LoraConfig
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.lora_starts.loftq import quantised
 from veneer.patches.patch import Patch
@@ -23,8 +24,7 @@ CHANGE = "lora_loftq_change"
 class LoftqBase(Method[LoraConfig, int]):
     """``Q - W``, shape ``(out, in)``, beside a LoRA; its settings are the LoRA's rank."""
 
-    leaves = (CHANGE,)
-    frozen = frozenset(leaves)
+    leaves = (Leaf(CHANGE, trained=False, saved=False),)
     alone = True
 
     def settings(self, config: LoraConfig, site: Site) -> int:

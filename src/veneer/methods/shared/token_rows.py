@@ -18,6 +18,7 @@ from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import names_match
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import ConfigError
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, ConfigT, Method, MethodOnSites, NewLayer
 from veneer.patches.patch import Patch, Tokens
 
@@ -99,15 +100,15 @@ class TokenRows(Method[ConfigT, TokenSettings]):
         return self._settings(settings.index.tolist(), twin)
 
     def shapes(self, settings: TokenSettings, site: Site) -> dict[str, tuple[int, ...]]:
-        return {self.leaves[0]: (len(settings.index), site.shape[1 if settings.rows else 0])}
+        return {self.leaves[0].name: (len(settings.index), site.shape[1 if settings.rows else 0])}
 
     def init(self, new: NewLayer[ConfigT, TokenSettings]) -> dict[str, Tensor]:
         weight = new.base.base_weight()
         vectors = weight if new.settings.rows else weight.T
-        return {self.leaves[0]: vectors[new.settings.index.to(vectors.device)].float()}
+        return {self.leaves[0].name: vectors[new.settings.index.to(vectors.device)].float()}
 
     def lower(self, settings: TokenSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
-        values = tensors[self.leaves[0]]
+        values = tensors[self.leaves[0].name]
         index, order = settings.ascending.to(values.device), settings.order.to(values.device)
         return Patch(tokens=Tokens(index, values[order], settings.rows, settings.padding))
 
@@ -115,7 +116,7 @@ class TokenRows(Method[ConfigT, TokenSettings]):
 class LoraTokens(TokenRows[LoraConfig]):
     """The tokens of ``trainable_token_indices``, beside a LoRA."""
 
-    leaves = ("token_adapter.trainable_tokens_delta",)
+    leaves = (Leaf("token_adapter.trainable_tokens_delta"),)
 
     def wanted(self, config: LoraConfig, site: Site) -> Sequence[int]:
         wanted = config.trainable_token_indices or []
