@@ -20,14 +20,18 @@ from veneer.files.weight_files import read_headers
 
 @dataclass(frozen=True)
 class FoundBase:
-    """A base model's folder and why it is this one."""
+    """Holds a base model's folder, and why it is this one."""
 
     source: Source
     why: str
 
 
 def kind_of(source: Source, members: list[adapter_folders.Member]) -> str:
-    """What is at the path; an error that says what is missing when it is nothing loadable."""
+    """Return what is at a path: "model", "adapter", "model+adapter" or "set of adapters".
+
+    Raises:
+        IncompleteCheckpointError, NotACheckpointError: nothing that can be loaded.
+    """
     model, adapter = source.has(MODEL_CONFIG), source.has(ADAPTER_CONFIG)
     if members:
         return "set of adapters"
@@ -58,8 +62,20 @@ def find_base(
     checkpoints: list[Checkpoint],
     base: str | Path | None,
     lookup: LookupOptions,
+    gguf_file: str | None = None,
 ) -> FoundBase:
-    """The base of what is at ``source``: itself, the one asked for, or the one that its adapters name."""
+    """Find the base of what is at ``source``: itself, the one asked for, or the one that its adapters name.
+
+    Args:
+        source: a full model or adapters.
+        checkpoints: the adapters there; empty for a full model.
+        base: the one asked for.
+        lookup: how hub ids are looked up.
+        gguf_file: the file in the folder of ``base`` that holds it; the folder needs no config then.
+
+    Raises:
+        BaseModelError: there is none.
+    """
     if not checkpoints:
         if base is not None:
             raise BaseModelError(
@@ -69,13 +85,12 @@ def find_base(
         return _checked(FoundBase(source, "the model itself"))
     lookup = lookup.for_base(checkpoints[0].config.revision)
     if base is not None:
-        return _checked(FoundBase(_resolve_base(base, lookup), "as given by base="))
+        folder = _resolve_base(base, lookup)
+        return _checked(FoundBase(folder, "as given by base=")) if gguf_file is None else _in_gguf(folder, gguf_file)
     return _named_base(source, checkpoints, lookup)
 
 
-def gguf_base(base: str | Path, file: str, lookup: LookupOptions) -> FoundBase:
-    """A base that is a GGUF file; its folder needs no config."""
-    source = _resolve_base(base, lookup)
+def _in_gguf(source: Source, file: str) -> FoundBase:
     if not source.has(file):
         present = ", ".join(sorted(path.name for path in source.root.glob("*.gguf"))) or "none"
         raise BaseModelError(f"{source.origin}: there is no {file}.", hint=f"GGUF files there: {present}.")
@@ -90,13 +105,13 @@ def _resolve_base(base: str | Path, lookup: LookupOptions) -> Source:
 
 
 def _named_base(source: Source, checkpoints: list[Checkpoint], lookup: LookupOptions) -> FoundBase:
-    """The base that the adapters' configs name, wherever it is found."""
+    """Find the base that the adapters' configs name."""
     names = list(dict.fromkeys(c.config.base_model_name_or_path for c in checkpoints))
-    mend = f"Name it: veneer.load({source.origin!r}, base=...) or --base ..."
+    hint = f"Name it: veneer.load({source.origin!r}, base=...) or --base ..."
     if len(names) > 1:
-        raise BaseModelError(f"{source.origin}: its adapters name different bases: {names}.", hint=mend)
+        raise BaseModelError(f"{source.origin}: its adapters name different bases: {names}.", hint=hint)
     if not names[0]:
-        raise BaseModelError(f"{source.origin}/{ADAPTER_CONFIG} names no base model.", hint=mend)
+        raise BaseModelError(f"{source.origin}/{ADAPTER_CONFIG} names no base model.", hint=hint)
     name = names[0]
     tried = []
     # Joining an absolute name to the folder gives the name itself, so that a path is never tried twice.
@@ -107,15 +122,15 @@ def _named_base(source: Source, checkpoints: list[Checkpoint], lookup: LookupOpt
         places = {moved: f"where the base map says that {name} is"}
     for place, why in sorted(places.items(), key=lambda item: not exists(Path(item[0]))):
         try:
-            found = resolve(place, lookup, what="base")
+            folder = resolve(place, lookup, what="base")
         except SourceError as error:
             tried.append(f"{place} ({error.message.rstrip('.')})")
             continue
-        return _checked(FoundBase(found, why))
+        return _checked(FoundBase(folder, why))
     if source.has(MODEL_CONFIG):
         why = f"the model beside the adapter; {name}, which its config names, was not found"
         return _checked(FoundBase(source, why))
-    raise BaseModelError(f"The base of {source.origin}, {name}, was not found. Tried: {'; '.join(tried)}.", hint=mend)
+    raise BaseModelError(f"The base of {source.origin}, {name}, was not found. Tried: {'; '.join(tried)}.", hint=hint)
 
 
 def _checked(base: FoundBase) -> FoundBase:
@@ -130,10 +145,12 @@ def _checked(base: FoundBase) -> FoundBase:
         )
     if not source.has(MODEL_CONFIG):
         if source.has(ADAPTER_CONFIG):
-            own = source.json(ADAPTER_CONFIG).get("base_model_name_or_path")
+            recorded = source.json(ADAPTER_CONFIG).get("base_model_name_or_path")
             raise BaseModelError(
                 f"{source.origin} is an adapter, not a base model.",
-                hint=f"Give the base that it was trained on ({own})." if own else "Give a full model's folder.",
+                hint=f"Give the base that it was trained on ({recorded})."
+                if recorded
+                else "Give a full model's folder.",
             )
         raise BaseModelError(
             f"{source.origin} is no full model: there is no {MODEL_CONFIG}.",

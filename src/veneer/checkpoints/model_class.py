@@ -55,7 +55,7 @@ def class_for(
         kind = _class_of(config, task, source.origin)
         _check_has_class(config, task, source.origin)
         return kind
-    wanted = task_of(checkpoints)
+    wanted = wanted_task(None, checkpoints)
     kind, own = _class_of(config, wanted, source.origin), _own_class(config)
     if wanted is None or own is None or kind is own or "auto_map" in config:
         return kind
@@ -67,14 +67,14 @@ def class_for(
     return own if fit is not Closeness.EXACT and _closeness(own, source, checkpoints, trust_remote_code) > fit else kind
 
 
-def task_of(checkpoints: Sequence[Checkpoint]) -> str | None:
-    """The task of the first adapter that names one."""
-    return next((str(c.config.task_type) for c in checkpoints if c.config.task_type), None)
+def wanted_task(task: str | None, checkpoints: Sequence[Checkpoint]) -> str | None:
+    """Return the task that was asked for; else that of the first adapter that names one."""
+    return task or next((str(c.config.task_type) for c in checkpoints if c.config.task_type), None)
 
 
 def note_of(kind: Any, config: dict[str, Any], checkpoints: Sequence[Checkpoint], task: str | None) -> list[str]:
     """What a report says where the base is built as its own class, though the adapter's task is another's."""
-    wanted = None if task is not None else task_of(checkpoints)
+    wanted = None if task is not None else wanted_task(None, checkpoints)
     if wanted is None or kind is not _own_class(config) or kind.__name__ in _classes(config, wanted):
         return []
     return [

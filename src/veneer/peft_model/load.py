@@ -15,26 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.base_model.transformers_errors import ANOTHER_CLASS, transformers_errors_as
-from veneer.checkpoints.checkpoint import Checkpoint
-from veneer.checkpoints.find_base import find_base, gguf_base, kind_of
-from veneer.checkpoints.model_class import class_for, dtype_of, labels_of, note_of
-from veneer.checkpoints.resized_vocabulary import required_vocabulary
-from veneer.checkpoints.torch_dtypes import DTYPES
+from veneer.checkpoints.find_base import find_base, kind_of
+from veneer.checkpoints.model_class import wanted_task
 from veneer.configs.base import PeftConfig
-from veneer.configs.names import TaskType
-from veneer.errors import BaseModelError, SourceError
+from veneer.errors import BaseModelError
 from veneer.files import adapter_folders
-from veneer.files.base_folder import origin_of, without_adapter
 from veneer.files.lookup_options import LookupOptions
-from veneer.files.names import MODEL_CONFIG, MODEL_STEM
 from veneer.files.resolve import resolve
-from veneer.files.source import Source
-from veneer.files.tensor_keys import PREFIX, SHARED_PREFIX
-from veneer.files.weight_files import read_headers
 from veneer.keywords import DTYPE, TOKEN, keywords, takes, unknown
-from veneer.packages import GGUF_PACKAGES, require
 from veneer.peft_model.attach_adapter import AttachOptions, attach_all, set_mode
+from veneer.peft_model.build_base import BuildOptions, build_base, copied_dtypes
 from veneer.peft_model.load_report import LoadReport
 from veneer.peft_model.open_adapter import OpenedAdapters, open_adapters
 from veneer.peft_model.peft_model import PeftModel, wrap
@@ -122,25 +112,29 @@ def load(
     if report.kind != "model":
         opened = open_adapters(source, members, adapter_name, strict, adapter_config)
     checkpoints = opened.checkpoints
-    own: frozenset[torch.dtype] = frozenset()
+    copied: frozenset[torch.dtype] = frozenset()
     if isinstance(base, nn.Module):
         _check_nothing_is_built(model_kwargs, dtype, device_map, base_revision)
-        model, report.base = _in_memory(base, checkpoints, source, task)
+        if not checkpoints:
+            raise BaseModelError(
+                f"{source.origin} is a full model; it takes no base.",
+                hint="Leave base= out, or give an adapter's path.",
+            )
+        built, report.base = base, f"the {type(base).__name__} given as base="
     else:
         if key_mapping:
             model_kwargs["key_mapping"] = key_mapping
-        gguf = model_kwargs.get("gguf_file")
-        if gguf is not None and checkpoints and base is not None:
-            found = gguf_base(base, gguf, lookup.for_base(checkpoints[0].config.revision))
-        else:
-            found = find_base(source, checkpoints, base, lookup)
-        report.base = f"{found.source.origin}, {found.why}"
-        own = _converted(found.source) if merge else own
-        model = _build(found.source, checkpoints, task, report, dtype, device_map, trust_remote_code, model_kwargs)
+        options = BuildOptions(task, dtype, device_map, trust_remote_code, model_kwargs)
+        found_base = find_base(source, checkpoints, base, lookup, options.gguf_file)
+        report.base = f"{found_base.source.origin}, {found_base.why}"
+        copied = copied_dtypes(found_base.source) if merge else copied
+        with _refusing_keywords(model_kwargs):
+            built, report.warnings = build_base(found_base.source, checkpoints, options)
+    model = wrap(built, wanted_task(task, checkpoints))
     report.seconds["base"] = time.perf_counter() - started
     model.load_log.report = report
     how = AttachOptions(is_trainable, strict, strict_base, autocast_adapter_dtype, key_mapping)
-    with model.adapters.merging_on_load(own) if merge else contextlib.nullcontext():
+    with model.adapters.merging_on_load(copied) if merge else contextlib.nullcontext():
         attach_all(model, opened, how)
         report.seconds["adapters"] = time.perf_counter() - started - report.seconds["base"]
         if merge and model.adapters.by_name:
@@ -149,19 +143,6 @@ def load(
     set_mode(model, is_trainable)
     model.load_log.finish(started)
     return model
-
-
-def _converted(base: Source) -> frozenset[torch.dtype]:
-    """The dtypes in which weights in memory are copies of those in a base's files, and not the mapped files themselves.
-
-    Writing to a mapped page costs more than new memory, and the page that is given up costs nothing.
-    """
-    try:
-        headers = read_headers(base, MODEL_STEM)
-    except SourceError:  # other files than safetensors
-        return frozenset()
-    stored = {DTYPES.get(info.dtype) for header in headers for info in header.tensors.values()}
-    return frozenset({torch.float32, torch.bfloat16, torch.float16} - stored)
 
 
 def _check_nothing_is_built(
@@ -174,101 +155,13 @@ def _check_nothing_is_built(
         raise unknown("load() with a base in memory", idle, [name for name in keywords(load) if name not in given])
 
 
-def _in_memory(
-    base: nn.Module, checkpoints: list[Checkpoint], source: Source, task: str | None
-) -> tuple[PeftModel, str]:
-    if not checkpoints:
-        raise BaseModelError(
-            f"{source.origin} is a full model; it takes no base.",
-            hint="Leave base= out, or give an adapter's path.",
-        )
-    return wrap(base, task or checkpoints[0].config.task_type), f"the {type(base).__name__} given as base="
-
-
-def _gguf_config(source: Source, file: str) -> dict[str, Any]:
-    """What a GGUF file's metadata says of the model, as a config."""
-    require("A base in a GGUF file", *GGUF_PACKAGES, extra="demo", error=BaseModelError)
-    import transformers
-
-    what = f"transformers cannot read {source.origin}/{file}"
-    auto: Any = transformers.AutoConfig
-    with transformers_errors_as(BaseModelError, what, "It needs an architecture that transformers reads from GGUF."):
-        return dict(
-            auto.from_pretrained(source.root, gguf_file=file, local_files_only=True, trust_remote_code=False).to_dict()
-        )
-
-
-# -- building it -------------------------------------------------------------------------------------------
-
-
-def _build(
-    source: Source,
-    checkpoints: list[Checkpoint],
-    task: str | None,
-    report: LoadReport,
-    dtype: Any,
-    device_map: Any,
-    trust_remote_code: bool,
-    model_kwargs: dict[str, Any],
-) -> PeftModel:
-    gguf = model_kwargs.get("gguf_file")
-    config = source.json(MODEL_CONFIG) if gguf is None else _gguf_config(source, gguf)
-    wanted = task or next((c.config.task_type for c in checkpoints if c.config.task_type), None)
-    kind = class_for(source, config, checkpoints, task, trust_remote_code)
-    report.warnings += note_of(kind, config, checkpoints, task)
-    arguments = {
-        "dtype": dtype_of(dtype),
-        "trust_remote_code": trust_remote_code,
-        "local_files_only": True,
-        **model_kwargs,
-    }
-    if device_map is not None:
-        require("device_map=", "accelerate", extra="device-map", error=BaseModelError)
-        arguments["device_map"] = device_map
-    if gguf is not None:
-        import transformers
-
-        # Left packed it would need kernels that few machines have, and could not be merged.
-        if hasattr(transformers, "GgufConfig"):
-            arguments.setdefault("quantization_config", transformers.GgufConfig(dequantize=True))
-    vocabulary = (
-        required_vocabulary(checkpoints, source, config, str(wanted) if wanted else None) if gguf is None else None
-    )
-    labels = labels_of(checkpoints)
-    if labels is not None and "num_labels" not in arguments:
-        arguments["num_labels"] = labels
-        arguments.setdefault("ignore_mismatched_sizes", True)
-    what = f"transformers cannot load {source.origin} as {kind.__name__}"
-    with (
-        without_adapter(source) as folder,
-        transformers_errors_as(BaseModelError, what, ANOTHER_CLASS),
-        _taken(model_kwargs),
-    ):
-        model, info = kind.from_pretrained(folder, output_loading_info=True, **arguments)
-    model.name_or_path = model.config._name_or_path = origin_of(source)
-    model.eval()
-    if vocabulary is not None:
-        before = model.get_input_embeddings().weight.shape[0]
-        model.resize_token_embeddings(vocabulary, mean_resizing=False)
-        report.warnings.append(
-            f"The base's vocabulary was resized from {before} to {vocabulary} tokens, as the adapter's."
-        )
-    brought = {k.removeprefix(PREFIX).removeprefix(SHARED_PREFIX) for c in checkpoints for k in c.tensors}
-    fresh = sorted(set(info["missing_keys"]) - brought)
-    if fresh:
-        report.warnings.append(
-            f"{len(fresh)} weights of {kind.__name__} are not in the base and start random: {', '.join(fresh[:3])}."
-        )
-    return wrap(model, wanted if wanted in set(TaskType) else None)
-
-
 @contextlib.contextmanager
-def _taken(model_kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Tell of a keyword that a model's class does not take as one that :func:`load` does not take."""
+def _refusing_keywords(model_kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Raise ``UnknownKeywordError`` for a keyword that a model's class does not take."""
     try:
         yield
-    except TypeError as error:
-        refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    except BaseModelError as error:
+        refused = re.search(r"unexpected keyword argument '(\w+)'", str(error.__cause__))
         if refused is None or refused[1] not in model_kwargs:
             raise
         raise unknown("load()", [refused[1]], keywords(load)) from error

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.checkpoints.checkpoint import Checkpoint
-from veneer.checkpoints.model_class import note_of, task_of
+from veneer.checkpoints.model_class import note_of, wanted_task
 from veneer.checkpoints.resized_vocabulary import required_vocabulary
 from veneer.checkpoints.torch_dtypes import DTYPES
 from veneer.errors import BaseModelError
@@ -107,7 +107,7 @@ class DiskBase:
         self.build: Callable[..., nn.Module] = partial(build_skeleton, source, checkpoints, task, trust_remote_code)
         self._repeat_blocks()
         self.packed: Mapping[str, Packed] = packed_tensors(source, self.files, dequantize)
-        vocabulary = required_vocabulary(checkpoints, source, source.json(MODEL_CONFIG), task or task_of(checkpoints))
+        vocabulary = required_vocabulary(checkpoints, source, source.json(MODEL_CONFIG), wanted_task(task, checkpoints))
         plain = self._plain_model() if vocabulary is None else None
         self.model, self.stored = plain or self._transformers_model()
         self.packed = as_in_model(self.packed, self.model, self.stored.direct)
