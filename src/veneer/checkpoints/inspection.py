@@ -6,7 +6,6 @@ Something broken is described, not raised: its ``problems`` say what is wrong an
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -26,6 +25,7 @@ from veneer.checkpoints.inspection_problems import (
 from veneer.checkpoints.inspection_weights import headers_of, remote_headers, weights_of
 from veneer.configs.base import PeftConfig, config_class, is_of_mlx
 from veneer.configs.names import HEADS
+from veneer.configs.value_checks import matches_type
 from veneer.errors import ConfigError, SourceError, UnknownMethodError
 from veneer.files import adapter_folders
 from veneer.files.base_digest import BASE_DIGEST_KEY
@@ -52,19 +52,18 @@ if TYPE_CHECKING:
 
 # What is needed of a hub repository to know what it is; weights are read by their headers alone.
 _SMALL = ("*.json",)
-_Types = type | tuple[type, ...]
-# What is shown of a config, by its type; a list is of names.
-_ADAPTER_TYPES: Mapping[str, _Types] = {
+# Keys of a config that are shown, and the types that their values may have.
+_ADAPTER_TYPES: Mapping[str, Any] = {
     **dict.fromkeys(("peft_type", "base_model_name_or_path", "revision", "task_type"), str),
-    "lora_alpha": (int, float),
+    "lora_alpha": int | float,
     "num_virtual_tokens": int,
-    "target_modules": (str, list),
-    "modules_to_save": list,
+    "target_modules": str | list[str],
+    "modules_to_save": list[str],
 }
-_MODEL_TYPES: Mapping[str, _Types] = {
+_MODEL_TYPES: Mapping[str, Any] = {
     **dict.fromkeys(("model_type", "dtype", "torch_dtype"), str),
-    "architectures": list,
-    "quantization_config": dict,
+    "architectures": list[str],
+    "quantization_config": dict[str, Any],
     "tie_word_embeddings": bool,
 }
 # Leaves whose first dimension is a rank, and of which an adapted layer has one; in memory they have the adapter's name.
@@ -203,24 +202,18 @@ def _adapter(source: Source, problems: list[Problem]) -> AdapterFacts:
     )
 
 
-def _typed(
-    values: Mapping[str, Any], types: Mapping[str, _Types], where: str, problems: list[Problem]
-) -> dict[str, Any]:
-    """The values without those of a wrong type, each of which is a problem."""
-    kept = dict(values)
-    for key, kinds in types.items():
+def _typed(values: Mapping[str, Any], types: Mapping[str, Any], where: str, problems: list[Problem]) -> dict[str, Any]:
+    """Return the values without those of a wrong type, each of which is a problem."""
+    typed = dict(values)
+    for key, declared in types.items():
         value = values.get(key)
-        # To Python a bool is an int; a config's number is not meant by it, nor NaN or infinity.
-        fits = isinstance(value, kinds) and (kinds is bool or not isinstance(value, bool))
-        fits = fits and not (isinstance(value, float) and not math.isfinite(value))
-        names = not isinstance(value, list) or all(isinstance(name, str) for name in value)
-        if value is None or (fits and names):
+        if value is None or matches_type(value, declared):
             continue
-        del kept[key]
+        del typed[key]
         problems.append(
             Problem("config", f"{where}: {key} cannot be {json.dumps(value)[:60]}.", "Copy the file again, or mend it.")
         )
-    return kept
+    return typed
 
 
 def _check_config(values: Mapping[str, Any], source: Source, problems: list[Problem]) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from veneer.configs.value_checks import Checked
 from veneer.errors import ConfigError
-from veneer.keywords import Fields
 
 
 @dataclass
-class ArrowConfig(Fields):
+class ArrowConfig(Checked):
     """Arrow (Ostapenko et al. 2024, arXiv:2405.11157): each token goes to the LoRAs that would change it most.
 
     Args:
@@ -30,6 +30,7 @@ class ArrowConfig(Fields):
     gks_adapter_names: list[str] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.top_k < 1:
             raise ConfigError(f"top_k={self.top_k} is too small.", hint="It is at least 1.")
         if self.router_temperature <= 0:

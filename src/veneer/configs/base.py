@@ -12,13 +12,12 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar
 
 from veneer.configs import patterns
 from veneer.configs.names import PeftType, TaskType
-from veneer.configs.value_checks import check_at_least_one, is_beyond, matches_type
+from veneer.configs.value_checks import check_at_least_one, check_types
 from veneer.errors import ConfigError, UnknownKeyError, UnknownMethodError, UnsupportedError, did_you_mean
 from veneer.files.atomic_write import atomic_write
 from veneer.files.lookup_options import LookupOptions
@@ -38,10 +37,6 @@ _MLX_KEYS = frozenset({"fine_tune_type", "lora_parameters"})
 
 # Written as null by some tools for "none".
 _PATTERNS = frozenset({"rank_pattern", "alpha_pattern"})
-
-
-# Worked out from the annotations' text, which takes longer than everything else about a config.
-_declared = lru_cache(maxsize=None)(get_type_hints)
 
 
 @strict
@@ -80,24 +75,11 @@ class PeftConfig(Fields):
     def __post_init__(self) -> None:
         if self.own_type is not None:
             self.peft_type = self.own_type
-        self._check_types()
+        check_types(self)
         if self.task_type is not None and not isinstance(self.task_type, TaskType):
             known = {t.value for t in TaskType}
             if str(self.task_type) in known:
                 self.task_type = TaskType(self.task_type)
-
-    def _check_types(self) -> None:
-        kind: Any = type(self)
-        declared = _declared(kind)
-        for own in dataclasses.fields(self):
-            value = getattr(self, own.name)
-            if not matches_type(value, declared[own.name]):
-                shown = repr(value)
-                wrong = "is no number that float32 holds" if is_beyond(value) else f"is not of the type {own.type}"
-                raise ConfigError(
-                    f"{own.name}={shown if len(shown) <= 60 else shown[:59] + '…'} {wrong}.",
-                    hint="Compare it with a config that loads.",
-                )
 
     @property
     def is_prompt_learning(self) -> bool:

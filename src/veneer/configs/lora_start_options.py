@@ -5,26 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar
 
-from veneer.configs.value_checks import matches_type
+from veneer.configs.value_checks import Checked
 from veneer.errors import ConfigError
-from veneer.keywords import Fields
 
 StartT = TypeVar("StartT")
-
-
-class Checked(Fields):
-    """Options whose values are of the declared types."""
-
-    def __post_init__(self) -> None:
-        declared = get_type_hints(type(self))
-        for name, kind in declared.items():
-            if not matches_type(getattr(self, name), kind):
-                raise ConfigError(
-                    f"{type(self).__name__}: {name}={getattr(self, name)!r} is none of {kind}.",
-                    hint=f"The default is {getattr(type(self), name)!r}.",
-                )
 
 
 @dataclass

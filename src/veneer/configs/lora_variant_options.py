@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from veneer.configs.lora_start_options import Checked
+from veneer.configs.value_checks import Checked
 from veneer.errors import ConfigError
 
 

@@ -1,19 +1,49 @@
-"""Whether a value from a config file is of the type that its field declares."""
+"""Checks the values of configs: each is of the type that its field declares, and numbers are in range."""
 
 from __future__ import annotations
 
 import types
 from collections.abc import Iterable
-from typing import Any, Literal, Union, get_args, get_origin
+from dataclasses import MISSING, fields
+from functools import lru_cache
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from veneer.errors import ConfigError
+from veneer.keywords import Fields
 
 # The largest number of the dtype that adapters compute in.
 LARGEST = (2 - 2**-23) * 2.0**127
 
+# Worked out from the annotations' text, which takes longer than everything else about a config.
+_declared_types = lru_cache(maxsize=None)(get_type_hints)
+
+
+class Checked(Fields):
+    """Lets a dataclass refuse values that are not of the declared types."""
+
+    def __post_init__(self) -> None:
+        check_types(self, f"{type(self).__name__}: ")
+
+
+def check_types(config: Any, where: str = "") -> None:
+    """Raise ``ConfigError`` when a field's value is not of the type that the field declares."""
+    kind: Any = type(config)
+    declared = _declared_types(kind)
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if not matches_type(value, declared[field.name]):
+            shown = repr(value)
+            wrong = "is no number that float32 holds" if _is_beyond(value) else f"is not of the type {field.type}"
+            raise ConfigError(
+                f"{where}{field.name}={shown if len(shown) <= 60 else shown[:59] + '…'} {wrong}.",
+                hint="Compare it with a config that loads."
+                if field.default in (None, MISSING)
+                else f"The default is {field.default!r}.",
+            )
+
 
 def matches_type(value: Any, declared: Any) -> bool:
-    """Whether ``value`` is of a ``declared`` type, as ``typing.get_type_hints`` gives it.
+    """Tell whether ``value`` is of a ``declared`` type, as ``typing.get_type_hints`` gives it.
 
     A bool is no number, a number is one that float32 holds, a tuple or set may stand for a list, and ``None`` for a
     switch that is off.
@@ -37,17 +67,17 @@ def matches_type(value: Any, declared: Any) -> bool:
     return isinstance(value, declared)
 
 
-def is_beyond(value: Any) -> bool:
-    """Whether it is, or holds, a number that float32 does not: infinite, too large, or none (NaN)."""
+def _is_beyond(value: Any) -> bool:
+    """Tell whether a value is, or holds, a number that float32 does not: infinite, too large, or none (NaN)."""
     if isinstance(value, dict):
-        return any(map(is_beyond, value.values()))
+        return any(map(_is_beyond, value.values()))
     return isinstance(value, (int, float)) and not abs(value) <= LARGEST
 
 
 def _is_number(value: Any, declared: type) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float) if declared is float else int):
         return False
-    return not is_beyond(value)
+    return not _is_beyond(value)
 
 
 def check_at_least_one(config: object, *names: str) -> None:
@@ -63,8 +93,8 @@ def check_not_negative(config: object, *names: str) -> None:
 def _check_least(config: object, least: int, names: Iterable[str]) -> None:
     for name in names:
         value = getattr(config, name)
-        given = [one for one in (value.values() if isinstance(value, dict) else [value]) if one is not None]
-        if min(given, default=least) < least:
+        numbers = [n for n in (value.values() if isinstance(value, dict) else [value]) if n is not None]
+        if min(numbers, default=least) < least:
             raise ConfigError(f"{name}={value!r} is too small.", hint=f"It is at least {least}.")
 
 
