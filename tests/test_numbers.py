@@ -30,7 +30,7 @@ def numbers(kind: Any) -> Iterator[tuple[str, Any]]:
     """Each field of a config that is a number or holds numbers, and a way to write one into it."""
     for name, declared in typing.get_type_hints(kind).items():
         text = str(declared)
-        if name == "honoured" or not any(number in text for number in ("int", "float")):
+        if name == "supported_values" or not any(number in text for number in ("int", "float")):
             continue
         if "dict[str, int" in text or "dict[str, float" in text:
             yield name, lambda number: {".*": number}

@@ -77,7 +77,7 @@ class PickleRefusedError(SourceError):
 
 
 class ConfigError(VeneerError, ValueError):
-    """An adapter's config is wrong or says something that cannot be honoured."""
+    """An adapter's config is wrong, or asks for what Veneer does not support."""
 
 
 class UnknownMethodError(ConfigError):

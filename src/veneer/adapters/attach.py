@@ -86,7 +86,7 @@ def create(
         DuplicateAdapterError: the name is taken.
     """
     adapters.check_new(name)
-    config.check_honoured()
+    config.check_supported()
     adapter = Adapter(name, as_any_config(config), trainable=True)
     attaching = _attaching(adapters, adapter, float32)
     attaching.complete_config()

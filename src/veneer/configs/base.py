@@ -61,8 +61,8 @@ class PeftConfig(Fields):
     own_type: ClassVar[PeftType | str | None] = None
     # How the names of the method's tensors begin, such as ``lora`` in ``lora_A.weight``: by default as its type.
     tensor_head: ClassVar[str] = ""
-    # option -> the values that this version honours; anything else in the file is refused, never ignored.
-    honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    # option -> the values that this version supports; anything else in the file is refused, never ignored.
+    supported_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     def __init_subclass__(cls, *, peft_type: PeftType | str | None = None, **kwargs: Any) -> None:
         """Register the class as the config of ``peft_type``."""
@@ -125,7 +125,7 @@ class PeftConfig(Fields):
             raise type(error)(f"{where}: {error.message}", hint=error.hint) from error
         except Exception as error:  # whatever a method's class makes of values that are none of its own
             raise ConfigError(f"{where}: {first_line(error)}.", hint="Compare it with a config that loads.") from error
-        config.check_honoured(where)
+        config.check_supported(where)
         return config
 
     @classmethod
@@ -159,11 +159,11 @@ class PeftConfig(Fields):
         with atomic_write(Path(folder) / ADAPTER_CONFIG) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8")
 
-    def check_honoured(self, where: str = "config") -> None:
+    def check_supported(self, where: str = "config") -> None:
         """Raise :class:`UnsupportedError` for each option that is on and would be ignored."""
         refused = [
             f"{name}={getattr(self, name)!r}"
-            for name, values in self.honoured.items()
+            for name, values in self.supported_values.items()
             if getattr(self, name) not in values
         ]
         if refused:

@@ -59,7 +59,7 @@ class AdaLoraConfig(TargetedConfig, peft_type=PeftType.ADALORA):
     target_parameters: list[str] | None = None
 
     tensor_head = "lora"
-    honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    supported_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "trainable_token_indices": (None,),
         "use_dora": (False, None),
         "lora_bias": (False, None),

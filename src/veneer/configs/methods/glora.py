@@ -30,7 +30,7 @@ class GloraConfig(TargetedConfig, peft_type=PeftType.GLORA):
     config_D_E: Literal["vector", "constant", "none"] = "constant"
     init_weights: bool = True
 
-    honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none",)}
+    supported_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none",)}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -81,7 +81,7 @@ class LoraConfig(TargetedConfig, peft_type=PeftType.LORA):
     kasa_config: dict[str, Any] | None = None
     ensure_weight_tying: bool = False
 
-    honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    supported_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "megatron_config": (None,),
     }
 

@@ -32,7 +32,7 @@ class PolyConfig(TargetedConfig, peft_type=PeftType.POLY):
     n_skills: int = 4
     n_splits: int = 1
 
-    honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {"poly_type": ("poly",)}
+    supported_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {"poly_type": ("poly",)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
