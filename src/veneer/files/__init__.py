@@ -1,1 +1,1 @@
-"""A path or hub id, and the files and headers behind it. Imports no torch."""
+"""Finds the files behind a path or hub id, and reads their headers. Imports no torch."""

@@ -1,11 +1,11 @@
-"""Several adapters in one folder: ``default`` at its root, any other in a subfolder of its name.
+"""Finds several adapters in one folder: ``default`` at its root, any other in a subfolder of its name.
 
     folder/adapter_config.json, adapter_model.safetensors      the adapter "default"
     folder/french/adapter_config.json, ...                     the adapter "french"
     folder/adapter_set.json                                    their order, and which were active
 
 The layout is PEFT's; ``adapter_set.json`` is ours, and stays only where it says something that the folders
-do not: with more than one adapter, or one that is not ``default``. While a set is saved it says that.
+do not: with more than one adapter, or one that is not ``default``. It also marks a set that is being saved.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Member:
 
 
 def place(folder: Path, name: str) -> Path:
-    """Where the adapter ``name`` is saved under ``folder``."""
+    """Return the folder in which the adapter ``name`` is saved under ``folder``."""
     return folder if name == DEFAULT else folder / name
 
 
 def members(source: Source) -> list[Member]:
-    """The adapters of a set, in their order; empty when ``source`` is a single adapter or none.
+    """List the adapters of a set, in their order; empty when ``source`` is a single adapter or none.
 
     A folder with an adapter at its root and none below it is a single adapter. A trainer's ``checkpoint-500``
     below is an earlier state of the adapter, no member, unless the set file names it; nor is a folder with a dot in
@@ -67,9 +67,9 @@ def members(source: Source) -> list[Member]:
     return [below[name] for name in dict.fromkeys([*(n for n in listed if n in below), *below])]
 
 
-def active(source: Source, found: Sequence[Member]) -> list[str]:
-    """Which adapters of the set were active when it was saved; the first when nothing says."""
-    names = [member.name for member in found]
+def active(source: Source, members: Sequence[Member]) -> list[str]:
+    """List the adapters of a set that were active when it was saved; the first where that is not recorded."""
+    names = [member.name for member in members]
     recorded = [name for name in _read(source)[1] if name in names]
     return recorded or names[:1]
 
@@ -93,17 +93,17 @@ def _read(source: Source) -> tuple[list[str], list[str]]:
 
 
 def expert_source(name: str, index: int, path: str, beside: Source | None) -> Source:
-    """Where an expert is: beside the adapter, in a folder of its name or number; else where ``path`` says."""
+    """Find an expert: beside the adapter, in a folder of its name or number; else where ``path`` says."""
     if beside is None or beside.file is not None:
         return resolve(path, what="adapter")
     for folder in (name, str(index)):
-        own = replace(beside, root=beside.root / folder, origin=f"{beside.origin}/{folder}")
-        if own.has(ADAPTER_CONFIG) and _is_whole(own):
-            return own
+        expert = replace(beside, root=beside.root / folder, origin=f"{beside.origin}/{folder}")
+        if expert.has(ADAPTER_CONFIG) and _is_whole(expert):
+            return expert
     relative = beside.root / path
     return resolve(relative if exists(relative) else path, what="adapter")
 
 
 def _is_whole(source: Source) -> bool:
-    """Whether a LoRA beside an X-LoRA is one: peft 0.21 writes a part of it there, and a part of the base."""
+    """Tell whether a LoRA beside an X-LoRA is whole: peft 0.21 writes a part of it there, and a part of the base."""
     return all(key.startswith(PREFIX) for header in read_headers(source, ADAPTER_STEM) for key in header.tensors)

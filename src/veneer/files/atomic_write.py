@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Writes files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def writing(target: Path) -> Iterator[None]:
 
 
 def _refusal(error: Exception) -> str | None:
-    """Why the system did not let something be written; ``None`` when the error is another one."""
+    """Return why the system refused to write; ``None`` when the error is another one."""
     from safetensors import SafetensorError
 
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    # It tells of the system's errors in words of its own, before and after the system's.
+    # safetensors wraps the system's message in text of its own.
     return str(error).rpartition("I/O error: ")[2] if isinstance(error, SafetensorError) else None
 
 

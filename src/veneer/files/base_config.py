@@ -1,4 +1,4 @@
-"""A base model's ``config.json``, of which a part may be anything until it is looked at."""
+"""Reads parts of a base model's ``config.json``, each of which may hold anything."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from veneer.files.names import MODEL_CONFIG
 
 
 def part_of(config: Mapping[str, Any], key: str, origin: str) -> Mapping[str, Any]:
-    """What a config says under ``key``, an object; an empty one where it says nothing.
+    """Return the object that a config has under ``key``; an empty one where it has none.
 
     Raises:
-        CorruptFileError: it is no object.
+        CorruptFileError: the value is no object.
     """
     value = config.get(key)
     if not isinstance(value, Mapping | None):

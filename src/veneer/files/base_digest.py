@@ -1,4 +1,4 @@
-"""The identity of a base model: a digest that an adapter can keep and a loader can compare.
+"""Identifies a base model by a digest that an adapter can keep and a loader can compare.
 
 It is taken from the safetensors headers and from samples of the data, so that it costs milliseconds; it does not
 depend on sharding, on the order of tensors or on anything beside the weights.
@@ -26,7 +26,7 @@ _BLOCK = 1 << 22
 
 
 def base_digest(base: Source | str | Path, *, full: bool = False) -> str:
-    """The digest of a full model's weights.
+    """Compute the digest of a full model's weights.
 
     Args:
         base: the model's folder.

@@ -1,4 +1,4 @@
-"""Gives transformers the folder of a base without adapter files, and remembers where it lies."""
+"""Gives transformers the folder of a base without adapter files, and names the base's origin."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from veneer.files.source import Source
 
 @contextlib.contextmanager
 def without_adapter(source: Source) -> Iterator[Path]:
-    """The folder for transformers to load: without adapter files, which it would attach by itself."""
+    """Give transformers a folder to load, without adapter files, which it would attach by itself."""
     if not source.has(ADAPTER_CONFIG):
         yield source.root
         return
@@ -26,5 +26,5 @@ def without_adapter(source: Source) -> Iterator[Path]:
 
 
 def origin_of(source: Source) -> str:
-    """What the model remembers as its origin: an absolute path, or the hub id."""
+    """Return the origin that a model keeps as its name: an absolute path, or the hub id."""
     return str(source.root.resolve()) if exists(Path(source.origin)) else source.origin

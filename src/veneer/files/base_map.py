@@ -1,4 +1,4 @@
-"""Where bases are on this machine, by the names that adapters know them by. No torch.
+"""Maps the names by which adapters know their bases to places on this machine. No torch.
 
     {"meta-llama/Llama-3.2-1B": "/models/llama-1b", "/workspace/models/": "/models/"}
 
@@ -19,7 +19,7 @@ VARIABLE = "VENEER_BASE_MAP"
 
 
 def look_up(name: str) -> str | None:
-    """The place that the map gives for a base's name; ``None`` when it gives none.
+    """Return the place that the map gives for a base's name; ``None`` when it gives none.
 
     Raises:
         ConfigError: the map cannot be read.
@@ -35,14 +35,14 @@ def look_up(name: str) -> str | None:
 
 
 def _read() -> dict[str, str]:
-    said = os.environ.get(VARIABLE)
-    if said is None:
+    setting = os.environ.get(VARIABLE)
+    if setting is None:
         usual = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "veneer" / "base_map.json"
         return _from_file(usual) if usual.is_file() else {}
-    if "=" in said and not Path(said).is_file():
-        pairs = [pair.partition("=") for pair in said.split(";") if pair.strip()]
+    if "=" in setting and not Path(setting).is_file():
+        pairs = [pair.partition("=") for pair in setting.split(";") if pair.strip()]
         return _checked({name.strip(): place.strip() for name, _, place in pairs}, VARIABLE)
-    return _from_file(Path(said)) if said else {}
+    return _from_file(Path(setting)) if setting else {}
 
 
 def _from_file(path: Path) -> dict[str, str]:
@@ -57,10 +57,10 @@ def _from_file(path: Path) -> dict[str, str]:
         ) from error
 
 
-def _checked(found: object, where: str) -> dict[str, str]:
-    if not isinstance(found, dict) or not all(k and isinstance(v, str) and v for k, v in found.items()):
+def _checked(places: object, where: str) -> dict[str, str]:
+    if not isinstance(places, dict) or not all(k and isinstance(v, str) and v for k, v in places.items()):
         raise ConfigError(
             f"{where}: a base map gives a place, as text, for each name.",
             hint='Such as {"meta-llama/Llama-3.2-1B": "/models/llama-1b"}.',
         )
-    return found
+    return places

@@ -1,4 +1,4 @@
-"""Turning a pickled checkpoint into safetensors, on request only, and without running what is in it."""
+"""Turns a pickled checkpoint into safetensors, on request only, and without running code that it holds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from veneer.files.atomic_write import atomic_write
 from veneer.files.lookup_options import OFFLINE
 from veneer.files.names import ADAPTER_STEM, MODEL_STEM, SAFETENSORS
 from veneer.files.paths import exists
-from veneer.files.resolve import look_up, resolve
+from veneer.files.resolve import local_path, resolve
 from veneer.files.source import PICKLES
 from veneer.files.weight_files import shards
 
@@ -75,8 +75,8 @@ def _write(tensors: dict[str, Tensor], target: Path, path: str | Path) -> None:
 
 
 def _find(path: Path) -> tuple[list[Path], Path]:
-    """The pickles of one checkpoint, and the safetensors file that usually takes their place."""
-    path, is_file, _ = look_up(str(path), "path")
+    """Find the pickles of one checkpoint, and name the safetensors file that usually takes their place."""
+    path, is_file, _ = local_path(str(path), "path")
     if path.suffix == SAFETENSORS and is_file:
         raise NotACheckpointError(f"{path} is no pickle: it is safetensors already.", hint="Use it as it is.")
     if is_file:
@@ -99,7 +99,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
     try:
         with warnings.catch_warnings():
-            # Torch remarks on the pickle's protocol; what matters is whether it can be read.
+            # Torch warns about the pickle's protocol; all that matters is whether it can be read.
             warnings.simplefilter("ignore")
             values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,44 +15,26 @@ from veneer.files.source import Source
 
 
 def is_offline() -> bool:
-    """Whether the environment forbids the network."""
+    """Tell whether the environment forbids the network."""
     on = {"1", "true", "yes", "on"}
     return any(os.environ.get(name, "").lower() in on for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
 
 
 def from_hub(repo: str, lookup: LookupOptions, what: str, patterns: Sequence[str]) -> Source:
-    """What a hub repository holds at a revision, from the cache or the hub; arguments as in ``resolve``."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-
+    """Find a hub repository's files at a revision, in the cache or on the hub; arguments as in ``resolve``."""
     revision, subfolder = lookup.revision, lookup.subfolder
     prefix = f"{Source(Path(), repo).path(subfolder).as_posix()}/" if subfolder else ""
-    wanted = [prefix + pattern for pattern in patterns]
-    # With a folder ``owner`` here, ``owner/name`` is a path with a slip in it, and the hub need not hear of it.
+    # With a folder ``owner`` here, ``owner/name`` is a path with a slip in it: the hub is not asked.
     slip = "/" in repo and is_folder(Path(repo).parent)
-    offline = lookup.local_files_only or is_offline() or slip
-    cached: str | None = None
-    where: dict[str, Any] = {"revision": revision, "allow_patterns": wanted, "cache_dir": lookup.cache_dir}
-    with contextlib.suppress(LocalEntryNotFoundError):
-        cached = snapshot_download(repo, local_files_only=True, **where)
-    folder = cached
-    again = lookup.force_download
-    if not offline and (again or cached is None or not _is_complete(Path(cached) / prefix, patterns)):
-        try:
-            folder = snapshot_download(repo, token=lookup.token, force_download=again, **where)
-        except GatedRepoError as error:
-            raise SourceError(
-                f"The {what} {repo} is gated on the hub.", hint="Accept its terms there, then pass token=."
-            ) from error
-        except RepositoryNotFoundError as error:
-            raise PathNotFoundError(
-                f"The {what} {repo!r} is neither a local path nor a public repository on the hub.",
-                hint="Check the spelling; for a private one pass token=.",
-            ) from error
-        except (OSError, ValueError) as error:
-            # What is in the cache is worth more than no answer; what is missing from it will be said.
-            if cached is None:
-                raise _unreachable(repo, what, error) from error
+    request: dict[str, Any] = {
+        "revision": revision,
+        "allow_patterns": [prefix + pattern for pattern in patterns],
+        "cache_dir": lookup.cache_dir,
+    }
+    folder = _cached(repo, request)
+    is_whole = folder is not None and _is_complete(Path(folder) / prefix, patterns)
+    if (lookup.force_download or not is_whole) and not (lookup.local_files_only or is_offline() or slip):
+        folder = _fetch(repo, lookup, what, request, folder)
     if folder is None:
         raise _not_cached(repo, revision, what, slip)
     root = Path(folder) / prefix
@@ -62,8 +43,42 @@ def from_hub(repo: str, lookup: LookupOptions, what: str, patterns: Sequence[str
     return Source(root, repo + (f"/{subfolder}" if subfolder else ""), revision=revision, commit=Path(folder).name)
 
 
+def _cached(repo: str, request: dict[str, Any]) -> str | None:
+    """Return the folder of a repository in the cache; ``None`` when it is not there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return str(snapshot_download(repo, local_files_only=True, **request))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _fetch(repo: str, lookup: LookupOptions, what: str, request: dict[str, Any], cached: str | None) -> str | None:
+    """Fetch a repository from the hub and return its folder; where the hub fails, what is ``cached`` is used."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        return str(snapshot_download(repo, token=lookup.token, force_download=lookup.force_download, **request))
+    except GatedRepoError as error:
+        raise SourceError(
+            f"The {what} {repo} is gated on the hub.", hint="Accept its terms there, then pass token=."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise PathNotFoundError(
+            f"The {what} {repo!r} is neither a local path nor a public repository on the hub.",
+            hint="Check the spelling; for a private one pass token=.",
+        ) from error
+    except (OSError, ValueError) as error:
+        # Whatever needs more than the cache holds raises its own error.
+        if cached is None:
+            raise _unreachable(repo, what, error) from error
+        return cached
+
+
 def _is_complete(folder: Path, patterns: Sequence[str]) -> bool:
-    """Whether the cache's copy holds what is wanted; one that was fetched for its configs alone has no weights."""
+    """Tell whether the cache's copy has all files; one that was fetched for its configs alone has no weights."""
     weights = any(pattern.endswith(SAFETENSORS) for pattern in patterns)
     return folder.is_dir() and any(folder.glob(f"*{SAFETENSORS}" if weights else "*.json"))
 

@@ -1,4 +1,4 @@
-"""Reads a JSON file of a checkpoint, or says what is wrong with it."""
+"""Reads a JSON file of a checkpoint, or tells what is wrong with it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,8 @@ from veneer.files.names import MAX_HEADER
 COPY_AGAIN = "Copy or download it again."
 
 
-# -- reading -----------------------------------------------------------------------------------------------
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or ``CorruptFileError`` that says where it breaks."""
+    """Read a JSON object from a file, or raise ``CorruptFileError``, which tells where it breaks."""
     try:
         size = path.stat().st_size
         if size > MAX_HEADER:

@@ -1,4 +1,4 @@
-"""How a path or hub id is looked up."""
+"""Options for looking up a path or hub id."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class LookupOptions:
-    """How a path or hub id is looked up, and the base that goes with it.
+    """Options for looking up a path or hub id, and the base that an adapter there names.
 
     Attributes:
         revision: branch, tag or commit on the hub.
@@ -35,5 +35,5 @@ class LookupOptions:
         return replace(self, revision=self.base_revision or recorded, subfolder=None)
 
 
-# What is on this machine, in a folder or in the hub's cache.
+# Looks only on this machine: in folders and in the hub's cache.
 OFFLINE = LookupOptions(local_files_only=True)

@@ -1,4 +1,4 @@
-"""Asks what lies at a path; never raises, whatever the path is."""
+"""Tells what lies at a path, and never raises, whatever the path is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def exists(path: Path) -> bool:
-    """Whether something is at ``path``; not where the system cannot even say, as of a name that is too long."""
+    """Tell whether something is at ``path``; false where the system cannot look, as for a name that is too long."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -16,7 +16,7 @@ def exists(path: Path) -> bool:
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file is at ``path``, with the same answer for what no path can be."""
+    """Tell whether a file is at ``path``; false where the system cannot look."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -24,7 +24,7 @@ def is_file(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder is at ``path``, likewise."""
+    """Tell whether a folder is at ``path``; false where the system cannot look."""
     try:
         return path.is_dir()
     except (OSError, ValueError):
@@ -37,7 +37,7 @@ def nearest_existing(path: Path) -> Path:
 
 
 def nearest_path(path: Path) -> str:
-    """What stands beside a path that does not exist."""
+    """Return a hint for a path that does not exist: similar names beside it."""
     parent = path.parent
     while not is_folder(parent) and parent != parent.parent:
         path, parent = parent, parent.parent

@@ -43,7 +43,7 @@ def resolve(
     Args:
         path: what to find.
         lookup: where and how to look.
-        what: what it is meant to be, for errors: "adapter", "base".
+        what: what the path stands for, in errors: "adapter", "base".
         patterns: which files of a hub repository are needed.
 
     Raises:
@@ -53,12 +53,12 @@ def resolve(
     text, subfolder = os.fspath(path), lookup.subfolder
     if not text.strip():
         raise PathNotFoundError(f"The {what} is an empty string.", hint="Give a folder or a hub id.")
-    local, a_file, a_folder = look_up(text, what)
-    if a_file:
+    local, is_a_file, is_a_folder = local_path(text, what)
+    if is_a_file:
         if subfolder:
             raise PathNotFoundError(f"{text} is a file; it has no subfolder {subfolder!r}.", hint=f"Give {text} alone.")
         return _single_file(local, text)
-    if not a_folder:
+    if not is_a_folder:
         if isinstance(path, Path) or os.path.lexists(local) or not looks_like_hub_id(text):
             raise _missing(local, what)
         return from_hub(text, lookup, what, patterns)
@@ -73,16 +73,16 @@ def resolve(
 
 
 def looks_like_hub_id(text: str) -> bool:
-    """Whether ``text`` can be ``name`` or ``owner/name`` on the hub, and is not plainly meant as a path."""
+    """Tell whether ``text`` can be ``name`` or ``owner/name`` on the hub, and is not plainly meant as a path."""
     plain = not any(part in text for part in _NOT_IN_HUB_ID) and not text.endswith(_NOT_HUB_ENDINGS)
     return plain and _HUB_ID.fullmatch(text) is not None
 
 
-def look_up(text: str, what: str) -> tuple[Path, bool, bool]:
-    """A path, whether it is a file, and whether it is a folder.
+def local_path(text: str, what: str) -> tuple[Path, bool, bool]:
+    """Return a path, whether it is a file, and whether it is a folder.
 
     Raises:
-        PathNotFoundError: the system cannot even say that.
+        PathNotFoundError: the system cannot even look there.
     """
     try:
         local = Path(text).expanduser()

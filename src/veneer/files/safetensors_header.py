@@ -21,7 +21,7 @@ _MAX_NUMBER = 1 << 64
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor as a header describes it; ``start`` and ``end`` are bytes in the file's data part."""
+    """One tensor in a header; ``start`` and ``end`` are its bytes in the file's data part."""
 
     name: str
     dtype: str
@@ -56,9 +56,9 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file, checked against the file's size.
+    """Read the header of a safetensors file, and check it against the file's size.
 
-    It is as strict as the reader that the values come from later: what passes here opens there.
+    It is as strict as safetensors itself, which reads the values later: a file that passes here opens there.
 
     Raises:
         CorruptFileError: not a safetensors file, truncated, or with a header that contradicts itself.
@@ -83,10 +83,10 @@ def read_header(path: Path) -> Header:
 
 
 def header_in(raw: bytes, path: Path) -> Header:
-    """The header that ``raw`` is, its length included, of a file whose data are still to be written to ``path``.
+    """Parse the bytes of a header, its length included, of a file whose data are still to be written to ``path``.
 
     Raises:
-        CorruptFileError: it is none, or contradicts itself.
+        CorruptFileError: it is no header, or contradicts itself.
     """
     try:
         if int.from_bytes(raw[:8], "little") != len(raw) - 8:
@@ -98,13 +98,13 @@ def header_in(raw: bytes, path: Path) -> Header:
 
 
 class _DamagedError(Exception):
-    """What is wrong with a header."""
+    """A header is damaged; the message tells how."""
 
 
 # Adapters of one training script have one header, byte by byte: it is read once.
 @lru_cache(maxsize=8)
 def _described(raw: bytes) -> tuple[Mapping[str, TensorInfo], Mapping[str, str], int]:
-    """The tensors and the metadata of a header, and the bytes that the tensors take."""
+    """Parse a header: its tensors, its metadata, and the bytes that the tensors take."""
     try:
         text = raw.decode("utf-8")  # left to itself, json also takes UTF-16 and -32
         values = json.loads(text, object_pairs_hook=_unique, parse_int=_number, parse_constant=_number)
@@ -148,7 +148,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _number(text: str) -> int:
-    """A number as it may stand in a header: no ``-0``, no ``NaN``."""
+    """Parse a number that a header may hold: no ``-0``, no ``NaN``."""
     if text in ("-0", "NaN", "Infinity", "-Infinity"):
         raise ValueError(text)
     return int(text)
@@ -176,7 +176,7 @@ def _tensor(name: str, value: Any) -> TensorInfo:
 
 
 def _extent(tensors: Mapping[str, TensorInfo]) -> int:
-    """The bytes of all tensors, which lie side by side: no overlap, no hole."""
+    """Return the bytes of all tensors, and check that they lie side by side: no overlap, no hole."""
     position = 0
     for info in sorted(tensors.values(), key=lambda info: (info.start, info.end)):
         if info.start != position:
@@ -187,7 +187,7 @@ def _extent(tensors: Mapping[str, TensorInfo]) -> int:
 
 
 def _check_extent(end: int, available: int) -> None:
-    """The tensors fill the data part: nothing missing, nothing left over."""
+    """Check that the tensors fill the data part: nothing missing, nothing left over."""
     if end != available:
         cut = "truncated: " if end > available else ""
         raise _DamagedError(f"{cut}its tensors take {end:,} bytes, and {available:,} are there")

@@ -1,4 +1,4 @@
-"""A source: a folder and where it came from, and the files in it."""
+"""Defines a source: a folder, its origin, and the files in it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ PICKLES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Source:
-    """A folder of files, wherever it came from.
+    """A folder of files, local or from the hub.
 
     Attributes:
         root: the folder.
-        origin: as it was asked for.
-        file: the one file that was asked for, when it was not a folder.
-        revision: the hub revision that was asked for.
-        commit: the hub commit that it is.
+        origin: the path or hub id that the user gave.
+        file: the file that the user gave, where that is no folder.
+        revision: the hub revision that the user gave.
+        commit: the hub commit of the files.
     """
 
     root: Path
@@ -38,7 +38,7 @@ class Source:
     commit: str | None = None
 
     def path(self, name: str) -> Path:
-        """The path of a file in the folder; ``CorruptFileError`` when ``name`` would leave it."""
+        """Return the path of a file in the folder; raise ``CorruptFileError`` when ``name`` would leave it."""
         parts = Path(name).parts
         if Path(name).is_absolute() or ".." in parts or "\\" in name or "\0" in name or not parts:
             raise CorruptFileError(
@@ -47,13 +47,13 @@ class Source:
         return self.root / name
 
     def has(self, name: str) -> bool:
-        """Whether there is a file of that name."""
+        """Tell whether there is a file of that name."""
         return is_file(self.path(name))
 
     def json(self, name: str) -> dict[str, Any]:
-        """A JSON object read from a file of the folder."""
+        """Read a JSON object from a file of the folder."""
         return read_json(self.path(name))
 
     def files(self) -> list[str]:
-        """The names of the files in the folder, sorted; hidden ones and subfolders left out."""
+        """List the names of the files in the folder, sorted; hidden ones and subfolders left out."""
         return sorted(p.name for p in self.root.iterdir() if p.is_file() and not p.name.startswith("."))

@@ -1,4 +1,4 @@
-"""Checkpoint key <-> slot: where in a model a stored tensor belongs.
+"""Translates a checkpoint's keys to slots in a model and back.
 
     base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight      in a checkpoint
                      model.layers.0.self_attn.q_proj                    the slot's module
@@ -27,7 +27,7 @@ class Slot:
 
 
 def decode(key: str, leaves: Iterable[str], prefix: str = PREFIX) -> Slot | None:
-    """The slot of a checkpoint's ``key``, or ``None`` when it is not in this dialect.
+    """Return the slot of a checkpoint's ``key``, or ``None`` when it is not in this dialect.
 
     A key that ends in none of the method's ``leaves`` is a parameter of a module that was saved whole.
     """
@@ -42,5 +42,5 @@ def decode(key: str, leaves: Iterable[str], prefix: str = PREFIX) -> Slot | None
 
 
 def encode(module: str, leaf: str, prefix: str = PREFIX) -> str:
-    """The checkpoint key of a slot; the inverse of :func:`decode`."""
+    """Return the checkpoint key of a slot; the inverse of :func:`decode`."""
     return f"{prefix}{module}.{leaf}"

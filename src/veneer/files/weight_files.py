@@ -1,4 +1,4 @@
-"""Lists the weight files of a checkpoint, whole or in shards."""
+"""Lists the weight files of a checkpoint, whole or in shards, and reads their headers."""
 
 from __future__ import annotations
 
@@ -38,39 +38,39 @@ def read_checked_headers(source: Source, stem: str) -> list[Header]:
 
 def check_shards(source: Source, stem: str, headers: Sequence[Header]) -> None:
     """Raise ``CorruptFileError`` when a tensor is in two shards, or the index says other than their headers."""
-    homes: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for header in headers:
         for name in header.tensors:
-            if name in homes:
+            if name in paths:
                 raise CorruptFileError(
-                    f"{source.origin}: {name} is in two files, {homes[name].name} and {header.path.name}.",
+                    f"{source.origin}: {name} is in two files, {paths[name].name} and {header.path.name}.",
                     hint=COPY_AGAIN,
                 )
-            homes[name] = header.path
+            paths[name] = header.path
     if source.file is None and not source.has(stem + SAFETENSORS):
-        _check_index(source, stem + INDEX, homes)
+        _check_index(source, stem + INDEX, paths)
 
 
-def _check_index(source: Source, index: str, homes: Mapping[str, Path]) -> None:
+def _check_index(source: Source, index: str, actual_paths: Mapping[str, Path]) -> None:
     mapping = source.json(index)["weight_map"]
     paths = {name: source.path(str(file)) for name, file in mapping.items()}
-    odd = [name for name in paths.keys() | homes.keys() if paths.get(name) != homes.get(name)]
+    odd = [name for name in paths.keys() | actual_paths.keys() if paths.get(name) != actual_paths.get(name)]
     if odd:
         name = min(odd)
-        said = f"in {mapping[name]}" if name in mapping else "nowhere"
-        found = f"in {homes[name].relative_to(source.root)}" if name in homes else "in no file"
+        indexed = f"in {mapping[name]}" if name in mapping else "nowhere"
+        actual = f"in {actual_paths[name].relative_to(source.root)}" if name in actual_paths else "in no file"
         more = f", and {len(odd) - 1} more alike" if len(odd) > 1 else ""
         raise CorruptFileError(
-            f"{source.origin}/{index} has {name} {said}, and it is {found}{more}.",
+            f"{source.origin}/{index} has {name} {indexed}, and it is {actual}{more}.",
             hint="Copy or download index and shards again.",
         )
 
 
 def weight_files(source: Source, stem: str) -> list[Path]:
-    """The safetensors files of a checkpoint: one, or the shards that an index names.
+    """List the safetensors files of a checkpoint: one, or the shards that an index names.
 
     Args:
-        source: where.
+        source: the checkpoint.
         stem: ``"model"`` or ``"adapter_model"``.
 
     Raises:
@@ -95,7 +95,7 @@ def weight_files(source: Source, stem: str) -> list[Path]:
 
 
 def shards(source: Source, index: str) -> list[Path]:
-    """The files that an index names, sorted by name.
+    """List the files that an index names, sorted by name.
 
     Raises:
         CorruptFileError: the index names none, or one outside of its folder.
