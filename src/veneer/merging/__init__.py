@@ -1,1 +1,1 @@
-"""Merging an adapter into its base: the arithmetic, and from folder to folder."""
+"""Merges adapters into a base from disk to disk, verifies and undoes a merge, and extracts adapters."""

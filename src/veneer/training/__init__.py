@@ -1,1 +1,1 @@
-"""What a training script calls beside the model: optimisers, EVA, LoftQ on quantised bases."""
+"""Helps training scripts: optimisers, EVA, LoftQ on quantised bases."""

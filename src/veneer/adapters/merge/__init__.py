@@ -1,1 +1,1 @@
-"""Merging and combining adapters in memory."""
+"""Merges and combines adapters in memory."""

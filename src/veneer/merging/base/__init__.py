@@ -1,1 +1,1 @@
-"""The base of a merge from disk to disk: its files, names and hashes."""
+"""Reads the base of a merge from disk to disk: its files, names, model and hashes."""

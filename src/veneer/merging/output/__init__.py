@@ -1,1 +1,1 @@
-"""The folder that a merge from disk to disk writes, and taking a merge back."""
+"""Writes the folder of a merge from disk to disk, and restores the base from one."""

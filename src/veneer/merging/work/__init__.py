@@ -1,1 +1,1 @@
-"""What a merge from disk to disk does to each tensor, planned before anything is written."""
+"""Plans the work that a merge from disk to disk does for each tensor, before anything is written."""
