@@ -16,7 +16,7 @@ from veneer.base_model.sites.parameter_reader import LIVE, ParameterReader
 from veneer.base_model.sites.quantized.packed import refusal
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import ALL_LINEAR, is_inside, names_match, saved_modules, shortest, target_names
-from veneer.base_model.transformers_renames import renames_of
+from veneer.base_model.transformers_internals import renames_of
 from veneer.configs.base import AnyConfig, TargetedConfig
 from veneer.errors import TargetError
 

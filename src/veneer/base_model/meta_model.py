@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from veneer.base_model.transformers_errors import ANOTHER_CLASS, transformers_errors_as
+from veneer.base_model.transformers_internals import build, without_memory
 from veneer.errors import BaseModelError
 from veneer.files.base_folder import without_adapter
 from veneer.files.source import Source
@@ -20,7 +20,6 @@ def meta_model(kind: Any, source: Source, trust_remote_code: bool = False, **cha
         BaseModelError: transformers cannot build it.
     """
     import transformers
-    from transformers.initialization import no_init_weights
 
     what = f"transformers cannot build {source.origin} as {kind.__name__}"
     with transformers_errors_as(BaseModelError, what, ANOTHER_CLASS), without_adapter(source) as folder:
@@ -29,13 +28,7 @@ def meta_model(kind: Any, source: Source, trust_remote_code: bool = False, **cha
         )
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with torch.device("meta"), no_init_weights():
-            model: Any = _made(kind, config, trust_remote_code)
+        with without_memory():
+            model = build(kind, config, trust_remote_code)
     model.tie_weights()
     return model.eval()  # type: ignore[no-any-return]
-
-
-def _made(kind: Any, config: Any, trust_remote_code: bool) -> Any:
-    if hasattr(kind, "_model_mapping"):
-        return kind.from_config(config, trust_remote_code=trust_remote_code)
-    return kind._from_config(config)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from veneer.base_model.transformers_internals import replace_remote_code_timeout
 from veneer.errors import VeneerError
 from veneer.printing import first_line
 
@@ -51,12 +52,10 @@ def _without_questions() -> Iterator[None]:
     ``trust_remote_code=False`` does not reach the configs inside of a config, about which it asks all the same. With
     no time for an answer it refuses at once.
     """
-    from transformers import dynamic_module_utils as asking
-
     global _unasked, _patience
     with _lock:
         if not _unasked:
-            _patience, asking.TIME_OUT_REMOTE_CODE = asking.TIME_OUT_REMOTE_CODE, 0
+            _patience = replace_remote_code_timeout(0)
         _unasked += 1
     try:
         yield
@@ -64,7 +63,7 @@ def _without_questions() -> Iterator[None]:
         with _lock:
             _unasked -= 1
             if not _unasked:
-                asking.TIME_OUT_REMOTE_CODE = _patience
+                replace_remote_code_timeout(_patience)
 
 
 # What to do where transformers cannot make a model.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from veneer.base_model.transformers_internals import classes_for
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.checkpoints.closeness import Closeness
 from veneer.configs.names import HEADS, TaskType
@@ -85,11 +86,7 @@ def note_of(kind: Any, config: dict[str, Any], checkpoints: Sequence[Checkpoint]
 
 def _classes(config: dict[str, Any], task: str) -> tuple[str, ...]:
     """The classes that transformers has for a model type and a task, by name."""
-    import transformers
-
-    auto = getattr(transformers, TASK_CLASSES[task])
-    found = auto._model_mapping._model_mapping.get(config.get("model_type", ""), ())
-    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+    return classes_for(TASK_CLASSES[task], config.get("model_type", ""))
 
 
 def _own_class(config: dict[str, Any]) -> Any:

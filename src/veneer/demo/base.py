@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from veneer.base_model.transformers_internals import set_name
 from veneer.errors import BaseModelError
 from veneer.packages import GGUF_PACKAGES, require
 
@@ -72,7 +73,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         gguf.parent, dtype=torch.bfloat16, quantization_config=quantization, **options
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
-    model.config._name_or_path = ""
+    set_name(model, "")
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from veneer.adapters.call import Call
+from veneer.base_model.transformers_internals import wrap_generation_loop
 from veneer.errors import AdapterError
 from veneer.keywords import keywords, strict, unknown
 from veneer.patches.selection import ActiveSelection
@@ -77,13 +78,9 @@ class BatchingMethods:
 
 def _carry_choice(manager: Any, switch: ActiveSelection) -> None:
     """Let the thread that a manager starts run in a copy of the starter's context."""
-    if "start" in vars(manager):  # kept from another session
-        return
-    start, loop = manager.start, manager._run_generation_loop
 
-    def start_here() -> None:
+    def in_context(loop: Callable[[], Any]) -> Callable[[], Any]:
         context = contextvars.copy_context()
-        manager._run_generation_loop = lambda: context.run(switch.run, loop)
-        start()
+        return lambda: context.run(switch.run, loop)
 
-    manager.start = start_here
+    wrap_generation_loop(manager, in_context)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from veneer.base_model.transformers_errors import ANOTHER_CLASS, transformers_errors_as
+from veneer.base_model.transformers_internals import set_name
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.checkpoints.model_class import class_for, dtype_of, labels_of, note_of, wanted_task
 from veneer.checkpoints.resized_vocabulary import required_vocabulary
@@ -63,7 +64,7 @@ def build_base(source: Source, checkpoints: list[Checkpoint], options: BuildOpti
     what = f"transformers cannot load {source.origin} as {kind.__name__}"
     with without_adapter(source) as folder, transformers_errors_as(BaseModelError, what, ANOTHER_CLASS):
         model, info = kind.from_pretrained(folder, output_loading_info=True, **arguments)
-    model.name_or_path = model.config._name_or_path = origin_of(source)
+    set_name(model, origin_of(source))
     model.eval()
     if vocabulary is not None:
         warnings.append(_resize(model, vocabulary))

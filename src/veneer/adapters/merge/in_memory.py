@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.merge.into_quantized import choose, dequantize, forget_loading, measured
+from veneer.adapters.merge.into_quantized import choose, dequantize, measured
 from veneer.adapters.merge.new_bias import new_biases
 from veneer.adapters.merge.untie import untie
 from veneer.adapters.merge.worker_threads import for_each
 from veneer.base_model.catalog import Catalog
+from veneer.base_model.transformers_internals import forget_packing_rules
 from veneer.errors import MergeError
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.layers.quantized_layer import PackedLayer
@@ -77,7 +78,7 @@ def _merge_and_unload(adapters: Adapters, names: Sequence[str] | None, check: bo
         adapters.quantized_merge = measured(packed)
         if into == DEQUANTIZED:
             dequantize(model, adapters.catalog.dtype)
-        forget_loading(model)
+        forget_packing_rules(model)
     adapters.catalog = Catalog(model)
     return model
 

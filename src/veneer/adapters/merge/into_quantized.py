@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from veneer.base_model.sites import packed_site
+from veneer.base_model.transformers_internals import forget_quantization
 from veneer.errors import MergeError
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.layers.quantized_layer import PackedLayer
@@ -60,14 +60,4 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
         if site is not None:
             parent, _, child = name.rpartition(".")
             model.get_submodule(parent)._modules[child] = site.plain(site.weight(), site.bias, dtype)
-    quantizer: Any = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)
-
-
-def forget_loading(model: Any) -> None:
-    """Drop the rules that packed weights were loaded by: transformers saves by their inverses, which they lack."""
-    rules = getattr(model, "_weight_conversions", None)
-    if rules:
-        steps = [(rule, getattr(rule, "operations", ())) for rule in rules]
-        model._weight_conversions = [rule for rule, ops in steps if not any(hasattr(op, "hf_quantizer") for op in ops)]
+    forget_quantization(model)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from veneer.base_model.sites.offload import lay_over, offloading_hook
+from veneer.base_model.transformers_internals import without_memory
 from veneer.errors import MergeError
 from veneer.layers.adapted_layer import AdaptedLayer
 
@@ -104,15 +105,13 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _builder(model: nn.Module) -> Build:
-    from transformers.initialization import no_init_weights
-
     def build(**changes: Any) -> nn.Module:
         config: Any = copy.deepcopy(model.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         for key, value in changes.items():
             setattr(config, key, value)
-        with torch.device("meta"), no_init_weights():
+        with without_memory():
             made: nn.Module = type(model)(config)
         return made
 

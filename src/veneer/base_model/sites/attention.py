@@ -79,11 +79,10 @@ class SplitAttention(AttentionSite):
     projection = "k_proj"
 
     def queries(self, x: Tensor, call: Mapping[str, Any]) -> Tensor:
-        from transformers.models.llama.modeling_llama import rotate_half
-
         query = self.heads(self.module.q_proj(x))  # type: ignore[operator]
         cos, sin = (part.unsqueeze(2) for part in call["position_embeddings"])
-        turned: Tensor = query * cos + rotate_half(query) * sin
+        first, second = query.chunk(2, -1)
+        turned: Tensor = query * cos + torch.cat([-second, first], -1) * sin
         return turned
 
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:

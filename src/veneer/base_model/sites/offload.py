@@ -49,6 +49,12 @@ def offloading_hook(module: nn.Module) -> Any:
     return None
 
 
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Return the device that a hook lets a module compute on; ``None`` for a module without a hook."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return None if device is None else torch.device(device)
+
+
 def resident(module: nn.Module, name: str, tensor: Tensor, *, below: bool = False) -> Tensor:
     """A parameter's values on the device where its layer computes.
 

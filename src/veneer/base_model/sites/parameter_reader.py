@@ -39,8 +39,7 @@ class LiveReader:
 
     def device(self, module: nn.Module, parameter: Tensor) -> torch.device:
         """Return the parameter's device, or the one that an offloaded layer computes on."""
-        execution = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        return parameter.device if execution is None else torch.device(execution)
+        return offload.execution_device(module) or parameter.device
 
 
 LIVE = LiveReader()

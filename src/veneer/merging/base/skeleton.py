@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.base_model.meta_model import meta_model
-from veneer.base_model.transformers_renames import conversions_of
+from veneer.base_model.transformers_internals import conversions_of, in_loading_order, parameter_for, renamed
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.checkpoints.model_class import class_for, labels_of
 from veneer.errors import MergeError
@@ -114,25 +114,22 @@ class StoredNames:
 
 def stored_names(model: Any, names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> StoredNames:
     """Match a checkpoint's tensors with a model's parameters, by the rules that transformers loads by."""
-    from transformers.core_model_loading import apply_renamings, dot_natural_key, rename_source_key
-
     renamings, converters = conversions_of(model)
     of_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     state = model.state_dict()
-    prefix = getattr(model, "base_model_prefix", None)
     direct: dict[str, str] = {}
     collected: dict[str, list[tuple[str, str]]] = {}
-    for name in sorted(names, key=dot_natural_key):
-        renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if renamed not in state and name in state:
-            renamed, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=state)
-        if renamed in state and pattern is None:
-            direct.setdefault(renamed, name)
-        elif renamed in state and pattern is not None:
-            collected.setdefault(renamed, []).append((name, pattern))
+    for name in in_loading_order(names):
+        parameter, pattern = parameter_for(name, renamings, converters, model, state)
+        if parameter not in state and name in state:
+            parameter, pattern = parameter_for(name, [], [], model, state)
+        if parameter in state and pattern is None:
+            direct.setdefault(parameter, name)
+        elif parameter in state and pattern is not None:
+            collected.setdefault(parameter, []).append((name, pattern))
     made: dict[str, Conversion] = {}
     for first, sources in collected.items():
-        renamed_by = {name: apply_renamings(name, renamings) for name, _ in sources}
+        renamed_by = {name: renamed(name, renamings) for name, _ in sources}
         conversion = Conversion(of_pattern[sources[0][1]], first, tuple(sources), renamed_by)
         empty = {name: torch.empty(shapes[name], device="meta") for name, _ in sources}
         made.update(dict.fromkeys(conversion.parameters(empty, model), conversion))
