@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.collection import Adapters
+from veneer.patches.forward_call import ForwardCall
 from veneer.patches.selection import Selection
 
 
@@ -21,18 +22,26 @@ class Call:
         adapters: those of the model.
         chosen: what it uses; what holds in this context when ``None``.
         task_ids: the task of each row, shape ``(rows,)``.
+        prompt: the tokens that decide for every pass while generating, shape ``(rows, n)``.
 
     Raises:
         UnknownAdapterError: on entering, when what it was to use has been deleted or renamed.
     """
 
-    __slots__ = ("_before", "adapters", "chosen", "task_ids")
+    __slots__ = ("_token", "adapters", "chosen", "prompt", "task_ids")
 
-    def __init__(self, adapters: Adapters, chosen: Selection | None = None, task_ids: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        adapters: Adapters,
+        chosen: Selection | None = None,
+        task_ids: Tensor | None = None,
+        prompt: Tensor | None = None,
+    ) -> None:
         self.adapters = adapters
         self.chosen = chosen
         self.task_ids = task_ids
-        self._before: Token[object] | None = None
+        self.prompt = prompt
+        self._token: Token[ForwardCall] | None = None
 
     def __enter__(self) -> None:
         switch = self.adapters.switch
@@ -40,7 +49,7 @@ class Call:
         try:
             for name in selection.applied:
                 self.adapters.get(name)
-            self._before = switch.push(selection.for_call(self.task_ids), self)
+            self._token = switch.push(selection.for_call(self.task_ids), self, self.prompt)
         except BaseException:
             switch.underway.end(self)
             raise
@@ -64,21 +73,24 @@ class Call:
     def __exit__(self, *_: object) -> None:
         switch = self.adapters.switch
         try:
-            if self._before is not None:
-                switch.pop(self._before)
+            if self._token is not None:
+                switch.pop(self._token)
         finally:
             switch.underway.end(self)
 
 
 def call(
-    adapters: Adapters, chosen: Selection | None = None, task_ids: Tensor | None = None
+    adapters: Adapters,
+    chosen: Selection | None = None,
+    task_ids: Tensor | None = None,
+    prompt: Tensor | None = None,
 ) -> AbstractContextManager[None]:
     """A ``with`` block for one call of a model, with what is chosen for it or selected now.
 
     In compiled code, whose guards have read the selection, it is no more than the choice.
     """
     if not torch.compiler.is_compiling():
-        return Call(adapters, chosen, task_ids)
+        return Call(adapters, chosen, task_ids, prompt)
     if chosen is None and task_ids is None:
         return nullcontext()
     return adapters.using(dataclasses.replace(chosen or adapters.switch.selection, task_ids=task_ids))

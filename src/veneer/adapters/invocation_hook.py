@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from veneer.adapters.collection import Adapters
+from veneer.adapters.pass_hook import PassHook
 from veneer.configs.base import TargetedConfig
 from veneer.methods import method_of
-from veneer.patches.token_gate import record_tokens
+from veneer.patches.forward_call import current, forget_after, note
+from veneer.patches.forward_tokens import ForwardTokens
+
+if TYPE_CHECKING:
+    from veneer.adapters.adapter import Adapter
 
 
-class InvocationHook:
-    """The hooks on the base that note what each forward pass reads."""
+class InvocationHook(PassHook):
+    """Notes the tokens that each pass reads; while generating, the prompt decides."""
 
-    def __init__(self) -> None:
-        self._handles: list[RemovableHandle] = []
+    by_place = True
 
-    @property
-    def acts_by_place(self) -> bool:
-        """Whether there is such an adapter."""
-        return bool(self._handles)
+    def is_for(self, adapter: Adapter) -> bool:
+        config = adapter.config
+        return isinstance(config, TargetedConfig) and bool(method_of(config).invocation(config))
 
-    def refresh(self, adapters: Adapters) -> None:
-        """Note it from now on if there is such an adapter, and no longer if there is none."""
-        configs = [entry.config for entry in adapters.by_name.values() if isinstance(entry.config, TargetedConfig)]
-        wanted = any(method_of(config).invocation(config) for config in configs)
-        if wanted and not self._handles:
-            self._handles = record_tokens(adapters.model)
-        while self._handles and not wanted:
-            self._handles.pop().remove()
+    def hooks(self, model: nn.Module) -> list[RemovableHandle]:
+        return [model.register_forward_pre_hook(_before, with_kwargs=True), forget_after(model, "tokens")]
+
+
+def _before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    ids, cache, prompt = (
+        kwargs.get("input_ids", args[0] if args else None),
+        kwargs.get("past_key_values"),
+        current().prompt,
+    )
+    if not isinstance(ids, Tensor) or ids.is_floating_point():
+        note(tokens=None)
+        return
+    prompt, start = current().prompt, int(cache.get_seq_length()) if cache is not None else 0
+    note(tokens=ForwardTokens(ids if prompt is None else prompt, start, ids.shape[1]))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -36,7 +35,8 @@ from veneer.configs.base import PromptConfig
 from veneer.errors import AdapterError, UnsupportedError
 from veneer.layers.any_names import AnyNames
 from veneer.methods.base.prompt_method import IGNORED, AnyPrompt, PromptEncoder
-from veneer.patches.selection import ActiveSelection
+from veneer.patches.active_selection import ActiveSelection
+from veneer.patches.forward_call import current, forget_after, note
 
 
 class Prompts(AnyNames):
@@ -102,13 +102,12 @@ class Prompts(AnyNames):
         with contextlib.suppress(UnsupportedError):
             places.append((module_called(model), self._fill))
         self._hooks = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in places]
-        self._hooks.append(front.register_forward_hook(self._finish))
+        self._hooks += [front.register_forward_hook(self._finish), forget_after(front, "weighted_labels")]
 
     # -- the hooks -----------------------------------------------------------------------------------------
 
     def _prepend(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Put virtual tokens before a call's input."""
-        _WEIGHED.set(None)
         if not self._active(fills_cache=False):
             return None
         call = named_call(module, args, kwargs)
@@ -143,13 +142,12 @@ class Prompts(AnyNames):
                 hint="Train it with set_adapter(...).",
             )
         call["labels"] = found[0]
-        _WEIGHED.set(found)
+        note(weighted_labels=found)
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Put a prompt's own loss in the place of the model's."""
-        found = _WEIGHED.get()
+        found = current().weighted_labels
         if found is not None:
-            _WEIGHED.set(None)
             output.loss = weighted_loss(output.logits, *found)
 
     def _cross(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -252,10 +250,6 @@ class Prompts(AnyNames):
             total = own
         assert total is not None
         return total
-
-
-# Labels and weights of the call that is under way, for a prompt with a loss of its own.
-_WEIGHED: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("veneer_weighed", default=None)
 
 
 def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

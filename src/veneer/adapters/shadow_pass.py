@@ -6,8 +6,7 @@ values of its own behind the model's layers in it, so what reorders or crops the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextvars import ContextVar
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from veneer.adapters.pass_hook import PassHook, own_cache
 from veneer.base_model.model_call import named_call, new_cache, wants_cache
 from veneer.base_model.sites.block import stack_name
 from veneer.base_model.sites.site import call_with
@@ -22,93 +22,62 @@ from veneer.configs.methods.shadow import ShadowConfig
 from veneer.configs.methods.xlora import XLoraConfig
 from veneer.configs.names import TaskType
 from veneer.errors import AdapterError
-from veneer.methods.shadow import STATES
+from veneer.methods.shadow import BACKBONE, HEAD, classifier, own_tensors, projected, shares, small_decoder
+from veneer.patches.forward_call import current, forget_after, note
+from veneer.patches.selection import Selection
 
 if TYPE_CHECKING:
+    from veneer.adapters.adapter import Adapter
     from veneer.adapters.collection import Adapters
 
-_FIRST: ContextVar[Mapping[str, Tensor] | None] = ContextVar("veneer_shadow_first", default=None)
-# Whose a layer of a cache is, where it is not the base's.
-_OWNER = "veneer_owner"
 
-
-class ShadowPass:
-    """The small decoders of the SHADOW adapters on one model."""
-
-    # Known while there is something to watch for, and no longer: a cycle keeps a model that is dropped, until Python
-    # collects its garbage.
-    adapters: Adapters
+class ShadowPass(PassHook):
+    """Runs the small decoders of the SHADOW adapters on one model."""
 
     def __init__(self) -> None:
+        super().__init__()
         # Adapter's name -> its config, and the decoder that it means, without values.
         self._decoders: dict[str, tuple[ShadowConfig, nn.Module]] = {}
-        self._hooks: list[RemovableHandle] = []
 
-    @property
-    def acts_by_place(self) -> bool:
-        """Whether a row's place decides what an adapter does: it does not here."""
-        return False
+    def is_for(self, adapter: Adapter) -> bool:
+        return isinstance(adapter.config, ShadowConfig)
+
+    def hooks(self, model: nn.Module) -> list[RemovableHandle]:
+        stack = model.get_submodule(stack_name(model) or "")
+        return [
+            stack.register_forward_pre_hook(self._before, with_kwargs=True),
+            forget_after(stack, "shadow_states"),
+            model.register_forward_hook(self._after, with_kwargs=True),
+            forget_after(model, "first_shadow_states"),
+        ]
 
     def refresh(self, adapters: Adapters) -> None:
-        """Run them from now on if there are any, and no longer if there are none."""
-        entries = adapters.by_name
-        wanted = any(isinstance(entry.config, ShadowConfig) for entry in entries.values())
-        self._decoders = {name: made for name, made in self._decoders.items() if name in entries}
-        if wanted and not self._hooks:
-            self.adapters, model = adapters, adapters.model
-            stack = model.get_submodule(stack_name(model) or "")
-            self._hooks = [
-                stack.register_forward_pre_hook(self._before, with_kwargs=True),
-                stack.register_forward_hook(_after_stack, always_call=True),
-                model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-            ]
-        if self._hooks and not wanted:
-            del self.adapters
-        while self._hooks and not wanted:
-            self._hooks.pop().remove()
-
-    def _selected(self) -> dict[str, ShadowConfig]:
-        selection = self.adapters.switch.selection
-        names = selection.applied
-        configs = {name: self.adapters.by_name[name].config for name in names}
-        found = {name: config for name, config in configs.items() if isinstance(config, ShadowConfig)}
-        other = next((name for name in names if isinstance(configs[name], XLoraConfig)), None)
-        if found and other is not None:
-            raise AdapterError(
-                f"{next(iter(found))!r} (SHADOW) and {other!r} (X-LoRA) cannot be active together: each makes a pass "
-                "of its own.",
-                hint="Select one of them.",
-            )
-        if found and selection.by_token:
-            raise AdapterError(
-                f"{next(iter(found))!r} (SHADOW) reads whole rows, and a packed sequence has parts under others.",
-                hint='Give one name for each row: adapter_names=["a", "b"].',
-            )
-        return found
+        self._decoders = {name: made for name, made in self._decoders.items() if name in adapters.by_name}
+        super().refresh(adapters)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        configs = self._selected()
-        _FIRST.set(None)
-        if not configs:
+        adapters = self.selected()
+        names = [name for name, adapter in adapters.items() if self.is_for(adapter)]
+        if current().first_shadow_states is not None:  # of a pass of the stack alone
+            note(first_shadow_states=None)
+        if not names:
             return None
+        selection = self.adapters.switch.selection
+        _check_alone(names[0], adapters.values(), selection)
         call = named_call(module, args, kwargs)
         if wants_cache(module, call):
             call["past_key_values"] = new_cache(module)
-        selection = self.adapters.switch.selection
         first = {}
-        for name, config in configs.items():
-            made = self._run(module, call, name, config)
-            rows = selection.rows_of(name, len(made), made.device)
-            first[name] = made if rows is None else made[rows]
-        _FIRST.set(first)
-        STATES.set(dict(first))
+        for name in names:
+            states = self._run(module, call, adapters[name])
+            rows = selection.rows_of(name, len(states), states.device)
+            first[name] = states if rows is None else states[rows]
+        note(first_shadow_states=first, shadow_states=dict(first))
         return (), call
 
-    def _run(self, stack: nn.Module, call: Mapping[str, Any], name: str, config: ShadowConfig) -> Tensor:
-        """The small decoder's last states in the base's width, for all rows."""
-        from veneer.methods.shadow import BACKBONE, own_tensors, projected, shares
-
-        shared = self.adapters.by_name[name].layers.shared
+    def _run(self, stack: nn.Module, call: Mapping[str, Any], adapter: Adapter) -> Tensor:
+        """Return the small decoder's last states in the base's width, for all rows."""
+        name, config, shared = adapter.name, _config_of(adapter), adapter.layers.shared
         tensors = own_tensors(shared, BACKBONE)
         decoder, like = self._decoder(name, config, stack), next(iter(tensors.values()))
         decoder.train(stack.training)
@@ -126,14 +95,12 @@ class ShadowPass:
         own |= {"input_ids": call["input_ids"]} if given is None else {"inputs_embeds": given.to(like)}
         cache = call.get("past_key_values")
         if cache is not None:
-            own["past_key_values"] = _own_cache(cache, stack, decoder, name)
+            own["past_key_values"] = own_cache(cache, adapter, stack, decoder)
         output = call_with(decoder, tensors, **own, use_cache=cache is not None, return_dict=True)
         return projected(output.last_hidden_state, shared)
 
     def _decoder(self, name: str, config: ShadowConfig, stack: nn.Module) -> nn.Module:
         """The small decoder without values: they are given with each call."""
-        from veneer.methods.shadow import small_decoder
-
         kept = self._decoders.get(name)
         if kept is not None and kept[0] is config:
             return kept[1]
@@ -148,14 +115,12 @@ class ShadowPass:
         return made
 
     def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        first = _FIRST.get()
-        _FIRST.set(None)
-        call, loss = named_call(module, args, kwargs), getattr(output, "loss", None)
+        first, loss = current().first_shadow_states, getattr(output, "loss", None)
+        call = named_call(module, args, kwargs)
         if first is None or loss is None or call.get("labels") is None or not module.training:
             return
         for name, state in first.items():
-            config = self.adapters.by_name[name].config
-            assert isinstance(config, ShadowConfig)
+            config = _config_of(self.adapters.by_name[name])
             own = self._own_loss(name, config, state, call) if config.auxiliary_loss_weight > 0 else None
             if own is not None:
                 loss = loss + config.auxiliary_loss_weight * own.to(loss.device)
@@ -163,8 +128,6 @@ class ShadowPass:
 
     def _own_loss(self, name: str, config: ShadowConfig, state: Tensor, call: Mapping[str, Any]) -> Tensor | None:
         """The loss of what the small decoder says alone, if its task has one."""
-        from veneer.methods.shadow import HEAD, classifier, own_tensors
-
         labels, mask = self._own_rows(name, call["labels"]), call.get("attention_mask")
         if config.task_type == TaskType.CAUSAL_LM:
             return _prediction_loss(self.adapters.model, state, labels)
@@ -180,8 +143,24 @@ class ShadowPass:
         return value if rows is None else value[rows]
 
 
-def _after_stack(module: nn.Module, args: Any, output: Any) -> None:
-    STATES.set(None)
+def _config_of(adapter: Adapter) -> ShadowConfig:
+    assert isinstance(adapter.config, ShadowConfig)
+    return adapter.config
+
+
+def _check_alone(name: str, adapters: Iterable[Adapter], selection: Selection) -> None:
+    """Raise ``AdapterError`` where the SHADOW adapter ``name`` cannot run as it is selected."""
+    mixing = next((adapter for adapter in adapters if isinstance(adapter.config, XLoraConfig)), None)
+    if mixing is not None:
+        raise AdapterError(
+            f"{name!r} (SHADOW) and {mixing.name!r} (X-LoRA) cannot be active together: each makes a pass of its own.",
+            hint="Select one of them.",
+        )
+    if selection.by_token:
+        raise AdapterError(
+            f"{name!r} (SHADOW) reads whole rows, and a packed sequence has parts under others.",
+            hint='Give one name for each row: adapter_names=["a", "b"].',
+        )
 
 
 def _prediction_loss(model: nn.Module, state: Tensor, labels: Tensor) -> Tensor:
@@ -208,23 +187,3 @@ def _classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     if labels.is_floating_point():
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
     return F.cross_entropy(logits, labels.flatten())
-
-
-def _own_cache(cache: Any, stack: nn.Module, decoder: nn.Module, name: str) -> Any:
-    """The part of a cache for one small decoder: layers behind the base's own."""
-    from transformers.cache_utils import Cache
-
-    own = [layer for layer in cache.layers if getattr(layer, _OWNER, None) == name]
-    if not own:
-        if cache.get_seq_length():
-            raise AdapterError(
-                f"The cache was filled without {name!r} (SHADOW), which is active now.",
-                hint="Begin with an empty cache, or give all tokens again.",
-            )
-        if not cache.layers:
-            cache.layers.extend(new_cache(stack).layers)
-        own = new_cache(decoder).layers
-        for layer in own:
-            setattr(layer, _OWNER, name)
-        cache.layers.extend(own)
-    return Cache(layers=own)

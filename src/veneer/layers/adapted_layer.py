@@ -18,12 +18,13 @@ from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters, parameter_
 from veneer.layers.parameter_holder import ParameterHolder
 from veneer.layers.peft_attributes import LayerFace
 from veneer.layers.read_weight import Unread
+from veneer.patches.active_selection import ActiveSelection
 from veneer.patches.fused import CachedForward, FusedPatch, TensorVersions, can_fuse, fuse, fused_dtype, fused_forward
 from veneer.patches.mixed_batch import CachedMixedForward
 from veneer.patches.patch import Patch, apply, apply_rows, biases, for_training, whole_weight
 from veneer.patches.route import CacheableRoute
 from veneer.patches.row_layout import ROWS, Layout, refused
-from veneer.patches.selection import ActiveSelection, Selection
+from veneer.patches.selection import Selection
 from veneer.patches.watched_parameters import watch
 from veneer.patches.weight_arithmetic import composed
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from veneer.layers.adapted_layer import AdaptedLayer
-from veneer.methods.shadow import ShadowRoute, states
+from veneer.methods.shadow import ShadowRoute, current_states
 from veneer.patches.row_layout import ROWS, Layout
 from veneer.patches.selection import Selection
 
@@ -22,16 +22,16 @@ class AdaptedBlock(AdaptedLayer):
         if not names:
             return self.base_layer(*args, **kwargs)
         h: Tensor = args[0] if args else kwargs["hidden_states"]
-        current = states()
+        states = current_states()
         routes = {name: self._route(name) for name in names}
         for name, route in routes.items():
-            h = self._moved(name, route, selection, h, current[name])
+            h = self._moved(name, route, selection, h, states[name])
         kwargs.pop("hidden_states", None)
         output = self.base_layer(h, *args[1:], **kwargs)
         y: Tensor = output[0] if isinstance(output, tuple) else output
         for name, route in routes.items():
             rows = selection.rows_of(name, len(y), y.device)
-            current[name] = route.moved_on(current[name].to(y.device), y if rows is None else y[rows])
+            states[name] = route.moved_on(states[name].to(y.device), y if rows is None else y[rows])
         return output
 
     def follows(self, layout: Layout) -> bool:

@@ -14,8 +14,9 @@ from veneer.base_model.sites.offload import copy_resident
 from veneer.errors import AdapterError, UnsupportedError
 from veneer.layers.any_names import Copies
 from veneer.layers.read_weight import Unread
+from veneer.patches.active_selection import ActiveSelection
 from veneer.patches.row_layout import ROWS, Layout, refused
-from veneer.patches.selection import ActiveSelection, Selection
+from veneer.patches.selection import Selection
 
 
 class ModuleCopies(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 from veneer.base_model.sites.quantized.packed import PackedSite
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.layers.quantized_merge import DEQUANTIZED, Into, LayerError, into_missing, layer_error
-from veneer.patches.selection import ActiveSelection
+from veneer.patches.active_selection import ActiveSelection
 from veneer.patches.weight_arithmetic import merged, merged_bias
 
 

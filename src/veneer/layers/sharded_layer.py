@@ -9,7 +9,7 @@ from torch import Tensor
 from veneer.base_model.sharding import gathered, spread
 from veneer.base_model.sites.site import Site
 from veneer.layers.adapted_layer import AdaptedLayer
-from veneer.patches.selection import ActiveSelection
+from veneer.patches.active_selection import ActiveSelection
 
 
 class ShardedLayer(AdaptedLayer):

@@ -30,7 +30,7 @@ from veneer.layers.parameter_layer import AdaptedParameter
 from veneer.layers.quantized_layer import PackedLayer
 from veneer.layers.sharded_layer import ShardedLayer
 from veneer.methods.base.method import BaseLayer
-from veneer.patches.selection import ActiveSelection
+from veneer.patches.active_selection import ActiveSelection
 
 
 def check_untouched(model: nn.Module) -> None:

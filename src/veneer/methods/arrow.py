@@ -28,9 +28,10 @@ from veneer.errors import MergeError, UnsupportedError
 from veneer.methods.base.method import BaseLayer
 from veneer.methods.lora import Lora, LoraSettings
 from veneer.methods.shared.expert_mixture import LiveLayer, low_rank_patches, weighted_sum
+from veneer.patches.forward_call import current
 from veneer.patches.fused import TensorVersions
 from veneer.patches.patch import Patch
-from veneer.patches.selection import Selection, selected
+from veneer.patches.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Preparing:
     def bring(self, experts: Sequence[Patch], general: Sequence[Patch]) -> ArrowDirections:
         """Work it out, unless that was done with the same tensors."""
         tensors = [t for patch in (*experts, *general) for t in (patch.up, patch.down) if t is not None]
-        last, selection = self._last, selected()
+        last, selection = self._last, current().selection
         if last is None or not last.is_current(selection, tensors):
             sources = TensorVersions(selection, tensors)
             own = _less(experts, general) if general else list(experts)

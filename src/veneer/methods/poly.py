@@ -25,8 +25,8 @@ from veneer.errors import AdapterError, UnsupportedError
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
+from veneer.patches.forward_call import selected_tasks
 from veneer.patches.patch import Patch
-from veneer.patches.selection import selected_tasks
 
 A = "poly_lora_A"
 B = "poly_lora_B"

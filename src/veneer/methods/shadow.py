@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,6 +34,7 @@ from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, MethodOnSites, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
 from veneer.methods.shared.shadow_decoder_files import embedding_leaves, shadow_source
+from veneer.patches.forward_call import current
 from veneer.patches.patch import Patch
 
 if TYPE_CHECKING:
@@ -292,16 +292,12 @@ def _uniform(shape: tuple[int, ...], inner: int, generator: torch.Generator | No
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
-# Adapter's name -> its states now, and those that it began with: ``(its rows, length, hidden)``.
-STATES: ContextVar[dict[str, Tensor] | None] = ContextVar("veneer_shadow_states", default=None)
-
-
-def states() -> dict[str, Tensor]:
-    """The states of the call that is under way, by their adapters' names; blocks put new ones in their place."""
-    found = STATES.get()
-    if found is None:
+def current_states() -> dict[str, Tensor]:
+    """Return the states of the call that is under way, by their adapters' names; blocks put new ones in their place."""
+    states = current().shadow_states
+    if states is None:
         raise AdapterError(
             "A SHADOW adapter is active, and its small decoder was not run for this call.",
             hint="Call the model, or its decoder, as a whole.",
         )
-    return found
+    return states

@@ -11,9 +11,7 @@ own in the cache, so generation works with it; peft computes every token anew.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
@@ -30,6 +28,7 @@ from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, MethodOnSites, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
 from veneer.methods.shared.expert_mixture import LiveLayer, low_rank_patches, weighted_sum
+from veneer.patches.forward_call import current
 from veneer.patches.patch import Patch
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ class XLoraRoute:
 
     def __call__(self, x: Tensor, training: bool) -> Tensor:
         config = self.place.config
-        scalings = current(config)[:, :, self.place.layer]
+        scalings = current_weights(config)[:, :, self.place.layer]
         if self.rows is not None:
             scalings = scalings[self.rows]
         if x.shape[:2] != scalings.shape[:2]:
@@ -182,26 +181,12 @@ def predict(config: XLoraConfig, tensors: Mapping[str, Tensor], hidden: Tensor, 
     return found
 
 
-# id of a config -> how its adapters are weighed in the pass that is under way.
-CURRENT: ContextVar[Mapping[int, Tensor] | None] = ContextVar("veneer_scalings", default=None)
-
-
-def current(config: XLoraConfig) -> Tensor:
-    """The weights that hold now, ``(rows, length, layers, experts)``."""
-    found = (CURRENT.get() or {}).get(id(config))
-    if found is None:
+def current_weights(config: XLoraConfig) -> Tensor:
+    """Return the weights that hold in the pass that is under way, ``(rows, length, layers, experts)``."""
+    weights = (current().xlora_weights or {}).get(id(config))
+    if weights is None:
         raise AdapterError(
             "An X-LoRA adapter is active, and nothing was worked out for this call.",
             hint="Call the model as a whole, and train it without gradient checkpointing.",
         )
-    return found
-
-
-@contextmanager
-def holding(values: Mapping[int, Tensor]) -> Iterator[None]:
-    """Let X-LoRA's weights of a call be ``values`` inside the ``with`` block."""
-    token = CURRENT.set({**(CURRENT.get() or {}), **values})
-    try:
-        yield
-    finally:
-        CURRENT.reset(token)
+    return weights

@@ -1,17 +1,8 @@
-"""Which adapters a forward pass uses: the model's standing choice, or one made for a single call.
-
-The layers of a model share one :class:`ActiveSelection`, so that choosing is one assignment however many layers there
-are. A choice for a call lives in a context variable: threads and async tasks do not see each other's. Compiled code
-cannot read one, and is guarded by a copy that belongs to the thread instead. A call of the model (``calls.py``) makes
-what it finds selected such a choice, so that no other thread changes it on the way.
-"""
+"""A selection: the adapters that a forward pass uses, for all rows or for each row its own."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar, Token
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +10,8 @@ import torch
 from torch import Tensor
 
 from veneer.errors import AdapterError
-from veneer.patches.cast_cache import CastCache
 from veneer.patches.row_layout import ONE_BY_ONE, ROWS, Layout, owners
 from veneer.patches.row_order import RowOrder, row_order
-from veneer.patches.underway import Concerned, Underway
 
 # The name that stands for "no adapter" in a per-row choice, as in peft.
 BASE = "__base__"
@@ -138,122 +127,3 @@ class Selection:
 
 
 NOTHING = Selection()
-
-
-class _Thread(threading.local):
-    """What one thread has chosen for the calls it makes now."""
-
-    def __init__(self) -> None:
-        # Set for each thread: compiled code is guarded on an instance's attributes, and not on a class's.
-        self.chosen: Selection | None = None
-
-
-class ActiveSelection:
-    """The state that the layers of one model share: what is selected.
-
-    Attributes:
-        standing: what is selected where nothing else is chosen.
-        enabled: whether it is.
-        choosing: held while ``standing`` is changed by what it was, or by which adapters there are.
-        underway: the calls of the model.
-    """
-
-    def __init__(self) -> None:
-        self.__setstate__({"default": NOTHING, "enabled": True})
-
-    @property
-    def selection(self) -> Selection:
-        """What a forward pass in this context uses."""
-        chosen = self._thread.chosen if torch.compiler.is_compiling() else self._in_context()
-        if chosen is not None:
-            return chosen
-        return self.default if self.enabled else NOTHING
-
-    def _in_context(self) -> Selection | None:
-        """The choice made for this call, if one was."""
-        for switch, selection, _ in _CALLS.get() or ():
-            if switch is self:
-                return selection
-        return None
-
-    @property
-    def in_call(self) -> bool:
-        """Whether the model is being called, or computes something again on the way back."""
-        return torch.compiler.is_compiling() or bool(self.calls()) or torch._C._current_graph_task_id() != -1
-
-    def calls(self) -> list[object]:
-        """The calls of the model that this context is, or was, inside of."""
-        return [call for switch, _, call in _CALLS.get() or () if switch is self and call is not None]
-
-    def push(self, selection: Selection, call: object = None) -> Token[Any]:
-        """Use ``selection`` from now on in this thread or task, until :meth:`pop` is given what this returns."""
-        token = _CALLS.set(((self, selection, call), *(_CALLS.get() or ())))
-        self._thread.chosen = selection
-        return token
-
-    def pop(self, token: Token[Any]) -> None:
-        """Use again what was used before :meth:`push`."""
-        _CALLS.reset(token)
-        # Not what it was before: with tasks that take turns, that may be another task's.
-        self._thread.chosen = self._in_context()
-
-    def run(self, function: Callable[[], Any]) -> Any:
-        """Call a function in a thread that has another's context: compiled code sees the choice then too."""
-        chosen = self._in_context()
-        if chosen is None:
-            return function()
-        with self.using(chosen):
-            return function()
-
-    def changing(self, concerned: Callable[[], Concerned]) -> AbstractContextManager[None]:
-        """Change adapters in a ``with`` block: see :meth:`Underway.change`."""
-        return self.underway.change(concerned, self.calls())
-
-    @contextmanager
-    def using(self, selection: Selection) -> Iterator[None]:
-        """Use ``selection`` inside the block, in this thread or task only.
-
-        A compiled model sees the choice of its thread, whichever task made it: do not await inside the block.
-        """
-        if torch.compiler.is_compiling():
-            before, self._thread.chosen = self._thread.chosen, selection
-            try:
-                yield
-            finally:
-                self._thread.chosen = before
-            return
-        token = self.push(selection)
-        try:
-            yield
-        finally:
-            self.pop(token)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"default": self.default, "enabled": self.enabled}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.default: Selection = state["default"]
-        self.enabled: bool = state["enabled"]
-        self.choosing = threading.RLock()
-        self.underway = Underway()
-        # What compiled code sees of the context variable below.
-        self._thread = _Thread()
-        self.widened = CastCache()
-
-
-# Innermost first: (whose choice, the choice, the call that made it or ``None``).
-_CALLS: ContextVar[tuple[tuple[ActiveSelection, Selection, object], ...] | None] = ContextVar(
-    "veneer_selection", default=None
-)
-
-
-def selected() -> Selection:
-    """What was chosen for the innermost call or block of this context; none where nothing was."""
-    calls = _CALLS.get()
-    return calls[0][1] if calls else NOTHING
-
-
-def selected_tasks(length: int) -> Tensor | None:
-    """The task of each row of a batch of ``length``, as the call that is under way names them."""
-    calls = _CALLS.get()
-    return calls[0][1].tasks(length) if calls else None

@@ -11,7 +11,7 @@ from veneer.adapters.call import Call
 from veneer.base_model.transformers_internals import wrap_generation_loop
 from veneer.errors import AdapterError
 from veneer.keywords import keywords, strict, unknown
-from veneer.patches.selection import ActiveSelection
+from veneer.patches.active_selection import ActiveSelection
 
 if TYPE_CHECKING:
     from veneer.adapters.collection import Adapters

@@ -29,7 +29,6 @@ from veneer.files.paths import is_file
 from veneer.files.resolve import resolve
 from veneer.keywords import READING, SETTLED, SOURCE, TOKEN, chosen, keywords, passed_on, strict, takes
 from veneer.patches.selection import Selection
-from veneer.patches.token_gate import prompt_decides
 from veneer.peft_model.adapted_model import AdaptedModel
 from veneer.peft_model.attach_adapter import (
     AttachOptions,
@@ -131,20 +130,23 @@ class PeftModel(XLoraMethods, BatchingMethods, AdaptedModel):
     ) -> Any:
         """Generate as the base model does, under the active adapters, or under one for each row."""
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        with (
-            self._by_row(adapter_names, task_ids, args, kwargs),
-            prompt_decides(prompt if isinstance(prompt, Tensor) else None),
-        ):
+        prompt = prompt if isinstance(prompt, Tensor) else None
+        with self._by_row(adapter_names, task_ids, args, kwargs, prompt):
             return self.get_base_model().generate(*args, **kwargs)
 
     def _by_row(
-        self, names: RowNames, task_ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        names: RowNames,
+        task_ids: Tensor | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        prompt: Tensor | None = None,
     ) -> AbstractContextManager[None]:
         if names is None and task_ids is None and not self.adapters.asks_for_places:
-            return call(self.adapters)
+            return call(self.adapters, prompt=prompt)
         chosen = self.adapters.switch.selection if names is None else self.adapters.rows(names)
         chosen = dataclasses.replace(chosen, task_ids=task_ids)
-        return call(self.adapters, self._checked(chosen, args, kwargs), task_ids)
+        return call(self.adapters, self._checked(chosen, args, kwargs), task_ids, prompt)
 
     def _checked(self, selection: Selection, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Selection:
         """``selection`` for a call of the model with these arguments; what it needs of the layers is looked at.

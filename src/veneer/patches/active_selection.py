@@ -1,0 +1,126 @@
+"""The selection of a model: its default one, or one made for a single call or block.
+
+The layers of a model share one :class:`ActiveSelection`, so that selecting is one assignment however many layers there
+are. A selection for a call is a part of its state (:class:`ForwardCall`), which threads and async tasks do not share.
+Compiled code cannot read that, and is guarded by a copy that belongs to the thread instead. Each call of the model
+(``adapters/call.py``) makes what it finds selected its own, so that no other thread changes it on the way.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import Token
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.patches.cast_cache import CastCache
+from veneer.patches.forward_call import ForwardCall, begin, current, end
+from veneer.patches.selection import NOTHING, Selection
+from veneer.patches.underway import Concerned, Underway
+
+
+class _Thread(threading.local):
+    """What one thread has chosen for the calls it makes now."""
+
+    def __init__(self) -> None:
+        # Set for each thread: compiled code is guarded on an instance's attributes, and not on a class's.
+        self.chosen: Selection | None = None
+
+
+class ActiveSelection:
+    """The state that the layers of one model share: what is selected.
+
+    Attributes:
+        standing: what is selected where nothing else is chosen.
+        enabled: whether it is.
+        choosing: held while ``standing`` is changed by what it was, or by which adapters there are.
+        underway: the calls of the model.
+    """
+
+    def __init__(self) -> None:
+        self.__setstate__({"default": NOTHING, "enabled": True})
+
+    @property
+    def selection(self) -> Selection:
+        """What a forward pass in this context uses."""
+        chosen = self._thread.chosen if torch.compiler.is_compiling() else self._in_context()
+        if chosen is not None:
+            return chosen
+        return self.default if self.enabled else NOTHING
+
+    def _in_context(self) -> Selection | None:
+        """The choice made for this call, if one was."""
+        state: ForwardCall | None = current()
+        while state is not None:
+            if state.owner is self:
+                return state.selection
+            state = state.outer
+        return None
+
+    @property
+    def in_call(self) -> bool:
+        """Whether the model is being called, or computes something again on the way back."""
+        return torch.compiler.is_compiling() or bool(self.calls()) or torch._C._current_graph_task_id() != -1
+
+    def calls(self) -> list[object]:
+        """The calls of the model that this context is, or was, inside of."""
+        return [state.call for state in current().chain() if state.owner is self and state.call is not None]
+
+    def push(self, selection: Selection, call: object = None, prompt: Tensor | None = None) -> Token[ForwardCall]:
+        """Use ``selection`` from now on in this thread or task, until :meth:`pop` is given what this returns."""
+        token = begin(self, selection, call, prompt)
+        self._thread.chosen = selection
+        return token
+
+    def pop(self, token: Token[ForwardCall]) -> None:
+        """Use again what was used before :meth:`push`."""
+        end(token)
+        # Not what it was before: with tasks that take turns, that may be another task's.
+        self._thread.chosen = self._in_context()
+
+    def run(self, function: Callable[[], Any]) -> Any:
+        """Call a function in a thread that has another's context: compiled code sees the choice then too."""
+        chosen = self._in_context()
+        if chosen is None:
+            return function()
+        with self.using(chosen):
+            return function()
+
+    def changing(self, concerned: Callable[[], Concerned]) -> AbstractContextManager[None]:
+        """Change adapters in a ``with`` block: see :meth:`Underway.change`."""
+        return self.underway.change(concerned, self.calls())
+
+    @contextmanager
+    def using(self, selection: Selection) -> Iterator[None]:
+        """Use ``selection`` inside the block, in this thread or task only.
+
+        A compiled model sees the choice of its thread, whichever task made it: do not await inside the block.
+        """
+        if torch.compiler.is_compiling():
+            before, self._thread.chosen = self._thread.chosen, selection
+            try:
+                yield
+            finally:
+                self._thread.chosen = before
+            return
+        token = self.push(selection)
+        try:
+            yield
+        finally:
+            self.pop(token)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"default": self.default, "enabled": self.enabled}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.default: Selection = state["default"]
+        self.enabled: bool = state["enabled"]
+        self.choosing = threading.RLock()
+        self.underway = Underway()
+        # What compiled code sees of the context variable below.
+        self._thread = _Thread()
+        self.widened = CastCache()
