@@ -205,7 +205,7 @@ def _tensors(method: Any) -> str:
     if isinstance(method, PromptMethod):
         return f"Tensors: `{PROMPT}`."
     layer = ", ".join(f"`{leaf}`" for leaf in method.disk_names)
-    shared = ", ".join(f"`{leaf.name}`" for leaf in method.shared)
+    shared = ", ".join(f"`{leaf.name}`" for leaf in getattr(method, "shared", ()))
     return f"Tensors of a layer: {layer}." + (f" Of all layers together: {shared}." if shared else "")
 
 

@@ -26,6 +26,7 @@ from veneer.layers.adapter_shares import BoundAdapter
 from veneer.layers.module_copies import ModuleCopies
 from veneer.layers.wrapping import LayerPlacement
 from veneer.methods import method_of
+from veneer.methods.base.abilities import ChangesWhenSaved, RefusesMerge, SharesTensors, saved_tensors
 from veneer.patches.watched_parameters import leave_alone
 
 NamedTensors = Iterable[tuple[str, Tensor]]
@@ -117,17 +118,18 @@ class LayerParts:
     def parameters(self, adapter: Adapter) -> Iterator[nn.Parameter]:
         for layer, share in adapter.bound_layers():
             yield from (p for leaf, p in layer.tensors(adapter.name, share).items() if share.method.leaf(leaf).trained)
-        if self.shared:
-            trains = method_of(adapter.config).trains_shared_leaf
-            yield from (p for leaf, p in self.shared.items() if trains(adapter.config, leaf))
+        method = method_of(adapter.config)
+        if isinstance(method, SharesTensors):
+            yield from (p for name, p in self.shared.items() if method.trains_shared(adapter.config, name))
 
     def named_tensors(self, adapter: Adapter, value: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
         for layer, share in adapter.bound_layers():
             if share.key is not None:
                 tensors = {leaf: value(tensor) for leaf, tensor in layer.tensors(adapter.name, share).items()}
-                saved = share.method.on_disk(share.settings, tensors)
+                saved = saved_tensors(share.method, share.settings, tensors)
                 yield from ((encode(share.key, leaf), tensor) for leaf, tensor in saved.items())
-        if self.shared and method_of(adapter.config).saves_shared(adapter.config):
+        method = method_of(adapter.config)
+        if isinstance(method, SharesTensors) and method.saves_shared(adapter.config):
             yield from ((SHARED_PREFIX + leaf, value(tensor)) for leaf, tensor in self.shared.items())
 
     def tensors(self, adapter: Adapter) -> Iterator[Tensor]:
@@ -146,7 +148,8 @@ class LayerParts:
         for layer in self:
             sharding.check_merge(layer.site.name, layer.site.module)
             for share in layer.bound[adapter.name]:
-                share.method.check_mergeable(share.settings, layer.site)
+                if isinstance(share.method, RefusesMerge):
+                    share.method.check_mergeable(share.settings, layer.site)
             if layer.site.groups > 1:
                 layer.weight_patches([adapter.name])
 
@@ -363,10 +366,13 @@ class Adapter:
 
     def config_on_disk(self) -> AnyConfig:
         """Return the config that goes with :meth:`named_tensors`."""
-        if any(not leaf.saved for _, share in self.bound_layers() for leaf in share.leaves):
-            converted: TargetedConfig = method_of(self.config).config_on_disk(self.config)
-            return converted
-        return self.config
+        method = method_of(self.config)
+        if not isinstance(method, ChangesWhenSaved) or all(
+            leaf.saved for _, share in self.bound_layers() for leaf in share.leaves
+        ):
+            return self.config
+        config: TargetedConfig = method.config_on_disk(self.config)
+        return config
 
     def claims(self) -> Iterator[Claim]:
         """Yield what no other adapter can have while this one is active."""

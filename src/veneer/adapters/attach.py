@@ -30,6 +30,20 @@ from veneer.errors import NonFiniteError, TargetError
 from veneer.files.tensor_keys import encode
 from veneer.layers.adapter_shares import BoundAdapter
 from veneer.methods import AnyMethod, method_of, prompt_of
+from veneer.methods.base.abilities import (
+    AdaptsTwins,
+    ChangesWhenSaved,
+    CompletesConfig,
+    DerivesTensors,
+    Exclusive,
+    SharesBetweenLayers,
+    SharesTensors,
+    SureToChange,
+    TiesEmbeddings,
+    saved_tensors,
+    settings_by_tensors,
+)
+from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import NewLayer
 from veneer.methods.base.parts import parts_of
 from veneer.methods.base.prompt_method import PromptEncoder
@@ -131,9 +145,9 @@ class Attaching(ABC):
     def restore_whole_modules(self, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
         """Place copies of the modules that the checkpoint holds whole."""
         catalog, adapter = self.adapters.catalog, self.adapter
-        named = catalog.saved(adapter.config) if plan.saved else []
-        values = {root: {leaf: tensors[key] for leaf, key in keys.items()} for root, keys in plan.saved.items()}
-        for root in plan.saved.keys() - named:
+        named = catalog.saved(adapter.config) if plan.whole_modules else []
+        values = {root: {leaf: tensors[key] for leaf, key in keys.items()} for root, keys in plan.whole_modules.items()}
+        for root in plan.whole_modules.keys() - named:
             # The base's own rows, so those of all that shares them.
             sharing = [site.name for site in catalog.sharing(root) if site.id not in adapter.layers.by_id]
             values.update({name: {"weight": values[root]["weight"]} for name in sharing if name not in values})
@@ -241,8 +255,10 @@ def _restore_layers(
 def _restored(adapters: Adapters, binding: Binding, config: TargetedConfig) -> dict[str, nn.Parameter]:
     """The tensors of a layer that are in no checkpoint, and never trained."""
     site = binding.site
-    found = binding.method.restored(config, binding.settings, lambda: adapters.base(site))
-    return {leaf: _parameter(tensor, site.device, True, False) for leaf, tensor in found.items()}
+    if not isinstance(binding.method, ChangesWhenSaved):
+        return {}
+    tensors = binding.method.recomputed(config, binding.settings, lambda: adapters.base(site))
+    return {name: _parameter(tensor, site.device, True, False) for name, tensor in tensors.items()}
 
 
 def _create_layers(
@@ -254,7 +270,8 @@ def _create_layers(
     float32: bool,
 ) -> None:
     method = method_of(config)
-    method.complete(config, adapters.catalog)
+    if isinstance(method, CompletesConfig):
+        method.complete(config, adapters.catalog)
     given = copy(config)
     held = name_experts(config, adapters.catalog, lambda site: _check_can_start(adapters, method, config, site))
     # The layers' names take the place of "all-linear" before anything else depends on them.
@@ -320,12 +337,12 @@ def _shared(
 ) -> dict[str, nn.Parameter]:
     """The tensors that all layers use: from the checkpoint, else made from the config."""
     sites = [one.site for one in made if one.method is method]
-    if not method.shared or not sites:
+    if not isinstance(method, SharesTensors) or not sites:
         return {}
     missing = method.shared_shapes(config, sites).keys() - stored.keys()
     fresh = method.make_shared(config, [adapters.base(site) for site in sites], generator) if missing else {}
     return {
-        leaf: _parameter(tensor, sites[0].device, float32, trainable and method.trains_shared_leaf(config, leaf))
+        leaf: _parameter(tensor, sites[0].device, float32, trainable and method.trains_shared(config, leaf))
         for leaf, tensor in {**fresh, **stored}.items()
     }
 
@@ -339,9 +356,9 @@ def _with_extra_tensors(
 ) -> list[tuple[_PendingLayer, Mapping[str, Tensor]]]:
     """Each layer of an adapter's own method, with what joins its tensors there."""
     own = [one for one in made if one.method is method]
-    if not own:
-        return []
-    return list(zip(own, method.beside(config, [adapters.base(one.site) for one in own], shared), strict=True))
+    if not own or not isinstance(method, DerivesTensors):
+        return [(layer, shared) for layer in own]
+    return list(zip(own, method.extra_tensors(config, [adapters.base(one.site) for one in own], shared), strict=True))
 
 
 def _bind(adapters: Adapters, adapter: Adapter, made: Sequence[_PendingLayer], shared: dict[str, nn.Parameter]) -> None:
@@ -355,20 +372,29 @@ def _bind(adapters: Adapters, adapter: Adapter, made: Sequence[_PendingLayer], s
         adapters.wrap(made[0].site).hold(adapter.name, shared)
     for one in made:
         layer = adapters.wrap(one.site)
-        settings = one.method.settled(one.settings, one.tensors, layer)
+        settings = settings_by_tensors(one.method, one.settings, one.tensors, layer)
         joining = _frozen(beside.get(id(one), {}), one.tensors, one.site)
         layer.hold(adapter.name, {k: t for k, t in joining.items() if not any(t is s for s in shared.values())})
         leaves = tuple(map(one.method.leaf, one.tensors))
         share = BoundAdapter(one.method, settings, leaves, one.site.key, joining)
         layer.bind(adapter.name, share, one.tensors)
         adapter.layers.by_id[one.site.id] = layer
-        for twin, twinned in ((twin, one.method.twinned(settings, twin)) for twin in one.twins):
-            if twinned is not None:
-                key = twin.key if one.method.saves_twins else None
-                adapter.layers.by_id[twin.id] = adapters.wrap(twin)
-                share = BoundAdapter(one.method, twinned, leaves, key)
-                adapter.layers.by_id[twin.id].bind(adapter.name, share, one.tensors)
-    adapter.layers.exclusive = any(one.method.alone for one in made)
+        if isinstance(one.method, AdaptsTwins):
+            _bind_twins(adapters, adapter, one.method, replace(one, settings=settings), leaves)
+    adapter.layers.exclusive = any(isinstance(one.method, Exclusive) for one in made)
+
+
+def _bind_twins(
+    adapters: Adapters, adapter: Adapter, method: AdaptsTwins, made: _PendingLayer, leaves: tuple[Leaf, ...]
+) -> None:
+    """Let the layers that follow one that is bound use its tensors."""
+    for twin in made.twins:
+        settings = method.twin_settings(made.settings, twin)
+        if settings is None:
+            continue
+        layer = adapter.layers.by_id[twin.id] = adapters.wrap(twin)
+        key = twin.key if method.saves_twins else None
+        layer.bind(adapter.name, BoundAdapter(made.method, settings, leaves, key), made.tensors)
 
 
 def _check_plan(adapters: Adapters, plan: Plan, checkpoint: Checkpoint, strict: bool) -> None:
@@ -380,8 +406,8 @@ def _check_plan(adapters: Adapters, plan: Plan, checkpoint: Checkpoint, strict: 
             raise error
         warn(error.message + " What fits is used (strict=False).")
         plan.notes += plan.problems
-    adapters.check_spread([b.site for b in plan.bindings], list(plan.saved))
-    adapters.check_places([b.site.name for b in plan.bindings], list(plan.saved))
+    adapters.check_spread([b.site for b in plan.bindings], list(plan.whole_modules))
+    adapters.check_places([b.site.name for b in plan.bindings], list(plan.whole_modules))
 
 
 def _check_saved_exist(adapters: Adapters, config: AnyConfig) -> None:
@@ -408,10 +434,10 @@ def _check_trained_alike(adapters: Adapters, config: AnyConfig, plan: Plan, tens
     """Of two layers that are to stay alike both must be there, and be the same where they come whole."""
     pairs = tied_ends(config, adapters.catalog)
     adapted = [binding.site.name for binding in plan.bindings if binding.method is method_of(config)]
-    check_both(pairs, [*adapted, *plan.saved])
+    check_both(pairs, [*adapted, *plan.whole_modules])
     for pair in pairs:
-        if set(pair) <= plan.saved.keys():
-            one, other = (tensors[plan.saved[root]["weight"]] for root in pair)
+        if set(pair) <= plan.whole_modules.keys():
+            one, other = (tensors[plan.whole_modules[root]["weight"]] for root in pair)
             if not _equal(one, other):
                 raise parted(pair)
 
@@ -434,8 +460,10 @@ def _parameter(tensor: Tensor, device: torch.device, float32: bool, trainable: b
 
 def _share_between_layers(method: AnyMethod, config: TargetedConfig, made: Sequence[_PendingLayer]) -> None:
     """Let layers use another's tensor where their method shares it."""
+    if not isinstance(method, SharesBetweenLayers):
+        return
     own = [one for one in made if one.method is method]
-    for leaf, leaders in method.tied(config, [one.site for one in own]).items():
+    for leaf, leaders in method.shared_between_layers(config, [one.site for one in own]).items():
         for one, leader in zip(own, leaders, strict=True):
             one.tensors[leaf] = own[leader].tensors[leaf]
 
@@ -454,7 +482,11 @@ def _tie_outputs(
         if not places.keys() >= set(pair):
             continue
         embedding, output = (found[places[name]] for name in pair)
-        settings = method.joined(embedding.settings, output.settings)
+        settings = (
+            method.tied_output_settings(embedding.settings, output.settings)
+            if isinstance(method, TiesEmbeddings)
+            else None
+        )
         if settings is not None and (new or _same_as_embedding(output, settings, embedding.tensors)):
             found[places[pair[1]]] = replace(output, settings=settings, tensors=dict(embedding.tensors))
         elif trainable:
@@ -464,7 +496,7 @@ def _tie_outputs(
 
 def _same_as_embedding(output: _PendingLayer, settings: Any, tensors: Mapping[str, Tensor]) -> bool:
     """Whether an output layer's tensors are what saving those of its embedding would give."""
-    again = output.method.on_disk(settings, tensors)
+    again = saved_tensors(output.method, settings, tensors)
     return again.keys() == output.tensors.keys() and all(_equal(again[k], t) for k, t in output.tensors.items())
 
 
@@ -489,7 +521,9 @@ def _sure_to_change(plan: Plan, sums: Mapping[str, float]) -> set[str]:
     return {
         binding.site.id
         for binding in plan.bindings
-        if binding.method.changes_unless_zero(binding.settings) and all(sums.get(k) for k in binding.keys.values())
+        if isinstance(binding.method, SureToChange)
+        and binding.method.nonzero_means_change(binding.settings)
+        and all(sums.get(key) for key in binding.keys.values())
     }
 
 

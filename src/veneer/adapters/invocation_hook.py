@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from veneer.adapters.pass_hook import PassHook
-from veneer.configs.base import TargetedConfig
 from veneer.methods import method_of
+from veneer.methods.base.abilities import ActsFromTokens
 from veneer.patches.forward_call import current, forget_after, note
 from veneer.patches.forward_tokens import ForwardTokens
 
@@ -24,8 +24,8 @@ class InvocationHook(PassHook):
     by_place = True
 
     def is_for(self, adapter: Adapter) -> bool:
-        config = adapter.config
-        return isinstance(config, TargetedConfig) and bool(method_of(config).invocation(config))
+        method = method_of(adapter.config)
+        return isinstance(method, ActsFromTokens) and bool(method.invocation(adapter.config))
 
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:
         return [model.register_forward_pre_hook(_before, with_kwargs=True), forget_after(model, "tokens")]

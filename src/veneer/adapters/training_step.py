@@ -8,13 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from veneer.adapters.collection import Adapters
-from veneer.configs.base import PeftConfig
-from veneer.configs.methods.adalora import AdaLoraConfig
-from veneer.configs.methods.adamss import AdamssConfig
 from veneer.errors import AdapterError
 from veneer.methods import method_of
-from veneer.methods.shared.group_allocation import GroupAllocation
-from veneer.methods.shared.rank_allocation import RankAllocation
+from veneer.methods.base.abilities import Allocates, Allocation, Penalised
 
 if TYPE_CHECKING:
     from veneer.adapters.adapter import Adapter
@@ -38,6 +34,8 @@ def _penalty(adapters: Adapters, name: str) -> Tensor | None:
     if not adapter.trainable:
         return None
     method = method_of(adapter.config)
+    if not isinstance(method, Penalised):
+        return None
     layers = [
         (share.settings, layer.tensors(name, share))
         for layer, share in adapter.bound_layers()
@@ -53,7 +51,7 @@ def allocate(adapters: Adapters, step: int) -> None:
         AdapterError: none of those that are active and trainable does.
     """
     trained = [entry for name in adapters.active if (entry := adapters.by_name[name]).trainable]
-    found = [(entry, kind) for entry in trained if (kind := _kind(entry.config)) is not None]
+    found = [(entry, allocation) for entry in trained if (allocation := _allocation(entry)) is not None]
     if not found:
         raise AdapterError(
             "update_and_allocate needs an active, trainable AdaLoRA whose config has a total_step, or AdaMSS whose "
@@ -61,15 +59,15 @@ def allocate(adapters: Adapters, step: int) -> None:
             hint="Make it with AdaLoraConfig(total_step=...) or AdamssConfig(use_asa=True), or load it with "
             "is_trainable=True.",
         )
-    for adapter, kind in found:
-        adapter.allocation = adapter.allocation or kind()
-        adapter.allocation.step(adapter.config, _layers(adapter), step)
+    for adapter, allocation in found:
+        adapter.allocation = allocation
+        allocation.step(adapter.config, _layers(adapter), step)
 
 
-def _kind(config: PeftConfig) -> type[RankAllocation | GroupAllocation] | None:
-    if isinstance(config, AdaLoraConfig) and config.total_step is not None:
-        return RankAllocation
-    return GroupAllocation if isinstance(config, AdamssConfig) and config.use_asa else None
+def _allocation(adapter: Adapter) -> Allocation | None:
+    """The allocation of an adapter that has begun one, or is to begin one."""
+    method = method_of(adapter.config)
+    return adapter.allocation or (method.allocation(adapter.config) if isinstance(method, Allocates) else None)
 
 
 def _layers(adapter: Adapter) -> list[Mapping[str, Tensor]]:

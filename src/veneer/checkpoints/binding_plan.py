@@ -8,7 +8,7 @@ the next adapter with the same config and keys.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -21,9 +21,10 @@ from veneer.configs.base import AnyConfig
 from veneer.errors import BindError, TargetError
 from veneer.files.tensor_keys import SHARED_PREFIX, Slot, decode
 from veneer.methods import AnyMethod, Method
-from veneer.methods.base.leaf import Leaf
+from veneer.methods.base.abilities import AdaptsTwins, SettledByCheckpoint, StoresShared, shared_names, specialised
 from veneer.methods.base.method import MethodOnSites, leaves_of
 from veneer.methods.base.parts import parts_of
+from veneer.methods.base.prompt_method import AnyPrompt
 
 # How many problems an error's text spells out; the error object holds them all.
 MAX_PROBLEMS_SHOWN = 4
@@ -40,18 +41,6 @@ class HasShape(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def dtype(self) -> Any: ...
-
-
-class PlannedMethod(Protocol):
-    """What the plan needs of a method, whether it adapts layers or is a prompt."""
-
-    @property
-    def shared(self) -> tuple[Leaf, ...]: ...
-    @property
-    def prefix(self) -> str: ...
-    def parts(self, config: Any, catalog: Catalog) -> list[MethodOnSites]: ...
-    def shared_shapes(self, config: Any, sites: Sequence[Site]) -> Mapping[str, tuple[int, ...]]: ...
-    def saves_shared(self, config: Any) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -79,17 +68,17 @@ class Plan:
 
     Attributes:
         bindings: the adapted layers.
-        saved: module that comes whole -> its parameter -> the checkpoint's key.
+        whole_modules: module that comes whole -> its parameter -> the checkpoint's key.
         shared: tensor that all layers use -> the checkpoint's key.
-        again: the keys of tensors that another layer has too.
+        repeated_keys: the keys of tensors that another layer has too.
         problems: each reason why it does not fit, a line apiece.
         notes: what is odd and harmless.
     """
 
     bindings: list[Binding] = field(default_factory=list)
-    saved: dict[str, dict[str, str]] = field(default_factory=dict)
+    whole_modules: dict[str, dict[str, str]] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
-    again: list[str] = field(default_factory=list)
+    repeated_keys: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -97,19 +86,21 @@ class Plan:
     def keys(self) -> list[str]:
         """Every key that binds."""
         bound = [k for b in self.bindings for k in b.keys.values()]
-        return bound + self.again + [k for p in (self.shared, *self.saved.values()) for k in p.values()]
+        return bound + self.repeated_keys + [k for p in (self.shared, *self.whole_modules.values()) for k in p.values()]
 
 
-def make_plan(config: AnyConfig, method: PlannedMethod, tensors: Mapping[str, HasShape], catalog: Catalog) -> Plan:
+def make_plan(
+    config: AnyConfig, method: AnyMethod | AnyPrompt, tensors: Mapping[str, HasShape], catalog: Catalog
+) -> Plan:
     """Pair a checkpoint's tensors with a model's modules."""
     key = method, repr(config), tuple((name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items())
-    kept: _CachedPlan | None = catalog.plans.get(key)
-    if kept is None or not kept.is_current(catalog):
-        plan = _made_plan(config, method, tensors, catalog)
-        if plan.problems or plan.saved or any(binding.settings is config for binding in plan.bindings):
+    cached: _CachedPlan | None = catalog.plans.get(key)
+    if cached is None or not cached.is_current(catalog):
+        plan = _Planner(config, method, tensors, catalog).plan
+        if plan.problems or plan.whole_modules or any(binding.settings is config for binding in plan.bindings):
             return plan
-        kept = catalog.plans[key] = _CachedPlan(plan, _states(plan, catalog))
-    return replace(kept.plan, again=list(kept.plan.again), notes=list(kept.plan.notes))
+        cached = catalog.plans[key] = _CachedPlan(plan, _states(plan, catalog))
+    return replace(cached.plan, repeated_keys=list(cached.plan.repeated_keys), notes=list(cached.plan.notes))
 
 
 @dataclass(frozen=True)
@@ -120,206 +111,248 @@ class _CachedPlan:
     states: list[Any]
 
     def is_current(self, catalog: Catalog) -> bool:
+        """Tell whether the layers are still so."""
         return self.states == _states(self.plan, catalog)
 
 
 def _states(plan: Plan, catalog: Catalog) -> list[Any]:
-    """What of the layers a plan depends on: which they are, and their parameters' kinds and shapes."""
+    """Return what a plan depends on of its layers: which they are, and their parameters' kinds and shapes."""
     return [
         (id(module), *[None if p is None else (type(p), p.dtype, p.shape) for p in module._parameters.values()])
         for module in [catalog.modules[binding.site.name] for binding in plan.bindings]
     ]
 
 
-def _made_plan(config: AnyConfig, method: PlannedMethod, tensors: Mapping[str, HasShape], catalog: Catalog) -> Plan:
-    plan = Plan()
-    parts = _parts(plan, config, method, catalog)
-    leaves = leaves_of(parts)
-    ignored = [leaf.name for leaf in getattr(method, "leaves", ()) if not leaf.loaded]
-    shared = {leaf.name for leaf in method.shared}
-    saved = _saved(plan, config, [*leaves, *ignored], method.prefix, tensors, catalog)
-    held: dict[tuple[str, str], dict[str, str]] = {}
-    spare: list[str] = []
-    empty: list[str] = []
-    for key in tensors:
-        slot = decode(key, [*leaves, *ignored], method.prefix)
-        common = key.removeprefix(SHARED_PREFIX)
-        if common.partition(".")[0] in shared:
-            plan.shared[common] = key
-        elif slot is None:
-            plan.problems.append(f"{key}: not in the PEFT dialect (it would begin with {method.prefix})")
-        elif slot.leaf in ignored:
-            empty.append(key)
-        elif any(infix in key for infix in _SPARE):
-            spare.append(key)
-        elif slot.leaf in leaves and not is_inside(slot.module, saved):
-            held.setdefault((slot.module, next(iter(leaves[slot.leaf].method.disk_names))), {})[slot.leaf] = key
-        else:
-            _plan_saved(plan, key, slot, tensors[key], saved, catalog)
-    if empty:
-        plan.notes.append(f"{len(empty)} tensors that say nothing are left out (first: {min(empty)}).")
-    if spare:
-        plan.notes.append(f"{len(spare)} tensors repeat others or the base (first: {min(spare)}); they are not needed.")
-    for part in parts:
-        _plan_part(plan, part, held, config, tensors, catalog)
-    _check_shared(plan, config, method, tensors)
-    _check_saved_filled(plan, saved, catalog)
-    return plan
+class _Planner:
+    """Makes the plan of one checkpoint on one model.
 
-
-def _saved(
-    plan: Plan, config: AnyConfig, leaves: Sequence[str], prefix: str, tensors: Iterable[str], catalog: Catalog
-) -> list[str]:
-    """The modules that are to come whole. One that an entry only happens to end like may be absent, as older files are.
-
-    "classifier" means "pre_classifier" too, which was not always saved with it.
+    Attributes:
+        plan: filled on construction.
     """
-    saved = catalog.saved(config)
-    exact = [root for root in saved if names_match(root, config.modules_to_save)]
-    if len(exact) == len(saved):
-        return saved
-    slots = [slot for key in tensors if (slot := decode(key, leaves, prefix)) is not None and slot.leaf not in leaves]
-    held = [root for root in saved if root in exact or any(is_inside(slot.module, [root]) for slot in slots)]
-    absent = [root for root in saved if root not in held]
-    if absent:
-        plan.notes.append(
-            f"modules_to_save={config.modules_to_save!r} means {absent[0]} too, and the checkpoint does not hold it: "
-            "the base's is used."
-        )
-    return held
 
+    def __init__(
+        self, config: AnyConfig, method: AnyMethod | AnyPrompt, tensors: Mapping[str, HasShape], catalog: Catalog
+    ) -> None:
+        self.config, self.method, self.tensors, self.catalog = config, method, tensors, catalog
+        self.plan = Plan()
+        parts = self._parts()
+        self._by_leaf = leaves_of(parts)
+        self._ignored = [leaf.name for leaf in method.leaves if not leaf.loaded] if isinstance(method, Method) else []
+        self._names = [*self._by_leaf, *self._ignored]
+        # Whole modules that the checkpoint is to hold.
+        self._whole = self._whole_modules()
+        # (module, first leaf of a method) -> leaf -> key
+        self._keys: dict[tuple[str, str], dict[str, str]] = {}
+        self._sort_keys()
+        for part in parts:
+            self._plan_part(part)
+        self._check_shared()
+        self._check_whole_modules_filled()
 
-def _parts(plan: Plan, config: AnyConfig, method: PlannedMethod, catalog: Catalog) -> list[MethodOnSites]:
-    """The layers that the config means; those that the checkpoint holds are used even where that cannot be told."""
-    try:
-        return parts_of(method, config, catalog)
-    except TargetError as error:
-        plan.notes.append(f"The config's targets could not be checked: {error.message}")
-        assert isinstance(method, Method)
-        return [MethodOnSites(method.for_config(config), [], optional=True)]
+    def _problem(self, text: str) -> None:
+        self.plan.problems.append(text)
 
+    def _shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.tensors[key].shape)
 
-def _plan_part(
-    plan: Plan,
-    part: MethodOnSites,
-    held: Mapping[tuple[str, str], Mapping[str, str]],
-    config: AnyConfig,
-    tensors: Mapping[str, HasShape],
-    catalog: Catalog,
-) -> None:
-    meant = {site.key: site for site in part.sites}
-    own = {module: keys for (module, head), keys in held.items() if head == next(iter(part.method.disk_names), "")}
-    if part.method.twins_repeat:
-        for twin in (twin for twins in part.twins.values() for twin in twins):
-            for leaf, key in own.pop(twin.key, {}).items():
-                plan.again.append(key)
-                first = next((keys[leaf] for keys in own.values() if leaf in keys), key)
-                if tuple(tensors[key].shape) != tuple(tensors[first].shape):
-                    plan.problems.append(f"{key}: is {tuple(tensors[key].shape)}, and {first} is not")
-    else:
-        meant |= {twin.key: twin for twins in part.twins.values() for twin in twins if twin.key in own}
-    extra = []
-    for module in [name for name in own if name not in meant]:
-        extra += _plan_extra(plan, module, part.method, own[module], config, tensors, catalog)
-    for key, site in meant.items():
-        # A layer may have no tensors of its own: its method then keeps them all in common.
-        if key in own or not (part.optional or part.method.shapes(part.method.settings(config, site), site)):
-            twins = [t for t in part.twins.get(site.id, ()) if t.key not in own and t.name not in plan.saved]
-            _plan_site(plan, site, part.method, own.get(key, {}), config, tensors, twins)
-        elif not part.optional:
-            plan.problems.append(f"{key}: the config targets it, and the checkpoint holds nothing for it")
-    if extra and not part.optional:
-        plan.notes.append(
-            f"{len(extra)} adapted layers are not among the config's targets (first: {min(extra)}); they are used."
-        )
+    def _parts(self) -> list[MethodOnSites]:
+        """Return the layers that the config means; where it cannot tell, those in the checkpoint are to count."""
+        try:
+            return parts_of(self.method, self.config, self.catalog)
+        except TargetError as error:
+            self.plan.notes.append(f"The config's targets could not be checked: {error.message}")
+            assert isinstance(self.method, Method)
+            return [MethodOnSites(specialised(self.method, self.config), [], optional=True)]
 
+    # -- sorting the keys ----------------------------------------------------------------------------------
 
-def _plan_extra(
-    plan: Plan,
-    module: str,
-    method: AnyMethod,
-    keys: Mapping[str, str],
-    config: AnyConfig,
-    tensors: Mapping[str, HasShape],
-    catalog: Catalog,
-) -> list[str]:
-    """Plan a layer that the checkpoint holds and the config does not mean."""
-    if module not in catalog.modules:
-        plan.problems.append(f"{next(iter(keys.values()))}: the model has no {module}{_nearest(module, catalog)}")
-        return []
-    sites = [site for site in catalog.sites_at(module) if site.key == module]
-    if not sites:
-        kind = type(catalog.modules[module]).__name__
-        why = refusal(catalog.modules[module]) or f"kinds that can: {kinds()}"
-        plan.problems.append(f"{module} ({kind}) cannot carry an adapter; {why}")
-        return []
-    _plan_site(plan, sites[0], method, keys, config, tensors)
-    return [module]
+    def _slot(self, key: str) -> Slot | None:
+        return decode(key, self._names, self.method.prefix)
 
+    def _whole_modules(self) -> list[str]:
+        """Return the modules that are to come whole.
 
-def _plan_site(
-    plan: Plan,
-    site: Site,
-    method: AnyMethod,
-    keys: Mapping[str, str],
-    config: AnyConfig,
-    tensors: Mapping[str, HasShape],
-    twins: Sequence[Site] = (),
-) -> None:
-    method.check_site(site)
-    settings = _settings(method, config, site, {leaf: tensors[key].shape for leaf, key in keys.items()})
-    wanted = method.shapes(settings, site)
-    problems = [
-        f"{site.key}: {leaf} is in the checkpoint, and this layer and config have no such tensor"
-        for leaf in keys
-        if leaf not in wanted
-    ]
-    for leaf, shape in wanted.items():
-        if leaf not in keys:
-            problems.append(f"{site.key}: {leaf} is missing from the checkpoint")
-        elif tuple(tensors[keys[leaf]].shape) != shape:
-            stored = tuple(tensors[keys[leaf]].shape)
-            problems.append(f"{site.key}: {leaf} is {stored}, and this layer and config want {shape}")
+        One that an entry only happens to end like may be absent, as in older files: "classifier" means
+        "pre_classifier" too, which was not always saved with it.
+        """
+        named = self.catalog.saved(self.config)
+        exact = [root for root in named if names_match(root, self.config.modules_to_save)]
+        if len(exact) == len(named):
+            return named
+        slots = [slot for key in self.tensors if (slot := self._slot(key)) is not None]
+        modules = [slot.module for slot in slots if slot.leaf not in self._names]
+        held = [root for root in named if root in exact or any(is_inside(module, [root]) for module in modules)]
+        absent = [root for root in named if root not in held]
+        if absent:
+            self.plan.notes.append(
+                f"modules_to_save={self.config.modules_to_save!r} means {absent[0]} too, and the checkpoint does not "
+                "hold it: the base's is used."
+            )
+        return held
+
+    def _sort_keys(self) -> None:
+        """Tell each key's place: shared, of a layer, of a whole module, or of no use."""
+        shared = shared_names(self.method)
+        ignored: list[str] = []
+        repeated: list[str] = []
+        for key in self.tensors:
+            slot = self._slot(key)
+            name = key.removeprefix(SHARED_PREFIX)
+            if name.partition(".")[0] in shared:
+                self.plan.shared[name] = key
+            elif slot is None:
+                self._problem(f"{key}: not in the PEFT dialect (it would begin with {self.method.prefix})")
+            elif slot.leaf in self._ignored:
+                ignored.append(key)
+            elif any(infix in key for infix in _SPARE):
+                repeated.append(key)
+            elif slot.leaf in self._by_leaf and not is_inside(slot.module, self._whole):
+                head = next(iter(self._by_leaf[slot.leaf].method.disk_names))
+                self._keys.setdefault((slot.module, head), {})[slot.leaf] = key
+            else:
+                self._plan_whole_module(key, slot)
+        if ignored:
+            self.plan.notes.append(f"{len(ignored)} tensors that say nothing are left out (first: {min(ignored)}).")
+        if repeated:
+            self.plan.notes.append(
+                f"{len(repeated)} tensors repeat others or the base (first: {min(repeated)}); they are not needed."
+            )
+
+    # -- layers --------------------------------------------------------------------------------------------
+
+    def _plan_part(self, part: MethodOnSites) -> None:
+        head = next(iter(part.method.disk_names), "")
+        keys_of = {module: keys for (module, first), keys in self._keys.items() if first == head}
+        sites = {site.key: site for site in part.sites}
+        if isinstance(part.method, AdaptsTwins) and part.method.twins_repeat:
+            self._set_twins_aside(part, keys_of)
         else:
-            problems += _of_wrong_kind(f"{site.key}: {leaf}", tensors[keys[leaf]], not method.leaf(leaf).integer)
-    plan.problems += problems
-    if not problems:
-        plan.bindings.append(Binding(site, method, settings, dict(keys), twins))
+            sites |= {twin.key: twin for twins in part.twins.values() for twin in twins if twin.key in keys_of}
+        extra = [name for name in keys_of if name not in sites and self._plan_extra(name, part.method, keys_of[name])]
+        for key, site in sites.items():
+            # A layer may have no tensors of its own: its method then keeps them all in common.
+            if key in keys_of or not (part.optional or self._has_tensors(part.method, site)):
+                twins = [twin for twin in part.twins.get(site.id, ()) if twin.key not in keys_of]
+                twins = [twin for twin in twins if twin.name not in self.plan.whole_modules]
+                self._plan_site(site, part.method, keys_of.get(key, {}), twins)
+            elif not part.optional:
+                self._problem(f"{key}: the config targets it, and the checkpoint holds nothing for it")
+        if extra and not part.optional:
+            self.plan.notes.append(
+                f"{len(extra)} adapted layers are not among the config's targets (first: {min(extra)}); they are used."
+            )
 
+    def _has_tensors(self, method: AnyMethod, site: Site) -> bool:
+        return bool(method.shapes(method.settings(self.config, site), site))
 
-def _settings(method: AnyMethod, config: AnyConfig, site: Site, stored: Mapping[str, tuple[int, ...]]) -> Any:
-    """What the config means for a layer, or the first of the method's other readings of it that has these shapes."""
-    shapes = {leaf: tuple(shape) for leaf, shape in stored.items()}
-    first = method.fitted(method.settings(config, site), shapes, site)
-    for settings in (first, *method.readings(first, config)):
-        if shapes == method.shapes(settings, site):
+    def _set_twins_aside(self, part: MethodOnSites, keys_of: dict[str, dict[str, str]]) -> None:
+        """Take the tensors of twins out of ``keys_of``: they are those of the layers that the twins follow."""
+        for twin in (twin for twins in part.twins.values() for twin in twins):
+            for leaf, key in keys_of.pop(twin.key, {}).items():
+                self.plan.repeated_keys.append(key)
+                first = next((keys[leaf] for keys in keys_of.values() if leaf in keys), key)
+                if self._shape(key) != self._shape(first):
+                    self._problem(f"{key}: is {self._shape(key)}, and {first} is not")
+
+    def _plan_extra(self, module: str, method: AnyMethod, keys: Mapping[str, str]) -> bool:
+        """Plan a layer that the checkpoint holds and the config does not mean; tell whether it can be one."""
+        if module not in self.catalog.modules:
+            self._problem(f"{next(iter(keys.values()))}: the model has no {module}{_nearest(module, self.catalog)}")
+            return False
+        site = next((site for site in self.catalog.sites_at(module) if site.key == module), None)
+        if site is None:
+            layer = self.catalog.modules[module]
+            why = refusal(layer) or f"kinds that can: {kinds()}"
+            self._problem(f"{module} ({type(layer).__name__}) cannot carry an adapter; {why}")
+            return False
+        self._plan_site(site, method, keys)
+        return True
+
+    def _plan_site(self, site: Site, method: AnyMethod, keys: Mapping[str, str], twins: Sequence[Site] = ()) -> None:
+        method.check_site(site)
+        settings = self._settings(method, site, {leaf: self._shape(key) for leaf, key in keys.items()})
+        shapes = method.shapes(settings, site)
+        problems = [
+            f"{site.key}: {leaf} is in the checkpoint, and this layer and config have no such tensor"
+            for leaf in keys
+            if leaf not in shapes
+        ]
+        for leaf, shape in shapes.items():
+            if leaf not in keys:
+                problems.append(f"{site.key}: {leaf} is missing from the checkpoint")
+            elif self._shape(keys[leaf]) != shape:
+                stored = self._shape(keys[leaf])
+                problems.append(f"{site.key}: {leaf} is {stored}, and this layer and config want {shape}")
+            else:
+                floating = not method.leaf(leaf).integer
+                problems += _of_wrong_kind(f"{site.key}: {leaf}", self.tensors[keys[leaf]], floating)
+        self.plan.problems += problems
+        if not problems:
+            self.plan.bindings.append(Binding(site, method, settings, dict(keys), twins))
+
+    def _settings(self, method: AnyMethod, site: Site, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+        """Return what the config means for a layer; of several readings, the first that gives it these shapes."""
+        settings = method.settings(self.config, site)
+        if not isinstance(method, SettledByCheckpoint):
             return settings
-    return first
+        readings = method.settings_from_shapes(self.config, settings, site, shapes)
+        return next((reading for reading in readings if shapes == method.shapes(reading, site)), readings[0])
 
+    # -- what is no layer's --------------------------------------------------------------------------------
 
-def _plan_saved(plan: Plan, key: str, slot: Slot, tensor: HasShape, saved: list[str], catalog: Catalog) -> None:
-    roots = [*saved, *(name for name in (*catalog.inputs, *catalog.outputs) if name not in saved)]
-    root = next((name for name in roots if is_inside(slot.module, [name])), None)
-    if root is None:
-        where = (
-            ""
-            if slot.module in catalog.modules
-            else f"; the model has no {slot.module}{_nearest(slot.module, catalog)}"
-        )
-        plan.problems.append(f"{key}: neither a tensor of this method nor in modules_to_save{where}")
-        return
-    name = f"{slot.module}.{slot.leaf}"[len(root) + 1 :]
-    have = catalog.modules[root].state_dict(keep_vars=True).get(name)
-    if have is None:
-        plan.problems.append(f"{key}: {root} has no parameter {name}")
-    elif tuple(have.shape) != tuple(tensor.shape):
-        rows = tensor.shape[0] if catalog.is_end(root) else 0
-        mend = f" (resize the base first: resize_token_embeddings({rows}))" if rows else ""
-        plan.problems.append(f"{key}: is {tuple(tensor.shape)}, and the model's is {tuple(have.shape)}{mend}")
-    elif problems := _of_wrong_kind(key, tensor, _is_floating(have)):
-        plan.problems += problems
-    else:
-        plan.saved.setdefault(root, {})[name] = key
+    def _plan_whole_module(self, key: str, slot: Slot) -> None:
+        catalog, tensor = self.catalog, self.tensors[key]
+        ends = [name for name in (*catalog.inputs, *catalog.outputs) if name not in self._whole]
+        root = next((name for name in (*self._whole, *ends) if is_inside(slot.module, [name])), None)
+        if root is None:
+            unknown = f"; the model has no {slot.module}{_nearest(slot.module, catalog)}"
+            where = "" if slot.module in catalog.modules else unknown
+            self._problem(f"{key}: neither a tensor of this method nor in modules_to_save{where}")
+            return
+        name = f"{slot.module}.{slot.leaf}"[len(root) + 1 :]
+        parameter = catalog.modules[root].state_dict(keep_vars=True).get(name)
+        if parameter is None:
+            self._problem(f"{key}: {root} has no parameter {name}")
+        elif tuple(parameter.shape) != self._shape(key):
+            rows = tensor.shape[0] if catalog.is_end(root) else 0
+            mend = f" (resize the base first: resize_token_embeddings({rows}))" if rows else ""
+            self._problem(f"{key}: is {self._shape(key)}, and the model's is {tuple(parameter.shape)}{mend}")
+        elif problems := _of_wrong_kind(key, tensor, _is_floating(parameter)):
+            self.plan.problems += problems
+        else:
+            self.plan.whole_modules.setdefault(root, {})[name] = key
+
+    def _check_shared(self) -> None:
+        if not isinstance(self.method, StoresShared):
+            return
+        shapes = self.method.shared_shapes(self.config, self._own_sites())
+        integers = {leaf.name for leaf in self.method.shared if leaf.integer}
+        self.plan.problems += [
+            f"{name}: in the checkpoint, and this model and config have no such tensor"
+            for name in self.plan.shared
+            if name not in shapes
+        ]
+        for name, shape in shapes.items():
+            if name in self.plan.shared:
+                key = self.plan.shared[name]
+                if self._shape(key) != shape:
+                    self._problem(f"{name}: is {self._shape(key)}, and this model and config want {shape}")
+                floating = name.partition(".")[0] not in integers
+                self.plan.problems += _of_wrong_kind(name, self.tensors[key], floating)
+            elif self.method.saves_shared(self.config):
+                self._problem(f"{name}, which all layers share, is missing from the checkpoint")
+
+    def _own_sites(self) -> list[Site]:
+        """Return the layers of the adapter's own method."""
+        return [binding.site for binding in self.plan.bindings if binding.method is self.method]
+
+    def _check_whole_modules_filled(self) -> None:
+        for root in self._whole:
+            parameters = self.catalog.modules[root].state_dict(keep_vars=True).keys()
+            self.plan.problems += [
+                f"{root}.{name}: the config saves {root} whole, and the checkpoint does not fill it"
+                for name in sorted(parameters - self.plan.whole_modules.get(root, {}).keys())
+            ]
 
 
 def _of_wrong_kind(what: str, tensor: HasShape, floating: bool) -> list[str]:
@@ -333,35 +366,6 @@ def _of_wrong_kind(what: str, tensor: HasShape, floating: bool) -> list[str]:
 def _is_floating(tensor: HasShape) -> bool:
     """By the dtype's name, in a header or in torch."""
     return str(tensor.dtype).removeprefix("torch.").lower().startswith(("f", "bf"))
-
-
-def _check_shared(plan: Plan, config: AnyConfig, method: PlannedMethod, tensors: Mapping[str, HasShape]) -> None:
-    sites = [binding.site for binding in plan.bindings if binding.method is method]
-    wanted = method.shared_shapes(config, sites)
-    integers = {leaf.name for leaf in method.shared if leaf.integer}
-    plan.problems += [
-        f"{leaf}: in the checkpoint, and this model and config have no such tensor"
-        for leaf in plan.shared
-        if leaf not in wanted
-    ]
-    for leaf, shape in wanted.items():
-        if leaf in plan.shared:
-            stored = tuple(tensors[plan.shared[leaf]].shape)
-            if stored != shape:
-                plan.problems.append(f"{leaf}: is {stored}, and this model and config want {shape}")
-            wide = leaf.partition(".")[0] not in integers
-            plan.problems += _of_wrong_kind(leaf, tensors[plan.shared[leaf]], wide)
-        elif method.saves_shared(config):
-            plan.problems.append(f"{leaf}, which all layers share, is missing from the checkpoint")
-
-
-def _check_saved_filled(plan: Plan, saved: list[str], catalog: Catalog) -> None:
-    for root in saved:
-        missing = catalog.modules[root].state_dict(keep_vars=True).keys() - plan.saved.get(root, {}).keys()
-        plan.problems += [
-            f"{root}.{name}: the config saves {root} whole, and the checkpoint does not fill it"
-            for name in sorted(missing)
-        ]
 
 
 def _nearest(module: str, catalog: Catalog) -> str:

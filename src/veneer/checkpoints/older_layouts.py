@@ -43,6 +43,7 @@ from veneer.configs.methods.lora import LoraConfig
 from veneer.files.safetensors_header import TensorInfo
 from veneer.files.tensor_keys import PREFIX
 from veneer.methods import method_of
+from veneer.methods.base.abilities import specialised
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -178,7 +179,7 @@ def closeness(checkpoint: Checkpoint, catalog: Catalog) -> Closeness:
 
 def _heads(config: TargetedConfig) -> frozenset[str]:
     """The words that follow a module's name in a key."""
-    return frozenset(leaf.partition(".")[0] for leaf in method_of(config).for_config(config).disk_names) | _BETWEEN
+    return frozenset(leaf.partition(".")[0] for leaf in specialised(method_of(config), config).disk_names) | _BETWEEN
 
 
 @lru_cache(maxsize=1 << 13)

@@ -15,7 +15,8 @@ from veneer.files.names import MODEL_STEM
 from veneer.files.source import Source
 from veneer.files.tensor_keys import PREFIX, SHARED_PREFIX
 from veneer.files.weight_files import read_headers
-from veneer.methods import method_of, prompt_of
+from veneer.methods import method_of
+from veneer.methods.base.abilities import shared_names
 
 INPUT, OUTPUT = "input embedding", "output layer"
 _ENDS = {
@@ -79,10 +80,9 @@ def _wanted(checkpoint: Checkpoint, own: int, tied: bool) -> tuple[int | None, s
     sizes: set[int] = set()
     brought: set[str] = set()
     config = checkpoint.config
-    shared = prompt_of(config).shared if isinstance(config, PromptConfig) else method_of(config).shared
-    own_parts = {leaf.name for leaf in shared}
+    shared = shared_names(method_of(config))
     for key, info in checkpoint.tensors.items():
-        if key.removeprefix(SHARED_PREFIX).partition(".")[0] in own_parts:
+        if key.removeprefix(SHARED_PREFIX).partition(".")[0] in shared:
             continue  # of no module of the base: a small decoder of the adapter's has a vocabulary of its own
         name = key.removeprefix(PREFIX)
         for leaf, dimension in _LEAVES.items():

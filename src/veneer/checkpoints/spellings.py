@@ -16,6 +16,7 @@ from veneer.configs.base import PeftConfig, PromptConfig, TargetedConfig
 from veneer.configs.methods.lora import LoraConfig
 from veneer.configs.names import HEADS
 from veneer.methods import method_of, prompt_of
+from veneer.methods.base.abilities import specialised
 from veneer.methods.shared.token_rows import TOKENS
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def as_peft_writes(checkpoint: Checkpoint) -> Checkpoint:
 def _leaves(config: PeftConfig) -> dict[str, str]:
     """What the key of a tensor of the method's own ends with, in memory (but for the adapter's name) -> on disk."""
     if isinstance(config, TargetedConfig):
-        methods = [method_of(config).for_config(config), *([TOKENS] if isinstance(config, LoraConfig) else [])]
+        methods = [specialised(method_of(config), config), *([TOKENS] if isinstance(config, LoraConfig) else [])]
         return {method.leaf(name).memory_name: name for method in methods for name in method.disk_names}
     return {leaf.name: leaf.name for leaf in prompt_of(config).shared} if isinstance(config, PromptConfig) else {}
 

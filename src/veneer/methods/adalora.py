@@ -18,12 +18,12 @@ from veneer.base_model.sites.conv import ConvSite
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.adalora import AdaLoraConfig
+from veneer.methods.base.abilities import Allocates, Penalised
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.shared.rank_allocation import A, B, E, RankAllocation
 from veneer.methods.shared.rotation import check_groups
 from veneer.patches.patch import Patch
-
-A, B, E = "lora_A", "lora_B", "lora_E"
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,14 @@ class AdaLoraSettings:
     dropout: float
 
 
-class AdaLora(Method[AdaLoraConfig, AdaLoraSettings]):
+class AdaLora(Method[AdaLoraConfig, AdaLoraSettings], Penalised, Allocates):
     """AdaLoRA on linear layers and convolutions."""
 
     leaves = (Leaf(A), Leaf(B), Leaf(E))
     kinds = (LinearSite, ConvSite)
+
+    def allocation(self, config: AdaLoraConfig) -> RankAllocation | None:
+        return None if config.total_step is None else RankAllocation()
 
     def settings(self, config: AdaLoraConfig, site: Site) -> AdaLoraSettings:
         check_groups(site, "AdaLoRA")

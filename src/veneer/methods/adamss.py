@@ -22,13 +22,14 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.adamss import AdamssConfig
 from veneer.errors import BaseMismatchError, UnsupportedError
+from veneer.methods.base.abilities import Allocates, ChangesWhenSaved, SettledByCheckpoint, VariesWithConfig
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.shared.group_allocation import A, B, GroupAllocation
 from veneer.packages import require
 from veneer.patches.patch import Patch
 
 V = "adamss_newB"
-A, B = "adamss_A.", "adamss_B."
 ROWS = "adamss_rows"
 
 
@@ -40,7 +41,7 @@ class AdamssSettings:
     sizes: tuple[tuple[int, int], ...]
 
 
-class Adamss(Method[AdamssConfig, AdamssSettings]):
+class Adamss(Method[AdamssConfig, AdamssSettings], VariesWithConfig, SettledByCheckpoint, ChangesWhenSaved, Allocates):
     """AdaMSS on layers with a matrix.
 
     Args:
@@ -55,8 +56,11 @@ class Adamss(Method[AdamssConfig, AdamssSettings]):
         own = (Leaf(V, trained=False), Leaf(ROWS, trained=False, saved=False))
         self.leaves = (*own, *map(Leaf, (*self.downs, *self.ups)))
 
-    def for_config(self, config: AdamssConfig) -> Adamss:
+    def specialised(self, config: AdamssConfig) -> Adamss:
         return Adamss(config.num_subspaces)
+
+    def allocation(self, config: AdamssConfig) -> GroupAllocation | None:
+        return GroupAllocation() if config.use_asa else None
 
     def settings(self, config: AdamssConfig, site: Site) -> AdamssSettings:
         # Groups of one size, until a decomposition or a checkpoint tells.
@@ -64,11 +68,13 @@ class Adamss(Method[AdamssConfig, AdamssSettings]):
         rows = [out // count + (index < out % count) for index in range(count)]
         return AdamssSettings(config, tuple((size, min(size, config.subspace_rank)) for size in rows))
 
-    def fitted(self, settings: AdamssSettings, stored: Mapping[str, tuple[int, ...]], site: Site) -> AdamssSettings:
-        shapes = [stored.get(leaf, ()) for leaf in self.ups[: len(settings.sizes)]]
-        if any(len(shape) != 2 for shape in shapes) or sum(shape[0] for shape in shapes) != site.shape[0]:
-            return settings
-        return replace(settings, sizes=tuple((shape[0], shape[1]) for shape in shapes))
+    def settings_from_shapes(
+        self, config: AdamssConfig, settings: AdamssSettings, site: Site, shapes: Mapping[str, tuple[int, ...]]
+    ) -> list[AdamssSettings]:
+        groups = [shapes.get(leaf, ()) for leaf in self.ups[: len(settings.sizes)]]
+        if any(len(shape) != 2 for shape in groups) or sum(shape[0] for shape in groups) != site.shape[0]:
+            return [settings]
+        return [replace(settings, sizes=tuple((rows, rank) for rows, rank in groups))]
 
     def shapes(self, settings: AdamssSettings, site: Site) -> dict[str, tuple[int, ...]]:
         columns = site.shape[1] + (site.bias is not None)
@@ -89,7 +95,7 @@ class Adamss(Method[AdamssConfig, AdamssSettings]):
             found[up] = torch.zeros(shape) if zero else 0.01 * torch.randn(shape, generator=new.generator)
         return found
 
-    def restored(
+    def recomputed(
         self, config: AdamssConfig, settings: AdamssSettings, base: Callable[[], BaseLayer]
     ) -> dict[str, Tensor]:
         layer = base()
@@ -101,9 +107,6 @@ class Adamss(Method[AdamssConfig, AdamssSettings]):
                 hint="Load the base that it was trained on, in the dtype that it had then.",
             )
         return {ROWS: torch.cat(groups)}
-
-    def on_disk(self, settings: AdamssSettings, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return {leaf: tensor for leaf, tensor in tensors.items() if leaf != ROWS}
 
     def lower(self, settings: AdamssSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         inner = base.site.shape[1]

@@ -23,6 +23,7 @@ from veneer.base_model.sites.attention import FORMS, AttentionSite, attention_si
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.adaption_prompt import AdaptionPromptConfig
 from veneer.errors import TargetError
+from veneer.methods.base.abilities import ChoosesLayers, CompletesConfig
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, MethodOnSites, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
@@ -57,7 +58,7 @@ class AdaptionPromptRoute:
         return torch.einsum("blhn,nhd->blhd", self.gate.float() * scores.softmax(-1), values).flatten(2)
 
 
-class AdaptionPrompt(RoutedMethod[AdaptionPromptConfig, int]):
+class AdaptionPrompt(RoutedMethod[AdaptionPromptConfig, int], ChoosesLayers, CompletesConfig):
     """LLaMA-Adapter. What it means for a layer is the number of vectors."""
 
     leaves = (Leaf(PROMPT), Leaf(GATE))

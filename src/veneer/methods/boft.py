@@ -8,7 +8,7 @@ together that lie ``2^i`` blocks apart, so that a product of few sparse rotation
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.boft import BOFTConfig
 from veneer.errors import UnsupportedError
+from veneer.methods.base.abilities import SettledByCheckpoint
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.patch_dropout import of_blocks
@@ -40,7 +41,7 @@ class BOFTSettings:
     dropout: float
 
 
-class BOFT(Method[BOFTConfig, BOFTSettings]):
+class BOFT(Method[BOFTConfig, BOFTSettings], SettledByCheckpoint):
     """BOFT on linear layers and convolutions."""
 
     leaves = (Leaf(R), Leaf(S))
@@ -59,9 +60,11 @@ class BOFT(Method[BOFTConfig, BOFTSettings]):
             )
         return BOFTSettings(factors, width // size, size, config.boft_dropout)
 
-    def readings(self, settings: BOFTSettings, config: BOFTConfig) -> Sequence[BOFTSettings]:
+    def settings_from_shapes(
+        self, config: BOFTConfig, settings: BOFTSettings, site: Site, shapes: Mapping[str, tuple[int, ...]]
+    ) -> list[BOFTSettings]:
         # Where peft cannot compile its CUDA extension it makes one factor, whatever the config says.
-        return [replace(settings, factors=1)]
+        return [settings, replace(settings, factors=1)]
 
     def shapes(self, settings: BOFTSettings, site: Site) -> dict[str, tuple[int, ...]]:
         out = site.shape[0]

@@ -20,6 +20,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.frod import FrodConfig
 from veneer.errors import UnsupportedError
+from veneer.methods.base.abilities import DerivesTensors, SharesTensors
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
@@ -29,7 +30,7 @@ V, PLACES, SIZE = "frod_V", "frod_s_indices", "frod_s_size"
 U = "frod_U"
 
 
-class Frod(Method[FrodConfig, FrodConfig]):
+class Frod(Method[FrodConfig, FrodConfig], SharesTensors, DerivesTensors):
     """FRoD on layers with a matrix."""
 
     kinds = (LinearSite,)
@@ -75,7 +76,7 @@ class Frod(Method[FrodConfig, FrodConfig]):
         entries = torch.zeros(_count(new.settings, new.site.shape[1]))
         return {ENTRIES: entries if new.config.init_weights else entries.normal_(std=0.1, generator=new.generator)}
 
-    def beside(
+    def extra_tensors(
         self, config: FrodConfig, bases: Sequence[BaseLayer], shared: Mapping[str, Tensor]
     ) -> list[dict[str, Tensor]]:
         found = []

@@ -8,7 +8,7 @@ several adapters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.hira import HiraConfig
+from veneer.methods.base.abilities import SettledByCheckpoint
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.rotation import check_groups
@@ -39,7 +40,7 @@ class HiraSettings:
     dropout: float
 
 
-class Hira(Method[HiraConfig, HiraSettings]):
+class Hira(Method[HiraConfig, HiraSettings], SettledByCheckpoint):
     """HiRA on linear layers, convolutions and embeddings."""
 
     leaves = (Leaf(A), Leaf(B), Leaf(EMBEDDING_A), Leaf(EMBEDDING_B))
@@ -49,9 +50,11 @@ class Hira(Method[HiraConfig, HiraSettings]):
         check_groups(site, "HiRA")
         return HiraSettings(pattern_value(site.name, config.rank_pattern, config.r), config.hira_dropout)
 
-    def readings(self, settings: HiraSettings, config: HiraConfig) -> Sequence[HiraSettings]:
+    def settings_from_shapes(
+        self, config: HiraConfig, settings: HiraSettings, site: Site, shapes: Mapping[str, tuple[int, ...]]
+    ) -> list[HiraSettings]:
         # peft 0.21 gives the first adapter on a model the rank r everywhere, whatever rank_pattern says.
-        return [replace(settings, r=config.r)]
+        return [settings, replace(settings, r=config.r)]
 
     def shapes(self, settings: HiraSettings, site: Site) -> dict[str, tuple[int, ...]]:
         leaves = (EMBEDDING_A, EMBEDDING_B) if site.looks_up else (A, B)

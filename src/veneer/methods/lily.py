@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.lily import LilyConfig
+from veneer.methods.base.abilities import SharesBetweenLayers
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
@@ -92,7 +93,7 @@ class LilyInferenceRoute:
         return y.view(*x.shape[:-1], -1)
 
 
-class Lily(RoutedMethod[LilyConfig, LilyConfig]):
+class Lily(RoutedMethod[LilyConfig, LilyConfig], SharesBetweenLayers):
     """Lily."""
 
     leaves = (Leaf(A), Leaf(B), Leaf(ROUTER))
@@ -112,7 +113,7 @@ class Lily(RoutedMethod[LilyConfig, LilyConfig]):
             found[leaf] = torch.empty(shape).uniform_(-bound, bound, generator=new.generator)
         return found
 
-    def tied(self, config: LilyConfig, sites: Sequence[Site]) -> dict[str, list[int]]:
+    def shared_between_layers(self, config: LilyConfig, sites: Sequence[Site]) -> dict[str, list[int]]:
         groups: dict[tuple[str, tuple[int, int]], list[int]] = {}
         leaders: dict[str, list[int]] = {A: [], B: []}
         for index, site in enumerate(sites):

@@ -21,6 +21,7 @@ from veneer.base_model.sites.vector import NormSite, is_norm
 from veneer.base_model.sites.whole_layer import WholeSite
 from veneer.base_model.targets import shortest
 from veneer.configs.methods.ln_tuning import LNTuningConfig
+from veneer.methods.base.abilities import ChoosesLayers, CompletesConfig
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, MethodOnSites, NewLayer
 from veneer.patches.patch import Patch
@@ -32,7 +33,7 @@ WEIGHT = "ln_tuning_layers.weight"
 BIAS = "ln_tuning_layers.bias"
 
 
-class LNTuning(Method[LNTuningConfig, None]):
+class LNTuning(Method[LNTuningConfig, None], ChoosesLayers, CompletesConfig):
     """LN tuning on norms, and on any other layer that it is pointed at."""
 
     leaves = (Leaf(WEIGHT), Leaf(BIAS))

@@ -36,6 +36,16 @@ from veneer.base_model.sites.site import Site, unsupported
 from veneer.base_model.targets import only_parameters, pattern_value
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import MergeError, UnsupportedError
+from veneer.methods.base.abilities import (
+    ActsFromTokens,
+    ChangesWhenSaved,
+    ChoosesLayers,
+    Penalised,
+    RefusesMerge,
+    SettledByCheckpoint,
+    SureToChange,
+    TiesEmbeddings,
+)
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, MethodOnSites, NewLayer
 from veneer.methods.base.replaced_weight import TOKEN_BASE
@@ -85,7 +95,17 @@ class LoraSettings:
     of_embedding: bool = False
 
 
-class Lora(Method[LoraConfig, LoraSettings]):
+class Lora(
+    Method[LoraConfig, LoraSettings],
+    ChoosesLayers,
+    ChangesWhenSaved,
+    SettledByCheckpoint,
+    TiesEmbeddings,
+    SureToChange,
+    ActsFromTokens,
+    RefusesMerge,
+    Penalised,
+):
     """LoRA, rsLoRA, DoRA, and the variants in :mod:`veneer.methods.lora_variants`."""
 
     leaves = (
@@ -123,11 +143,13 @@ class Lora(Method[LoraConfig, LoraSettings]):
         variant = variant_of(config, site, r)
         return LoraSettings(r, scale, config.lora_dropout, dora, bias, invocation, group, variant)
 
-    def readings(self, settings: LoraSettings, config: LoraConfig) -> list[LoraSettings]:
+    def settings_from_shapes(
+        self, config: LoraConfig, settings: LoraSettings, site: Site, shapes: Mapping[str, tuple[int, ...]]
+    ) -> list[LoraSettings]:
         # peft has QA-LoRA on GPTQ layers only; on others it leaves the option aside and saves a plain LoRA.
-        return [replace(settings, group=1)] if settings.group > 1 else []
+        return [settings, replace(settings, group=1)] if settings.group > 1 else [settings]
 
-    def joined(self, embedding: LoraSettings, output: LoraSettings) -> LoraSettings | None:
+    def tied_output_settings(self, embedding: LoraSettings, output: LoraSettings) -> LoraSettings | None:
         alike = (embedding.r, embedding.scale) == (output.r, output.scale)
         return replace(output, of_embedding=True) if alike and not output.dora and output.variant is None else None
 
@@ -160,7 +182,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
         if settings.invocation:
             raise MergeError(GATED, hint="Keep the adapter unmerged.")
 
-    def changes_unless_zero(self, settings: LoraSettings) -> bool:
+    def nonzero_means_change(self, settings: LoraSettings) -> bool:
         return bool(settings.scale)
 
     def shapes(self, settings: LoraSettings, site: Site) -> dict[str, tuple[int, ...]]:
@@ -217,10 +239,12 @@ class Lora(Method[LoraConfig, LoraSettings]):
         down, up = (tensor.cpu() for tensor in begin(layer))
         return {A: down, B: up, START_A: down.clone(), START_B: up.clone()} if is_moved(how) else {A: down, B: up}
 
-    def restored(self, config: LoraConfig, settings: LoraSettings, base: Callable[[], BaseLayer]) -> dict[str, Tensor]:
+    def recomputed(
+        self, config: LoraConfig, settings: LoraSettings, base: Callable[[], BaseLayer]
+    ) -> dict[str, Tensor]:
         how = config.init_lora_weights
         if settings.variant is not None:
-            return settings.variant.restored(base)
+            return settings.variant.recomputed(base)
         if not is_moved(how):
             return {}
         if not repeats(how):
@@ -242,8 +266,7 @@ class Lora(Method[LoraConfig, LoraSettings]):
                 A: tensors[EMBEDDING_B].T.clone(memory_format=shape),
                 B: tensors[EMBEDDING_A].T.clone(memory_format=shape),
             }
-        kept = {leaf: tensor for leaf, tensor in tensors.items() if self.leaf(leaf).saved}
-        return {**kept, **_without_start(tensors)} if START_A in tensors else kept
+        return {**tensors, **_without_start(tensors)} if START_A in tensors else tensors
 
     def config_on_disk(self, config: LoraConfig) -> LoraConfig:
         if not is_moved(config.init_lora_weights):

@@ -18,6 +18,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.osf import OSFConfig
 from veneer.configs.patterns import PART, match
+from veneer.methods.base.abilities import DerivesTensors
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
@@ -26,7 +27,7 @@ U, S, V = (f"osf_svd_params.{part}_low" for part in "USV")
 BASE_U, BASE_S, BASE_V = (f"osf_{part}" for part in "USV")
 
 
-class OSF(Method[OSFConfig, int]):
+class OSF(Method[OSFConfig, int], DerivesTensors):
     """OSF on layers with a matrix. Its settings for a layer are how many directions are kept."""
 
     kinds = (LinearSite,)
@@ -53,7 +54,7 @@ class OSF(Method[OSFConfig, int]):
         u, s, v = torch.linalg.svd(new.base.base_weight().float(), full_matrices=False)
         return {U: u[:, new.settings :].contiguous(), S: s[new.settings :].clone(), V: v[new.settings :].contiguous()}
 
-    def beside(
+    def extra_tensors(
         self, config: OSFConfig, bases: Sequence[BaseLayer], shared: Mapping[str, Tensor]
     ) -> list[dict[str, Tensor]]:
         parts = (torch.linalg.svd(base.base_weight().float(), full_matrices=False) for base in bases)

@@ -19,6 +19,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.peanut import PeanutConfig
 from veneer.errors import ConfigError
+from veneer.methods.base.abilities import VariesWithConfig
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
@@ -26,7 +27,7 @@ from veneer.patches.patch import Patch
 A, B = "peanut_A.weight", "peanut_B.weight"
 
 
-class Peanut(Method[PeanutConfig, PeanutConfig]):
+class Peanut(Method[PeanutConfig, PeanutConfig], VariesWithConfig):
     """PEANuT on layers with a matrix.
 
     Args:
@@ -40,7 +41,7 @@ class Peanut(Method[PeanutConfig, PeanutConfig]):
         self.decoders = [f"peanut_decoders.{index}.weight" for index in range(depth)]
         self.leaves = tuple(map(Leaf, (A, B, *self.encoders, *self.decoders)))
 
-    def for_config(self, config: PeanutConfig) -> Peanut:
+    def specialised(self, config: PeanutConfig) -> Peanut:
         return Peanut(config.depth)
 
     def settings(self, config: PeanutConfig, site: Site) -> PeanutConfig:

@@ -17,6 +17,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site, unsupported
 from veneer.configs.methods.psoft import PsoftConfig
+from veneer.methods.base.abilities import DerivesTensors
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.rotation import cayley, neumann, skew_of
@@ -29,7 +30,7 @@ BEFORE = "psoft_R.vector_a"
 A, B = "psoft_A", "psoft_B"
 
 
-class Psoft(Method[PsoftConfig, PsoftConfig]):
+class Psoft(Method[PsoftConfig, PsoftConfig], DerivesTensors):
     """PSOFT on layers with a matrix."""
 
     kinds = (LinearSite,)
@@ -53,7 +54,7 @@ class Psoft(Method[PsoftConfig, PsoftConfig]):
             tensors[TURN] += 0.1 * torch.randn(tensors[TURN].shape, generator=new.generator)
         return tensors
 
-    def beside(
+    def extra_tensors(
         self, config: PsoftConfig, bases: Sequence[BaseLayer], shared: Mapping[str, Tensor]
     ) -> list[dict[str, Tensor]]:
         return [_directions(config, base.base_weight().float()) for base in bases]

@@ -22,6 +22,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.pvera import PveraConfig
 from veneer.errors import MergeError
+from veneer.methods.base.abilities import RefusesMerge, SharesTensors
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.vera import largest, seeded
@@ -71,7 +72,7 @@ class DrawSpread:
         return bool(self.up.count_nonzero())
 
 
-class Pvera(Method[PveraConfig, PveraSettings]):
+class Pvera(Method[PveraConfig, PveraSettings], SharesTensors, RefusesMerge):
     """PVeRA on layers with a matrix."""
 
     kinds = (LinearSite,)

@@ -21,6 +21,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.randlora import RandLoraConfig
+from veneer.methods.base.abilities import SharesTensors
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
@@ -31,7 +32,7 @@ SHARED_A = "randlora_A"
 SHARED_B = "randlora_B"
 
 
-class RandLora(Method[RandLoraConfig, RandLoraConfig]):
+class RandLora(Method[RandLoraConfig, RandLoraConfig], SharesTensors):
     """RandLoRA on layers with a matrix."""
 
     kinds = (LinearSite,)

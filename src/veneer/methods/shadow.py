@@ -30,6 +30,7 @@ from veneer.base_model.sites.site import Site
 from veneer.configs.methods.shadow import MIRROR, ShadowConfig
 from veneer.configs.names import HEADS, TaskType
 from veneer.errors import AdapterError, TargetError, UnsupportedError
+from veneer.methods.base.abilities import ChoosesLayers, CompletesConfig, SharesTensors
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, MethodOnSites, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
@@ -90,18 +91,18 @@ class ShadowRoute:
         return F.linear(hidden, own["2.weight"], own["2.bias"])
 
 
-class Shadow(RoutedMethod[ShadowConfig, ShadowConfig]):
+class Shadow(RoutedMethod[ShadowConfig, ShadowConfig], SharesTensors, ChoosesLayers, CompletesConfig):
     """SHADOW on the blocks of a decoder."""
 
     leaves = tuple(Leaf(name, memory_name=name.replace(_NAMED, ".")) for name in (DOWN, UP, *_UPDATES))
     kinds = (BlockSite,)
     shared = (Leaf(BACKBONE), Leaf(PROJECTION), Leaf(HEAD))
 
-    def trains_shared_leaf(self, config: ShadowConfig, leaf: str) -> bool:
+    def trains_shared(self, config: ShadowConfig, name: str) -> bool:
         if config.shadow_model == MIRROR:
             return True
         # As in peft: they may be most of what a model of its own has.
-        return leaf.removeprefix(f"{BACKBONE}{_NAMED}") not in embedding_leaves(config.shadow_model)
+        return name.removeprefix(f"{BACKBONE}{_NAMED}") not in embedding_leaves(config.shadow_model)
 
     def complete(self, config: ShadowConfig, catalog: Catalog) -> None:
         blocks = _blocks(catalog)

@@ -17,6 +17,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site, unsupported
 from veneer.configs.methods.supertuning import SupertuningConfig
+from veneer.methods.base.abilities import DerivesTensors
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.operators import Sparse
@@ -27,7 +28,7 @@ INDICES = "supertuning_indices"
 A, B = "supertuning_lora_A.weight", "supertuning_lora_B.weight"
 
 
-class Supertuning(Method[SupertuningConfig, SupertuningConfig]):
+class Supertuning(Method[SupertuningConfig, SupertuningConfig], DerivesTensors):
     """Super-Tuning and Supra on layers with a matrix."""
 
     kinds = (LinearSite,)
@@ -56,7 +57,7 @@ class Supertuning(Method[SupertuningConfig, SupertuningConfig]):
                 tensor.normal_(generator=new.generator)
         return tensors
 
-    def beside(
+    def extra_tensors(
         self, config: SupertuningConfig, bases: Sequence[BaseLayer], shared: Mapping[str, Tensor]
     ) -> list[dict[str, Tensor]]:
         return [{INDICES: _chosen(config, base)} for base in bases]

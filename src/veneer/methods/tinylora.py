@@ -19,6 +19,7 @@ from veneer.base_model.sites.embedding import EmbeddingSite
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.tinylora import TinyLoraConfig
+from veneer.methods.base.abilities import DerivesTensors, SharesTensors
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.low_rank import truncated
@@ -30,7 +31,7 @@ P = "tinylora_P"
 V = "tinylora_v"
 
 
-class TinyLora(Method[TinyLoraConfig, TinyLoraConfig]):
+class TinyLora(Method[TinyLoraConfig, TinyLoraConfig], SharesTensors, DerivesTensors):
     """TinyLoRA on layers with a matrix and on embeddings."""
 
     kinds = (LinearSite, EmbeddingSite)
@@ -62,7 +63,7 @@ class TinyLora(Method[TinyLoraConfig, TinyLoraConfig]):
         up, down = truncated(weight.T if new.site.looks_up else weight, _rank(new.settings, new.site))
         return {A: down.contiguous(), B: up.contiguous()}
 
-    def beside(
+    def extra_tensors(
         self, config: TinyLoraConfig, bases: Sequence[BaseLayer], shared: Mapping[str, Tensor]
     ) -> list[dict[str, Tensor]]:
         return [

@@ -17,6 +17,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import shortest
 from veneer.configs.methods.trainable_tokens import TrainableTokensConfig
+from veneer.methods.base.abilities import ChoosesLayers, CompletesConfig
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import MethodOnSites, NewLayer
 from veneer.methods.base.replaced_weight import SAVED_WEIGHT
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 VALUES = "trainable_tokens_delta"
 
 
-class TrainableTokens(TokenRows[TrainableTokensConfig]):
+class TrainableTokens(TokenRows[TrainableTokensConfig], ChoosesLayers, CompletesConfig):
     """Trainable tokens on embeddings and output layers."""
 
     leaves = (Leaf(VALUES),)

@@ -18,6 +18,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.unilora import UniLoraConfig
+from veneer.methods.base.abilities import DerivesTensors, SharesTensors
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
@@ -27,7 +28,7 @@ SCALES_A, SCALES_B = "unilora_scales_A", "unilora_scales_B"
 THETA = "unilora_theta_d"
 
 
-class UniLora(Method[UniLoraConfig, UniLoraConfig]):
+class UniLora(Method[UniLoraConfig, UniLoraConfig], SharesTensors, DerivesTensors):
     """Uni-LoRA on layers with a matrix."""
 
     kinds = (LinearSite,)
@@ -65,7 +66,7 @@ class UniLora(Method[UniLoraConfig, UniLoraConfig]):
     def init(self, new: NewLayer[UniLoraConfig, UniLoraConfig]) -> dict[str, Tensor]:
         return {}
 
-    def beside(
+    def extra_tensors(
         self, config: UniLoraConfig, bases: Sequence[BaseLayer], shared: Mapping[str, Tensor]
     ) -> list[dict[str, Tensor]]:
         wanted = [shape for base in bases for shape in _shapes(config, base.site)]

@@ -18,6 +18,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.vblora import VBLoRAConfig
 from veneer.errors import UnsupportedError
+from veneer.methods.base.abilities import ChangesWhenSaved, SharesTensors
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
@@ -29,7 +30,7 @@ SHARES = "_topk_weights"
 BANK = "vblora_vector_bank"
 
 
-class VBLora(Method[VBLoRAConfig, VBLoRAConfig]):
+class VBLora(Method[VBLoRAConfig, VBLoRAConfig], SharesTensors, ChangesWhenSaved):
     """VB-LoRA on layers with a matrix."""
 
     kinds = (LinearSite,)

@@ -17,6 +17,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.vera import VeraConfig
+from veneer.methods.base.abilities import SharesTensors
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.patches.patch import Patch
@@ -27,7 +28,7 @@ SHARED_A = "vera_A"
 SHARED_B = "vera_B"
 
 
-class Vera(Method[VeraConfig, VeraConfig]):
+class Vera(Method[VeraConfig, VeraConfig], SharesTensors):
     """VeRA on layers with a matrix."""
 
     leaves = (Leaf(B), Leaf(D))

@@ -18,6 +18,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.waveft import WaveFTConfig
+from veneer.methods.base.abilities import ChoosesLayers
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, MethodOnSites, NewLayer
 from veneer.methods.shared.random_entries import random_places
@@ -40,7 +41,7 @@ class WaveFTSettings:
     family: str | None
 
 
-class WaveFT(Method[WaveFTConfig, WaveFTSettings]):
+class WaveFT(Method[WaveFTConfig, WaveFTSettings], ChoosesLayers):
     """WaveFT on linear layers.
 
     Args:

@@ -24,6 +24,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.xlora import XLoraConfig
 from veneer.errors import AdapterError, UnsupportedError
+from veneer.methods.base.abilities import ChoosesLayers, CompletesConfig, SharesTensors
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, MethodOnSites, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
@@ -95,7 +96,7 @@ def _chosen(config: XLoraConfig, scalings: Tensor) -> Tensor:
     return scalings.masked_fill(~used, -math.inf).softmax(-1).masked_fill(~used, 0.0)
 
 
-class XLora(RoutedMethod[XLoraConfig, XLoraSettings]):
+class XLora(RoutedMethod[XLoraConfig, XLoraSettings], SharesTensors, ChoosesLayers, CompletesConfig):
     """X-LoRA on linear layers and embeddings."""
 
     leaves = ()

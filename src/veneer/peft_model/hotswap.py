@@ -30,6 +30,7 @@ from veneer.keywords import SETTLED, SOURCE, TOKEN, chosen, takes
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.layers.adapter_shares import BoundAdapter
 from veneer.methods import method_of
+from veneer.methods.base.abilities import settings_by_tensors
 from veneer.methods.base.trained_bias import Bias, base_bias
 from veneer.methods.lora import RANK_DIMS, Lora, LoraSettings
 from veneer.peft_model.attach_adapter import note_swapped
@@ -196,7 +197,7 @@ def _check_alike(model: PeftModel, entry: Adapter, checkpoint: Checkpoint, plan:
         reason = f"is of the method {new}, and {entry.name!r} of {old}"
     elif beyond:
         reason = f"adapts {len(beyond)} layers that {entry.name!r} does not (first: {beyond[0]})"
-    elif plan.saved or entry.whole_modules.names:
+    elif plan.whole_modules or entry.whole_modules.names:
         reason = "or the old one brings whole modules"
     if reason:
         raise AdapterError(
@@ -233,7 +234,9 @@ def _swap(
     for leaf, parameter in live.items():
         parts = layer.site.groups if RANK_DIMS.get(leaf) == 0 else 1
         _put(parameter, tensors[binding.keys[leaf]], _is_prepared(share.settings), parts)
-    layer.reset(name, share, _settings(share.settings, binding.method.settled(binding.settings, live, layer)))
+    layer.reset(
+        name, share, _settings(share.settings, settings_by_tensors(binding.method, binding.settings, live, layer))
+    )
 
 
 def _is_prepared(settings: Any) -> bool:

@@ -7,12 +7,14 @@ from typing import Any
 from veneer.base_model.catalog import Catalog
 from veneer.configs.base import TargetedConfig
 from veneer.errors import ConfigError
-from veneer.methods.base.method import MethodOnSites
+from veneer.methods.base.abilities import ChoosesLayers, specialised
+from veneer.methods.base.method import AnyMethod, Method, MethodOnSites
+from veneer.methods.base.prompt_method import AnyPrompt
 from veneer.methods.base.replaced_weight import SAVED_BIAS, SAVED_WEIGHT
 from veneer.methods.base.trained_bias import ADAPTED_BIAS, OTHER_BIAS
 
 
-def parts_of(method: Any, config: Any, catalog: Catalog) -> list[MethodOnSites]:
+def parts_of(method: AnyMethod | AnyPrompt, config: Any, catalog: Catalog) -> list[MethodOnSites]:
     """A method's parts for a config and those of their companions, in the order in which they apply.
 
     Args:
@@ -24,9 +26,18 @@ def parts_of(method: Any, config: Any, catalog: Catalog) -> list[MethodOnSites]:
         ConfigError: ``bias`` is none of its choices. TargetError: the config means no layer of the model.
     """
     parts: list[MethodOnSites] = []
-    for part in method.parts(config, catalog):
+    for part in _own_parts(method, config, catalog):
         parts += _with_companions(part, config, catalog) if part.companions else [part]
     return parts
+
+
+def _own_parts(method: AnyMethod | AnyPrompt, config: Any, catalog: Catalog) -> list[MethodOnSites]:
+    """The parts of a method without their companions; a prompt has none."""
+    if isinstance(method, ChoosesLayers):
+        return method.parts(config, catalog)
+    if isinstance(method, Method):
+        return [MethodOnSites(specialised(method, config), catalog.sites(config), companions=True)]
+    return []
 
 
 def _with_companions(own: MethodOnSites, config: TargetedConfig, catalog: Catalog) -> list[MethodOnSites]:

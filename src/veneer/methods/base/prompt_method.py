@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from veneer.base_model.sites.site import Site
 from veneer.configs.base import PromptConfig
 from veneer.files.tensor_keys import SHARED_PREFIX
+from veneer.methods.base.abilities import StoresShared
 from veneer.methods.base.leaf import Leaf
 
 if TYPE_CHECKING:
-    from veneer.base_model.catalog import Catalog
-    from veneer.methods.base.method import MethodOnSites
+    pass
 
 
 ConfigT = TypeVar("ConfigT", bound=PromptConfig)
@@ -81,7 +81,7 @@ def fresh(make: Callable[[], PromptEncoder], generator: torch.Generator | None) 
         return make()
 
 
-class PromptMethod(ABC, Generic[ConfigT]):
+class PromptMethod(StoresShared, Generic[ConfigT]):
     """One prompt method. Stateless, as a :class:`~veneer.methods.base.method.Method` is.
 
     Attributes:
@@ -93,14 +93,6 @@ class PromptMethod(ABC, Generic[ConfigT]):
     fills_cache: ClassVar[bool] = False
     shared: ClassVar[tuple[Leaf, ...]] = (Leaf(PROMPT),)
     prefix: ClassVar[str] = SHARED_PREFIX
-
-    def parts(self, config: ConfigT, catalog: Catalog) -> list[MethodOnSites]:
-        """The layers that it adapts: none."""
-        return []
-
-    def saves_shared(self, config: ConfigT) -> bool:
-        """Whether a checkpoint must hold its tensors."""
-        return True
 
     def shared_shapes(self, config: ConfigT, sites: Sequence[Site]) -> Mapping[str, tuple[int, ...]]:
         """Checkpoint key -> the shape it must have; ``config`` is completed with the model's sizes."""

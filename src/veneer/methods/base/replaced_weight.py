@@ -13,6 +13,7 @@ from torch import Tensor
 
 from veneer.base_model.sites.site import Site
 from veneer.configs.base import TargetedConfig
+from veneer.methods.base.abilities import AdaptsTwins, SettledByCheckpoint
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.base.trained_bias import ADAPTED_BIAS, Bias
@@ -29,7 +30,7 @@ class SavedWeightSettings:
     differs: bool = True
 
 
-class SavedWeight(Method[TargetedConfig, SavedWeightSettings]):
+class SavedWeight(Method[TargetedConfig, SavedWeightSettings], AdaptsTwins, SettledByCheckpoint):
     """A whole weight, shape ``(vocabulary, dim)``, in the place of the base's."""
 
     leaves = (Leaf(WEIGHT, trained=False, memory_name="saved_weight"),)
@@ -38,7 +39,7 @@ class SavedWeight(Method[TargetedConfig, SavedWeightSettings]):
     def settings(self, config: TargetedConfig, site: Site) -> SavedWeightSettings:
         return SavedWeightSettings(rows=not site.looks_up)
 
-    def settled(
+    def settings_from_tensors(
         self, settings: SavedWeightSettings, tensors: Mapping[str, Tensor], base: BaseLayer
     ) -> SavedWeightSettings:
         own, stored = tensors[self.leaves[0].name], base.base_weight()
@@ -47,7 +48,7 @@ class SavedWeight(Method[TargetedConfig, SavedWeightSettings]):
         alike = torch.equal(own.to(stored.dtype), stored) or torch.equal(own, stored.to(own.dtype))
         return replace(settings, differs=not alike)
 
-    def twinned(self, settings: SavedWeightSettings, twin: Site) -> SavedWeightSettings | None:
+    def twin_settings(self, settings: SavedWeightSettings, twin: Site) -> SavedWeightSettings | None:
         return replace(settings, rows=not twin.looks_up) if settings.differs else None
 
     def shapes(self, settings: SavedWeightSettings, site: Site) -> dict[str, tuple[int, ...]]:

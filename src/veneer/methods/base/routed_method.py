@@ -8,13 +8,14 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.base import TargetedConfig
 from veneer.errors import MergeError
+from veneer.methods.base.abilities import RefusesMerge
 from veneer.methods.base.method import Method
 
 ConfigT = TypeVar("ConfigT", bound=TargetedConfig)
 SettingsT = TypeVar("SettingsT")
 
 
-class RoutedMethod(Method[ConfigT, SettingsT]):
+class RoutedMethod(Method[ConfigT, SettingsT], RefusesMerge):
     """A method, on linear layers if it says nothing else, whose :meth:`lower` gives a patch with a route."""
 
     kinds: ClassVar[tuple[type[Site], ...]] = (LinearSite,)

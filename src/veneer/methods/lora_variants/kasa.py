@@ -51,9 +51,9 @@ class Kasa(Variant):
         return {**plain, VALUES: (self.r,)}
 
     def init(self, base: BaseLayer, generator: torch.Generator | None) -> dict[str, Tensor]:
-        return {VALUES: torch.randn(self.r, generator=generator), **self.restored(lambda: base)}
+        return {VALUES: torch.randn(self.r, generator=generator), **self.recomputed(lambda: base)}
 
-    def restored(self, base: Callable[[], BaseLayer]) -> dict[str, Tensor]:
+    def recomputed(self, base: Callable[[], BaseLayer]) -> dict[str, Tensor]:
         right: Tensor = torch.linalg.svd(base().base_weight().float(), full_matrices=False)[2]
         return {GIVEN_UP: right[-self.r :].contiguous()}
 

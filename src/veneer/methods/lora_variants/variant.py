@@ -36,7 +36,7 @@ class Variant:
         """Its own tensors of a new adapter, float32."""
         return {}
 
-    def restored(self, base: Callable[[], BaseLayer]) -> dict[str, Tensor]:
+    def recomputed(self, base: Callable[[], BaseLayer]) -> dict[str, Tensor]:
         """Those that no checkpoint holds, for an adapter that was loaded."""
         return {}
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from veneer.configs.methods.adamss import AdamssConfig
-from veneer.methods.adamss import A, B
 
+A, B = "adamss_A.", "adamss_B."
 # A group's A and B.
 Group = tuple[Tensor, Tensor]
 

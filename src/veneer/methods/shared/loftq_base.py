@@ -13,6 +13,7 @@ from torch import Tensor
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.lora import LoraConfig
+from veneer.methods.base.abilities import ChangesWhenSaved, Exclusive
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.lora_starts.loftq import quantised
@@ -21,11 +22,10 @@ from veneer.patches.patch import Patch
 CHANGE = "lora_loftq_change"
 
 
-class LoftqBase(Method[LoraConfig, int]):
+class LoftqBase(Method[LoraConfig, int], ChangesWhenSaved, Exclusive):
     """``Q - W``, shape ``(out, in)``, beside a LoRA; its settings are the LoRA's rank."""
 
     leaves = (Leaf(CHANGE, trained=False, saved=False),)
-    alone = True
 
     def settings(self, config: LoraConfig, site: Site) -> int:
         r: int = pattern_value(site.pattern_name, config.rank_pattern, config.r)
@@ -35,14 +35,11 @@ class LoftqBase(Method[LoraConfig, int]):
         return {}
 
     def init(self, new: NewLayer[LoraConfig, int]) -> dict[str, Tensor]:
-        return self.restored(new.config, new.settings, lambda: new.base)
+        return self.recomputed(new.config, new.settings, lambda: new.base)
 
-    def restored(self, config: LoraConfig, settings: int, base: Callable[[], BaseLayer]) -> dict[str, Tensor]:
+    def recomputed(self, config: LoraConfig, settings: int, base: Callable[[], BaseLayer]) -> dict[str, Tensor]:
         weight = base().base_weight().float()
         return {CHANGE: quantised(weight, settings, config.loftq_config or {}) - weight}
-
-    def on_disk(self, settings: int, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return {}
 
     def lower(self, settings: int, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         return Patch(dense=tensors[CHANGE])

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from veneer.configs.methods.adalora import AdaLoraConfig
-from veneer.methods.adalora import A, B, E
 
+A, B, E = "lora_A", "lora_B", "lora_E"
 Layers = Sequence[Mapping[str, Tensor]]
 
 

@@ -18,6 +18,7 @@ from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import names_match
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import ConfigError
+from veneer.methods.base.abilities import AdaptsTwins
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, ConfigT, Method, MethodOnSites, NewLayer
 from veneer.patches.patch import Patch, Tokens
@@ -40,7 +41,7 @@ class TokenSettings:
     padding: int | None = None
 
 
-class TokenRows(Method[ConfigT, TokenSettings]):
+class TokenRows(Method[ConfigT, TokenSettings], AdaptsTwins):
     """Rows of an embedding; ``leaves`` is the one tensor that holds them."""
 
     @abstractmethod
@@ -96,7 +97,7 @@ class TokenRows(Method[ConfigT, TokenSettings]):
         """Whether a layer that the config means too has the rows of the embedding whose weight it shares."""
         return True
 
-    def twinned(self, settings: TokenSettings, twin: Site) -> TokenSettings:
+    def twin_settings(self, settings: TokenSettings, twin: Site) -> TokenSettings:
         return self._settings(settings.index.tolist(), twin)
 
     def shapes(self, settings: TokenSettings, site: Site) -> dict[str, tuple[int, ...]]:
