@@ -1,6 +1,6 @@
-"""Several adapters combined into one: a plain LoRA adapter that any tool loads.
+"""Combines several adapters into one: a plain LoRA adapter that any tool loads.
 
-With ``D_i = W_i' - W`` what adapter ``i`` makes of a layer's weight, and ``w_i`` its weight:
+With ``D_i = W_i' - W`` the change that adapter ``i`` makes to a layer's weight, and ``w_i`` the adapter's weight:
 
     cat                 sum of w_i D_i, exactly; the ranks add up
     linear              the same, in the smallest rank that holds it
@@ -12,8 +12,8 @@ With ``D_i = W_i' - W`` what adapter ``i`` makes of a layer's weight, and ``w_i`
                         the values that have it (Yadav et al. 2023, arXiv:2306.01708, section 3)
     dare_ties           elect(w_i drop(D_i) / density)
 
-Those of the second kind are taken on the whole change, as their papers do, and then brought to rank ``r``; applied to
-the factors, as some tools do, products of one adapter's A with another's B would come in.
+Pruning and election work on whole changes, as in their papers, and the result is then brought to rank ``r``. Applied to
+the factors, as some tools do, they would add products of one adapter's A with another's B.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ ON_CHANGES = ("magnitude_prune", "dare_linear", "ties", "dare_ties")
 
 @dataclass(frozen=True)
 class Combination:
-    """What to combine and how.
+    """Names the adapters to combine, and how.
 
     Attributes:
         names: the adapters.
         weights: one for each; negative ones take an adapter's change away.
-        kind: one of the module's table; those on whole changes may end in ``_svd``, as in peft.
+        kind: a name in the table above; from ``magnitude_prune`` on it may end in ``_svd``, as in peft.
         rank: of the result; the largest of the adapters' ranks when ``None``, and for ``cat`` and ``linear`` their sum.
         density: the share of values that pruning leaves, over 0 and up to 1.
         sign: how ``ties`` weighs the signs: "total" by the values' sum, "frequency" by their number.
@@ -81,31 +81,31 @@ class Combination:
 
 
 @torch.no_grad()
-def combine(adapters: Adapters, wanted: Combination) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The config and the tensors (checkpoint key -> float32 tensor) of a combination of adapters on one model.
+def combine(adapters: Adapters, combination: Combination) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Return the config and the tensors (checkpoint key -> float32 tensor) of a combination of a model's adapters.
 
     Raises:
         UnknownAdapterError: one of the adapters is not there.
         MergeError: one is a prompt.
         UnsupportedError: one brings whole modules, or changes something that LoRA cannot hold.
     """
-    entries = [adapters.get(name) for name in wanted.names]
-    check_mergeable(adapters, wanted.names)
+    entries = [adapters.get(name) for name in combination.names]
+    check_mergeable(adapters, combination.names)
     for entry in entries:
         if entry.whole_modules.names:
             raise UnsupportedError(
                 f"{entry.name!r} brings {', '.join(entry.whole_modules.names)} whole, which no LoRA can hold.",
                 hint="Combine adapters without modules_to_save.",
             )
-    generator = None if wanted.seed is None else torch.Generator().manual_seed(wanted.seed)
+    generator = None if combination.seed is None else torch.Generator().manual_seed(combination.seed)
     layers = [layer for name, layer in adapters.layers.items() if any(name in entry.layers.by_id for entry in entries)]
-    found = [(layer, *_combined(layer, wanted, generator)) for layer in layers]
-    rank = max((up.shape[-1] for _, up, _, _ in found), default=0)
+    combined = [(layer, *_combined(layer, combination, generator)) for layer in layers]
+    rank = max((up.shape[-1] for _, up, _, _ in combined), default=0)
     if not rank:
-        raise AdapterError(f"{', '.join(wanted.names)} change no layer.", hint="Load adapters that were trained.")
-    biased = any(shift is not None for *_, shift in found)
+        raise AdapterError(f"{', '.join(combination.names)} change no layer.", hint="Load adapters that were trained.")
+    biased = any(shift is not None for *_, shift in combined)
     tensors = {}
-    for layer, up, down, shift in found:
+    for layer, up, down, shift in combined:
         leaves = layer.site.as_low_rank(_padded(up, rank, -1), _padded(down, rank, -2))
         if biased:
             leaves[B_BIAS] = torch.zeros(layer.site.shape[0]) if shift is None else shift
@@ -130,62 +130,64 @@ def _config(
 
 
 def _by_module(adapters: Adapters, layer: AdaptedLayer) -> bool:
-    """Whether a layer is named by its module (and not as a parameter) in a config."""
+    """Tell whether a config names a layer by its module, and not as a parameter."""
     return any(site.id == layer.site.id for site in adapters.catalog.sites_at(layer.site.name))
 
 
 def _combined(
-    layer: AdaptedLayer, wanted: Combination, generator: torch.Generator | None
+    layer: AdaptedLayer, combination: Combination, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Up, down and shift of the combined change of one layer."""
-    here = [(name, w) for name, w in zip(wanted.names, wanted.weights, strict=True) if name in layer.bound]
-    changes = [change_of(layer, layer.weight_patches([name])) for name, _ in here]
-    weights = [weight for _, weight in here]
+    """Return up, down and shift of the combined change of one layer."""
+    kind = combination.kind
+    pairs = zip(combination.names, combination.weights, strict=True)
+    bound = [(name, weight) for name, weight in pairs if name in layer.bound]
+    changes = [change_of(layer, layer.weight_patches([name])) for name, _ in bound]
+    weights = [weight for _, weight in bound]
     shifts = [w * c.shift for w, c in zip(weights, changes, strict=True) if c.shift is not None]
-    if shifts and wanted.kind not in ON_FACTORS:
+    if shifts and kind not in ON_FACTORS:
         raise UnsupportedError(
-            f"{layer.site.name}: {wanted.kind} is defined for changes of weights, and an adapter changes the bias.",
+            f"{layer.site.name}: {kind} is defined for changes of weights, and an adapter changes the bias.",
             hint=f"Use one of {', '.join(ON_FACTORS)}.",
         )
     shift = torch.stack(shifts).sum(0) if shifts else None
     ranks = [c.up.shape[-1] for c in changes if c.up is not None]
-    rank = wanted.rank or max(ranks, default=0)
-    if wanted.kind in ON_FACTORS and len(ranks) == len(changes):
+    rank = combination.rank or max(ranks, default=0)
+    if kind in ON_FACTORS and len(ranks) == len(changes):
         up = torch.cat([w * c.up for w, c in zip(weights, changes, strict=True) if c.up is not None], -1)
         down = torch.cat([c.down for c in changes if c.down is not None], -2)
-        if wanted.kind == "cat" and wanted.rank is None:
+        if kind == "cat" and combination.rank is None:
             return up, down, shift
-        exact = wanted.kind in EXACT and wanted.rank is None
+        exact = kind in EXACT and combination.rank is None
         return *truncated_product(up, down, None if exact else rank), shift
     if not rank:
         raise UnsupportedError(
-            f"{layer.site.name}: a change is of no low rank, so that of the result must be chosen.",
+            f"{layer.site.name}: a change is of no low rank, so the rank of the result must be chosen.",
             hint="Give svd_rank=..., such as 16.",
         )
-    whole = [change.whole() for change in changes]
-    return *truncated(_ON_CHANGES[wanted.kind.removesuffix("_svd")](whole, weights, wanted, generator), rank), shift
+    whole = _ON_CHANGES[kind.removesuffix("_svd")]([c.whole() for c in changes], weights, combination, generator)
+    return *truncated(whole, rank), shift
 
 
 # -- combining whole changes -------------------------------------------------------------------------------
 
 
 def keep_largest(change: Tensor, density: float) -> Tensor:
-    """A change with only its share ``density`` of values of largest magnitude; the rest is zero."""
+    """Keep the share ``density`` of a change's values, those of largest magnitude; the rest is zero."""
     count = int(density * change.numel())
-    kept = torch.zeros_like(change)
+    pruned = torch.zeros_like(change)
     index = change.abs().flatten().topk(count).indices
-    kept.view(-1)[index] = change.flatten()[index]
-    return kept
+    pruned.view(-1)[index] = change.flatten()[index]
+    return pruned
 
 
 def drop_at_random(change: Tensor, density: float, generator: torch.Generator | None) -> Tensor:
-    """A change of which each value stays with probability ``density``, divided by it; the rest is zero."""
+    """Keep each value of a change with probability ``density``, divided by it; the rest is zero."""
     keep = torch.rand(change.shape, generator=generator).to(change.device) < density
     return change * keep / density
 
 
 def elect(changes: Tensor, sign: str) -> Tensor:
-    """The mean of those of ``changes``, shape ``(n, ...)``, that have the sign which prevails, value by value."""
+    """Return, value by value, the mean of those of ``changes``, shape ``(n, ...)``, that have the prevailing sign."""
     votes = changes if sign == "total" else changes.sign()
     prevailing = torch.where(votes.sum(0) >= 0, 1.0, -1.0)
     agree = changes.sign() == prevailing
@@ -196,32 +198,34 @@ def _sum(changes: Sequence[Tensor], weights: Sequence[float], *_: object) -> Ten
     return torch.stack([w * change for w, change in zip(weights, changes, strict=True)]).sum(0)
 
 
-def _ties(changes: Sequence[Tensor], weights: Sequence[float], wanted: Combination, _: object) -> Tensor:
-    kept = [w * keep_largest(c, wanted.density or 1.0) for w, c in zip(weights, changes, strict=True)]
-    return elect(torch.stack(kept), wanted.sign)
+def _ties(changes: Sequence[Tensor], weights: Sequence[float], combination: Combination, _: object) -> Tensor:
+    pruned = [w * keep_largest(c, combination.density or 1.0) for w, c in zip(weights, changes, strict=True)]
+    return elect(torch.stack(pruned), combination.sign)
 
 
-def _magnitude_prune(changes: Sequence[Tensor], weights: Sequence[float], wanted: Combination, _: object) -> Tensor:
-    return _sum([keep_largest(change, wanted.density or 1.0) for change in changes], weights)
+def _magnitude_prune(
+    changes: Sequence[Tensor], weights: Sequence[float], combination: Combination, _: object
+) -> Tensor:
+    return _sum([keep_largest(change, combination.density or 1.0) for change in changes], weights)
 
 
 def _dropped(
-    changes: Sequence[Tensor], weights: Sequence[float], wanted: Combination, generator: torch.Generator | None
+    changes: Sequence[Tensor], weights: Sequence[float], combination: Combination, generator: torch.Generator | None
 ) -> list[Tensor]:
-    density = wanted.density or 1.0
+    density = combination.density or 1.0
     return [w * drop_at_random(c, density, generator) for w, c in zip(weights, changes, strict=True)]
 
 
 def _dare_linear(
-    changes: Sequence[Tensor], weights: Sequence[float], wanted: Combination, generator: torch.Generator | None
+    changes: Sequence[Tensor], weights: Sequence[float], combination: Combination, generator: torch.Generator | None
 ) -> Tensor:
-    return torch.stack(_dropped(changes, weights, wanted, generator)).sum(0)
+    return torch.stack(_dropped(changes, weights, combination, generator)).sum(0)
 
 
 def _dare_ties(
-    changes: Sequence[Tensor], weights: Sequence[float], wanted: Combination, generator: torch.Generator | None
+    changes: Sequence[Tensor], weights: Sequence[float], combination: Combination, generator: torch.Generator | None
 ) -> Tensor:
-    return elect(torch.stack(_dropped(changes, weights, wanted, generator)), wanted.sign)
+    return elect(torch.stack(_dropped(changes, weights, combination, generator)), combination.sign)
 
 
 _ON_CHANGES: Mapping[str, Callable[..., Tensor]] = {
@@ -236,7 +240,7 @@ _ON_CHANGES: Mapping[str, Callable[..., Tensor]] = {
 
 
 def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
-    """A factor with zeros up to ``rank`` along ``dim``, so that one rank serves all layers."""
+    """Pad a factor with zeros up to ``rank`` along ``dim``, so that one rank serves all layers."""
     missing = rank - factor.shape[dim]
     if not missing:
         return factor

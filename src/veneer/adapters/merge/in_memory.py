@@ -1,4 +1,4 @@
-"""Merging into the weights of a model in memory, to be undone or for good."""
+"""Merges adapters into the weights of a model in memory, to be undone or for good."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def merge(adapters: Adapters, names: Sequence[str] | None, *, check: bool = Fals
 
 
 def _merge(adapters: Adapters, names: Sequence[str] | None, check: bool, into: str | None) -> None:
-    wanted = list(adapters.switch.default.names if names is None else names)
+    to_merge = list(adapters.switch.default.names if names is None else names)
     merged = [name for name in adapters.by_name if any(name in layer.merged for layer in adapters.layers.values())]
-    selection = adapters.selection(list(dict.fromkeys([*merged, *wanted])))
+    selection = adapters.selection(list(dict.fromkeys([*merged, *to_merge])))
     check_mergeable(adapters, selection.names)
     packed = choose(adapters.layers.values(), selection.names, into, adapters.catalog.dtype)
     if check:
@@ -57,22 +57,21 @@ def merge_and_unload(
 
 
 def _merge_and_unload(adapters: Adapters, names: Sequence[str] | None, check: bool, into: str | None) -> nn.Module:
-    wanted = adapters.selection(list(adapters.switch.default.names if names is None else names)).names
-    check_mergeable(adapters, wanted)
-    packed = choose(adapters.layers.values(), wanted, into, adapters.catalog.dtype)
-    added = new_biases(adapters.layers.values(), wanted, adapters.catalog.model)
+    merged = adapters.selection(list(adapters.switch.default.names if names is None else names)).names
+    check_mergeable(adapters, merged)
+    packed = choose(adapters.layers.values(), merged, into, adapters.catalog.dtype)
+    biases = new_biases(adapters.layers.values(), merged, adapters.catalog.model)
     if check:
-        _check_merge(adapters, wanted)
-        _check_saved(adapters, wanted)
-    here = [layer for layer in adapters.layers.values() if layer.here(wanted)]
-    _change(here, lambda layer: layer.store_merged(wanted))
-    groups, alike = adapters.catalog.shared if wanted else [], _changed_alike(adapters, wanted)
-    for root, saved in adapters.module_copies.items():
-        own = saved.here(wanted)
-        if own:
-            adapters.catalog.modules[root] = saved.original_module = saved.as_base_module(own[0])
+        _check_merge(adapters, merged)
+        _check_saved(adapters, merged)
+    layers = [layer for layer in adapters.layers.values() if layer.here(merged)]
+    _change(layers, lambda layer: layer.store_merged(merged))
+    groups, alike = adapters.catalog.shared if merged else [], _changed_alike(adapters, merged)
+    for root, copies in adapters.module_copies.items():
+        for name in copies.here(merged)[:1]:
+            adapters.catalog.modules[root] = copies.original_module = copies.as_base_module(name)
     model = adapters.unload(keep=True)
-    added.put_into(model)
+    biases.put_into(model)
     untie(model, groups, alike)
     if packed:
         adapters.quantized_merge = measured(packed)
@@ -117,7 +116,7 @@ def _check_merge(adapters: Adapters, names: tuple[str, ...]) -> None:
 
 
 def _storable(layer: AdaptedLayer, names: tuple[str, ...]) -> tuple[Tensor | None, Tensor | None]:
-    """A layer's merged weight and bias in the dtype that they will be stored in."""
+    """Return a layer's merged weight and bias in the dtype that they will be stored in."""
     weight, bias = layer.merged_parameters(names)
     if isinstance(layer, PackedLayer) and layer.into is not None and layer.into.choice == DEQUANTIZED:
         return None if weight is None else weight.to(layer.into.dtype), bias
@@ -126,19 +125,19 @@ def _storable(layer: AdaptedLayer, names: tuple[str, ...]) -> tuple[Tensor | Non
 
 def _check_saved(adapters: Adapters, names: tuple[str, ...]) -> None:
     """Raise ``MergeError`` where a module that comes whole does not fit into the dtypes of the base's."""
-    for root, saved in adapters.module_copies.items():
-        for name in saved.here(names)[:1]:
-            base = saved.original_module.state_dict()
-            for leaf, tensor in saved.copies[name].state_dict().items():
+    for root, copies in adapters.module_copies.items():
+        for name in copies.here(names)[:1]:
+            base = copies.original_module.state_dict()
+            for leaf, tensor in copies.copies[name].state_dict().items():
                 if tensor.is_floating_point():
                     check_kept(tensor, tensor.to(base[leaf].dtype), f"{root}.{leaf}")
 
 
 def _changed_alike(adapters: Adapters, names: Sequence[str]) -> set[str]:
-    """The two ends that share a weight, where adapters change them by the same tensors."""
+    """Return the embeddings that share a weight and that adapters change by the same tensors."""
 
-    def used(end: str) -> set[int]:
-        layers = [layer for layer in adapters.layers.values() if layer.site.name == end]
+    def tensors(module: str) -> set[int]:
+        layers = [layer for layer in adapters.layers.values() if layer.site.name == module]
         return {
             id(tensor)
             for layer in layers
@@ -147,8 +146,9 @@ def _changed_alike(adapters: Adapters, names: Sequence[str]) -> set[str]:
             for tensor in layer.tensors(name, share).values()
         }
 
-    alike = all(getattr(adapters.by_name[name].config, "ensure_weight_tying", False) for name in names)
-    pairs = [pair for pair in adapters.catalog.tied_ends if alike and used(pair[0]) and used(pair[0]) == used(pair[1])]
+    if not all(getattr(adapters.by_name[name].config, "ensure_weight_tying", False) for name in names):
+        return set()
+    pairs = [(a, b) for a, b in adapters.catalog.tied_ends if tensors(a) and tensors(a) == tensors(b)]
     return {name for pair in pairs for name in pair}
 
 

@@ -1,4 +1,4 @@
-"""A merge of the layers with packed weights: what is asked before it, and what is left to do after it."""
+"""Prepares and completes a merge into layers with packed (quantised) weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from veneer.printing import warn
 def choose(
     layers: Iterable[AdaptedLayer], names: tuple[str, ...], into: str | None, dtype: torch.dtype
 ) -> list[PackedLayer]:
-    """Tell the packed layers that a merge of ``names`` changes where it goes, and return them.
+    """Choose what becomes of the packed layers that a merge of ``names`` changes, and return them.
 
     Args:
         layers: every adapted layer of the model.
@@ -43,14 +43,14 @@ def choose(
 
 
 def measured(packed: Sequence[PackedLayer]) -> QuantizedMerge | None:
-    """What the merge that was just made lost in its packed layers; too much gives a warning."""
+    """Return what the last merge lost in its packed layers, and warn when that is much."""
     chosen = next((layer.into.choice for layer in packed if layer.into is not None), None)
     if chosen is None:
         return None
-    found = QuantizedMerge(chosen, {layer.site.id: layer.error for layer in packed if layer.error is not None})
-    if found.lost:
-        warn(found.warning())
-    return found
+    merge = QuantizedMerge(chosen, {layer.site.id: layer.error for layer in packed if layer.error is not None})
+    if merge.lost:
+        warn(merge.warning())
+    return merge
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype) -> None:

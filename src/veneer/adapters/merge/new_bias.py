@@ -1,4 +1,4 @@
-"""Biases for layers that have none, where an adapter moves their output: LoRA's ``lora_bias``, BEFT.
+"""Adds biases to layers that have none, where an adapter moves their output: LoRA's ``lora_bias``, BEFT.
 
 A saved model keeps such a bias only if its config says that the layer has one. Many families have a switch for that
 (``attention_bias``, ``mlp_bias`` ...), for several layers at once: those that no adapter moves get zeros. Where there
@@ -26,7 +26,7 @@ Build = Callable[..., nn.Module]
 
 @dataclass(frozen=True)
 class NewBiases:
-    """What a merge adds.
+    """The biases that a merge adds.
 
     Attributes:
         config: keys of the model's config to set.
@@ -55,16 +55,16 @@ class NewBiases:
 def new_biases(
     layers: Iterable[AdaptedLayer], names: Sequence[str], model: nn.Module, build: Build | None = None
 ) -> NewBiases:
-    """The biases that a merge of ``names`` has to add; none for a model whose class is not transformers' own.
+    """Find the biases that a merge of ``names`` has to add; none for a model whose class is not transformers' own.
 
     Args:
         layers: the adapted layers of the model.
         names: the adapters.
         model: the base.
-        build: makes it anew; by its class and config when ``None``.
+        build: makes the base anew; by its class and config when ``None``.
 
     Raises:
-        MergeError: a layer needs one, and no switch of the config gives it one.
+        MergeError: a layer needs a bias, and no switch of the config gives it one.
     """
     lacking = [layer.site.name for layer in layers if layer.lacks_bias(tuple(names))]
     config: Any = getattr(model, "config", None)
@@ -76,7 +76,7 @@ def new_biases(
     left = [name for name in lacking if name not in shapes]
     if left:
         raise MergeError(
-            f"The adapter gives {left[0]} a bias (and {len(left) - 1} more), its layer has none, and no setting of "
+            f"The adapter gives {left[0]} a bias (and {len(left) - 1} more); the layer has none, and no setting of "
             f"{type(config).__name__} adds one: the merged model would lose it when it is saved and loaded.",
             hint="Keep the adapter unmerged (merge_adapter() merges in memory, to be undone), or train it without: "
             "lora_bias=False, or these layers in exclude_modules.",
@@ -85,10 +85,10 @@ def new_biases(
 
 
 def _switches(config: Any, build: Build) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Key of the config -> the layers that have a bias when it is turned over, and the bias's shape."""
+    """Return, for each switch of the config, the layers that gain a bias when it is flipped, and the bias's shape."""
     keys = [key for key, value in config.to_dict().items() if isinstance(value, bool) and "bias" in key]
     before = _shapes(build()) if keys else {}
-    found = {}
+    switches = {}
     for key in keys:
         try:
             after = _shapes(build(**{key: not getattr(config, key)}))
@@ -96,8 +96,8 @@ def _switches(config: Any, build: Build) -> dict[str, dict[str, tuple[int, ...]]
             continue
         gained = {name: shape for name, shape in after.items() if name not in before}
         if gained and before.keys() <= after.keys() and all(name.endswith(".bias") for name in gained):
-            found[key] = {name.removesuffix(".bias"): shape for name, shape in gained.items()}
-    return found
+            switches[key] = {name.removesuffix(".bias"): shape for name, shape in gained.items()}
+    return switches
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""Weights that several modules of a model share, once a merge has changed some of them.
+"""Shares or parts the weights that several modules of a model shared before a merge changed some of them.
 
 Those that are equal are shared again. Those that are not must stay apart when the model is saved and read again:
 transformers ties by the config's ``tie_word_embeddings``, fills what a file lacks from what it is tied to, and keeps
@@ -22,7 +22,7 @@ Place = tuple[str, str]
 
 
 def untie(model: nn.Module, groups: Sequence[Sequence[Place]], alike: Collection[str]) -> None:
-    """Share again what is equal, and let the rest differ in what is saved too.
+    """Share equal weights again, and keep the others apart in a saved model too.
 
     Args:
         model: the merged model, without wrappers.
@@ -31,7 +31,7 @@ def untie(model: nn.Module, groups: Sequence[Sequence[Place]], alike: Collection
     """
     ties = _ties(model)
     known = {*ties, *ties.values()}
-    # Others, such as repeated blocks, are the business of whoever had them share.
+    # Whoever lets other modules share weights, such as repeated blocks, sees to them.
     tied = [[(name, leaf) for name, leaf in group if f"{name}.{leaf}" in known] for group in groups]
     for group in tied:
         _share_again(model, group, alike)
@@ -42,7 +42,7 @@ def untie(model: nn.Module, groups: Sequence[Sequence[Place]], alike: Collection
 
 
 def asks_for_ties(model: nn.Module) -> bool:
-    """Whether a model computes otherwise when its config says that weights are tied, as Switch Transformers does."""
+    """Tell whether a model computes otherwise when its config ties weights, as Switch Transformers does."""
     kinds = {type(module) for module in model.modules()}
     return any(FLAG in _names(kind.forward) for kind in kinds)
 
@@ -53,24 +53,24 @@ def _names(function: Any) -> Collection[str]:
 
 
 def _share_again(model: nn.Module, group: Sequence[Place], alike: Collection[str]) -> None:
-    kept: list[tuple[str, Tensor]] = []
+    distinct: list[tuple[str, Tensor]] = []
     for name, leaf in group:
         module = model.get_submodule(name)
-        own = module._parameters[leaf]
-        assert own is not None
-        both = (other for first, other in kept if {first, name} <= set(alike) or _equal(own, other))
-        same = next(both, None)
+        parameter = module._parameters[leaf]
+        assert parameter is not None
+        equals = (other for first, other in distinct if {first, name} <= set(alike) or _equal(parameter, other))
+        same = next(equals, None)
         if same is None:
-            kept.append((name, own))
-        elif same is not own:
+            distinct.append((name, parameter))
+        elif same is not parameter:
             setattr(module, leaf, same)
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    if one is other:
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a is b:
         return True
-    known = not (one.is_meta or other.is_meta) and (one.dtype, one.device) == (other.dtype, other.device)
-    return known and torch.equal(one, other)
+    comparable = not (a.is_meta or b.is_meta) and (a.dtype, a.device) == (b.dtype, b.device)
+    return comparable and torch.equal(a, b)
 
 
 def _distinct(model: nn.Module, group: Sequence[Place]) -> set[int]:
@@ -78,7 +78,7 @@ def _distinct(model: nn.Module, group: Sequence[Place]) -> set[int]:
 
 
 def _tying(model: nn.Module) -> list[tuple[str, Any]]:
-    """The parts of a model, itself included, that tie weights by a config."""
+    """List the parts of a model, itself included, that tie weights by a config."""
     return [(name, part) for name, part in model.named_modules() if hasattr(part, "get_expanded_tied_weights_keys")]
 
 
@@ -88,7 +88,7 @@ def _own_ties(name: str, part: Any) -> dict[str, str]:
 
 
 def _ties(model: nn.Module) -> dict[str, str]:
-    """Parameter -> the one that transformers would tie it to."""
+    """Map each parameter to the one that transformers would tie it to."""
     return {target: source for name, part in _tying(model) for target, source in _own_ties(name, part).items()}
 
 
@@ -102,7 +102,7 @@ def _say_so(model: nn.Module, apart: Collection[str]) -> None:
 
 
 def _can_say(config: Any) -> bool:
-    """Whether a config that is read again still says so: T5's and its kin's always say that weights are tied."""
+    """Tell whether a config that is read again still says so: T5's and its kin's always say that weights are tied."""
     return not getattr(type(config).from_dict({**config.to_dict(), FLAG: False}), FLAG, False)
 
 
@@ -112,9 +112,10 @@ def _write_apart(model: nn.Module, ties: dict[str, str]) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     users = Counter(map(id, parameters.values()))
     for target, source in ties.items():
-        own = parameters[target]
-        is_filled = target in remaining and own is parameters[source]
-        if not is_filled and users[id(own)] > 1:
-            users[id(own)] -= 1
+        parameter = parameters[target]
+        is_filled = target in remaining and parameter is parameters[source]
+        if not is_filled and users[id(parameter)] > 1:
+            users[id(parameter)] -= 1
             module, _, leaf = target.rpartition(".")
-            setattr(model.get_submodule(module), leaf, nn.Parameter(own.detach().clone(), own.requires_grad))
+            copied = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            setattr(model.get_submodule(module), leaf, copied)

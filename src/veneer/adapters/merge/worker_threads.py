@@ -1,4 +1,4 @@
-"""Sharing the cores among pieces of work, each of which computes in one thread."""
+"""Shares the cores among pieces of work, each of which computes in one thread."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ T = TypeVar("T")
 def one_thread_each(
     workers: int | None = None, prepare: Callable[[], None] | None = None
 ) -> Iterator[ThreadPoolExecutor]:
-    """A pool of threads, one for each core, in which torch computes in the thread that calls it.
+    """Give a pool of threads, one for each core, in each of which torch computes in that thread alone.
 
     Args:
         workers: how many threads, if not one for each core.
-        prepare: what each thread does first.
+        prepare: called first in each thread.
     """
 
     def start() -> None:
