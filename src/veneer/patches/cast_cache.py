@@ -10,7 +10,9 @@ MAX_CACHED_VALUES = 1 << 16
 
 
 class CastCache:
-    """The last input that was converted, so that q, k and v, or gate and up, convert theirs once.
+    """Keeps the last input that was converted, so that q, k and v, or gate and up, convert theirs once.
+
+    It saves 3 us of 35 a layer in bfloat16: benchmarks/notes.md, Unmerged forward.
 
     Known by being the same object at the same version. Tensors of inference mode have no versions, and are converted
     each time: nothing would tell that one was changed in place. Threads may share it: what is kept is replaced whole.

@@ -1,4 +1,7 @@
-"""The memory that a worker computes in: one block for all its weights, since fresh memory costs much."""
+"""The memory that a worker computes in: one block for all its weights, since fresh memory costs much.
+
+0.35 -> 0.29 s of processor time for a merge of 135M: benchmarks/notes.md, Merge in memory.
+"""
 
 from __future__ import annotations
 

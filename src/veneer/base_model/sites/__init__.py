@@ -10,7 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from veneer.base_model.sites.bias_only import ShiftSite
 from veneer.base_model.sites.conv import ConvSite
 from veneer.base_model.sites.embedding import EmbeddingSite
-from veneer.base_model.sites.linear import Conv1D, Conv1DSite, LinearSite
+from veneer.base_model.sites.linear import Conv1DSite, LinearSite, is_conv1d
 from veneer.base_model.sites.parameter import ParameterSite, VectorSite
 from veneer.base_model.sites.quantized.bitsandbytes import bitsandbytes_site
 from veneer.base_model.sites.quantized.hqq import HqqSite
@@ -21,7 +21,6 @@ from veneer.base_model.sites.vector import NormSite, is_norm
 from veneer.base_model.sites.whole_layer import WholeSite, is_whole
 
 __all__ = [
-    "KINDS",
     "PackedSite",
     "ParameterSite",
     "Site",
@@ -35,10 +34,9 @@ __all__ = [
     "whole_sites",
 ]
 
-# Kinds that can carry an adapter, most common first; the first that fits a layer is used.
-KINDS: tuple[tuple[type, Callable[[str, nn.Module], Site]], ...] = (
+# torch's layers that can carry an adapter, most common first.
+_SITE_CLASSES: tuple[tuple[type, Callable[[str, nn.Module], Site]], ...] = (
     (nn.Linear, LinearSite),
-    (Conv1D, Conv1DSite),
     (nn.Embedding, EmbeddingSite),
     (nn.Conv2d, ConvSite),
     (nn.Conv1d, ConvSite),
@@ -59,20 +57,23 @@ def sites_for(name: str, module: nn.Module) -> list[Site]:
     if packer(module) is not None:
         site = packed_site(name, module)
         return [] if site is None else [site]
-    for kind, make in KINDS:
-        if isinstance(module, kind):
-            weight = getattr(module, "weight", None)
-            # Narrower floats come with scales of their own.
-            usable = isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.itemsize > 1
-            return [make(name, module)] if usable else []
-    return []
+    make, weight = _site_class(module), getattr(module, "weight", None)
+    # Narrower floats come with scales of their own.
+    usable = isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.itemsize > 1
+    return [make(name, module)] if make is not None and usable else []
+
+
+def _site_class(module: nn.Module) -> Callable[[str, nn.Module], Site] | None:
+    """Return what makes the site of a layer whose weight is not packed; ``None`` for a kind that has none."""
+    make = next((make for kind, make in _SITE_CLASSES if isinstance(module, kind)), None)
+    return Conv1DSite if make is None and is_conv1d(module) else make
 
 
 def whole_sites(name: str, module: nn.Module) -> list[Site]:
     """The same for a method that trains layers whole: norms have a site too, and layers of any kind with one weight."""
     if is_norm(module):
         return [NormSite(name, module)]
-    known = packer(module) is not None or isinstance(module, tuple(kind for kind, _ in KINDS))
+    known = packer(module) is not None or _site_class(module) is not None
     return [WholeSite(name, module)] if is_whole(module) and not known else sites_for(name, module)
 
 
@@ -123,9 +124,9 @@ def is_linear(module: nn.Module) -> bool:
         return False
     # A packed layer is often no nn.Linear; all of them say how wide they are.
     packed = hasattr(module, "in_features") and packer(module) is not None
-    return isinstance(module, (nn.Linear, Conv1D)) or packed
+    return isinstance(module, nn.Linear) or is_conv1d(module) or packed
 
 
 def kinds() -> str:
     """The kinds of layer that can carry an adapter, for an error to name."""
-    return ", ".join([*(kind.__name__ for kind, _ in KINDS), nn.MultiheadAttention.__name__])
+    return ", ".join([*(kind.__name__ for kind, _ in _SITE_CLASSES), "Conv1D", nn.MultiheadAttention.__name__])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from torch import Tensor, nn
@@ -57,17 +56,19 @@ class Conv1DSite(LinearSite):
         return Site.base_with(self, weight, bias, *args, **kwargs)
 
 
-class _Conv1DType(type):
-    def __instancecheck__(cls, module: Any) -> bool:
-        found = sys.modules.get("transformers.pytorch_utils")
-        return found is not None and isinstance(module, found.Conv1D)
+def is_conv1d(module: nn.Module) -> bool:
+    """Tell whether a module is a ``Conv1D`` of transformers.
+
+    It is told by where its class is defined, since to import transformers takes 0.6 s of a merge that needs nothing
+    else of it: benchmarks/notes.md, The merge from disk to disk.
+    """
+    return any(_is_conv1d_class(kind) for kind in type(module).__mro__)
 
 
-class Conv1D(metaclass=_Conv1DType):
-    """Stands for the class in ``isinstance``."""
+def is_plain_conv1d(module: nn.Module) -> bool:
+    """Tell whether a module is a ``Conv1D`` itself and no subclass of it, which may do more than multiply."""
+    return _is_conv1d_class(type(module))
 
 
-def is_plain_conv1d(module: Any) -> bool:
-    """Whether a module is a ``Conv1D`` itself and no subclass of it, which may do more than multiply."""
-    found = sys.modules.get("transformers.pytorch_utils")
-    return found is not None and type(module) is found.Conv1D
+def _is_conv1d_class(kind: type) -> bool:
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
