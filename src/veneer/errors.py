@@ -1,4 +1,4 @@
-"""Everything that Veneer raises on purpose.
+"""The errors that Veneer raises on purpose.
 
     VeneerError
     ├── SourceError                 a path or hub id cannot be read
@@ -11,9 +11,9 @@
     │   ├── UnknownMethodError      a peft_type that no method here answers to
     │   ├── UnknownKeyError         a key unknown here that may change the maths
     │   ├── UnsupportedError        known, and not available: a method's option, a kind of layer
-    │   └── UsageError              an argument of a command, or of a call, that cannot be meant
+    │   └── UsageError              an argument of a command, or of a call, is not valid
     ├── TargetError                 a config's targets match nothing, or nothing usable (also ValueError)
-    ├── BindError                   checkpoint and model do not fit; carries every problem at once
+    ├── BindError                   checkpoint and model do not fit; holds every problem
     ├── BaseModelError              the base: missing, not named, of the wrong kind, already adapted
     │   └── BaseMismatchError       it is not the base that the adapter was trained on
     ├── AdapterError                the set of adapters on a model (also ValueError)
@@ -38,9 +38,9 @@ from veneer.printing import printable
 
 
 class VeneerError(Exception):
-    """Base of the family. ``message`` says what and where, ``hint`` what to do about it.
+    """Base of all errors. ``message`` says what is wrong and where, ``hint`` what to do about it.
 
-    Both are printable: what they cite of a checkpoint does not reach a terminal as it is, in a traceback neither.
+    Both are made printable, so that text cited from a checkpoint cannot steer a terminal, not even in a traceback.
     """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
@@ -89,11 +89,11 @@ class UnknownKeyError(ConfigError):
 
 
 class UnsupportedError(ConfigError):
-    """Known, and not available here: a method's option, or a kind of layer."""
+    """A method's option, or a kind of layer, that is known and not available here."""
 
 
 class UsageError(ConfigError):
-    """An argument of a command, or of a call, cannot be meant: no number, given twice, none of the choices."""
+    """An argument of a command, or of a call, is not valid: no number, given twice, none of the choices."""
 
 
 class TargetError(VeneerError, ValueError):
@@ -101,7 +101,7 @@ class TargetError(VeneerError, ValueError):
 
 
 class BindError(VeneerError):
-    """A checkpoint and a model do not fit together. ``problems`` holds each reason, one line apiece."""
+    """A checkpoint and a model do not fit together. ``problems`` holds a line for each reason."""
 
     def __init__(self, message: str, *, problems: Sequence[str] = (), hint: str | None = None) -> None:
         self.problems = tuple(printable(problem) for problem in problems)

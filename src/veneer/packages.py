@@ -1,4 +1,4 @@
-"""Optional packages: what a feature needs beyond Veneer's own dependencies is checked here."""
+"""Checks the optional packages that features need beyond Veneer's own dependencies."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import importlib.util
 
 from veneer.errors import UnsupportedError, VeneerError
 
-# A package's name on the index -> the module that it brings, where the two differ.
+# A package's name on the index -> the name that it is imported by, where the two differ.
 _MODULES = {"PyWavelets": "pywt", "scikit-learn": "sklearn"}
 
-# What transformers reads a GGUF file with.
+# Packages that transformers needs to read a GGUF file.
 GGUF_PACKAGES = ("accelerate", "gguf")
 
 
@@ -32,5 +32,5 @@ def require(what: str, *packages: str, extra: str, error: type[VeneerError] = Un
 
 
 def how_to_install(packages: list[str], extra: str) -> str:
-    """The commands that install packages: by name, and as an extra of a clone, for Veneer itself is on no index."""
+    """Return the commands that install packages: by name, or as an extra of a clone, since Veneer is on no index."""
     return f"Run: pip install {' '.join(packages)} (or, in a clone of Veneer: pip install '.[{extra}]')"

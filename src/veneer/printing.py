@@ -1,4 +1,4 @@
-"""What Veneer prints: text without control characters, and panels of facts."""
+"""Prepares what Veneer prints: printable text, sizes, panels of facts, reports, and warnings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
-# Beside what prints: a line's end, a tab, and the invisible characters that join or part letters and emoji.
+# Characters of written text that are not printable to Python: line end, tab, and the joiners of letters and emoji.
 _WRITING = frozenset("\n\t\u200c\u200d")
 
 # A size as it is typed, and the bytes of its unit in lower case: 1 GB is 10^9 bytes, as files have it; 1 GiB is 2^30.
@@ -33,17 +33,17 @@ _UNITS: Mapping[str, int] = {
 
 
 def printable(text: str) -> str:
-    r"""``text`` with each control character and lone surrogate written as its escape, such as ``\x1b``."""
+    r"""Return ``text`` with each control character and lone surrogate written as its escape, such as ``\x1b``."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def written(text: str) -> str:
-    r"""A model's answer for a terminal: the same, but tabs, spaces of any width and joiners stay as they are."""
+    r"""Return a model's answer, printable, with its tabs, its joiners and its spaces of any width."""
     return "".join(c if c in _WRITING or unicodedata.category(c) == "Zs" else printable(c) for c in text)
 
 
 def one_line(text: str) -> str:
-    """The same on a single line, its runs of white space as one space."""
+    """Return ``text``, printable, on a single line; each run of white space becomes one space."""
     return printable(" ".join(text.split()))
 
 
@@ -70,12 +70,12 @@ def panel(
     warnings: Sequence[str] = (),
     border: str = "green",
 ) -> RenderableType:
-    """Make a panel of one row a fact, warnings last; what is no ``Text`` yet is made printable.
+    """Make a panel with a row for each fact and for each warning; strings are made printable.
 
     Args:
         title: the panel's.
         facts: name and value of each row.
-        warnings: what a user should know.
+        warnings: texts of the last rows.
         border: the border's colour.
     """
     from rich.panel import Panel
@@ -169,5 +169,5 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text that says something."""
+    """Return the first line of an error's text that is not blank, or its class's name."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
