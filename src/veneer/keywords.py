@@ -24,7 +24,7 @@ SOURCE = ("revision", "subfolder", "token", "local_files_only", "cache_dir", "fo
 
 # Keywords of peft's loading that have no effect here: weights come straight from the file, in the dtype that they have
 # there, to the device of their layer, and no code that comes with an adapter is run.
-SETTLED = (
+IGNORED = (
     *("torch_device", "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index"),
     *(
         "low_cpu_mem_usage",
@@ -67,7 +67,7 @@ def takes(
         @functools.wraps(call)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
             if not (others or allowed.issuperset(kwargs)):
-                raise unknown(f"{call.__qualname__}()", kwargs.keys() - allowed, known)
+                raise unknown_keywords(f"{call.__qualname__}()", kwargs.keys() - allowed, known)
             if renamed and not renamed.keys().isdisjoint(kwargs):
                 return call(*args, **_by_new_names(kwargs, renamed))
             return call(*args, **kwargs)
@@ -87,12 +87,12 @@ def strict(kind: C) -> C:
     return kind
 
 
-def chosen(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def subset(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """Return those of ``options`` that are among ``names``."""
     return {name: options[name] for name in names if name in options}
 
 
-def passed_on(call: Callable[..., Any], given: Iterable[str], to: Callable[..., Any]) -> None:
+def check_passed_on(call: Callable[..., Any], given: Iterable[str], to: Callable[..., Any]) -> None:
     """Check the keywords that ``call`` was given and passes on to another call.
 
     Raises:
@@ -101,10 +101,10 @@ def passed_on(call: Callable[..., Any], given: Iterable[str], to: Callable[..., 
     if not _is_open(to):
         refused = set(given).difference(keywords(to))
         if refused:
-            raise unknown(f"{call.__qualname__}()", refused, keywords(to))
+            raise unknown_keywords(f"{call.__qualname__}()", refused, keywords(to))
 
 
-def unknown(call: str, names: Collection[str], known: Iterable[str]) -> UnknownKeywordError:
+def unknown_keywords(call: str, names: Collection[str], known: Iterable[str]) -> UnknownKeywordError:
     """Make the error for keywords that a call does not take.
 
     Args:
@@ -164,5 +164,5 @@ class Fields:
         refused = values.keys() - set(known)
         # A subclass may have an __init__ of its own.
         if refused and not _is_open(cls.__init__) and (refused := refused.difference(keywords(cls.__init__))):
-            raise unknown(f"{cls.__name__}()", refused, known)
+            raise unknown_keywords(f"{cls.__name__}()", refused, known)
         return object.__new__(cls)

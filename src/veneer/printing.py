@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
-# Characters of written text that are not printable to Python: line end, tab, and the joiners of letters and emoji.
-_WRITING = frozenset("\n\t\u200c\u200d")
+# Characters of prose that are not printable to Python: line end, tab, and the joiners of letters and emoji.
+_PROSE = frozenset("\n\t\u200c\u200d")
 
 # A size as it is typed, and the bytes of its unit in lower case: 1 GB is 10^9 bytes, as files have it; 1 GiB is 2^30.
 _SIZE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([a-zA-Z]*)\s*", re.ASCII)
@@ -37,9 +37,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
-def written(text: str) -> str:
+def printable_prose(text: str) -> str:
     r"""Return a model's answer, printable, with its tabs, its joiners and its spaces of any width."""
-    return "".join(c if c in _WRITING or unicodedata.category(c) == "Zs" else printable(c) for c in text)
+    return "".join(c if c in _PROSE or unicodedata.category(c) == "Zs" else printable(c) for c in text)
 
 
 def one_line(text: str) -> str:

@@ -19,7 +19,7 @@ import veneer
 from tests.models import VOCAB
 from tests.random_adapters import CONFIG, edit_config
 from veneer.cli import terminal
-from veneer.printing import panel, written
+from veneer.printing import panel, printable_prose
 
 Run = Callable[..., Any]
 STEER = "\x1b]0;owned\x07\x1b[31m"
@@ -82,12 +82,12 @@ def test_an_answer_that_a_program_reads(run: Run, made: Path, tmp_path: Path) ->
     "text", ["two\nlines\twide", "a\u00a0b\u202fc\u3000d", "👩\u200d🚀", "\u0645\u06cc\u200c\u062e", "naïve 字 🙂"]
 )
 def test_what_writing_needs_stays(text: str) -> None:
-    assert written(text) == text
+    assert printable_prose(text) == text
 
 
 @pytest.mark.parametrize("text", [STEER, "\r", "\x9b31m", "\u202e", "\ud800", "\u2028", "\x7f"])
 def test_what_steers_does_not(text: str) -> None:
-    assert written(f"a{text}b") == "a" + text.encode("unicode_escape").decode() + "b"
+    assert printable_prose(f"a{text}b") == "a" + text.encode("unicode_escape").decode() + "b"
 
 
 def test_a_panel_takes_nothing_for_markup() -> None:

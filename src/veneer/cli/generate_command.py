@@ -14,7 +14,7 @@ from veneer.base_model.transformers_errors import transformers_errors_as
 from veneer.cli.options import Base, Dtype, Json, Local, Revision
 from veneer.cli.terminal import progress, tell
 from veneer.errors import ConfigError, UsageError, VeneerError
-from veneer.printing import first_line, quiet, written
+from veneer.printing import first_line, printable_prose, quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -202,7 +202,7 @@ def _streamer(tokenizer: Any) -> Any:
             with _by_tokenizer("put the answer together"):
                 decode(*tokens)
             # Through a pipe too, whose end may be a terminal; --json has the text as it is.
-            print(written(self.ready), end="", flush=True)
+            print(printable_prose(self.ready), end="", flush=True)
             self.ready = ""
 
     return Printed(tokenizer, skip_prompt=True, skip_special_tokens=True)

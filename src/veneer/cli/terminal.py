@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from veneer.printing import one_line, written
+from veneer.printing import one_line, printable_prose
 
 
 def for_stdout(text: str) -> str:
     """The text as it is where a program reads it, and as what a terminal cannot be steered by where a person does."""
-    return written(text) if sys.stdout.isatty() else text
+    return printable_prose(text) if sys.stdout.isatty() else text
 
 
 def show(value: Any, as_json: bool) -> None:

@@ -12,13 +12,13 @@ from torch import nn
 from veneer.configs.arrow_options import ArrowConfig
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import AdapterError
-from veneer.keywords import READING, SETTLED, SOURCE, TOKEN, takes
+from veneer.keywords import IGNORED, READING, SOURCE, TOKEN, takes
 from veneer.peft_model.peft_model import PeftModel
 
 ROUTER = "arrow_router"
 
 
-@takes(*SOURCE, *SETTLED, *READING, "is_trainable", renamed=TOKEN)
+@takes(*SOURCE, *IGNORED, *READING, "is_trainable", renamed=TOKEN)
 def create_arrow_model(
     base_model: nn.Module,
     task_specific_adapter_paths: Sequence[str | Path],

@@ -22,7 +22,7 @@ from veneer.errors import BaseMismatchError, UnsupportedError
 from veneer.files.adapter_folders import expert_source
 from veneer.files.base_digest import BASE_DIGEST_KEY
 from veneer.files.source import Source
-from veneer.keywords import READING, chosen
+from veneer.keywords import READING, subset
 from veneer.peft_model.adapted_model import AdaptedModel
 from veneer.peft_model.load_report import AdapterReport
 from veneer.peft_model.open_adapter import OpenedAdapters, mixes_others, open_adapter
@@ -55,7 +55,7 @@ class AttachOptions:
     @classmethod
     def of(cls, trainable: bool, options: Mapping[str, Any]) -> AttachOptions:
         """Take from the keywords of a public call those that say how an adapter is read."""
-        reading = chosen(options, READING)
+        reading = subset(options, READING)
         if reading.pop("ignore_mismatched_sizes", False):  # peft's name for it
             reading["strict"] = False
         return cls(trainable=trainable, **reading)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.adapters.call import Call
 from veneer.base_model.transformers_internals import wrap_generation_loop
 from veneer.errors import AdapterError
-from veneer.keywords import keywords, strict, unknown
+from veneer.keywords import keywords, strict, unknown_keywords
 from veneer.patches.active_selection import ActiveSelection
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class BatchingMethods:
         method: Callable[..., Any] = getattr(type(self.adapters.model), name).__get__(self)
         known = [*keywords(method), *more]
         if not set(known).issuperset(given):
-            raise unknown(f"PeftModel.{name}()", set(given).difference(known), known)
+            raise unknown_keywords(f"PeftModel.{name}()", set(given).difference(known), known)
         return method
 
 

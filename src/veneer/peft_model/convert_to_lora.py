@@ -23,7 +23,7 @@ from veneer.errors import AdapterError, UnsupportedError
 from veneer.files.base_digest import BASE_DIGEST_KEY
 from veneer.files.output_folder import check_output
 from veneer.files.tensor_keys import encode
-from veneer.keywords import unknown
+from veneer.keywords import unknown_keywords
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.layers.weight_change import change_of
 from veneer.methods.lora import METHOD as LORA
@@ -94,7 +94,7 @@ def convert_to_lora(
     """
     idle = [*load_options, *(() if base is None else ("base",))]
     if isinstance(source, PeftModel) and idle:
-        raise unknown("convert_to_lora() of a model in memory", idle, ("out", "rank", "adapter_name"))
+        raise unknown_keywords("convert_to_lora() of a model in memory", idle, ("out", "rank", "adapter_name"))
     target = Path(out)
     check_output(target)
     model = source if isinstance(source, PeftModel) else load(source, base=base, **load_options)

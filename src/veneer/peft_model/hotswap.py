@@ -26,7 +26,7 @@ from veneer.errors import AdapterError, MergeError, UnsupportedError
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.resolve import resolve
 from veneer.files.source import Source
-from veneer.keywords import SETTLED, SOURCE, TOKEN, chosen, takes
+from veneer.keywords import IGNORED, SOURCE, TOKEN, subset, takes
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.layers.adapter_shares import BoundAdapter
 from veneer.methods import method_of
@@ -115,7 +115,7 @@ def _fill(tensor: Tensor, values: Tensor, parts: int) -> None:
 
 
 @torch.no_grad()
-@takes(*SOURCE, *SETTLED, renamed=TOKEN)
+@takes(*SOURCE, *IGNORED, renamed=TOKEN)
 def hotswap_adapter(
     model: PeftModel,
     model_name_or_path: str | Path,
@@ -146,7 +146,7 @@ def hotswap_adapter(
     """
     model = getattr(model, "_orig_mod", model)
     model.adapters.get(adapter_name)
-    source = resolve(model_name_or_path, LookupOptions(**chosen(source_options, SOURCE)), what="adapter")
+    source = resolve(model_name_or_path, LookupOptions(**subset(source_options, SOURCE)), what="adapter")
     with model.adapters.changing((adapter_name,)):
         _hotswap(model, source, adapter_name, strict)
 

@@ -22,7 +22,7 @@ from veneer.errors import BaseModelError
 from veneer.files import adapter_folders
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.resolve import resolve
-from veneer.keywords import DTYPE, TOKEN, keywords, takes, unknown
+from veneer.keywords import DTYPE, TOKEN, keywords, takes, unknown_keywords
 from veneer.peft_model.attach_adapter import AttachOptions, attach_all, set_mode
 from veneer.peft_model.build_base import BuildOptions, build_base, copied_dtypes
 from veneer.peft_model.load_report import LoadReport
@@ -152,7 +152,8 @@ def _check_nothing_is_built(
     given = {"dtype": dtype == "auto", "device_map": device_map is None, "base_revision": base_revision is None}
     idle = [*model_kwargs, *(name for name, is_default in given.items() if not is_default)]
     if idle:
-        raise unknown("load() with a base in memory", idle, [name for name in keywords(load) if name not in given])
+        known = [name for name in keywords(load) if name not in given]
+        raise unknown_keywords("load() with a base in memory", idle, known)
 
 
 @contextlib.contextmanager
@@ -164,4 +165,4 @@ def _refusing_keywords(model_kwargs: Mapping[str, Any]) -> Iterator[None]:
         refused = re.search(r"unexpected keyword argument '(\w+)'", str(error.__cause__))
         if refused is None or refused[1] not in model_kwargs:
             raise
-        raise unknown("load()", [refused[1]], keywords(load)) from error
+        raise unknown_keywords("load()", [refused[1]], keywords(load)) from error

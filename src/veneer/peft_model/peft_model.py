@@ -27,7 +27,7 @@ from veneer.files.atomic_write import writing
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.paths import is_file
 from veneer.files.resolve import resolve
-from veneer.keywords import READING, SETTLED, SOURCE, TOKEN, chosen, keywords, passed_on, strict, takes
+from veneer.keywords import IGNORED, READING, SOURCE, TOKEN, check_passed_on, keywords, strict, subset, takes
 from veneer.patches.selection import Selection
 from veneer.peft_model.adapted_model import AdaptedModel
 from veneer.peft_model.attach_adapter import (
@@ -171,7 +171,7 @@ class PeftModel(XLoraMethods, BatchingMethods, AdaptedModel):
     # -- loading and adding --------------------------------------------------------------------------------
 
     @classmethod
-    @takes(*READING, *SOURCE, *SETTLED, renamed=TOKEN)
+    @takes(*READING, *SOURCE, *IGNORED, renamed=TOKEN)
     def from_pretrained(
         cls,
         model: nn.Module,
@@ -198,7 +198,7 @@ class PeftModel(XLoraMethods, BatchingMethods, AdaptedModel):
         """
         started = time.perf_counter()
         model = _plain_base(model)
-        source = resolve(model_id, LookupOptions(**chosen(options, SOURCE)), what="adapter")
+        source = resolve(model_id, LookupOptions(**subset(options, SOURCE)), what="adapter")
         how = AttachOptions.of(is_trainable, options)
         opened = open_adapters(source, adapter_folders.members(source), adapter_name, how.strict, config)
         peft_model = wrap(model, (config or opened.checkpoints[0].config).task_type)
@@ -209,7 +209,7 @@ class PeftModel(XLoraMethods, BatchingMethods, AdaptedModel):
         peft_model.load_log.finish(started)
         return peft_model
 
-    @takes(*SOURCE, *SETTLED, renamed=TOKEN)
+    @takes(*SOURCE, *IGNORED, renamed=TOKEN)
     def load_adapter(
         self,
         model_id: str | Path,
@@ -254,7 +254,7 @@ class PeftModel(XLoraMethods, BatchingMethods, AdaptedModel):
             BindError: adapter and model do not fit. SourceError, ConfigError: the adapter cannot be read.
             UnknownKeywordError: an option is none of those.
         """
-        source = resolve(model_id, LookupOptions(**chosen(options, SOURCE)), what="adapter")
+        source = resolve(model_id, LookupOptions(**subset(options, SOURCE)), what="adapter")
         here = self.adapters.by_name.get(adapter_name)
         how = AttachOptions(
             trainable=is_trainable or (here is not None and here.trainable),
@@ -548,7 +548,7 @@ class PeftModel(XLoraMethods, BatchingMethods, AdaptedModel):
         """
         from huggingface_hub import HfApi
 
-        passed_on(PeftModel.push_to_hub, kwargs, HfApi.upload_folder)
+        check_passed_on(PeftModel.push_to_hub, kwargs, HfApi.upload_folder)
         saving = {"safe_serialization": safe_serialization, "save_embedding_layers": save_embedding_layers}
         return upload(self, repo_id, private=private, token=token, tags=tags, saving=saving, **kwargs)
 

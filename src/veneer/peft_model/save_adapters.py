@@ -17,7 +17,7 @@ from veneer.checkpoints.checkpoint import Draft
 from veneer.errors import AdapterError, UnsupportedError
 from veneer.files import adapter_folders
 from veneer.files.base_digest import BASE_DIGEST_KEY
-from veneer.keywords import unknown
+from veneer.keywords import unknown_keywords
 from veneer.peft_model.adapted_model import AdaptedModel
 from veneer.peft_model.model_card import fetch_card, write_card
 from veneer.peft_model.trainer_state import write_state
@@ -33,7 +33,7 @@ def check_keywords(given: Mapping[str, Any], known: Iterable[str], safe_serializ
     """Refuse keywords of ``save_pretrained`` that are unknown, or ask for what saving adapters cannot do."""
     unknown_names = given.keys() - set(_SETTLED)
     if unknown_names:
-        raise unknown("PeftModel.save_pretrained()", unknown_names, [*known, *_SETTLED])
+        raise unknown_keywords("PeftModel.save_pretrained()", unknown_names, [*known, *_SETTLED])
     if given.get("push_to_hub"):
         raise UnsupportedError(
             "save_pretrained(push_to_hub=True) would save without uploading.", hint="Call push_to_hub(repo_id) too."

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import ConfigError
-from veneer.keywords import passed_on, takes
+from veneer.keywords import check_passed_on, takes
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.methods.lora import A, B, LoraSettings
 
@@ -49,7 +49,7 @@ def create_loraplus_optimizer(
     Raises:
         ConfigError: nothing is to be trained. UnknownKeywordError: ``optimizer_cls`` does not take one of ``kwargs``.
     """
-    passed_on(create_loraplus_optimizer, kwargs, optimizer_cls)
+    check_passed_on(create_loraplus_optimizer, kwargs, optimizer_cls)
     named = _trained(model)
     norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
     fast = lr * loraplus_lr_ratio
