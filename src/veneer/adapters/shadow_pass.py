@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from veneer.adapters.pass_hook import PassHook, own_cache
+from veneer.base_model.blocks import find_decoder_blocks
 from veneer.base_model.model_call import named_call, new_cache, wants_cache
-from veneer.base_model.sites.block import stack_name
 from veneer.base_model.sites.site import call_with
 from veneer.configs.methods.shadow import ShadowConfig
 from veneer.configs.methods.xlora import XLoraConfig
@@ -43,7 +43,8 @@ class ShadowPass(PassHook):
         return isinstance(adapter.config, ShadowConfig)
 
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:
-        stack = model.get_submodule(stack_name(model) or "")
+        decoder = find_decoder_blocks(model)
+        stack = model if decoder is None else decoder.stack
         return [
             stack.register_forward_pre_hook(self._before, with_kwargs=True),
             forget_after(stack, "shadow_states"),

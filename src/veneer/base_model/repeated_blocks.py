@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from veneer.base_model.blocks import BlockList, find_blocks
 from veneer.errors import ConfigError, UnsupportedError
 
 # What a config has a list of, an entry for each block; some families work it out instead.
@@ -26,7 +27,7 @@ class Replication:
         ranges: pairs of first block and the one after the last.
 
     Attributes:
-        name: of the list of blocks, in the module that holds it.
+        list: where the blocks lie.
         order: for each block that the model has now, its number before.
 
     Raises:
@@ -35,22 +36,22 @@ class Replication:
 
     def __init__(self, model: nn.Module, ranges: Sequence[Sequence[int]]) -> None:
         self.ranges = [list(pair) for pair in ranges]
-        self.holder, self.name = _blocks(model)
-        self.before: Any = getattr(self.holder, self.name)
+        self.list = _blocks(model)
+        self.before = self.list.blocks
         self.order = [index for pair in ranges for index in _indices(pair, len(self.before))]
         blocks = [_shared_copy(self.before[old], new) for new, old in enumerate(self.order)]
-        setattr(self.holder, self.name, nn.ModuleList(blocks).train(self.before.training))
+        setattr(self.list.stack, self.list.attribute, nn.ModuleList(blocks).train(self.before.training))
         self._restore = _resize_config(getattr(model, "config", None), self.order)
 
     def undo(self) -> None:
         """Give the model the blocks that it came with."""
-        setattr(self.holder, self.name, self.before)
+        setattr(self.list.stack, self.list.attribute, self.before)
         self._restore()
 
     def settle(self) -> None:
         """Give each block weights of its own."""
         seen: set[int] = set()
-        for module in getattr(self.holder, self.name).modules():
+        for module in self.list.blocks.modules():
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 if tensor is not None and id(tensor) in seen:
                     own = tensor.detach().clone()
@@ -68,19 +69,14 @@ def _indices(pair: Sequence[int], count: int) -> range:
     return range(pair[0], pair[1])
 
 
-def _blocks(model: nn.Module) -> tuple[nn.Module, str]:
-    """The module that holds the list of blocks, and the list's name."""
-    inner: Any = model
-    while isinstance(getattr(inner, "model", None), nn.Module):
-        inner = inner.model
-    inner = getattr(inner, "bert", getattr(inner, "transformer", inner))
-    for holder, name in ((inner, "layers"), (getattr(inner, "encoder", None), "layer"), (inner, "h")):
-        if holder is not None and isinstance(getattr(holder, name, None), nn.ModuleList):
-            return holder, name
-    raise UnsupportedError(
-        f"layer_replication: the blocks of {type(model).__name__} were not found.",
-        hint="It is for models with one list of blocks, such as Llama, BERT and Falcon.",
-    )
+def _blocks(model: nn.Module) -> BlockList:
+    found = find_blocks(model)
+    if found is None:
+        raise UnsupportedError(
+            f"layer_replication: the blocks of {type(model).__name__} were not found.",
+            hint="It is for models with one list of blocks, such as Llama, BERT and Falcon.",
+        )
+    return found
 
 
 def _shared_copy(block: nn.Module, index: int) -> nn.Module:

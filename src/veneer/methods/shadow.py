@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.base_model.sites.block import LISTS, BlockSite, stack_name
+from veneer.base_model.blocks import find_decoder_blocks
+from veneer.base_model.sites.block import BlockSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.shadow import MIRROR, ShadowConfig
 from veneer.configs.names import HEADS, TaskType
@@ -273,19 +274,17 @@ def _check_widening(weight: Tensor, shape: tuple[int, ...], config: ShadowConfig
 
 def _blocks(catalog: Catalog) -> dict[str, BlockSite]:
     """The decoder's blocks by their names."""
-    name = stack_name(catalog.model)
-    if name is None:
+    decoder = find_decoder_blocks(catalog.model)
+    if decoder is None:
         raise UnsupportedError(
             f"SHADOW runs beside a decoder of transformers, and {catalog.describe()} has no list of blocks that it "
             "knows.",
             hint="Use it on a causal language model.",
         )
-    stack = catalog.modules[name]
-    kind = next(kind for kind in LISTS if isinstance(getattr(stack, kind, None), nn.ModuleList))
-    start = f"{name}.{kind}." if name else f"{kind}."
     head = classifier(catalog)
-    own = {found: module for found, module in catalog.modules.items() if found.rpartition(".")[0] + "." == start}
-    return {found: BlockSite(found, module, stack, head) for found, module in own.items()}
+    names = [f"{decoder.name}.{index}" for index in range(len(decoder.blocks))]
+    # Not those in the list, which may carry an adapter.
+    return {name: BlockSite(name, catalog.modules[name], decoder.stack, head) for name in names}
 
 
 def _uniform(shape: tuple[int, ...], inner: int, generator: torch.Generator | None) -> Tensor:

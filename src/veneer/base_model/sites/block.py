@@ -7,9 +7,6 @@ from torch import Tensor, nn
 
 from veneer.base_model.sites.site import Site, unsupported
 
-# The names under which a decoder holds its blocks.
-LISTS = ("layers", "h")
-
 
 class BlockSite(Site):
     """One block. It has no weight of its own to change.
@@ -47,19 +44,3 @@ class BlockSite(Site):
 
     def as_stored(self, matrix: Tensor) -> Tensor:
         raise unsupported(self, "a change of the weight")
-
-
-def stack_name(model: nn.Module) -> str | None:
-    """The name of the decoder in a model of transformers: what holds the list of blocks; ``None`` if there is none."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return None
-    top = str(getattr(model, "base_model_prefix", ""))
-    for name in (top, f"{top}.decoder", ""):
-        found = _child(model, name)
-        if found is not None and any(isinstance(getattr(found, kind, None), nn.ModuleList) for kind in LISTS):
-            return name
-    return None
-
-
-def _child(model: nn.Module, name: str) -> nn.Module | None:
-    return dict(model.named_modules()).get(name)

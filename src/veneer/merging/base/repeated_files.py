@@ -89,7 +89,7 @@ def repeated_blocks(
             "(layer_replication): what is merged would not load.",
             hint="Keep the adapter unmerged.",
         )
-    return Repeated(replication.name, replication.order, changed)
+    return Repeated(replication.list.attribute, replication.order, changed)
 
 
 def _ranges(checkpoints: Sequence[Checkpoint]) -> list[list[int]]:
