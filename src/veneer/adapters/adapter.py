@@ -22,7 +22,7 @@ from veneer.configs.base import AnyConfig, TargetedConfig
 from veneer.errors import MergeError
 from veneer.files.tensor_keys import SHARED_PREFIX, encode
 from veneer.layers.adapted_layer import AdaptedLayer
-from veneer.layers.adapter_shares import BoundAdapter
+from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters
 from veneer.layers.module_copies import ModuleCopies
 from veneer.layers.wrapping import LayerPlacement
 from veneer.methods import method_of
@@ -89,13 +89,13 @@ class LayerParts:
     """The shares that an adapter has of layers.
 
     Attributes:
-        by_id: a site's id -> the adapted layer in its place, in the model's order.
+        by_id: a site's id -> the adapters on it, in the model's order.
         zero: the ids of those in which the adapter changes nothing, known when it was loaded.
         shared: the tensors that all of its layers use.
         exclusive: whether no other such adapter can be active beside it.
     """
 
-    by_id: dict[str, AdaptedLayer] = field(default_factory=dict)
+    by_id: dict[str, LayerAdapters] = field(default_factory=dict)
     zero: list[str] = field(default_factory=list)
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
     exclusive: bool = False
@@ -105,7 +105,12 @@ class LayerParts:
         """The ids of the sites."""
         return list(self.by_id)
 
-    def __iter__(self) -> Iterator[AdaptedLayer]:
+    @property
+    def adapted(self) -> list[AdaptedLayer]:
+        """The layers that stand in the model: all but those that are merged while loading."""
+        return [layer for layer in self if isinstance(layer, AdaptedLayer)]
+
+    def __iter__(self) -> Iterator[LayerAdapters]:
         return iter(self.by_id.values())
 
     def __len__(self) -> int:
@@ -138,8 +143,8 @@ class LayerParts:
         yield from self.shared.values()
 
     def tensors_by_place(self, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-        for site_id, layer in self.by_id.items():
-            yield from ((f"{site_id}.{place}", t) for place, t in layer.own_tensors(adapter.name).items())
+        for layer in self.adapted:
+            yield from ((f"{layer.site.id}.{place}", t) for place, t in layer.own_tensors(adapter.name).items())
 
     def claims(self) -> list[Claim]:
         return [_REPLACED_BASE] if self.exclusive else []
@@ -161,7 +166,7 @@ class LayerParts:
         self.zero = other.layers.zero
 
     def rename(self, old: str, new: str) -> None:
-        for layer in self:
+        for layer in self.adapted:
             layer.rename(old, new)
 
     def remove(self, adapter: Adapter, placement: LayerPlacement) -> None:
@@ -171,7 +176,7 @@ class LayerParts:
         """Take the adapter off some of its layers."""
         for site_id in site_ids:
             layer = self.by_id[site_id]
-            if adapter.name in layer.merged:
+            if isinstance(layer, AdaptedLayer) and adapter.name in layer.merged:
                 layer.merge(tuple(name for name in layer.merged if name != adapter.name))
             layer.unbind(adapter.name)
             if not layer.bound:
@@ -339,13 +344,13 @@ class Adapter:
         """The beginning of the checkpoint keys of modules that it brings whole."""
         return method_of(self.config).prefix
 
-    def bound_layers(self) -> Iterator[tuple[AdaptedLayer, BoundAdapter]]:
+    def bound_layers(self) -> Iterator[tuple[LayerAdapters, BoundAdapter]]:
         """Yield each adapted layer with each of the adapter's shares of it."""
         return ((layer, share) for layer in self.layers for share in layer.bound[self.name])
 
     def wrappers(self) -> Iterator[tuple[str, AdaptedLayer | ModuleCopies]]:
         """Yield the modules that it changes: their names, and what stands in their places."""
-        yield from ((layer.site.name, layer) for layer in self.layers)
+        yield from ((layer.site.name, layer) for layer in self.layers.adapted)
         yield from self.whole_modules.copies.items()
 
     def parameters(self) -> list[nn.Parameter]:
@@ -392,7 +397,7 @@ class Adapter:
         """Watch its tensors where they are not to be trained, and only then."""
         if self.trainable:
             leave_alone(self.parameters())
-        for layer in () if self.trainable else self.layers:
+        for layer in () if self.trainable else self.layers.adapted:
             layer.watch()
 
     def note_zero_layers(self, known_to_change: Collection[str] = ()) -> None:

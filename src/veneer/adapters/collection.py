@@ -312,7 +312,7 @@ class Adapters(LayerPlacement):
     def unmerge(self) -> None:
         """Take every merged adapter out again: the base weights get their original bytes back."""
         with self.changing():
-            for layer in self.layers.values():
+            for layer in self.adapted_layers:
                 layer.unmerge()
 
     def unload(self, *, keep: bool = False) -> nn.Module:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def rejoin(adapters: Adapters) -> None:
     """Let all layers use the tensors that are held now."""
     found: dict[int, nn.Parameter] = {}
-    for layer in adapters.layers.values():
+    for layer in adapters.adapted_layers:
         for adapter, kept in layer.held.items():
             found |= {id(old): layer.placed(adapter, leaf) for leaf, old in kept.items()}
     if all(id(now) == old for old, now in found.items()):
@@ -28,7 +28,7 @@ def rejoin(adapters: Adapters) -> None:
     def now(tensors: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         return {leaf: found.get(id(tensor), tensor) for leaf, tensor in tensors.items()}
 
-    for layer in adapters.layers.values():
+    for layer in adapters.adapted_layers:
         layer.held = {adapter: now(kept) for adapter, kept in layer.held.items()}
         for adapter, shares in layer.bound.items():
             layer.bound[adapter] = [replace(share, shared=now(share.shared)) for share in shares]

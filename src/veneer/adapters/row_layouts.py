@@ -208,7 +208,7 @@ class Check:
         return {name: self.adapters.standing_at(name) for name, _ in self._wrappers() if name not in self.layouts.known}
 
     def _wrappers(self) -> Iterator[tuple[str, AdaptedLayer | ModuleCopies]]:
-        yield from ((layer.site.name, layer) for layer in self.adapters.layers.values())
+        yield from ((layer.site.name, layer) for layer in self.adapters.adapted_layers)
         yield from self.adapters.module_copies.items()
 
 

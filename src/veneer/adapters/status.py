@@ -78,17 +78,17 @@ class TunerModelStatus:
 
 def layer_status(adapters: Adapters) -> list[TunerLayerStatus]:
     """The status of each adapted layer, in the order in which they were first adapted."""
-    return [_of_layer(adapters, name, layer) for name, layer in adapters.layers.items()]
+    return [_of_layer(adapters, layer) for layer in adapters.adapted_layers]
 
 
-def _of_layer(adapters: Adapters, name: str, layer: AdaptedLayer) -> TunerLayerStatus:
+def _of_layer(adapters: Adapters, layer: AdaptedLayer) -> TunerLayerStatus:
     tensors = {a: [p for s in shares for p in layer.tensors(a, s).values()] for a, shares in layer.bound.items()}
     trained = {
         a: [p for s in shares for leaf, p in layer.tensors(a, s).items() if s.method.leaf(leaf).trained]
         for a, shares in layer.bound.items()
     }
     return TunerLayerStatus(
-        name=name,
+        name=layer.site.id,
         module_type=type(layer.site.module).__name__,
         enabled=adapters.switch.enabled,
         active_adapters=adapters.active,

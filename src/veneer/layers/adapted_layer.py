@@ -176,9 +176,7 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
         self.merged = tuple(new if name == old else name for name in self.merged)
 
     def reset(self, adapter: str, share: BoundAdapter, settings: Any) -> None:
-        """Give an adapter's share of this layer other settings; its tensors may have been changed."""
-        shares = self.bound[adapter]
-        shares[shares.index(share)] = replace(share, settings=settings)
+        super().reset(adapter, share, settings)
         self._forget()
 
     def tensors(self, adapter: str, share: BoundAdapter) -> dict[str, nn.Parameter]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -58,18 +58,41 @@ class LayerAdapters:
     Attributes:
         site: the base layer.
         bound: adapter's name -> its shares of this layer, in the order in which they apply.
+        merged: the adapters whose patches are in the base layer's weight now.
         original: the parameters that the base layer had before a merge that can be undone; empty when none is made.
         overwrite: whether a merge may take the memory of the weight.
     """
 
     site: Site
     bound: dict[str, list[BoundAdapter]]
+    merged: tuple[str, ...] = ()
     original: Sequence[nn.Parameter | None] = ()
     overwrite = False
 
+    def bind(self, adapter: str, share: BoundAdapter, tensors: Mapping[str, nn.Parameter]) -> None:
+        """Add an adapter's tensors (leaf -> parameter), used as they are."""
+        raise NotImplementedError
+
+    def hold(self, adapter: str, kept: Mapping[str, nn.Parameter]) -> None:
+        """Keep tensors that are not this layer's own share among its own, so that they move with the model."""
+        raise NotImplementedError
+
+    def unbind(self, adapter: str) -> None:
+        """Remove an adapter's tensors."""
+        raise NotImplementedError
+
     def tensors(self, adapter: str, share: BoundAdapter) -> dict[str, nn.Parameter]:
-        """Leaf -> the parameter of an adapter's share of this layer."""
-        raise NotImplementedError(f"{type(self).__name__} holds no tensors")
+        """Return the parameter of each leaf of an adapter's share of this layer."""
+        raise NotImplementedError
+
+    def store_merged(self, names: tuple[str, ...]) -> None:
+        """Merge for good: the original parameters are given up."""
+        raise NotImplementedError
+
+    def reset(self, adapter: str, share: BoundAdapter, settings: Any) -> None:
+        """Give an adapter's share of this layer other settings; its tensors may have been changed."""
+        shares = self.bound[adapter]
+        shares[shares.index(share)] = replace(share, settings=settings)
 
     def patches(self, names: Sequence[str]) -> list[Patch]:
         """What adapters that are bound here mean for this layer, in the order in which they apply."""

@@ -13,15 +13,13 @@ from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters
 class MergeOnlyLayer(LayerAdapters):
     """A base layer and its adapters' tensors, until they are merged for good.
 
-    Answers what loading and merging ask of an ``AdaptedLayer``. The model does not know of it, so nothing can be run or
+    The model does not know of it, so nothing can be run or
     trained through it.
 
     Args:
         site: the base layer.
         overwrite: whether what is merged may take the memory of the layer's weight.
     """
-
-    merged: tuple[str, ...] = ()
 
     def __init__(self, site: Site, overwrite: bool) -> None:
         self.site = site
@@ -31,7 +29,6 @@ class MergeOnlyLayer(LayerAdapters):
         self._tensors: dict[tuple[str, str], nn.Parameter] = {}
 
     def bind(self, adapter: str, share: BoundAdapter, tensors: Mapping[str, nn.Parameter]) -> None:
-        """Add an adapter's tensors (leaf -> parameter), used as they are."""
         self._tensors.update({(adapter, leaf.memory_name): tensors[leaf.name] for leaf in share.leaves})
         self.bound.setdefault(adapter, []).append(share)
 
@@ -39,7 +36,6 @@ class MergeOnlyLayer(LayerAdapters):
         """Nothing: tensors that are no share's own need a place only in a model that is moved or saved."""
 
     def unbind(self, adapter: str) -> None:
-        """Remove an adapter's tensors."""
         del self.bound[adapter]
         self._tensors = {key: tensor for key, tensor in self._tensors.items() if key[0] != adapter}
 
@@ -47,5 +43,4 @@ class MergeOnlyLayer(LayerAdapters):
         return {leaf.name: self._tensors[adapter, leaf.memory_name] for leaf in share.leaves}
 
     def store_merged(self, names: tuple[str, ...]) -> None:
-        """Merge for good: the base layer's parameters are given up."""
         self._store(*self.merged_parameters(names))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import nn
@@ -21,7 +20,7 @@ from veneer.base_model.sites.quantized.packed import PackedSite
 from veneer.base_model.sites.site import Site
 from veneer.errors import BaseModelError, BindError
 from veneer.layers.adapted_layer import AdaptedLayer
-from veneer.layers.adapter_shares import PlainBase
+from veneer.layers.adapter_shares import LayerAdapters, PlainBase
 from veneer.layers.attention_layer import AdaptedAttention
 from veneer.layers.block_layer import AdaptedBlock
 from veneer.layers.merge_only import MergeOnlyLayer
@@ -52,7 +51,7 @@ class LayerPlacement:
         model: the base model.
         catalog: its own modules.
         switch: what is selected.
-        layers: a site's id -> the adapted layer in its place.
+        layers: a site's id -> the adapters on it, and, unless they are merged while loading, the layer in its place.
         module_copies: a module's name -> what holds the copies of it that adapters bring.
 
     Raises:
@@ -64,7 +63,7 @@ class LayerPlacement:
         self.model = model
         self.catalog = Catalog(model)
         self.switch = ActiveSelection()
-        self.layers: dict[str, AdaptedLayer] = {}
+        self.layers: dict[str, LayerAdapters] = {}
         self.module_copies: dict[str, ModuleCopies] = {}
         # Whether adapters that are loaded can be run: see merging_on_load.
         self._wraps = True
@@ -88,7 +87,7 @@ class LayerPlacement:
         finally:
             self._wraps = True
 
-    def wrap(self, site: Site) -> AdaptedLayer:
+    def wrap(self, site: Site) -> LayerAdapters:
         """The adapted layer of a site, put in its place if none was."""
         if site.id not in self.layers:
             there = self.standing_at(site.name)
@@ -97,15 +96,19 @@ class LayerPlacement:
                 self.place(site.name, layer)
         return self.layers[site.id]
 
-    def _wrapped(self, site: Site, there: AdaptedLayer | None) -> AdaptedLayer:
+    @property
+    def adapted_layers(self) -> list[AdaptedLayer]:
+        """The layers that stand in the model: all but those that are merged while loading."""
+        return [layer for layer in self.layers.values() if isinstance(layer, AdaptedLayer)]
+
+    def _wrapped(self, site: Site, there: AdaptedLayer | None) -> LayerAdapters:
         if isinstance(site, PackedSite):
             return PackedLayer(site, self.switch)
         if sharding.is_tensor_parallel(site.module):
             return ShardedLayer(site, self.switch, there)
         if not self._wraps:
-            # Not one, but it answers all that is asked of one until it is merged.
             overwrite = site.stored.dtype in self._overwritten and self.catalog.is_alone(site.stored)
-            return cast(AdaptedLayer, MergeOnlyLayer(site, overwrite))
+            return MergeOnlyLayer(site, overwrite)
         if isinstance(site, AttentionSite):
             return AdaptedAttention(site, self.switch)
         if isinstance(site, BlockSite):
@@ -121,13 +124,15 @@ class LayerPlacement:
     def remove_wrapper(self, site_id: str) -> None:
         """Remove a wrapper; one around it holds what it held."""
         layer = self.layers.pop(site_id)
+        if not isinstance(layer, AdaptedLayer):  # it never stood in the model
+            return
         outer = self.standing_at(layer.site.name)
         if outer is layer:
             self.place(layer.site.name, layer.base_layer)
             return
         while isinstance(outer, AdaptedLayer) and outer.base_layer is not layer:
             outer = outer.base_layer
-        if isinstance(outer, AdaptedLayer):  # else the layer never stood in the model
+        if isinstance(outer, AdaptedLayer):
             outer._modules["base_layer"] = layer.base_layer
 
     def place_copies(self, root: str) -> ModuleCopies:

@@ -158,7 +158,7 @@ def set_mode(model: AdaptedModel, trained: bool) -> None:
         return
     model.training = model.base_model.training = True
     model.adapters.prompts.train()
-    for layer in model.adapters.layers.values():
+    for layer in model.adapters.adapted_layers:
         layer.train_adapters()
 
 

@@ -24,7 +24,7 @@ from veneer.files.base_digest import BASE_DIGEST_KEY
 from veneer.files.output_folder import check_output
 from veneer.files.tensor_keys import encode
 from veneer.keywords import unknown_keywords
-from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.layers.adapter_shares import LayerAdapters
 from veneer.layers.weight_change import change_of
 from veneer.methods.lora import METHOD as LORA
 from veneer.peft_model.load import load
@@ -132,7 +132,7 @@ def _name(model: PeftModel, wanted: str | None) -> str:
 
 
 @torch.no_grad()
-def _check_layers(layers: Sequence[AdaptedLayer], adapter: str, rank: int | None) -> None:
+def _check_layers(layers: Sequence[LayerAdapters], adapter: str, rank: int | None) -> None:
     """Raise ``UnsupportedError`` where no LoRA can be, or when a change has no low rank and none is given."""
     for layer in layers:
         layer.site.check_low_rank()
@@ -144,7 +144,7 @@ def _check_layers(layers: Sequence[AdaptedLayer], adapter: str, rank: int | None
 
 
 @torch.no_grad()
-def _left(layer: AdaptedLayer, adapter: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> tuple[float, float]:
+def _left(layer: LayerAdapters, adapter: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> tuple[float, float]:
     """The squared norms of what the LoRA leaves of a layer's change, and of that change."""
     key = encode(layer.site.key, "")
     own = {name[len(key) :]: tensor for name, tensor in tensors.items() if name.startswith(key)}

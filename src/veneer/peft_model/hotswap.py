@@ -27,8 +27,7 @@ from veneer.files.lookup_options import LookupOptions
 from veneer.files.resolve import resolve
 from veneer.files.source import Source
 from veneer.keywords import IGNORED, SOURCE, TOKEN, subset, takes
-from veneer.layers.adapted_layer import AdaptedLayer
-from veneer.layers.adapter_shares import BoundAdapter
+from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters
 from veneer.methods import method_of
 from veneer.methods.base.abilities import settings_by_tensors
 from veneer.methods.base.trained_bias import Bias, base_bias
@@ -74,7 +73,7 @@ def _prepare(model: PeftModel, target_rank: int | None) -> None:
         layer.reset(entry.name, share, replace(settings, scale=scale))
 
 
-def _check_can_be_padded(entry: Adapter, layer: AdaptedLayer, share: BoundAdapter, rank: int | None) -> None:
+def _check_can_be_padded(entry: Adapter, layer: LayerAdapters, share: BoundAdapter, rank: int | None) -> None:
     if not isinstance(share.method, Lora) or share.settings.variant is not None:
         raise UnsupportedError(
             f"{entry.name!r} holds more than a LoRA at {layer.site.name}; only LoRA can be prepared for hot-swapping.",
@@ -206,7 +205,7 @@ def _check_alike(model: PeftModel, entry: Adapter, checkpoint: Checkpoint, plan:
         )
 
 
-def _check_place(layer: AdaptedLayer, name: str, share: BoundAdapter, binding: Binding | None) -> None:
+def _check_place(layer: LayerAdapters, name: str, share: BoundAdapter, binding: Binding | None) -> None:
     mend = "Use load_adapter(...) and set_adapter(...) instead."
     if binding is None:
         # Zeros are no change for a sum alone; a DoRA of zeros would be one.
@@ -222,7 +221,7 @@ def _check_place(layer: AdaptedLayer, name: str, share: BoundAdapter, binding: B
 
 
 def _swap(
-    layer: AdaptedLayer, name: str, share: BoundAdapter, binding: Binding | None, tensors: Mapping[str, Tensor]
+    layer: LayerAdapters, name: str, share: BoundAdapter, binding: Binding | None, tensors: Mapping[str, Tensor]
 ) -> None:
     live = layer.tensors(name, share)
     if binding is None:

@@ -306,7 +306,8 @@ def _linear(adapters: Adapters, entry: Adapter) -> list[tuple[AdaptedLayer, Boun
     """The linear layers that a LoRA adapts, with its shares of them."""
     return [
         (layer, share)
-        for layer, share in entry.bound_layers()
+        for layer in entry.layers.adapted
+        for share in layer.bound[entry.name]
         if isinstance(share.method, Lora) and layer.site.matrix_input
     ]
 

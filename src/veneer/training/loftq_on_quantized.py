@@ -14,8 +14,7 @@ from veneer.errors import AdapterError, BaseModelError, SourceError, Unsupported
 from veneer.files.lookup_options import OFFLINE
 from veneer.files.resolve import resolve
 from veneer.keywords import takes
-from veneer.layers.adapted_layer import AdaptedLayer
-from veneer.layers.adapter_shares import BoundAdapter
+from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters
 from veneer.merging.base.skeleton import stored_names
 from veneer.merging.base.weight_files import FLOATS, WeightFiles
 from veneer.methods.lora import A, B, Lora
@@ -59,7 +58,7 @@ def replace_lora_weights_loftq(
     adapters.get(adapter_name).note_zero_layers()
 
 
-def _packed(adapters: Adapters, entry: Adapter) -> list[tuple[AdaptedLayer, BoundAdapter]]:
+def _packed(adapters: Adapters, entry: Adapter) -> list[tuple[LayerAdapters, BoundAdapter]]:
     found = [
         (layer, share)
         for layer, share in entry.bound_layers()
@@ -77,8 +76,8 @@ def _packed(adapters: Adapters, entry: Adapter) -> list[tuple[AdaptedLayer, Boun
 
 
 def _with_weights(
-    model: PeftModel, places: list[tuple[AdaptedLayer, BoundAdapter]], files: WeightFiles, origin: str
-) -> Iterator[tuple[AdaptedLayer, BoundAdapter, Tensor]]:
+    model: PeftModel, places: list[tuple[LayerAdapters, BoundAdapter]], files: WeightFiles, origin: str
+) -> Iterator[tuple[LayerAdapters, BoundAdapter, Tensor]]:
     shapes = {name: place.info.shape for name, place in files.places.items()}
     names = stored_names(model.get_base_model(), shapes, shapes).direct
     wanted = {layer.site.name: f"{layer.site.name}.weight" for layer, _ in places}
@@ -101,7 +100,7 @@ def _with_weights(
 def _replace(
     model: PeftModel,
     adapter: str,
-    layer: AdaptedLayer,
+    layer: LayerAdapters,
     share: BoundAdapter,
     weight: Tensor,
     callback: Callable[[PeftModel, str], bool] | None,

@@ -29,7 +29,7 @@ from veneer.adapters.merge.in_memory import check_mergeable
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import AdapterError, ConfigError, UnsupportedError
 from veneer.files.tensor_keys import encode
-from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.layers.adapter_shares import LayerAdapters
 from veneer.layers.weight_change import change_of
 from veneer.methods.lora import B_BIAS
 from veneer.patches.low_rank import truncated, truncated_product
@@ -114,7 +114,7 @@ def combine(adapters: Adapters, combination: Combination) -> tuple[LoraConfig, d
 
 
 def _config(
-    adapters: Adapters, task: str | None, layers: Sequence[AdaptedLayer], rank: int, biased: bool
+    adapters: Adapters, task: str | None, layers: Sequence[LayerAdapters], rank: int, biased: bool
 ) -> LoraConfig:
     modules = [layer.site.name for layer in layers if _by_module(adapters, layer)]
     parameters = [f"{layer.site.name}.{layer.site.parameter}" for layer in layers if not _by_module(adapters, layer)]
@@ -129,13 +129,13 @@ def _config(
     )
 
 
-def _by_module(adapters: Adapters, layer: AdaptedLayer) -> bool:
+def _by_module(adapters: Adapters, layer: LayerAdapters) -> bool:
     """Tell whether a config names a layer by its module, and not as a parameter."""
     return any(site.id == layer.site.id for site in adapters.catalog.sites_at(layer.site.name))
 
 
 def _combined(
-    layer: AdaptedLayer, combination: Combination, generator: torch.Generator | None
+    layer: LayerAdapters, combination: Combination, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return up, down and shift of the combined change of one layer."""
     kind = combination.kind

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from veneer.adapters.merge.worker_threads import for_each
 from veneer.base_model.catalog import Catalog
 from veneer.base_model.transformers_internals import forget_packing_rules
 from veneer.errors import MergeError
-from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.layers.adapter_shares import LayerAdapters
 from veneer.layers.quantized_layer import PackedLayer
 from veneer.layers.quantized_merge import DEQUANTIZED
 from veneer.layers.sharded_layer import ShardedLayer
@@ -23,6 +23,9 @@ from veneer.patches.weight_arithmetic import check_kept
 
 if TYPE_CHECKING:
     from veneer.adapters.collection import Adapters
+
+
+LayerT = TypeVar("LayerT", bound=LayerAdapters)
 
 
 def merge(adapters: Adapters, names: Sequence[str] | None, *, check: bool = False, into: str | None = None) -> None:
@@ -43,7 +46,7 @@ def _merge(adapters: Adapters, names: Sequence[str] | None, check: bool, into: s
     packed = choose(adapters.layers.values(), selection.names, into, adapters.catalog.dtype)
     if check:
         _check_merge(adapters, selection.names)
-    _change(adapters.layers.values(), lambda layer: layer.merge(selection.names))
+    _change(adapters.adapted_layers, lambda layer: layer.merge(selection.names))
     adapters.select(selection.names)
     adapters.quantized_merge = measured(packed) or adapters.quantized_merge
 
@@ -88,14 +91,14 @@ def check_mergeable(adapters: Adapters, names: Sequence[str]) -> None:
         adapters.by_name[name].check_mergeable()
 
 
-def _change(layers: Collection[AdaptedLayer], action: Callable[[AdaptedLayer], None]) -> None:
+def _change(layers: Collection[LayerT], action: Callable[[LayerT], None]) -> None:
     """Change the weights of layers: several at a time where they lie in memory and are torch's own."""
     # Layers of one module change its bias in turn.
-    groups: dict[int, list[AdaptedLayer]] = {}
+    groups: dict[int, list[LayerT]] = {}
     for layer in layers:
         groups.setdefault(id(layer.site.module), []).append(layer)
 
-    def run(group: list[AdaptedLayer]) -> None:
+    def run(group: list[LayerT]) -> None:
         for layer in group:
             action(layer)
 
@@ -115,7 +118,7 @@ def _check_merge(adapters: Adapters, names: tuple[str, ...]) -> None:
             )
 
 
-def _storable(layer: AdaptedLayer, names: tuple[str, ...]) -> tuple[Tensor | None, Tensor | None]:
+def _storable(layer: LayerAdapters, names: tuple[str, ...]) -> tuple[Tensor | None, Tensor | None]:
     """Return a layer's merged weight and bias in the dtype that they will be stored in."""
     weight, bias = layer.merged_parameters(names)
     if isinstance(layer, PackedLayer) and layer.into is not None and layer.into.choice == DEQUANTIZED:
@@ -156,6 +159,6 @@ def _is_finite(tensor: Tensor | None) -> bool:
     return tensor is None or bool(torch.isfinite(tensor).all())
 
 
-def _is_in_memory(layer: AdaptedLayer) -> bool:
+def _is_in_memory(layer: LayerAdapters) -> bool:
     plain = not isinstance(layer, (PackedLayer, ShardedLayer))
     return plain and all(p.device.type == "cpu" for p in layer.site.module.parameters())

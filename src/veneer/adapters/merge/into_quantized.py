@@ -10,14 +10,14 @@ from torch import nn
 from veneer.base_model.sites import packed_site
 from veneer.base_model.transformers_internals import forget_quantization
 from veneer.errors import MergeError
-from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.layers.adapter_shares import LayerAdapters
 from veneer.layers.quantized_layer import PackedLayer
 from veneer.layers.quantized_merge import CHOICES, REQUANTIZED, Into, QuantizedMerge, into_missing
 from veneer.printing import warn
 
 
 def choose(
-    layers: Iterable[AdaptedLayer], names: tuple[str, ...], into: str | None, dtype: torch.dtype
+    layers: Iterable[LayerAdapters], names: tuple[str, ...], into: str | None, dtype: torch.dtype
 ) -> list[PackedLayer]:
     """Choose what becomes of the packed layers that a merge of ``names`` changes, and return them.
 

@@ -18,7 +18,7 @@ from torch import nn
 from veneer.base_model.sites.offload import lay_over, offloading_hook
 from veneer.base_model.transformers_internals import without_memory
 from veneer.errors import MergeError
-from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.layers.adapter_shares import LayerAdapters
 
 # Makes the model of the same config with some keys set otherwise, without weights.
 Build = Callable[..., nn.Module]
@@ -53,7 +53,7 @@ class NewBiases:
 
 
 def new_biases(
-    layers: Iterable[AdaptedLayer], names: Sequence[str], model: nn.Module, build: Build | None = None
+    layers: Iterable[LayerAdapters], names: Sequence[str], model: nn.Module, build: Build | None = None
 ) -> NewBiases:
     """Find the biases that a merge of ``names`` has to add; none for a model whose class is not transformers' own.
 

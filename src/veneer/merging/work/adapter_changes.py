@@ -17,7 +17,7 @@ from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.checkpoints.older_layouts import in_current_layout
 from veneer.errors import MergeError
 from veneer.files.tensor_keys import encode
-from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.layers.adapter_shares import LayerAdapters
 from veneer.patches.patch import Patch
 
 
@@ -42,7 +42,7 @@ class AdapterChanges:
         notes: what was odd and harmless.
     """
 
-    layers: dict[str, AdaptedLayer] = field(default_factory=dict)
+    layers: dict[str, LayerAdapters] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     saved: dict[str, Tensor] = field(default_factory=dict)
