@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -39,34 +39,28 @@ class BlockList:
 
 
 def find_blocks(model: nn.Module) -> BlockList | None:
-    """Return the list of blocks of a model that has one; ``None`` for others, such as those with two stacks."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return None
-    stacks = ((name, stack, lists) for name, lists in _places(model) if (stack := _child(model, name)) is not None)
-    return next(
-        (
-            BlockList(stack, name, attribute)
-            for name, stack, lists in stacks
-            for attribute in lists
-            if isinstance(getattr(stack, attribute, None), nn.ModuleList)
-        ),
-        None,
-    )
+    """Return the list of blocks of a model that is one stack of them, such as Llama or BERT; ``None`` for others."""
+    return _first_list(model, {"": _OF_DECODERS, "encoder": _OF_ENCODERS})
 
 
 def find_decoder_blocks(model: nn.Module) -> BlockList | None:
-    """Return the same if it is that of a decoder."""
-    found = find_blocks(model)
-    return found if found is not None and found.attribute in _OF_DECODERS else None
+    """Return the list of blocks of a model's decoder; ``None`` for encoders, and where there are two stacks."""
+    return _first_list(model, {"": _OF_DECODERS, "decoder": _OF_DECODERS})
 
 
-def _places(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield the names that a stack may have, each with the names that its list may have."""
+def _first_list(model: nn.Module, places: Mapping[str, Sequence[str]]) -> BlockList | None:
+    """Return the first list of blocks in a child of the model below its head: child -> the names it may have there."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
     # transformers names the model below a head; elsewhere it is mostly called "model".
     for top in dict.fromkeys((str(getattr(model, "base_model_prefix", "")), "model", "")):
-        yield top, _OF_DECODERS
-        yield f"{top}.decoder".lstrip("."), _OF_DECODERS
-        yield f"{top}.encoder".lstrip("."), _OF_ENCODERS
+        for child, attributes in places.items():
+            name = f"{top}.{child}".strip(".")
+            stack = _child(model, name)
+            for attribute in attributes:
+                if isinstance(getattr(stack, attribute, None), nn.ModuleList):
+                    return BlockList(cast(nn.Module, stack), name, attribute)
+    return None
 
 
 def _child(model: nn.Module, name: str) -> nn.Module | None:
