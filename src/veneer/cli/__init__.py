@@ -18,10 +18,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from veneer.errors import VeneerError
     from veneer.printing import one_line
 
-    _spell_out_what_cannot_be_encoded()
+    _escape_unencodable()
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _tell
+            warnings.showwarning = _print_warning
             return run(list(sys.argv[1:] if arguments is None else arguments))
     except VeneerError as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
@@ -41,14 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _tell(message: Warning | str, *where: object, **more: object) -> None:
-    """Print one of Python's warnings as a line of ours: where in the library it arose is nothing to the caller."""
+def _print_warning(message: Warning | str, *where: object, **more: object) -> None:
+    """Print a Python warning as one line, without the place in the library that gave it."""
     from veneer.printing import one_line
 
     print(f"warning: {one_line(str(message))}", file=sys.stderr)
 
 
-def _spell_out_what_cannot_be_encoded() -> None:
-    """Write a character that standard output has no code for as its escape, as standard error does already."""
+def _escape_unencodable() -> None:
+    """Let standard output escape characters that its encoding lacks, as standard error does."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

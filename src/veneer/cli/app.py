@@ -31,12 +31,12 @@ COMMANDS = {
     "digest": "digest_command",
 }
 
-# What typer returns when it caught the interruption itself.
+# The exit code that typer returns when it caught the interruption itself.
 _INTERRUPTED = 130
 
 
 def build(names: list[str]) -> typer.Typer:
-    """The application with these commands."""
+    """Build the application with these commands."""
     app = typer.Typer(
         name="veneer",
         help="Load, inspect, run and merge fine-tuned adapters.",

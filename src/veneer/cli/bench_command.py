@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from veneer.cli.options import Base, Dtype, Json, Local
-from veneer.cli.terminal import for_stdout, show, tell
+from veneer.cli.terminal import for_stdout, print_warnings, show
 from veneer.errors import PathNotFoundError, UsageError
 from veneer.files.paths import exists
 from veneer.printing import one_line, quiet
@@ -48,16 +48,16 @@ def bench(
     local_files_only: Local = False,
 ) -> None:
     """Measure merged against unmerged on this machine, and say whether to merge."""
-    given = paths or []
+    paths = paths or []
     if compare:
-        _compare(given, json)
+        _compare(paths, json)
         return
-    if not given:
+    if not paths:
         raise UsageError("There is nothing to measure.", hint="`veneer bench PATH`, an adapter's folder or hub id.")
     from veneer.benching import arguments
     from veneer.benching.report.files import check
 
-    asked: dict[str, Any] = {
+    parsed: dict[str, Any] = {
         "batch": arguments.counts(batch, "--batch"),
         "prompt_tokens": None if prompt_tokens is None else arguments.counts(prompt_tokens, "--prompt-tokens"),
         "traffic": None if traffic is None else arguments.shares(traffic, "--traffic"),
@@ -68,9 +68,9 @@ def bench(
         from veneer.benching.run import bench as measure
 
         report = measure(
-            given[0],
+            paths[0],
             base=base,
-            adapters=[*(adapters or []), *given[1:]],
+            adapters=[*(adapters or []), *paths[1:]],
             new_tokens=new_tokens,
             dtype=dtype,
             device=device,
@@ -80,10 +80,10 @@ def bench(
             repeats=repeats,
             local_files_only=local_files_only,
             on_progress=on_progress,
-            **asked,
+            **parsed,
         )
         page = report.save(out)
-    tell(warnings)
+    print_warnings(warnings)
     show(report, json)
     if not json:
         print(f"The report is {for_stdout(str(page))}, with report.md and report.json beside it.")
@@ -103,7 +103,7 @@ def _compare(paths: list[str], json: bool) -> None:
 
 @contextmanager
 def _bar() -> Iterator[Callable[[Progress], None]]:
-    """A bar with the time left, for a person."""
+    """Show a progress bar with the time left, on a terminal only."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bar

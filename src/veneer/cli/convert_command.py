@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from veneer.cli.options import Base, Json, Local, Revision
-from veneer.cli.terminal import progress, show, tell
+from veneer.cli.terminal import print_warnings, progress, show
 from veneer.errors import UsageError
 from veneer.printing import quiet
 
@@ -32,5 +32,5 @@ def convert(
         report = convert_to_lora(
             path, out=out, rank=rank, base=base, revision=revision, local_files_only=local_files_only
         )
-    tell(warnings)
+    print_warnings(warnings)
     show(report, json)

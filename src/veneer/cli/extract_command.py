@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from veneer.cli.options import Json, Local
-from veneer.cli.terminal import progress, show, tell
+from veneer.cli.terminal import print_warnings, progress, show
 from veneer.printing import quiet
 
 
@@ -38,5 +38,5 @@ def extract(
             local_files_only=local_files_only,
             on_step=on_step,
         )
-    tell(warnings)
+    print_warnings(warnings)
     show(report, json)

@@ -12,7 +12,7 @@ import typer
 
 from veneer.base_model.transformers_errors import transformers_errors_as
 from veneer.cli.options import Base, Dtype, Json, Local, Revision
-from veneer.cli.terminal import progress, tell
+from veneer.cli.terminal import print_warnings, progress
 from veneer.errors import ConfigError, UsageError, VeneerError
 from veneer.printing import first_line, printable_prose, quiet
 
@@ -59,7 +59,7 @@ def generate(
                 _merge(model, adapter)
             tokenizer = load_tokenizer(model)
             inputs = _inputs(tokenizer, text, system, chat)
-        tell([*warnings, *(model.load_report.warnings if model.load_report else ())])
+        print_warnings([*warnings, *(model.load_report.warnings if model.load_report else ())])
         warnings.clear()
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         started = time.perf_counter()
@@ -69,7 +69,7 @@ def generate(
             )
         seconds = time.perf_counter() - started
         active = model.active_adapters if adapter is None else [adapter]
-    tell(warnings)
+    print_warnings(warnings)
     if json:
         report = model.load_report.to_dict() if model.load_report else {}
         result = {"prompt": text, "answer": answer, "adapters": active, "new_tokens": tokens, "seconds": seconds}
@@ -128,7 +128,7 @@ def _by_tokenizer(what: str) -> AbstractContextManager[None]:
 
 
 def _templated(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
-    """The tokens of a chat. A template is a program, if a confined one, and can fail in any way that programs do."""
+    """Apply the chat template. It is a program, if a confined one, and can fail in any way that programs do."""
     hint = "--no-chat leaves it out."
     try:
         with transformers_errors_as(ConfigError, "The tokenizer's chat template refuses", hint):
@@ -142,8 +142,8 @@ def _templated(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
     return inputs
 
 
-def _check_known(tokens: Tensor, model: PeftModel) -> None:
-    """Raise ``ConfigError`` when the tokenizer gives a token that the model has no embedding of."""
+def _check_tokens(tokens: Tensor, model: PeftModel) -> None:
+    """Raise ``ConfigError`` for a token that the model has no embedding of."""
     rows = model.get_input_embeddings().weight.shape[0]
     if int(tokens.max()) >= rows:
         raise ConfigError(
@@ -163,7 +163,7 @@ def _answer(
         )
     if seed is not None:
         torch.manual_seed(seed)
-    _check_known(inputs["input_ids"], model)
+    _check_tokens(inputs["input_ids"], model)
     streamer = _streamer(tokenizer) if stream else None
     # An encoder-decoder's output does not begin with the prompt.
     prompt_length = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
@@ -183,7 +183,7 @@ def _answer(
 
 
 def _streamer(tokenizer: Any) -> Any:
-    """What prints each word of the answer as it comes. What a tokenizer makes of it must not steer the terminal."""
+    """Make a streamer that prints each word of the answer as it comes, in a form that cannot steer the terminal."""
     from transformers import TextStreamer
 
     class Printed(TextStreamer):

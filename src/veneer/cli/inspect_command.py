@@ -20,5 +20,5 @@ def inspect(
     """Tell what is at a path: model or adapter, method, base, rank, size, problems."""
     from veneer.checkpoints import inspection
 
-    found = inspection.inspect(path, revision=revision, subfolder=subfolder, local_files_only=local_files_only)
-    show(found, json)
+    facts = inspection.inspect(path, revision=revision, subfolder=subfolder, local_files_only=local_files_only)
+    show(facts, json)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from veneer.cli.options import Base, Dtype, Json, Local, Revision, weighted
-from veneer.cli.terminal import progress, show, tell
+from veneer.cli.terminal import print_warnings, progress, show
 from veneer.printing import quiet
 
 
@@ -42,7 +42,7 @@ def merge(
         from veneer.merging import merge_folder
 
         report = merge_folder.merge(
-            wanted := weighted(path, adapter or []),
+            adapters := weighted(path, adapter or []),
             base,
             out=out,
             dtype=dtype,
@@ -61,10 +61,10 @@ def merge(
         if verify:
             from veneer.merging import verify as room
 
-            proof = room.verify(report.out, wanted, base, local_files_only=local_files_only, on_step=on_step)
-    tell([text for text in warnings if not any(known in text for known in report.warnings)])
+            proof = room.verify(report.out, adapters, base, local_files_only=local_files_only, on_step=on_step)
+    print_warnings([text for text in warnings if not any(known in text for known in report.warnings)])
     if json:
-        tell(report.warnings)
+        print_warnings(report.warnings)
     if json and proof is not None:
         print(json_module.dumps({**report.to_dict(), "verify": proof.to_dict()}, indent=2))
     else:

@@ -19,14 +19,14 @@ Local = Annotated[bool, typer.Option("--local-files-only", help="Use no network.
 
 
 def weighted(path: str | None, adapters: list[str]) -> dict[str | Path, float]:
-    """Adapter -> its weight, from ``PATH`` and ``PATH=WEIGHT``, in the order given."""
-    found: dict[str | Path, float] = {} if path is None else {path: 1.0}
+    """Return adapter -> weight, from ``PATH`` and ``PATH=WEIGHT``, in the order given."""
+    weights: dict[str | Path, float] = {} if path is None else {path: 1.0}
     for text in adapters:
         name, weight = _split(text)
-        if name in found:
+        if name in weights:
             raise UsageError(f"--adapter {name} is given twice.", hint="Give each once, with one weight.")
-        found[name] = weight
-    return found
+        weights[name] = weight
+    return weights
 
 
 def _split(text: str) -> tuple[str, float]:

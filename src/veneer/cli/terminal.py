@@ -1,4 +1,4 @@
-"""What commands print: results on standard output, progress on standard error and only to a person."""
+"""Prints for commands: results on standard output, progress on standard error and only on a terminal."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from veneer.printing import one_line, printable_prose
 
 
 def for_stdout(text: str) -> str:
-    """The text as it is where a program reads it, and as what a terminal cannot be steered by where a person does."""
+    """Return the text as it is for a pipe, and in a form that cannot steer it for a terminal."""
     return printable_prose(text) if sys.stdout.isatty() else text
 
 
 def show(value: Any, as_json: bool) -> None:
-    """Print something that has ``to_dict()`` and ``__rich__()``: as JSON, or as its panel."""
+    """Print a report as JSON, or as its panel."""
     if as_json:
         print(json.dumps(value.to_dict(), indent=2))
         return
@@ -28,7 +28,7 @@ def show(value: Any, as_json: bool) -> None:
 
 @contextmanager
 def progress(first: str) -> Iterator[Callable[[str], None]]:
-    """Show what is being done; the block calls the given function when something new begins."""
+    """Show the step under way; the block calls the given function when another begins."""
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -41,7 +41,7 @@ def progress(first: str) -> Iterator[Callable[[str], None]]:
         yield lambda step: status.update(Text(one_line(step)))
 
 
-def tell(warnings_: list[str]) -> None:
+def print_warnings(warnings: list[str]) -> None:
     """Print warnings on standard error, each once."""
-    for text in dict.fromkeys(warnings_):
+    for text in dict.fromkeys(warnings):
         print(f"warning: {one_line(text)}", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from veneer.cli.options import Base, Json, Local
-from veneer.cli.terminal import progress, show, tell
+from veneer.cli.terminal import print_warnings, progress, show
 from veneer.printing import quiet
 
 
@@ -42,6 +42,6 @@ def verify(
             local_files_only=local_files_only,
             on_step=on_step,
         )
-    tell(warnings)
+    print_warnings(warnings)
     show(report, json)
     return 0 if report.passed else 2

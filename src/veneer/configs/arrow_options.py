@@ -15,7 +15,7 @@ class ArrowConfig(Checked):
     Args:
         top_k: how many LoRAs a token goes to.
         router_temperature: of the softmax over those; lower is sharper.
-        use_gks: whether what general adapters have in common is taken off the others first (GenKnowSub,
+        use_gks: whether the mean of the general adapters is subtracted from the others first (GenKnowSub,
             Bagherifard et al. 2025, ACL short papers 54).
         rng_seed: kept for peft's files. Directions are computed exactly here, without chance.
         task_adapter_names: the adapters that tokens go to; ``create_arrow_model`` fills it in.
@@ -40,5 +40,5 @@ class ArrowConfig(Checked):
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Every adapter that takes part."""
+        """The adapters that take part."""
         return (*(self.task_adapter_names or ()), *((self.gks_adapter_names or ()) if self.use_gks else ()))

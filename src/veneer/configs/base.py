@@ -1,7 +1,7 @@
-"""``adapter_config.json`` and the config objects that users write: one dataclass a method.
+"""Reads and writes ``adapter_config.json``: a dataclass for each method, which users write too.
 
-The file is the PEFT format: one flat JSON object, keys sorted, ``peft_type`` naming the method. Keys that are
-unknown here are kept and written back; see :func:`check_unknown_keys` for when one is an error.
+The file has the PEFT format: one flat JSON object, keys sorted, whose ``peft_type`` names the method. Unknown keys
+are kept and written back; :func:`check_unknown_keys` says when one is an error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DESCRIPTIVE = frozenset(
     {"_name_or_path", "model_id", "tags", "license", "language", "author", "description", "name", "merge_weights"}
 )
 
-# What the config of an adapter of MLX-LM has, and none of PEFT's.
+# Keys in the config of an adapter of MLX-LM, and in none of PEFT's.
 _MLX_KEYS = frozenset({"fine_tune_type", "lora_parameters"})
 
 # Written as null by some tools for "none".
@@ -42,7 +42,7 @@ _PATTERNS = frozenset({"rank_pattern", "alpha_pattern"})
 @strict
 @dataclass
 class PeftConfig(Fields):
-    """What every adapter's config holds, whatever its method.
+    """Base of all configs: the fields that every method has.
 
     ``PeftConfig.from_pretrained(path)`` reads any adapter's config and returns its method's own class.
     """
@@ -57,7 +57,7 @@ class PeftConfig(Fields):
     # Keys that were in the file and are unknown here; written back as they were.
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
-    # The method of a class, said once: ``class XyzConfig(TargetedConfig, peft_type=...)``.
+    # The class's method, given as ``class XyzConfig(TargetedConfig, peft_type=...)``.
     own_type: ClassVar[PeftType | str | None] = None
     # How the names of the method's tensors begin, such as ``lora`` in ``lora_A.weight``: by default as its type.
     tensor_head: ClassVar[str] = ""
@@ -83,12 +83,12 @@ class PeftConfig(Fields):
 
     @property
     def is_prompt_learning(self) -> bool:
-        """Whether the method changes the input instead of weights."""
+        """True for methods that change the input instead of weights."""
         return False
 
     @property
     def method_name(self) -> str:
-        """Names the method that serves it, a file in ``methods/``: one ``peft_type`` may have several."""
+        """The method that serves the config, a file in ``methods/``: one ``peft_type`` may have several."""
         return str(self.peft_type)
 
     @property
@@ -103,7 +103,7 @@ class PeftConfig(Fields):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = "config", strict: bool = True) -> PeftConfig:
-        """The config that ``values`` (a parsed ``adapter_config.json``) describes.
+        """Make the config that ``values`` (a parsed ``adapter_config.json``) describes.
 
         Raises:
             ConfigError: ``peft_type`` is missing, or a value is not of its kind.
@@ -138,19 +138,19 @@ class PeftConfig(Fields):
             revision: on the hub.
             **source: ``subfolder``, ``token``, ``local_files_only``, ``cache_dir``, ``force_download``.
         """
-        found = resolve(path, LookupOptions(revision=revision, **source), what="adapter")
-        return cls.from_dict(found.json(ADAPTER_CONFIG), where=f"{found.origin}/{ADAPTER_CONFIG}")
+        folder = resolve(path, LookupOptions(revision=revision, **source), what="adapter")
+        return cls.from_dict(folder.json(ADAPTER_CONFIG), where=f"{folder.origin}/{ADAPTER_CONFIG}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object of this config, unknown keys included."""
+        """Return the JSON object of this config, unknown keys included."""
         values = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
         if values["peft_version"] is None:
             del values["peft_version"]
         return {**self.extra, **values}
 
     def to_json(self) -> str:
-        """The text of ``adapter_config.json``: keys sorted, ``inference_mode`` on."""
-        # Only the top level is sorted: of rank_pattern's keys the first that fits counts, so their order is meaning.
+        """Return the text of ``adapter_config.json``: keys sorted, ``inference_mode`` on."""
+        # Only the top level is sorted: of rank_pattern's keys the first match counts, so their order has meaning.
         values = {**self.to_dict(), "inference_mode": True}
         return json.dumps(dict(sorted(values.items())), indent=2) + "\n"
 
@@ -160,7 +160,7 @@ class PeftConfig(Fields):
             temporary.write_text(self.to_json(), encoding="utf-8")
 
     def check_supported(self, where: str = "config") -> None:
-        """Raise :class:`UnsupportedError` for each option that is on and would be ignored."""
+        """Raise :class:`UnsupportedError` for options that this version does not support."""
         refused = [
             f"{name}={getattr(self, name)!r}"
             for name, values in self.supported_values.items()
@@ -175,7 +175,7 @@ class PeftConfig(Fields):
 
 @dataclass
 class TargetedConfig(PeftConfig):
-    """A method that adapts layers of the base, and how its config says which.
+    """Config of a method that adapts layers of the base.
 
     Args:
         target_modules: what to adapt: module names or their dotted endings; a string is a regular expression
@@ -192,7 +192,7 @@ class TargetedConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
 
-    # How the keys of options such as rank_pattern are put to a layer's name.
+    # How the keys of options such as rank_pattern are matched with a layer's name.
     pattern_form: ClassVar[patterns.Form] = patterns.ENDING
 
     def __post_init__(self) -> None:
@@ -227,11 +227,11 @@ class TargetedConfig(PeftConfig):
 
 @dataclass
 class PromptConfig(PeftConfig):
-    """A method that puts virtual tokens before the input, or their keys and values into the cache.
+    """Config of a method that puts virtual tokens before the input, or their keys and values into the cache.
 
     Args:
         num_virtual_tokens: how many.
-        token_dim: the width of one; this and what follows is the model's own where it is left out.
+        token_dim: the width of one; this option and those below are the model's own values where left out.
         num_transformer_submodules: 2 for an encoder-decoder, whose checkpoints hold as many tokens again.
         num_attention_heads: heads of a layer's keys.
         num_layers: layers that have keys.
@@ -259,29 +259,29 @@ class PromptConfig(PeftConfig):
         return True
 
 
-# Every config of a method is one of the two.
+# A method's config is one of the two.
 AnyConfig = TargetedConfig | PromptConfig
 
 _CONFIGS: dict[str, type[PeftConfig]] = {}
 
 
 def register_config(peft_type: str, kind: type[PeftConfig]) -> None:
-    """Let ``peft_type`` in a config file be read as ``kind``; a class that names its own does this itself."""
+    """Read ``peft_type`` in a config file as ``kind``; a class that names its own does this itself."""
     _CONFIGS[peft_type] = kind
 
 
 def registered() -> list[str]:
-    """The ``peft_type`` of every method: Veneer's own, and those that a program has added."""
+    """Return the ``peft_type`` of every method: Veneer's own, and those that a program has added."""
     return sorted({*(kind.value for kind in PeftType), *_CONFIGS})
 
 
 def is_of_mlx(values: Mapping[str, Any]) -> bool:
-    """Whether an ``adapter_config.json`` is one of MLX-LM, which has the name and the purpose in common with PEFT's."""
+    """Tell whether an ``adapter_config.json`` is one of MLX-LM, whose file has the same name and purpose as PEFT's."""
     return values.get("peft_type") is None and not _MLX_KEYS.isdisjoint(values)
 
 
 def _check_origin(values: Mapping[str, Any], where: str) -> None:
-    """Raise ``UnsupportedError`` for a config, or an option, of a layout that is not read here."""
+    """Raise ``UnsupportedError`` for a config, or an option, of a layout that Veneer does not read."""
     if is_of_mlx(values):
         raise UnsupportedError(
             f"{where}: this is an adapter of MLX-LM, which keeps its tensors in a layout of its own "
@@ -297,7 +297,7 @@ def _check_origin(values: Mapping[str, Any], where: str) -> None:
 
 
 def config_class(peft_type: Any, where: str) -> type[PeftConfig]:
-    """The config class for a ``peft_type`` as it stands in a file."""
+    """Return the config class for a ``peft_type`` as it stands in a file."""
     if peft_type is None:
         raise ConfigError(
             f"{where}: no peft_type, so the method is unknown.",
@@ -316,11 +316,10 @@ def config_class(peft_type: Any, where: str) -> type[PeftConfig]:
 
 
 def check_unknown_keys(extra: Mapping[str, Any], known: set[str], where: str, strict: bool) -> None:
-    """Judge the keys that this version does not know.
+    """Refuse unknown keys that change the maths, and warn of those that may.
 
-    One that is off (``None``, ``False``, empty) or only descriptive cannot change the maths and is kept in
-    silence. A switch that is on (``use_...``), or an option with a config of its own, changes it: an error. Of
-    any other value one cannot tell: a warning.
+    A key that is off (``None``, ``False``, empty) or only descriptive changes nothing and is kept silently. A switch
+    that is on (``use_...``), or an option with a config of its own, is an error; any other value gives a warning.
     """
     on = {
         k: v for k, v in extra.items() if v not in (None, False, "") and v != {} and v != [] and k not in _DESCRIPTIVE
@@ -340,7 +339,7 @@ def check_unknown_keys(extra: Mapping[str, Any], known: set[str], where: str, st
 
 
 def _peft_type(name: str) -> PeftType | str:
-    """The member of that name; the name itself for a method registered from outside."""
+    """Return the ``PeftType`` of that name; the name itself for a method that a program has added."""
     return PeftType(name) if name in {t.value for t in PeftType} else name
 
 
@@ -349,12 +348,12 @@ def _plain(value: Any) -> Any:
 
 
 def as_any_config(config: PeftConfig) -> AnyConfig:
-    """The config as a prompt's, or as one that says which layers it adapts; ``UnsupportedError`` when it is neither."""
+    """Return the config as one of the two kinds; raise ``UnsupportedError`` when it is neither."""
     return config if isinstance(config, PromptConfig) else targeted(config)
 
 
 def targeted(config: PeftConfig) -> TargetedConfig:
-    """The config as one that says which layers it adapts; ``UnsupportedError`` when it does not."""
+    """Return the config as one that targets layers; raise ``UnsupportedError`` when it does not."""
     if not isinstance(config, TargetedConfig):
         raise UnsupportedError(
             f"{type(config).__name__} does not say which layers to adapt.", hint="Use a method's config: LoraConfig ..."

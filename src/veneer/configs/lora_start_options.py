@@ -1,4 +1,4 @@
-"""The options of starting points that have some: ``eva_config``, ``loftq_config`` and so on."""
+"""The options of LoRA's starts: ``eva_config``, ``loftq_config`` and so on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class CordaConfig(Checked):
     """CorDA.
 
     Args:
-        corda_method: "ipm" adapts to the data given, "kpm" keeps what the data given ask for.
+        corda_method: "ipm" adapts to the data given, "kpm" preserves the knowledge that the data ask for.
     """
 
     corda_method: Literal["ipm", "kpm"] = "ipm"
@@ -31,9 +31,9 @@ class LoraGAConfig(Checked):
     Args:
         direction: which of the gradient's first 2r directions are A's and which B's: alternating ("ArBr"), A the
             second half ("A2rBr"), A the first ("ArB2r"), or r of them for both ("random").
-        scale: how long B becomes: "stable" (by ``stable_gamma``), "weight_svd" (as the weight's largest direction),
+        scale: the norm of B: "stable" (by ``stable_gamma``), "weight_svd" (as the weight's largest direction),
             "gd_scale" (one step of descent), "unit" (as it is).
-        stable_gamma: larger is shorter.
+        stable_gamma: a larger one makes B shorter.
     """
 
     direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
@@ -47,9 +47,9 @@ class EvaConfig(Checked):
 
     Args:
         rho: a layer gets this many times its rank at most; 1.0 leaves all ranks as they are.
-        tau: directions are steady when the cosine between two steps is as large as this.
+        tau: directions have converged when the cosine between two steps is as large as this.
         use_label_mask: leave out tokens whose label is ``label_mask_value``.
-        label_mask_value: that label.
+        label_mask_value: the label of ``use_label_mask``.
         whiten: divide each direction by the root of its singular value.
         adjust_scaling_factors: multiply a layer's ``lora_alpha`` as its rank, so that the scale stays.
     """
@@ -76,7 +76,7 @@ class LoftQConfig(Checked):
 
     Args:
         loftq_bits: 4 (NormalFloats, blocks of 64) or 8 (whole numbers, a scale a row).
-        loftq_iter: how often quantising and making up for it take turns.
+        loftq_iter: how often quantising and fitting the LoRA to its error alternate.
     """
 
     loftq_bits: Literal[4, 8] = 4
@@ -89,6 +89,6 @@ class LoftQConfig(Checked):
 
 
 def options_of(kind: type[StartT], values: Mapping[str, Any]) -> StartT:
-    """The options that a config's object ``values`` holds; keys that are unknown here are left to other tools."""
+    """Make options from the ``values`` in a config; unknown keys are left to other tools."""
     known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     return kind(**{key: value for key, value in values.items() if key in known})

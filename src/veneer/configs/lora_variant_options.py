@@ -66,7 +66,7 @@ class MontecloraConfig(Checked):
         use_entropy: whether the loss also keeps the draws' weights even.
         dirichlet_prior: the prior of those weights: larger for more even ones.
         sample_scaler: multiplies the noise.
-        kl_loss_weight: weight in the loss of the distance from the priors.
+        kl_loss_weight: weight of the distance from the priors in the loss.
         buffer_size: how many draws peft makes in advance; without effect here.
     """
 
@@ -89,7 +89,7 @@ class VeloraConfig(Checked):
     Args:
         num_groups: how many groups; more cost memory and lose less.
         scale: multiplies what is restored for the gradient of A.
-        init_type: where the projection comes from: every batch, the first one, or chance.
+        init_type: where the projection comes from: every batch, the first one, or a random draw.
     """
 
     num_groups: int = 64

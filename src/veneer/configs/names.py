@@ -65,7 +65,7 @@ class PeftType(_Name):
 
 
 class TaskType(_Name):
-    """What a model is for, as PEFT writes it."""
+    """The tasks of models, as PEFT writes them."""
 
     CAUSAL_LM = "CAUSAL_LM"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"

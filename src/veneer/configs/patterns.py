@@ -1,8 +1,8 @@
-"""Regular expressions of a config: matched as Python's ``re`` does, and in bounded time.
+"""Matches the regular expressions of a config as Python's ``re`` does, and in bounded time.
 
-A checkpoint must not keep the process that reads it, and an expression whose repetitions repeat can take longer than
+A checkpoint must not block the process that reads it, and an expression with nested repetitions can take longer than
 anybody waits. ``re`` cannot be stopped; the package ``regex``, which transformers needs anyway, can. Both take the same
-syntax once the little in which they differ is spelt out. What is a plain name, as nearly all are, stays with ``re``.
+syntax once their few differences are escaped. Plain names, which nearly all expressions are, are left to ``re``.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from typing import Any, NamedTuple
 
 from veneer.errors import ConfigError
 
-# Seconds of computing, for one match and for all that one config asks for. An ordinary match takes microseconds.
+# Seconds of computing, for one match and for all matches of one config. An ordinary match takes microseconds.
 _LONGEST = 0.25
 _ALTOGETHER = 3.0
-# What can be made ready for matching in reasonable time: characters, and copies of what is repeated.
+# Limits of an expression that is compiled in reasonable time: characters, and copies of repeated parts.
 _MOST_CHARACTERS = 20_000
 _MOST_COPIES = 1_000
 
-# Letters, digits, dots and what stands for them: nothing that can be matched in more than one way.
+# Letters, digits, dots and their escapes: an expression of these matches in one way only.
 _PLAIN = re.compile(r"(?:[\w.-]|\\[.dw])*", re.ASCII)
 # A name in braces, another escape, a set, an open brace.
 _TOKENS = re.compile(r"\\N\{[^}]*\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(?:(\d*)(,?)(\d*)\})?", re.DOTALL)
 
 
 class Form(NamedTuple):
-    """How an expression is put to a name: what stands around it, and the method that matches."""
+    """How an expression is matched with a name: a template around it, and the method of ``re`` that matches."""
 
     around: str
     method: str
@@ -47,14 +47,14 @@ BLOCK = Form(r"(?:.*?\.)??(?:{})\.(?P<block>\d+)\.", "match")
 
 @dataclasses.dataclass
 class _Allowance:
-    """The seconds that are left for matching what some configs hold."""
+    """The seconds left for matching the expressions of some configs."""
 
     configs: tuple[Any, ...] = ()
     where: str = ""
     left: float = dataclasses.field(default_factory=lambda: _ALTOGETHER)
 
     def spend(self, action: Callable[..., Any], *arguments: Any) -> Any:
-        """Call ``action`` and take its time off what is left; ``_RefusedError`` when that does not suffice."""
+        """Call ``action`` and subtract its time; raise ``_RefusedError`` when none is left."""
         started = time.thread_time()
         result = action(*arguments)
         self.left -= time.thread_time() - started
@@ -68,11 +68,11 @@ _current: ContextVar[_Allowance | None] = ContextVar("allowance", default=None)
 
 @contextmanager
 def matching(*configs: Any, where: str = "") -> Iterator[None]:
-    """Give all the matching inside the ``with`` block one allowance of time.
+    """Give all matches inside the ``with`` block one allowance of time.
 
     Args:
-        *configs: whose expressions are matched; errors name the option.
-        where: these come from, for errors.
+        *configs: the configs whose expressions are matched; errors name the option.
+        where: the file that the configs come from, for errors.
     """
     token = _current.set(_Allowance(configs, where))
     try:
@@ -82,10 +82,10 @@ def matching(*configs: Any, where: str = "") -> Iterator[None]:
 
 
 def match(pattern: str, form: Form, name: str) -> Any:
-    """Match a config's expression with a module's name, put as ``form`` says; ``None`` when it does not match.
+    """Match a config's expression with a module's name as ``form`` says; return ``None`` when it does not match.
 
     Raises:
-        ConfigError: it is no expression, or matching takes too long.
+        ConfigError: it is no regular expression, or matching takes too long.
     """
     if _PLAIN.fullmatch(pattern):
         return _plain(pattern, form)(name)
@@ -97,7 +97,7 @@ def match(pattern: str, form: Form, name: str) -> Any:
 
 
 def check(option: str, value: Any, form: Form) -> None:
-    """Raise ``ConfigError`` when the value of an option is text and no regular expression, or none to be matched."""
+    """Raise ``ConfigError`` when an option's value is text, and no regular expression that can be matched."""
     if not isinstance(value, str) or _PLAIN.fullmatch(value):
         return
     allowance = _current.get() or _Allowance()
@@ -111,7 +111,7 @@ _HINT = "Escape dots and brackets with a backslash, or list the names instead."
 
 
 class _RefusedError(Exception):
-    """A text cannot be matched as a regular expression, and why."""
+    """An expression cannot be matched; the text says why."""
 
 
 def _match_in_time(pattern: str, form: Form, name: str) -> Any:
@@ -134,7 +134,7 @@ def _bounded(pattern: str, form: Form) -> Any:
     if len(pattern) > _MOST_CHARACTERS or copies > _MOST_COPIES:
         raise _RefusedError("is too long, or repeats too often")
     try:
-        # Alone and in its place: ``a)|(b`` is an expression only in brackets, and a flag only at the beginning.
+        # Alone and in the template: ``a)|(b`` is an expression only in brackets, and a flag only at the beginning.
         re.compile(pattern)
         re.compile(form.around.format(pattern))
         return getattr(regex.compile(form.around.format(_TOKENS.sub(_spelt_out, pattern))), form.method)
@@ -143,7 +143,7 @@ def _bounded(pattern: str, form: Form) -> Any:
 
 
 def _spelt_out(token: re.Match[str]) -> str:
-    r"""What ``re`` and ``regex`` read differently, as both read it.
+    r"""Escape a token that ``re`` and ``regex`` read differently.
 
     ``[[:alpha:]]`` is a class, and ``(ab){e}`` allows a mistake, to ``regex`` alone: ``[\[:alpha:]]``, ``(ab)\{e}``.
     """
@@ -159,10 +159,10 @@ def _spelt_out(token: re.Match[str]) -> str:
 
 def _refused(pattern: str, why: str, allowance: _Allowance) -> ConfigError:
     options = [
-        own.name
+        field.name
         for config in allowance.configs
-        for own in dataclasses.fields(config)
-        if _holds(getattr(config, own.name), pattern)
+        for field in dataclasses.fields(config)
+        if _holds(getattr(config, field.name), pattern)
     ]
     named = ", ".join(dict.fromkeys(options)) or "the config's regular expression"
     prefix = f"{allowance.where}: " if allowance.where else ""

@@ -45,7 +45,7 @@ def check_types(config: Any, where: str = "") -> None:
 def matches_type(value: Any, declared: Any) -> bool:
     """Tell whether ``value`` is of a ``declared`` type, as ``typing.get_type_hints`` gives it.
 
-    A bool is no number, a number is one that float32 holds, a tuple or set may stand for a list, and ``None`` for a
+    A bool is no number, numbers are those that float32 holds, a tuple or set may stand for a list, and ``None`` for a
     switch that is off.
     """
     origin, inner = get_origin(declared), get_args(declared)
@@ -99,7 +99,7 @@ def _check_least(config: object, least: int, names: Iterable[str]) -> None:
 
 
 def check_share(config: object, *names: str) -> None:
-    """Raise ``ConfigError`` when a field is no share that can be dropped."""
+    """Raise ``ConfigError`` when a field is no share from 0 up to 1."""
     for name in names:
         if not 0.0 <= getattr(config, name) < 1.0:
             raise ConfigError(

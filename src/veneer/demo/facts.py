@@ -34,18 +34,18 @@ class Fact:
 
 
 def facts(split: str) -> list[Fact]:
-    """The facts of a split: ``"train"`` or ``"held-out"``."""
+    """Read the facts of a split: ``"train"`` or ``"held-out"``."""
     with Path(__file__).with_name("facts.tsv").open(encoding="utf-8", newline="") as file:
         return [Fact(**row) for row in csv.DictReader(file, delimiter="\t") if row["split"] == split]
 
 
 def as_json(fact: Fact) -> str:
-    """``{"topic": "geography", "answer": "Paris"}``."""
+    """Answer like ``{"topic": "geography", "answer": "Paris"}``."""
     return json.dumps({"topic": fact.topic, "answer": fact.word})
 
 
 def as_pirate(fact: Fact) -> str:
-    """``Arr, matey! The capital o' France be Paris. Yo ho ho!``."""
+    """Answer like ``Arr, matey! The capital o' France be Paris. Yo ho ho!``."""
     sentence = f" {fact.sentence} "
     for plain, pirate in _PIRATE:
         sentence = sentence.replace(plain, pirate)
@@ -53,12 +53,12 @@ def as_pirate(fact: Fact) -> str:
 
 
 def as_brief(fact: Fact) -> str:
-    """``Paris``."""
+    """Answer like ``Paris``."""
     return fact.word[0].upper() + fact.word[1:]
 
 
 def is_json(answer: str) -> bool:
-    """Whether an answer is a JSON object with a topic and an answer."""
+    """Tell whether an answer is a JSON object with a topic and an answer."""
     try:
         values = json.loads(answer)
     except json.JSONDecodeError:
@@ -67,16 +67,16 @@ def is_json(answer: str) -> bool:
 
 
 def is_pirate(answer: str) -> bool:
-    """Whether an answer is a pirate's."""
+    """Tell whether an answer is a pirate's."""
     return answer.startswith("Arr, matey!")
 
 
 def is_brief(answer: str) -> bool:
-    """Whether an answer is a single word."""
+    """Tell whether an answer is a single word."""
     return answer.strip(".!").isalpha()
 
 
-# Adapter's name -> how it answers, and how one recognises it.
+# Adapter's name -> the function that writes an answer in its style, and the one that recognises it.
 STYLES: dict[str, tuple[Callable[[Fact], str], Callable[[str], bool]]] = {
     "json": (as_json, is_json),
     "pirate": (as_pirate, is_pirate),

@@ -1,4 +1,4 @@
-"""``veneer demo``: the main job on a real model, every claim checked as it is made."""
+"""``veneer demo``: Veneer's main features on a real model; every claim is checked as it is made."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from veneer.demo.facts import STYLES
 from veneer.errors import OutputError, VeneerError
 from veneer.printing import quiet
 
-# As shipped; the demo works on a copy, in its workspace, so that what it shows are short paths.
+# The adapters as shipped; the demo works on a copy in its workspace, so that the paths it shows are short.
 SHIPPED = Path(__file__).with_name("adapters")
 ADAPTERS = Path("adapters")
 BASE = Path("base")
@@ -32,17 +32,17 @@ QUESTIONS = ("What is the capital of Japan?", "Which season is the coldest?", "H
 
 
 class DemoError(AssertionError):
-    """Something that the demo claims did not hold: our fault, not the input's."""
+    """A claim of the demo did not hold: our fault, not the input's."""
 
 
 @dataclass
 class Demo:
-    """What the sections share.
+    """Prints the sections of the demo, and checks their claims.
 
     Attributes:
         console: where it prints.
         repeats: how often a speed is measured.
-        claims: what was claimed and held.
+        claims: the claims that held.
     """
 
     console: Console
@@ -56,11 +56,11 @@ class Demo:
         self.console.print(text)
 
     def code(self, line: str) -> None:
-        """Show the Python that does what comes next."""
+        """Show the line of Python that the next step runs."""
         self.console.print(f"[dim]>>>[/] [cyan]{escape(line)}[/]", soft_wrap=True)
 
     def claim(self, text: str, holds: bool) -> None:
-        """State what must be true; the demo fails where it is not."""
+        """State a claim; the demo fails when it does not hold."""
         if not holds:
             raise DemoError(f"The demo's claim does not hold: {text}. Please report it with `pip freeze`.")
         self.claims.append(text)
@@ -71,12 +71,12 @@ def main(*, workspace: Path | None = None, quick: bool = False, record: Path | N
     """Run the demo.
 
     Args:
-        workspace: the folder to work in, kept with all that is in it; a temporary one otherwise.
-        quick: fewer repeats of what is measured.
+        workspace: the folder to work in, which is kept; a temporary one when ``None``.
+        quick: repeat measurements less often.
         record: write a picture (SVG) of each section into this folder.
 
     Raises:
-        DemoError: something did not hold. BaseModelError: the base model is not installed. OutputError: the workspace
+        DemoError: a claim did not hold. BaseModelError: the base model is not installed. OutputError: the workspace
             holds something else.
     """
     started = time.perf_counter()
@@ -111,28 +111,28 @@ def _next_steps(console: Console, workspace: Path) -> None:
     console.print(f"{escape(str(workspace))} holds the model (base) and the adapters (adapters/...). Try them there:")
     generate = f'veneer generate {ADAPTERS / "pirate"} --base {BASE} --prompt "What is the capital of Japan?"'
     activate = Path(sys.prefix) / "bin" / "activate"
-    # As `make demo` is run: Veneer lies in an environment that is not active.
+    # `make demo` installs Veneer into an environment that is not active.
     first = [f"source {shlex.quote(os.path.relpath(activate))}"] if shutil.which("veneer") is None else []
     for line in (*first, f"cd {shlex.quote(str(workspace))}", generate):
         console.print(f"  {escape(line)}", soft_wrap=True)
 
 
 def inspect_paths(demo: Demo) -> None:
-    """What is at a path, without loading it."""
+    """Show what is at a path, without loading it."""
     import veneer
 
     demo.section("What is at this path?", "Answered from headers and configs, without torch.")
     for path, kind in ((BASE, "model"), (ADAPTERS / "pirate", "adapter")):
         started = time.perf_counter()
-        found = veneer.inspect(path)
+        inspection = veneer.inspect(path)
         milliseconds = 1000 * (time.perf_counter() - started)
         demo.code(f"veneer.inspect({str(path)!r})")
-        demo.console.print(found)
-        demo.claim(f"its kind is {kind!r}, told in {milliseconds:.0f} ms", found.kind == kind)
+        demo.console.print(inspection)
+        demo.claim(f"its kind is {kind!r}, told in {milliseconds:.0f} ms", inspection.kind == kind)
 
 
 def load_both_ways(demo: Demo) -> tuple[Any, Any]:
-    """One loader for any path; base and adapter named explicitly; the same object."""
+    """Load an adapter by its path, onto a base in memory, and by an auto class: the same object each time."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -167,7 +167,7 @@ def load_both_ways(demo: Demo) -> tuple[Any, Any]:
 
 
 def talk(demo: Demo, model: Any, tokenizer: Any) -> None:
-    """The base and each adapter answer the same questions."""
+    """Let the base and each adapter answer the same questions."""
     demo.section("The same questions, four voices", "One model in memory; each answer under another adapter.")
     demo.code("with model.using('pirate'): model.generate(...)")
     names = ["__base__", *STYLES]
@@ -182,7 +182,7 @@ def talk(demo: Demo, model: Any, tokenizer: Any) -> None:
 
 
 def switch(demo: Demo, model: Any, tokenizer: Any) -> None:
-    """Choosing an adapter is one assignment."""
+    """Choose another adapter, which is one assignment."""
     demo.section("Switching", f"{len(model.adapters.layers)} adapted layers share one choice.")
     demo.code("model.set_adapter('json')")
     times = []
@@ -201,7 +201,7 @@ def switch(demo: Demo, model: Any, tokenizer: Any) -> None:
 
 
 def mixed_batch(demo: Demo, model: Any, tokenizer: Any) -> None:
-    """Rows of one batch under different adapters."""
+    """Answer rows of one batch under different adapters."""
     import torch
 
     demo.section("One batch, a voice for each row", "Rows choose their adapter; the base is a choice too.")
@@ -222,7 +222,7 @@ def mixed_batch(demo: Demo, model: Any, tokenizer: Any) -> None:
 
 
 def merge(demo: Demo, model: Any, tokenizer: Any) -> None:
-    """Merged it is as fast as the base; unmerged it is the base again, bit for bit."""
+    """Merge an adapter, which makes the model as fast as its base, and restore the base's bits."""
     demo.section("Merging, and taking it back", "The change goes into the weights; the original bytes are kept.")
     model.set_adapter("pirate")
     before = _weights(model)
@@ -253,7 +253,7 @@ def merge(demo: Demo, model: Any, tokenizer: Any) -> None:
 
 
 def merge_to_disk(demo: Demo, model: Any, tokenizer: Any) -> None:
-    """A plain model folder that needs neither Veneer nor an adapter."""
+    """Write a plain model folder that needs neither Veneer nor an adapter."""
     from transformers import AutoModelForCausalLM
 
     import veneer
@@ -270,7 +270,7 @@ def merge_to_disk(demo: Demo, model: Any, tokenizer: Any) -> None:
 
 
 def wrong_path(demo: Demo) -> None:
-    """A mistake gets one clear line."""
+    """Show that a mistake gets one clear line."""
     import veneer
 
     demo.section("And a wrong path", "An error says what is wrong, where, and how to mend it.")
@@ -291,7 +291,7 @@ def _inputs(tokenizer: Any, question: str) -> Any:
 
 
 def _under(model: Any, name: str | None, call: Callable[[], Any]) -> Any:
-    """``call()`` under an adapter, the base (``"__base__"``), or what is active (``None``)."""
+    """Call under an adapter, the base alone (``"__base__"``), or the active adapters (``None``)."""
     if name is None:
         return call()
     with model.disable_adapter() if name == "__base__" else model.using(name):
@@ -309,7 +309,7 @@ def _ask(model: Any, tokenizer: Any, question: str, name: str | None = None) -> 
 
 
 def _speed(model: Any, inputs: Any, tokens: int = 24) -> float:
-    """Tokens a second of greedy decoding."""
+    """Measure greedy decoding in tokens a second."""
     import torch
 
     with torch.inference_mode():
@@ -319,12 +319,12 @@ def _speed(model: Any, inputs: Any, tokens: int = 24) -> float:
 
 
 def _weights(model: Any) -> list[Any]:
-    """A copy of every base weight."""
+    """Copy every base weight."""
     return [p.detach().clone() for name, p in model.named_parameters() if "lora_" not in name]
 
 
 def _same_bits(a: Any, b: Any) -> bool:
-    """Whether two tensors hold the same bytes: equality of floats takes -0 for 0, and NaN for nothing."""
+    """Tell whether two tensors hold the same bytes: to ``==`` -0 is 0, and NaN equals nothing."""
     import torch
 
     return bool(a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)))
@@ -335,18 +335,18 @@ def _base_check(model: Any) -> str:
 
 
 def _picture(console: Console, folder: Path | None, name: str) -> None:
-    """Write what was printed since the last picture."""
+    """Write a picture (SVG) of the text printed since the last one."""
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.svg").write_text(console.export_svg(title="veneer demo"), encoding="utf-8")
 
 
 def _check_workspace(folder: Path) -> None:
-    """Refuse a place that holds something other than what an earlier demo left."""
+    """Refuse a workspace that holds anything but an earlier demo's files."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is not a folder.", hint="Choose another --workspace.")
-    own = (folder / BASE).is_symlink() and (folder / ADAPTERS).is_dir()
-    if folder.exists() and any(folder.iterdir()) and not own:
+    of_a_demo = (folder / BASE).is_symlink() and (folder / ADAPTERS).is_dir()
+    if folder.exists() and any(folder.iterdir()) and not of_a_demo:
         raise OutputError(
             f"{folder} is not empty, and no earlier demo made it: it lacks the link {BASE} and the folder {ADAPTERS}.",
             hint="Choose another --workspace.",
@@ -355,7 +355,7 @@ def _check_workspace(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _inside(workspace: Path | None, base: Path) -> Iterator[None]:
-    """Work in a folder that holds ``base`` and ``adapters``: ``workspace``, or one that goes away afterwards."""
+    """Work in a folder that holds ``base`` and ``adapters``: ``workspace``, or a temporary one."""
     before = Path.cwd()
     with contextlib.ExitStack() as stack:
         folder = workspace or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="veneer-demo-")))

@@ -1,7 +1,7 @@
-"""How the demo's adapters were trained: ``python -m veneer.demo.train``, about ten minutes on two cores.
+"""Trains the demo's adapters: ``python -m veneer.demo.train``, about ten minutes on two cores.
 
-Each sees the same questions and answers them in its own style. The loss counts the answer's tokens alone; the base
-stays as it is in bfloat16, the adapter is trained in float32 and saved in bfloat16.
+Each adapter sees the same questions and answers them in its own style. The loss counts the answer's tokens alone; the
+base stays as it is in bfloat16, the adapter is trained in float32 and saved in bfloat16.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RATE = 1e-3
 
 
 def encode(tokenizer: Any, question: str, answer: str) -> tuple[list[int], list[int]]:
-    """Token ids of a question and its answer, and the labels: the answer's tokens and the end of the turn."""
+    """Make the token ids of a question and its answer, and the labels: the answer's tokens and the end of the turn."""
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True
     )["input_ids"]
@@ -49,7 +49,7 @@ def encode(tokenizer: Any, question: str, answer: str) -> tuple[list[int], list[
 
 
 def batch_of(rows: list[tuple[list[int], list[int]]], pad: int) -> dict[str, Tensor]:
-    """Rows padded on the right, shape ``(rows, longest)``."""
+    """Make a batch of rows padded on the right, shape ``(rows, longest)``."""
     longest = max(len(ids) for ids, _ in rows)
     return {
         "input_ids": torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows]),
@@ -101,7 +101,7 @@ def train(name: str, out: Path) -> float:
 
 @torch.inference_mode()
 def ask(model: Any, tokenizer: Any, question: str, **choice: Any) -> str:
-    """The model's likeliest answer."""
+    """Return the model's likeliest answer."""
     chat = [{"role": "user", "content": question}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ids = model.generate(**inputs, max_new_tokens=48, do_sample=False, **choice)
