@@ -202,6 +202,17 @@ def test_moved_prefixes_of_a_vision_language_model(full_names: bool, tmp_path: P
     assert not veneer.PeftModel.from_pretrained(seeing(), tmp_path / "new").load_report.warnings
 
 
+def test_an_adapter_of_the_text_model_fits_the_vision_language_model(tmp_path: Path) -> None:
+    """Of these names transformers publishes no rule: they are those of another model class."""
+    names = [f"model.layers.{index}.self_attn.q_proj" for index in range(2)]
+    by_hand, old = seeing(), Old(target_modules=names)
+    for name, layer in zip(names, by_hand.model.language_model.layers, strict=True):
+        layer.self_attn.q_proj.weight.data += old.add(name, 32, 32)
+    model = veneer.PeftModel.from_pretrained(seeing(), old.save(tmp_path))
+    assert gap(logits(model, inputs("llama")), logits(by_hand, inputs("llama"))) < CLOSE
+    assert any("model -> model.language_model" in w for w in model.load_report.warnings)
+
+
 @pytest.mark.parametrize("name", ["bert.layers.0.self_attn.q_proj", "model.layers.7.self_attn.q_proj", "model.q_proj"])
 def test_what_only_looks_alike_is_not_taken(name: str, tmp_path: Path) -> None:
     old = Old(target_modules=["q_proj"])

@@ -210,7 +210,11 @@ def _moved(unknown: Iterable[str], taken: set[str], catalog: Catalog) -> dict[st
 
 
 def _prefix_moved(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that differs from ``name`` only in leading words that are known to move."""
+    """Return the candidate that differs from ``name`` only in leading words that are known to move.
+
+    transformers publishes no rule for the names of a text model inside a vision-language model, nor for those that many
+    vision-language models had in its version 4: its rules are for the weights on the hub.
+    """
     fitting: dict[str, tuple[int, int]] = {}
     for new in candidates:
         tail = _common_tail(name, new)
