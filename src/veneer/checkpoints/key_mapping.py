@@ -7,17 +7,17 @@ from collections import Counter
 from collections.abc import Mapping
 
 from veneer.checkpoints.checkpoint import Checkpoint
-from veneer.checkpoints.older_layouts import Remapped
+from veneer.checkpoints.renamed_checkpoint import RenamedCheckpoint
 from veneer.configs import patterns
 from veneer.errors import ConfigError
 from veneer.files.tensor_keys import PREFIX, SHARED_PREFIX
 
 
 def with_keys(checkpoint: Checkpoint, mapping: Mapping[str, str]) -> Checkpoint:
-    """``checkpoint`` under other keys.
+    """Put a checkpoint under the keys that a caller's regular expressions make of its own.
 
     Args:
-        checkpoint: what is to be loaded.
+        checkpoint: the checkpoint that is loaded.
         mapping: regular expression -> what takes the place of what it finds in a key without its prefix; the first
             that finds something counts.
 
@@ -26,18 +26,12 @@ def with_keys(checkpoint: Checkpoint, mapping: Mapping[str, str]) -> Checkpoint:
     """
     for pattern in mapping:
         patterns.check("key_mapping", pattern, patterns.PART)
-    renamed = {_renamed(key, mapping): key for key in checkpoint.tensors}
-    if len(renamed) < len(checkpoint.tensors):
+    keys = {_renamed(key, mapping): key for key in checkpoint.tensors}
+    if len(keys) < len(checkpoint.tensors):
         twice = Counter(_renamed(key, mapping) for key in checkpoint.tensors).most_common(1)[0][0]
         raise ConfigError(f"key_mapping gives {twice} to several tensors.", hint="Let each keep a key of its own.")
-    notes = checkpoint.notes
-    if all(new == old for new, old in renamed.items()):
-        notes = (*notes, "key_mapping fits none of the checkpoint's keys.")
-    tensors = {new: checkpoint.tensors[old] for new, old in renamed.items()}
-    return Remapped(
-        checkpoint.origin, checkpoint.config, tensors, checkpoint.metadata, (), notes=notes, old=checkpoint,
-        renamed=renamed,
-    )  # fmt: skip
+    fits = any(new != old for new, old in keys.items())
+    return RenamedCheckpoint.of(checkpoint, keys, () if fits else ["key_mapping fits none of the checkpoint's keys."])
 
 
 def _renamed(key: str, mapping: Mapping[str, str]) -> str:

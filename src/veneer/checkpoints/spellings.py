@@ -7,11 +7,12 @@ score.weight, and "modules_to_save": null   PEFT up to 0.10 saved a task's head 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from veneer.checkpoints.checkpoint import Checkpoint
+from veneer.checkpoints.renamed_checkpoint import RenamedCheckpoint
 from veneer.configs.base import PeftConfig, PromptConfig, TargetedConfig
 from veneer.configs.methods.lora import LoraConfig
 from veneer.configs.names import HEADS
@@ -20,30 +21,10 @@ from veneer.methods.base.abilities import specialised
 from veneer.methods.shared.token_rows import TOKENS
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 
 _SAVED = ".modules_to_save."
-
-
-@dataclass(frozen=True)
-class Respelt(Checkpoint):
-    """A checkpoint under other keys.
-
-    Attributes:
-        old: the checkpoint as it lies on disk.
-        renamed: key here -> key there.
-    """
-
-    old: Checkpoint | None = None
-    renamed: Mapping[str, str] = field(default_factory=dict)
-
-    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """Key -> tensor."""
-        assert self.old is not None
-        own = {key: self.renamed.get(key, key) for key in keys}
-        tensors = self.old.read(own.values())
-        return {key: tensors[there] for key, there in own.items()}
 
 
 def as_peft_writes(checkpoint: Checkpoint) -> Checkpoint:
@@ -72,16 +53,7 @@ def _without_name(checkpoint: Checkpoint, leaves: Mapping[str, str]) -> Checkpoi
         return checkpoint
     new = {key: found[key][0] if key in found else key for key in checkpoint.tensors}
     note = f"The keys of {len(found)} tensors have the adapter's name in them ({min(names)}): it is left out."
-    return Respelt(
-        checkpoint.origin,
-        checkpoint.config,
-        {new[key]: info for key, info in checkpoint.tensors.items()},
-        checkpoint.metadata,
-        (),
-        notes=(*checkpoint.notes, note),
-        old=checkpoint,
-        renamed={there: key for key, there in new.items() if there != key},
-    )
+    return RenamedCheckpoint.of(checkpoint, {new[key]: key for key in checkpoint.tensors}, [note])
 
 
 def _parts(key: str, leaves: Mapping[str, str]) -> tuple[str, str] | None:
