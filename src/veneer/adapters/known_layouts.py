@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from veneer.patches.row_layout import Layout
+from veneer.patches.selection import Selection
 
 
 class Asked(NamedTuple):
-    """What a call wants of its adapters' layers.
+    """What a call asks of its adapters' layers.
 
     Attributes:
         names: the adapters.
@@ -22,6 +23,11 @@ class Asked(NamedTuple):
     mixed: bool
     by_row: bool
     tasks: bool
+
+    @classmethod
+    def of(cls, selection: Selection) -> Asked:
+        """Return what a call with this selection asks of all its adapters' layers."""
+        return cls(selection.applied, selection.is_mixed, selection.rows is not None, selection.task_ids is not None)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from veneer.adapters import layout_probe
-from veneer.adapters.call import Call as ModelCall
+from veneer.adapters.call import Call
 from veneer.adapters.known_layouts import Asked, Readiness
 from veneer.base_model.media_rows import (
     TEXT_SPANS,
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
     from veneer.layers.module_copies import ModuleCopies
 
 
-Call = Mapping[str, Tensor]
+CallTensors = Mapping[str, Tensor]
 
 
-class Check:
-    """A look at what a call needs of the layers, before it begins.
+class RowCheck:
+    """Checks, before a call begins, that its layers see the rows as it needs.
 
     Args:
         adapters: of the model; what is learnt stays in its ``layouts``.
@@ -60,9 +60,7 @@ class Check:
             AdapterError: it names more or fewer rows than there are, or needs a layer that does not see the rows in
                 a known order.
         """
-        asked = self._asked(
-            selection.applied, selection.is_mixed, selection.rows is not None, selection.task_ids is not None
-        )
+        asked = self._by_place(Asked.of(selection))
         model = self.adapters.model
         call = call_of(model, taken_names(model), args, kwargs)
         rows = rows_of(model, call)
@@ -76,19 +74,19 @@ class Check:
             return selection
         return replace(selection, shares=shares_of(model, call, rows))
 
-    def without_values(self, applied: tuple[str, ...], mixed: bool, by_row: bool, tasks: bool) -> None:
-        """The same for code that is being compiled, where tensors have no values."""
-        asked = self._asked(applied, mixed, by_row, tasks)
-        if self._sees_images(asked, {}, None):
+    def check_compiled(self, asked: Asked) -> None:
+        """Do the same for code that is being compiled, where tensors have no values."""
+        if self._sees_images(self._by_place(asked), {}, None):
             raise AdapterError(
                 "Compiled code does not follow images to the rows of their adapters.",
                 hint="Call the model that is not compiled.",
             )
 
-    def _asked(self, applied: tuple[str, ...], mixed: bool, by_row: bool, tasks: bool) -> Asked:
-        """Of the adapters of a call those whose layers have to know the rows."""
-        names = applied if mixed else tuple(name for name in applied if self._is_by_place(name, tasks))
-        return Asked(names, mixed, by_row, tasks)
+    def _by_place(self, asked: Asked) -> Asked:
+        """Return what a call asks of those adapters whose layers have to know the rows."""
+        if asked.mixed:
+            return asked
+        return asked._replace(names=tuple(name for name in asked.names if self._is_by_place(name, asked.tasks)))
 
     def _is_by_place(self, name: str, tasks: bool) -> bool:
         """Whether an adapter asks of each entry which row or token it is, also where all rows use it."""
@@ -96,12 +94,12 @@ class Check:
         invoked = bool(getattr(config, "alora_invocation_tokens", None))
         return invoked or config.peft_type == PeftType.XLORA or (tasks and config.peft_type == PeftType.POLY)
 
-    def _sees_images(self, asked: Asked, call: Call, rows: int | None) -> bool:
+    def _sees_images(self, asked: Asked, call: CallTensors, rows: int | None) -> bool:
         """Whether a layer of the call sees images, after learning what the call can tell of its layers."""
         found = [self._checked(asked._replace(names=(name,)), call, rows) for name in asked.names]
         return any(ready.images for ready in found)
 
-    def _checked(self, asked: Asked, call: Call, rows: int | None) -> Readiness:
+    def _checked(self, asked: Asked, call: CallTensors, rows: int | None) -> Readiness:
         """What is known for a call, after learning what it can tell."""
         ready, media = self.layouts.ready.get(asked), frozenset(media_of(call))
         if ready is None or (ready.unreached and not media <= ready.media):
@@ -135,7 +133,7 @@ class Check:
 
     # -- learning ------------------------------------------------------------------------------------------
 
-    def _learn(self, wanted: list[str], call: Call, rows: int | None) -> None:
+    def _learn(self, wanted: list[str], call: CallTensors, rows: int | None) -> None:
         error: Exception | None = None
         if any(name not in self.layouts.known and name not in self.layouts.attempted for name in wanted):
             error = self._learn_from_text()
@@ -149,7 +147,7 @@ class Check:
         """Run the base on random tokens; the error where it does not take them."""
         model, modules = self.adapters.model, self._modules()
         try:
-            with ModelCall(self.adapters, NOTHING):  # nobody merges meanwhile
+            with Call(self.adapters, NOTHING):  # nobody merges meanwhile
                 seen = layout_probe.observed(model, modules, layout_probe.text_calls(model))
         except Exception as error:
             return error
@@ -158,7 +156,9 @@ class Check:
         self.layouts.attempted |= modules.keys() - self.layouts.known.keys()
         return None
 
-    def _learn_from_call(self, missing: list[str], call: Call, rows: int | None, error: Exception | None) -> None:
+    def _learn_from_call(
+        self, missing: list[str], call: CallTensors, rows: int | None, error: Exception | None
+    ) -> None:
         """Run the base on a call's own input."""
         model = self.adapters.model
         if rows is None or not call:
@@ -173,7 +173,7 @@ class Check:
         modules = {name: module for name, module in self._modules().items() if name in missing}
         calls = layout_probe.own_calls(model, dict(call), [*images.values(), *text.values()])
         try:
-            with ModelCall(self.adapters, NOTHING):  # nobody merges meanwhile
+            with Call(self.adapters, NOTHING):  # nobody merges meanwhile
                 seen = layout_probe.observed(model, modules, calls)
         except VeneerError:
             raise
@@ -212,7 +212,7 @@ class Check:
         yield from self.adapters.module_copies.items()
 
 
-def _check_count(selection: Selection, rows: int | None, call: Call) -> None:
+def _check_count(selection: Selection, rows: int | None, call: CallTensors) -> None:
     names, (given, what) = len(selection.rows or ()), ("names", "rows")
     if selection.by_token:
         ids = call.get("input_ids")

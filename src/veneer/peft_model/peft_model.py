@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.call import call
+from veneer.adapters.known_layouts import Asked
 from veneer.adapters.merge import in_memory
-from veneer.adapters.row_layouts import Check
+from veneer.adapters.row_layouts import RowCheck
 from veneer.adapters.saved_embeddings import SaveEnds
 from veneer.adapters.training_step import allocate, with_penalty
 from veneer.configs.base import PeftConfig
@@ -155,14 +156,12 @@ class PeftModel(XLoraMethods, BatchingMethods, AdaptedModel):
             AdapterError: they do not give it.
         """
         if not torch.compiler.is_compiling():
-            return Check(self.adapters).checked(selection, args, kwargs)
-        self._checked_once(
-            selection.applied, selection.is_mixed, selection.rows is not None, selection.task_ids is not None
-        )
+            return RowCheck(self.adapters).checked(selection, args, kwargs)
+        self._checked_once(*Asked.of(selection))
         return selection
 
     def _checked_once(self, *asked: Any) -> bool:
-        Check(self.adapters).without_values(*asked)
+        RowCheck(self.adapters).check_compiled(Asked(*asked))
         return True
 
     # What torch.compiler.assume_constant_result does, which would import the compiler first.
