@@ -259,7 +259,7 @@ def test_a_merge_that_fails_late_leaves_nothing(
 
     old = shutil.copytree(made / "base", tmp_path / "old")
     before = {path.name: path.read_bytes() for path in old.iterdir()}
-    monkeypatch.setattr("veneer.merging.output.write_folder.bring_along", fail)
+    monkeypatch.setattr("veneer.merging.output.write_folder.copy_companions", fail)
     for out, options in (("out", []), ("old", ["--overwrite"])):
         assert "disk full" in refused(run("merge", made / "adapter", "--out", tmp_path / out, *options))
     assert [path.name for path in tmp_path.iterdir()] == ["old"]

@@ -124,14 +124,14 @@ class CompareSink:
         wanted = data.detach().reshape(-1).view(torch.uint8)
         place = self.files.places.get(name)
         fits = place is not None and start + len(wanted) <= place.info.nbytes
-        if not fits or not torch.equal(self.files.bytes(name, start, len(wanted)), wanted):
+        if not fits or not torch.equal(self.files.tensor_bytes(name, start, len(wanted)), wanted):
             with self._lock:
                 self.different.add(name)
 
     def copy(self, names: Sequence[str], files: WeightFiles, file: str, start: int, count: int) -> None:
         """Compare a range of tensors, one by one."""
         for name in names:
-            self.put(name, 0, files.bytes(name, 0, files.places[name].info.nbytes))
+            self.put(name, 0, files.tensor_bytes(name, 0, files.places[name].info.nbytes))
 
 
 @takes()

@@ -1,7 +1,7 @@
-"""What lies beside a checkpoint's weights and comes along with a merge: config, tokenizer, chat templates, licence.
+"""Copies a checkpoint's companion files into a merge: config, tokenizer, chat templates, licence.
 
-Two things do not: a link that leads out of its folder, for whoever made the folder may not know what it shows here, and
-an adapter's code, which would run in the place of the code that the user of the base trusts.
+Two kinds are left out: a link out of its folder, whose maker may not know the file that it leads to here, and an
+adapter's code, which would run in the place of the code that the user of the base trusts.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from veneer.files.weight_files import weight_files
 
 MANIFEST = "merge_manifest.json"
 TEMPLATES = "additional_chat_templates"
-# Written for the output, or about something else than the output.
-_OWN = (".gitattributes", "README.md", "trainer_state.json", SET_FILE, MANIFEST)
+# The merge writes these itself, or they are about something else than its output.
+_NOT_COPIED = (".gitattributes", "README.md", "trainer_state.json", SET_FILE, MANIFEST)
 _WEIGHTS = (
     ".safetensors",
     ".safetensors.index.json",
@@ -39,41 +39,41 @@ _WEIGHTS = (
     ".ot",
 )
 _CODE = (".py", ".pyc", ".pyd", ".so")
-# Where transformers looks for the code of a tokenizer or a processor, under "auto_map".
+# Here transformers looks for the code of a tokenizer or a processor, under "auto_map".
 _NAMES_CODE = (
     "tokenizer_config.json",
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
 )
-# A blob of the hub's cache is named by its digest, which nobody can guess: a link to one comes from a download.
+# A blob of the hub's cache is named by its digest, which nobody can guess: only a download makes a link to one.
 _BLOB = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
 
-def beside(root: Path) -> dict[str, Path]:
-    """The files of a folder that belong to its model and are no weights: name -> path, the config among them.
+def companions_of(root: Path) -> dict[str, Path]:
+    """List the files of a folder that belong to its model and are no weights: name -> path, the config among them.
 
     Raises:
         SourceError: one of them is no regular file, or a link that leads out of the folder.
     """
     names = sorted(path.name for path in root.iterdir() if not path.is_dir())
-    found = {name: root / name for name in names if _belongs(name)}
+    files = {name: root / name for name in names if _belongs(name)}
     folder = root / TEMPLATES
     if folder.is_dir():
-        found |= {f"{TEMPLATES}/{path.name}": path for path in sorted(folder.glob("*.jinja"))}
-    check_inside(root, found.values())
-    return found
+        files |= {f"{TEMPLATES}/{path.name}": path for path in sorted(folder.glob("*.jinja"))}
+    check_inside(root, files.values())
+    return files
 
 
 def _belongs(name: str) -> bool:
-    return not name.endswith(_WEIGHTS) and not name.startswith(("adapter_", ".")) and name not in _OWN
+    return not name.endswith(_WEIGHTS) and not name.startswith(("adapter_", ".")) and name not in _NOT_COPIED
 
 
 def files_of_adapter(source: Source) -> dict[str, Path]:
-    """An adapter's own files: name -> path.
+    """List an adapter's config and weight files: name -> path.
 
     Raises:
-        SourceError: as :func:`beside` raises it.
+        SourceError: as :func:`companions_of` raises it.
     """
     paths = {path for path in source.root.glob("adapter_*") if path.is_file()}
     paths |= set(weight_files(source, ADAPTER_STEM))
@@ -100,39 +100,39 @@ def check_inside(root: Path, paths: Iterable[Path]) -> None:
 
 
 def _is_blob(real: Path, home: Path) -> bool:
-    """Whether a file is the hub's cache's, of the snapshot that ``home`` lies in or by the name of its digest."""
+    """Tell whether a file is a blob of the hub's cache, of ``home``'s own repository or named by its digest."""
     repository = next((place.parent for place in home.parents if place.name == "snapshots"), None)
     of_hub = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
-    own = repository is not None and real.parent == repository / "blobs"
-    return own or (of_hub and _BLOB.fullmatch(real.name) is not None)
+    of_repository = repository is not None and real.parent == repository / "blobs"
+    return of_repository or (of_hub and _BLOB.fullmatch(real.name) is not None)
 
 
-def bring_along(base: Path, adapters: Iterable[Path], folder: Path) -> list[str]:
-    """Copy what lies beside the weights into ``folder``: the base's, then the adapters', which take its place.
+def copy_companions(base: Path, adapters: Iterable[Path], folder: Path) -> list[str]:
+    """Copy companion files into ``folder``: the base's, then the adapters', which take their place.
 
     Args:
         base: the base's folder. Its config is left to the caller.
-        adapters: the adapters' folders; the last has the last word.
-        folder: where to.
+        adapters: the adapters' folders; a later one's files replace an earlier one's.
+        folder: the target.
 
     Returns:
-        What a user should know.
+        Warnings for the user.
     """
-    told: list[str] = []
-    own = beside(base)
-    for name, path in own.items():
+    warnings: list[str] = []
+    base_files = companions_of(base)
+    for name, path in base_files.items():
         if name != MODEL_CONFIG:
             _copy(path, folder / name)
     for root in adapters:
-        for name, path in beside(root).items():
+        for name, path in companions_of(root).items():
             if name.lower().endswith(_CODE):
-                if name in own and path.read_bytes() != own[name].read_bytes():
-                    told.append(f"{path} is not the base's {name}; the base's stays.")
+                if name in base_files and path.read_bytes() != base_files[name].read_bytes():
+                    warnings.append(f"{path} is not the base's {name}; the base's stays.")
             elif name in _NAMES_CODE:
-                _copy_without_code(path, own.get(name), folder / name)
+                _copy_without_code(path, base_files.get(name), folder / name)
             elif name != MODEL_CONFIG:
                 _copy(path, folder / name)
-    return told
+    return warnings
 
 
 def _copy(path: Path, target: Path) -> None:
@@ -141,12 +141,12 @@ def _copy(path: Path, target: Path) -> None:
 
 
 def _copy_without_code(path: Path, base: Path | None, target: Path) -> None:
-    """Copy an adapter's file; the code that it names is the base's, if the base's names any."""
+    """Copy an adapter's file, but let it name the base's code instead of its own, if the base's file names any."""
     values = read_json(path)
-    known = None if base is None else read_json(base).get("auto_map")
-    if values.get("auto_map") == known or "auto_map" not in values:
+    base_code = None if base is None else read_json(base).get("auto_map")
+    if values.get("auto_map") == base_code or "auto_map" not in values:
         _copy(path, target)
         return
     del values["auto_map"]
-    values |= {} if known is None else {"auto_map": known}
+    values |= {} if base_code is None else {"auto_map": base_code}
     target.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

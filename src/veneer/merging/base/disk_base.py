@@ -1,7 +1,6 @@
-"""The base of a merge from disk to disk: its model without weights, and how each parameter is stored.
+"""Reads the base of a merge from disk to disk: its model without weights, and how each parameter is stored.
 
-Only headers are read. What the adapters ask of the base is done to the model: blocks that they repeat, a vocabulary
-that they resized.
+Only headers are read. The model has what the adapters ask of the base: repeated blocks, a resized vocabulary.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from veneer.merging.base.weight_files import FLOATS, WeightFiles
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A stored tensor's values, dequantised where it is quantised.
+    """Reads a stored tensor's values, dequantised where it is quantised.
 
     Attributes:
         files: the base's.
@@ -83,7 +82,7 @@ class DiskBase:
         stored: where its parameters lie.
         packed: quantised tensor -> how it is quantised.
         lengths: stored tensor -> its first size in the output, where the vocabulary was resized.
-        notes: what a user should know.
+        notes: warnings for the user.
 
     Raises:
         BaseModelError: the base has no tensor of its own model class. MergeError, UnsupportedError: it cannot be merged
@@ -118,7 +117,7 @@ class DiskBase:
         if repeated is None:
             return
         self.file_size = repeated.file_size(self.files)
-        self.files = repeated.seen_in(self.files)
+        self.files = repeated.view(self.files)
         self.config.update(repeated.config)
         self.build = partial(self.build, **repeated.config)
         self.notes.append(
@@ -135,7 +134,7 @@ class DiskBase:
         shapes = {name: place.info.shape for name, place in self.files.places.items() if name not in self.parts}
         shapes |= {name: packed.shape for name, packed in self.packed.items()}
         stored = stored_names(model, shapes, shapes)
-        if not stored.direct and not stored.made:
+        if not stored.direct and not stored.converted:
             raise BaseModelError(
                 f"No tensor of {self.source.origin} belongs to its own model class, {type(model).__name__}.",
                 hint="Check that config and weights are from the same model.",
@@ -162,7 +161,7 @@ class DiskBase:
         return DTYPES[counts.most_common(1)[0][0]] if counts.total() else torch.bfloat16
 
     def tensor(self, name: str) -> StoredTensor:
-        """Return a stored tensor, nothing of which is read yet."""
+        """Return a stored tensor, of which nothing is read yet."""
         return StoredTensor(self.files, name, self.packed.get(name), self.lengths.get(name))
 
     @property

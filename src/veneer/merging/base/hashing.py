@@ -1,4 +1,4 @@
-"""SHA-256 of files, in threads beside what else is done. No torch: it begins while torch is imported."""
+"""Computes the SHA-256 of files in background threads. No torch: it begins while torch is imported."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 from veneer.adapters.merge.cores import cores
 from veneer.errors import MergeError, SourceError
 
-# What is read at a time while other threads compute: large, for each return from a read waits for its turn in Python.
+# Bytes read at a time while other threads compute: many, for each return from a read waits for its turn in Python.
 _BLOCK = 1 << 24
-# Each takes a block of memory, and four of them 6 GB a second, which few disks give.
+# Each thread takes a block of memory, and four hash 6 GB a second, which few disks give.
 _MOST_THREADS = 4
 
 # Of a file: its size, time of change in nanoseconds, and inode.
@@ -22,13 +22,13 @@ Stamp = tuple[int, int, int]
 
 
 def stamp_of(path: Path) -> Stamp:
-    """What changes when a file is written to, or replaced."""
+    """Return a file's stamp, which changes when the file is written to or replaced."""
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 def stamps_of(paths: Iterable[Path]) -> dict[Path, Stamp]:
-    """Each file, and what it is now; ``SourceError`` where one cannot be looked at."""
+    """Return the stamps of files; raise ``SourceError`` where one cannot be read."""
     try:
         return {path: stamp_of(path) for path in paths}
     except OSError as error:
@@ -38,7 +38,7 @@ def stamps_of(paths: Iterable[Path]) -> dict[Path, Stamp]:
 
 
 def check_unchanged(before: Mapping[Path, Stamp]) -> None:
-    """Raise ``MergeError`` when a file is no longer what it was."""
+    """Raise ``MergeError`` when a file no longer has the stamp that it had before."""
     for path, stamp in before.items():
         try:
             changed = stamp_of(path) != stamp
@@ -52,7 +52,7 @@ def check_unchanged(before: Mapping[Path, Stamp]) -> None:
 
 
 def sha256_of(path: Path, given_up: Callable[[], bool] = lambda: False) -> str:
-    """The SHA-256 of a file; ``CancelledError`` when ``given_up`` says so on the way."""
+    """Compute the SHA-256 of a file; raise ``CancelledError`` when ``given_up`` becomes true on the way."""
     digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):
@@ -66,7 +66,7 @@ class Hashing:
     """Hashes files in the background, on all cores but one.
 
     Args:
-        likely: files that will probably be asked for; those that are gone are left out.
+        likely: files that will probably be needed; those that are gone are left out.
     """
 
     def __init__(self, likely: Iterable[Path] = ()) -> None:
@@ -82,11 +82,11 @@ class Hashing:
         self._begun[path] = stamp, self._pool.submit(sha256_of, path, self._closed.is_set)
 
     def expect(self, paths: Mapping[str, Path], stamps: Mapping[str, Stamp]) -> None:
-        """Say which files are meant: one that has not begun, or began as another than its stamp says, begins now.
+        """Name the files that are needed, and begin those that have not begun or had another stamp then.
 
         Args:
             paths: name -> file.
-            stamps: name -> what the file was when it was opened.
+            stamps: name -> the file's stamp when it was opened.
         """
         self._expected = dict(paths)
         for name, path in paths.items():
@@ -94,10 +94,10 @@ class Hashing:
                 self._begin(path, stamps[name])
 
     def result(self) -> dict[str, str]:
-        """Name -> SHA-256 of what is expected; waits for the last."""
+        """Wait for the files that are needed, and return the SHA-256 of each by name."""
         return {name: self._begun[path][1].result() for name, path in self._expected.items()}
 
     def close(self) -> None:
-        """Drop what is not finished."""
+        """Cancel what is not finished."""
         self._closed.set()
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""The families of models that have exactly one form: the shape of each parameter, by sizes that a config names.
+"""A table of the model families that have exactly one form: each parameter's shape, by sizes that a config names.
 
 model.embed_tokens   model.layers.N.input_layernorm             model.norm   lm_head (or the embedding's weight)
 .self_attn.{q,k,v,o}_proj

@@ -1,7 +1,7 @@
-"""A base's skeleton from its headers and its config alone, for the families that have exactly one form.
+"""Builds a base's skeleton from its headers and config alone, for the families that have exactly one form.
 
-What is not exactly of a known family (another method or task, a tensor too many, a shape that the config does not say)
-is left to transformers.
+Every other base is built by transformers: one of another family, method or task, with a tensor too many, or with a
+shape that the config does not say.
 """
 
 # 3.7 s of imports of transformers' model classes are saved: benchmarks/notes.md, The merge from disk to disk.
@@ -34,16 +34,16 @@ class _Config(SimpleNamespace):
 
 class _Linear(nn.Linear):
     def reset_parameters(self) -> None:
-        """Nothing to fill; on the meta device that would import torch's compiler."""
+        """Leave the weight unfilled: on the meta device filling it would import torch's compiler."""
 
 
 class _Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
-        """Nothing to fill."""
+        """Leave the weight unfilled, as above."""
 
 
 class _Norm(nn.Module):
-    """A norm, of which only the weight matters here; ``weight`` has shape ``(size,)``."""
+    """A norm's weight, shape ``(size,)``; nothing else of it matters here."""
 
     def __init__(self, size: int, dtype: torch.dtype) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The quantised tensors of a checkpoint: the others that each needs, and the values that they stand for.
+"""Finds the quantised tensors of a checkpoint, and dequantises them.
 
 float8                 NAME, NAME_scale_inv or NAME_scale: one, a row's each, or one a block (weight_block_size)
 bitsandbytes, 4 bits   NAME (two values a byte), NAME.absmax (the scale of each block), NAME.quant_map,
@@ -28,7 +28,7 @@ from veneer.merging.base.weight_files import FLOATS, WeightFiles
 from veneer.packages import require
 
 _SCALES = ("_scale_inv", "_scale")
-# Of fp8 where a config does not say otherwise.
+# The block of fp8 where a config names none.
 _BLOCK = (128, 128)
 _STATES = {f".quant_state.bitsandbytes__{kind}": kind for kind in ("nf4", "fp4")}
 _BLOCK_SIZES = tuple(1 << n for n in range(5, 13))
@@ -36,11 +36,11 @@ _BLOCK_SIZES = tuple(1 << n for n in range(5, 13))
 
 @dataclass(frozen=True)
 class Packed(ABC):
-    """What a quantised tensor is.
+    """A quantised tensor.
 
     Attributes:
         shape: of its values.
-        parts: the tensors that belong to it; the output has none of them.
+        parts: the tensors that belong to it, such as scales; the output has none of them.
     """
 
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class Packed(ABC):
 
     @abstractmethod
     def values(self, files: WeightFiles, name: str) -> Tensor:
-        """Its values, shape ``shape``, in float32."""
+        """Read and dequantise its values, shape ``shape``, in float32."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ class Bits4(Packed):
 
 
 @dataclass(frozen=True)
-class Turned(Packed):
-    """A tensor that is quantised as the transpose of what the model has."""
+class Transposed(Packed):
+    """A tensor that is stored as the transpose of the model's parameter."""
 
     of: Packed
 
@@ -135,7 +135,7 @@ class Turned(Packed):
 
 
 def dequantized(tensor: Tensor, scale: Tensor, step: tuple[int, int] | None) -> Tensor:
-    """float8 values times their scales, in float32.
+    """Multiply float8 values by their scales, in float32.
 
     Args:
         tensor: ``(..., rows, columns)``.
@@ -153,11 +153,11 @@ def dequantized(tensor: Tensor, scale: Tensor, step: tuple[int, int] | None) -> 
 
 
 def packed_tensors(source: Source, files: WeightFiles, dequantize: bool) -> dict[str, Packed]:
-    """The quantised tensors of a base by their names; none for a base that is not quantised.
+    """Find the quantised tensors of a base, by name; none for a base that is not quantised.
 
     Raises:
-        MergeError: it is quantised and that was not asked to be undone. UnsupportedError: it cannot be undone here.
-        CorruptFileError: what belongs to a tensor is missing or of another size.
+        MergeError: the base is quantised, and ``dequantize`` is off. UnsupportedError: its method is unknown here.
+        CorruptFileError: a tensor's scales are missing or of another size.
     """
     config = source.json(MODEL_CONFIG)
     text = part_of(config, "text_config", source.origin)
@@ -181,7 +181,7 @@ def packed_tensors(source: Source, files: WeightFiles, dequantize: bool) -> dict
         return _bitsandbytes(source, files)
     in_memory = method in ("torchao", "hqq")
     raise UnsupportedError(
-        f"The base {source.origin} is quantised as {method}, which is not undone while streaming.",
+        f"The base {source.origin} is quantised as {method}, which a merge from disk to disk cannot undo.",
         hint='Merge it in memory: veneer.load(ADAPTER, base=BASE, merge=True, into="dequantized").save_pretrained(OUT).'
         if in_memory
         else "Merge into the original base, which this one was quantised from.",
@@ -189,13 +189,13 @@ def packed_tensors(source: Source, files: WeightFiles, dequantize: bool) -> dict
 
 
 def _method(quantized: Mapping[str, Any]) -> str:
-    """The name of a config's method; early ones of bitsandbytes have none."""
+    """Return the name of a config's method; early configs of bitsandbytes have none."""
     early = quantized.get("load_in_4bit") or quantized.get("load_in_8bit")
     return str(quantized.get("quant_method", "bitsandbytes" if early else "?"))
 
 
 def _block_of(quantized: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns of the blocks that share a scale; ``None`` where the config says that there are none."""
+    """Return the rows and columns of a block that shares a scale; ``None`` where a config rules blocks out."""
     block = quantized.get("weight_block_size", _BLOCK)
     if block is None:
         return None
@@ -225,7 +225,7 @@ def _float8(files: WeightFiles, name: str, block: tuple[int, int] | None) -> Flo
 def _scaled(
     shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int] | None
 ) -> tuple[tuple[int, ...] | None, tuple[int, int] | None]:
-    """How scales are to be seen, and how many rows and columns share one; ``None`` where they do not fit."""
+    """Return the shape in which scales are seen, and the rows and columns that share one; ``None`` for a misfit."""
     if math.prod(scales) == 1:
         return (), None
     if len(shape) < 2:
@@ -242,16 +242,16 @@ def _scaled(
 
 
 def _bitsandbytes(source: Source, files: WeightFiles) -> dict[str, Packed]:
-    found: dict[str, Packed] = {}
+    tensors: dict[str, Packed] = {}
     require(f"The base {source.origin}, which is quantised by bitsandbytes,", "bitsandbytes", extra="quant")
     for part in files.places:
         name, end = next(((part.removesuffix(end), end) for end in _STATES if part.endswith(end)), (part, ""))
         if end:
-            found[name] = _bits4(files, name, part, _STATES[end])
+            tensors[name] = _bits4(files, name, part, _STATES[end])
         elif part.endswith(".SCB"):
             name = part.removesuffix("SCB") + "weight"
-            found[name] = _bits8(files, name, part)
-    return found
+            tensors[name] = _bits8(files, name, part)
+    return tensors
 
 
 def _bits8(files: WeightFiles, name: str, scale: str) -> Bits8:
@@ -272,9 +272,10 @@ def _bits8(files: WeightFiles, name: str, scale: str) -> Bits8:
 
 def _bits4(files: WeightFiles, name: str, state: str, kind: str) -> Bits4:
     try:
-        told = json.loads(files.read(state).numpy().tobytes())
-        shape, block = tuple(map(int, told["shape"])), int(told["blocksize"])
-        nested = (int(told["nested_blocksize"]), float(told["nested_offset"])) if "nested_blocksize" in told else None
+        values = json.loads(files.read(state).numpy().tobytes())
+        shape, block = tuple(map(int, values["shape"])), int(values["blocksize"])
+        is_nested = "nested_blocksize" in values
+        nested = (int(values["nested_blocksize"]), float(values["nested_offset"])) if is_nested else None
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise _damaged(state) from error
     if {block, nested[0] if nested else block} - set(_BLOCK_SIZES) or len(shape) != 2 or min(shape) < 1:
@@ -297,7 +298,7 @@ def _bits4(files: WeightFiles, name: str, state: str, kind: str) -> Bits4:
 
 @cache
 def _code(kind: str) -> Tensor:
-    """The values that bitsandbytes' arithmetic has for the 16 codes of a kind, whatever the file says."""
+    """Return the values that bitsandbytes computes with for the 16 codes of a kind, whatever the file says."""
     from bitsandbytes.functional import get_4bit_type
 
     values: Tensor = get_4bit_type(kind, device="cpu")
@@ -317,11 +318,11 @@ def _damaged(name: str) -> CorruptFileError:
 
 
 def as_in_model(packed: Mapping[str, Packed], model: nn.Module, direct: Mapping[str, str]) -> dict[str, Packed]:
-    """Quantised tensors in the orientation that the model's layers have; ``direct``: parameter -> stored tensor."""
-    found = dict(packed)
+    """Orient quantised tensors as the model's layers have them; ``direct``: parameter -> stored tensor."""
+    oriented = dict(packed)
     for parameter, name in direct.items():
         layer = type(model.get_submodule(parameter.rpartition(".")[0])).__name__
         # Quantised, GPT-2's layers become ordinary linear ones, whose weights lie the other way.
         if layer == "Conv1D" and isinstance(packed.get(name), (Bits4, Bits8)):
-            found[name] = Turned(packed[name].shape[::-1], packed[name].parts, packed[name])
-    return found
+            oriented[name] = Transposed(packed[name].shape[::-1], packed[name].parts, packed[name])
+    return oriented

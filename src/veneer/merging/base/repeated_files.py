@@ -1,7 +1,7 @@
-"""``layer_replication`` from disk to disk: the base's files, seen as those of a model with some blocks several times.
+"""Shows a base's files as those of a deeper model, some blocks repeated: ``layer_replication`` from disk to disk.
 
-The view has the tensors of each block under every number that the block gets, all at the bytes where they lie. Whatever
-plans and merges sees a deeper base, and gives each of its tensors bytes of its own.
+The view has the tensors of each block under every number that the block gets, all at the same bytes. The planner sees a
+deeper base, and gives each of its tensors bytes of its own in the output.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from veneer.merging.base.weight_files import TensorPlace, WeightFiles
 
 
 @dataclass(frozen=True)
-class Repeated:
-    """Which blocks of the base the output has.
+class RepeatedBlocks:
+    """The blocks of the base that the output has.
 
     Attributes:
         name: of the model's list of blocks: ``layers``, ``layer`` or ``h``.
@@ -35,33 +35,33 @@ class Repeated:
     order: Sequence[int]
     config: Mapping[str, Any]
 
-    def seen_in(self, files: WeightFiles) -> WeightFiles:
-        """The base's files with the output's blocks; what lies in no block comes first."""
+    def view(self, files: WeightFiles) -> WeightFiles:
+        """Return the base's files with the output's blocks; tensors outside of blocks come first."""
         number = re.compile(rf"(?:^|\.){self.name}\.(\d+)\.")
         blocks: dict[int, list[tuple[str, str, TensorPlace]]] = {}
         places: dict[str, TensorPlace] = {}
         for name, place in files.places.items():
-            found = number.search(name)
-            if found is None:
+            match = number.search(name)
+            if match is None:
                 places[name] = place
             else:
-                start, end = found.span(1)
-                blocks.setdefault(int(found[1]), []).append((name[:start], name[end:], place))
+                start, end = match.span(1)
+                blocks.setdefault(int(match[1]), []).append((name[:start], name[end:], place))
         for new, old in enumerate(self.order):
             for before, after, place in blocks.get(old, ()):
                 name = f"{before}{new}{after}"
                 places[name] = replace(place, info=replace(place.info, name=name))
-        return files.seen_as(places)
+        return files.with_places(places)
 
     def file_size(self, files: WeightFiles) -> int | None:
-        """Bytes of tensors in a file of the output: those of the base's largest; all where the base has one file."""
+        """Return the bytes of the base's largest file, for the output's files; ``None`` where the base has one file."""
         return max(header.nbytes for header in files.headers.values()) if len(files.headers) > 1 else None
 
 
 def repeated_blocks(
     checkpoints: Sequence[Checkpoint], source: Source, build: Callable[..., nn.Module]
-) -> Repeated | None:
-    """The blocks that the adapters want; ``None`` when these are the base's own.
+) -> RepeatedBlocks | None:
+    """Find the blocks that the adapters ask for; ``None`` when these are the base's own.
 
     Args:
         checkpoints: the adapters.
@@ -69,7 +69,7 @@ def repeated_blocks(
         build: makes its model with some keys of the config set otherwise, without weights.
 
     Raises:
-        MergeError: the adapters want different blocks. ConfigError: a range is none of the model's.
+        MergeError: the adapters ask for different blocks. ConfigError: a range is none of the model's.
         UnsupportedError: the model's blocks are not found, or its config cannot describe the output's.
     """
     ranges = _ranges(checkpoints)
@@ -86,23 +86,23 @@ def repeated_blocks(
     if _shapes(model) != _shapes(build(**changed)):
         raise UnsupportedError(
             f"The blocks of {type(model).__name__} differ by their number, so no config describes them repeated "
-            "(layer_replication): what is merged would not load.",
+            "(layer_replication): the merged model would not load.",
             hint="Keep the adapter unmerged.",
         )
-    return Repeated(replication.list.attribute, replication.order, changed)
+    return RepeatedBlocks(replication.list.attribute, replication.order, changed)
 
 
 def _ranges(checkpoints: Sequence[Checkpoint]) -> list[list[int]]:
-    """The ranges that every adapter has."""
-    wanted: list[list[list[int]]] = [getattr(c.config, "layer_replication", None) or [] for c in checkpoints]
-    for checkpoint, ranges in zip(checkpoints, wanted, strict=True):
-        if ranges != wanted[0]:
+    """Return the ranges of blocks that every adapter has."""
+    all_ranges: list[list[list[int]]] = [getattr(c.config, "layer_replication", None) or [] for c in checkpoints]
+    for checkpoint, ranges in zip(checkpoints, all_ranges, strict=True):
+        if ranges != all_ranges[0]:
             raise MergeError(
-                f"{checkpoints[0].origin} has layer_replication={wanted[0] or None}, and {checkpoint.origin} "
+                f"{checkpoints[0].origin} has layer_replication={all_ranges[0] or None}, and {checkpoint.origin} "
                 f"{ranges or None}: they are for models of different blocks.",
                 hint="Merge them one after the other, each into the base that it was trained on.",
             )
-    return wanted[0]
+    return all_ranges[0]
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

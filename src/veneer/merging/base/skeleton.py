@@ -1,4 +1,4 @@
-"""The base model without its weights, and where each of its parameters lies in the checkpoint.
+"""Builds the base model without its weights, and finds where each of its parameters lies in the checkpoint.
 
 The model is built on the meta device, so that an adapter is planned against it exactly as against a live one. A
 parameter is often stored under another name, and since transformers 5 some are made of several tensors (the experts
@@ -32,7 +32,7 @@ def build_skeleton(
     trust_remote_code: bool = False,
     **changes: Any,
 ) -> nn.Module:
-    """The model of a base's config, on the meta device.
+    """Build the model of a base's config, on the meta device.
 
     Args:
         source: the base.
@@ -53,13 +53,13 @@ def build_skeleton(
 
 @dataclass(frozen=True)
 class Conversion:
-    """Parameters that are made of other tensors.
+    """Parameters that transformers makes of other tensors.
 
     Attributes:
         converter: transformers' rule.
         first: the parameter that the rule is named by.
-        sources: the stored tensors, each with the part of the rule that it answers to, in order.
-        renamed: stored tensor -> its name as the rule has it.
+        sources: the stored tensors, each with the pattern of the rule that it matches, in order.
+        renamed: stored tensor -> its name in the rule.
     """
 
     converter: Any
@@ -68,24 +68,24 @@ class Conversion:
     renamed: Mapping[str, str]
 
     def parameters(self, tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
-        """Stored tensors -> parameters."""
-        own = copy.deepcopy(self.converter)
+        """Make the parameters of the stored tensors."""
+        converter = copy.deepcopy(self.converter)
         for name, pattern in self.sources:
-            own.add_tensor(self.first, name, pattern, tensors[name])
-        made = own.convert(self.first, model=model, config=model.config)
+            converter.add_tensor(self.first, name, pattern, tensors[name])
+        made = converter.convert(self.first, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def stored(self, parameters: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
-        """The inverse of :meth:`parameters`."""
-        own = self.converter.reverse_transform()
+        """Take parameters apart into stored tensors; the inverse of :meth:`parameters`."""
+        reverse = self.converter.reverse_transform()
         first = ""
         for name, tensor in parameters.items():
-            renamed, pattern = own.rename_source_key(name)
+            renamed, pattern = reverse.rename_source_key(name)
             if pattern is None:
                 raise _not_invertible(name)
             first = first or renamed
-            own.add_tensor(renamed, name, pattern, tensor)
-        made = own.convert(first, model=model, config=model.config)
+            reverse.add_tensor(renamed, name, pattern, tensor)
+        made = reverse.convert(first, model=model, config=model.config)
         back = {renamed: name for name, renamed in self.renamed.items()}
         if made.keys() != back.keys():
             raise _not_invertible(self.first)
@@ -101,15 +101,15 @@ def _not_invertible(name: str) -> MergeError:
 
 @dataclass(frozen=True)
 class StoredNames:
-    """Where parameters lie.
+    """Where a model's parameters lie in its checkpoint.
 
     Attributes:
         direct: parameter -> the stored tensor that is its value.
-        made: parameter -> how it is made of others.
+        converted: parameter -> how it is made of several stored tensors.
     """
 
     direct: Mapping[str, str]
-    made: Mapping[str, Conversion]
+    converted: Mapping[str, Conversion]
 
 
 def stored_names(model: Any, names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> StoredNames:
@@ -127,17 +127,17 @@ def stored_names(model: Any, names: Iterable[str], shapes: Mapping[str, tuple[in
             direct.setdefault(parameter, name)
         elif parameter in state and pattern is not None:
             collected.setdefault(parameter, []).append((name, pattern))
-    made: dict[str, Conversion] = {}
+    converted: dict[str, Conversion] = {}
     for first, sources in collected.items():
         renamed_by = {name: renamed(name, renamings) for name, _ in sources}
         conversion = Conversion(of_pattern[sources[0][1]], first, tuple(sources), renamed_by)
         empty = {name: torch.empty(shapes[name], device="meta") for name, _ in sources}
-        made.update(dict.fromkeys(conversion.parameters(empty, model), conversion))
-    return StoredNames(direct, made)
+        converted.update(dict.fromkeys(conversion.parameters(empty, model), conversion))
+    return StoredNames(direct, converted)
 
 
 def resize_vocabulary(model: Any, vocabulary: int, stored: StoredNames) -> dict[str, int]:
-    """Resize a skeleton's vocabulary; stored tensor -> the first size that its parameter has then."""
+    """Resize a skeleton's vocabulary; return, by stored tensor, the first size that its parameter has then."""
     before = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
     model.resize_token_embeddings(vocabulary, mean_resizing=False)
     return {
@@ -172,13 +172,13 @@ class DiskReader:
 
     def __call__(self, name: str) -> Tensor:
         """Return a parameter of the model, as its layer holds it."""
-        own = name if name in self.stored.direct else self._twins.get(name, name)
-        if own in self.stored.direct:
-            return self.read_stored(self.stored.direct[own])
-        if own in self.stored.made:
-            conversion = self.stored.made[own]
+        stored_name = name if name in self.stored.direct else self._twins.get(name, name)
+        if stored_name in self.stored.direct:
+            return self.read_stored(self.stored.direct[stored_name])
+        if stored_name in self.stored.converted:
+            conversion = self.stored.converted[stored_name]
             tensors = {source: self.read_stored(source) for source, _ in conversion.sources}
-            return conversion.parameters(tensors, self.model)[own]
+            return conversion.parameters(tensors, self.model)[stored_name]
         raise MergeError(
             f"The adapter changes {name}, and the base has no such weight on disk.",
             hint="Give the base that the adapter was trained on, or another task=.",

@@ -1,4 +1,4 @@
-"""A model's weights on disk: read by name, whole or by rows, without a mapping of the file into memory."""
+"""Reads a model's weights from disk by name, whole or by rows, without mapping the files into memory."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from veneer.merging.base.companion_files import check_inside
 from veneer.merging.base.hashing import Stamp, check_unchanged, stamp_of
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# The dtypes that arithmetic is done in; what is narrower is a quantised form.
+# The dtypes of plain numbers; narrower ones are quantised forms.
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """One tensor in a file, by the file's name in the checkpoint: ``start`` is its first byte there."""
+    """The place of a tensor: its file's name in the checkpoint, and its first byte there, ``start``."""
 
     file: str
     info: TensorInfo
@@ -43,7 +43,7 @@ class WeightFiles:
             several folders may bear one name: ``one/w.safetensors``.
 
     Attributes:
-        at_opening: file's name -> what it was when it was opened.
+        at_opening: file's name -> its stamp when it was opened.
     """
 
     headers: Mapping[str, Header]
@@ -83,53 +83,53 @@ class WeightFiles:
     def __contains__(self, name: object) -> bool:
         return name in self.places
 
-    def seen_as(self, places: dict[str, TensorPlace]) -> WeightFiles:
-        """The same open files with other names for what is in them; they are closed together."""
-        found = copy.copy(self)
-        found.places = places
-        return found
+    def with_places(self, places: dict[str, TensorPlace]) -> WeightFiles:
+        """Return the same open files with other names for their tensors; both are closed together."""
+        view = copy.copy(self)
+        view.places = places
+        return view
 
     def stamps(self) -> dict[str, Stamp]:
-        """File's name -> what it is now."""
+        """Return the stamp of each file by name, as it is now."""
         return {name: stamp_of(path) for name, path in self.paths.items()}
 
     def check_unchanged(self) -> None:
-        """Raise ``MergeError`` when a file is no longer what it was at the start."""
+        """Raise ``MergeError`` when a file has changed since it was opened."""
         check_unchanged({self.paths[name]: stamp for name, stamp in self.at_opening.items()})
 
     def dtype(self, name: str) -> torch.dtype:
-        """A tensor's dtype; ``UnsupportedError`` for one that torch has not."""
-        own = self.places[name].info.dtype
-        if own not in DTYPES:
+        """Return a tensor's dtype; raise ``UnsupportedError`` for one that torch has not."""
+        dtype = self.places[name].info.dtype
+        if dtype not in DTYPES:
             raise UnsupportedError(
-                f"{name} is stored as {own}, which is not computed with.", hint="Use another copy of the base."
+                f"{name} is stored as {dtype}, which torch does not have.", hint="Use another copy of the base."
             )
-        return DTYPES[own]
+        return DTYPES[dtype]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape."""
+        """Return a tensor's shape."""
         return self.places[name].info.shape
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor."""
+        """Read a whole tensor."""
         place = self.places[name]
-        return self.bytes(name, 0, place.info.nbytes).view(self.dtype(name)).view(place.info.shape)
+        return self.tensor_bytes(name, 0, place.info.nbytes).view(self.dtype(name)).view(place.info.shape)
 
-    def bytes(self, name: str, start: int, count: int) -> Tensor:
-        """``count`` bytes of a tensor from its byte ``start`` on, shape ``(count,)``, uint8."""
+    def tensor_bytes(self, name: str, start: int, count: int) -> Tensor:
+        """Read ``count`` bytes of a tensor from its byte ``start`` on, shape ``(count,)``, uint8."""
         return self.fill(torch.empty(count, dtype=torch.uint8), name, start)
 
-    def fill(self, found: Tensor, name: str, start: int) -> Tensor:
+    def fill(self, into: Tensor, name: str, start: int) -> Tensor:
         """Fill a contiguous tensor with a stored one's bytes, from its byte ``start`` on."""
         place = self.places[name]
-        return read_exactly(self._open[place.file], self.paths[place.file], place.start + start, found)
+        return read_exactly(self._open[place.file], self.paths[place.file], place.start + start, into)
 
-    def raw(self, file: str, start: int, count: int) -> Tensor:
-        """``count`` bytes of a file."""
+    def file_bytes(self, file: str, start: int, count: int) -> Tensor:
+        """Read ``count`` bytes of a file from its byte ``start`` on."""
         return read_exactly(self._open[file], self.paths[file], start, torch.empty(count, dtype=torch.uint8))
 
     def descriptor(self, file: str) -> int:
-        """The open file's descriptor."""
+        """Return an open file's descriptor."""
         return self._open[file]
 
     def close(self) -> None:
@@ -148,7 +148,7 @@ def _check_text(file: str, header: Header) -> None:
 
 
 def _is_text(text: str) -> bool:
-    """Whether UTF-8 can hold it; half a pair of surrogates it cannot."""
+    """Tell whether UTF-8 can hold a text, which half a pair of surrogates rules out."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -156,21 +156,21 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def read_exactly(descriptor: int, path: Path, start: int, found: Tensor) -> Tensor:
+def read_exactly(descriptor: int, path: Path, start: int, into: Tensor) -> Tensor:
     """Fill a contiguous tensor with the bytes of an open file from ``start`` on."""
-    view = found.view(-1).view(torch.uint8).numpy().data
+    view = into.view(-1).view(torch.uint8).numpy().data
     done = 0
     while done < len(view):
         try:
-            got = os.preadv(descriptor, [view[done:]], start + done)
+            count = os.preadv(descriptor, [view[done:]], start + done)
         except OSError as error:
             raise SourceError(
                 f"{path} cannot be read: {error.strerror or error}.", hint="Check the disk that it lies on."
             ) from error
-        if not got:
+        if not count:
             raise CorruptFileError(f"{path} became shorter while it was read.", hint="Copy or download it again.")
-        done += got
-    return found
+        done += count
+    return into
 
 
 def _opened(path: Path) -> int:

@@ -102,7 +102,7 @@ def _copy_range(files: WeightFiles, file: str, start: int, out: int, position: i
             break
         start, position, count = start + done, position + done, count - done
     while count:
-        block = files.raw(file, start, min(count, _BLOCK))
+        block = files.file_bytes(file, start, min(count, _BLOCK))
         _write(out, _bytes(block), position)
         start, position, count = start + len(block), position + len(block), count - len(block)
 

@@ -193,7 +193,7 @@ def _write_archive(file: str, base: WeightFiles, own: WeightFiles, target: Path)
     header = base.headers[file]
     kept: dict[str, list[Any]] = {}
     with zipfile.ZipFile(target, "w") as archive, ThreadPoolExecutor(cores()) as pool:
-        archive.writestr("header", base.raw(file, 0, header.data_start).numpy().tobytes())
+        archive.writestr("header", base.file_bytes(file, 0, header.data_start).numpy().tobytes())
         for number, name in enumerate(header.tensors):
             alike = _alike(name, base, own)
             starts = range(0, base.places[name].info.nbytes, _BLOCK)
@@ -216,9 +216,9 @@ def _packed(name: str, start: int, base: WeightFiles, own: WeightFiles, alike: b
     """What tells a block of the base's tensor from the output's, compressed; ``None`` where nothing does."""
     info = base.places[name].info
     count = min(_BLOCK, info.nbytes - start)
-    block = base.bytes(name, start, count)
+    block = base.tensor_bytes(name, start, count)
     if alike:
-        block ^= own.bytes(name, start, count)
+        block ^= own.tensor_bytes(name, start, count)
     if not bool(block.any()):
         return None
     size = max(1, DTYPE_BITS[info.dtype] // 8)
@@ -268,7 +268,7 @@ def _rebuild_weights(archive: zipfile.ZipFile, own: WeightFiles, target: Path, o
         for count, position in enumerate(range(0, info.nbytes, _BLOCK)):
             length = min(_BLOCK, info.nbytes - position)
             member = f"{number}/{count}"
-            block = own.bytes(name, position, length) if alike else torch.zeros(length, dtype=torch.uint8)
+            block = own.tensor_bytes(name, position, length) if alike else torch.zeros(length, dtype=torch.uint8)
             if member in members:
                 block ^= _unpacked(_member(archive, member, 2 * _BLOCK), size, length)
             out.write(block.numpy().data)

@@ -13,7 +13,7 @@ from veneer.checkpoints.torch_dtypes import DTYPES
 from veneer.files.atomic_write import writing
 from veneer.files.names import INDEX, MODEL_CONFIG, MODEL_STEM
 from veneer.files.source import Source
-from veneer.merging.base.companion_files import bring_along, files_of_adapter
+from veneer.merging.base.companion_files import copy_companions, files_of_adapter
 from veneer.merging.base.hashing import Hashing, sha256_of, stamp_of
 from veneer.merging.output.file_writer import FileSink, write_files
 from veneer.merging.output.manifest import manifest_of, warnings_of, write_manifest
@@ -114,7 +114,7 @@ def _write_small(prepared: PreparedMerge, folder: Path) -> None:
     index = index_of(prepared.plan.files, metadata if isinstance(metadata, Mapping) else {})
     if index is not None:
         (folder / own_index).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    prepared.warnings += bring_along(base.root, [source.root for source in reversed(prepared.sources)], folder)
+    prepared.warnings += copy_companions(base.root, [source.root for source in reversed(prepared.sources)], folder)
     _write_config(base, prepared.config, folder / MODEL_CONFIG)
 
 

@@ -192,7 +192,7 @@ class Planner:
 
     def _is_own(self, name: str, group: Sequence[str], touched: Sequence[str]) -> bool:
         """Whether a changed parameter is written itself, and not by another name of the same tensor."""
-        lies = name in self.stored.direct or name in self.stored.made
+        lies = name in self.stored.direct or name in self.stored.converted
         return lies or not any(other in touched and other in self.stored.direct for other in group)
 
     def _lies(self, group: Sequence[str]) -> str | None:
@@ -200,7 +200,7 @@ class Planner:
         return next((self.stored.direct[name] for name in group if name in self.stored.direct), None)
 
     def _plan_parameter(self, name: str) -> None:
-        if name in self.stored.made:
+        if name in self.stored.converted:
             self._plan_conversion(name)
             return
         lies = self.stored.direct.get(name)
@@ -282,8 +282,8 @@ class Planner:
         self.new.append(Wanted(target, NAMES[dtype], shape, file))
 
     def _plan_conversion(self, name: str) -> None:
-        conversion = self.stored.made[name]
-        names = [other for other, made in self.stored.made.items() if made is conversion]
+        conversion = self.stored.converted[name]
+        names = [other for other, made in self.stored.converted.items() if made is conversion]
         if any(set(piece.outputs) & {source for source, _ in conversion.sources} for piece in self.pieces):
             return
         sources = [source for source, _ in conversion.sources]
@@ -302,7 +302,7 @@ class Planner:
         self.pieces.append(MergeConverted(conversion, values, layers, saved, dtypes.pop(), self.model, self.rounding))
 
     def _missing(self) -> list[str]:
-        have = {*self.stored.direct, *self.stored.made, *self.changes.saved}
+        have = {*self.stored.direct, *self.stored.converted, *self.changes.saved}
         return [
             name
             for name, _ in self.model.named_parameters()

@@ -19,7 +19,7 @@ from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import INDEX, MODEL_STEM
 from veneer.files.resolve import resolve
 from veneer.files.source import Source
-from veneer.merging.base.companion_files import beside, check_inside, files_of_adapter
+from veneer.merging.base.companion_files import check_inside, companions_of, files_of_adapter
 from veneer.merging.base.disk_base import DiskBase
 from veneer.merging.base.hashing import Stamp, check_unchanged, stamps_of
 from veneer.merging.base.weight_files import WeightFiles
@@ -160,12 +160,12 @@ def _companions(base: Source) -> dict[str, Path]:
     index = f"{MODEL_STEM}{INDEX}"
     if base.has(index):
         check_inside(base.root, [base.path(index)])
-    return {**beside(base.root), **({index: base.path(index)} if base.has(index) else {})}
+    return {**companions_of(base.root), **({index: base.path(index)} if base.has(index) else {})}
 
 
 def _files_of_adapters(sources: Sequence[Source]) -> list[Path]:
     """Return the files that adapters bring, what lies beside their weights among them."""
-    return [path for s in sources for path in (*files_of_adapter(s).values(), *beside(s.root).values())]
+    return [path for s in sources for path in (*files_of_adapter(s).values(), *companions_of(s.root).values())]
 
 
 def _check_identity(merged: Sequence[WeightedAdapter], base: Source, strict_base: bool) -> list[str]:
