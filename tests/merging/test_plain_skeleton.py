@@ -54,7 +54,7 @@ def described(model: nn.Module) -> dict[str, Any]:
             name: (tuple(parameter.shape), parameter.dtype, parameter.device.type, names[id(parameter)])
             for name, parameter in model.named_parameters(remove_duplicate=False)
         },
-        "ends": (catalog.inputs, catalog.outputs),
+        "ends": (catalog.input_embeddings, catalog.output_embeddings),
         "linear": [name for name, is_linear in catalog.linear.items() if is_linear],
         "norms": [name for name, module in catalog.modules.items() if is_norm(module)],
         "sites": {name: [(type(s), s.shape) for s in catalog.sites_at(name)] for name in catalog.linear},

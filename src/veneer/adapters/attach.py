@@ -79,7 +79,7 @@ def create(
     attaching = _attaching(adapters, adapter, float32)
     attaching.complete_config()
     name_both(adapter.config, adapters.catalog)
-    roots = adapters.catalog.saved(adapter.config)
+    roots = adapters.catalog.whole_modules(adapter.config)
     _check_saved_exist(adapters, adapter.config)
     attaching.create(roots, generator)
     adapter.note_zero_layers()
@@ -114,7 +114,7 @@ def _check_saved_exist(adapters: Adapters, config: AnyConfig) -> None:
         if not any(module.endswith(name) for module in adapters.catalog.modules):
             raise TargetError(
                 f"modules_to_save names {name!r}, and the model has no such module.",
-                hint=f"Its output layer is {' or '.join(adapters.catalog.outputs) or 'unknown'}.",
+                hint=f"Its output layer is {' or '.join(adapters.catalog.output_embeddings) or 'unknown'}.",
             )
 
 

@@ -18,7 +18,7 @@ from veneer.adapters.experts import check_experts
 from veneer.base_model import sharding
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import only_parameters
-from veneer.base_model.tied_embeddings import check_both, parted, tied_ends
+from veneer.base_model.tied_embeddings import check_both, pairs_kept_tied, parted
 from veneer.checkpoints.binding_plan import Binding, Plan
 from veneer.configs.base import targeted
 from veneer.layers.adapter_shares import BoundAdapter
@@ -83,7 +83,7 @@ class AttachingLayers(Attaching):
     def check_tied(self, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
         if not self.adapter.trainable:
             return
-        pairs = tied_ends(self.config, self.adapters.catalog)
+        pairs = pairs_kept_tied(self.config, self.adapters.catalog)
         adapted = [binding.site.name for binding in plan.bindings if binding.method is self.method]
         check_both(pairs, [*adapted, *plan.whole_modules])
         for pair in pairs:
@@ -133,7 +133,7 @@ class AttachingLayers(Attaching):
         experts = name_experts(config, catalog, self._check_can_start)
         # The layers' names take the place of "all-linear" before anything else depends on them.
         if not only_parameters(config):
-            catalog.spell_out(config, catalog.targets(config))
+            catalog.write_out_targets(config, catalog.targets(config))
         parts = [part for part in parts_of(self.method, config, catalog) if not part.optional]
         warn_of_idle_names(given, catalog, experts)
         self.adapters.check_spread([site for part in parts for site in part.sites], roots)
@@ -222,7 +222,7 @@ class AttachingLayers(Attaching):
             UnsupportedError: they are to be trained, and cannot be changed alike.
         """
         places = {layer.site.name: place for place, layer in enumerate(self.pending) if layer.method is self.method}
-        for pair in tied_ends(self.config, self.adapters.catalog):
+        for pair in pairs_kept_tied(self.config, self.adapters.catalog):
             if not places.keys() >= set(pair):
                 continue
             embedding, output = (self.pending[places[name]] for name in pair)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.collection import Adapters
-from veneer.base_model.tied_embeddings import tied_ends
+from veneer.base_model.tied_embeddings import pairs_kept_tied
 from veneer.checkpoints.binding_plan import Plan
 from veneer.files.tensor_keys import encode
 
@@ -46,7 +46,7 @@ class Attaching(ABC):
     def restore_whole_modules(self, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
         """Place copies of the modules that the checkpoint holds whole."""
         catalog, adapter = self.adapters.catalog, self.adapter
-        named = catalog.saved(adapter.config) if plan.whole_modules else []
+        named = catalog.whole_modules(adapter.config) if plan.whole_modules else []
         values = {root: {leaf: tensors[key] for leaf, key in keys.items()} for root, keys in plan.whole_modules.items()}
         for root in plan.whole_modules.keys() - named:
             # The base's own rows, so those of all that shares them.
@@ -76,7 +76,7 @@ class Attaching(ABC):
 
 def _join_saved(adapters: Adapters, adapter: Adapter) -> None:
     """Let two copies of layers that share a weight, and are to stay alike, share theirs where it is the same."""
-    for pair in tied_ends(adapter.config, adapters.catalog):
+    for pair in pairs_kept_tied(adapter.config, adapters.catalog):
         if set(pair) <= adapter.whole_modules.copies.keys():
             one, other = (adapter.whole_modules.copy_of(root, adapter)._parameters for root in pair)
             if same_values(one["weight"], other["weight"]):

@@ -45,7 +45,9 @@ def ends_to_save(adapters: Adapters, adapter: Adapter, wanted: SaveEnds) -> dict
         raise ConfigError(f"save_embedding_layers={wanted!r} is none of the choices.", hint='True, False or "auto".')
     catalog, grown = adapters.catalog, vocabulary_differs(adapters, adapter)
     ends = [
-        name for name in dict.fromkeys([*catalog.inputs, *catalog.outputs]) if name not in adapter.whole_modules.copies
+        name
+        for name in dict.fromkeys([*catalog.input_embeddings, *catalog.output_embeddings])
+        if name not in adapter.whole_modules.copies
     ]
     methods = {name: _methods(adapters, adapter, name) for name in ends}
     by_token = any(isinstance(method, TokenRows) for name in ends for method in methods[name])
@@ -55,7 +57,7 @@ def ends_to_save(adapters: Adapters, adapter: Adapter, wanted: SaveEnds) -> dict
         return {}
     # Rows under an adapted end are the base's, so those of an end that shares them.
     adapted = [name for name in ends if methods[name] and methods[name] != [TOKENS]]
-    names = adapted if adapted and (catalog.tied_ends or not grown) else ends
+    names = adapted if adapted and (catalog.tied_embeddings or not grown) else ends
     return {key: t for name in names for key, t in _tensors(adapters, adapter, name, methods[name])}
 
 

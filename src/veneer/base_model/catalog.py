@@ -82,7 +82,7 @@ class Catalog:
         origin = getattr(self.model, "name_or_path", "") or ""
         return type(self.model).__name__ + (f" from {origin}" if origin else "")
 
-    def _end(self, end: str) -> list[str]:
+    def _embedding(self, end: str) -> list[str]:
         """The name of the model's input or output embedding, in a list; empty when it has none."""
         get = getattr(self.model, f"get_{end}_embeddings", None)
         try:
@@ -95,14 +95,14 @@ class Catalog:
         return [name for name, module in self.modules.items() if layer is not None and module is layer]
 
     @cached_property
-    def inputs(self) -> list[str]:
+    def input_embeddings(self) -> list[str]:
         """The input embedding."""
-        return self._end("input")
+        return self._embedding("input")
 
     @cached_property
-    def outputs(self) -> list[str]:
+    def output_embeddings(self) -> list[str]:
         """The output embedding."""
-        return self._end("output")
+        return self._embedding("output")
 
     def are_tied(self, one: str, other: str) -> bool:
         """Whether two modules of the base share their weight."""
@@ -125,22 +125,24 @@ class Catalog:
         return [[name for name, leaf in places if leaf == "weight"] for places in self.shared]
 
     @property
-    def tied_ends(self) -> list[tuple[str, str]]:
+    def tied_embeddings(self) -> list[tuple[str, str]]:
         """The input and the output embedding where they share their weight."""
-        return [(a, b) for a in self.inputs for b in self.outputs if a != b and self.are_tied(a, b)]
+        return [(a, b) for a in self.input_embeddings for b in self.output_embeddings if a != b and self.are_tied(a, b)]
 
-    def is_end(self, name: str) -> bool:
+    def is_embedding(self, name: str) -> bool:
         """Whether a module is the model's input or output embedding."""
-        return name in self.inputs or name in self.outputs
+        return name in self.input_embeddings or name in self.output_embeddings
 
     def targets(self, config: TargetedConfig) -> list[str]:
         """The names that ``config`` adapts, in the model's order (``TargetError`` when there are none)."""
         key = _signature(config)
         if key not in self._targets:
-            self._targets[key] = target_names(config, self.linear, model_type=self.model_type, outputs=self.outputs)
+            self._targets[key] = target_names(
+                config, self.linear, model_type=self.model_type, outputs=self.output_embeddings
+            )
         return list(self._targets[key])
 
-    def saved(self, config: AnyConfig) -> list[str]:
+    def whole_modules(self, config: AnyConfig) -> list[str]:
         """The names of the modules that ``config`` saves whole."""
         return saved_modules(config, self.modules)
 
@@ -201,10 +203,10 @@ class Catalog:
             )
         return self._reading(found)
 
-    def biased(self, config: TargetedConfig, without: Iterable[Site]) -> list[Site]:
+    def bias_sites(self, config: TargetedConfig, without: Iterable[Site]) -> list[Site]:
         """The layers with a bias that are neither among ``without`` nor saved whole."""
         taken = {site.name for site in without}
-        saved = self.saved(config)
+        saved = self.whole_modules(config)
         sites = [
             bias_site(name, module, self.modules[parent := name.rpartition(".")[0]], parent in taken)
             for name, module in self.modules.items()
@@ -215,13 +217,13 @@ class Catalog:
     def token_sites(self, wanted: Iterable[int] | Mapping[str, Iterable[int]]) -> list[Site]:
         """The embeddings of which ``trainable_token_indices`` trains tokens."""
         if not isinstance(wanted, Mapping):
-            return [site for name in self.inputs for site in self.sites_at(name)]
+            return [site for name in self.input_embeddings for site in self.sites_at(name)]
         found = [name for name in self.modules if names_match(name, list(wanted))]
         missing = [key for key in wanted if not _means_one(key, found)]
         if missing:
             raise TargetError(
                 f"trainable_token_indices names {missing[0]!r}, and the model has no such module.",
-                hint=f"Its embedding is {' or '.join(self.inputs) or 'unknown'}.",
+                hint=f"Its embedding is {' or '.join(self.input_embeddings) or 'unknown'}.",
             )
         return [site for name in found for site in self.sites_at(name)]
 
@@ -230,7 +232,7 @@ class Catalog:
         group = next((group for group in self.tied if name in group), ())
         return [site for other in group if other != name for site in self.sites_at(other)]
 
-    def spell_out(self, config: TargetedConfig, chosen: list[str]) -> None:
+    def write_out_targets(self, config: TargetedConfig, chosen: list[str]) -> None:
         """Put names in the place of "all-linear" or nothing, so that a saved config means the same anywhere."""
         if config.target_modules in (None, ALL_LINEAR):
             free = [n for n in self.modules if not names_match(n, config.exclude_modules)]

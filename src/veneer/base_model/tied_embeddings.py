@@ -10,9 +10,9 @@ from veneer.configs.base import AnyConfig, TargetedConfig
 from veneer.errors import ConfigError, UnsupportedError
 
 
-def tied_ends(config: AnyConfig, catalog: Catalog) -> list[tuple[str, str]]:
+def pairs_kept_tied(config: AnyConfig, catalog: Catalog) -> list[tuple[str, str]]:
     """The embedding and the output layer that ``config`` has stay alike."""
-    return catalog.tied_ends if getattr(config, "ensure_weight_tying", False) else []
+    return catalog.tied_embeddings if getattr(config, "ensure_weight_tying", False) else []
 
 
 def name_both(config: AnyConfig, catalog: Catalog) -> None:
@@ -21,10 +21,10 @@ def name_both(config: AnyConfig, catalog: Catalog) -> None:
     Raises:
         ConfigError: one end is adapted and the other saved whole, or one is excluded.
     """
-    for pair in tied_ends(config, catalog):
+    for pair in pairs_kept_tied(config, catalog):
         assert isinstance(config, TargetedConfig)
         layers = [] if only_parameters(config) else catalog.targets(config)
-        saved = catalog.saved(config)
+        saved = catalog.whole_modules(config)
         adapted = [name for name in pair if name in layers]
         if adapted and set(pair).intersection(saved):
             raise ConfigError(

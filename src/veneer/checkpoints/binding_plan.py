@@ -176,7 +176,7 @@ class _Planner:
         One that an entry only happens to end like may be absent, as in older files: "classifier" means
         "pre_classifier" too, which was not always saved with it.
         """
-        named = self.catalog.saved(self.config)
+        named = self.catalog.whole_modules(self.config)
         exact = [root for root in named if names_match(root, self.config.modules_to_save)]
         if len(exact) == len(named):
             return named
@@ -303,7 +303,7 @@ class _Planner:
 
     def _plan_whole_module(self, key: str, slot: Slot) -> None:
         catalog, tensor = self.catalog, self.tensors[key]
-        ends = [name for name in (*catalog.inputs, *catalog.outputs) if name not in self._whole]
+        ends = [name for name in (*catalog.input_embeddings, *catalog.output_embeddings) if name not in self._whole]
         root = next((name for name in (*self._whole, *ends) if is_inside(slot.module, [name])), None)
         if root is None:
             unknown = f"; the model has no {slot.module}{_nearest(slot.module, catalog)}"
@@ -315,7 +315,7 @@ class _Planner:
         if parameter is None:
             self._problem(f"{key}: {root} has no parameter {name}")
         elif tuple(parameter.shape) != self._shape(key):
-            rows = tensor.shape[0] if catalog.is_end(root) else 0
+            rows = tensor.shape[0] if catalog.is_embedding(root) else 0
             mend = f" (resize the base first: resize_token_embeddings({rows}))" if rows else ""
             self._problem(f"{key}: is {self._shape(key)}, and the model's is {tuple(parameter.shape)}{mend}")
         elif problems := _of_wrong_kind(key, tensor, _is_floating(parameter)):

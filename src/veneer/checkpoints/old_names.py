@@ -114,7 +114,7 @@ def _targets(config: TargetedConfig, now: TargetedConfig, names: OldNames, catal
     if config.target_modules is None or not any(old != new for old, new in names.now.items()):
         return now
     olds = {old: catalog.linear[new] for old, new in names.now.items()}
-    outputs = [old for old, new in names.now.items() if new in catalog.outputs]
+    outputs = [old for old, new in names.now.items() if new in catalog.output_embeddings]
     try:
         meant = [names.now[old] for old in target_names(config, olds, outputs=outputs)]
     except TargetError:
@@ -147,7 +147,7 @@ def _saved_now(config: TargetedConfig, name: str, names: OldNames, catalog: Cata
     """The same for a module that is saved whole."""
     one = replace(config, modules_to_save=[name])
     meant = [names.now[old] for old in saved_modules(one, names.now)]
-    return meant if meant and meant != catalog.saved(one) else [name]
+    return meant if meant and meant != catalog.whole_modules(one) else [name]
 
 
 def _patterns(patterns: Mapping[str, Any], default: Any, names: OldNames, held: Collection[str]) -> dict[str, Any]:

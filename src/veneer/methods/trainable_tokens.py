@@ -37,8 +37,8 @@ class TrainableTokens(TokenRows[TrainableTokensConfig], ChoosesLayers, Completes
     saves_twins = True
 
     def complete(self, config: TrainableTokensConfig, catalog: Catalog) -> None:
-        if config.target_modules is None and catalog.inputs:
-            config.target_modules = shortest(catalog.inputs, catalog.modules)
+        if config.target_modules is None and catalog.input_embeddings:
+            config.target_modules = shortest(catalog.input_embeddings, catalog.modules)
 
     def parts(self, config: TrainableTokensConfig, catalog: Catalog) -> list[MethodOnSites]:
         own = self.part(config, catalog, catalog.sites(config))

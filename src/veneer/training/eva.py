@@ -377,5 +377,5 @@ def _with_ranks(adapters: Adapters, entry: Adapter, given: Mapping[str, Tensor])
     if gone:
         left = [name for name in adapters.catalog.targets(old) if name not in gone]
         config.target_modules = None
-        adapters.catalog.spell_out(config, left)
+        adapters.catalog.write_out_targets(config, left)
     return config

@@ -151,7 +151,7 @@ def _changed_alike(adapters: Adapters, names: Sequence[str]) -> set[str]:
 
     if not all(getattr(adapters.by_name[name].config, "ensure_weight_tying", False) for name in names):
         return set()
-    pairs = [(a, b) for a, b in adapters.catalog.tied_ends if tensors(a) and tensors(a) == tensors(b)]
+    pairs = [(a, b) for a, b in adapters.catalog.tied_embeddings if tensors(a) and tensors(a) == tensors(b)]
     return {name for pair in pairs for name in pair}
 
 

@@ -46,7 +46,7 @@ def _with_companions(own: MethodOnSites, config: TargetedConfig, catalog: Catalo
     Raises:
         ConfigError: ``bias`` is neither ``"none"``, ``"all"`` nor ``"<method>_only"``.
     """
-    ends = [site for site in own.sites if catalog.is_end(site.name)]
+    ends = [site for site in own.sites if catalog.is_embedding(site.name)]
     # The base's own rows, so those of all that shares them.
     parts = [
         MethodOnSites(SAVED_WEIGHT, ends, {site.id: catalog.sharing(site.name) for site in ends}, optional=True),
@@ -61,5 +61,5 @@ def _with_companions(own: MethodOnSites, config: TargetedConfig, catalog: Catalo
     else:
         parts.append(MethodOnSites(ADAPTED_BIAS, [site for site in own.sites if site.bias is not None]))
     if bias == "all":
-        parts.append(MethodOnSites(OTHER_BIAS, catalog.biased(config, without=own.sites)))
+        parts.append(MethodOnSites(OTHER_BIAS, catalog.bias_sites(config, without=own.sites)))
     return parts

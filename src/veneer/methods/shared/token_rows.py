@@ -73,7 +73,7 @@ class TokenRows(Method[ConfigT, TokenSettings], AdaptsTwins):
             ConfigError: other tokens are named for what is to stay alike.
         """
         listed, twins = {site.name for site in sites}, dict[str, list[Site]]()
-        for site in (site for site in sites if site.name in catalog.inputs):
+        for site in (site for site in sites if site.name in catalog.input_embeddings):
             sharing = catalog.sharing(site.name)
             own = {twin.name for twin in sharing if twin.name in listed and not self.follows(config, twin)}
             if self._are_alike(config, site, [twin for twin in sharing if twin.name in listed]):
