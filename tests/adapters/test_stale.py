@@ -236,8 +236,8 @@ def test_a_replica_for_another_device_has_nothing_of_the_layer_that_it_was_made_
     logits(model, X)
     layer = next(iter(model.adapters.layers.values()))
     replica = layer._replicate_for_data_parallel()
-    assert layer._keeping.folded is not None
-    assert replica._keeping.folded is None
+    assert layer._inference_cache.forward is not None
+    assert replica._inference_cache.forward is None
 
 
 def test_tensors_that_layers_share_are_exchanged_in_all_of_them() -> None:
@@ -295,13 +295,13 @@ def test_parameters_that_are_trained_are_of_the_class_that_optimizers_are_fastes
 
 def test_nothing_is_made_again_within_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[object] = []
-    fold = AdaptedLayer._fold
+    fold = AdaptedLayer._fuse
 
     def counted(self: AdaptedLayer, selection: Selection) -> CachedForward:
         made.append(self)
         return fold(self, selection)
 
-    monkeypatch.setattr(AdaptedLayer, "_fold", counted)
+    monkeypatch.setattr(AdaptedLayer, "_fuse", counted)
     for model, calls in ((adapted("llama"), 2), (frozen(), 1)):
         made.clear()
         for _ in range(2):
@@ -360,7 +360,7 @@ def test_what_was_begun_in_another_state_is_not_kept(state: str, mixed: bool, mo
             return layer(x)
 
     ready, go = threading.Event(), threading.Event()
-    form = AdaptedLayer._folded_form
+    form = AdaptedLayer._fused_patch
 
     def slow(self: AdaptedLayer, names: Sequence[str]) -> Any:
         found = form(self, tuple(names))
@@ -369,8 +369,8 @@ def test_what_was_begun_in_another_state_is_not_kept(state: str, mixed: bool, mo
             assert go.wait(SOON)
         return found
 
-    monkeypatch.setattr(AdaptedLayer, "_folded_form", slow)
-    layer._forget()
+    monkeypatch.setattr(AdaptedLayer, "_fused_patch", slow)
+    layer.forget_cached()
     reader = threading.Thread(target=run, name="reader")
     reader.start()
     assert ready.wait(SOON)
@@ -378,5 +378,5 @@ def test_what_was_begun_in_another_state_is_not_kept(state: str, mixed: bool, mo
     go.set()
     reader.join()
     found = run()
-    layer._forget()
+    layer.forget_cached()
     assert gap(found, run()) < CLOSE

@@ -32,6 +32,6 @@ def rejoin(adapters: Adapters) -> None:
         layer.held = {adapter: now(kept) for adapter, kept in layer.held.items()}
         for adapter, shares in layer.bound.items():
             layer.bound[adapter] = [replace(share, shared=now(share.shared)) for share in shares]
-        layer._forget()
+        layer.forget_cached()
     for entry in adapters.by_name.values():
         entry.layers.shared = now(entry.layers.shared)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
-from types import NoneType
 from typing import Any
 
 import torch
@@ -15,56 +13,17 @@ from torch import Tensor, nn
 from veneer.base_model.sites.site import Site, copy_with, unsupported
 from veneer.errors import MergeError, UnsupportedError
 from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters, parameter_like
+from veneer.layers.inference_cache import InferenceCache, are_small, for_inference
 from veneer.layers.parameter_holder import ParameterHolder
 from veneer.layers.peft_attributes import LayerFace
 from veneer.layers.read_weight import Unread
 from veneer.patches.active_selection import ActiveSelection
-from veneer.patches.fused import CachedForward, FusedPatch, TensorVersions, can_fuse, fuse, fused_dtype, fused_forward
-from veneer.patches.mixed_batch import CachedMixedForward
+from veneer.patches.fused import CachedForward, FusedPatch, can_fuse, fuse, fused_dtype, fused_forward
 from veneer.patches.patch import Patch, apply, apply_rows, biases, for_training, whole_weight
-from veneer.patches.route import CacheableRoute
 from veneer.patches.row_layout import ROWS, Layout, refused
 from veneer.patches.selection import Selection
 from veneer.patches.watched_parameters import watch
 from veneer.patches.weight_arithmetic import composed
-
-# What inference keeps of a layer's lowered patches is at most one such part of the weight's own memory.
-KEPT_PART = 2
-
-
-class Keeping:
-    """What inference keeps of a layer in one state; with the next one comes another.
-
-    What was begun in one state and is ready in the next is kept here, where nobody looks for it any more.
-    """
-
-    __slots__ = ("folded", "mixed", "read")
-
-    def __init__(self) -> None:
-        # What the last selection folds to.
-        self.folded: CachedForward | None = None
-        # The same for the adapters of the last batch that held several.
-        self.mixed: CachedMixedForward | None = None
-        # The weight for a model that reads it instead of calling the layer.
-        self.read: Read | None = None
-
-
-class Read(TensorVersions):
-    """The weight, as stored, that a layer has under a selection.
-
-    Args:
-        selection: the selection.
-        sources: the tensors that it is made from.
-        make: makes it.
-    """
-
-    __slots__ = ("selected", "weight")
-
-    @torch.no_grad()
-    def __init__(self, selection: Selection, sources: Sequence[Tensor], make: Callable[[], Tensor]) -> None:
-        super().__init__(selection, sources)
-        self.selected = selection.names
-        self.weight = make()
 
 
 class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
@@ -91,7 +50,7 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
     merged: tuple[str, ...]
     original: list[nn.Parameter | None]
     # What inference keeps; another when tensors were added, moved, or are about to be trained.
-    _keeping: Keeping
+    _inference_cache: InferenceCache
     # Whether the model calls the layer, and asks for its weight at most to learn of its dtype.
     _called: bool
 
@@ -107,7 +66,7 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
             held={},
             merged=(),
             original=[],
-            _keeping=Keeping(),
+            _inference_cache=InferenceCache(),
             _called=False,
             training=site.module.training,
         )
@@ -130,7 +89,7 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
             self._place(adapter, leaf.memory_name, tensors[leaf.name])
         watch([*tensors.values(), *share.shared.values()])
         self.bound.setdefault(adapter, []).append(share)
-        self._forget()
+        self.forget_cached()
 
     def _place(self, adapter: str, name: str, parameter: nn.Parameter) -> None:
         """Put a tensor among the layer's own, the adapter's name after its head."""
@@ -156,7 +115,7 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
     def unbind(self, adapter: str) -> None:
         """Remove an adapter's tensors; the heads that are empty then go too."""
         shares = self.bound.pop(adapter)
-        self._forget()
+        self.forget_cached()
         names = [leaf.memory_name for share in shares for leaf in share.leaves] + [*self.held.pop(adapter, ())]
         for head in {name.partition(".")[0] for name in names} & self._modules.keys():
             holder = self._holder(head)
@@ -177,7 +136,7 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
 
     def reset(self, adapter: str, share: BoundAdapter, settings: Any) -> None:
         super().reset(adapter, share, settings)
-        self._forget()
+        self.forget_cached()
 
     def tensors(self, adapter: str, share: BoundAdapter) -> dict[str, nn.Parameter]:
         """Leaf -> the parameter of an adapter's share of this layer."""
@@ -223,9 +182,9 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
         if selection.rows is not None:
             return self._forward_rows(selection, x, *args, **kwargs)
         if not (self.training or args or kwargs or torch.compiler.is_compiling()):
-            kept = self._keeping.folded
+            kept = self._inference_cache.forward
             if kept is None or kept.selected != selection.names or not kept.is_current(selection):
-                kept = self._fold(selection)
+                kept = self._fuse(selection)
                 self.__dict__["_called"] = True
             if kept.forward is not None and not kept.wants_grad(x):
                 return kept.forward(x)
@@ -236,36 +195,30 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
             return self.base_layer(x, *args, **kwargs)
         return self._apply_patches(self.patches_now(names), x, *args, **kwargs)
 
-    def _fold(self, selection: Selection) -> CachedForward:
-        """The forward pass under a selection, which inference keeps until a tensor changes."""
-        keeping, names, merged = self._keeping, self.here(selection.names), self.merged
+    def _fuse(self, selection: Selection) -> CachedForward:
+        """Make the forward pass under a selection that inference keeps until a tensor changes."""
+        cache, names, merged = self._inference_cache, self.here(selection.names), self.merged
         kept = CachedForward(selection, self._sources(names))
         if names and names != merged and kept.lasts:
             kept.forward = self._kept_forward(names)
-        keeping.folded = kept
+        cache.forward = kept
         return kept
 
     @torch.no_grad()
     def _kept_forward(self, names: tuple[str, ...]) -> Callable[[Tensor], Any] | None:
-        folded = self._folded_form(names)
-        if folded is not None:
-            return fused_forward(folded, self._base if self.merged else self.base_layer, self.switch.widened)
+        fused = self._fused_patch(names)
+        if fused is not None:
+            return fused_forward(fused, self._base if self.merged else self.base_layer, self.switch.widened)
         patches = self.patches(names)
         if self.site.stored.ndim == 1 and whole_weight(self.site, patches):
             return partial(self.call_with, *self._whole(patches))
-        if not self._may_keep(patches):
+        if not are_small(patches, self.site):
             return None
         dtype = fused_dtype(self.site.device, self.site.stored.dtype)
-        return partial(self._apply_patches, [_lasting(patch, dtype) for patch in patches])
-
-    def _may_keep(self, patches: Sequence[Patch]) -> bool:
-        """Whether inference keeps lowered patches: not a matrix as large as the weight, which would double the base."""
-        if self.site.shift_only or any(not isinstance(patch.route, (CacheableRoute, NoneType)) for patch in patches):
-            return False
-        return KEPT_PART * sum(patch.nbytes for patch in patches) <= self.site.stored.nbytes
+        return partial(self._apply_patches, [for_inference(patch, dtype) for patch in patches])
 
     @torch.no_grad()
-    def _folded_form(self, names: tuple[str, ...]) -> FusedPatch | None:
+    def _fused_patch(self, names: tuple[str, ...]) -> FusedPatch | None:
         if not self.site.matrix_input:
             return None
         patches = self.patches(names)
@@ -312,7 +265,7 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
         names = tuple(name for name in self.here(selection.used) if name in groups)
         y, rest = None, names
         if names and not (self.training or args or kwargs or torch.compiler.is_compiling()):
-            kept = self._mix(selection, names)
+            kept = self._inference_cache.mixed_forward(selection, names, self._sources, self._fused_patch)
             if kept.together and not kept.wants_grad(x):
                 order = selection.order(kept.together, x.shape[0], x.device, self.layout)
                 y = kept.forward(self._base if self.merged else self.base_layer, x, order)
@@ -335,20 +288,9 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
             raise unsupported(self.site, "an adapter that acts by whole sequences, in a packed one,")
         return patch.take(rows, x.shape[:-1])
 
-    def _mix(self, selection: Selection, names: tuple[str, ...]) -> CachedMixedForward:
-        """The stacked form of several adapters, which inference keeps until a tensor changes or others are wanted."""
-        keeping = self._keeping
-        kept = keeping.mixed
-        current = kept is not None and kept.is_current(selection)
-        if kept is None or not current or kept.names != names:
-            known = kept.members if kept is not None and current else {}
-            kept = CachedMixedForward(selection, names, self._sources(names), known, self._folded_form)
-            keeping.mixed = kept
-        return kept
-
-    def _forget(self) -> None:
+    def forget_cached(self) -> None:
         """Drop what inference keeps: the layer is in another state now."""
-        self._keeping = Keeping()
+        self._inference_cache = InferenceCache()
 
     # -- a weight that the model reads ---------------------------------------------------------------------
 
@@ -390,11 +332,8 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
         """The weight or bias under a selection; inference keeps the weight."""
         if name == "bias" or self._wants_grad(names):
             return self._made(name, selection, names)
-        keeping = self._keeping
-        kept = keeping.read
-        if kept is None or kept.selected != selection.names or not kept.is_current(selection):
-            kept = keeping.read = Read(selection, self._sources(names), partial(self._made, name, selection, names))
-        return kept.weight
+        make = partial(self._made, name, selection, names)
+        return self._inference_cache.read_weight(selection, partial(self._sources, names), make)
 
     def _made(self, name: str, selection: Selection, names: tuple[str, ...]) -> Any:
         patches = self._readable(names) if selection.rows is None else None
@@ -423,28 +362,28 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
             original = [None if self.site.shift_only else self.site.stored, self.site.bias]
             self._store(*self.merged_parameters(names))
             self.original, self.merged = original, names
-        self._forget()
+        self.forget_cached()
 
     def store_merged(self, names: tuple[str, ...]) -> None:
         """Merge for good: the original parameters are given up."""
         parameters = self.merged_parameters(names)
         self.unmerge()
         self._store(*parameters)
-        self._forget()
+        self.forget_cached()
 
     def unmerge(self) -> None:
         """Put the original parameters back: the same tensors, so the same bytes."""
         if self.original:
             self._store(*self.original)
         self.original, self.merged = [], ()
-        self._forget()
+        self.forget_cached()
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
         # The original parameters are kept out of the module's own, so a move or cast must be told of them.
         self.original = [None if p is None else parameter_like(fn(p.detach()), p) for p in self.original]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.watch()
-        self._forget()
+        self.forget_cached()
         return self
 
     def watch(self) -> None:
@@ -456,26 +395,21 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
     def train(self, mode: bool = True) -> AdaptedLayer:
         """Set the mode of this layer and of all in it."""
         super().train(mode)
-        self._forget()
+        self.forget_cached()
         return self
 
     def _replicate_for_data_parallel(self) -> AdaptedLayer:
         replica: AdaptedLayer = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica._forget()
+        replica.forget_cached()
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_keeping": None}
+        return {**self.__dict__, "_inference_cache": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "_keeping": Keeping()})  # type: ignore[no-untyped-call]
+        super().__setstate__({**state, "_inference_cache": InferenceCache()})  # type: ignore[no-untyped-call]
         self.watch()
 
     def extra_repr(self) -> str:
         """The adapters, in a model's print-out."""
         return f"adapters={list(self.bound)}" + (f", merged={list(self.merged)}" if self.merged else "")
-
-
-def _lasting(patch: Patch, dtype: torch.dtype) -> Patch:
-    """A patch as inference keeps it."""
-    return replace(patch, route=patch.route.for_inference(dtype)) if isinstance(patch.route, CacheableRoute) else patch

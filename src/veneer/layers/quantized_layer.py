@@ -40,17 +40,17 @@ class PackedLayer(AdaptedLayer):
         names = self.here(names)
         if names:
             self.base_layer, self.merged = self._merged_layer(names), names
-        self._forget()
+        self.forget_cached()
 
     def store_merged(self, names: tuple[str, ...]) -> None:
         layer = self._merged_layer(self.here(names))
         self.unmerge()
         self.base_layer = layer
-        self._forget()
+        self.forget_cached()
 
     def unmerge(self) -> None:
         self.base_layer, self.merged = self.site.module, ()
-        self._forget()
+        self.forget_cached()
 
     def merged_parameters(self, names: tuple[str, ...]) -> tuple[nn.Parameter | None, nn.Parameter | None]:
         """The weight (float32) and bias with ``names`` merged, before the weight is stored in any form."""

@@ -45,7 +45,7 @@ class ShardedLayer(AdaptedLayer):
         self.gives_part = y.shape[-1] != rows
         return gathered(y, mesh, rows) if self.gives_part else y
 
-    def _folded_form(self, names: tuple[str, ...]) -> None:
+    def _fused_patch(self, names: tuple[str, ...]) -> None:
         """None: what is folded adds to the base layer's own output, and here that is a part."""
 
     def _readable(self, names: tuple[str, ...]) -> None:

@@ -1,0 +1,106 @@
+"""The results that inference keeps of a layer from one call to the next: fused patches, and weights that are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import NoneType
+
+import torch
+from torch import Tensor
+
+from veneer.base_model.sites.site import Site
+from veneer.patches.fused import CachedForward, FusedPatch, TensorVersions
+from veneer.patches.mixed_batch import CachedMixedForward
+from veneer.patches.patch import Patch
+from veneer.patches.route import CacheableRoute
+from veneer.patches.selection import Selection
+
+# Lowered patches are kept up to one such part of the weight's own memory.
+KEPT_PART = 2
+
+
+class InferenceCache:
+    """Holds what inference keeps of a layer in one state; with the next state comes another cache.
+
+    What is begun in one state and ready in the next is kept in the old cache, where nobody looks for it any more.
+
+    Attributes:
+        forward: the forward pass under the last selection.
+        mixed: that of the adapters of the last batch that held several.
+        weight: the weight for a model that reads it instead of calling the layer.
+    """
+
+    __slots__ = ("forward", "mixed", "weight")
+
+    def __init__(self) -> None:
+        self.forward: CachedForward | None = None
+        self.mixed: CachedMixedForward | None = None
+        self.weight: CachedWeight | None = None
+
+    def mixed_forward(
+        self,
+        selection: Selection,
+        names: tuple[str, ...],
+        sources: Callable[[tuple[str, ...]], list[Tensor]],
+        fused_patch: Callable[[tuple[str, ...]], FusedPatch | None],
+    ) -> CachedMixedForward:
+        """Return the stacked form of several adapters; made anew when a tensor changed, or for other adapters.
+
+        Args:
+            selection: of the call.
+            names: the adapters.
+            sources: gives the tensors of adapters.
+            fused_patch: gives the fused patch of adapters, where they have one.
+        """
+        kept = self.mixed
+        is_current = kept is not None and kept.is_current(selection)
+        if kept is None or not is_current or kept.names != names:
+            known = kept.members if kept is not None and is_current else {}
+            kept = self.mixed = CachedMixedForward(selection, names, sources(names), known, fused_patch)
+        return kept
+
+    def read_weight(
+        self, selection: Selection, sources: Callable[[], list[Tensor]], make: Callable[[], Tensor]
+    ) -> Tensor:
+        """Return the weight under a selection; made anew when a tensor changed, or for another selection.
+
+        Args:
+            selection: of the call.
+            sources: gives the tensors of its adapters.
+            make: makes the weight.
+        """
+        kept = self.weight
+        if kept is None or kept.selected != selection.names or not kept.is_current(selection):
+            kept = self.weight = CachedWeight(selection, sources(), make)
+        return kept.weight
+
+
+class CachedWeight(TensorVersions):
+    """The weight, as stored, that a layer has under a selection.
+
+    Args:
+        selection: the selection.
+        sources: the tensors that it is made from.
+        make: makes it.
+    """
+
+    __slots__ = ("selected", "weight")
+
+    @torch.no_grad()
+    def __init__(self, selection: Selection, sources: Sequence[Tensor], make: Callable[[], Tensor]) -> None:
+        super().__init__(selection, sources)
+        self.selected = selection.names
+        self.weight = make()
+
+
+def are_small(patches: Sequence[Patch], site: Site) -> bool:
+    """Tell whether inference can keep lowered patches: a matrix as large as the weight would double the base."""
+    if site.shift_only or any(not isinstance(patch.route, (CacheableRoute, NoneType)) for patch in patches):
+        return False
+    return KEPT_PART * sum(patch.nbytes for patch in patches) <= site.stored.nbytes
+
+
+def for_inference(patch: Patch, dtype: torch.dtype) -> Patch:
+    """Return a patch as inference keeps it."""
+    return replace(patch, route=patch.route.for_inference(dtype)) if isinstance(patch.route, CacheableRoute) else patch
