@@ -13,7 +13,7 @@ import torch
 import veneer
 from tests.models import build
 from tests.random_adapters import enlarge
-from veneer.benching.inputs import take_stock
+from veneer.benching.inputs import find_inputs
 from veneer.benching.measure.fidelity import fidelity, outputs
 from veneer.benching.measure.fresh_process import LOADS, Request, in_fresh_process, load_and_answer
 from veneer.benching.measure.machine import device_of
@@ -93,7 +93,7 @@ def test_sizes_in_memory(folder: Folder, no_processes: list[Request]) -> None:
 
 
 def taken(place: Path, dtype: Any = "float32", prompts: Path | None = None) -> ModelsCompared:
-    inventory = take_stock(place / "a", place / "base", [place / "b"])
+    inventory = find_inputs(place / "a", place / "base", [place / "b"])
     how: dict[str, Any] = {"dtype": dtype, "device": torch.device("cpu"), "local_files_only": True}
     return load_models(inventory, inventory.adapters, prompts=prompts, **how)
 
@@ -158,17 +158,17 @@ def test_which_adapters(folder: Folder, tmp_path: Path) -> None:
     model.load_adapter(place / "b", adapter_name="y")
     enlarge(model, "x")
     model.save_pretrained(tmp_path / "set")
-    names = lambda *arguments: [a.name for a in take_stock(*arguments).adapters]  # noqa: E731
+    names = lambda *arguments: [a.name for a in find_inputs(*arguments).adapters]  # noqa: E731
     assert names(tmp_path / "set", None, []) == ["x", "y"]
     assert names(tmp_path / "set", None, ["y"]) == ["y"]
     assert names(tmp_path / "set", None, [place / "a"]) == ["x", "y", "a"]
     assert names(place / "base", None, [place / "a", place / "b", place / "a"]) == ["a", "b", "a-2"]
     with pytest.raises(ConfigError, match="without adapters"):
-        take_stock(place / "base", None, [])
+        find_inputs(place / "base", None, [])
     with pytest.raises(BaseModelError, match="takes no base"):
-        take_stock(place / "base", place / "base", [place / "a"])
+        find_inputs(place / "base", place / "base", [place / "a"])
     with pytest.raises(PathNotFoundError):
-        take_stock(place / "a", None, ["nothing/here/at-all"])
+        find_inputs(place / "a", None, ["nothing/here/at-all"])
 
 
 @pytest.mark.parametrize(

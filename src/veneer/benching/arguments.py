@@ -1,4 +1,4 @@
-"""The options of ``veneer bench`` as they are typed: ``1,8``, ``a=80,b=20``, ``16GB``. Imports no torch."""
+"""Parses the options of ``veneer bench``: ``1,8``, ``a=80,b=20``, ``16GB``. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from veneer.printing import parse_bytes
 
 
 def counts(text: str, option: str) -> tuple[int, ...]:
-    """Numbers from 1 on, such as ``1,8``; each once, ascending."""
+    """Parse whole numbers from 1 on, such as ``1,8``; return each once, ascending."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
         raise UsageError(f"{option} {text!r} is no list of whole numbers from 1 on.", hint=f"Such as {option} 1,8.")
@@ -18,7 +18,7 @@ def counts(text: str, option: str) -> tuple[int, ...]:
 
 
 def size(text: str, option: str) -> int:
-    """Bytes, such as ``16GB``, ``512 MiB`` or ``1000000``."""
+    """Parse a size such as ``16GB``, ``512 MiB`` or ``1000000`` into bytes."""
     value = parse_bytes(text)
     if value is None:
         raise UsageError(f"{option} {text!r} is no amount of memory.", hint=f"Such as {option} 16GB.")
@@ -26,25 +26,25 @@ def size(text: str, option: str) -> int:
 
 
 def shares(text: str, option: str) -> dict[str, float]:
-    """Adapter -> its part of the traffic, such as ``a=80,b=15,c=5``; any unit will do."""
-    found: dict[str, float] = {}
+    """Parse each adapter's part of the traffic, such as ``a=80,b=15,c=5``, in any unit."""
+    parts: dict[str, float] = {}
     for part in text.split(","):
         name, _, value = part.rpartition("=")
         try:
-            found[name.strip()] = float(value)
+            parts[name.strip()] = float(value)
         except ValueError:
-            found = {}
+            parts = {}
             break
-    if not found or "" in found or len(found) != text.count("=") or text.count(",") + 1 != len(found):
+    if not parts or "" in parts or len(parts) != text.count("=") or text.count(",") + 1 != len(parts):
         raise UsageError(
             f"{option} {text!r} does not say how requests spread over the adapters.",
             hint=f'Such as {option} "french=80,german=20".',
         )
-    return found
+    return parts
 
 
 def spread_over(traffic: Mapping[str, float] | None, names: Sequence[str]) -> dict[str, float]:
-    """Adapter -> its share of the requests, the hottest first; equal shares when nothing is known.
+    """Return each adapter's share of the requests, the hottest first; equal shares without ``traffic``.
 
     Raises:
         UsageError: a name is unknown or missing, or a share is no number from 0 on.

@@ -1,4 +1,4 @@
-"""The report that ``veneer.bench`` returns: the data of a run, which can be saved and printed."""
+"""Holds the report that ``veneer.bench`` returns: the data of a run, with ways to save and print it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 class BenchReport(BenchData):
-    """A run of :func:`veneer.bench`: its data (:class:`~veneer.benching.result.BenchData`), to save and to print."""
+    """The report of :func:`veneer.bench`: its :class:`~veneer.benching.result.BenchData`, to save and to print."""
 
     def save(self, folder: str | Path) -> Path:
-        """Write the report as HTML, Markdown and JSON, and keep the run; returns the HTML file's path."""
+        """Write the report as HTML, Markdown and JSON, keep the run, and return the HTML file's path."""
         return write(self, Path(folder))
 
     def __rich__(self) -> RenderableType:
-        """The tables and the recommendation."""
-        return terminal.shown(self)
+        """Make the recommendation and the tables."""
+        return terminal.as_rich(self)

@@ -1,7 +1,7 @@
-"""Two runs side by side: what became slower or faster beyond noise.
+"""Compares two runs: which figures became slower or faster beyond noise.
 
-A machine is not the same from day to day, so a time is set against that of the base alone, which ran in the same
-rounds: what changed for both is the machine's doing (or the base's), and is said so.
+A machine is not the same from day to day, so a time is compared with that of the base alone, which ran in the same
+rounds: a change of both is reported as the machine's (or the base's).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-# Smaller changes do not matter, however sure.
+# Smaller changes do not matter, however certain.
 LEAST = 0.03
 _TIMED = ("first", "decode", "forward")
 
@@ -36,7 +36,7 @@ class FigureChange:
 
     Attributes:
         quantity: as in :class:`Figure`; larger is worse for all of them.
-        variant: what was measured.
+        variant: the model measured.
         batch: rows, or 0.
         length: tokens of a row, or 0.
         unit: "s" or "B".
@@ -56,19 +56,19 @@ class FigureChange:
 
     @property
     def ratio(self) -> float:
-        """New over old."""
+        """The new median over the old one."""
         return self.new / self.old if self.old else 1.0
 
 
 @dataclass(frozen=True)
 class Comparison(AsJson):
-    """Two runs.
+    """The changes from one run to another.
 
     Attributes:
-        old: when the first was made.
-        new: when the second was.
+        old: when the first run was made.
+        new: when the second run was made.
         changes: every figure that both have.
-        cautions: what makes the comparison weak.
+        cautions: reasons not to trust the comparison.
     """
 
     old: str
@@ -78,21 +78,19 @@ class Comparison(AsJson):
 
     @property
     def regressions(self) -> list[FigureChange]:
-        """What became worse beyond noise."""
+        """The figures that became worse beyond noise."""
         return [change for change in self.changes if change.verdict == "worse"]
 
     def __rich__(self) -> RenderableType:
-        """A table of what changed, and a line on the rest."""
-        from veneer.benching.compare import shown
-
-        return shown(self)
+        """Make a table of the changes, and a line on the rest."""
+        return as_rich(self)
 
 
 def compare(old: BenchData, new: BenchData) -> Comparison:
-    """Tell what changed from one run to another.
+    """Compare two runs.
 
     Raises:
-        UsageError: they have no figure in common.
+        UsageError: the runs have no figure in common.
     """
     changes = tuple(_changes(old, new))
     if not changes:
@@ -101,12 +99,12 @@ def compare(old: BenchData, new: BenchData) -> Comparison:
 
 
 def _changes(old: BenchData, new: BenchData) -> Iterator[FigureChange]:
-    for now in new.figures:
-        before = old.find(*now.key)
+    for figure in new.figures:
+        before = old.find(*figure.key)
         if before is None:
             continue
-        change = (*now.key, now.unit, before.spread.median, now.spread.median)
-        yield FigureChange(*change, verdict=_verdict(old, before, new, now))
+        change = (*figure.key, figure.unit, before.spread.median, figure.spread.median)
+        yield FigureChange(*change, verdict=_verdict(old, before, new, figure))
 
 
 def _verdict(old: BenchData, before: Figure, new: BenchData, now: Figure) -> str:
@@ -123,7 +121,7 @@ def _verdict(old: BenchData, before: Figure, new: BenchData, now: Figure) -> str
 
 
 def _against_base(report: BenchData, figure: Figure) -> list[float]:
-    """Round by round, a time over that of the base alone; empty where the base has none, or is it."""
+    """Divide a time by that of the base alone, round by round; empty for the base itself, or without its time."""
     base = report.find(figure.quantity, "base", figure.batch or 0, figure.length or 0)
     if base is None or figure.variant == "base" or figure.quantity not in _TIMED:
         return []
@@ -149,8 +147,8 @@ def _cautions(old: BenchData, new: BenchData) -> Iterator[str]:
 _STYLES = {"worse": "bold red", "better": "bold green"}
 
 
-def shown(comparison: Comparison) -> RenderableType:
-    """What changed, what did not, and what to be careful about."""
+def as_rich(comparison: Comparison) -> RenderableType:
+    """Make a table of the changes, a summary, and the cautions."""
     changed = [change for change in comparison.changes if change.verdict != "same"]
     rows = tuple(_row(change) for change in changed)
     columns = ("figure", "variant", "input", "old", "new", "new / old", "verdict")

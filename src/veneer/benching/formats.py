@@ -1,4 +1,4 @@
-"""Figures as a person reads them: three digits, and the unit that fits."""
+"""Writes figures for people: three digits, and the unit that fits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SIZES: Mapping[str, float] = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "B":
 
 
 def number(value: float, digits: int = 3) -> str:
-    """Significant digits without an exponent: ``1234``, ``41.2``, ``0.052``; ``∞``."""
+    """Write significant digits without an exponent: ``1234``, ``41.2``, ``0.052``; ``∞``."""
     if not math.isfinite(value):
         return ("" if value > 0 else _MINUS) + "∞"
     if value == 0:
@@ -23,7 +23,7 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def seconds(value: float) -> str:
-    """Such as ``1.23 s``, ``41.2 ms`` or ``8.13 µs``; minutes from two on."""
+    """Write a time such as ``1.23 s``, ``41.2 ms`` or ``8.13 µs``; minutes from two on."""
     if math.isfinite(value) and value >= 120:
         minutes, rest = divmod(round(value), 60)
         return f"{minutes}{_SPACE}min{_SPACE}{rest:02}{_SPACE}s"
@@ -31,17 +31,17 @@ def seconds(value: float) -> str:
 
 
 def nbytes(value: float) -> str:
-    """Such as ``271 MB``; units are decimal, as for files."""
+    """Write a size such as ``271 MB``; units are decimal, as for files."""
     return _with_unit(value, _SIZES)
 
 
 def percent(share: float) -> str:
-    """Such as ``4.2 %``."""
+    """Write a share such as ``4.2 %``."""
     return f"{number(100 * share, 2)}{_SPACE}%"
 
 
 def count(value: float, word: str) -> str:
-    """Such as ``1 request`` or ``3 requests``."""
+    """Write a count such as ``1 request`` or ``3 requests``."""
     shown = (
         f"{value:,.0f}".replace(",", _THOUSANDS) if math.isfinite(value) and value == round(value) else number(value)
     )
@@ -49,19 +49,19 @@ def count(value: float, word: str) -> str:
 
 
 def plain(text: str) -> str:
-    """``text`` with common spaces in the place of narrow and unbreakable ones."""
+    """Replace narrow and unbreakable spaces by common ones."""
     return text.replace(_THOUSANDS, " ").replace(_SPACE, " ")
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
-    """Such as ``a, b and c``; of more than ``most`` the first, and how many others there are."""
+    """Write a list such as ``a, b and c``; of more than ``most`` names the first, and the number of the others."""
     if len(names) > most:
         names = [*names[: most - 1], f"{len(names) - most + 1} others"]
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def _with_unit(value: float, units: Mapping[str, float]) -> str:
-    """The value in the largest unit of which it is, rounded to three digits, at least one."""
+    """Write a value in the largest unit of which it is at least one, rounded to three digits."""
     smallest = list(units)[-1]
     unit = next((unit for unit, size in units.items() if abs(value) >= 0.9995 * size), smallest)
     return f"{number(value / units[unit])}{_SPACE}{unit}"

@@ -1,4 +1,4 @@
-"""Which adapters are to be measured, and on which base: from the paths that were given, before torch loads anything."""
+"""Finds the adapters to measure, and their base, from the paths given; nothing is loaded."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class AdapterInput:
     """An adapter to be measured.
 
     Attributes:
-        name: by which it is told from the others.
-        origin: as it was asked for.
-        root: its folder here.
+        name: unique among those measured.
+        origin: the path or hub id.
+        root: its folder on this machine.
         nbytes: of its weights on disk.
     """
 
@@ -35,10 +35,10 @@ class AdapterInput:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What was given.
+    """The base and the adapters to measure.
 
     Attributes:
-        entry: what :func:`veneer.load` is to load, with ``base``.
+        entry: the path for :func:`veneer.load`, with ``base``.
         base: the base; ``None`` for the one that the adapters name.
         adapters: at least one.
     """
@@ -48,10 +48,10 @@ class Inventory:
     adapters: tuple[AdapterInput, ...]
 
 
-def take_stock(
+def find_inputs(
     path: str | Path, base: str | Path | None, adapters: Sequence[str | Path], local_files_only: bool = False
 ) -> Inventory:
-    """Find the adapters.
+    """Find the adapters, and their base.
 
     Args:
         path: an adapter, a set of adapters, or a base model.
@@ -67,7 +67,7 @@ def take_stock(
     members = {m.name: m.source for m in adapter_folders.members(source)}
     chosen = [str(name) for name in adapters if str(name) in members]
     more = [resolve(p, lookup, what="adapter") for p in adapters if str(p) not in chosen]
-    own = {name: members[name] for name in chosen or members}
+    sources = {name: members[name] for name in chosen or members}
     entry = str(path)
     if not members and source.has(MODEL_CONFIG) and not source.has(ADAPTER_CONFIG):
         if base is not None:
@@ -79,28 +79,28 @@ def take_stock(
             )
         base, entry = path, str(more[0].root)
     elif not members:
-        own = {_name(source): source}
-    found = [*own.items(), *((_name(one), one) for one in more)]
-    names = _unique([name for name, _ in found])
-    given = [_given(name, one) for name, (_, one) in zip(names, found, strict=True)]
-    return Inventory(entry, None if base is None else str(base), tuple(given))
+        sources = {_name(source): source}
+    named = [*sources.items(), *((_name(adapter), adapter) for adapter in more)]
+    names = _unique([name for name, _ in named])
+    inputs = [_adapter_input(name, adapter) for name, (_, adapter) in zip(names, named, strict=True)]
+    return Inventory(entry, None if base is None else str(base), tuple(inputs))
 
 
-def _given(name: str, source: Source) -> AdapterInput:
-    # What is wrong with a damaged adapter is told when it is loaded.
+def _adapter_input(name: str, source: Source) -> AdapterInput:
+    # Loading reports the faults of a damaged adapter.
     files = weight_files(source, ADAPTER_STEM) if source.has(ADAPTER_CONFIG) else []
     return AdapterInput(name, source.origin, source.root, sum(file.stat().st_size for file in files))
 
 
 def _name(source: Source) -> str:
-    """An adapter's name: its folder's, without the dots that a name cannot have."""
+    """Name an adapter as its folder, without the dots that a name cannot have."""
     return Path(source.origin.rstrip("/")).name.replace(".", "_") or DEFAULT
 
 
 def _unique(names: Sequence[str]) -> list[str]:
-    """The names, those that come again numbered: ``a``, ``a-2``."""
-    found: list[str] = []
+    """Add numbers to names that come again: ``a``, ``a-2``."""
+    unique: list[str] = []
     for name in names:
         candidates = (name, *(f"{name}-{number}" for number in range(2, len(names) + 2)))
-        found.append(next(candidate for candidate in candidates if candidate not in found))
-    return found
+        unique.append(next(candidate for candidate in candidates if candidate not in unique))
+    return unique

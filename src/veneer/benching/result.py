@@ -1,4 +1,4 @@
-"""What a run measured, as plain data: to JSON and back without loss."""
+"""The data of a run, as plain dataclasses: written as JSON and read back without loss."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Figure:
         quantity: "first" (seconds to the first token), "decode" and "forward" (seconds of a step), "switch",
             "attach", "merge", "unmerge", "load" and "import" (seconds), "peak", "serving", "weights" and "disk"
             (bytes).
-        variant: what was measured: one of ``VARIANTS``; for bytes also "kept", or "adapter " and its name.
+        variant: the model measured: one of ``VARIANTS``; for bytes also "kept", or "adapter " and its name.
         unit: "s" or "B".
         samples: in the order in which they were taken. Those of the same round of several variants correspond.
         batch: rows.
@@ -53,7 +53,7 @@ class Figure:
 
     @property
     def key(self) -> tuple[str, str, int, int]:
-        """What makes it the same figure in another run."""
+        """The key by which another run's figure is the same."""
         return self.quantity, self.variant, self.batch or 0, self.length or 0
 
     @property
@@ -64,7 +64,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class MeasuredAdapter:
-    """An adapter that was measured: its name, where it is, its method, its bytes on disk, the layers it changes."""
+    """An adapter that was measured: name, path or id, method, bytes on disk, number of layers that it adapts."""
 
     name: str
     origin: str
@@ -75,21 +75,21 @@ class MeasuredAdapter:
 
 @dataclass(frozen=True)
 class Setup:
-    """What was measured and how.
+    """The base, the adapters and the settings of a run.
 
     Attributes:
-        path: as asked for.
+        path: as given.
         base: the base model's path or id.
         model_class: its class.
         kind: "causal", "seq2seq" or "forward".
-        unit: what a row is made of: "token", "image" or "frame".
+        unit: of a row's length: "token", "image" or "frame".
         parameters: how many the base has.
         dtype: of its weights.
-        device: where it ran.
-        adapters: those measured; the hottest first.
+        device: of the models.
+        adapters: the adapters measured; the hottest first.
         batch: rows.
         lengths: tokens of a row; empty where the input has one size.
-        new_tokens: tokens that were generated.
+        new_tokens: tokens of an answer.
         repeats: timed rounds.
         prompts: where the text came from.
     """
@@ -112,7 +112,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it ran.
+    """The machine of a run.
 
     Attributes:
         cpu: its name.
@@ -135,14 +135,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How far one adapter's merged answers are from its unmerged ones.
+    """The distance of one adapter's merged answers from its unmerged ones.
 
     Attributes:
         adapter: its name.
         prompts: inputs compared.
         positions: places at which logits were compared.
         drift: the largest difference of a logit, as a share of the largest logit.
-        share_of_effect: the mean difference as a share of what the adapter itself changes in the base's.
+        share_of_effect: the mean difference as a share of the adapter's own change of the base's answers.
         agreement: the share of positions with the same most likely token (or class); ``None`` without logits.
         same_texts: how many greedy answers are the same; ``None`` without decode.
     """
@@ -158,22 +158,22 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to do, and why, in numbers.
+    """The advice, with its reasons in numbers.
 
     Attributes:
         decision: "merge", "unmerged" or "merge-hottest".
         headline: the same as a sentence.
         reasons: why, a sentence each.
         cautions: what else to know.
-        plans: everything that was weighed.
-        chosen: the index of the plan that won.
-        compared: the index of the plan with merges that the break-even speaks of.
-        break_even: when its merges are earned back.
+        plans: every plan that was weighed.
+        chosen: the index of the recommended plan.
+        compared: the index of the merging plan that ``break_even`` is about.
+        break_even: when that plan's merges are earned back.
         traffic: adapter -> its share, the hottest first.
         memory: the budget in bytes.
         requests_per_change: between two changes of the adapters; ``None`` when they never change.
         in_flight: requests answered at the same time.
-        margin: what counts as noise.
+        margin: gains below this share count as noise.
     """
 
     decision: str
@@ -193,18 +193,18 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class BenchData(AsJson):
-    """The data of a run of :func:`veneer.bench`: what was measured, and what follows from it.
+    """The data of a run of :func:`veneer.bench`: figures, and the recommendation that follows from them.
 
     Attributes:
         made: when, in UTC.
-        setup: what was measured and how.
-        machine: where.
+        setup: base, adapters and settings.
+        machine: the machine of the run.
         figures: every quantity with its raw samples.
         fidelity: merged against unmerged, for each adapter.
-        recommendation: what to do.
+        recommendation: the advice.
         notes: what could not be measured, and why.
-        seconds: the whole run took.
-        schema: of this data.
+        seconds: of the whole run.
+        schema: the version of this data's form.
     """
 
     made: str
@@ -218,12 +218,12 @@ class BenchData(AsJson):
     schema: int = field(default=SCHEMA)
 
     def find(self, quantity: str, variant: str, batch: int = 0, length: int = 0) -> Figure | None:
-        """A figure, if it was measured."""
+        """Find a figure, if it was measured."""
         return find(self.figures, quantity, variant, batch, length)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "the report") -> Self:
-        """The inverse of :meth:`to_dict`; ``CorruptFileError`` when the values are no report."""
+        """Read what :meth:`to_dict` gave; raise ``CorruptFileError`` when the values are no report."""
         hint = "Give the report.json that `veneer bench --out` wrote."
         if not isinstance(values, Mapping) or "figures" not in values or "schema" not in values:
             raise CorruptFileError(f"{where} is no report of `veneer bench`.", hint=hint)
@@ -232,35 +232,35 @@ class BenchData(AsJson):
                 f"{where} is of schema {values['schema']}; this version reads {SCHEMA}.", hint="Measure again."
             )
         try:
-            return _made(cls, values)
+            return from_json(cls, values)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise CorruptFileError(f"{where} is a damaged report: {error}.", hint=hint) from error
 
 
 def find(figures: Iterable[Figure], quantity: str, variant: str, batch: int = 0, length: int = 0) -> Figure | None:
-    """The figure of these, if it is among ``figures``."""
+    """Find a figure among ``figures``."""
     return next((f for f in figures if f.key == (quantity, variant, batch, length)), None)
 
 
-def _made(kind: type[T], values: Mapping[str, Any]) -> T:
-    """A dataclass from what ``asdict`` and JSON made of it."""
+def from_json(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Make a dataclass from its JSON object, unknown keys left out."""
     hints = get_type_hints(kind)
     known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: _value(hints[name], value) for name, value in values.items() if name in known})
+    return kind(**{name: _from_json_value(hints[name], value) for name, value in values.items() if name in known})
 
 
-def _value(hint: Any, value: Any) -> Any:
+def _from_json_value(hint: Any, value: Any) -> Any:
     if isinstance(hint, type) and is_dataclass(hint):
-        return _made(hint, value)
+        return from_json(hint, value)
     if get_origin(hint) is tuple and isinstance(value, list):
-        return tuple(_value(get_args(hint)[0], item) for item in value)
+        return tuple(_from_json_value(get_args(hint)[0], item) for item in value)
     if not isinstance(value, _json_types(hint)) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{value!r} is no {hint}")
     return value
 
 
 def _json_types(hint: Any) -> tuple[type, ...]:
-    """The types that JSON may hold for a hint; a whole float is read as an int."""
+    """Return the types that JSON may hold for a hint; a whole float is read as an int."""
     parts = get_args(hint) if get_origin(hint) is UnionType else (hint,)
     kinds = [get_origin(part) or part for part in parts]
     return (*kinds, int) if float in kinds else tuple(kinds)

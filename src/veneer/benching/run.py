@@ -1,4 +1,4 @@
-""":func:`veneer.bench`: measure one model with its adapters, merged and unmerged, and say which to choose."""
+"""Implements :func:`veneer.bench`: measure a model with its adapters, merged and unmerged, and recommend one."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from veneer.benching.arguments import spread_over
 from veneer.benching.bench_report import BenchReport
 from veneer.benching.decide.cost_model import Requirements
 from veneer.benching.decide.recommendation import recommend
-from veneer.benching.inputs import AdapterInput, Inventory, take_stock
+from veneer.benching.inputs import AdapterInput, Inventory, find_inputs
 from veneer.benching.measure import machine
 from veneer.benching.measure.fidelity import fidelity
 from veneer.benching.measure.fresh_process import LOADS, Request, in_fresh_process, named
 from veneer.benching.measure.models_compared import ModelsCompared, load_models, nbytes
 from veneer.benching.measure.progress import Progress, Timeline
-from veneer.benching.measure.rounds import Collected, InputSize, measure, measure_merge, rotated
+from veneer.benching.measure.rounds import InputSize, SampleLog, measure, measure_merge, rotated
 from veneer.benching.result import Fidelity, Figure, MeasuredAdapter, Setup
 from veneer.errors import UsageError, VeneerError
 from veneer.files.lookup_options import OFFLINE
@@ -55,7 +55,7 @@ def bench(
     local_files_only: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> BenchReport:
-    """Measure what merging would change on this machine, and say whether to do it.
+    """Measure the effect of merging on this machine, and recommend whether to merge.
 
     Leave the machine alone while it runs. Base, merged and unmerged share their weights in memory, and take turns in
     every round; loading is measured in fresh processes.
@@ -83,22 +83,22 @@ def bench(
         JSON.
 
     Raises:
-        UsageError: an option makes no sense for this model. Whatever loading raises.
+        UsageError: an option does not fit this model. Also the errors of loading.
     """
     started = time.perf_counter()
     _check_numbers(batch, prompt_tokens, new_tokens, repeats, memory, requests_per_change, in_flight)
-    place = machine.device_of(device)
-    inventory = take_stock(path, base, adapters, local_files_only)
+    torch_device = machine.device_of(device)
+    inventory = find_inputs(path, base, adapters, local_files_only)
     shares = spread_over(traffic, [adapter.name for adapter in inventory.adapters])
     hottest_first = [next(a for a in inventory.adapters if a.name == name) for name in shares]
     on_progress(Progress("loading", 0.0, None))
     models = load_models(
-        inventory, hottest_first, dtype=dtype, device=place, prompts=prompts, local_files_only=local_files_only
+        inventory, hottest_first, dtype=dtype, device=torch_device, prompts=prompts, local_files_only=local_files_only
     )
     lengths = models.workload.lengths(tuple(prompt_tokens) if prompt_tokens else None, new_tokens)
     setup = _setup(str(path), inventory, hottest_first, models, lengths, sorted(set(batch)), new_tokens, repeats)
     timeline = Timeline(on_progress)
-    cells = [InputSize(rows, length) for rows in setup.batch for length in lengths or (0,)]
+    sizes = [InputSize(rows, length) for rows in setup.batch for length in lengths or (0,)]
     task = next(iter(models.single.peft_config.values())).task_type
     request = Request(
         variant="base",
@@ -107,36 +107,36 @@ def bench(
         task=None if task is None else str(task),
         model_class=setup.model_class,
         dtype=str(dtype).removeprefix("torch."),
-        device=str(place),
-        rows=cells[-1].batch,
-        length=cells[-1].length,
+        device=str(torch_device),
+        rows=sizes[-1].batch,
+        length=sizes[-1].length,
         new_tokens=new_tokens,
     )
-    _expect(timeline, setup, cells)
-    figures = [*measure(models, cells, new_tokens, repeats, timeline, place), *_sizes(models, hottest_first)]
+    _plan_steps(timeline, setup, sizes)
+    figures = [*measure(models, sizes, new_tokens, repeats, timeline, torch_device), *_bytes(models, hottest_first)]
     figures += measure_merge(models, repeats, timeline)
-    compared = _compare(models, hottest_first, new_tokens, timeline)
-    told = models.warnings
+    fidelities = _compare(models, hottest_first, new_tokens, timeline)
+    warnings = models.warnings
     del models
     gc.collect()
     notes = []
     try:
-        figures += _loads(request, min(repeats, _MOST_LOADS), cells[0], timeline)
-    except VeneerError as error:  # what was measured before it took minutes, and holds without it
+        figures += _loads(request, min(repeats, _MOST_LOADS), sizes[0], timeline)
+    except VeneerError as error:  # the figures so far took minutes, and hold without the loads
         notes.append(f"Loading and peak memory are not measured, and memory is counted without them. {error}")
-    needs = Requirements(
+    requirements = Requirements(
         traffic=shares,
-        memory=memory or machine.memory(place) or math.inf,
+        memory=memory or machine.memory(torch_device) or math.inf,
         requests_per_change=requests_per_change or math.inf,
         in_flight=in_flight or max(setup.batch),
     )
     return BenchReport(
         made=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         setup=setup,
-        machine=machine.machine(place),
+        machine=machine.machine(torch_device),
         figures=tuple(figures),
-        fidelity=tuple(compared),
-        recommendation=recommend(setup, figures, compared, needs, told),
+        fidelity=tuple(fidelities),
+        recommendation=recommend(setup, figures, fidelities, requirements, warnings),
         notes=tuple(notes),
         seconds=time.perf_counter() - started,
     )
@@ -195,18 +195,18 @@ def _setup(
         lengths=lengths,
         new_tokens=new_tokens if models.workload.decodes else 0,
         repeats=repeats,
-        prompts=models.asked,
+        prompts=models.prompt_source,
     )
 
 
-def _expect(timeline: Timeline, setup: Setup, cells: Sequence[InputSize]) -> None:
+def _plan_steps(timeline: Timeline, setup: Setup, sizes: Sequence[InputSize]) -> None:
     """Plan every step, with a guess of its seconds from the model's size."""
-    variants = {cell: 3 + (len(setup.adapters) > 1) * (1 + (cell.batch > 1)) for cell in cells}
-    for cell in cells:
-        rows, steps = cell.batch * (cell.length or 256), setup.new_tokens or 1
+    variants = {size: 3 + (len(setup.adapters) > 1) * (1 + (size.batch > 1)) for size in sizes}
+    for size in sizes:
+        rows, steps = size.batch * (size.length or 256), setup.new_tokens or 1
         guess = setup.parameters * (rows / 1e11 + steps / 1e10)
-        timeline.plan(str(cell), variants[cell] * setup.repeats, guess)
-        timeline.plan(f"warm-up {cell}", variants[cell], setup.parameters * (rows / 1e11 + 2 / 1e10))
+        timeline.plan(str(size), variants[size] * setup.repeats, guess)
+        timeline.plan(f"warm-up {size}", variants[size], setup.parameters * (rows / 1e11 + 2 / 1e10))
     timeline.plan("merge", setup.repeats, setup.parameters / 2e9)
     timeline.plan("fidelity", len(setup.adapters), setup.parameters * setup.new_tokens * 2e-9)
     timeline.plan("load", min(setup.repeats, _MOST_LOADS) * len(LOADS), 5 + setup.parameters / 5e8)
@@ -215,42 +215,42 @@ def _expect(timeline: Timeline, setup: Setup, cells: Sequence[InputSize]) -> Non
 def _compare(
     models: ModelsCompared, adapters: Sequence[AdapterInput], new_tokens: int, timeline: Timeline
 ) -> list[Fidelity]:
-    found = []
+    fidelities = []
     for adapter in adapters:
         with timeline.step("fidelity", f"comparing answers: {adapter.name}"):
-            found.append(fidelity(models, adapter.name, new_tokens))
-    return found
+            fidelities.append(fidelity(models, adapter.name, new_tokens))
+    return fidelities
 
 
-def _sizes(models: ModelsCompared, adapters: Sequence[AdapterInput]) -> list[Figure]:
-    """Bytes in memory and on disk."""
-    own = {id(tensor) for tensor in models.base.parameters()}
-    merged = [tensor for tensor in models.merged.parameters() if id(tensor) not in own]
-    collected = Collected()
-    collected.add("weights", "base", nbytes([*models.base.parameters(), *models.base.buffers()]))
-    collected.add("weights", "merged", nbytes([*models.merged.parameters(), *models.merged.buffers()]))
-    collected.add("weights", "kept", nbytes(merged))
+def _bytes(models: ModelsCompared, adapters: Sequence[AdapterInput]) -> list[Figure]:
+    """Measure bytes in memory and on disk."""
+    of_base = {id(tensor) for tensor in models.base.parameters()}
+    merged = [tensor for tensor in models.merged.parameters() if id(tensor) not in of_base]
+    log = SampleLog()
+    log.add("weights", "base", nbytes([*models.base.parameters(), *models.base.buffers()]))
+    log.add("weights", "merged", nbytes([*models.merged.parameters(), *models.merged.buffers()]))
+    log.add("weights", "kept", nbytes(merged))
     for adapter in adapters:
         tensors = [tensor for _, tensor in models.several.adapters.named_tensors(adapter.name)]
-        collected.add("weights", f"adapter {adapter.name}", nbytes(tensors))
-        collected.add("disk", f"adapter {adapter.name}", adapter.nbytes)
+        log.add("weights", f"adapter {adapter.name}", nbytes(tensors))
+        log.add("disk", f"adapter {adapter.name}", adapter.nbytes)
     files = weight_files(resolve(models.base.name_or_path, OFFLINE, what="base"), MODEL_STEM)
-    collected.add("disk", "base", sum(file.stat().st_size for file in files))
-    collected.add("disk", "merged", nbytes(models.merged.parameters()))
-    return collected.figures("B")
+    log.add("disk", "base", sum(file.stat().st_size for file in files))
+    log.add("disk", "merged", nbytes(models.merged.parameters()))
+    return log.figures("B")
 
 
 def _loads(request: Request, repeats: int, smallest: InputSize, timeline: Timeline) -> list[Figure]:
-    """Load in fresh processes. The first of each answers the largest input, and its peak memory is kept."""
-    seconds, sizes = Collected(), Collected()
+    """Measure loads in fresh processes. The first of each variant answers the largest input, for its peak memory."""
+    seconds, memory = SampleLog(), SampleLog()
     for turn in range(repeats):
         size = {} if turn == 0 else {"rows": smallest.batch, "length": smallest.length, "new_tokens": 2}
         for variant in rotated(LOADS, turn):
             with timeline.step("load", f"loading in a fresh process, {turn + 1} of {repeats}: {variant}"):
-                found = in_fresh_process(Request(**{**vars(request), **size, "variant": variant}))
-            for quantity, value in found.items():
+                costs = in_fresh_process(Request(**{**vars(request), **size, "variant": variant}))
+            for quantity, value in costs.items():
                 if quantity not in ("peak", "serving"):
                     seconds.add(quantity, variant, value)
                 elif turn == 0:
-                    sizes.add(quantity, variant, value)
-    return [*seconds.figures(), *sizes.figures("B")]
+                    memory.add(quantity, variant, value)
+    return [*seconds.figures(), *memory.figures("B")]

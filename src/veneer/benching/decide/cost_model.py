@@ -33,7 +33,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of one step, as an affine function of its rows.
+    """The seconds of one step, as an affine function of its rows.
 
     Attributes:
         fixed: seconds whatever the number of rows: reading the weights.
@@ -45,9 +45,9 @@ class Speed:
 
     @classmethod
     def through(cls, points: Mapping[int, float]) -> Speed:
-        """The least-squares line through rows -> seconds, its two parts not negative.
+        """Fit a least-squares line through rows -> seconds, both its parts not negative.
 
-        Through a single point the whole of it is fixed, as where reading the weights takes the time.
+        A single point counts as fixed: reading the weights takes most of the time.
         """
         rows, seconds = list(points), list(points.values())
         mean_rows, mean_seconds = sum(rows) / len(rows), sum(seconds) / len(seconds)
@@ -59,24 +59,24 @@ class Speed:
         return cls(0.0, sum(r * s for r, s in points.items()) / sum(r * r for r in rows))
 
     def expected(self, share: float, in_flight: int) -> float:
-        """Seconds of a step of a model to which each of ``in_flight`` rows belongs with probability ``share``."""
+        """Compute the seconds of a step of a model that each of ``in_flight`` rows belongs to with chance ``share``."""
         return self.fixed * (1 - (1 - share) ** in_flight) + self.row * in_flight * share
 
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """The figures that the model needs.
+    """The figures that the cost model requirements.
 
     Attributes:
         first: seconds to a request's first token: "merged", "unmerged" (one adapter), "shared" (several, after a
             switch); zero where there is no decode.
         step: one decode step (or one forward pass): "merged", "unmerged" (one adapter), "shared" (several).
-        steps: how many of those a request takes.
+        steps: the number of steps of a request.
         attach: seconds to attach one adapter.
         merge: seconds to merge one.
-        runtime: bytes that a process needs beside its weights, at most, while it answers.
+        runtime: the most bytes that a process needs beside its weights while it answers.
         base: bytes of the base's weights.
-        merged: bytes of a merged model's.
+        merged: bytes of a merged model's weights.
         kept: bytes of the original weights that a merge in place keeps.
         adapters: bytes of each adapter's tensors, by name.
     """
@@ -95,14 +95,14 @@ class MeasuredCosts:
 
 @dataclass(frozen=True)
 class Requirements:
-    """What is asked of the model.
+    """The traffic, and the limits of serving it.
 
     Attributes:
         traffic: adapter -> its share of the requests; they sum to 1. The hottest first.
         memory: the budget, in bytes.
         requests_per_change: requests between two changes of the adapters; infinite when they never change.
         in_flight: requests that are answered at the same time.
-        margin: the smallest gain, as a share, that is beyond the measurement's noise.
+        margin: the smallest gain, as a share, that exceeds the measurement's noise.
     """
 
     traffic: Mapping[str, float]
@@ -118,11 +118,11 @@ class ServingPlan:
 
     Attributes:
         merged: the adapters that are merged, each into a model of its own.
-        unmerged: those that share one base.
+        unmerged: the adapters that share one base.
         request: seconds of the machine for one request.
-        change: seconds for each request that changes of the adapters add.
-        memory: bytes.
-        fits: whether that is within the budget.
+        change: seconds that changes of the adapters add to a request.
+        memory: bytes needed.
+        fits: whether the memory suffices.
     """
 
     merged: tuple[str, ...]
@@ -140,12 +140,12 @@ class ServingPlan:
 
 @dataclass(frozen=True)
 class BreakEven:
-    """When the plan's merges are earned back.
+    """The requests after which a plan's merges are earned back.
 
     Attributes:
-        merges: seconds that they take.
-        saving: seconds that each request then saves; not positive when none is saved.
-        requests: after how many requests the one outweighs the other; ``None`` when never.
+        merges: seconds of the merges.
+        saving: seconds that each request saves; not positive when it saves none.
+        requests: the number of requests whose savings outweigh the merges; ``None`` when none does.
     """
 
     merges: float
@@ -153,41 +153,41 @@ class BreakEven:
     requests: float | None
 
 
-def plans(measured: MeasuredCosts, needs: Requirements) -> list[ServingPlan]:
-    """Plan ``k`` for each ``k`` from 0 to the number of adapters."""
-    names = sorted(needs.traffic, key=lambda name: -needs.traffic[name])
-    return [_plan(measured, needs, tuple(names[:k]), tuple(names[k:])) for k in range(len(names) + 1)]
+def plans(measured: MeasuredCosts, requirements: Requirements) -> list[ServingPlan]:
+    """Make plan ``k`` for each ``k`` from 0 to the number of adapters."""
+    names = sorted(requirements.traffic, key=lambda name: -requirements.traffic[name])
+    return [_plan(measured, requirements, tuple(names[:k]), tuple(names[k:])) for k in range(len(names) + 1)]
 
 
 def _plan(
-    measured: MeasuredCosts, needs: Requirements, merged: tuple[str, ...], unmerged: tuple[str, ...]
+    measured: MeasuredCosts, requirements: Requirements, merged: tuple[str, ...], unmerged: tuple[str, ...]
 ) -> ServingPlan:
     replaced = len(merged + unmerged) * measured.attach + len(merged) * measured.merge
     memory = needed_memory(measured, merged, unmerged)
     return ServingPlan(
         merged=merged,
         unmerged=unmerged,
-        request=request_seconds(measured, needs, merged, unmerged),
-        change=replaced / needs.requests_per_change,
+        request=request_seconds(measured, requirements, merged, unmerged),
+        change=replaced / requirements.requests_per_change,
         memory=memory,
-        fits=memory <= needs.memory,
+        fits=memory <= requirements.memory,
     )
 
 
 def request_seconds(
-    measured: MeasuredCosts, needs: Requirements, merged: Sequence[str], unmerged: Sequence[str]
+    measured: MeasuredCosts, requirements: Requirements, merged: Sequence[str], unmerged: Sequence[str]
 ) -> float:
-    """Seconds of the machine for one request, first token and the others."""
-    rest = sum(needs.traffic[name] for name in unmerged)
+    """Compute the seconds of the machine for one request, first token and the others."""
+    rest = sum(requirements.traffic[name] for name in unmerged)
     kind = "shared" if len(unmerged) > 1 else "unmerged"
-    step = sum(measured.step["merged"].expected(needs.traffic[name], needs.in_flight) for name in merged)
-    step += measured.step[kind].expected(rest, needs.in_flight)
+    step = sum(measured.step["merged"].expected(requirements.traffic[name], requirements.in_flight) for name in merged)
+    step += measured.step[kind].expected(rest, requirements.in_flight)
     first = (1 - rest) * measured.first["merged"] + rest * measured.first[kind]
-    return first + measured.steps * step / needs.in_flight
+    return first + measured.steps * step / requirements.in_flight
 
 
 def needed_memory(measured: MeasuredCosts, merged: Sequence[str], unmerged: Sequence[str]) -> float:
-    """Bytes that a plan needs while it answers."""
+    """Compute the bytes that a plan needs while it answers."""
     if not unmerged:
         return measured.runtime + len(merged) * measured.merged
     adapters = sum(measured.adapters.values())
@@ -196,9 +196,9 @@ def needed_memory(measured: MeasuredCosts, merged: Sequence[str], unmerged: Sequ
 
 
 def choose(candidates: Sequence[ServingPlan], margin: float) -> ServingPlan:
-    """The plan that merges least among those within ``margin`` of the cheapest that fits.
+    """Choose the plan that merges least among those within ``margin`` of the cheapest that fits.
 
-    Where none fits the memory, the one that needs least of it.
+    When no plan fits the memory, choose the one that needs least.
     """
     fitting = [plan for plan in candidates if plan.fits]
     if not fitting:
@@ -208,7 +208,7 @@ def choose(candidates: Sequence[ServingPlan], margin: float) -> ServingPlan:
 
 
 def break_even(measured: MeasuredCosts, stay: ServingPlan, other: ServingPlan) -> BreakEven:
-    """After how many requests ``other``, which merges, is ahead of ``stay``, which does not."""
+    """Compute after how many requests ``other``, which merges, beats ``stay``, which does not."""
     merges = len(other.merged) * measured.merge
     saving = stay.request - other.request
     return BreakEven(merges, saving, merges / saving if saving > 0 else None)

@@ -1,4 +1,4 @@
-"""From measured figures to a recommendation, in numbers and in words."""
+"""Turns measured figures into a recommendation, in numbers and in words."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from veneer.benching.decide.cost_model import (
 from veneer.benching.measure.statistics import ENOUGH, ratios, spread
 from veneer.benching.result import Fidelity, Figure, Recommendation, Setup, find
 
-# The smallest gain that is called one, however quiet the machine was.
+# The smallest gain that counts, however little the figures scatter.
 LEAST_MARGIN = 0.02
-# From here on the noise itself is worth a word.
+# A margin of noise above this gives a caution.
 NOISY = 0.1
 
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures of a run, by what they are of.
+    """Looks figures of a run up.
 
     Attributes:
-        figures: all of them.
-        setup: what was measured.
+        figures: all figures of the run.
+        setup: its base, adapters and settings.
     """
 
     figures: Sequence[Figure]
@@ -50,51 +50,51 @@ class Figures:
         return max(self.setup.lengths, default=0)
 
     def samples(self, quantity: str, variant: str, batch: int = 0, length: int = 0) -> tuple[float, ...]:
-        """What was measured, in order; empty when it was not."""
+        """Return the samples of a figure, in order; none when it was not measured."""
         figure = find(self.figures, quantity, variant, batch, length)
         return figure.samples if figure else ()
 
     def median(self, quantity: str, variant: str, batch: int = 0, length: int = 0) -> float:
-        """The median; zero when it was not measured."""
+        """Return the median of a figure; zero when it was not measured."""
         values = self.samples(quantity, variant, batch, length)
         return spread(values).median if values else 0.0
 
     def speed(self, variant: str, several: str | None = None) -> Speed:
-        """A step of a variant, by rows; ``several`` names the one that takes its place from two rows on."""
+        """Fit the speed of a variant's step; ``several`` names the variant that replaces it from two rows on."""
         kinds = {b: several if several and b > 1 else variant for b in self.setup.batch}
         points = {b: self.median(self.step, kind, b, self.length) for b, kind in kinds.items()}
         return Speed.through(points)
 
     def first(self, variant: str) -> float:
-        """Seconds of the machine until a request has its first token."""
+        """Return the seconds of the machine until a request has its first token."""
         batch = min(self.setup.batch)
         return self.median("first", variant, batch, self.length) / batch
 
     @property
     def steps(self) -> int:
-        """How many steps a request takes after its first token."""
+        """The number of steps of a request after its first token."""
         return 1 if self.setup.kind == "forward" else self.setup.new_tokens - 1
 
     def requests(self, variant: str, batch: int) -> list[float]:
-        """Seconds of a whole request, round by round."""
+        """Return the seconds of a whole request, round by round."""
         first, step = (self.samples(quantity, variant, batch, self.length) for quantity in ("first", self.step))
         return [a + self.steps * b for a, b in zip_longest(first, step, fillvalue=0.0)]
 
     def noise(self) -> float:
-        """How far the ratio of unmerged to merged may be off, as a share; at least ``LEAST_MARGIN``.
+        """Return the error of the ratio of unmerged to merged, as a share; at least ``LEAST_MARGIN``.
 
-        Of whole requests, as the plans weigh them: a part that scatters counts by its share of a request's time.
+        The ratio is that of whole requests, as in the plans: a part that scatters counts by its share of the time.
         """
         spreads = [
-            spread(found).relative
+            spread(samples).relative
             for batch in self.setup.batch
-            if (found := ratios(self.requests("unmerged", batch), self.requests("merged", batch)))
+            if (samples := ratios(self.requests("unmerged", batch), self.requests("merged", batch)))
         ]
         return max([LEAST_MARGIN, *spreads])
 
 
 def measured(figures: Figures) -> MeasuredCosts:
-    """What the cost model needs of a run."""
+    """Collect the figures of a run that the cost model requirements."""
     setup, several = figures.setup, len(figures.setup.adapters) > 1
     shared = figures.speed("switching", "mixed") if several else figures.speed("unmerged")
     base = figures.median("weights", "base")
@@ -120,26 +120,26 @@ def recommend(
     setup: Setup,
     figures: Sequence[Figure],
     fidelity: Sequence[Fidelity],
-    needs: Requirements,
+    requirements: Requirements,
     warnings: Sequence[str] = (),
 ) -> Recommendation:
     """Weigh the plans for serving the adapters.
 
     Args:
-        setup: what was measured.
+        setup: base, adapters and settings of the run.
         figures: every figure.
         fidelity: of each adapter.
-        needs: what is asked for; its margin is replaced by the measurement's noise.
-        warnings: what loading had to say.
+        requirements: the traffic and the limits.
+        warnings: of loading; they become cautions.
     """
-    found = Figures(figures, setup)
-    margin = found.noise()
-    numbers = measured(found)
-    weighed = plans(numbers, needs)
+    by_variant = Figures(figures, setup)
+    margin = by_variant.noise()
+    costs = measured(by_variant)
+    weighed = plans(costs, requirements)
     chosen = choose(weighed, margin)
     other = chosen if chosen.merged else _rival(weighed)
-    even = break_even(numbers, weighed[0], other)
-    verdict = _Verdict(weighed, chosen, other, even, needs, margin)
+    even = break_even(costs, weighed[0], other)
+    verdict = _Verdict(weighed, chosen, other, even, requirements, margin)
     return Recommendation(
         decision=verdict.decision,
         headline=verdict.headline(),
@@ -149,40 +149,40 @@ def recommend(
         chosen=weighed.index(chosen),
         compared=weighed.index(other),
         break_even=even,
-        traffic=dict(needs.traffic),
-        memory=needs.memory,
-        requests_per_change=needs.requests_per_change if math.isfinite(needs.requests_per_change) else None,
-        in_flight=needs.in_flight,
+        traffic=dict(requirements.traffic),
+        memory=requirements.memory,
+        requests_per_change=None if math.isinf(requirements.requests_per_change) else requirements.requests_per_change,
+        in_flight=requirements.in_flight,
         margin=margin,
     )
 
 
 def _rival(weighed: Sequence[ServingPlan]) -> ServingPlan:
-    """The best plan that merges: of those that fit, if any does."""
+    """Return the cheapest plan that merges, among those that fit if there are any."""
     merging = [plan for plan in weighed if plan.merged]
     return min([plan for plan in merging if plan.fits] or merging, key=lambda plan: plan.cost)
 
 
 @dataclass(frozen=True)
 class _Verdict:
-    """A choice among plans, about to be put into words."""
+    """Puts a choice among plans into words."""
 
     weighed: Sequence[ServingPlan]
     chosen: ServingPlan
     other: ServingPlan
     even: BreakEven
-    needs: Requirements
+    requirements: Requirements
     margin: float
 
     @property
     def decision(self) -> str:
-        """What is recommended, as a word for scripts."""
+        """The recommendation as a word for scripts."""
         if not self.chosen.merged:
             return "unmerged"
         return "merge-hottest" if self.chosen.unmerged else "merge"
 
     def headline(self) -> str:
-        """What is recommended, as a sentence."""
+        """Write the recommendation as a sentence."""
         merged, unmerged = self.chosen.merged, self.chosen.unmerged
         if not merged:
             return f"Leave {formats.listed(unmerged)} unmerged" + (", on one base." if len(unmerged) > 1 else ".")
@@ -192,15 +192,15 @@ class _Verdict:
         return f"Merge {formats.listed(merged)}, and leave {formats.listed(unmerged)} unmerged{base}."
 
     def reasons(self, setup: Setup) -> list[str]:
-        """Why, in numbers."""
+        """Write the reasons, in numbers."""
         return [self._gain(setup), self._break_even(), *self._memory()]
 
     def _gain(self, setup: Setup) -> str:
         stay, other = self.weighed[0], self.other
         gain = 1 - other.request / stay.request if stay.request else 0.0
         text = (
-            f"{_request(setup, self.needs)} takes {formats.seconds(stay.request)} of the machine with everything "
-            f"unmerged, and {formats.seconds(other.request)} with {formats.listed(other.merged)} merged"
+            f"{_request(setup, self.requirements)} takes {formats.seconds(stay.request)} of the machine with "
+            f"everything unmerged, and {formats.seconds(other.request)} with {formats.listed(other.merged)} merged"
         )
         if gain <= 0:
             return f"{text}: merging saves nothing."
@@ -219,68 +219,67 @@ class _Verdict:
             f"{merges} and saves {formats.seconds(self.even.saving)} a request: it is earned back after "
             f"{formats.count(max(math.ceil(self.even.requests), 1), 'request')}"
         )
-        every = self.needs.requests_per_change
+        every = self.requirements.requests_per_change
         if math.isinf(every):
             return f"{text}."
         return f"{text}, and the adapters change every {formats.count(every, 'request')}."
 
     def _memory(self) -> list[str]:
-        budget = formats.nbytes(self.needs.memory)
-        found = [f"It needs about {formats.nbytes(self.chosen.memory)} of {budget} of memory."]
+        budget = formats.nbytes(self.requirements.memory)
+        texts = [f"It needs about {formats.nbytes(self.chosen.memory)} of {budget} of memory."]
         cheaper = [p for p in self.weighed if not p.fits and p.cost < self.chosen.cost * (1 - self.margin)]
         if self.chosen.fits and cheaper:
             best = min(cheaper, key=lambda plan: plan.cost)
             less = formats.percent(1 - best.cost / self.chosen.cost)
-            found.append(
+            texts.append(
                 f"With {formats.listed(best.merged)} merged a request would cost {less} less, and that needs "
                 f"{formats.nbytes(best.memory)}."
             )
-        return found
+        return texts
 
     def cautions(self, setup: Setup) -> list[str]:
-        """What limits the choice."""
-        found = []
+        """Write what limits the choice."""
+        cautions = []
         if not self.chosen.fits:
-            found.append(
-                f"No way of serving the adapters fits into {formats.nbytes(self.needs.memory)}; this one needs least."
-            )
-        if self.needs.in_flight > max(setup.batch):
-            found.append(
-                f"{self.needs.in_flight} requests in flight are more than the largest batch measured, "
+            budget = formats.nbytes(self.requirements.memory)
+            cautions.append(f"No way of serving the adapters fits into {budget}; this one needs least.")
+        if self.requirements.in_flight > max(setup.batch):
+            cautions.append(
+                f"{self.requirements.in_flight} requests in flight are more than the largest batch measured, "
                 f"{max(setup.batch)}: the figures are extended in a straight line."
             )
-        return found
+        return cautions
 
 
-def _request(setup: Setup, needs: Requirements) -> str:
-    """What a request is, as the beginning of a sentence."""
+def _request(setup: Setup, requirements: Requirements) -> str:
+    """Describe a request, as the beginning of a sentence."""
     length = f" of {max(setup.lengths)} tokens" if setup.lengths else ""
     answer = "" if setup.kind == "forward" else f" with {setup.new_tokens} new ones"
-    together = f", {needs.in_flight} in flight," if needs.in_flight > 1 else ""
+    together = f", {requirements.in_flight} in flight," if requirements.in_flight > 1 else ""
     return f"A request{length}{answer}{together}"
 
 
-def _cautions(setup: Setup, fidelity: Sequence[Fidelity], margin: float) -> list[str]:
-    found = [
+def _cautions(setup: Setup, fidelities: Sequence[Fidelity], margin: float) -> list[str]:
+    cautions = [
         f"{one.adapter}: merged, {formats.listed(_differences(one))} as unmerged; {setup.dtype} rounds the merged "
         f"weights."
-        for one in fidelity
+        for one in fidelities
         if _differences(one)
     ]
     if setup.repeats < ENOUGH:
-        found.append(f"Measured {formats.count(setup.repeats, 'time')}: too few to tell noise. --repeats 5 or more.")
+        cautions.append(f"Measured {formats.count(setup.repeats, 'time')}: too few to tell noise. --repeats 5 or more.")
     if margin > NOISY:
-        found.append(
+        cautions.append(
             f"The figures scatter by {formats.percent(margin)}: other work may have been going on. Measure again on a "
             "machine that is left alone, or with more --repeats."
         )
-    return found
+    return cautions
 
 
-def _differences(one: Fidelity) -> list[str]:
-    found = []
-    if one.agreement is not None and one.agreement < 1:
-        found.append(f"{formats.percent(one.agreement)} of the likeliest choices")
-    if one.same_texts is not None and one.same_texts < one.prompts:
-        found.append(f"{one.same_texts} of {one.prompts} greedy answers")
-    return [*found[:-1], f"{found[-1]} are"] if found else []
+def _differences(fidelity: Fidelity) -> list[str]:
+    texts = []
+    if fidelity.agreement is not None and fidelity.agreement < 1:
+        texts.append(f"{formats.percent(fidelity.agreement)} of the likeliest choices")
+    if fidelity.same_texts is not None and fidelity.same_texts < fidelity.prompts:
+        texts.append(f"{fidelity.same_texts} of {fidelity.prompts} greedy answers")
+    return [*texts[:-1], f"{texts[-1]} are"] if texts else []

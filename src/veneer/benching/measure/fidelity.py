@@ -1,4 +1,4 @@
-"""How far merged answers are from unmerged ones: both are right, and a merge rounds to the weights' dtype."""
+"""Compares merged answers with unmerged ones: both are right, and a merge rounds to the weights' dtype."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from veneer.benching.measure.models_compared import ModelsCompared
 from veneer.benching.measure.workloads import Inputs, Workload
 from veneer.benching.result import Fidelity
 
-# A longer answer says no more about fidelity.
+# Most tokens of an answer that are compared: a longer one says no more.
 _TOKENS = 32
 
 
 @dataclass
 class _Tally:
-    """What comparisons add up to."""
+    """Adds comparisons up."""
 
     drift: float = 0.0
     off: float = 0.0
@@ -29,7 +29,7 @@ class _Tally:
     texts: list[bool] = field(default_factory=list)
 
     def add(self, base: Tensor, unmerged: Tensor, merged: Tensor, likeliest: bool) -> None:
-        """Take in the outputs of one input; the last dimension is the vocabulary, or classes."""
+        """Add the outputs of one input; their last dimension is the vocabulary, or classes."""
         gap = (merged - unmerged).abs()
         self.drift = max(self.drift, float(gap.max() / unmerged.abs().max().clamp_min(1e-30)))
         self.off += float(gap.sum())
@@ -42,25 +42,25 @@ class _Tally:
 
 
 @torch.inference_mode()
-def fidelity(subjects: ModelsCompared, adapter: str, new_tokens: int) -> Fidelity:
+def fidelity(models: ModelsCompared, adapter: str, new_tokens: int) -> Fidelity:
     """Compare one adapter merged with the same unmerged, on every question.
 
-    A model that generates is compared along its own unmerged answer, so that one close call does not make all that
-    follows differ; whole greedy answers are compared beside that.
+    A model that generates is compared along its own unmerged answer, so that one near tie does not make all later
+    tokens differ; whole greedy answers are compared too.
     """
-    model, workload = subjects.several, subjects.workload
+    model, workload = models.several, models.workload
     tokens = min(new_tokens, _TOKENS)
     tally = _Tally()
     model.set_adapter(adapter)
-    answers = _answers(model, subjects, tokens)
-    fed = [_along(workload, row, answer) for row, answer in zip(subjects.questions, answers, strict=True)]
+    answers = _answers(model, models, tokens)
+    fed = [_along(workload, row, answer) for row, answer in zip(models.questions, answers, strict=True)]
     unmerged = [outputs(model, row)[0] for row in fed]
     model.merge_adapter([adapter])
     try:
         for row, before in zip(fed, unmerged, strict=True):
             after, likeliest = outputs(model, row)
-            tally.add(outputs(subjects.base, row)[0], before, after, likeliest)
-        again = _answers(model, subjects, tokens)
+            tally.add(outputs(models.base, row)[0], before, after, likeliest)
+        again = _answers(model, models, tokens)
     finally:
         model.unmerge_adapter()
     same = [a is not None and torch.equal(a, b) for a, b in zip(answers, again, strict=True)]
@@ -76,25 +76,25 @@ def fidelity(subjects: ModelsCompared, adapter: str, new_tokens: int) -> Fidelit
 
 
 def outputs(model: Any, inputs: Inputs) -> tuple[Tensor, bool]:
-    """What a forward pass gives, in float32, and whether its last dimension is a choice among tokens or classes."""
-    found = model(**inputs)
+    """Return a forward pass's output, and whether it is logits (in float32), over tokens or classes."""
+    output = model(**inputs)
     for name in ("logits", "start_logits"):
-        if isinstance(found.get(name), Tensor):
-            return found[name].float(), True
-    hidden = found.get("last_hidden_state")
-    return (hidden if isinstance(hidden, Tensor) else next(v for v in found.values() if isinstance(v, Tensor))), False
+        if isinstance(output.get(name), Tensor):
+            return output[name].float(), True
+    hidden = output.get("last_hidden_state")
+    return (hidden if isinstance(hidden, Tensor) else next(v for v in output.values() if isinstance(v, Tensor))), False
 
 
-def _answers(model: Any, subjects: ModelsCompared, tokens: int) -> Sequence[Any]:
-    """The greedy answer to each question, its prompt included as ``generate`` has it; ``None`` without decode."""
-    if not subjects.workload.decodes:
-        return [None] * len(subjects.questions)
+def _answers(model: Any, models: ModelsCompared, tokens: int) -> Sequence[Any]:
+    """Generate the greedy answer to each question, its prompt included; ``None`` for a model that does not decode."""
+    if not models.workload.decodes:
+        return [None] * len(models.questions)
     options = {"max_new_tokens": tokens, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
-    return [model.generate(**row, **options) for row in subjects.questions]
+    return [model.generate(**row, **options) for row in models.questions]
 
 
 def _along(workload: Workload, row: Inputs, answer: Tensor | None) -> Inputs:
-    """The inputs of a forward pass over a question and its answer."""
+    """Make the inputs of a forward pass over a question and its answer."""
     if answer is None:
         return row
     if workload.kind == "seq2seq":

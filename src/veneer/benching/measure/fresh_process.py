@@ -1,6 +1,6 @@
-"""Loading, measured in fresh processes: nothing is warm but the disk's cache, and the peak memory is the load's own.
+"""Measures loading in fresh processes: only the disk's cache is warm, and the peak memory is that of the load.
 
-python -m veneer.benching.measure.fresh_process < request.json        what runs in such a process
+python -m veneer.benching.measure.fresh_process < request.json        the command of such a process
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 from veneer.benching.inputs import AdapterInput
 from veneer.errors import VeneerError
 
-# What is loaded: the base; the base and every adapter; the base with the hottest adapter merged into it.
+# The loads: the base; the base and every adapter; the base with the hottest adapter merged into it.
 LOADS = ("base", "unmerged", "merged")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a fresh process is to load and answer.
+    """The load and the answer that a fresh process measures.
 
     Attributes:
         variant: one of ``LOADS``.
@@ -33,8 +33,8 @@ class Request:
         task: what the model is for.
         model_class: the transformers class of the base; its module is imported before anything is timed.
         dtype: of the base.
-        device: where it goes.
-        rows: of the input that it answers.
+        device: of the base.
+        rows: of the input.
         length: tokens of a row.
         new_tokens: of the answer.
     """
@@ -52,17 +52,17 @@ class Request:
 
 
 def named(adapters: Sequence[AdapterInput]) -> tuple[tuple[str, str], ...]:
-    """Adapters as a request has them."""
+    """Return names and folders of adapters, as a request has them."""
     return tuple((adapter.name, str(adapter.root)) for adapter in adapters)
 
 
 def in_fresh_process(request: Request) -> dict[str, float]:
-    """Let a fresh process do it: seconds ("import", "load", "attach") and bytes.
+    """Measure a load in a fresh process: seconds ("import", "load", "attach") and bytes.
 
-    The bytes are "peak", the most that it held, and "serving", the most while it answered.
+    The bytes are "peak", the most that the process held, and "serving", the most while it answered.
 
     Raises:
-        VeneerError: it failed.
+        VeneerError: the process failed.
     """
     package = str(Path(__file__).parent.parent.parent)
     paths = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
@@ -81,7 +81,7 @@ def in_fresh_process(request: Request) -> dict[str, float]:
 
 
 def load_and_answer(request: Request) -> dict[str, float]:
-    """Do it in this process."""
+    """Measure a load in this process."""
     started = time.perf_counter()
     import transformers
 
@@ -93,12 +93,12 @@ def load_and_answer(request: Request) -> dict[str, float]:
     device = device_of(request.device)
     imported = time.perf_counter()
     (name, root), *others = request.adapters
-    how: dict[str, Any] = {"dtype": request.dtype, "task": request.task, "local_files_only": True}
+    options: dict[str, Any] = {"dtype": request.dtype, "task": request.task, "local_files_only": True}
     if request.variant == "base":
-        model = load(request.base, **how)
+        model = load(request.base, **options)
     else:
         merge = request.variant == "merged"
-        model = load(root, base=request.base, adapter_name=name, merge=merge, **how)
+        model = load(root, base=request.base, adapter_name=name, merge=merge, **options)
     attaching = time.perf_counter()
     if request.variant == "unmerged":
         for other, place in others:
@@ -113,10 +113,10 @@ def load_and_answer(request: Request) -> dict[str, float]:
     forget_peak(device)
     workload.run(model, inputs, request.new_tokens)
     serving = peak_memory(device)
-    found = {"import": imported - started, "load": loaded - imported, "peak": max(loading, serving), "serving": serving}
+    costs = {"import": imported - started, "load": loaded - imported, "peak": max(loading, serving), "serving": serving}
     if request.variant == "unmerged":
-        found["attach"] = attached / len(request.adapters)
-    return found
+        costs["attach"] = attached / len(request.adapters)
+    return costs
 
 
 def main() -> None:

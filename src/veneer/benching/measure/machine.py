@@ -1,4 +1,4 @@
-"""Where a run takes place: what figures depend on, and nothing that tells whose machine it is."""
+"""Describes the machine of a run: the facts that figures depend on, and none that identifies it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PACKAGES = ("torch", "transformers", "safetensors")
 
 
 def machine(device: torch.device) -> Machine:
-    """This machine."""
+    """Describe this machine."""
     return Machine(
         cpu=_cpu(),
         cores=_cores(),
@@ -33,7 +33,7 @@ def machine(device: torch.device) -> Machine:
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device of that name, after a test that it is there; the CPU when ``None``.
+    """Return the device of that name, after a test that it works; the CPU when ``None``.
 
     Raises:
         UsageError: there is no such device, or it cannot be used.
@@ -50,21 +50,21 @@ def device_of(name: str | None) -> torch.device:
 
 
 def memory(device: torch.device) -> int:
-    """Bytes of memory that the device has; of the machine's own for the CPU."""
+    """Return the device's memory in bytes; the machine's for the CPU."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process held at most since it began or :func:`forget_peak`: of the device, or of the machine."""
+    """Return the most bytes that this process held, of the device or the machine, since its start or `forget_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # Not getrusage: a child's begins with its parent's.
     status = Path("/proc/self/status")
     if status.is_file():
-        found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
-        return 1024 * int(found[1]) if found else 0
+        peak = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
+        return 1024 * int(peak[1]) if peak else 0
     if sys.platform == "win32":
         return 0
     import resource
@@ -73,7 +73,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Let the peak begin anew, where the system can: elsewhere it stays that of the whole process."""
+    """Reset the peak memory where the system can; elsewhere it stays that of the whole process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -83,12 +83,12 @@ def forget_peak(device: torch.device) -> None:
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    name = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return name[1].strip() if name else platform.processor() or platform.machine()
 
 
 def _cores() -> int:
-    """Physical cores that this process may use; their number where only threads can be told."""
+    """Count the physical cores that this process may use; its threads where the system does not tell the cores."""
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     siblings = set()
     for index in usable:
@@ -106,10 +106,8 @@ def _accelerator(device: torch.device) -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions

@@ -1,4 +1,4 @@
-"""The models that are compared, side by side in memory: they share every weight that they have in common."""
+"""Loads the models that are compared, side by side in memory: they share the weights that they have in common."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from veneer.peft_model.load import load
 from veneer.peft_model.peft_model import PeftModel
 from veneer.peft_model.tokenizer import load_tokenizer
 
-# What is asked where a model of text brings a tokenizer and no prompts were given.
+# Prompts for a model of text with a tokenizer, where the user gives none.
 PROMPTS = (
     "What is the difference between a lake and a sea?",
     "Explain in two sentences how a refrigerator works.",
@@ -32,23 +32,23 @@ PROMPTS = (
     "Summarise: the river rose overnight, the bridge was closed, and the market moved to the school.",
     "Why does bread rise when it is baked?",
 )
-# Inputs that are compared where they are not text.
+# How many made inputs are compared where there is no text.
 _ROWS = 8
 
 
 @dataclass(frozen=True)
 class ModelsCompared:
-    """What is measured.
+    """The models that are measured.
 
     Attributes:
         base: the plain base model.
         merged: a plain model with the hottest adapter merged.
         single: the base with that adapter, unmerged.
         several: the base with all adapters, unmerged.
-        workload: how they are run.
+        workload: runs them.
         questions: inputs of one row each, for comparing answers.
-        asked: where the text came from.
-        warnings: what loading had to say.
+        prompt_source: where the text came from.
+        warnings: of loading.
     """
 
     base: Any
@@ -57,7 +57,7 @@ class ModelsCompared:
     several: PeftModel
     workload: Workload
     questions: tuple[Inputs, ...]
-    asked: str
+    prompt_source: str
     warnings: tuple[str, ...]
 
 
@@ -70,13 +70,13 @@ def load_models(
     prompts: str | Path | None,
     local_files_only: bool,
 ) -> ModelsCompared:
-    """Load the base once, and make of it what is compared.
+    """Load the base once, and make the models that are compared of it.
 
     Args:
-        inventory: what was given.
-        adapters: those to measure; the hottest first.
+        inventory: the base and the adapters that were found.
+        adapters: the adapters to measure; the hottest first.
         dtype: of the base.
-        device: where all of it goes.
+        device: of the models.
         prompts: a file with a prompt on each line.
         local_files_only: use no network.
 
@@ -86,22 +86,22 @@ def load_models(
     texts = None if prompts is None else _lines(Path(prompts))
     loaded = load(inventory.entry, base=inventory.base, dtype=dtype, local_files_only=local_files_only)
     tokenizer = _tokenizer(loaded, needed=texts is not None)
-    told = loaded.load_report.warnings if loaded.load_report is not None else []
+    load_warnings = loaded.load_report.warnings if loaded.load_report is not None else []
     base = loaded.unload().to(device)
-    asked = "random token ids"
+    prompt_source = "random token ids"
     questions: list[Tensor] = []
     if base.main_input_name != "input_ids":
         if texts is not None:
             raise UsageError(
                 f"{type(base).__name__} reads {base.main_input_name}, not text.", hint="Leave --prompts out."
             )
-        asked = "random values"
+        prompt_source = "random values"
     elif tokenizer is not None:
         questions = [_encoded(tokenizer, text) for text in texts or PROMPTS]
-        asked = "the prompts given" if texts else "eight prompts that come with Veneer"
+        prompt_source = "the prompts given" if texts else "eight prompts that come with Veneer"
     workload = workload_of(base, torch.cat(questions) if questions else None)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # loading has told them once
+        warnings.simplefilter("ignore")  # loading has given them once
         several = _on(base, adapters)
         check_mergeable(several.adapters, [adapter.name for adapter in adapters])
         return ModelsCompared(
@@ -111,19 +111,19 @@ def load_models(
             several=several,
             workload=workload,
             questions=tuple(_rows(workload, questions, device)),
-            asked=asked,
-            warnings=tuple(dict.fromkeys(told)),
+            prompt_source=prompt_source,
+            warnings=tuple(dict.fromkeys(load_warnings)),
         )
 
 
 def shared_copy(model: nn.Module) -> Any:
-    """A second tree of modules over the same tensors."""
+    """Copy a model's tree of modules over the same tensors."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, memo)
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors, those that share memory counted once."""
+    """Count the bytes of tensors, memory that several share once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
@@ -156,7 +156,7 @@ def _tokenizer(model: PeftModel, needed: bool) -> Any:
 
 
 def _encoded(tokenizer: Any, text: str) -> Tensor:
-    """A prompt's ids, shape ``(n,)``, as a question of a chat where the tokenizer has a template for it."""
+    """Return a prompt's ids, shape ``(n,)``, by the tokenizer's chat template if it has one."""
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": text}]
         with suppress(Exception):  # a template is code of its own; the plain text is a prompt too
@@ -168,10 +168,10 @@ def _encoded(tokenizer: Any, text: str) -> Tensor:
 
 
 def _rows(workload: Workload, questions: Sequence[Tensor], device: torch.device) -> list[Inputs]:
-    """Each question as a batch of one; made ones where there is no text."""
+    """Return each question as a batch of one; made inputs where there is no text."""
     if questions:
-        made = [{"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])} for ids in questions if len(ids)]
+        rows = [{"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])} for ids in questions if len(ids)]
     else:
         batch = workload.feed(_ROWS, workload.question_length)
-        made = [{name: values[row : row + 1] for name, values in batch.items()} for row in range(_ROWS)]
-    return [{name: values.to(device) for name, values in row.items()} for row in made]
+        rows = [{name: values[row : row + 1] for name, values in batch.items()} for row in range(_ROWS)]
+    return [{name: values.to(device) for name, values in row.items()} for row in rows]

@@ -1,4 +1,4 @@
-"""How far a run is, and how long the rest will take: what repeats takes about as long as it did before."""
+"""Estimates the time left of a run: a step takes about as long as earlier steps of its kind."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is.
+    """The progress of a run.
 
     Attributes:
-        text: what is being done.
-        done: seconds spent on steps that are finished.
-        left: seconds that the others are expected to take; ``None`` before the first is finished.
+        text: the step under way.
+        done: seconds spent on finished steps.
+        left: expected seconds of all other steps; ``None`` before the first is finished.
     """
 
     text: str
@@ -25,35 +25,38 @@ class Progress:
 
 @dataclass
 class Timeline:
-    """Steps by kind, each with a guess of its size, corrected by how long those of its kind took.
+    """Counts the steps of a run by kind, and learns how long each kind takes.
+
+    Steps differ a hundredfold in length, and a kind's length is known after its first step: an estimate from the mean
+    speed, such as rich's, would be far off for kinds that come late.
 
     Attributes:
-        tell: called when a step begins.
-        clock: the time in seconds.
+        on_progress: called when a step begins.
+        clock: returns the time in seconds.
     """
 
-    tell: Callable[[Progress], None]
+    on_progress: Callable[[Progress], None]
     clock: Callable[[], float] = time.perf_counter
     _left: dict[str, int] = field(default_factory=dict)
     _guess: dict[str, float] = field(default_factory=dict)
     _took: dict[str, list[float]] = field(default_factory=dict)
 
     def plan(self, kind: str, count: int, guess: float) -> None:
-        """Expect ``count`` steps of a kind; ``guess`` is their size relative to other kinds'."""
+        """Expect ``count`` steps of a kind; ``guess`` is their length relative to that of other kinds."""
         self._left[kind] = self._left.get(kind, 0) + count
         self._guess[kind] = guess
 
     @contextmanager
     def step(self, kind: str, text: str) -> Iterator[None]:
-        """One step of a planned kind."""
-        self.tell(Progress(text, sum(map(sum, self._took.values())), self.left()))
+        """Time one step of a planned kind."""
+        self.on_progress(Progress(text, sum(map(sum, self._took.values())), self.left()))
         started = self.clock()
         yield
         self._took.setdefault(kind, []).append(self.clock() - started)
         self._left[kind] -= 1
 
     def left(self) -> float | None:
-        """Seconds to go."""
+        """Estimate the seconds left; ``None`` before the first step is finished."""
         spent = sum(map(sum, self._took.values()))
         guessed = sum(self._guess[kind] * len(took) for kind, took in self._took.items())
         if not guessed:

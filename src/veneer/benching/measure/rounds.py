@@ -1,4 +1,4 @@
-"""The measurement itself: every variant in every round, in turns, so that what drifts drifts for all of them alike."""
+"""Measures every variant in every round, in turns, so that a drift of the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from veneer.benching.measure.workloads import Inputs, now
 from veneer.benching.result import VARIANTS, Figure
 from veneer.errors import UnsupportedError, VeneerError
 
-# Tokens of a warm-up's answer: enough to touch all that a longer one does.
+# Tokens of a warm-up's answer: enough to touch the code and the memory of a longer one.
 _WARM = 2
 
 
@@ -35,50 +35,50 @@ Run = Callable[[Inputs, int], dict[str, float]]
 
 
 @dataclass
-class Collected:
-    """Samples by what they are of, in the order in which they were taken."""
+class SampleLog:
+    """Keeps samples by quantity, variant and size, in the order in which they were taken."""
 
     samples: dict[tuple[str, str, int | None, int | None], list[float]] = field(default_factory=dict)
 
-    def add(self, quantity: str, variant: str, value: float, cell: InputSize | None = None) -> None:
+    def add(self, quantity: str, variant: str, value: float, size: InputSize | None = None) -> None:
         """Keep one sample."""
-        batch, length = (cell.batch, cell.length or None) if cell else (None, None)
+        batch, length = (size.batch, size.length or None) if size else (None, None)
         self.samples.setdefault((quantity, variant, batch, length), []).append(value)
 
     def figures(self, unit: str = "s") -> list[Figure]:
-        """A figure for each quantity, variant and size."""
+        """Return a figure for each quantity, variant and size."""
         return [Figure(q, v, unit, tuple(values), b, n) for (q, v, b, n), values in self.samples.items()]
 
 
-def variants(subjects: ModelsCompared, cell: InputSize, collected: Collected) -> dict[str, Run]:
-    """Variant -> how it is run, for those that make sense at this size."""
-    workload, several = subjects.workload, subjects.several
+def variants(models: ModelsCompared, size: InputSize, log: SampleLog) -> dict[str, Run]:
+    """Return variant -> the function that runs it, for the variants that make sense at this size."""
+    workload, several = models.workload, models.several
     names = list(several.peft_config)
-    found: dict[str, Run] = {
-        "base": lambda inputs, n: workload.run(subjects.base, inputs, n),
-        "merged": lambda inputs, n: workload.run(subjects.merged, inputs, n),
-        "unmerged": lambda inputs, n: workload.run(subjects.single, inputs, n),
+    runs: dict[str, Run] = {
+        "base": lambda inputs, n: workload.run(models.base, inputs, n),
+        "merged": lambda inputs, n: workload.run(models.merged, inputs, n),
+        "unmerged": lambda inputs, n: workload.run(models.single, inputs, n),
     }
     if len(names) == 1:
-        return found
+        return runs
     turns = cycle(names)
 
     def switched(inputs: Inputs, n: int) -> dict[str, float]:
         started = time.perf_counter()
         several.set_adapter(next(turns))
-        collected.add("switch", "switching", time.perf_counter() - started)
+        log.add("switch", "switching", time.perf_counter() - started)
         return workload.run(several, inputs, n)
 
-    found["switching"] = switched
-    if cell.batch > 1:
-        rows = list(islice(cycle(names), cell.batch))
-        found["mixed"] = lambda inputs, n: workload.run(several, inputs, n, adapter_names=rows)
-    return {name: found[name] for name in VARIANTS if name in found}
+    runs["switching"] = switched
+    if size.batch > 1:
+        rows = list(islice(cycle(names), size.batch))
+        runs["mixed"] = lambda inputs, n: workload.run(several, inputs, n, adapter_names=rows)
+    return {name: runs[name] for name in VARIANTS if name in runs}
 
 
 def measure(
-    subjects: ModelsCompared,
-    cells: Sequence[InputSize],
+    models: ModelsCompared,
+    sizes: Sequence[InputSize],
     new_tokens: int,
     repeats: int,
     timeline: Timeline,
@@ -89,52 +89,52 @@ def measure(
     Raises:
         UnsupportedError: one of them does not run at one of the sizes.
     """
-    collected = Collected()
+    log = SampleLog()
     inputs: dict[InputSize, Inputs] = {}
-    runs = {cell: variants(subjects, cell, collected) for cell in cells}
-    for cell in cells:
-        for name, run in runs[cell].items():
-            with timeline.step(f"warm-up {cell}", f"warming up, {cell}: {VARIANTS[name]}"), _refusal(name, cell):
-                inputs[cell] = inputs.get(cell) or _moved(subjects.workload.feed(cell.batch, cell.length), device)
-                run(inputs[cell], min(_WARM, new_tokens))
+    runs = {size: variants(models, size, log) for size in sizes}
+    for size in sizes:
+        for name, run in runs[size].items():
+            with timeline.step(f"warm-up {size}", f"warming up, {size}: {VARIANTS[name]}"), _refusal(name, size):
+                inputs[size] = inputs.get(size) or _moved(models.workload.feed(size.batch, size.length), device)
+                run(inputs[size], min(_WARM, new_tokens))
     for turn in range(repeats):
-        for cell in cells:
-            for name in rotated(list(runs[cell]), turn):
-                with timeline.step(str(cell), f"round {turn + 1} of {repeats}, {cell}: {VARIANTS[name]}"):
-                    took = runs[cell][name](inputs[cell], new_tokens)
-                for quantity, seconds in took.items():
-                    collected.add(quantity, name, seconds, cell)
-    return collected.figures()
+        for size in sizes:
+            for name in rotated(list(runs[size]), turn):
+                with timeline.step(str(size), f"round {turn + 1} of {repeats}, {size}: {VARIANTS[name]}"):
+                    seconds_by_quantity = runs[size][name](inputs[size], new_tokens)
+                for quantity, seconds in seconds_by_quantity.items():
+                    log.add(quantity, name, seconds, size)
+    return log.figures()
 
 
-def measure_merge(subjects: ModelsCompared, repeats: int, timeline: Timeline) -> list[Figure]:
-    """Merge the hottest adapter and take it out again."""
-    collected = Collected()
-    model, row = subjects.single, subjects.questions[0]
+def measure_merge(models: ModelsCompared, repeats: int, timeline: Timeline) -> list[Figure]:
+    """Measure merging the hottest adapter and unmerging it again."""
+    log = SampleLog()
+    model, row = models.single, models.questions[0]
     for turn in range(repeats):
         with timeline.step("merge", f"merging, {turn + 1} of {repeats}"):
             for quantity, act in (("merge", model.merge_adapter), ("unmerge", model.unmerge_adapter)):
                 started = now(row)
                 act()
-                collected.add(quantity, "merged", now(row) - started)
-    return collected.figures()
+                log.add(quantity, "merged", now(row) - started)
+    return log.figures()
 
 
 @contextmanager
-def _refusal(variant: str, cell: InputSize) -> Iterator[None]:
-    """What keeps a model from running, such as too little memory, as one error that says what was tried."""
+def _refusal(variant: str, size: InputSize) -> Iterator[None]:
+    """Turn whatever keeps a model from running, such as too little memory, into one error that names the variant."""
     try:
         yield
     except Exception as error:  # each model and backend has its own
         text = error.message if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}".splitlines()[0]
         raise UnsupportedError(
-            f"This cannot be measured: {VARIANTS[variant]}, {cell}. {text}",
+            f"This cannot be measured: {VARIANTS[variant]}, {size}. {text}",
             hint="Leave out large --batch and --prompt-tokens, or measure the adapters one by one.",
         ) from error
 
 
 def rotated(names: Sequence[str], turn: int) -> list[str]:
-    """The names, beginning elsewhere in each round: none always comes after the same other."""
+    """Return the names, beginning with another one in each round, so that their order has no effect."""
     start = turn % len(names)
     return [*names[start:], *names[:start]]
 

@@ -1,4 +1,4 @@
-"""What repeated measurements say: a median, how far it may be off, and whether two of them differ.
+"""Statistics of repeated measurements: a median, its interval, and whether two measurements differ.
 
 Times on a shared machine have long tails, so nothing here uses a mean. The interval is that of the median, by the
 bootstrap (Efron, "Bootstrap methods: another look at the jackknife", 1979): resample with replacement, take the
@@ -15,13 +15,13 @@ from functools import lru_cache
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
-# Fewer samples than this say nothing about how far they scatter.
+# Fewer samples than this say nothing about their scatter.
 ENOUGH = 3
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A measurement that was repeated.
+    """Median and scatter of a repeated measurement.
 
     Attributes:
         median: of the samples.
@@ -45,7 +45,7 @@ class Spread:
 
 
 def spread(samples: Sequence[float]) -> Spread:
-    """The median of one sample or more, and how far they scatter."""
+    """Compute the median and the scatter of one sample or more."""
     middle = statistics.median(samples)
     low, high = interval(samples)
     mad = statistics.median(abs(value - middle) for value in samples)
@@ -53,7 +53,7 @@ def spread(samples: Sequence[float]) -> Spread:
 
 
 def interval(samples: Sequence[float]) -> tuple[float, float]:
-    """The bootstrap interval of the median; the same samples give the same interval every time."""
+    """Compute the bootstrap interval of the median; the same samples give the same interval every time."""
     if len(samples) < 2 or min(samples) == max(samples):
         return min(samples), max(samples)
     return _bootstrap(tuple(samples))
@@ -68,16 +68,16 @@ def _bootstrap(samples: tuple[float, ...]) -> tuple[float, float]:
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
-    """Round by round, one measurement over another taken in the same round: what drifts for both cancels."""
+    """Divide measurements by others of the same rounds, so that a drift of both cancels."""
     return [a / b for a, b in zip(over, under, strict=False) if b]
 
 
 def differ(a: Spread, b: Spread, least: float) -> bool:
-    """Whether two measurements differ beyond noise: their intervals are apart, and the medians by ``least`` or more.
+    """Tell whether two measurements differ beyond noise: their intervals are disjoint, their medians ``least`` apart.
 
     Args:
-        a: one of them, of ``ENOUGH`` samples; with fewer the answer is no.
-        b: the other.
+        a: one measurement, of ``ENOUGH`` samples; with fewer the answer is no.
+        b: the other measurement.
         least: the smallest share of ``b`` that matters.
     """
     apart = a.low > b.high or a.high < b.low

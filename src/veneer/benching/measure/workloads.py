@@ -1,4 +1,4 @@
-"""What one measurement runs, by the kind of model: a greedy answer where it can generate, else a forward pass.
+"""Runs a model once for a measurement: a greedy answer where it can generate, else a forward pass.
 
 Inputs are made from the model's config, so that any model of a known input can be measured without data of its own.
 """
@@ -17,9 +17,9 @@ from transformers import StoppingCriteria
 from veneer.errors import UnsupportedError, UsageError
 
 Inputs = dict[str, Tensor]
-# Lengths that are tried where none was asked for.
+# Lengths that are measured by default.
 USUAL = (128, 512)
-# Tokens of a made question.
+# Tokens of a made question, for models without text.
 _QUESTION = 32
 # Ids below this are commonly special: padding, the beginning, the end.
 _FIRST_ID = 3
@@ -27,7 +27,7 @@ _FIRST_ID = 3
 
 @dataclass(frozen=True)
 class Workload:
-    """How a model is run.
+    """How a model is run: its kind, and inputs for it.
 
     Attributes:
         kind: "causal" and "seq2seq" generate; "forward" runs once.
@@ -45,33 +45,33 @@ class Workload:
 
     @property
     def decodes(self) -> bool:
-        """Whether it generates token by token."""
+        """True for a model that generates token by token."""
         return self.kind != "forward"
 
     @property
     def question_length(self) -> int:
-        """Tokens of a made question, short enough to leave room for an answer."""
+        """The tokens of a made question, short enough to leave room for an answer."""
         return min(_QUESTION, max((self.limit or _QUESTION) // 2, 1)) if self.sized else 0
 
-    def lengths(self, asked: tuple[int, ...] | None, new_tokens: int) -> tuple[int, ...]:
-        """The lengths of a row to measure: those asked for, else the usual ones that fit.
+    def lengths(self, prompt_tokens: tuple[int, ...] | None, new_tokens: int) -> tuple[int, ...]:
+        """Return the lengths of a row to measure: ``prompt_tokens``, else the usual lengths that fit.
 
         Raises:
-            UsageError: one of them is longer than the model takes.
+            UsageError: a length is longer than the model takes.
         """
         if not self.sized:
             return ()
         room = self._room(new_tokens)
-        if asked is None:
+        if prompt_tokens is None:
             return tuple(length for length in USUAL if room is None or length <= room) or (max(room or 1, 1),)
-        too_long = [length for length in asked if room is not None and length > room]
+        too_long = [length for length in prompt_tokens if room is not None and length > room]
         if too_long:
             raise UsageError(
                 f"--prompt-tokens {max(too_long)} does not fit: the model takes {self.limit} tokens"
                 + (f", and {new_tokens} are its answer's." if self.kind == "causal" else "."),
                 hint=f"Ask for at most {room}." if room and room > 0 else "Ask for fewer --new-tokens.",
             )
-        return asked
+        return prompt_tokens
 
     def _room(self, new_tokens: int) -> int | None:
         if self.limit is None:
@@ -79,11 +79,11 @@ class Workload:
         return self.limit - (new_tokens if self.kind == "causal" else 0)
 
     def run(self, model: Any, inputs: Inputs, new_tokens: int, **choice: Any) -> dict[str, float]:
-        """Run the model once; seconds by quantity: "first" and "decode", or "forward".
+        """Run the model once, and return seconds by quantity: "first" and "decode", or "forward".
 
         Args:
             model: a plain model or a ``PeftModel``.
-            inputs: what :attr:`feed` made, on the model's device.
+            inputs: made by :attr:`feed`, on the model's device.
             new_tokens: how many to generate.
             **choice: ``adapter_names``, one for each row.
         """
@@ -96,7 +96,7 @@ class Workload:
 
 
 class TokenClock(StoppingCriteria):
-    """Stops nothing; notes when each token has been chosen."""
+    """Notes the time at which each token has been chosen, and stops nothing."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
@@ -109,7 +109,7 @@ class TokenClock(StoppingCriteria):
 
 
 def now(inputs: Inputs) -> float:
-    """The time in seconds, when the device has done all that it was given."""
+    """Wait for the device to finish its work, and return the time in seconds."""
     device = next(iter(inputs.values())).device
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
@@ -117,7 +117,7 @@ def now(inputs: Inputs) -> float:
 
 
 def generate(model: Any, inputs: Inputs, new_tokens: int, **options: Any) -> Tensor:
-    """A greedy answer of exactly ``new_tokens`` tokens."""
+    """Generate a greedy answer of exactly ``new_tokens`` tokens."""
     ids: Tensor = model.generate(
         **inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, num_beams=1, **options
     )
@@ -133,11 +133,11 @@ def _generated(model: Any, inputs: Inputs, new_tokens: int, choice: Mapping[str,
 
 
 def workload_of(model: Any, tokens: Tensor | None = None) -> Workload:
-    """How a model is run, by its class and config.
+    """Choose how a model is run, by its class and config.
 
     Args:
         model: a plain transformers model.
-        tokens: a text's ids, shape ``(n,)``, that rows are cut from; random ids when ``None``.
+        tokens: ids of a text, shape ``(n,)``, from which rows are cut; random ids when ``None``.
 
     Raises:
         UnsupportedError: its input is of no known kind.

@@ -1,1 +1,1 @@
-"""A run as people read it: on the terminal, as HTML and as Markdown. All of it from the same tables."""
+"""Shows a run to people: on the terminal, as HTML and as Markdown, all from the same tables."""

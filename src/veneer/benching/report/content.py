@@ -1,4 +1,4 @@
-"""The tables and texts of a report, the same for the terminal, HTML and Markdown."""
+"""Makes the tables and texts of a report, the same for the terminal, HTML and Markdown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from veneer.benching.measure.statistics import Spread
 from veneer.benching.result import VARIANTS, BenchData, Figure
 
 ABSENT = "–"  # noqa: RUF001 - an en dash, as tables have it
-# With more adapters than this not every plan is shown.
+# With more adapters than this only some plans are shown.
 _MOST_PLANS = 8
 _LOADED = {"base": "base alone", "unmerged": "with its adapters", "merged": "merged while loading"}
 
@@ -21,10 +21,10 @@ class ReportTable:
     """Rows of text under a title.
 
     Attributes:
-        title: what it shows.
+        title: of the table.
         columns: the heads; the first column names the row.
         rows: a text for each column.
-        note: what to know when reading it.
+        note: how to read it.
     """
 
     title: str
@@ -39,7 +39,7 @@ class Measure:
 
     Attributes:
         title: of its table and plot.
-        quantity: the figure that it comes from.
+        quantity: of the figure that it comes from.
         unit: of the plotted value.
         value: seconds of the figure, rows, length -> the plotted value.
         text: the same -> the text in the table.
@@ -59,7 +59,7 @@ def _rate(seconds: float, amount: int) -> float:
 
 
 def measures(report: BenchData) -> list[Measure]:
-    """What is shown of the speed, for this kind of model."""
+    """Return the quantities of speed that are shown for this kind of model."""
     unit = f"{report.setup.unit}s"
 
     def shown(amount: Callable[[int, int], int]) -> tuple[Callable[..., float], Callable[..., str]]:
@@ -90,24 +90,24 @@ def measures(report: BenchData) -> list[Measure]:
 
 
 def sizes(report: BenchData) -> list[tuple[int, int]]:
-    """Rows and length of each input that was measured."""
+    """Return rows and length of each input that was measured."""
     return [(rows, length) for rows in report.setup.batch for length in report.setup.lengths or (0,)]
 
 
 def size_name(report: BenchData, size: tuple[int, int]) -> str:
-    """Such as ``8 rows of 128``."""
+    """Name a size such as ``8 rows of 128``."""
     rows, length = size
     return formats.count(rows, "row") + (f" of {length}" if length else "")
 
 
 def present(report: BenchData) -> list[str]:
-    """The variants that were measured, in their order."""
+    """Return the variants that were measured, in their order."""
     speed = {"first", "decode", "forward"}
     return [v for v in VARIANTS if any(f.variant == v and f.quantity in speed for f in report.figures)]
 
 
 def speed_table(report: BenchData, measure: Measure) -> ReportTable:
-    """One quantity: a row for each variant, a column for each size."""
+    """Make the table of one quantity: a row for each variant, a column for each size."""
     rows = []
     for variant in present(report):
         figures = [(report.find(measure.quantity, variant, *size), size) for size in sizes(report)]
@@ -121,12 +121,12 @@ def _with_spread(figure: Figure | None, measure: Measure, size: tuple[int, int])
     return measure.text(figure.spread.median, *size) + _off(figure.spread)
 
 
-def _off(found: Spread) -> str:
-    return f" ±{formats.percent(found.relative)}" if found.count > 1 and found.relative else ""
+def _off(spread: Spread) -> str:
+    return f" ±{formats.percent(spread.relative)}" if spread.count > 1 and spread.relative else ""
 
 
 def loading_table(report: BenchData) -> ReportTable:
-    """Load time, memory and disk of base, unmerged and merged."""
+    """Make the table of load time, memory and disk of base, unmerged and merged."""
     rows = []
     adapters = sum(a.nbytes for a in report.setup.adapters)
     resident = sum(f.samples[0] for f in report.figures if f.quantity == "weights" and f.variant.startswith("adapter "))
@@ -151,7 +151,7 @@ def loading_table(report: BenchData) -> ReportTable:
 
 
 def actions_table(report: BenchData) -> ReportTable:
-    """What is done to adapters, and how long it takes."""
+    """Make the table of actions on adapters, and their times."""
     actions = {
         "attach one adapter": ("attach", "unmerged"),
         "merge one adapter in memory": ("merge", "merged"),
@@ -167,19 +167,19 @@ def actions_table(report: BenchData) -> ReportTable:
 
 
 def fidelity_table(report: BenchData) -> ReportTable:
-    """Merged against unmerged, a row for each adapter."""
+    """Make the table of merged against unmerged, a row for each adapter."""
     rows = []
-    for one in report.fidelity:
-        texts = ABSENT if one.same_texts is None else f"{one.same_texts} of {one.prompts}"
-        agreement = ABSENT if one.agreement is None else formats.percent(one.agreement)
-        drift = (formats.percent(one.drift), formats.percent(one.share_of_effect))
-        rows.append((one.adapter, *drift, agreement, texts, f"{one.positions}"))
+    for fidelity in report.fidelity:
+        texts = ABSENT if fidelity.same_texts is None else f"{fidelity.same_texts} of {fidelity.prompts}"
+        agreement = ABSENT if fidelity.agreement is None else formats.percent(fidelity.agreement)
+        drift = (formats.percent(fidelity.drift), formats.percent(fidelity.share_of_effect))
+        rows.append((fidelity.adapter, *drift, agreement, texts, f"{fidelity.positions}"))
     columns = ("adapter", "largest drift", "of its effect", "same choice", "same answer", "positions")
     return ReportTable("Merged against unmerged", columns, tuple(rows), _NOTES["fidelity"])
 
 
 def shown_plans(report: BenchData) -> list[tuple[int, ServingPlan]]:
-    """The plans that are shown, with their index: all, or of very many the telling ones."""
+    """Return the plans that are shown, with their index: all, or of many the first, the last and some between."""
     advice = report.recommendation
     last = len(advice.plans) - 1
     telling = {0, last, advice.chosen, advice.compared, *(2**power for power in range(last.bit_length()))}
@@ -187,7 +187,7 @@ def shown_plans(report: BenchData) -> list[tuple[int, ServingPlan]]:
 
 
 def plans_table(report: BenchData) -> ReportTable:
-    """The plans that were weighed."""
+    """Make the table of the plans that were weighed."""
     advice = report.recommendation
     rows = []
     for index, plan in shown_plans(report):
@@ -211,7 +211,7 @@ def _assumed(report: BenchData) -> str:
 
 
 def facts(report: BenchData) -> list[tuple[str, str]]:
-    """What was measured, where and when."""
+    """Return name and text of each fact on the run: models, inputs, machine, time."""
     setup, machine = report.setup, report.machine
     adapters = [
         f"{a.name} ({a.method}, {a.layers} layers, {formats.nbytes(a.nbytes)}, {a.origin})" for a in setup.adapters
@@ -236,14 +236,14 @@ def facts(report: BenchData) -> list[tuple[str, str]]:
 
 
 def tables(report: BenchData) -> list[ReportTable]:
-    """Every table, in the order in which they are shown."""
-    found = [speed_table(report, measure) for measure in measures(report)]
-    found += [loading_table(report), actions_table(report), fidelity_table(report)]
-    return [table for table in found if table.rows]
+    """Return every table, in the order in which they are shown."""
+    tables = [speed_table(report, measure) for measure in measures(report)]
+    tables += [loading_table(report), actions_table(report), fidelity_table(report)]
+    return [table for table in tables if table.rows]
 
 
 def samples_table(report: BenchData) -> ReportTable:
-    """Every raw sample."""
+    """Make the table of raw samples."""
     rows = []
     for figure in report.figures:
         size = size_name(report, (figure.batch, figure.length or 0)) if figure.batch else ABSENT

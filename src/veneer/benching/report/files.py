@@ -1,4 +1,4 @@
-"""The files of a report: HTML, Markdown and JSON, and a JSON of every run beside them.
+"""Writes and reads the files of a report: HTML, Markdown and JSON, and a JSON of every run beside them.
 
 folder/report.html, report.md, report.json     the last run
 folder/runs/2026-01-31T12-00-00Z.json          each run
@@ -23,7 +23,7 @@ HTML, MARKDOWN, JSON, RUNS = "report.html", "report.md", "report.json", "runs"
 
 
 def write(report: BenchData, folder: Path) -> Path:
-    """Write all of them; returns the HTML file's path.
+    """Write all files, and return the HTML file's path.
 
     Raises:
         UnsupportedError: matplotlib is not installed. OutputError: the folder cannot be written.
@@ -33,7 +33,7 @@ def write(report: BenchData, folder: Path) -> Path:
     from veneer.benching.report.markdown import markdown
 
     data = json.dumps(report.to_dict(), indent=1) + "\n"
-    # A report that was read may have been made anywhere: no separator of its own.
+    # The time in a report that was read may hold anything: no path separator may stay.
     run = re.sub(r"[^\w.-]", "-", report.made.replace("+00:00", "Z")).lstrip(".")
     contents: Mapping[str, str] = {
         f"{RUNS}/{run}.json": data,
@@ -48,10 +48,10 @@ def write(report: BenchData, folder: Path) -> Path:
 
 
 def check(folder: Path, read_from: Iterable[Path] = ()) -> None:
-    """Raise now what would keep :func:`write` from its work, before anything is measured.
+    """Refuse a folder that :func:`write` could not use, before anything is measured.
 
     Args:
-        folder: where the report goes.
+        folder: of the report.
         read_from: files that the run reads, which the report must not replace.
     """
     require("The report with its plots", "matplotlib", extra="bench")

@@ -1,4 +1,4 @@
-"""A run as one HTML page that needs nothing else: no network, no script, no file beside it."""
+"""Writes a run as one HTML page that needs nothing else: no network, no script, no other file."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ summary { cursor: pointer; font-weight: 600; } footer { color: var(--faint); fon
 
 
 def html(report: BenchData) -> str:
-    """The whole report: summary, plots, tables, machine, method, raw samples."""
+    """Write the whole report: summary, plots, tables, machine, method, raw samples."""
     said = report.recommendation
     cautions = [*said.cautions, *report.notes]
     adapters = formats.listed([adapter.name for adapter in report.setup.adapters])
@@ -113,7 +113,7 @@ def _chosen(row: Sequence[str]) -> str:
 
 
 def _cells(columns: Sequence[str], row: Sequence[str]) -> str:
-    """A row's cells; all but the first say which column they are of, for narrow pages."""
+    """Write a row's cells; all but the first name their column, for narrow pages."""
     heads = ["", *(f' data-head="{_text(name)}"' if name else "" for name in columns[1:])]
     return "".join(f"<td{head}>{_text(text)}</td>" for head, text in zip_longest(heads, row, fillvalue=""))
 
@@ -123,5 +123,5 @@ def _items(texts: Sequence[str], kind: str = "") -> str:
 
 
 def _text(text: str) -> str:
-    """Text that came from files and arguments, safe in a page; spaces that do not break stay."""
+    """Escape text from files and arguments for a page; non-breaking spaces stay."""
     return escape("".join(c if c in "\u00a0\u202f" else printable(c) for c in text))

@@ -1,4 +1,4 @@
-"""A run as Markdown."""
+"""Writes a run as Markdown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from veneer.printing import one_line
 
 
 def markdown(report: BenchData) -> str:
-    """The whole report: summary, tables, machine, method, raw samples."""
+    """Write the whole report: summary, tables, machine, method, raw samples."""
     said = report.recommendation
     parts = [
         "# Merge or not?",
@@ -39,8 +39,8 @@ def _items(texts: Sequence[str]) -> str:
 
 
 def _text(text: str) -> str:
-    """Text that Markdown shows as it is.
+    """Escape text so that Markdown shows it as it is.
 
-    What could be HTML or end a cell is written as an entity: not every reader of Markdown takes a backslash before it.
+    Characters of HTML, and the end of a cell, become entities: not every reader of Markdown allows a backslash there.
     """
     return escape(re.sub(r"([\\`*_\[\]#~$])", r"\\\1", one_line(text)), quote=False).replace("|", "&#124;")

@@ -1,7 +1,7 @@
-"""The report's plots: SVG to be put into a page, whose style sheet gives the colours for light and dark.
+"""Draws the report's plots: SVG for a page, whose style sheet gives the colours for light and dark.
 
-matplotlib writes fixed colours; each one used here stands for a variable of the page and is replaced by it. Nothing
-is told by colour alone: every bar has its name beside it and its value at its end, every line its own dashes.
+matplotlib writes fixed colours; each one used here stands for a variable of the page and is replaced by it. Colour
+alone tells nothing: every bar has its name beside it and its value at its end, every line its own dashes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: its name, value, interval, colour, and the text at its end."""
+    """One bar: name, value, interval, colour, and the text at its end."""
 
     name: str
     value: float
@@ -56,14 +56,14 @@ class Bar:
 
 
 def plots(report: BenchData) -> list[tuple[str, str]]:
-    """Every plot: what it shows, and its SVG."""
-    found = [(measure.title, _speed(report, measure)) for measure in content.measures(report)]
-    found.insert(1, ("When merging is earned back", _break_even(report)))
+    """Draw every plot; return titles and SVGs."""
+    plots = [(measure.title, _speed(report, measure)) for measure in content.measures(report)]
+    plots.insert(1, ("When merging is earned back", _break_even(report)))
     if len(report.recommendation.plans) > 2:
-        found.insert(3, ("A request, by how many adapters are merged", _plans(report)))
+        plots.insert(3, ("A request, by how many adapters are merged", _plans(report)))
     loads = [("Loading, fresh process", "load"), ("Peak memory, fresh process", "peak")]
-    found += [(title, drawn) for title, quantity in loads if (drawn := _loads(report, quantity))]
-    return found
+    plots += [(title, drawn) for title, quantity in loads if (drawn := _loads(report, quantity))]
+    return plots
 
 
 def _speed(report: BenchData, measure: content.Measure) -> str:
@@ -76,9 +76,9 @@ def _speed(report: BenchData, measure: content.Measure) -> str:
 
 
 def _bar(name: str, colour: str, figure: Figure, measure: content.Measure, size: tuple[int, int]) -> Bar:
-    found = figure.spread
-    value, *ends = (measure.value(seconds, *size) for seconds in (found.median, found.low, found.high))
-    return Bar(name, value, min(ends), max(ends), colour, measure.text(found.median, *size))
+    spread = figure.spread
+    value, *ends = (measure.value(seconds, *size) for seconds in (spread.median, spread.low, spread.high))
+    return Bar(name, value, min(ends), max(ends), colour, measure.text(spread.median, *size))
 
 
 def _loads(report: BenchData, quantity: str) -> str:
@@ -87,8 +87,8 @@ def _loads(report: BenchData, quantity: str) -> str:
     for variant, name in (("base", "base alone"), ("unmerged", "unmerged"), ("merged", "merged")):
         figure = report.find(quantity, variant)
         if figure is not None:
-            found = figure.spread
-            bars.append(Bar(name, found.median, found.low, found.high, variant, text(found.median)))
+            spread = figure.spread
+            bars.append(Bar(name, spread.median, spread.low, spread.high, variant, text(spread.median)))
     return _bars([("", bars)], quantity) if bars else ""
 
 
@@ -103,7 +103,7 @@ def _plans(report: BenchData) -> str:
 
 
 def _bars(groups: Sequence[tuple[str, Sequence[Bar]]], salt: str) -> str:
-    """Bars from left to right, below the name of their group."""
+    """Draw bars from left to right, below the name of their group."""
     rows = sum(len(bars) + bool(name) for name, bars in groups)
     with mpl.rc_context({**_STYLE, "svg.hashsalt": salt}):
         drawing = Drawing(figsize=(_WIDTH, rows * _ROW + 0.15))
@@ -135,7 +135,7 @@ def _draw(axes: Any, bar: Bar, place: int, largest: float) -> None:
 
 
 def _break_even(report: BenchData) -> str:
-    """Seconds of a request, its part of the merges included, over the number of requests that share them."""
+    """Draw the seconds of a request, its part of the merges included, over the number of requests that share them."""
     advice = report.recommendation
     stay, other = advice.plans[0], advice.plans[advice.compared]
     even = advice.break_even
@@ -180,7 +180,7 @@ def _short(text: str) -> str:
 
 
 def _svg(drawing: Drawing) -> str:
-    """The drawing's ``<svg>`` element, its colours variables of the page."""
+    """Return the drawing's ``<svg>`` element, its colours as variables of the page."""
     buffer = io.StringIO()
     drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

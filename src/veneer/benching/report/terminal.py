@@ -1,4 +1,4 @@
-"""A run on the terminal: the recommendation first, then the tables."""
+"""Shows a run on the terminal: the recommendation first, then the tables."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-def shown(report: BenchData) -> RenderableType:
-    """The recommendation, the plans and every table."""
-    found = [rich_table(table) for table in (plans_table(report), *tables(report))]
-    return Group(advice(report), *found)
+def as_rich(report: BenchData) -> RenderableType:
+    """Make the recommendation, the plans and every table."""
+    return Group(advice(report), *map(rich_table, (plans_table(report), *tables(report))))
 
 
 def advice(report: BenchData) -> Panel:
-    """What to do, why, and what else to know."""
+    """Make the panel of the recommendation: what to do, why, and what else to know."""
     said = report.recommendation
     lines = [f"[bold]{_safe(said.headline)}[/]", *(_safe(reason) for reason in said.reasons)]
     lines += [f"[yellow]Note[/] {_safe(caution)}" for caution in (*said.cautions, *report.notes)]
@@ -34,7 +33,7 @@ def advice(report: BenchData) -> Panel:
 
 
 def rich_table(table: ReportTable) -> RichTable:
-    """A table of the report as rich draws it; numbers to the right."""
+    """Make rich's table of a report's; numbers to the right."""
     drawn = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(table.columns):
         drawn.add_column(_safe(name), justify="right" if index else "left")
