@@ -59,7 +59,7 @@ class AdaLora(Method[AdaLoraConfig, AdaLoraSettings], Penalised, Allocates):
     def init(self, new: NewLayer[AdaLoraConfig, AdaLoraSettings]) -> dict[str, Tensor]:
         std = 0.02 if new.config.init_lora_weights else 1.0
         shapes = self.shapes(new.settings, new.site).items()
-        made = {leaf: torch.empty(shape).normal_(std=std, generator=new.generator) for leaf, shape in shapes}
+        made = {leaf: new.normal(shape, std) for leaf, shape in shapes}
         return {**made, E: torch.zeros_like(made[E])} if new.config.init_lora_weights else made
 
     def lower(self, settings: AdaLoraSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:

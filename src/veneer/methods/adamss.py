@@ -92,7 +92,7 @@ class Adamss(Method[AdamssConfig, AdamssSettings], VariesWithConfig, SettledByCh
             found[down] = _directions(new.config, left[rows])
             shape = (len(rows), len(found[down]))
             zero = new.config.init_weights == "orthogonal"
-            found[up] = torch.zeros(shape) if zero else 0.01 * torch.randn(shape, generator=new.generator)
+            found[up] = torch.zeros(shape) if zero else 0.01 * new.normal(shape)
         return found
 
     def recomputed(

@@ -89,7 +89,7 @@ class AdaptionPrompt(RoutedMethod[AdaptionPromptConfig, int], ChoosesLayers, Com
 
     def init(self, new: NewLayer[AdaptionPromptConfig, int]) -> dict[str, Tensor]:
         shapes = self.shapes(new.settings, new.site)
-        return {PROMPT: torch.randn(shapes[PROMPT], generator=new.generator), GATE: torch.zeros(shapes[GATE])}
+        return {PROMPT: new.normal(shapes[PROMPT]), GATE: torch.zeros(shapes[GATE])}
 
     def lower(self, settings: int, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         assert isinstance(base.site, AttentionSite)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from veneer.base_model.sites.conv import ConvSite
@@ -35,7 +34,7 @@ class Beft(Method[BeftConfig, None]):
 
     def init(self, new: NewLayer[BeftConfig, None]) -> dict[str, Tensor]:
         std = 0.0 if new.config.init_weights else 1.0
-        return {SHIFT: torch.empty(1, new.site.shape[0]).normal_(std=std, generator=new.generator)}
+        return {SHIFT: new.normal((1, new.site.shape[0]), std)}
 
     def lower(self, settings: None, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         return Patch(shift=tensors[SHIFT].flatten())

@@ -39,13 +39,13 @@ class Deft(Method[DeftConfig, DeftConfig]):
 
     def init(self, new: NewLayer[DeftConfig, DeftConfig]) -> dict[str, Tensor]:
         shapes = self.shapes(new.settings, new.site)
-        tensors = {P: torch.empty(shapes[P]).normal_(std=0.02, generator=new.generator)}
+        tensors = {P: new.normal(shapes[P], 0.02)}
         if R in shapes and new.config.init_weights:
             _, measure = _projector(new.settings, tensors[P])
             weight = new.base.base_weight().float()
             tensors[R] = measure.to(weight.device).T @ weight / _scale(new.settings, new.site)
         elif R in shapes:
-            tensors[R] = torch.empty(shapes[R]).normal_(std=0.02 * new.config.init_scale, generator=new.generator)
+            tensors[R] = new.normal(shapes[R], 0.02 * new.config.init_scale)
         return tensors
 
     def lower(self, settings: DeftConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:

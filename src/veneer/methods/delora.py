@@ -20,7 +20,6 @@ from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.delora import DeloraConfig
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
-from veneer.methods.shared.tucker import started
 from veneer.patches.patch import Patch
 
 A, B, LAMBDA, NORM = "delora_A", "delora_B", "delora_lambda", "delora_w_norm"
@@ -54,7 +53,7 @@ class Delora(Method[DeloraConfig, DeloraSettings]):
 
     def init(self, new: NewLayer[DeloraConfig, DeloraSettings]) -> dict[str, Tensor]:
         shapes = {leaf: shape for leaf, shape in self.shapes(new.settings, new.site).items() if leaf in (A, B)}
-        tensors = started(shapes, {B} if new.config.init_weights else set(), new.generator)
+        tensors = new.kaiming(shapes, {B} if new.config.init_weights else ())
         norm = new.base.base_weight().float().norm(dim=0)
         return {**tensors, LAMBDA: torch.full((1,), float(new.settings.size)), NORM: norm}
 

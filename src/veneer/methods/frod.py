@@ -20,9 +20,10 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.frod import FrodConfig
 from veneer.errors import UnsupportedError
-from veneer.methods.base.abilities import DerivesTensors, SharesTensors
+from veneer.methods.base.abilities import DerivesTensors
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.shared.random_projection import SharesProjection
 from veneer.patches.patch import Patch
 
 LENGTHS, ENTRIES = "frod_lambda_l", "frod_lambda_s_values"
@@ -30,7 +31,7 @@ V, PLACES, SIZE = "frod_V", "frod_s_indices", "frod_s_size"
 U = "frod_U"
 
 
-class Frod(Method[FrodConfig, FrodConfig], SharesTensors, DerivesTensors):
+class Frod(Method[FrodConfig, FrodConfig], SharesProjection, DerivesTensors):
     """FRoD on layers with a matrix."""
 
     kinds = (LinearSite,)
@@ -68,9 +69,6 @@ class Frod(Method[FrodConfig, FrodConfig], SharesTensors, DerivesTensors):
             found[f"{PLACES}.{role}"] = _places(inner, _count(config, inner), seeded)
             found[f"{SIZE}.{role}"] = torch.tensor([inner, inner])
         return found
-
-    def saves_shared(self, config: FrodConfig) -> bool:
-        return config.save_projection
 
     def init(self, new: NewLayer[FrodConfig, FrodConfig]) -> dict[str, Tensor]:
         entries = torch.zeros(_count(new.settings, new.site.shape[1]))

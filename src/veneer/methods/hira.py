@@ -24,7 +24,6 @@ from veneer.methods.base.abilities import SettledByCheckpoint
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.rotation import check_groups
-from veneer.methods.shared.tucker import started
 from veneer.patches.operators import HadamardLowRank
 from veneer.patches.patch import Patch
 
@@ -64,11 +63,11 @@ class Hira(Method[HiraConfig, HiraSettings], SettledByCheckpoint):
         shapes = self.shapes(new.settings, new.site)
         down, up = shapes
         if not new.config.init_weights:
-            return {leaf: torch.randn(shape, generator=new.generator) for leaf, shape in shapes.items()}
+            return {leaf: new.normal(shape) for leaf, shape in shapes.items()}
         if new.site.looks_up:
             # As peft has it, "gaussian" too: A at zero and B at random.
-            return {down: torch.zeros(shapes[down]), up: torch.randn(shapes[up], generator=new.generator)}
-        tensors = started(shapes, {up}, new.generator)
+            return {down: torch.zeros(shapes[down]), up: new.normal(shapes[up])}
+        tensors = new.kaiming(shapes, {up})
         if new.config.init_weights == "gaussian" and new.site.matrix_input:
             tensors[down].normal_(std=1 / new.settings.r, generator=new.generator)
         return tensors

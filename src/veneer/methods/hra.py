@@ -20,7 +20,6 @@ from veneer.configs.methods.hra import HRAConfig
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.rotation import check_groups
-from veneer.methods.shared.tucker import started
 from veneer.patches.multipliers import IdentityPlusLowRank
 from veneer.patches.patch import Patch
 
@@ -43,8 +42,8 @@ class HRA(Method[HRAConfig, HRAConfig]):
     def init(self, new: NewLayer[HRAConfig, HRAConfig]) -> dict[str, Tensor]:
         width, r = new.site.shape[1], new.config.r
         if new.config.init_weights and r % 2 == 0:
-            return {U: started({U: (width, r // 2)}, set(), new.generator)[U].repeat_interleave(2, dim=1)}
-        return started({U: (width, r)}, set(), new.generator)
+            return {U: new.kaiming({U: (width, r // 2)})[U].repeat_interleave(2, dim=1)}
+        return new.kaiming({U: (width, r)})
 
     def lower(self, settings: HRAConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         u = tensors[U].float()

@@ -49,7 +49,7 @@ class IA3(Method[IA3Config, IA3Settings]):
 
     def init(self, new: NewLayer[IA3Config, IA3Settings]) -> dict[str, Tensor]:
         shape = self.shapes(new.settings, new.site)[SCALE]
-        start = torch.ones(shape) if new.config.init_ia3_weights else torch.randn(shape, generator=new.generator)
+        start = torch.ones(shape) if new.config.init_ia3_weights else new.normal(shape)
         return {SCALE: start}
 
     def lower(self, settings: IA3Settings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:

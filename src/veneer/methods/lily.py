@@ -110,7 +110,7 @@ class Lily(RoutedMethod[LilyConfig, LilyConfig], SharesBetweenLayers):
         found = {}
         for leaf, shape in self.shapes(new.settings, new.site).items():
             bound = 0.0 if leaf == B and new.config.init_weights else 1 / math.sqrt(shape[1])
-            found[leaf] = torch.empty(shape).uniform_(-bound, bound, generator=new.generator)
+            found[leaf] = new.uniform(shape, bound)
         return found
 
     def shared_between_layers(self, config: LilyConfig, sites: Sequence[Site]) -> dict[str, list[int]]:

@@ -24,7 +24,7 @@ from veneer.configs.methods.loha import LoHaConfig
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.patch_dropout import Drop, of_delta
-from veneer.methods.shared.tucker import as_low_rank, core_kernel, started, tucker
+from veneer.methods.shared.tucker import as_low_rank, core_kernel, tucker
 from veneer.patches.patch import Patch
 
 A1, B1, A2, B2 = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
@@ -62,7 +62,7 @@ class LoHa(Method[LoHaConfig, LoHaSettings]):
         return {A1: a, B1: b, A2: a, B2: b, CORE1: core, CORE2: core}
 
     def init(self, new: NewLayer[LoHaConfig, LoHaSettings]) -> dict[str, Tensor]:
-        return started(self.shapes(new.settings, new.site), {B2} if new.config.init_weights else set(), new.generator)
+        return new.kaiming(self.shapes(new.settings, new.site), {B2} if new.config.init_weights else ())
 
     def lower(self, settings: LoHaSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         if as_low_rank(settings.r**2, base.site):

@@ -26,7 +26,7 @@ from veneer.configs.methods.lokr import LoKrConfig
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
 from veneer.methods.shared.patch_dropout import Drop, of_delta
-from veneer.methods.shared.tucker import core_kernel, started, tucker
+from veneer.methods.shared.tucker import core_kernel, tucker
 from veneer.patches.operators import Kronecker
 from veneer.patches.patch import Patch
 
@@ -75,7 +75,7 @@ class LoKr(Method[LoKrConfig, LoKrSettings]):
 
     def init(self, new: NewLayer[LoKrConfig, LoKrSettings]) -> dict[str, Tensor]:
         zero = {D, D2} if new.config.init_weights == "lycoris" else {C, C1}
-        return started(self.shapes(new.settings, new.site), zero if new.config.init_weights else set(), new.generator)
+        return new.kaiming(self.shapes(new.settings, new.site), zero if new.config.init_weights else ())
 
     def lower(self, settings: LoKrSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         first = tensors[C] if settings.whole_first else tensors[C1] @ tensors[C2]

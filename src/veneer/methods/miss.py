@@ -21,7 +21,6 @@ from veneer.configs.methods.miss import MissConfig
 from veneer.errors import UnsupportedError
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
-from veneer.methods.shared.tucker import started
 from veneer.patches.patch import Patch
 
 
@@ -65,8 +64,7 @@ class Miss(Method[MissConfig | BoneConfig, MissSettings]):
         return {self.name: (site.shape[0] // r, r, r) if settings.bat else (r, settings.columns)}
 
     def init(self, new: NewLayer[MissConfig | BoneConfig, MissSettings]) -> dict[str, Tensor]:
-        zero = {self.name} if new.config.init_weights else set()
-        return started(self.shapes(new.settings, new.site), zero, new.generator)
+        return new.kaiming(self.shapes(new.settings, new.site), {self.name} if new.config.init_weights else ())
 
     def lower(self, settings: MissSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         (out, inner), r, block = base.site.shape, settings.r, tensors[self.name]

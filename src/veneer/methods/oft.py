@@ -63,7 +63,7 @@ class OFT(Method[OFTConfig, OFTSettings]):
     def init(self, new: NewLayer[OFTConfig, OFTSettings]) -> dict[str, Tensor]:
         std = 0.0 if new.config.init_weights else 0.1
         shapes = self.shapes(new.settings, new.site).items()
-        return {leaf: torch.empty(shape).normal_(std=std, generator=new.generator) for leaf, shape in shapes}
+        return {leaf: new.normal(shape, std) for leaf, shape in shapes}
 
     def lower(self, settings: OFTSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         [entries] = tensors.values()

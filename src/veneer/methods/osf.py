@@ -50,7 +50,7 @@ class OSF(Method[OSFConfig, int], DerivesTensors):
     def init(self, new: NewLayer[OSFConfig, int]) -> dict[str, Tensor]:
         if new.config.init_weights is False:
             shapes = self.shapes(new.settings, new.site)
-            return {leaf: torch.randn(shape, generator=new.generator) for leaf, shape in shapes.items()}
+            return {leaf: new.normal(shape) for leaf, shape in shapes.items()}
         u, s, v = torch.linalg.svd(new.base.base_weight().float(), full_matrices=False)
         return {U: u[:, new.settings :].contiguous(), S: s[new.settings :].clone(), V: v[new.settings :].contiguous()}
 

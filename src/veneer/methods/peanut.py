@@ -8,10 +8,8 @@ from each encoder's input to its decoder's output.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
@@ -54,11 +52,7 @@ class Peanut(Method[PeanutConfig, PeanutConfig], VariesWithConfig):
         return {A: (r, out), B: (out, r), **dict.fromkeys((*self.encoders, *self.decoders), (r, r))}
 
     def init(self, new: NewLayer[PeanutConfig, PeanutConfig]) -> dict[str, Tensor]:
-        tensors = {leaf: torch.zeros(shape) for leaf, shape in self.shapes(new.settings, new.site).items()}
-        for leaf, tensor in tensors.items():
-            if leaf != B or not new.config.init_weights:
-                torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=new.generator)
-        return tensors
+        return new.kaiming(self.shapes(new.settings, new.site), {B} if new.config.init_weights else ())
 
     def lower(self, settings: PeanutConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         activate: Callable[[Tensor], Tensor] = ACT2FN[settings.act_fn]

@@ -119,10 +119,7 @@ class Poly(RoutedMethod[PolyConfig, PolyConfig]):
         bounds = {A: 1 / math.sqrt(shapes[A][2]), B: 1 / math.sqrt(new.config.r), LOGITS: 1e-3}
         if new.config.init_weights:
             bounds[B] = 0.0
-        return {
-            leaf: torch.empty(shape).uniform_(-bounds[leaf], bounds[leaf], generator=new.generator)
-            for leaf, shape in shapes.items()
-        }
+        return {leaf: new.uniform(shape, bounds[leaf]) for leaf, shape in shapes.items()}
 
     def lower(self, settings: PolyConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         return Patch(route=PolyRoute(tensors[A], tensors[B], tensors[LOGITS]))

@@ -51,7 +51,7 @@ class Psoft(Method[PsoftConfig, PsoftConfig], DerivesTensors):
         tensors = {leaf: torch.ones(shape) for leaf, shape in self.shapes(new.settings, new.site).items()}
         tensors[TURN] = torch.zeros_like(tensors[TURN]) if new.config.psoft_orth else torch.eye(new.config.r)
         if not new.config.init_weights:
-            tensors[TURN] += 0.1 * torch.randn(tensors[TURN].shape, generator=new.generator)
+            tensors[TURN] += 0.1 * new.normal(tensors[TURN].shape)
         return tensors
 
     def extra_tensors(

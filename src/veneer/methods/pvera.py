@@ -22,10 +22,10 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.pvera import PveraConfig
 from veneer.errors import MergeError
-from veneer.methods.base.abilities import RefusesMerge, SharesTensors
+from veneer.methods.base.abilities import RefusesMerge
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
-from veneer.methods.vera import largest, seeded
+from veneer.methods.shared.random_projection import SharesProjection, largest
 from veneer.patches.patch import Patch
 
 D = "pvera_lambda_d"
@@ -72,7 +72,7 @@ class DrawSpread:
         return bool(self.up.count_nonzero())
 
 
-class Pvera(Method[PveraConfig, PveraSettings], SharesTensors, RefusesMerge):
+class Pvera(Method[PveraConfig, PveraSettings], SharesProjection, RefusesMerge):
     """PVeRA on layers with a matrix."""
 
     kinds = (LinearSite,)
@@ -97,18 +97,10 @@ class Pvera(Method[PveraConfig, PveraSettings], SharesTensors, RefusesMerge):
         out, inner = largest(sites)
         return {SHARED_A: (2 * config.r, inner), SHARED_B: (out, config.r)}
 
-    def make_shared(
-        self, config: PveraConfig, bases: Sequence[BaseLayer], generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        return seeded(self.shared_shapes(config, [base.site for base in bases]), config.projection_prng_key)
-
-    def saves_shared(self, config: PveraConfig) -> bool:
-        return config.save_projection
-
     def init(self, new: NewLayer[PveraConfig, PveraSettings]) -> dict[str, Tensor]:
         if new.config.init_weights:
             return {B: torch.zeros(new.site.shape[0]), D: torch.full((2 * new.config.r,), float(new.config.d_initial))}
-        return {B: torch.ones(new.site.shape[0]), D: torch.randn(2 * new.config.r, generator=new.generator)}
+        return {B: torch.ones(new.site.shape[0]), D: new.normal((2 * new.config.r,))}
 
     def lower(self, settings: PveraSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         out, inner = base.site.shape

@@ -21,9 +21,9 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.randlora import RandLoraConfig
-from veneer.methods.base.abilities import SharesTensors
 from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.shared.random_projection import SharesProjection
 from veneer.patches.patch import Patch
 
 LAMBDA = "randlora_lambda"
@@ -32,7 +32,7 @@ SHARED_A = "randlora_A"
 SHARED_B = "randlora_B"
 
 
-class RandLora(Method[RandLoraConfig, RandLoraConfig], SharesTensors):
+class RandLora(Method[RandLoraConfig, RandLoraConfig], SharesProjection):
     """RandLoRA on layers with a matrix."""
 
     kinds = (LinearSite,)
@@ -67,15 +67,12 @@ class RandLora(Method[RandLoraConfig, RandLoraConfig], SharesTensors):
             made[SHARED_B] = torch.cat([_uniform((large, 1, r), seeded) for _ in range(count)], 1)
         return {leaf: (tensor / tensor.std()).float() for leaf, tensor in made.items()}
 
-    def saves_shared(self, config: RandLoraConfig) -> bool:
-        return config.save_projection
-
     def init(self, new: NewLayer[RandLoraConfig, RandLoraConfig]) -> dict[str, Tensor]:
         shapes = self.shapes(new.settings, new.site)
         if new.config.init_weights:
             return {LAMBDA: torch.zeros(shapes[LAMBDA]), GAMMA: torch.full(shapes[GAMMA], 1 / max(shapes[GAMMA]))}
         return {
-            LAMBDA: torch.randn(shapes[LAMBDA], generator=new.generator),
+            LAMBDA: new.normal(shapes[LAMBDA]),
             GAMMA: torch.full(shapes[GAMMA], 1 / max(new.site.shape)),
         }
 

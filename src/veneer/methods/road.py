@@ -56,7 +56,7 @@ class Road(Method[RoadConfig, RoadSettings]):
     def init(self, new: NewLayer[RoadConfig, RoadSettings]) -> dict[str, Tensor]:
         std = 0.0 if new.config.init_weights else 0.5
         shapes = self.shapes(new.settings, new.site)
-        made = {leaf: torch.empty(shape).normal_(std=std, generator=new.generator) for leaf, shape in shapes.items()}
+        made = {leaf: new.normal(shape, std) for leaf, shape in shapes.items()}
         return {THETA: made[THETA], ALPHA: made[ALPHA] + 1}
 
     def lower(self, settings: RoadSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:

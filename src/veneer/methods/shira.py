@@ -45,7 +45,7 @@ class Shira(Method[ShiraConfig, int]):
                 hint='Use "random"; an adapter that was made with another mask loads.',
             )
         places = random_places(new.site, new.settings, new.config.random_seed).sort().values
-        values = torch.empty(new.settings).normal_(std=0.0 if new.config.init_weights else 1.0, generator=new.generator)
+        values = new.normal((new.settings,), 0.0 if new.config.init_weights else 1.0)
         columns = new.site.shape[1]
         return {VALUES: values, PLACES: torch.stack([places // columns, places % columns]).int()}
 

@@ -76,7 +76,7 @@ class VBLora(Method[VBLoRAConfig, VBLoRAConfig], SharesTensors, ChangesWhenSaved
     def init(self, new: NewLayer[VBLoRAConfig, VBLoRAConfig]) -> dict[str, Tensor]:
         std = new.config.init_logits_std
         shapes = self._logits(new.settings, new.site)
-        return {leaf: torch.empty(shape).normal_(std=std, generator=new.generator) for leaf, shape in shapes.items()}
+        return {leaf: new.normal(shape, std) for leaf, shape in shapes.items()}
 
     def on_disk(self, settings: VBLoRAConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if not settings.save_only_topk_weights or LOGITS_A not in tensors:

@@ -8,22 +8,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
-from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.waveft import WaveFTConfig
 from veneer.methods.base.abilities import ChoosesLayers
 from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, MethodOnSites, NewLayer
-from veneer.methods.shared.random_entries import random_places
+from veneer.methods.base.method import BaseLayer, MethodOnSites
+from veneer.methods.shared.sparse_spectrum import SparseSpectrum, SpectrumSettings
 from veneer.methods.shared.wavelets import between, low_pass
-from veneer.patches.operators import Sparse
 from veneer.patches.patch import Patch
 
 if TYPE_CHECKING:
@@ -32,24 +28,15 @@ if TYPE_CHECKING:
 SPECTRUM = "waveft_spectrum"
 
 
-@dataclass(frozen=True)
-class WaveFTSettings:
-    """A config's meaning for one layer: the coefficients' places, shape ``(n,)``; no family, no transform."""
-
-    places: Tensor
-    scale: float
-    family: str | None
-
-
-class WaveFT(Method[WaveFTConfig, WaveFTSettings], ChoosesLayers):
+class WaveFT(SparseSpectrum[WaveFTConfig], ChoosesLayers):
     """WaveFT on linear layers.
 
     Args:
         counts: layer's name -> how many coefficients it has, where that depends on the other layers.
     """
 
+    name, std = SPECTRUM, 0.01
     leaves = (Leaf(SPECTRUM),)
-    kinds = (LinearSite,)
 
     def __init__(self, counts: Mapping[str, int] | None = None) -> None:
         self.counts = counts or {}
@@ -63,29 +50,23 @@ class WaveFT(Method[WaveFTConfig, WaveFTSettings], ChoosesLayers):
             method = WaveFT({name: max(1, round(size * budget)) for name, size in sizes.items()})
         return [MethodOnSites(method, sites, companions=True)]
 
-    def settings(self, config: WaveFTConfig, site: Site) -> WaveFTSettings:
-        count = pattern_value(site.name, config.n_frequency_pattern, config.n_frequency)
-        places = random_places(site, self.counts.get(site.name, count), config.random_loc_seed)
-        if config.use_idwt:
-            low_pass(config.wavelet_family)
-        return WaveFTSettings(places, config.scaling, config.wavelet_family if config.use_idwt else None)
+    def count(self, config: WaveFTConfig, site: Site) -> int:
+        return self.counts.get(site.name) or super().count(config, site)
 
-    def shapes(self, settings: WaveFTSettings, site: Site) -> dict[str, tuple[int, ...]]:
-        return {SPECTRUM: tuple(settings.places.shape)}
+    def settings(self, config: WaveFTConfig, site: Site) -> SpectrumSettings:
+        settings = super().settings(config, site)
+        if not config.use_idwt:
+            return settings
+        low_pass(config.wavelet_family)
+        return replace(settings, family=config.wavelet_family)
 
-    def init(self, new: NewLayer[WaveFTConfig, WaveFTSettings]) -> dict[str, Tensor]:
-        std = 0.0 if new.config.init_weights else 0.01
-        return {SPECTRUM: torch.empty(new.settings.places.shape).normal_(std=std, generator=new.generator)}
-
-    def lower(self, settings: WaveFTSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
+    def lower(self, settings: SpectrumSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         rows, columns = base.site.shape
-        values = tensors[SPECTRUM].float() * settings.scale
-        places = settings.places.to(values.device, torch.int32)
-        sparse = Sparse(values, places // columns, places % columns, base.site.shape)
+        spectrum = settings.spectrum(tensors[SPECTRUM].float() * settings.scale, base.site.shape)
         if settings.family is None:
-            return Patch(dense=sparse)
+            return Patch(dense=spectrum)
         border = self._border(settings.family, rows, columns)
-        return Patch(dense=between(sparse, border, settings.family))
+        return Patch(dense=between(spectrum, border, settings.family))
 
     def _border(self, family: str, rows: int, columns: int) -> tuple[int, int, int, int]:
         """How many zeros lie left, right, above and below the coefficients: even sizes, as much as the filter takes."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
@@ -87,6 +88,21 @@ class NewLayer(Generic[ConfigT, SettingsT]):
     def site(self) -> Site:
         """The layer's kind, name and shape."""
         return self.base.site
+
+    def normal(self, shape: Sequence[int], std: float = 1.0) -> Tensor:
+        """Return normal values around zero, float32."""
+        return torch.empty(tuple(shape)).normal_(std=std, generator=self.generator)
+
+    def uniform(self, shape: Sequence[int], bound: float) -> Tensor:
+        """Return uniform values from ``-bound`` to ``bound``, float32."""
+        return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=self.generator)
+
+    def kaiming(self, shapes: Mapping[str, Sequence[int]], zero: Collection[str] = ()) -> dict[str, Tensor]:
+        """Return tensors of given shapes: Kaiming-uniform (He et al. 2015), those in ``zero`` zero."""
+        tensors = {name: torch.zeros(tuple(shape)) for name, shape in shapes.items()}
+        for name in (name for name in tensors if name not in zero):
+            torch.nn.init.kaiming_uniform_(tensors[name], a=math.sqrt(5), generator=self.generator)
+        return tensors
 
 
 class Method(ABC, Generic[ConfigT, SettingsT]):

@@ -1,9 +1,6 @@
-"""What LoHa and LoKr share: kernels of a Tucker decomposition, when a low-rank form pays, and how both start."""
+"""What LoHa and LoKr share: kernels of a Tucker decomposition, and when a low-rank form pays."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -37,13 +34,3 @@ def as_low_rank(rank: int, site: Site) -> bool:
     """
     out, inner = site.shape
     return site.matrix_input and 2 * rank * (out + inner) <= out * inner
-
-
-def started(
-    shapes: Mapping[str, tuple[int, ...]], zero: set[str], generator: torch.Generator | None
-) -> dict[str, Tensor]:
-    """Tensors of the given shapes, Kaiming-uniform (He et al. 2015) but for those in ``zero``."""
-    tensors = {leaf: torch.zeros(shape) for leaf, shape in shapes.items()}
-    for leaf in tensors.keys() - zero:
-        torch.nn.init.kaiming_uniform_(tensors[leaf], a=math.sqrt(5), generator=generator)
-    return tensors
