@@ -1,4 +1,4 @@
-"""Two checkouts of Veneer side by side: what a change of the source does to its speed.
+"""Compares the speed of two checkouts of Veneer, before and after a change of the source.
 
     python benchmarks/checkouts.py OLD [NEW] [--rounds 3] [--sections attach forward ...]
 
@@ -36,7 +36,7 @@ Figures = dict[str, float]
 
 
 def commands(bench: workloads.Bench) -> Figures:
-    """Whole processes: ``import veneer``, ``veneer inspect`` and ``veneer merge``."""
+    """Time whole processes: ``import veneer``, ``veneer inspect`` and ``veneer merge``."""
     adapter, base = (str(folder) for folder in (materials.adapter(bench.model), materials.base(bench.model)))
 
     def whole(*command: str) -> float:
@@ -56,14 +56,14 @@ def commands(bench: workloads.Bench) -> Figures:
 
 
 def measure(section: str, dtype: str) -> Figures:
-    """The figures of a section, in this process."""
+    """Measure a section in this process."""
     workloads.LAST = {**workloads.LAST, **LAST}
     bench = workloads.Bench("veneer", "135M", dtype)
     return commands(bench) if section == "commands" else workloads.SECTIONS[section](bench)
 
 
 def of_checkout(checkout: Path, section: str, dtype: str) -> Figures:
-    """The figures of a section from a fresh process that imports a checkout's source."""
+    """Measure a section in a fresh process that imports a checkout's source."""
     code = f"import checkouts, json; print(json.dumps(checkouts.measure({section!r}, {dtype!r})))"
     paths = {"PYTHONPATH": os.pathsep.join([str(checkout / "src"), str(HERE)])}
     quiet = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
@@ -73,7 +73,7 @@ def of_checkout(checkout: Path, section: str, dtype: str) -> Figures:
 
 
 def compared(checkouts: Sequence[Path], section: str, dtype: str, rounds: int) -> str:
-    """The lines of a table with a section's figures: before, after, and their ratio."""
+    """Write the lines of a table with a section's figures: before, after, and their ratio."""
     runs: tuple[list[Figures], list[Figures]] = ([], [])
     for number in range(rounds):
         for index in (0, 1) if number % 2 == 0 else (1, 0):

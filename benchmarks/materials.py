@@ -1,4 +1,4 @@
-"""What the measurements run on: two base models and random adapters for them, made once and kept in a cache folder."""
+"""Makes the models of the measurements: two bases and random adapters for them, made once and kept in a cache."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 
 def cache() -> Path:
-    """The folder where everything is kept; delete it to make all of it anew."""
+    """Return the cache folder; delete it to make everything anew."""
     from veneer.demo.base import cache_folder
 
     return cache_folder() / "benchmarks"
 
 
 def base(model: str) -> Path:
-    """The folder of ``"135M"``, the demo's base, or of ``"1B"``."""
+    """Return the folder of ``"135M"``, the demo's base, or of ``"1B"``."""
     if model == "135M":
         from veneer.demo.base import demo_base
 
@@ -77,7 +77,7 @@ def base(model: str) -> Path:
 
 
 def adapter(model: str, method: str = "LoRA", copy: int = 0) -> Path:
-    """The folder of an adapter whose every tensor is random, so that nothing can be skipped as having no effect.
+    """Return the folder of an adapter of random tensors: none can be skipped as having no effect.
 
     Copies hold the same values in files, and so in memory, of their own.
     """

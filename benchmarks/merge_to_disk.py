@@ -1,4 +1,4 @@
-"""Merging from disk to disk beside `cp -r` and peft's load, merge and save: seconds and peak memory, whole processes.
+"""Compares merging from disk to disk with `cp -r` and with peft: seconds and peak memory of whole processes.
 
 Veneer's output is on the disk when its process ends; that of the others is on its way there, so the time until then
 stands beside.
@@ -109,7 +109,7 @@ def _save(part: dict[str, Any], folder: Path, number: int, save_file: Any) -> No
 
 
 def run(command: list[Any], limit: int | None) -> tuple[float, float, float]:
-    """Seconds of a process, the same until what it wrote is on the disk, and its peak memory in MB."""
+    """Measure the seconds of a process, those until its output is on the disk, and its peak memory in MB."""
 
     def before() -> None:
         if limit is not None:
@@ -128,7 +128,7 @@ def run(command: list[Any], limit: int | None) -> tuple[float, float, float]:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """What was measured, in Markdown."""
+    """Write the figures as Markdown."""
     lines = ["| base | side | memory limit | seconds | until on the disk | peak MB |", "|---|---|---|---|---|---|"]
     for row in found:
         limit = "" if row["limit"] is None else f"{row['limit']} MB"

@@ -1,4 +1,4 @@
-"""From ``results.json`` to a table with a verdict on each target, a plot, and the few figures in the README."""
+"""Turns ``results.json`` into a table with a verdict on each target, a plot, and the figures in the README."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Row:
 
 
 def rows() -> list[Row]:
-    """Every line, with the targets of the project."""
+    """Return every line, with the targets of the project."""
     both = ("bfloat16", "float32")
     small, large = [f"135M {dtype}" for dtype in both], [f"1B {dtype}" for dtype in both]
     found = [
@@ -106,14 +106,14 @@ def rows() -> list[Row]:
 
 
 def value(row: Row, kept: Results, side: str) -> float | None:
-    """A row's figure for one side: the median over the rounds; ``None`` where it was not measured."""
+    """Return a row's figure for one side: the median over the rounds; ``None`` where it was not measured."""
     runs = kept.get(row.run, {}).get(side, [])
     values = [run[row.figure] / (run[row.over] if row.over else 1) for run in runs if row.figure in run]
     return statistics.median(values) if values else None
 
 
 def verdict(row: Row, ours: float, theirs: float | None) -> tuple[str, str]:
-    """The target in words, and whether it is met."""
+    """Write the target in words, and whether it is met."""
     if theirs is not None and (row.faster == 1 or row.run.startswith("methods")):
         return "no slower", "met" if ours <= theirs else "equal" if ours <= theirs * (1 + NOISE) else "missed"
     if row.faster is not None and theirs is not None:
@@ -201,7 +201,7 @@ def write(kept: Results) -> None:
 
 
 def remarks(kept: Results) -> list[str]:
-    """How often everything was measured, and what was not."""
+    """Write how often everything was measured, and what was not measured."""
     counts = sorted({len(runs) for key, sides in kept.items() if key != FAILED for runs in sides.values() if runs})
     rounds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else "".join(map(str, counts))
     missing = sorted({row.run for row in rows() if value(row, kept, "veneer") is None})
@@ -231,7 +231,7 @@ HEADLINES = (
 
 
 def speed(kept: Results) -> str:
-    """The README's table."""
+    """Write the README's table."""
     lines = ["| SmolLM2-135M, bfloat16, LoRA r=16 | peft | Veneer | |", "|---|---|---|---|"]
     for what, run, figure, over in HEADLINES:
         row = Row(what, run, figure, over)
@@ -244,14 +244,14 @@ def speed(kept: Results) -> str:
 
 
 def with_speed(text: str, kept: Results) -> str:
-    """A README with the table between its marks brought up to date."""
+    """Replace the table between a README's marks."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return before + BEGIN + speed(kept) + END + after
 
 
 def merges() -> str:
-    """The section on merging from disk to disk; empty where that was not measured."""
+    """Write the section on merging from disk to disk; empty where that was not measured."""
     if not merge_to_disk.KEPT.exists():
         return ""
     found = merge_to_disk.table(list(json.loads(merge_to_disk.KEPT.read_text()).values()))
@@ -259,7 +259,7 @@ def merges() -> str:
 
 
 def plot(kept: Results) -> None:
-    """How many times slower or faster, on a logarithmic scale; overheads beside it."""
+    """Plot the ratios of the times on a logarithmic scale, and the overheads."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -1,7 +1,9 @@
-"""Veneer beside peft: runs the sections of ``workloads.py`` and writes ``RESULTS.md``, ``results.svg``, README's table.
+"""Compares Veneer with peft: runs the sections of ``workloads.py``, and writes their report.
 
     python benchmarks/run.py [SECTION ...] [--model 135M] [--dtype bfloat16] [--rounds 3] [--minutes 45] [--resume]
                              [--quick] [--report]
+
+The report is ``RESULTS.md``, ``results.svg`` and the README's table.
 
 Each measurement is a fresh process; the two sides alternate, and each figure is the median over the rounds. This kind
 of machine drifts by up to a factor of two within minutes: ratios hold, absolute times are the machine's of that day.
@@ -68,7 +70,7 @@ class Job:
         )
 
     def prepare(self) -> None:
-        """Make what the section needs before its time is taken."""
+        """Make the section's models before its time is taken."""
         copies = {"mixed": 8, "mixed64": 64}.get(self.section, 0)
         materials.adapter(self.model)
         for copy in range(copies):
@@ -77,7 +79,7 @@ class Job:
             materials.adapter(self.model, self.method)
 
     def run(self, side: str, limit: float) -> dict[str, float]:
-        """The figures of one side, from a fresh process; ``RuntimeError`` when it fails or takes too long."""
+        """Measure one side in a fresh process; raise ``RuntimeError`` when it fails or takes too long."""
         command = [sys.executable, str(HERE / "workloads.py"), self.section, self.model, self.dtype, side]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -114,7 +116,7 @@ class Run:
     took: dict[tuple[Job, str], float] = field(default_factory=dict)
 
     def round(self, jobs: Iterable[Job], number: int) -> None:
-        """Measure each job once on each side, those that have as many rounds already or failed left out."""
+        """Measure each job once on each side, but those that have as many rounds already or failed."""
         for job in jobs:
             for side in SIDES if number % 2 else reversed(SIDES):
                 done = len(self.kept.get(job.key, {}).get(side, []))
@@ -147,7 +149,7 @@ class Run:
 
 
 def forget(kept: report.Results, jobs: Iterable[Job]) -> None:
-    """Drop what was measured of ``jobs`` before."""
+    """Drop earlier figures of ``jobs``."""
     failed = kept.get(report.FAILED, {})
     for job in jobs:
         kept.pop(job.key, None)
@@ -156,13 +158,13 @@ def forget(kept: report.Results, jobs: Iterable[Job]) -> None:
 
 
 def named(sections: Iterable[str]) -> list[str]:
-    """The sections to run, that of the methods as one for each."""
+    """Return the sections to run; the section of the methods becomes one for each method."""
     each = [f"{METHODS}:{name}" for name in materials.METHODS]
     return [own for section in sections for own in (each if section == METHODS else [section])]
 
 
 def merge_to_disk(quick: bool) -> None:
-    """The merge from folder to folder, which has a script and a file of results of its own."""
+    """Measure the merge from disk to disk, which has a script and a file of results of its own."""
     command = [sys.executable, str(HERE / "merge_to_disk.py"), *(["--models", "135M"] if quick else ["--keep"])]
     try:
         subprocess.run(command, check=True, timeout=3 * LIMIT)

@@ -1,4 +1,4 @@
-"""What is measured: a function a section, each run in a fresh process for one side, with the same code for both.
+"""Defines the measurements: a function for each section, run in a fresh process for one side, the same for both.
 
     python benchmarks/workloads.py SECTION MODEL DTYPE SIDE      prints {figure: seconds, megabytes or a ratio}
 
@@ -37,7 +37,7 @@ def timed(action: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[
 
 
 def in_turns(actions: Mapping[str, Action], times: int) -> Figures:
-    """The median seconds of each action, run in turns after one turn that does not count."""
+    """Return the median seconds of each action, run in turns after one untimed turn."""
     taken: dict[str, list[float]] = {name: [] for name in actions}
     for turn in range(times + 1):
         for name, action in actions.items():
@@ -52,12 +52,12 @@ def named(prefix: str, figures: Figures, divisor: int = 1) -> Figures:
 
 
 def peak() -> float:
-    """Megabytes of memory that this process has taken at most."""
+    """Return the peak memory of this process in megabytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def own_memory() -> float:
-    """Megabytes of memory that this process has now, without the pages of files that it has mapped."""
+    """Return the memory of this process in megabytes, without pages of mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
@@ -80,12 +80,12 @@ class Bench:
 
     @property
     def prompt(self) -> int:
-        """Tokens of a prefill: as many as the targets speak of; on the large model what is done in seconds."""
+        """The tokens of a prefill: those of the targets; on the large model as many as take seconds."""
         return 64 if self.large else 512
 
     @property
     def few(self) -> int:
-        """How often something that takes seconds is repeated."""
+        """The repeats of an action that takes seconds."""
         return 1 if self.large else 2
 
     def base(self) -> Any:
@@ -100,7 +100,7 @@ class Bench:
         return self.library.PeftModel.from_pretrained(self.base(), folder, **options).eval()
 
     def with_adapters(self, count: int) -> Any:
-        """A model with the adapters ``a0``, ``a1`` ..., each in memory of its own."""
+        """Make a model with the adapters ``a0``, ``a1`` ..., each in memory of its own."""
         folders = [materials.adapter(self.model, copy=index + 1) for index in range(count)]
         model = self.library.PeftModel.from_pretrained(self.base(), folders[0], adapter_name="a0").eval()
         for index in range(1, count):
@@ -118,7 +118,7 @@ def tokens(rows: int, length: int) -> Any:
 
 
 def decode(model: Any, steps: int, rows: int = 1, prompt: int = 20, **choice: Any) -> Action:
-    """Decodes ``steps`` tokens a row; the prompt's own pass is not a part of it."""
+    """Decode ``steps`` tokens a row; the prefill is not timed."""
     import torch
     from transformers import DynamicCache
 
@@ -156,7 +156,7 @@ LONG = 90
 
 
 def attach(bench: Bench) -> Figures:
-    """Adapters onto a model in memory, one after the other; then switching between two of them.
+    """Measure attaching adapters to a model in memory, one after the other; then switching between two.
 
     It is one file each time: a thousand of its size would take 10 GB of disk. Each adapter has tensors of its own.
     """
@@ -184,7 +184,7 @@ def attach(bench: Bench) -> Figures:
 
 
 def forward(bench: Bench) -> Figures:
-    """The base alone, an adapter merged into it, an adapter on it: decoding, and a prefill.
+    """Measure decoding and a prefill of the base alone, with an adapter merged, and with one unmerged.
 
     All three run on one set of weights, for time depends on where these lie (by up to a quarter), not on their values.
     """
@@ -198,12 +198,12 @@ def forward(bench: Bench) -> Figures:
 
 
 def on_the_same_weights(model: Any) -> Any:
-    """A model with modules of its own and the parameters of ``model``."""
+    """Copy a model's modules over the same parameters."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def train(bench: Bench) -> Figures:
-    """One step on 4 rows of 16 tokens, on the large model on one: forward, backward, AdamW on the adapter."""
+    """Measure a training step on 4 rows of 16 tokens, one on the large model: forward, backward, AdamW."""
     import torch
 
     model = bench.adapted(is_trainable=True).train()
@@ -219,7 +219,7 @@ def train(bench: Bench) -> Figures:
 
 
 def mixed(bench: Bench) -> Figures:
-    """8 rows with 1 to 8 adapters among them, and with one in the usual way: decoding, and a prefill."""
+    """Measure decoding and a prefill of 8 rows with 1 to 8 adapters, and with one in the usual way."""
     model, length, steps = bench.with_adapters(8), bench.prompt // 8, 2 if bench.large else 8
     choices = {str(count): [f"a{row % count}" for row in range(8)] for count in (1, 2, 4, 8)}
     decodes = {name: decode(model, steps, 8, adapter_names=rows) for name, rows in choices.items()}
@@ -233,7 +233,7 @@ def mixed(bench: Bench) -> Figures:
 
 
 def mixed64(bench: Bench) -> Figures:
-    """64 rows with 64 adapters, and with one: decoding."""
+    """Measure decoding of 64 rows with 64 adapters, and with one."""
     model = bench.with_adapters(64)
     many = decode(model, 4, 64, 4, adapter_names=[f"a{row}" for row in range(64)])
     model.set_adapter("a0")
@@ -242,7 +242,7 @@ def mixed64(bench: Bench) -> Figures:
 
 
 def merge(bench: Bench) -> Figures:
-    """Merging in memory, the weights resident; taking it back; and for good."""
+    """Measure merging in memory, the weights resident; unmerging; and merging for good."""
     model = bench.adapted()
     for parameter in model.parameters():
         parameter.sum()
@@ -259,7 +259,7 @@ def merge(bench: Bench) -> Figures:
 
 
 def load(bench: Bench) -> Figures:
-    """From files to a merged model in memory, beside loading the base alone."""
+    """Measure loading a merged model from files, beside loading the base alone."""
     import torch
 
     folder = materials.adapter(bench.model)
@@ -273,20 +273,20 @@ def load(bench: Bench) -> Figures:
 
 
 def save(bench: Bench) -> Figures:
-    """An adapter from memory to disk."""
+    """Measure saving an adapter."""
     model = bench.adapted()
     with tempfile.TemporaryDirectory() as folder:
         return in_turns({"save": lambda: model.save_pretrained(folder)}, 5)
 
 
 def memory(bench: Bench) -> Figures:
-    """The process's peak with one adapter in use."""
+    """Measure the process's peak memory with one adapter in use."""
     prefill(bench.adapted(), 64)()
     return {"peak in use, MB": peak()}
 
 
 def methods(bench: Bench, method: str) -> Figures:
-    """One method unmerged beside the base: decoding, and a prefill of 64 tokens. Ratios."""
+    """Measure a method unmerged beside the base: the ratios of decoding and of a prefill of 64 tokens."""
     plain, model = bench.base(), bench.adapted(method)
     return {
         "decode": beside(decode(plain, 8), decode(model, 8)),
@@ -295,7 +295,7 @@ def methods(bench: Bench, method: str) -> Figures:
 
 
 def beside(base: Action, own: Action) -> float:
-    """How many times the base's time the other takes, the median over turns; one that takes seconds is run once."""
+    """Return the time as a multiple of the base's, the median over turns; an action of seconds is run once."""
     first = timed(own)[0]
     if first > 5:
         return first / in_turns({"base": base}, 3)["base"]
@@ -304,7 +304,7 @@ def beside(base: Action, own: Action) -> float:
 
 
 def process(bench: Bench) -> Figures:
-    """Whole processes: the import, with torch and transformers there already and alone; ``inspect``."""
+    """Time whole processes: the import, after torch and transformers and alone; ``inspect``."""
 
     def whole(*command: str) -> float:
         arguments = [sys.executable, *command]

@@ -14,7 +14,7 @@ WIDTH, HEIGHT, GAP, LETTER = 960, 54, 10, 6.2
 
 
 def layers() -> list[list[str]]:
-    """The rooms of each layer, the highest layer first, as the contract in pyproject.toml names them."""
+    """Read the rooms of each layer, the highest first, from the contract in pyproject.toml."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     contract = text[text.index('name = "imports go downwards"') :]
     listed = contract[contract.index("layers = [") : contract.index("]", contract.index("layers = ["))]
@@ -22,7 +22,7 @@ def layers() -> list[list[str]]:
 
 
 def what_it_owns(room: str) -> str:
-    """The first paragraph of a room's docstring."""
+    """Return the first paragraph of a room's docstring."""
     package = ROOT / "src" / "veneer" / room / "__init__.py"
     file = package if package.exists() else package.parent.with_suffix(".py")
     text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
@@ -30,7 +30,7 @@ def what_it_owns(room: str) -> str:
 
 
 def picture() -> str:
-    """The drawing: a row for each layer, a box for each room; imports go downwards."""
+    """Draw the layers: a row for each, a box for each room; imports go downwards."""
     rows = layers()
     height = len(rows) * (HEIGHT + GAP) + GAP
     parts = [
