@@ -13,7 +13,7 @@ from torch import Tensor
 
 from veneer.adapters.merge.worker_threads import one_thread_each
 from veneer.merging.base.weight_files import WeightFiles, read_exactly
-from veneer.merging.work.file_layout import OutFile
+from veneer.merging.work.file_layout import OutputFile
 from veneer.merging.work.pieces import Piece, Sink
 from veneer.merging.work.rounding import RoundingFigures
 
@@ -28,7 +28,7 @@ class FileSink:
         files: their layouts.
     """
 
-    def __init__(self, folder: Path, files: Sequence[OutFile]) -> None:
+    def __init__(self, folder: Path, files: Sequence[OutputFile]) -> None:
         self.folder = folder
         self.files = {file.name: file for file in files}
         self.where = {name: file for file in files for name in file.tensors}
@@ -36,7 +36,7 @@ class FileSink:
         self._pool = ThreadPoolExecutor(1)
         self._settling: Future[None] | None = None
 
-    def make(self, file: OutFile) -> None:
+    def make(self, file: OutputFile) -> None:
         """Make a file of its full size, holes and a header."""
         descriptor = os.open(self.folder / file.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         self._open[file.name] = descriptor
@@ -126,10 +126,10 @@ def run_all(
 
 
 def write_files(
-    files: Sequence[OutFile],
+    files: Sequence[OutputFile],
     pieces: Sequence[Piece],
     sink: FileSink,
-    finished: Callable[[OutFile, str, list[RoundingFigures]], None],
+    finished: Callable[[OutputFile, str, list[RoundingFigures]], None],
     workers: int | None = None,
 ) -> None:
     """Write files in their order; ``finished`` is called with each one's SHA-256 and figures when it is on the disk."""
@@ -156,7 +156,7 @@ def write_files(
         pass
 
 
-def _hash(digest: hashlib._Hash, sink: FileSink, file: OutFile, count: int, start: int) -> None:
+def _hash(digest: hashlib._Hash, sink: FileSink, file: OutputFile, count: int, start: int) -> None:
     block = torch.empty(min(count, _BLOCK), dtype=torch.uint8)
     for position in range(0, count, _BLOCK):
         digest.update(_bytes(sink.read(file.name, start + position, block[: count - position])))

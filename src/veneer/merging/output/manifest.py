@@ -62,7 +62,7 @@ def manifest_of(
         "untied": prepared.plan.untied,
         "outputs": {"sha256": dict(outputs)},
         "summary": summary(figures),
-        "tensors": [{**vars(one), "survives": one.survives} for one in figures],
+        "tensors": [{**vars(tensor), "survives": tensor.share_kept} for tensor in figures],
     }
 
 
@@ -75,7 +75,7 @@ def summary(figures: Sequence[RoundingFigures]) -> dict[str, Any]:
         "changed_tensors": sum(1 for one in figures if one.change),
         "change": change,
         "rounding_error": error,
-        "survives": total.survives,
+        "survives": total.share_kept,
     }
 
 
@@ -86,14 +86,14 @@ def warnings_of(figures: Sequence[RoundingFigures], whole: bool, rounding: str) 
         return ["zero-effect adapter: every change is zero, so the output is the base."] if not whole else []
     if found["survives"] >= ENOUGH:
         return []
-    worst = min(figures, key=lambda one: one.survives)
+    worst = min(figures, key=lambda tensor: tensor.share_kept)
     lost = 100 * (1 - found["survives"])
     mends = ["--dtype float32 keeps all of it", "an unmerged adapter loses nothing"]
     if rounding != STOCHASTIC:
         mends.insert(1, "--rounding stochastic keeps it on average")
     return [
         f"Rounding to {worst.dtype} costs {lost:.0f} % of the change (most in {worst.name}, which keeps "
-        f"{100 * worst.survives:.0f} %): {'; '.join(mends)}."
+        f"{100 * worst.share_kept:.0f} %): {'; '.join(mends)}."
     ]
 
 

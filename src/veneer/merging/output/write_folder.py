@@ -101,7 +101,7 @@ def _write(
         {name: sha256_of(path) for name, path in files_of_adapter(source).items()} for source in prepared.sources
     ]
     manifest = manifest_of(prepared, inputs, adapters, outputs, figures)
-    prepared.warnings += warnings_of(figures, bool(prepared.changes.roots), prepared.options.rounding)
+    prepared.warnings += warnings_of(figures, bool(prepared.changes.whole_modules), prepared.options.rounding)
     write_manifest(shop.model, manifest)
     return manifest
 
@@ -152,7 +152,7 @@ def _report(prepared: PreparedMerge, target: Path, manifest: Mapping[str, Any], 
         base=prepared.base_text,
         out=str(target),
         layers=len(prepared.changes.layers),
-        saved_modules=sorted(prepared.changes.roots),
+        saved_modules=sorted(prepared.changes.whole_modules),
         untied=prepared.plan.untied,
         dtype=str(DTYPES[prepared.plan.dtype]).removeprefix("torch."),
         nbytes=sum((target / name).stat().st_size for name in files),

@@ -1,4 +1,4 @@
-"""What adapters change in a base on disk: bound to its skeleton exactly as to a live model, by the same code."""
+"""Binds adapters to the skeleton of a base on disk exactly as to a live model, by the same code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from veneer.patches.patch import Patch
 
 @dataclass(frozen=True)
 class WeightedAdapter:
-    """One adapter to merge: its checkpoint, and what its change is multiplied by."""
+    """One adapter to merge: its checkpoint, and the factor of its change."""
 
     checkpoint: Checkpoint
     weight: float = 1.0
@@ -31,26 +31,26 @@ class WeightedAdapter:
 
 @dataclass
 class AdapterChanges:
-    """All that is to be merged.
+    """All changes that a merge makes.
 
     Attributes:
         layers: id of a site -> the adapters' tensors bound to it.
-        weights: adapter's name -> what its change is multiplied by, in the order in which they apply.
+        weights: adapter's name -> the factor of its change, in the order in which the adapters apply.
         origins: adapter's name -> its path or id.
-        saved: parameter or buffer -> the adapter's tensor that takes its place.
-        roots: the modules that come whole.
-        notes: what was odd and harmless.
+        replacements: parameter or buffer -> the adapter's tensor that takes its place.
+        whole_modules: the modules that come whole.
+        notes: harmless oddities of the adapters.
     """
 
     layers: dict[str, LayerAdapters] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
-    saved: dict[str, Tensor] = field(default_factory=dict)
-    roots: list[str] = field(default_factory=list)
+    replacements: dict[str, Tensor] = field(default_factory=dict)
+    whole_modules: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def parts(self, site_id: str) -> list[tuple[object, list[Tensor]]]:
-        """List what is done to a site: each adapter and method, and its tensors."""
+        """List the adapters and methods that change a site, and the tensors of each."""
         layer = self.layers[site_id]
         return [
             ((name, type(share.method)), list(layer.tensors(name, share).values()))
@@ -60,7 +60,7 @@ class AdapterChanges:
 
     @torch.no_grad()
     def patches(self, site_id: str) -> list[Patch]:
-        """What the adapters mean for a site, in their order."""
+        """Return the patches that the adapters apply to a site, in order."""
         layer = self.layers[site_id]
         return [
             self._weighted(patch, name, site_id)
@@ -73,8 +73,8 @@ class AdapterChanges:
         scaled = patch if weight == 1.0 else patch.scaled(weight)
         if scaled is None:
             raise MergeError(
-                f"{self.origins[name]} is to be merged with weight {weight:g}, and what it does to {site_id} is no "
-                "sum: a share of it is not defined.",
+                f"{self.origins[name]} is to be merged with weight {weight:g}, and its change of {site_id} is no sum: "
+                "a share of it is not defined.",
                 hint="A weight other than 1 is for adapters that add to the weights, as LoRA does.",
             )
         return scaled
@@ -83,10 +83,10 @@ class AdapterChanges:
 def bind_adapters(
     adapters: Sequence[WeightedAdapter], model: nn.Module, reader: ParameterReader, strict: bool
 ) -> AdapterChanges:
-    """Bind adapters to a base's skeleton, in their order; the skeleton itself is as before afterwards.
+    """Bind adapters to a base's skeleton, in their order, and unload them from it again.
 
     Raises:
-        BindError: an adapter and the base do not fit. NonFiniteError: it holds NaN or infinity.
+        BindError: an adapter and the base do not fit. NonFiniteError: an adapter holds NaN or infinity.
         AdapterError: two bring the same module whole. MergeError: one has no merged form.
     """
     bound = Adapters(model)
@@ -99,8 +99,8 @@ def bind_adapters(
         changes.notes += loaded.notes
         for root in loaded.whole_modules.names:
             _check_whole(adapter, root)
-            changes.roots.append(root)
-            changes.saved.update(_saved(checkpoint, root, bound.module_copies[root].original_module))
+            changes.whole_modules.append(root)
+            changes.replacements.update(_tensors_of(checkpoint, root, bound.module_copies[root].original_module))
     bound.selection(list(changes.weights))
     check_mergeable(bound, list(changes.weights))
     changes.layers = dict(bound.layers)
@@ -108,8 +108,8 @@ def bind_adapters(
     return changes
 
 
-def _saved(checkpoint: Checkpoint, root: str, module: nn.Module) -> Mapping[str, Tensor]:
-    """The parameters and buffers of a module that comes whole, by their names in the model."""
+def _tensors_of(checkpoint: Checkpoint, root: str, module: nn.Module) -> Mapping[str, Tensor]:
+    """Read the parameters and buffers of a module that comes whole, by their names in the model."""
     keys = {encode(root, leaf): f"{root}.{leaf}" for leaf in module.state_dict(keep_vars=True)}
     return {keys[key]: tensor for key, tensor in checkpoint.read(keys).items()}
 
@@ -124,7 +124,7 @@ def _check_whole(adapter: WeightedAdapter, root: str) -> None:
 
 
 def tie_groups(model: nn.Module) -> list[list[str]]:
-    """The names of parameters that several modules share; one list for each that has more than one name."""
+    """List the parameters that several modules share: the names of each."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
@@ -132,5 +132,5 @@ def tie_groups(model: nn.Module) -> list[list[str]]:
 
 
 def module_id(model: nn.Module, name: str) -> int:
-    """Tells the module that holds a parameter from every other, whatever name it was reached by."""
+    """Return the id of the module that holds a parameter; the same for each of the parameter's names."""
     return id(model.get_submodule(name.rpartition(".")[0]))

@@ -1,4 +1,4 @@
-"""What the output's weight files look like: which tensor lies where, known before a byte is written."""
+"""Lays out the output's weight files before a byte is written: which tensor lies where."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from veneer.printing import parse_bytes
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A tensor that is to be written, and the base's file that it belongs with."""
+class PlannedTensor:
+    """A tensor that will be written, and the base's file whose other tensors it joins."""
 
     name: str
     dtype: str
@@ -32,8 +32,8 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class OutFile:
-    """One weight file of the output: its header's bytes, and the tensors in the order in which they follow."""
+class OutputFile:
+    """One weight file of the output: its header's bytes, and its tensors in order."""
 
     name: str
     header: bytes
@@ -45,53 +45,55 @@ class OutFile:
         return len(self.header) + sum(info.nbytes for info in self.tensors.values())
 
     def start(self, name: str) -> int:
-        """The first byte of a tensor in the file."""
+        """Return the position of a tensor's first byte in the file."""
         return len(self.header) + self.tensors[name].start
 
 
-def lay_out(wanted: Sequence[Wanted], metadata: Mapping[str, Mapping[str, str]], limit: int | None) -> list[OutFile]:
-    """The output's files.
+def lay_out(
+    tensors: Sequence[PlannedTensor], metadata: Mapping[str, Mapping[str, str]], limit: int | None
+) -> list[OutputFile]:
+    """Divide tensors into the output's files.
 
     Args:
-        wanted: the tensors, in the base's order.
-        metadata: file of the base -> its header's own.
+        tensors: in the base's order.
+        metadata: file of the base -> the metadata of its header.
         limit: bytes of tensors that a file may hold; ``None`` keeps the base's division.
     """
-    groups = _by_file(wanted) if limit is None else _divided(wanted, limit)
+    groups = _by_file(tensors) if limit is None else _divided(tensors, limit)
     common: dict[str, str] = {}
     for values in metadata.values():
         common.update(values)
     return [
-        _out_file(name, tensors, metadata.get(own, common))
-        for name, (own, tensors) in zip(_names(list(groups)), groups.items(), strict=True)
+        _out_file(name, group, metadata.get(base_file, common))
+        for name, (base_file, group) in zip(_names(list(groups)), groups.items(), strict=True)
     ]
 
 
-def _by_file(wanted: Sequence[Wanted]) -> dict[str, list[Wanted]]:
-    groups: dict[str, list[Wanted]] = {}
-    for tensor in wanted:
+def _by_file(tensors: Sequence[PlannedTensor]) -> dict[str, list[PlannedTensor]]:
+    groups: dict[str, list[PlannedTensor]] = {}
+    for tensor in tensors:
         groups.setdefault(tensor.file, []).append(tensor)
     return groups
 
 
-def _names(own: Sequence[str]) -> list[str]:
-    """The output's names for files that the base has as ``own``: the same, where they are alone in one folder.
+def _names(base_files: Sequence[str]) -> list[str]:
+    """Name the output's files: as the base's, where these lie in one folder.
 
-    A single file is found by its name; the base may call its own otherwise (as the first of one shard) and index it.
+    A single file has the usual name, by which it is found: the base may call it otherwise and have an index.
     """
-    count = len(own)
+    count = len(base_files)
     if count == 1:
         return [f"model{SAFETENSORS}"]
-    if any("/" in name for name in own):
+    if any("/" in name for name in base_files):
         return [f"model-{i:05d}-of-{count:05d}{SAFETENSORS}" for i in range(1, count + 1)]
-    return list(own)
+    return list(base_files)
 
 
-def _divided(wanted: Sequence[Wanted], limit: int) -> dict[str, list[Wanted]]:
-    """As many tensors into each file as fit; one that is larger than the limit gets a file of its own."""
-    parts: list[list[Wanted]] = [[]]
+def _divided(tensors: Sequence[PlannedTensor], limit: int) -> dict[str, list[PlannedTensor]]:
+    """Put as many tensors into each file as fit; one that is larger than the limit gets a file of its own."""
+    parts: list[list[PlannedTensor]] = [[]]
     size = 0
-    for tensor in wanted:
+    for tensor in tensors:
         if parts[-1] and size + tensor.nbytes > limit:
             parts.append([])
             size = 0
@@ -100,16 +102,16 @@ def _divided(wanted: Sequence[Wanted], limit: int) -> dict[str, list[Wanted]]:
     return {f"part/{number}": part for number, part in enumerate(parts)}
 
 
-def _out_file(name: str, wanted: Sequence[Wanted], metadata: Mapping[str, str]) -> OutFile:
+def _out_file(name: str, planned: Sequence[PlannedTensor], metadata: Mapping[str, str]) -> OutputFile:
     # Wider dtypes first, so that each tensor begins at a multiple of its values' size; else as they come.
-    ordered = sorted(wanted, key=lambda tensor: -DTYPE_BITS[tensor.dtype])
+    ordered = sorted(planned, key=lambda tensor: -DTYPE_BITS[tensor.dtype])
     tensors: dict[str, TensorInfo] = {}
     position = 0
     for tensor in ordered:
         end = position + tensor.nbytes
         tensors[tensor.name] = TensorInfo(tensor.name, tensor.dtype, tensor.shape, position, end)
         position = end
-    return OutFile(name, _header(tensors, metadata), tensors)
+    return OutputFile(name, _header(tensors, metadata), tensors)
 
 
 def _header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
@@ -121,16 +123,16 @@ def _header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> b
     return len(text).to_bytes(8, "little") + text
 
 
-def index_of(files: Sequence[OutFile], metadata: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The index that names each tensor's file; ``None`` for a single file, which needs none."""
+def index_of(files: Sequence[OutputFile], metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Make the index that names each tensor's file; ``None`` for a single file, which needs none."""
     if len(files) == 1:
         return None
     infos = [info for file in files for info in file.tensors.values()]
-    own = {**metadata, "total_size": sum(info.nbytes for info in infos)}
-    if "total_parameters" in own:
-        own["total_parameters"] = sum(info.numel for info in infos)
-    where = {name: file.name for file in files for name in file.tensors}
-    return {"metadata": own, "weight_map": dict(sorted(where.items()))}
+    values = {**metadata, "total_size": sum(info.nbytes for info in infos)}
+    if "total_parameters" in values:
+        values["total_parameters"] = sum(info.numel for info in infos)
+    file_of = {name: file.name for file in files for name in file.tensors}
+    return {"metadata": values, "weight_map": dict(sorted(file_of.items()))}
 
 
 def size_in_bytes(text: str | int) -> int:

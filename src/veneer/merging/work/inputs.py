@@ -47,6 +47,6 @@ def _named(adapters: AdapterPaths, lookup: LookupOptions) -> tuple[list[str | Pa
     source = resolve(weighted(adapters)[0][0], lookup)
     config = source.json(ADAPTER_CONFIG)
     name = str(config["base_model_name_or_path"])
-    moved = look_up(name)
-    places: list[str | Path] = [source.root / name, name] if moved is None else [moved]
+    mapped = look_up(name)
+    places: list[str | Path] = [source.root / name, name] if mapped is None else [mapped]
     return places, config.get("revision")

@@ -20,7 +20,7 @@ _DTYPES = [str(DTYPES[name]).removeprefix("torch.") for name in FLOATS]
 
 @dataclass(frozen=True)
 class MergeOptions(AsJson):
-    """How a merge is done; all of it is recorded in the manifest.
+    """The options of a merge, all of which the manifest records.
 
     Attributes:
         dtype: of the merged weights; ``"auto"`` keeps each tensor's.

@@ -1,4 +1,4 @@
-"""From a base's headers and the adapters' changes to the pieces of work and the output's layout."""
+"""Plans the pieces of work and the output's files, from a base's headers and the adapters' changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from veneer.errors import MergeError
 from veneer.merging.base.disk_base import DiskBase
 from veneer.merging.base.weight_files import FLOATS, NAMES, WeightFiles
 from veneer.merging.work.adapter_changes import AdapterChanges, module_id, tie_groups
-from veneer.merging.work.file_layout import OutFile, Wanted, lay_out
+from veneer.merging.work.file_layout import OutputFile, PlannedTensor, lay_out
 from veneer.merging.work.pieces import (
     AddBias,
     CastTensor,
@@ -34,17 +34,17 @@ _RUN = 1 << 26
 
 @dataclass
 class MergePlan:
-    """What is to be done.
+    """The pieces of work of a merge, and the files that they fill.
 
     Attributes:
         files: the output's weight files.
         pieces: the work, in the order of the tensors that they finish.
-        untied: the parameters that shared a tensor and no longer do.
+        untied: the parameters that share a tensor in the base and not in the output.
         missing: parameters that neither the base nor an adapter has.
-        dtype: that most of the output's values have, as safetensors calls it.
+        dtype: of most of the output's values, as safetensors calls it.
     """
 
-    files: list[OutFile]
+    files: list[OutputFile]
     pieces: list[Piece]
     untied: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -52,14 +52,14 @@ class MergePlan:
 
 
 class Planner:
-    """Works out a :class:`MergePlan`.
+    """Makes a :class:`MergePlan`.
 
     Args:
         base: the base.
-        changes: what the adapters do.
+        changes: the adapters' changes.
         dtype: of the output; the base's own when ``None``.
         rounding: how values are rounded.
-        biases: that layers without one get.
+        biases: for layers that have none.
     """
 
     def __init__(
@@ -80,12 +80,12 @@ class Planner:
         self.shapes |= {
             name: (length, *self.shapes.get(name, base.files.shape(name))[1:]) for name, length in base.lengths.items()
         }
-        self.new: list[Wanted] = []
+        self.new: list[PlannedTensor] = []
         self.untied: list[str] = []
 
     def plan(self, limit: int | None) -> MergePlan:
         """Return the plan, with at most ``limit`` bytes of tensors in a file."""
-        for name in self._owned(self._touched()):
+        for name in self._written(self._changed()):
             self._plan_parameter(name)
         for name, shape in self.biases.shapes.items():
             self._plan_bias(name, shape)
@@ -100,13 +100,13 @@ class Planner:
         self.pieces.sort(key=lambda piece: min(order[name] for name in piece.outputs))
         return MergePlan(files, self.pieces, self.untied, self._missing(), NAMES[self.dtype or self.base.common_dtype])
 
-    def _kept(self) -> list[Wanted]:
+    def _kept(self) -> list[PlannedTensor]:
         """Return the base's tensors that the output has too: all but what belongs to quantised ones."""
         dropped = set(self.base.parts)
         if self.base.packed:
             dropped |= {name for name in self.files.places if name.endswith("activation_scale")}
         return [
-            Wanted(
+            PlannedTensor(
                 name,
                 NAMES[self.out_dtype(name)] if self._casts(name) else place.info.dtype,
                 self.shapes.get(name, place.info.shape),
@@ -116,7 +116,7 @@ class Planner:
             if name not in dropped
         ]
 
-    def _plan_casts(self, kept: Sequence[Wanted]) -> None:
+    def _plan_casts(self, kept: Sequence[PlannedTensor]) -> None:
         """Plan the tensors that no adapter changes and that have another dtype or shape in the output."""
         finished = self._finished()
         for tensor in kept:
@@ -137,7 +137,7 @@ class Planner:
         return name in self.base.packed or self.files.places[name].info.dtype in FLOATS
 
     def out_dtype(self, name: str) -> torch.dtype:
-        """The dtype that a stored tensor gets."""
+        """Return the dtype that a stored tensor gets."""
         if name in self.base.packed:
             return self.dtype or self.base.common_dtype
         return self.dtype if self.dtype is not None and self._casts(name) else self.files.dtype(name)
@@ -153,65 +153,67 @@ class Planner:
     # -- what is changed -----------------------------------------------------------------------------------
 
     def _layers(self) -> dict[str, ChangedLayer]:
-        """Parameter -> what changes it; a layer's bias is reached through its weight where it has one."""
-        found: dict[str, list[Site]] = {}
+        """Map each parameter to the layer that changes it; a bias is reached through the weight beside it."""
+        sites_of: dict[str, list[Site]] = {}
         for site in (layer.site for layer in self.changes.layers.values()):
             leaf = "bias" if site.shift_only else site.parameter
-            found.setdefault(f"{site.name}.{leaf}", []).append(site)
-        return {name: ChangedLayer(tuple(sites), self.changes) for name, sites in found.items()}
+            sites_of.setdefault(f"{site.name}.{leaf}", []).append(site)
+        return {name: ChangedLayer(tuple(sites), self.changes) for name, sites in sites_of.items()}
 
-    def _touched(self) -> list[str]:
-        return list(dict.fromkeys([*self.layers, *self.changes.saved]))
+    def _changed(self) -> list[str]:
+        """Return the names of the parameters that the adapters change or replace."""
+        return list(dict.fromkeys([*self.layers, *self.changes.replacements]))
 
-    def _are_alike(self, one: str, other: str) -> bool:
-        """Whether two parameters that share a tensor are changed by the same, or by equal tensors in the same way."""
-        if one in self.changes.saved or other in self.changes.saved:
+    def _are_alike(self, first: str, second: str) -> bool:
+        """Tell whether equal tensors change two parameters that share a tensor, in the same way."""
+        if first in self.changes.replacements or second in self.changes.replacements:
             return False
-        left, right = self._parts(one), self._parts(other)
-        tensors = [[tensor for _, own in parts for tensor in own] for parts in (left, right)]
-        same_kinds = [(kind, len(own)) for kind, own in left] == [(kind, len(own)) for kind, own in right]
-        return same_kinds and all(a is b or torch.equal(a, b) for a, b in zip(*tensors, strict=True))
+        left, right = self._parts(first), self._parts(second)
+        if [(kind, len(tensors)) for kind, tensors in left] != [(kind, len(tensors)) for kind, tensors in right]:
+            return False
+        lists = [[tensor for _, tensors in parts for tensor in tensors] for parts in (left, right)]
+        return all(a is b or torch.equal(a, b) for a, b in zip(*lists, strict=True))
 
     def _parts(self, name: str) -> list[tuple[object, list[Tensor]]]:
         sites = self.layers[name].sites if name in self.layers else ()
         return [part for site in sites for part in self.changes.parts(site.id)]
 
-    def _owned(self, touched: Sequence[str]) -> list[str]:
-        """The parameters to write. Those that share a tensor get one each as soon as they differ."""
-        found: list[str] = []
-        for name in touched:
+    def _written(self, changed: Sequence[str]) -> list[str]:
+        """Return the parameters to write; those that share a tensor get one each as soon as they differ."""
+        written: list[str] = []
+        for name in changed:
             group = self.groups.get(name, [name])
-            owners = {module_id(self.model, other): other for other in reversed(group)}
-            first, *others = owners.values()
+            by_module = {module_id(self.model, tied): tied for tied in reversed(group)}
+            first, *others = by_module.values()
             if not all(self._are_alike(first, other) for other in others):
-                self.untied += [other for other in group if other not in self.untied]
-                found += [other for other in owners.values() if other not in found]
-            elif self._is_own(name, group, touched):
-                found.append(name)
-        return list(dict.fromkeys(found))
+                self.untied += group
+                written += by_module.values()
+            elif self._is_written_by_name(name, group, changed):
+                written.append(name)
+        self.untied = list(dict.fromkeys(self.untied))
+        return list(dict.fromkeys(written))
 
-    def _is_own(self, name: str, group: Sequence[str], touched: Sequence[str]) -> bool:
-        """Whether a changed parameter is written itself, and not by another name of the same tensor."""
-        lies = name in self.stored.direct or name in self.stored.converted
-        return lies or not any(other in touched and other in self.stored.direct for other in group)
+    def _is_written_by_name(self, name: str, group: Sequence[str], changed: Sequence[str]) -> bool:
+        """Tell whether a changed parameter is written by its own name, not by another name of the same tensor."""
+        is_stored = name in self.stored.direct or name in self.stored.converted
+        return is_stored or not any(other in changed and other in self.stored.direct for other in group)
 
-    def _lies(self, group: Sequence[str]) -> str | None:
-        """The stored tensor that a group of tied parameters is read from."""
+    def _stored_for(self, group: Sequence[str]) -> str | None:
+        """Return the stored tensor from which a group of tied parameters is read."""
         return next((self.stored.direct[name] for name in group if name in self.stored.direct), None)
 
     def _plan_parameter(self, name: str) -> None:
         if name in self.stored.converted:
             self._plan_conversion(name)
             return
-        lies = self.stored.direct.get(name)
-        source = lies or self._lies(self.groups.get(name, [name]))
-        shared = name not in self.untied and lies is None and source is not None
-        target = lies or (source if shared and source is not None else name)
+        stored = self.stored.direct.get(name)
+        source = stored or self._stored_for(self.groups.get(name, [name]))
+        target = stored or (source if source is not None and name not in self.untied else name)
         if source is not None and (name in self.layers or self._brings_floats(name)):
             self._check_floats(source, "The adapter changes")
         dtype = (self.dtype or self.base.common_dtype) if source is None else self.out_dtype(source)
-        if name in self.changes.saved:
-            self._plan_saved(name, target, source, dtype)
+        if name in self.changes.replacements:
+            self._plan_replacement(name, target, source, dtype)
         elif source is None:
             raise MergeError(
                 f"The adapter changes {name}, and the base {type(self.model).__name__} has no such weight on disk.",
@@ -219,18 +221,27 @@ class Planner:
             )
         elif name in self.layers:
             self._plan_layer(self.layers[name], OutputTensor(target, self.base.tensor(source), dtype))
-        elif lies is None:
+        elif stored is None:
             self._plan_cast(source, target)
         if target not in self.files:
-            own = self.shapes.get(str(source)) or self.files.shape(str(source)) if source else ()
-            shape = self.changes.saved[name].shape if name in self.changes.saved else own
-            self.new.append(Wanted(target, NAMES[dtype], tuple(shape), list(self.files.paths)[-1]))
+            self._add(target, dtype, self._shape(name, source))
+
+    def _shape(self, name: str, source: str | None) -> tuple[int, ...]:
+        """Return a parameter's shape in the output, read from the stored tensor ``source`` or brought by an adapter."""
+        if name in self.changes.replacements:
+            return tuple(self.changes.replacements[name].shape)
+        return () if source is None else self.shapes.get(source) or self.files.shape(source)
+
+    def _add(self, target: str, dtype: torch.dtype, shape: tuple[int, ...], file: str | None = None) -> None:
+        """Add a tensor that the base does not have to the output, in the last file unless one is given."""
+        self.new.append(PlannedTensor(target, NAMES[dtype], shape, file or list(self.files.paths)[-1]))
 
     def _brings_floats(self, name: str) -> bool:
-        return name in self.changes.saved and self.changes.saved[name].is_floating_point()
+        """Tell whether an adapter replaces a parameter by plain numbers."""
+        return name in self.changes.replacements and self.changes.replacements[name].is_floating_point()
 
-    def _plan_saved(self, name: str, target: str, source: str | None, dtype: torch.dtype) -> None:
-        tensor = self.changes.saved[name]
+    def _plan_replacement(self, name: str, target: str, source: str | None, dtype: torch.dtype) -> None:
+        tensor = self.changes.replacements[name]
         if not tensor.is_floating_point():
             dtype = tensor.dtype if source is None else self.out_dtype(source)
         before = None if source is None else self.base.tensor(source)
@@ -242,93 +253,97 @@ class Planner:
         if site.shift_only:
             self.pieces.append(MergeLayer(layer, None, weight, self.rounding))
             return
-        bias_name = f"{site.name}.bias"
-        bias = None
-        if site.bias is not None:
-            lies = self.stored.direct.get(bias_name)
-            # BERT's output layer shares its bias with the module around it, under whose name it lies.
-            source = lies or self._lies(self.groups.get(bias_name, []))
-            if source is None:
-                raise MergeError(f"The base has no {bias_name} on disk.", hint="Copy or download it again.")
-            self._check_floats(source, "The adapter changes the layer of")
-            target = bias_name if lies is None and self.untied else source
-            bias = OutputTensor(target, self.base.tensor(source), self.out_dtype(source))
-            self._want_new(target, source)
+        bias = None if site.bias is None else self._bias(f"{site.name}.bias")
         self.pieces.append(MergeLayer(layer, weight, bias, self.rounding))
 
-    def _want_new(self, target: str, source: str) -> None:
-        """Give the output a tensor of another's shape and dtype, unless the base has one of that name."""
+    def _bias(self, name: str) -> OutputTensor:
+        """Return where the bias of a layer is read and written."""
+        stored = self.stored.direct.get(name)
+        # BERT's output layer shares its bias with the module around it, under whose name it is stored.
+        source = stored or self._stored_for(self.groups.get(name, []))
+        if source is None:
+            raise MergeError(f"The base has no {name} on disk.", hint="Copy or download it again.")
+        self._check_floats(source, "The adapter changes the layer of")
+        target = name if stored is None and self.untied else source
+        self._add_like(target, source)
+        return OutputTensor(target, self.base.tensor(source), self.out_dtype(source))
+
+    def _add_like(self, target: str, source: str) -> None:
+        """Add a tensor of another's shape and dtype to the output, unless the base has one of that name."""
         if target not in self.files:
-            shape, dtype = self.files.shape(source), NAMES[self.out_dtype(source)]
-            self.new.append(Wanted(target, dtype, shape, list(self.files.paths)[-1]))
+            self._add(target, self.out_dtype(source), self.files.shape(source))
 
     def _part_biases(self) -> None:
-        """Write apart the biases that are one where the weights beside them are; the config ties both or neither."""
+        """Write shared biases apart where the weights beside them are: the config ties both or neither."""
         finished = self._finished()
         for name, group in self.groups.items():
-            source = self._lies(group)
+            source = self._stored_for(group)
             if source is None or not name.endswith(".bias"):
                 continue
             if name not in self.stored.direct and name not in finished:
                 self._plan_cast(source, name)
-                self._want_new(name, source)
+                self._add_like(name, source)
 
     def _plan_bias(self, name: str, shape: tuple[int, ...]) -> None:
         weight = self.stored.direct.get(f"{name}.weight")
         target = f"{name}.bias" if weight is None else weight.removesuffix("weight") + "bias"
         dtype = (self.dtype or self.base.common_dtype) if weight is None else self.out_dtype(weight)
         self.pieces.append(AddBias(target, dtype, self.rounding, self.layers.get(f"{name}.weight"), shape))
-        file = list(self.files.paths)[-1] if weight is None else self.files.places[weight].file
-        self.new.append(Wanted(target, NAMES[dtype], shape, file))
+        self._add(target, dtype, shape, None if weight is None else self.files.places[weight].file)
 
     def _plan_conversion(self, name: str) -> None:
         conversion = self.stored.converted[name]
-        names = [other for other, made in self.stored.converted.items() if made is conversion]
-        if any(set(piece.outputs) & {source for source, _ in conversion.sources} for piece in self.pieces):
-            return
         sources = [source for source, _ in conversion.sources]
-        saved: dict[str, Tensor] = {n: self.changes.saved[n] for n in names if n in self.changes.saved}
+        if not self._finished().isdisjoint(sources):
+            return
+        names = [name for name, rule in self.stored.converted.items() if rule is conversion]
+        replacements = {n: self.changes.replacements[n] for n in names if n in self.changes.replacements}
         layers = {n: self.layers[n] for n in names if n in self.layers}
-        odd = next((layer.site.name for layer in layers.values() if layer.site.bias is not None), None)
         for source in sources:
             self._check_floats(source, f"{name} is changed by the adapter and made of")
         dtypes = {self.out_dtype(source) for source in sources}
-        if odd is not None or len(dtypes) > 1:
+        if len(dtypes) > 1 or any(layer.site.bias is not None for layer in layers.values()):
             raise MergeError(
                 f"{name} is made of tensors that cannot be written back one by one.",
                 hint="Merge in memory: veneer.load(..., merge=True).save_pretrained(...).",
             )
         values = {source: self.base.tensor(source) for source in sources}
-        self.pieces.append(MergeConverted(conversion, values, layers, saved, dtypes.pop(), self.model, self.rounding))
+        self.pieces.append(
+            MergeConverted(conversion, values, layers, replacements, dtypes.pop(), self.model, self.rounding)
+        )
 
     def _missing(self) -> list[str]:
-        have = {*self.stored.direct, *self.stored.converted, *self.changes.saved}
+        """Return the parameters that neither the base nor an adapter has."""
+        present = {*self.stored.direct, *self.stored.converted, *self.changes.replacements}
         return [
             name
             for name, _ in self.model.named_parameters()
-            if name not in have and not have.intersection(self.groups.get(name, ()))
+            if name not in present and not present.intersection(self.groups.get(name, ()))
         ]
 
 
-def _copies(base: WeightFiles, files: Sequence[OutFile], done: set[str]) -> list[Piece]:
-    """What stays as it is, neighbours together."""
-    found: list[Piece] = []
+def _copies(base: WeightFiles, files: Sequence[OutputFile], finished: set[str]) -> list[Piece]:
+    """Return the pieces that copy unchanged tensors, neighbours together."""
+    pieces: list[Piece] = []
     for file in files:
         names: list[str] = []
         for name in file.tensors:
-            if name in done:
+            if name in finished:
                 continue
             place = base.places[name]
             last = base.places[names[-1]] if names else None
-            joined = last is not None and (last.file, last.start + last.info.nbytes) == (place.file, place.start)
-            ahead = names and file.tensors[names[-1]].end == file.tensors[name].start
-            if names and not (joined and ahead and _length(base, names) < _RUN):
-                found.append(_copy(base, names))
+            joined_in_base = last is not None and (last.file, last.start + last.info.nbytes) == (
+                place.file,
+                place.start,
+            )
+            joined_in_output = names and file.tensors[names[-1]].end == file.tensors[name].start
+            if names and not (joined_in_base and joined_in_output and _length(base, names) < _RUN):
+                pieces.append(_copy(base, names))
                 names = []
             names.append(name)
         if names:
-            found.append(_copy(base, names))
-    return found
+            pieces.append(_copy(base, names))
+    return pieces
 
 
 def _length(base: WeightFiles, names: Sequence[str]) -> int:

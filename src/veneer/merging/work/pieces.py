@@ -1,4 +1,4 @@
-"""The pieces of work that a merge consists of: each reads what it needs, and hands finished bytes to a sink."""
+"""Pieces of work of a merge: each reads the tensors that it needs, and hands finished bytes to a sink."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from veneer.patches.weight_arithmetic import check_kept, matrices
 
 
 class Sink(Protocol):
-    """Where finished bytes go: into the output's files, or beside what is there already."""
+    """Takes finished bytes: writes them into the output's files, or compares them with files that are there."""
 
     def put(self, name: str, start: int, data: Tensor) -> None:
-        """Bytes of the output tensor ``name`` from its byte ``start`` on; ``data`` is contiguous."""
+        """Take bytes of the output tensor ``name`` from its byte ``start`` on; ``data`` is contiguous."""
         ...
 
     def copy(self, names: Sequence[str], files: WeightFiles, file: str, start: int, count: int) -> None:
-        """``count`` bytes of a base's file from ``start`` on: the output tensors ``names``, side by side in both."""
+        """Take ``count`` bytes of a base's file from ``start`` on: tensors that are side by side in both files."""
         ...
 
 
@@ -49,7 +49,7 @@ class Piece(Protocol):
 
 @dataclass(frozen=True)
 class CopyBytes:
-    """Tensors that stay as they are, side by side in the base's file and in the output's."""
+    """Copies unchanged tensors, side by side in the base's file and in the output's."""
 
     files: WeightFiles
     outputs: tuple[str, ...]
@@ -128,7 +128,7 @@ class ReplaceTensor(OneTensor):
 def _replaced(
     name: str, tensor: Tensor, before: Tensor | None, dtype: torch.dtype, rounding: Rounding
 ) -> tuple[Tensor, list[RoundingFigures]]:
-    """A tensor that takes a stored one's place, in its dtype, and what that does to it."""
+    """Return a tensor that takes a stored one's place, in the output's dtype, and the figures of the change."""
     if not tensor.is_floating_point():
         data = tensor.to(dtype)
         check_kept(tensor, data, name)
@@ -142,24 +142,24 @@ def _replaced(
 
 @dataclass(frozen=True)
 class ChangedLayer:
-    """One weight that adapters change, and the bias beside it: the sites that mean it, in order."""
+    """One weight that adapters change, and the bias beside it, by the sites that view the weight, in order."""
 
     sites: tuple[Site, ...]
     changes: AdapterChanges
 
     @property
     def site(self) -> Site:
-        """The first of them; all see the weight alike."""
+        """The first site; all view the weight alike."""
         return self.sites[0]
 
     def patches(self) -> list[Patch]:
-        """What the adapters mean for it."""
+        """Return the patches that the adapters apply to it."""
         return [site.in_weight(patch) for site in self.sites for patch in self.changes.patches(site.id)]
 
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """An output tensor and the stored values that it comes from."""
+    """An output tensor and the stored values that it is made of."""
 
     name: str
     values: StoredTensor
@@ -168,16 +168,16 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class AddBias(OneTensor):
-    """Adds a bias to a layer that has none in the base: what the adapters shift its output by, or zeros."""
+    """Adds a bias to a layer that has none in the base: the adapters' shift of its output, or zeros."""
 
     layer: ChangedLayer | None
     shape: tuple[int, ...]
 
     @torch.no_grad()
     def run(self, sink: Sink) -> list[RoundingFigures]:
-        """Work it out."""
-        moved = None if self.layer is None else biases(None, self.layer.patches())[-1]
-        after, tally = torch.zeros(self.shape) if moved is None else moved, RoundingTally()
+        """Compute the bias and write it."""
+        shift = None if self.layer is None else biases(None, self.layer.patches())[-1]
+        after, tally = torch.zeros(self.shape) if shift is None else shift, RoundingTally()
         rounded = self.rounding.of(self.name)(after, self.dtype)
         tally.add(torch.zeros(self.shape), after, rounded)
         sink.put(self.name, 0, rounded.contiguous())
@@ -186,7 +186,7 @@ class AddBias(OneTensor):
 
 @dataclass(frozen=True)
 class MergeLayer:
-    """A layer whose weight and bias each are a stored tensor."""
+    """Merges a layer whose weight and bias each are a stored tensor."""
 
     layer: ChangedLayer
     weight: OutputTensor | None
@@ -235,7 +235,7 @@ class MergeLayer:
 def merged_whole(
     site: Site, stored: Tensor, patches: Sequence[Patch], target: OutputTensor, rounding: Rounding
 ) -> tuple[Tensor, RoundingFigures]:
-    """A weight as stored with ``patches`` merged in, for layouts that have no rows in the file."""
+    """Merge ``patches`` into a weight as stored, in memory: for layouts that have no rows in the file."""
     result = torch.empty(stored.shape, dtype=target.dtype)
     weight = site.canonical(stored)
     before, after = matrices(weight), matrices(site.canonical(result))
@@ -275,13 +275,13 @@ def _checked(figures: RoundingFigures) -> RoundingFigures:
 
 @dataclass(frozen=True)
 class MergeConverted:
-    """Parameters that are made of several stored tensors, changed and taken apart again.
+    """Makes parameters of several stored tensors, merges them, and takes them apart again.
 
     Attributes:
         conversion: how they are made.
         values: stored tensor -> its values.
-        layers: parameter -> what changes it.
-        saved: parameter -> what takes its place.
+        layers: parameter -> the layer whose adapters change it.
+        replacements: parameter -> the adapter's tensor that takes its place.
         dtype: of the output.
         model: the skeleton.
         rounding: how values are rounded.
@@ -290,7 +290,7 @@ class MergeConverted:
     conversion: Conversion
     values: Mapping[str, StoredTensor]
     layers: Mapping[str, ChangedLayer]
-    saved: Mapping[str, Tensor]
+    replacements: Mapping[str, Tensor]
     dtype: torch.dtype
     model: Any
     rounding: Rounding
@@ -312,9 +312,9 @@ class MergeConverted:
         return figures
 
     def _changed(self, name: str, stored: Tensor, figures: list[RoundingFigures]) -> Tensor:
-        if name in self.saved:
-            data, own = _replaced(name, self.saved[name], stored, self.dtype, self.rounding)
-            figures += own
+        if name in self.replacements:
+            data, replaced = _replaced(name, self.replacements[name], stored, self.dtype, self.rounding)
+            figures += replaced
             return data
         if name not in self.layers:
             data = stored if stored.dtype == self.dtype else self.rounding.of(name)(stored.float(), self.dtype)
@@ -322,6 +322,6 @@ class MergeConverted:
             return data
         layer = self.layers[name]
         target = OutputTensor(name, next(iter(self.values.values())), self.dtype)
-        result, found = merged_whole(layer.site, stored, layer.patches(), target, self.rounding)
-        figures.append(found)
+        result, merged = merged_whole(layer.site, stored, layer.patches(), target, self.rounding)
+        figures.append(merged)
         return result

@@ -37,18 +37,18 @@ class PreparedMerge:
     """A merge that is ready to be written, or to be replayed.
 
     Attributes:
-        adapters: what is merged, in order.
+        adapters: the adapters, in order.
         sources: the adapters' folders.
         base: the base's folder.
         base_text: which base, and why.
         files: the base's weight files, open.
-        changes: what the adapters do.
+        changes: the adapters' changes.
         plan: the work.
         config: keys of the base's config that the output has otherwise; ``...`` removes one.
-        options: how it is done.
+        options: the options.
         companions: the base's files that are no weights: name -> path.
         stamps: file that is read beside the base's weights -> its stamp at the start.
-        warnings: what a user should know.
+        warnings: for the user.
     """
 
     adapters: list[WeightedAdapter]
@@ -71,7 +71,7 @@ class PreparedMerge:
 
 
 def find_adapters(adapters: AdapterPaths, lookup: LookupOptions) -> tuple[list[Source], list[float]]:
-    """The adapters' folders in their order, and their weights. A set stands for those of it that are active."""
+    """Find the adapters' folders in their order, and their weights; a set stands for its active members."""
     pairs = weighted(adapters)
     if not pairs:
         raise MergeError("There is no adapter to merge.", hint="Give its path.")
@@ -84,9 +84,9 @@ def find_adapters(adapters: AdapterPaths, lookup: LookupOptions) -> tuple[list[S
         if kind == "model":
             raise MergeError(f"{path} is a full model; there is nothing to merge.", hint="Give an adapter's path.")
         names = adapter_folders.active(source, members) if members else []
-        own = [next(m.source for m in members if m.name == name) for name in names] or [source]
-        sources += own
-        weights += [weight] * len(own)
+        active = [next(m.source for m in members if m.name == name) for name in names] or [source]
+        sources += active
+        weights += [weight] * len(active)
     return sources, weights
 
 
@@ -107,15 +107,15 @@ def prepare(
     sources, weights = find_adapters(adapters, lookup)
     checkpoints = [open_checkpoint(source, strict=options.strict) for source in sources]
     weighted_adapters = [WeightedAdapter(*pair) for pair in zip(checkpoints, weights, strict=True)]
-    found = find_base(sources[0], checkpoints, base, lookup)
-    companions = _companions(found.source)
+    found_base = find_base(sources[0], checkpoints, base, lookup)
+    companions = _companions(found_base.source)
     stamps = stamps_of([*companions.values(), *_files_of_adapters(sources)])
     where = ", ".join(source.origin for source in sources)
-    with WeightFiles.open(found.source) as files:
-        warnings = _check_identity(weighted_adapters, found.source, strict_base)
+    with WeightFiles.open(found_base.source) as files:
+        warnings = _check_identity(weighted_adapters, found_base.source, strict_base)
         with matching(*(checkpoint.config for checkpoint in checkpoints), where=where):
             disk_base = DiskBase(
-                found.source, files, checkpoints, options.task, options.dequantize, lookup.trust_remote_code
+                found_base.source, files, checkpoints, options.task, options.dequantize, lookup.trust_remote_code
             )
             changes = bind_adapters(weighted_adapters, disk_base.model, disk_base.reader, options.strict)
             plan, config = _plan(disk_base, changes, options)
@@ -123,8 +123,8 @@ def prepare(
         yield PreparedMerge(
             weighted_adapters,
             sources,
-            found.source,
-            f"{found.source.origin}, {found.why}",
+            found_base.source,
+            f"{found_base.source.origin}, {found_base.why}",
             files,
             changes,
             plan,

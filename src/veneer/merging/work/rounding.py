@@ -1,4 +1,4 @@
-"""From float32 to the dtype of the output: rounded to the nearest value, or at random between the two nearest."""
+"""Rounds float32 to the dtype of the output: to the nearest value, or at random between the two nearest."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ STOCHASTIC = "stochastic"
 
 @dataclass(frozen=True)
 class Rounding:
-    """How values are rounded.
+    """The way in which values are rounded.
 
     Attributes:
         kind: ``"nearest"`` (ties to even) or ``"stochastic"``: up or down with the probability that makes the
             expected value exact, so that small changes survive on average (Gupta et al. 2015, arXiv:1502.02551).
-        seed: of the random choices; a tensor's depend on it and on the tensor's name alone.
+        seed: of the random choices; a tensor's choices depend on it and on the tensor's name alone.
     """
 
     kind: str = NEAREST
@@ -33,7 +33,7 @@ class Rounding:
             raise ConfigError(f"rounding={self.kind!r} is unknown.", hint=f"Known: {NEAREST}, {STOCHASTIC}.")
 
     def of(self, name: str) -> Rounder:
-        """What rounds one tensor, from its first value to its last."""
+        """Return the rounder of one tensor, from its first value to its last."""
         if self.kind == NEAREST:
             return Rounder(None)
         digest = hashlib.sha256(f"{self.seed}\0{name}".encode()).digest()
@@ -47,7 +47,7 @@ class Rounder:
     generator: torch.Generator | None
 
     def __call__(self, values: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        """``values``, float32, in ``dtype``; rounded to the nearest they are put ``into`` a tensor, if one is given."""
+        """Round ``values``, float32, to ``dtype``; rounding to the nearest value can write ``into`` a given tensor."""
         near = values.to(dtype) if into is None else into.copy_(values)
         if self.generator is None or dtype.itemsize >= values.dtype.itemsize:
             return near
@@ -61,33 +61,33 @@ class Rounder:
 
 @dataclass
 class RoundingTally:
-    """Sums over one tensor, of squares in double precision.
+    """Sums of squares over one tensor, in double precision.
 
     Attributes:
-        change: of what the adapters add, before rounding.
-        error: of what rounding adds to that.
+        change: of the adapters' change, before rounding.
+        error: of the rounding error.
     """
 
     change: float = 0.0
     error: float = 0.0
 
     def add(self, before: Tensor, after: Tensor, rounded: Tensor) -> None:
-        """Count a tensor: the base's values, the merged ones in float32, and the merged ones rounded."""
+        """Add a tensor: the base's values, the merged ones in float32, and the merged ones rounded."""
         scratch = torch.empty_like(after, memory_format=torch.contiguous_format)
         self.add_change(before, after, scratch)
         self.add_error(after, rounded, scratch)
 
     def add_change(self, before: Tensor, after: Tensor, scratch: Tensor) -> None:
-        """Count what the adapters add; ``scratch`` is contiguous, float32 and of ``after``'s shape."""
+        """Add the adapters' change; ``scratch`` is contiguous, float32 and of ``after``'s shape."""
         self.change += _square_of_gap(before, after, scratch)
 
     def add_error(self, after: Tensor, rounded: Tensor, scratch: Tensor) -> None:
-        """Count what rounding adds."""
+        """Add the rounding error."""
         if rounded.dtype != after.dtype:
             self.error += _square_of_gap(rounded, after, scratch)
 
     def figures(self, name: str, dtype: str) -> RoundingFigures:
-        """The sums as figures."""
+        """Return the norms of the sums, as figures of a tensor."""
         return RoundingFigures(name, dtype, math.sqrt(self.change), math.sqrt(self.error))
 
 
@@ -98,11 +98,11 @@ def _square_of_gap(values: Tensor, after: Tensor, scratch: Tensor) -> float:
 
 @dataclass(frozen=True)
 class RoundingFigures:
-    """What a merge did to one tensor.
+    """The change and the rounding error of one merged tensor.
 
     Attributes:
         name: the tensor's.
-        dtype: what it was rounded to, as safetensors calls it.
+        dtype: of the result, as safetensors calls it.
         change: norm of the change in float32.
         rounding_error: norm of the difference between the rounded result and the float32 one.
     """
@@ -113,7 +113,7 @@ class RoundingFigures:
     rounding_error: float
 
     @property
-    def survives(self) -> float:
+    def share_kept(self) -> float:
         """The share of the change's energy that rounding leaves: ``1 - (rounding error / change)^2``, at least 0.
 
         1 when nothing is lost; 0 when the rounding is as large as the change, which is then gone or drowned in it.
