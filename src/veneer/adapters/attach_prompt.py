@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from veneer.adapters.adapter import Adapter, PromptPart
+from veneer.adapters.adapter import Adapter
 from veneer.adapters.attaching import Attaching, as_parameter
 from veneer.adapters.collection import Adapters
+from veneer.adapters.parts import PromptPart
 from veneer.adapters.prompt_sizes import complete
 from veneer.base_model import sharding
 from veneer.base_model.model_call import place_of, words_of

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from veneer.adapters.adapter import Adapter, Claim
+from veneer.adapters.adapter import Adapter
+from veneer.adapters.adapter_part import Claim
 from veneer.adapters.guard import guarded
 from veneer.adapters.known_layouts import Layouts
 from veneer.adapters.prompts import Prompts
@@ -122,7 +123,7 @@ class Adapters(LayerPlacement):
 
     def _note_ties(self, adapter: Adapter) -> None:
         """Tell of an adapter that changes some of the layers that share a weight, and not the others."""
-        touched = {name for name, _ in adapter.wrappers()}
+        touched = {*(layer.site.name for layer in adapter.layers), *adapter.whole_modules.names}
         for group in self.catalog.tied:
             changed, same = ([name for name in group if (name in touched) is wanted] for wanted in (True, False))
             if changed and same:

@@ -59,8 +59,8 @@ def _filled(old: Adapter, new: Adapter) -> Adapter:
     values = new.tensors_by_place()
     for place, tensor in old.tensors_by_place().items():
         tensor.copy_(values[place])
-    for part in old.parts:
-        part.take_settings(old, new)
+    for part, fresh in zip(old.parts, new.parts, strict=True):
+        part.take_settings(old.name, fresh, new.name)
     for field in ("config", "origin", "tensors_bound", "notes", "allocation", "saved_dtypes", "trainable"):
         setattr(old, field, getattr(new, field))
     return old

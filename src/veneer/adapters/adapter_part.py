@@ -1,0 +1,105 @@
+"""The facts about an adapter, and the protocol of the parts that hold its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from veneer.configs.base import AnyConfig
+from veneer.layers.wrapping import LayerPlacement
+from veneer.methods import method_of
+
+if TYPE_CHECKING:
+    from typing import Self
+
+NamedTensors = Iterable[tuple[str, Tensor]]
+
+
+@dataclass
+class AdapterRecord:
+    """The facts about an adapter that are no tensors on the model.
+
+    Attributes:
+        name: its name here.
+        config: its config.
+        origin: where it came from; ``None`` for one made here.
+        trainable: whether its tensors are to be trained while it is selected.
+        tensors_bound: how many of its checkpoint's tensors are in use.
+        base_digest: the digest of the base it was trained on, where the checkpoint records it.
+        notes: what was odd about it.
+        unpadded: checkpoint key -> tensor, where what is in memory is padded and this is to be saved.
+        allocation: what training has learned of an AdaLoRA's ranks, or of an AdaMSS's groups.
+        saved_dtypes: checkpoint key -> dtype on disk, for tensors that are wider in memory and saved as they were.
+    """
+
+    name: str
+    config: AnyConfig
+    origin: str | None = None
+    trainable: bool = False
+    tensors_bound: int = 0
+    base_digest: str | None = None
+    notes: list[str] = field(default_factory=list)
+    unpadded: dict[str, Tensor] = field(default_factory=dict)
+    allocation: Any = None
+    saved_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+    @property
+    def prefix(self) -> str:
+        """The beginning of the checkpoint keys of modules that it brings whole."""
+        return method_of(self.config).prefix
+
+
+class Claim(NamedTuple):
+    """Something that only one of the active adapters can have.
+
+    Attributes:
+        conflict: of two adapters that have it, completes "'a' and 'b' ...".
+        remedy: how they can be used nevertheless.
+    """
+
+    conflict: str
+    remedy: str = "Select one of them."
+
+
+class AdapterPart(Protocol):
+    """The tensors of an adapter in places of one kind. Each method is given the adapter that it is a part of."""
+
+    def parameters(self, adapter: AdapterRecord) -> Iterable[nn.Parameter]:
+        """Return the parameters that are trained."""
+        ...
+
+    def named_tensors(self, adapter: AdapterRecord, value: Callable[[Tensor], Tensor]) -> NamedTensors:
+        """Return the tensors to be saved, made from what ``value`` gives for those in memory, by checkpoint key."""
+        ...
+
+    def tensors(self, adapter: AdapterRecord) -> Iterable[Tensor]:
+        """Return the tensors in memory that a checkpoint holds."""
+        ...
+
+    def tensors_by_place(self, adapter: AdapterRecord) -> NamedTensors:
+        """Return every tensor on the model, frozen ones included, by the name of its place."""
+        ...
+
+    def claims(self) -> Iterable[Claim]:
+        """Return what no other active adapter can have beside this one."""
+        ...
+
+    def check_mergeable(self, adapter: AdapterRecord) -> None:
+        """Raise ``MergeError`` when the base's weights cannot hold it."""
+        ...
+
+    def take_settings(self, name: str, other: Self, other_name: str) -> None:
+        """Take the settings of another adapter's part, which is of the same method and in the same places."""
+        ...
+
+    def rename(self, old: str, new: str) -> None:
+        """Give the tensors of the adapter ``old`` to the name ``new``."""
+        ...
+
+    def remove(self, adapter: AdapterRecord, placement: LayerPlacement) -> None:
+        """Take the tensors off the model, and the modules that then hold none."""
+        ...
