@@ -208,7 +208,7 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
     def _kept_forward(self, names: tuple[str, ...]) -> Callable[[Tensor], Any] | None:
         fused = self._fused_patch(names)
         if fused is not None:
-            return fused_forward(fused, self._base if self.merged else self.base_layer, self.switch.widened)
+            return fused_forward(fused, self._base if self.merged else self.base_layer, self.switch.casts)
         patches = self.patches(names)
         if self.site.stored.ndim == 1 and whole_weight(self.site, patches):
             return partial(self.call_with, *self._whole(patches))

@@ -123,4 +123,4 @@ class ActiveSelection:
         self.underway = Underway()
         # What compiled code sees of the context variable below.
         self._thread = _Thread()
-        self.widened = CastCache()
+        self.casts = CastCache()

@@ -1,12 +1,12 @@
-"""The patches of one selection on one linear layer, folded into few operations for inference.
+"""Fuses the patches of one selection on a linear layer into few operations, for inference.
 
-Patches made of low-rank parts, diagonal factors and shifts compose to
+Patches made of low-rank parts, diagonal multipliers and shifts compose to
 
     y' = s * y + (x' A) B + c        x' = i * x,  A: (in, R), B: (R, out),  s, c: (out,),  i: (in,)
 
 with ``y`` the base layer's output and ``R`` the sum of the ranks. ``A`` and ``B`` lie as their products want them, and
 in the dtype in which a tiny product is cheapest: on a CPU float32, whose products begin several times faster than those
-of half precision. What is folded is a few times an adapter's size; the base's weight is not touched.
+of half precision. Fused patches are a few times an adapter's size; the base's weight is not touched.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from veneer.patches.watched_parameters import Edits, Watched
 
 @dataclass(frozen=True)
 class FusedPatch:
-    """Patches in folded form; a part that is ``None`` changes nothing.
+    """Holds the fused form of patches; a part that is ``None`` changes nothing.
 
     Attributes:
         down: ``A``.
@@ -46,24 +46,24 @@ class FusedPatch:
 
     @property
     def only_adds(self) -> bool:
-        """Whether it is no more than ``A B``."""
+        """Whether it adds ``A B`` and nothing else."""
         return self.inner is None and self.outer is None and self.shift is None
 
-    def change(self, y: Tensor, own: bool, x: Tensor, widened: CastCache) -> Tensor:
-        """The layer's output from the base's output ``y`` for ``inner * x``.
+    def change(self, y: Tensor, own: bool, x: Tensor, casts: CastCache) -> Tensor:
+        """Return the layer's output, from the base's output ``y`` for ``inner * x``.
 
         Args:
             y: shape ``(..., out)``.
-            own: whether nobody else sees ``y``, so that it may be overwritten.
+            own: whether ``y`` may be overwritten, since nobody else sees it.
             x: the layer's input, shape ``(..., in)``.
-            widened: converts it.
+            casts: casts it.
         """
         y = y.contiguous() if own else y.clone(memory_format=torch.contiguous_format)
         flat = y.view(-1, y.shape[-1])
         if self.outer is None and self.shift is None:
             if self.down is None or self.up is None:
                 return y
-            hidden = torch.mm(widened.rows(x, self.down.dtype), self.down)
+            hidden = torch.mm(casts.cast_rows(x, self.down.dtype), self.down)
             if flat.dtype is self.up.dtype:
                 flat.addmm_(hidden, self.up)
             else:
@@ -73,12 +73,12 @@ class FusedPatch:
         if self.shift is not None:
             wide += self.shift
         if self.down is not None and self.up is not None:
-            wide.addmm_(torch.mm(widened.rows(x, self.down.dtype), self.down).float(), self.up.float())
+            wide.addmm_(torch.mm(casts.cast_rows(x, self.down.dtype), self.down).float(), self.up.float())
         return wide.to(y.dtype).view_as(y)
 
 
 def can_fuse(patches: Sequence[Patch]) -> bool:
-    """Whether :func:`fuse` can fold them."""
+    """Tell whether :func:`fuse` takes all of these patches."""
     return all(
         patch.dense is None
         and patch.tokens is None
@@ -92,7 +92,7 @@ def can_fuse(patches: Sequence[Patch]) -> bool:
 
 @torch.no_grad()
 def fuse(patches: Sequence[Patch], bias: Tensor | None, dtype: torch.dtype) -> FusedPatch:
-    """Patches that are :func:`can_fuse`, folded; computed in float32.
+    """Return the fused form of patches, computed in float32; :func:`can_fuse` tells which it takes.
 
     Args:
         patches: in the order of the selection.
@@ -103,7 +103,7 @@ def fuse(patches: Sequence[Patch], bias: Tensor | None, dtype: torch.dtype) -> F
     ups: list[Tensor] = []
     inner: Tensor | None = None
     outer: Tensor | None = None
-    now = None if bias is None else bias.float()
+    changed_bias = None if bias is None else bias.float()
     for patch in patches:
         if isinstance(patch.inner, Diagonal):
             scale = patch.inner.values.float()
@@ -116,18 +116,18 @@ def fuse(patches: Sequence[Patch], bias: Tensor | None, dtype: torch.dtype) -> F
             scale = patch.outer.values.float()
             ups = [up * scale for up in ups]
             outer = scale if outer is None else outer * scale
-        now = patch.changed_bias(now)
+        changed_bias = patch.changed_bias(changed_bias)
     return FusedPatch(
         torch.cat(downs, 1).to(dtype).contiguous() if downs else None,
         torch.cat(ups, 0).to(dtype).contiguous() if ups else None,
         inner,
         outer,
-        _remaining(now, bias, outer),
+        _shift(changed_bias, bias, outer),
     )
 
 
-def _remaining(changed: Tensor | None, bias: Tensor | None, outer: Tensor | None) -> Tensor | None:
-    """What is to be added, given that the base's output holds ``bias``, of which ``outer`` makes its share."""
+def _shift(changed: Tensor | None, bias: Tensor | None, outer: Tensor | None) -> Tensor | None:
+    """Return what brings the bias to ``changed``: the base's output holds ``bias``, and ``outer`` multiplies it."""
     if changed is None or (outer is None and bias is not None and torch.equal(changed, bias.float())):
         return None
     if bias is None:
@@ -136,33 +136,33 @@ def _remaining(changed: Tensor | None, bias: Tensor | None, outer: Tensor | None
 
 
 class TensorVersions:
-    """The tensors that something kept is made from, as they were before it was made.
+    """Tells whether the tensors behind a cached result were changed in place since, by their version counters.
 
     Args:
-        selection: under which it is made.
-        tensors: all of them.
+        selection: the selection of the call that makes the result.
+        tensors: all tensors behind the result, before it is made.
     """
 
     __slots__ = ("_call", "_edits", "_version", "sources")
 
     def __init__(self, selection: Selection, tensors: Sequence[Tensor]) -> None:
         self._edits = Edits.last
-        # Of others a change may leave no trace: what they make is good for this call, and for no later one.
+        # Other tensors may change without a trace: a result made from them is good for this call alone.
         self._call = None if all(type(tensor) is Watched for tensor in tensors) else selection
         self.sources = [tensor for tensor in tensors if not tensor.is_inference()]
         self._version = self._sum()
 
     def _sum(self) -> int:
-        """A number that grows whenever one of the tensors is changed in place."""
+        """Return a number that grows whenever one of the tensors is changed in place."""
         return sum([tensor._version for tensor in self.sources])
 
     @property
     def lasts(self) -> bool:
-        """Whether what is made is good for anything, and not gone before it is asked for again."""
+        """Whether the result can be used again at all, in this call or in later ones."""
         return self._call is None or self._call.for_one_call
 
     def is_current(self, selection: Selection) -> bool:
-        """Whether the tensors are still what they were, in a call with ``selection``."""
+        """Tell whether a call with ``selection`` may use the result: no tensor was changed since."""
         return (
             self._edits is Edits.last
             and (self._call is None or (self._call is selection and selection.for_one_call))
@@ -170,20 +170,20 @@ class TensorVersions:
         )
 
     def wants_grad(self, x: Tensor) -> bool:
-        """Whether a gradient would flow through a layer with these tensors and the input ``x``."""
+        """Tell whether a gradient would flow through a layer with these tensors and the input ``x``."""
         return torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in self.sources))
 
 
 class CachedForward(TensorVersions):
-    """A layer's forward pass under one selection, as inference keeps it.
+    """Caches a layer's forward pass under one selection, for inference.
 
     Args:
         selection: the selection.
-        sources: the tensors that it is made from.
+        sources: the tensors that the forward pass is made from.
 
     Attributes:
         selected: the selected adapters.
-        forward: gives the layer's output for its input; ``None`` where nothing is kept.
+        forward: returns the layer's output for its input; ``None`` where nothing is cached.
     """
 
     __slots__ = ("forward", "selected")
@@ -194,28 +194,28 @@ class CachedForward(TensorVersions):
         self.forward: Callable[[Tensor], Tensor] | None = None
 
 
-def fused_forward(folded: FusedPatch, base: Any, widened: CastCache) -> Callable[[Tensor], Tensor]:
-    """The forward pass of a layer whose patches are ``folded``, for inputs of shape ``(..., in)``.
+def fused_forward(fused: FusedPatch, base: Any, casts: CastCache) -> Callable[[Tensor], Tensor]:
+    """Return the forward pass of a layer whose patches are ``fused``, for inputs of shape ``(..., in)``.
 
     Args:
-        folded: the patches.
-        base: the base layer, or what computes its output.
-        widened: shared by the layers of a model.
+        fused: the patches.
+        base: the base layer, or a function that returns its output.
+        casts: shared by the layers of a model.
     """
-    inner, down, up = folded.inner, folded.down, folded.up
-    if type(base) is nn.Linear and down is not None and up is not None and folded.only_adds:
-        return _adding(base, down, up, widened)
-    if type(base) is nn.Linear and down is None and folded.shift is None:
-        return _scaling(base, folded)
+    inner, down, up = fused.inner, fused.down, fused.up
+    if type(base) is nn.Linear and down is not None and up is not None and fused.only_adds:
+        return _adding(base, down, up, casts)
+    if type(base) is nn.Linear and down is None and fused.shift is None:
+        return _scaling(base, fused)
 
     def forward(x: Tensor) -> Tensor:
         seen = x if inner is None else (x * inner).to(x.dtype)
-        return folded.change(*base_output(base, seen), x, widened)
+        return fused.change(*base_output(base, seen), x, casts)
 
     return forward
 
 
-def _adding(base: nn.Linear, down: Tensor, up: Tensor, widened: CastCache) -> Callable[[Tensor], Tensor]:
+def _adding(base: nn.Linear, down: Tensor, up: Tensor, casts: CastCache) -> Callable[[Tensor], Tensor]:
     """Return the same for a low-rank sum on a plain linear layer, in the fewest calls.
 
     Between the products of a decoding step each call costs several microseconds, however little it does: what it runs
@@ -230,7 +230,7 @@ def _adding(base: nn.Linear, down: Tensor, up: Tensor, widened: CastCache) -> Ca
             y: Tensor = base(x).clone(memory_format=torch.contiguous_format)
         else:
             y = F.linear(x, parameters["weight"], parameters["bias"]).contiguous()  # type: ignore[arg-type]
-        hidden = torch.mm(widened.rows(x, dtype), down)
+        hidden = torch.mm(casts.cast_rows(x, dtype), down)
         if y.dtype is dtype:
             y.view(-1, out).addmm_(hidden, up)
             return y
@@ -240,12 +240,12 @@ def _adding(base: nn.Linear, down: Tensor, up: Tensor, widened: CastCache) -> Ca
     return forward
 
 
-def _scaling(base: nn.Linear, folded: FusedPatch) -> Callable[[Tensor], Tensor]:
+def _scaling(base: nn.Linear, fused: FusedPatch) -> Callable[[Tensor], Tensor]:
     """Return the same for factors alone, in the layer's own dtype where it holds them exactly: one rounding.
 
     Decoding went from 1.27 to 1.04 of the base: benchmarks/notes.md, Methods other than LoRA.
     """
-    inner, outer = (_exactly(values, base.weight.dtype) for values in (folded.inner, folded.outer))
+    inner, outer = (_exactly(values, base.weight.dtype) for values in (fused.inner, fused.outer))
 
     def forward(x: Tensor) -> Tensor:
         y, own = base_output(base, x if inner is None else (x * inner).to(x.dtype))
@@ -257,7 +257,7 @@ def _scaling(base: nn.Linear, folded: FusedPatch) -> Callable[[Tensor], Tensor]:
 
 
 def _exactly(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """``values`` in ``dtype`` if that loses nothing, else as they are."""
+    """Return ``values`` in ``dtype`` if that loses nothing, else as they are."""
     if values is None or not dtype.is_floating_point:
         return values
     narrow = values.to(dtype)
@@ -265,9 +265,9 @@ def _exactly(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def base_output(base: Any, x: Tensor) -> tuple[Tensor, bool]:
-    """The output of a base layer, and whether nobody else sees it.
+    """Return the output of a base layer, and whether it may be overwritten, since nobody else sees it.
 
-    A plain linear layer is called without the detour through its module.
+    A plain linear layer is computed without the detour through its module.
     """
     if type(base) is not nn.Linear:
         return base(x), False
@@ -278,5 +278,5 @@ def base_output(base: Any, x: Tensor) -> tuple[Tensor, bool]:
 
 
 def fused_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """In which dtype the small products are cheapest for a layer that computes in ``dtype``."""
+    """Return the dtype in which the small products are cheapest, for a layer that computes in ``dtype``."""
     return torch.float32 if device.type == "cpu" or dtype not in (torch.float16, torch.bfloat16) else dtype

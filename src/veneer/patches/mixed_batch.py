@@ -1,11 +1,11 @@
-"""A batch whose rows use different adapters, computed at the cost of a single one.
+"""Computes a batch whose rows use different adapters at the cost of a single one.
 
-The folded forms (``folded.py``) of the adapters on one layer are stacked, ranks padded with zeros to the largest:
+The fused forms (``fused.py``) of the adapters on one layer are stacked, ranks padded with zeros to the largest:
 
     y'_n = s_k * y_n + (x_n A_k) B_k + c_k        A: (adapters, in, R), B: (adapters, R, out)
 
 with ``k`` the adapter of row ``n``. The rows are sorted by adapter once for all layers (``RowOrder``), so that a layer
-takes two batched products however many adapters there are. A row of the base has a factor of one and a shift of zero.
+takes two batched products however many adapters there are. A row of the base is scaled by one and shifted by zero.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from veneer.patches.selection import Selection
 
 @dataclass(frozen=True)
 class StackedPatches:
-    """The folded forms of several adapters on one layer; a part that is ``None`` changes nothing for any of them.
+    """Holds the fused forms of several adapters on one layer; a part that is ``None`` changes nothing for any of them.
 
     Attributes:
         down: ``A``.
@@ -40,17 +40,17 @@ class StackedPatches:
     shift: Tensor | None = None
 
     def seen(self, x: Tensor, order: RowOrder) -> Tensor:
-        """What the base layer sees of the rows ``x``, shape ``(rows, ..., in)``."""
+        """Return the base layer's input for the rows ``x``, shape ``(rows, ..., in)``."""
         return x if self.inner is None else (x * _of_rows(self.inner, order, x)).to(x.dtype)
 
     def change(self, y: Tensor, x: Tensor, order: RowOrder, own: bool) -> Tensor:
-        """The layer's output from the base's output ``y`` for :meth:`seen`.
+        """Return the layer's output, from the base's output ``y`` for :meth:`seen`.
 
         Args:
             y: shape ``(rows, ..., out)``.
             x: the layer's input, shape ``(rows, ..., in)``.
             order: the rows by adapter.
-            own: whether nobody else sees ``y``, so that it may be overwritten.
+            own: whether ``y`` may be overwritten, since nobody else sees it.
         """
         y = y.contiguous() if own else y.clone(memory_format=torch.contiguous_format)
         if self.outer is None and self.shift is None:
@@ -67,12 +67,12 @@ class StackedPatches:
         change = product(x, self.down, self.up, order)
         if order.rows is None:
             return y.add_(change.view_as(y))
-        own = y.index_select(0, order.rows)
-        return y.index_copy_(0, order.rows, own.add_(change.view_as(own)))
+        changed = y.index_select(0, order.rows)
+        return y.index_copy_(0, order.rows, changed.add_(change.view_as(changed)))
 
 
 def _padded(x: Tensor, down: Tensor, up: Tensor, order: RowOrder) -> Tensor:
-    """``(x A) B`` of the rows that name an adapter, in the order's order; shape ``(rows, ..., out)``."""
+    """Return ``(x A) B`` of the rows that name an adapter, sorted by adapter; shape ``(rows, ..., out)``."""
     taken = x if order.take is None else x.index_select(0, order.take)
     flat = taken.reshape(down.shape[0], -1, x.shape[-1]).to(down.dtype)
     change = torch.bmm(torch.bmm(flat, down), up)
@@ -82,7 +82,7 @@ def _padded(x: Tensor, down: Tensor, up: Tensor, order: RowOrder) -> Tensor:
 
 
 def _one_by_one(x: Tensor, down: Tensor, up: Tensor, order: RowOrder) -> Tensor:
-    """The same, adapter by adapter: where one has most of the rows, padding all others to it would cost more."""
+    """Return the same, adapter by adapter: where one has most rows, padding all others to it would cost more."""
     assert order.rows is not None
     pieces = x.index_select(0, order.rows).split(list(order.sizes))
     return torch.cat(
@@ -94,13 +94,13 @@ def _one_by_one(x: Tensor, down: Tensor, up: Tensor, order: RowOrder) -> Tensor:
 
 
 def _of_rows(vectors: Tensor, order: RowOrder, like: Tensor) -> Tensor:
-    """Each row's own vector, in a shape that broadcasts over ``like``."""
-    own = vectors.index_select(0, order.owner)
-    return own.view(own.shape[0], *[1] * (like.ndim - 2), own.shape[-1])
+    """Return each row's vector, in a shape that broadcasts over ``like``."""
+    by_row = vectors.index_select(0, order.owner)
+    return by_row.view(by_row.shape[0], *[1] * (like.ndim - 2), by_row.shape[-1])
 
 
 def stack(members: Sequence[FusedPatch]) -> StackedPatches:
-    """The folded forms of a layer's adapters, stacked."""
+    """Stack the fused forms of a layer's adapters."""
     rank = max((m.down.shape[1] for m in members if m.down is not None), default=0)
     parts = {"inner": 1.0, "outer": 1.0, "shift": 0.0}
     stacked = StackedPatches(
@@ -121,7 +121,7 @@ def stack(members: Sequence[FusedPatch]) -> StackedPatches:
 
 
 def _vectors(members: Sequence[Tensor | None], rest: float) -> Tensor | None:
-    """Vectors in rows; ``rest`` for an adapter without one, and for the base."""
+    """Stack vectors as rows, with ``rest`` for an adapter without one and, last, for the base."""
     like = next((member for member in members if member is not None), None)
     if like is None:
         return None
@@ -130,17 +130,19 @@ def _vectors(members: Sequence[Tensor | None], rest: float) -> Tensor | None:
 
 
 class CachedMixedForward(TensorVersions):
-    """A layer's forward pass for rows of several adapters, as inference keeps it.
+    """Caches a layer's forward pass for rows of several adapters, for inference.
 
     Args:
         selection: the selection.
         names: those of its adapters that are on the layer.
-        sources: the tensors that it is made from.
-        known: the folded forms that are there already.
-        folded_form: gives an adapter's folded form, or ``None`` when it has none.
+        sources: the tensors that the forward pass is made from.
+        known: adapter's name -> its fused form, where that was made already.
+        fuse: returns an adapter's fused form, or ``None`` when it has none.
 
     Attributes:
-        members: adapter's name -> its folded form.
+        members: adapter's name -> its fused form.
+        together: the adapters that have one.
+        stacked: their fused forms.
     """
 
     __slots__ = ("members", "names", "stacked", "together")
@@ -151,15 +153,15 @@ class CachedMixedForward(TensorVersions):
         names: tuple[str, ...],
         sources: Sequence[Tensor],
         known: Mapping[str, FusedPatch | None],
-        folded_form: Callable[[tuple[str, ...]], FusedPatch | None],
+        fuse: Callable[[tuple[str, ...]], FusedPatch | None],
     ) -> None:
         super().__init__(selection, sources)
         self.names = names
-        self.members = {name: known[name] if name in known else folded_form((name,)) for name in names}
+        self.members = {name: known[name] if name in known else fuse((name,)) for name in names}
         self.together = tuple(name for name in names if self.members[name] is not None)
         self.stacked = stack([member for member in self.members.values() if member is not None])
 
     def forward(self, base: Callable[[Tensor], Tensor], x: Tensor, order: RowOrder) -> Tensor:
-        """The output for rows ``x``, shape ``(rows, ..., in)``, of those adapters that have a folded form."""
+        """Return the output for rows ``x``, shape ``(rows, ..., in)``, of the adapters in :attr:`together`."""
         y, own = base_output(base, self.stacked.seen(x, order))
         return self.stacked.change(y, x, order, own)

@@ -1,13 +1,13 @@
-"""What an adapter means for one layer: a change to its weight and bias, applied or merged.
+"""Patches: an adapter's change to the weight and bias of one layer, applied or merged.
 
 For a layer ``y = W x + b`` a patch is
 
     W' = O (W I + scale * U V + D)        b' = b + c, or O b + c
 
-``I`` and ``O`` are square factors on the input and the output side, ``U V`` is low-rank, ``D`` is any matrix, ``c``
-a vector. A method lowers its tensors to this; everything else (the layer, the merge, the mixed batch) knows only
+``I`` and ``O`` are square multipliers on the input and the output side, ``U V`` is low-rank, ``D`` is any matrix, ``c``
+a vector. A method lowers its tensors to a patch; everything else (the layer, the merge, the mixed batch) knows only
 patches. Several patches on one layer apply one after the other, in the order of the selection: the second changes
-what the first has made of the weight. Merged and unmerged are the same composition.
+the weight that the first has made. Merged and unmerged are the same composition.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ GATED = "An adapter that acts on some tokens only (alora_invocation_tokens) cann
 
 @dataclass(frozen=True)
 class Tokens:
-    """Some tokens' vectors, brought whole.
+    """New vectors for some tokens of an embedding or output layer.
 
     Attributes:
         index: the tokens, shape ``(n,)``, int64, ascending.
-        values: their vectors, shape ``(n, dim)``.
+        values: the tokens' vectors, shape ``(n, dim)``.
         rows: whether a token is a row of the canonical weight (an output layer) or a column (an embedding).
-        padding: which of ``values`` a look-up does not train; all are trained when ``None``.
+        padding: the one of ``values`` that a look-up does not train; all are trained when ``None``.
     """
 
     index: Tensor
@@ -49,22 +49,23 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Patch:
-    """A change of one layer. Every part may be left out. For a stack of matrices each tensor has a leading dimension.
+    """Holds the change of one layer; any part may be left out. For a stack of matrices tensors have a dimension more.
 
     Attributes:
         up: ``U``, shape ``(out, r)``.
         down: ``V``, shape ``(r, in)``.
         scale: multiplies ``U V``.
-        dropout: share of the input to ``U V`` and ``D`` that is dropped while training.
+        dropout: the share of the input to ``U V`` and ``D`` that is dropped while training.
         dense: ``D``, shape ``(out, in)``; a linear layer's may be an operator, cheaper than a matrix.
         inner: ``I``.
         outer: ``O``.
         outer_on_bias: whether ``O`` multiplies the bias too.
         shift: ``c``, shape ``(out,)``.
-        tokens: vectors that replace the weight's own.
-        drop: gives what stands in the patch's place for one training step, for dropout of other kinds.
-        gate: the positions of the input on which it acts; all when ``None``. With one it has no merged form.
-        route: adds what depends on the input. With one it has no merged form.
+        tokens: vectors that replace some of the weight's.
+        drop: returns the patch for one training step, for dropout of other kinds.
+        gate: chooses the positions of the input on which the patch acts; without one it acts on all. A patch with a
+            gate has no merged form.
+        route: adds a change that depends on the input. A patch with a route has no merged form.
     """
 
     up: Tensor | None = None
@@ -82,7 +83,7 @@ class Patch:
     route: Route | None = None
 
     def changes(self) -> bool:
-        """Whether the patch can change anything: false for a freshly made or an all-zero adapter."""
+        """Tell whether the patch can change anything: false for a freshly made or an all-zero adapter."""
         low_rank = (
             self.up is not None
             and self.down is not None
@@ -93,13 +94,13 @@ class Patch:
         shifted = self.shift is not None and bool(self.shift.count_nonzero())
         operator = self.operator
         added = operator is not None and operator.changes()
-        turned = any(factor is not None and factor.changes() for factor in (self.inner, self.outer))
+        turned = any(multiplier is not None and multiplier.changes() for multiplier in (self.inner, self.outer))
         routed = self.route is not None and self.route.changes()
         return low_rank or shifted or added or turned or routed or self.tokens is not None
 
     @property
     def operator(self) -> LinearOperator | None:
-        """``D`` as an operator, in whichever form it was given."""
+        """``D`` as an operator, whether it was given as one or as a matrix."""
         return DenseMatrix(self.dense) if isinstance(self.dense, Tensor) else self.dense
 
     @property
@@ -114,7 +115,7 @@ class Patch:
 
     @property
     def only_adds(self) -> bool:
-        """Whether it is no more than ``U V`` and ``c``, so that several are a sum."""
+        """Whether it is no more than ``U V`` and ``c``, so that several patches add up."""
         return all(part is None for part in (self.dense, self.inner, self.outer, self.tokens, self.gate, self.route))
 
     @property
@@ -123,7 +124,7 @@ class Patch:
         return self.outer is None or self.outer.is_diagonal
 
     def at(self, index: int) -> Patch:
-        """The patch of one matrix of a stack."""
+        """Return the patch of one matrix of a stack."""
         parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in ("up", "down", "shift"):
             parts[name] = None if parts[name] is None else parts[name][index]
@@ -132,7 +133,7 @@ class Patch:
         return Patch(**{**parts, "dense": None if self.operator is None else self.operator.at(index)})
 
     def scaled(self, weight: float) -> Patch | None:
-        """The patch whose change is ``weight`` times this one's; ``None`` where the change is no sum."""
+        """Return the patch whose change is ``weight`` times this one's; ``None`` where the change is no sum."""
         added = ("up", "down", "scale", "dropout", "dense", "shift", "drop")
         if any(getattr(self, f.name) is not f.default for f in fields(self) if f.name not in added):
             return None
@@ -142,7 +143,7 @@ class Patch:
         return replace(self, scale=self.scale * weight, dense=dense, shift=shift)
 
     def take(self, rows: Tensor, whole: torch.Size) -> Patch:
-        """The patch for some rows of a batch whose input has the leading shape ``whole``."""
+        """Return the patch for some rows of a batch whose input has the leading shape ``whole``."""
         if self.gate is None and self.route is None:
             return self
         gate = None if self.gate is None else self.gate.take(rows, whole)
@@ -151,7 +152,7 @@ class Patch:
     # -- merging -------------------------------------------------------------------------------------------
 
     def changed_rows(self, rows: Tensor, start: int, stop: int) -> Tensor:
-        """What becomes of float32 ``rows``, the rows ``start:stop`` of a canonical weight.
+        """Return the rows ``start:stop`` of a canonical weight with this patch, from float32 ``rows`` without.
 
         ``rows`` may be changed in place where no gradient is wanted.
         """
@@ -175,7 +176,7 @@ class Patch:
         return rows if self.tokens is None else _with_tokens(self.tokens, rows, start, stop)
 
     def changed_bias(self, bias: Tensor | None) -> Tensor | None:
-        """What becomes of a float32 bias, shape ``(out,)``; ``None`` is a bias of zero."""
+        """Return a float32 bias, shape ``(out,)``, with this patch; ``None`` is a bias of zero."""
         if bias is not None and self.outer is not None and self.outer_on_bias:
             bias = self.outer.apply(bias)
         if self.shift is None:
@@ -185,16 +186,16 @@ class Patch:
     # -- applying ------------------------------------------------------------------------------------------
 
     def changed_output(self, y: Tensor, x: Tensor, bias: Tensor | None, site: LayerForm, training: bool) -> Tensor:
-        """The layer's output with this patch, from its output without.
+        """Return the layer's output with this patch, from its output without.
 
         Args:
-            y: output of the layer with the patches before this one.
+            y: the layer's output with the patches before this one.
             x: the input that this patch sees.
             bias: the part of ``y`` that is bias, shape ``(out,)``.
             site: the layer.
             training: whether dropout is on.
 
-        Computed in the wider of the dtypes, so that neither is rounded first.
+        It is computed in the wider of the dtypes, so that neither is rounded first.
         """
         if training and self.dropout and x.is_floating_point():
             x = F.dropout(x, self.dropout)
@@ -226,11 +227,11 @@ class Patch:
     def _outer_output(self, y: Tensor, bias: Tensor | None, site: LayerForm) -> Tensor:
         assert self.outer is not None
         y = y.to(torch.promote_types(y.dtype, self.outer.dtype))
-        kept = None if bias is None or self.outer_on_bias else site.expand(bias, y)
-        if kept is not None:
-            y = y - kept
+        unscaled = None if bias is None or self.outer_on_bias else site.expand(bias, y)
+        if unscaled is not None:
+            y = y - unscaled
         y = self.outer.apply(y.movedim(site.channel, -1)).movedim(-1, site.channel)
-        return y if kept is None else y + kept
+        return y if unscaled is None else y + unscaled
 
 
 def _nbytes(value: Any) -> int:
@@ -242,7 +243,7 @@ def _nbytes(value: Any) -> int:
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in ``dtype``; token ids stay what they are."""
+    """Return ``x`` in ``dtype``; token ids stay as they are."""
     return x.to(dtype) if x.is_floating_point() else x
 
 
@@ -264,23 +265,23 @@ def _tokens_output(tokens: Tokens, y: Tensor, x: Tensor, site: LayerForm) -> Ten
 
 
 def for_training(patches: Sequence[Patch]) -> list[Patch]:
-    """``patches`` as one training step sees them, with what it drops left out."""
+    """Return ``patches`` for one training step, each with its own kind of dropout applied."""
     return [patch if patch.drop is None else patch.drop(patch) for patch in patches]
 
 
 def whole_weight(site: LayerForm, patches: Sequence[Patch]) -> bool:
-    """Whether ``patches`` can be applied to this layer only by changing its whole weight first."""
+    """Tell whether ``patches`` can be applied to this layer only by changing its whole weight first."""
     if site.shift_only:
         return False
     return not site.products or (not site.matrix_input and any(p.inner is not None for p in patches))
 
 
 def biases(bias: Tensor | None, patches: Sequence[Patch]) -> list[Tensor | None]:
-    """The bias before each patch and after the last, in float32."""
-    found = [None if bias is None else bias.float()]
+    """Return the bias before each patch and after the last, in float32."""
+    steps = [None if bias is None else bias.float()]
     for patch in patches:
-        found.append(patch.changed_bias(found[-1]))
-    return found
+        steps.append(patch.changed_bias(steps[-1]))
+    return steps
 
 
 def apply(
@@ -293,7 +294,7 @@ def apply(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """The layer's output under ``patches``, each after the one before it, rounded once to the base output's dtype.
+    """Return the layer's output under ``patches``, one after the other, rounded once to the base output's dtype.
 
     Args:
         site: the layer; its weight is changed output-wise, never as a whole (see :func:`whole_weight`).
@@ -302,8 +303,8 @@ def apply(
         patches: in the order of the selection.
         training: whether dropout is on.
         x: the layer's input.
-        *args: what else it takes.
-        **kwargs: what else it takes.
+        *args: its other positional arguments.
+        **kwargs: its keyword arguments.
     """
     seen, dtype = [x], x.dtype
     for patch in reversed(patches):
@@ -320,20 +321,21 @@ def apply(
 
 
 def apply_rows(y: Any, run: Callable[..., Any], groups: Mapping[str, Tensor], x: Tensor, *args: Any, **kw: Any) -> Any:
-    """The output of a batch whose rows use different adapters.
+    """Return the output of a batch whose rows use different adapters.
 
     Args:
         y: the base's output for all rows.
-        run: gives the output of some rows under one adapter: ``run(name, y of the rows, x of the rows, ...)``.
+        run: returns the output of some rows under one adapter: ``run(name, y of the rows, x of the rows, ...)``.
         groups: adapter's name -> the indices of its rows, shape ``(n,)``, int64. Rows in no group keep ``y``.
         x: the layer's input; the rows lie along its first dimension, and so they do in ``args``.
-        *args: what else the layer takes.
-        **kw: what else the layer takes.
+        *args: the layer's other positional arguments.
+        **kw: the layer's keyword arguments.
     """
     length = x.shape[0]
     for name, rows in groups.items():
-        own = [_take(value, rows, length) for value in args]
-        changed = run(name, _take(y, rows, length), x[rows], *own, **{k: _take(v, rows, length) for k, v in kw.items()})
+        others = [_take(value, rows, length) for value in args]
+        named = {key: _take(value, rows, length) for key, value in kw.items()}
+        changed = run(name, _take(y, rows, length), x[rows], *others, **named)
         y = _put(y, rows, changed)
     return y
 

@@ -1,6 +1,6 @@
-"""A change that depends on the input: what it adds to a layer's output is computed from what the layer reads.
+"""Routes: changes of a layer's output that depend on its input.
 
-Such a change has no matrix, so it is never merged or folded; a patch carries it beside its closed form.
+A route has no matrix, so it is never merged or fused; a patch carries it beside its closed form.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from torch import Tensor
 
 
 class Route(Protocol):
-    """What a routed method lowers to."""
+    """A change of a layer's output that is computed from the layer's input."""
 
     def __call__(self, x: Tensor, training: bool) -> Tensor:
-        """What is added to the layer's output for its input ``x``, shape ``(rows, ..., in)``."""
+        """Return what is added to the layer's output for its input ``x``, shape ``(rows, ..., in)``."""
         ...
 
     def take(self, rows: Tensor, whole: torch.Size) -> Route:
-        """The same for some rows of a batch whose input has the leading shape ``whole``."""
+        """Return the route for some rows of a batch whose input has the leading shape ``whole``."""
         ...
 
     def changes(self) -> bool:
-        """Whether it can add anything but zero."""
+        """Tell whether it can add anything but zero."""
         ...
 
 
 class CacheableRoute:
-    """A route that nothing but its tensors and the input decides, so that inference may keep it."""
+    """A route that depends on its tensors and the input alone, so that inference may cache it."""
 
     def for_inference(self, dtype: torch.dtype) -> Route:
-        """The same, without dropout, in the form that is cheapest to run.
+        """Return the route without dropout, in the form that is cheapest to run.
 
         Args:
             dtype: in which small products are cheapest.

@@ -1,4 +1,4 @@
-"""The memory that a worker computes in: one block for all its weights, since fresh memory costs much.
+"""Lets a merge's worker thread compute in one block of memory for all its weights, since fresh memory costs much.
 
 0.35 -> 0.29 s of processor time for a merge of 135M: benchmarks/notes.md, Merge in memory.
 """
@@ -11,24 +11,24 @@ import torch
 from torch import Tensor
 
 
-class _Here(threading.local):
+class _OfThread(threading.local):
     keeps = False
     block: Tensor | None = None
 
 
-_HERE = _Here()
+_OF_THREAD = _OfThread()
 
 
 def keep_block() -> None:
-    """Let the thread that calls use one block again and again, until it ends."""
-    _HERE.keeps = True
+    """Let the calling thread use one block again and again, until it ends."""
+    _OF_THREAD.keeps = True
 
 
 def block_for(weight: Tensor, rows: int) -> Tensor:
-    """Float32 memory for ``rows`` rows of ``weight``, contiguous, to be used before the thread's next call."""
+    """Return contiguous float32 memory for ``rows`` rows of ``weight``, good until the thread's next call."""
     columns = weight.shape[-1]
-    if not _HERE.keeps or weight.device.type != "cpu":
+    if not _OF_THREAD.keeps or weight.device.type != "cpu":
         return weight.new_empty((rows, columns), dtype=torch.float32)
-    if _HERE.block is None or _HERE.block.numel() < rows * columns:
-        _HERE.block = torch.empty(rows * columns, dtype=torch.float32)
-    return _HERE.block[: rows * columns].view(rows, columns)
+    if _OF_THREAD.block is None or _OF_THREAD.block.numel() < rows * columns:
+        _OF_THREAD.block = torch.empty(rows * columns, dtype=torch.float32)
+    return _OF_THREAD.block[: rows * columns].view(rows, columns)

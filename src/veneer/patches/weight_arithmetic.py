@@ -1,4 +1,4 @@
-"""The arithmetic of a merge: float32 throughout, rounded once to the weight's own dtype.
+"""Merges patches into a weight: float32 throughout, rounded once to the weight's dtype.
 
 The peer's default adds a low-precision delta, and its ``safe_merge`` rounds twice; here the sum of the weight and
 every delta is formed in float32, in blocks of rows so that the working memory stays small.
@@ -17,27 +17,27 @@ from veneer.patches.scratch_memory import block_for
 
 # Rows of a weight that are worked on at a time: 512 x 4096 float32 values are 8 MB, about a core's cache.
 BLOCK = 512
-# The same as a number of values, for blocks that are written over and over: they stay in the cache.
+# The same as a number of values, for a block of memory that serves again and again: it stays in the cache.
 VALUES = 1 << 20
 
 
 @torch.no_grad()
 def merged(weight: Tensor, patches: Sequence[Patch], *, overwrite: bool = False) -> Tensor:
-    """A weight with ``patches`` merged in, in their order.
+    """Return a weight with ``patches`` merged in, in their order.
 
     Args:
         weight: canonical, shape ``(out, in)``, or a stack of such; any floating dtype.
-        patches: on the same device. They may read the weight, of which they see the rows that they change, unchanged.
-        overwrite: use its memory for the result; else it is not changed.
+        patches: on the same device. They may read the rows of the weight that they change, not yet changed.
+        overwrite: use the weight's memory for the result; else the weight is not changed.
 
     Returns:
         The merged weight, of ``weight``'s shape, dtype and memory layout.
     """
     result = weight if overwrite else torch.empty_like(weight)
-    for into, matrix, own_patches in zip(
+    for into, matrix, its_patches in zip(
         matrices(result), matrices(weight), patches_by_matrix(weight, patches), strict=True
     ):
-        _merge_into(into, matrix, own_patches)
+        _merge_into(into, matrix, its_patches)
     return result
 
 
@@ -47,7 +47,7 @@ def matrices(weight: Tensor) -> Sequence[Tensor]:
 
 
 def patches_by_matrix(weight: Tensor, patches: Sequence[Patch]) -> Iterator[Sequence[Patch]]:
-    """Give the patches for each matrix of a canonical weight."""
+    """Yield the patches for each matrix of a canonical weight."""
     if weight.ndim == 2:
         yield patches
     else:
@@ -55,7 +55,7 @@ def patches_by_matrix(weight: Tensor, patches: Sequence[Patch]) -> Iterator[Sequ
 
 
 def row_blocks(rows: int, size: int) -> Iterator[tuple[int, int]]:
-    """Give the first row and the end of each block of ``size`` rows; the last may be smaller."""
+    """Yield the first row and the end of each block of ``size`` rows; the last may be smaller."""
     for start in range(0, rows, size):
         yield start, min(start + size, rows)
 
@@ -67,27 +67,27 @@ def _merge_into(result: Tensor, weight: Tensor, patches: Sequence[Patch]) -> Non
         block = min(block, max(VALUES // max(columns, 1), 64))
     # A new float32 result is worked on where it lies; for others one block of memory serves all: fresh memory costs
     # more than the arithmetic.
-    apart = None if weight.dtype is torch.float32 and result is not weight else block_for(weight, block)
+    scratch = None if weight.dtype is torch.float32 and result is not weight else block_for(weight, block)
     for start, stop in row_blocks(rows, block):
-        own = result[start:stop] if apart is None else apart[: stop - start]
-        changed = changed_into(own, weight[start:stop], patches, start, stop)
-        if changed is not own or apart is not None:
+        into = result[start:stop] if scratch is None else scratch[: stop - start]
+        changed = changed_into(into, weight[start:stop], patches, start, stop)
+        if changed is not into or scratch is not None:
             result[start:stop] = changed
 
 
 def composed(weight: Tensor, patches: Sequence[Patch]) -> Tensor:
-    """The same weight in float32, with gradients."""
+    """Return a weight with ``patches`` merged in, in float32 and with gradients."""
     return changed_rows(weight, patches, 0, weight.shape[-2])
 
 
 def changed_rows(rows: Tensor, patches: Sequence[Patch], start: int, stop: int) -> Tensor:
-    """What ``patches`` make of ``rows``, the rows ``start:stop`` of a canonical weight: new, and in float32."""
+    """Return the rows ``start:stop`` of a canonical weight with ``patches`` merged in: new, and in float32."""
     return _changed(rows.to(torch.float32, copy=True), patches, start, stop)
 
 
-def changed_into(own: Tensor, rows: Tensor, patches: Sequence[Patch], start: int, stop: int) -> Tensor:
-    """The same in ``own``, float32, where no gradient is wanted and the patches can work in place."""
-    return _changed(own.copy_(rows), patches, start, stop)
+def changed_into(into: Tensor, rows: Tensor, patches: Sequence[Patch], start: int, stop: int) -> Tensor:
+    """Return the same in ``into``, float32, where no gradient is wanted and the patches can work in place."""
+    return _changed(into.copy_(rows), patches, start, stop)
 
 
 def _changed(rows: Tensor, patches: Sequence[Patch], start: int, stop: int) -> Tensor:
@@ -97,22 +97,22 @@ def _changed(rows: Tensor, patches: Sequence[Patch], start: int, stop: int) -> T
 
 
 # Above this rank a pass over the weight costs less than the products of the factors with themselves.
-_FEW = 128
+_LARGEST_RANK = 128
 
 
 @torch.no_grad()
 def added_square(patches: Sequence[Patch]) -> float | None:
-    """The squared norm of what ``patches`` add to a weight, from their factors alone.
+    """Return the squared norm of the change that ``patches`` add to a weight, from their factors alone.
 
         || U V ||^2 = sum (U^T U) * (V V^T)        U^T U and V V^T: (r, r), in double precision
 
     Returns:
-        ``None`` where they do more than add few products.
+        ``None`` where they do more than add products of low rank.
     """
     factors = [(patch.up, patch.down, patch.scale) for patch in patches if patch.only_adds]
     ups = [up.double() * scale for up, _, scale in factors if up is not None]
     downs = [down.double() for _, down, _ in factors if down is not None]
-    if len(ups) != len(patches) or not ups or sum(up.shape[-1] for up in ups) > _FEW:
+    if len(ups) != len(patches) or not ups or sum(up.shape[-1] for up in ups) > _LARGEST_RANK:
         return None
     up, down = torch.cat(ups, -1), torch.cat(downs, -2)
     return max(0.0, float(((up.mT @ up) * (down @ down.mT)).sum()))
@@ -120,7 +120,7 @@ def added_square(patches: Sequence[Patch]) -> float | None:
 
 @torch.no_grad()
 def merged_bias(bias: Tensor | None, patches: Sequence[Patch], dtype: torch.dtype) -> Tensor | None:
-    """The bias with ``patches`` merged in; a layer without one gets one, of ``dtype``, when a patch shifts it."""
+    """Return the bias with ``patches`` merged in; a layer without one gets one, of ``dtype``, if a patch shifts it."""
     changed = biases(bias, patches)[-1]
     if changed is None or (bias is None and not changed.count_nonzero()):
         return None
