@@ -52,7 +52,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
     },
 }
-KEPT = Path(__file__).parent / "merge_to_disk.json"
+RESULTS_FILE = Path(__file__).parent / "merge_to_disk.json"
 VENEER = "import sys, veneer; veneer.merge(sys.argv[1], sys.argv[2], out=sys.argv[3])"
 PEFT = (
     "import sys, torch, transformers, peft\n"
@@ -127,10 +127,10 @@ def run(command: list[Any], limit: int | None) -> tuple[float, float, float]:
     return seconds, time.perf_counter() - started, usage.ru_maxrss / 1024
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """Write the figures as Markdown."""
     lines = ["| base | side | memory limit | seconds | until on the disk | peak MB |", "|---|---|---|---|---|---|"]
-    for row in found:
+    for row in rows:
         limit = "" if row["limit"] is None else f"{row['limit']} MB"
         times = f"{row['seconds']:.1f} | {row['on disk']:.1f} | {row['peak']:.0f}"
         lines.append(f"| {row['model']}, {row['GB']:.1f} GB | {row['side']} | {limit} | {times} |")
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep the models here")
     parser.add_argument("--keep", action="store_true", help="write the figures beside those kept before")
     asked = parser.parse_args()
-    kept: dict[str, Any] = json.loads(KEPT.read_text()) if asked.keep and KEPT.exists() else {}
+    results: dict[str, Any] = json.loads(RESULTS_FILE.read_text()) if asked.keep and RESULTS_FILE.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
         work = asked.work or Path(temporary)
         print(f"{'model':8}{'side':8}{'seconds':>10}{'on disk':>10}{'peak MB':>10}", flush=True)
@@ -164,9 +164,9 @@ def main() -> None:
                 shutil.rmtree(out)
                 size = sum(path.stat().st_size for path in base.iterdir()) / 1e9
                 row = {"model": name, "GB": size, "side": side, "limit": limit}
-                kept[f"{name} {side} {limit}"] = {**row, "seconds": seconds, "on disk": on_disk, "peak": peak}
+                results[f"{name} {side} {limit}"] = {**row, "seconds": seconds, "on disk": on_disk, "peak": peak}
     if asked.keep:
-        KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+        RESULTS_FILE.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import materials
 import merge_to_disk
 
 HERE = Path(__file__).parent
-KEPT, TABLE, PLOT = HERE / "results.json", HERE / "RESULTS.md", HERE / "results.svg"
+RESULTS_FILE, TABLE, PLOT = HERE / "results.json", HERE / "RESULTS.md", HERE / "results.svg"
 NOTES = HERE / "notes.md"
 README, BEGIN, END = HERE.parent / "README.md", "<!-- speed: made by make bench -->\n", "<!-- end of speed -->"
 # Where in the results stands what could not be measured: "section model dtype, side" -> why.
@@ -49,7 +49,7 @@ def rows() -> list[Row]:
     """Return every line, with the targets of the project."""
     both = ("bfloat16", "float32")
     small, large = [f"135M {dtype}" for dtype in both], [f"1B {dtype}" for dtype in both]
-    found = [
+    lines = [
         Row("attach the 1st adapter", "attach 135M bfloat16", "attach 1", faster=10),
         Row("attach the 2nd", "attach 135M bfloat16", "attach 2", faster=10),
         Row("attach the 16th", "attach 135M bfloat16", "attach 16", faster=40),
@@ -62,21 +62,21 @@ def rows() -> list[Row]:
         Row("switch the active adapter", "attach 135M bfloat16", "switch", most=0.05e-3),
     ]
     for on, limit in [*((on, 1.10) for on in small), *((on, 1.05) for on in large)]:
-        found.append(Row("decode, unmerged / merged", f"forward {on}", "decode unmerged", "decode merged", most=limit))
+        lines.append(Row("decode, unmerged / merged", f"forward {on}", "decode unmerged", "decode merged", most=limit))
     # A target holds for as many tokens as it names: 512, and 64 in each of 8 rows. The large model is given fewer.
     for on, limit in [*((on, 1.05) for on in small), *((on, None) for on in large)]:
         words = "prefill, unmerged / merged" if limit is None else "prefill 512, unmerged / merged"
-        found.append(Row(words, f"forward {on}", "prefill unmerged", "prefill merged", most=limit))
+        lines.append(Row(words, f"forward {on}", "prefill unmerged", "prefill merged", most=limit))
     for on in (*small, *large):
-        found.append(Row("training step", f"train {on}", "train step", faster=1))
+        lines.append(Row("training step", f"train {on}", "train step", faster=1))
     for on in (*small, large[0]):
         for count in (2, 4, 8):
             what = f"8 rows, {count} adapters / one,"
             run = f"mixed {on}"
-            found.append(Row(f"{what} decode", run, f"mixed decode {count}", "mixed decode one", most=1.25))
+            lines.append(Row(f"{what} decode", run, f"mixed decode {count}", "mixed decode one", most=1.25))
             limit = 1.10 if on in small else None
-            found.append(Row(f"{what} prefill", run, f"mixed prefill {count}", "mixed prefill one", most=limit))
-    found.append(
+            lines.append(Row(f"{what} prefill", run, f"mixed prefill {count}", "mixed prefill one", most=limit))
+    lines.append(
         Row(
             "64 rows, 64 adapters / one, decode",
             "mixed64 135M bfloat16",
@@ -86,14 +86,14 @@ def rows() -> list[Row]:
         )
     )
     for on, times in [*((on, 8) for on in small), *((on, 12) for on in large)]:
-        found.append(Row("merge in memory", f"merge {on}", "merge", faster=times))
-        found.append(Row("unmerge", f"merge {on}", "unmerge"))
-        found.append(Row("merge and unload", f"merge {on}", "merge and unload", faster=times))
+        lines.append(Row("merge in memory", f"merge {on}", "merge", faster=times))
+        lines.append(Row("unmerge", f"merge {on}", "unmerge"))
+        lines.append(Row("merge and unload", f"merge {on}", "merge and unload", faster=times))
     for on in (*small, *large):
-        found.append(Row("load merged / load the base", f"load {on}", "load merged", "load base"))
-        found.append(Row("load merged, peak memory (MB)", f"load {on}", "peak of load merged, MB"))
-        found.append(Row("in use, peak memory (MB)", f"memory {on}", "peak in use, MB"))
-    found += [
+        lines.append(Row("load merged / load the base", f"load {on}", "load merged", "load base"))
+        lines.append(Row("load merged, peak memory (MB)", f"load {on}", "peak of load merged, MB"))
+        lines.append(Row("in use, peak memory (MB)", f"memory {on}", "peak in use, MB"))
+    lines += [
         Row("save an adapter", "save 135M bfloat16", "save", faster=1),
         Row("import, after torch and transformers", "process 135M bfloat16", "import after torch"),
         Row("import alone", "process 135M bfloat16", "import", most=0.05),
@@ -101,13 +101,13 @@ def rows() -> list[Row]:
     ]
     for name in materials.METHODS:
         for how in ("decode", "prefill"):
-            found.append(Row(f"{name} / base, {how}", f"methods:{name} 135M bfloat16", how))
-    return found
+            lines.append(Row(f"{name} / base, {how}", f"methods:{name} 135M bfloat16", how))
+    return lines
 
 
-def value(row: Row, kept: Results, side: str) -> float | None:
+def value(row: Row, results: Results, side: str) -> float | None:
     """Return a row's figure for one side: the median over the rounds; ``None`` where it was not measured."""
-    runs = kept.get(row.run, {}).get(side, [])
+    runs = results.get(row.run, {}).get(side, [])
     values = [run[row.figure] / (run[row.over] if row.over else 1) for run in runs if row.figure in run]
     return statistics.median(values) if values else None
 
@@ -138,10 +138,10 @@ def shown(row: Row, number: float | None) -> str:
     return f"{number:.0f}" if row.figure.endswith("MB") else _seconds(number)
 
 
-def table(kept: Results) -> str:
+def table(results: Results) -> str:
     lines = ["| what | on | peft | Veneer | peft / Veneer | target | |", "|---|---|---|---|---|---|---|"]
     for row in rows():
-        ours, theirs = value(row, kept, "veneer"), value(row, kept, "peft")
+        ours, theirs = value(row, results, "veneer"), value(row, results, "peft")
         if ours is None:
             continue
         on = row.run.partition(" ")[2]
@@ -164,12 +164,12 @@ def show(key: str, runs: Results) -> None:
 
 
 def read() -> Results:
-    found: Results = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    return found
+    results: Results = json.loads(RESULTS_FILE.read_text()) if RESULTS_FILE.exists() else {}
+    return results
 
 
-def keep(kept: Results) -> None:
-    KEPT.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
+def keep(results: Results) -> None:
+    RESULTS_FILE.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
 
 
 def machine() -> str:
@@ -183,35 +183,35 @@ def _processor() -> str:
     return named[0] if named else platform.machine()
 
 
-def write(kept: Results) -> None:
+def write(results: Results) -> None:
     """Write the table with the notes on it, the plot, and the README's figures."""
     text = NOTES.read_text() if NOTES.exists() else ""
     TABLE.write_text(
         "# Veneer beside peft\n\nMade by `make bench`; do not edit. " + machine() + "\n\n"
         "![Veneer beside peft](results.svg)\n\n"
-        + table(kept)
+        + table(results)
         + "\n\n"
-        + "\n".join(remarks(kept))
+        + "\n".join(remarks(results))
         + "\n\n"
         + merges()
         + text
     )
-    plot(kept)
-    README.write_text(with_speed(README.read_text(), kept))
+    plot(results)
+    README.write_text(with_speed(README.read_text(), results))
 
 
-def remarks(kept: Results) -> list[str]:
+def remarks(results: Results) -> list[str]:
     """Write how often everything was measured, and what was not measured."""
-    counts = sorted({len(runs) for key, sides in kept.items() if key != FAILED for runs in sides.values() if runs})
+    counts = sorted({len(runs) for key, sides in results.items() if key != FAILED for runs in sides.values() if runs})
     rounds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else "".join(map(str, counts))
-    missing = sorted({row.run for row in rows() if value(row, kept, "veneer") is None})
-    found = [
+    missing = sorted({row.run for row in rows() if value(row, results, "veneer") is None})
+    texts = [
         f"Each figure is the median of {rounds} processes a side, which took turns; sides that differ by at most "
         f"{NOISE:.0%} are called equal."
     ]
     if missing:
-        found.append(f"Not measured: {'; '.join(missing)}.")
-    return found + [f"Failed: {what}: {why}." for what, why in sorted(kept.get(FAILED, {}).items())]
+        texts.append(f"Not measured: {'; '.join(missing)}.")
+    return texts + [f"Failed: {what}: {why}." for what, why in sorted(results.get(FAILED, {}).items())]
 
 
 # The README's lines: in words, and where they stand above.
@@ -230,12 +230,12 @@ HEADLINES = (
 )
 
 
-def speed(kept: Results) -> str:
+def speed(results: Results) -> str:
     """Write the README's table."""
     lines = ["| SmolLM2-135M, bfloat16, LoRA r=16 | peft | Veneer | |", "|---|---|---|---|"]
     for what, run, figure, over in HEADLINES:
         row = Row(what, run, figure, over)
-        ours, theirs = value(row, kept, "veneer"), value(row, kept, "peft")
+        ours, theirs = value(row, results, "veneer"), value(row, results, "peft")
         if ours is None:
             continue
         ratio = "" if theirs is None or over else f"{theirs / ours:.1f}x"
@@ -243,22 +243,22 @@ def speed(kept: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_speed(text: str, kept: Results) -> str:
+def with_speed(text: str, results: Results) -> str:
     """Replace the table between a README's marks."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return before + BEGIN + speed(kept) + END + after
+    return before + BEGIN + speed(results) + END + after
 
 
 def merges() -> str:
     """Write the section on merging from disk to disk; empty where that was not measured."""
-    if not merge_to_disk.KEPT.exists():
+    if not merge_to_disk.RESULTS_FILE.exists():
         return ""
-    found = merge_to_disk.table(list(json.loads(merge_to_disk.KEPT.read_text()).values()))
-    return f"## Merging from disk to disk, whole processes\n\nMade by `merge_to_disk.py`.\n\n{found}\n\n"
+    table = merge_to_disk.table(list(json.loads(merge_to_disk.RESULTS_FILE.read_text()).values()))
+    return f"## Merging from disk to disk, whole processes\n\nMade by `merge_to_disk.py`.\n\n{table}\n\n"
 
 
-def plot(kept: Results) -> None:
+def plot(results: Results) -> None:
     """Plot the ratios of the times on a logarithmic scale, and the overheads."""
     import matplotlib
 
@@ -269,14 +269,14 @@ def plot(kept: Results) -> None:
     speeds = [r for r in rows() if not r.over and not r.figure.endswith("MB") and "methods" not in r.run]
     ratios = [r for r in rows() if r.over and ("forward" in r.run or "mixed" in r.run)]
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 7))
-    _bars(left, [(r, (value(r, kept, "peft") or 0) / (value(r, kept, "veneer") or 1)) for r in speeds])
+    _bars(left, [(r, (value(r, results, "peft") or 0) / (value(r, results, "veneer") or 1)) for r in speeds])
     left.set_xscale("log")
     left.axvline(1, color="black", linewidth=0.8)
     left.set_title("times faster than peft")
     for side, colour, offset in (("peft", "#c0c0c0", 0.2), ("veneer", "#2a7f9e", -0.2)):
-        found = [(r, value(r, kept, side) or 0) for r in ratios if value(r, kept, "veneer")]
-        right.barh([i + offset for i in range(len(found))], [v for _, v in found], 0.4, color=colour, label=side)
-        right.set_yticks(range(len(found)), [_label(r) for r, _ in found], fontsize=7)
+        bars = [(r, value(r, results, side) or 0) for r in ratios if value(r, results, "veneer")]
+        right.barh([i + offset for i in range(len(bars))], [v for _, v in bars], 0.4, color=colour, label=side)
+        right.set_yticks(range(len(bars)), [_label(r) for r, _ in bars], fontsize=7)
     right.axvline(1, color="black", linewidth=0.8)
     right.invert_yaxis()
     right.set_title("cost, relative (1 is no overhead)")
@@ -286,11 +286,11 @@ def plot(kept: Results) -> None:
     plt.close(figure)
 
 
-def _bars(axes: Any, found: list[tuple[Row, float]]) -> None:
-    found = [(row, number) for row, number in found if number > 0]
-    axes.barh(range(len(found)), [number for _, number in found], color="#2a7f9e")
-    axes.set_yticks(range(len(found)), [_label(row) for row, _ in found], fontsize=7)
-    for index, (_, number) in enumerate(found):
+def _bars(axes: Any, bars: list[tuple[Row, float]]) -> None:
+    bars = [(row, number) for row, number in bars if number > 0]
+    axes.barh(range(len(bars)), [number for _, number in bars], color="#2a7f9e")
+    axes.set_yticks(range(len(bars)), [_label(row) for row, _ in bars], fontsize=7)
+    for index, (_, number) in enumerate(bars):
         axes.text(number, index, f" {number:.1f}", va="center", fontsize=7)
     axes.invert_yaxis()
 

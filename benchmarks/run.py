@@ -95,8 +95,8 @@ class Job:
         if process.returncode:
             said = [line for line in errors.splitlines() if line.strip()]
             raise RuntimeError(said[-1] if said else f"exit code {process.returncode}")
-        found: dict[str, float] = json.loads(out.splitlines()[-1])
-        return found
+        figures: dict[str, float] = json.loads(out.splitlines()[-1])
+        return figures
 
 
 @dataclass
@@ -104,13 +104,13 @@ class Run:
     """One run through the jobs, in rounds, until the time is over.
 
     Attributes:
-        kept: what is measured, as in the file.
+        results: what is measured, as in the file.
         until: when it has to be over, on the clock of ``time.monotonic``.
         is_saved: whether it is written to the file.
         took: job and side -> how long it took the last time.
     """
 
-    kept: report.Results
+    results: report.Results
     until: float
     is_saved: bool
     took: dict[tuple[Job, str], float] = field(default_factory=dict)
@@ -119,11 +119,11 @@ class Run:
         """Measure each job once on each side, but those that have as many rounds already or failed."""
         for job in jobs:
             for side in SIDES if number % 2 else reversed(SIDES):
-                done = len(self.kept.get(job.key, {}).get(side, []))
+                done = len(self.results.get(job.key, {}).get(side, []))
                 if done < number and (job.key, side) not in self._failed():
                     self._measure(job, side)
-            if job.key in self.kept:
-                report.show(job.key, self.kept[job.key])
+            if job.key in self.results:
+                report.show(job.key, self.results[job.key])
 
     def _measure(self, job: Job, side: str) -> None:
         left = self.until - time.monotonic()
@@ -133,26 +133,26 @@ class Run:
         started = time.monotonic()
         try:
             job.prepare()
-            runs = self.kept.setdefault(job.key, {}).setdefault(side, [])
+            runs = self.results.setdefault(job.key, {}).setdefault(side, [])
             limit = LIMIT_OF_A_METHOD if job.method else LIMIT
             runs.append(job.run(side, min(limit, max(left, 1))))
         except Exception as error:  # whatever a section or a library does: the others are measured all the same
-            self.kept.setdefault(report.FAILED, {})[f"{job.key}, {side}"] = f"{error}"[:200]
+            self.results.setdefault(report.FAILED, {})[f"{job.key}, {side}"] = f"{error}"[:200]
             print(f"{job.key}, {side}: FAILED: {error}")
         self.took[job, side] = time.monotonic() - started
         print(f"{time.monotonic() - started:6.0f} s  {job.key}, {side}; {max(left, 0) / 60:.0f} min left", flush=True)
         if self.is_saved:
-            report.keep(self.kept)
+            report.keep(self.results)
 
     def _failed(self) -> set[tuple[str, str]]:
-        return {(key.rpartition(", ")[0], key.rpartition(", ")[2]) for key in self.kept.get(report.FAILED, {})}
+        return {(key.rpartition(", ")[0], key.rpartition(", ")[2]) for key in self.results.get(report.FAILED, {})}
 
 
-def forget(kept: report.Results, jobs: Iterable[Job]) -> None:
+def forget(results: report.Results, jobs: Iterable[Job]) -> None:
     """Drop earlier figures of ``jobs``."""
-    failed = kept.get(report.FAILED, {})
+    failed = results.get(report.FAILED, {})
     for job in jobs:
-        kept.pop(job.key, None)
+        results.pop(job.key, None)
         for side in SIDES:
             failed.pop(f"{job.key}, {side}", None)
 
@@ -160,7 +160,7 @@ def forget(kept: report.Results, jobs: Iterable[Job]) -> None:
 def named(sections: Iterable[str]) -> list[str]:
     """Return the sections to run; the section of the methods becomes one for each method."""
     each = [f"{METHODS}:{name}" for name in materials.METHODS]
-    return [own for section in sections for own in (each if section == METHODS else [section])]
+    return [name for section in sections for name in (each if section == METHODS else [section])]
 
 
 def merge_to_disk(quick: bool) -> None:
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a look: one round, the small model, nothing kept")
     parser.add_argument("--report", action="store_true", help="write the report from what was measured before")
     asked = parser.parse_args()
-    kept: Any = report.read()
+    results: Any = report.read()
     if not asked.report:
         models = [asked.model] if asked.model else MODELS[: 1 if asked.quick else 2]
         dtypes = [asked.dtype] if asked.dtype else DTYPES[: 1 if asked.quick else 2]
@@ -194,17 +194,17 @@ def main() -> None:
         # The methods last, since they are many.
         jobs = sorted((job for job in every if job.is_meant), key=lambda job: bool(job.method))
         if asked.resume:
-            kept.pop(report.FAILED, None)  # to be tried again
+            results.pop(report.FAILED, None)  # to be tried again
         else:
-            forget(kept, jobs)
-        run = Run(kept, time.monotonic() + 60 * asked.minutes, not asked.quick)
+            forget(results, jobs)
+        run = Run(results, time.monotonic() + 60 * asked.minutes, not asked.quick)
         for number in range(1, 1 + (1 if asked.quick else asked.rounds)):
             # Their figures are ratios of one process each, and there are many: one round says enough.
             run.round([job for job in jobs if number == 1 or not job.method], number)
         if not asked.sections:
             merge_to_disk(asked.quick)
     if not asked.quick:
-        report.write(kept)
+        report.write(results)
 
 
 if __name__ == "__main__":

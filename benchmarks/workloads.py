@@ -44,7 +44,7 @@ def in_turns(actions: Mapping[str, Action], times: int) -> Figures:
             seconds = timed(action)[0]
             if turn:
                 taken[name].append(seconds)
-    return {name: statistics.median(found) for name, found in taken.items()}
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
 def named(prefix: str, figures: Figures, divisor: int = 1) -> Figures:
@@ -176,11 +176,11 @@ def attach(bench: Bench) -> Figures:
         times.append(timed(model.load_adapter, folder, adapter_name=f"a{index}")[0])
         if sum(times) > LONG:
             break
-    found = {"attach 1": first, "attach 2": times[1], "attach, MB": (own_memory() - before) / (len(times) - 1)}
+    figures = {"attach 1": first, "attach 2": times[1], "attach, MB": (own_memory() - before) / (len(times) - 1)}
     # With its two neighbours: now and then one of them meets Python's collection of garbage.
-    found.update({f"attach {i}": statistics.median(times[i - 3 : i]) for i in (16, 100, 1000) if i <= len(times)})
+    figures.update({f"attach {i}": statistics.median(times[i - 3 : i]) for i in (16, 100, 1000) if i <= len(times)})
     switches = [timed(model.set_adapter, name)[0] for name in ["a2", "default"] * 20]
-    return {**found, "switch": statistics.median(switches)}
+    return {**figures, "switch": statistics.median(switches)}
 
 
 def forward(bench: Bench) -> Figures:
@@ -268,8 +268,8 @@ def load(bench: Bench) -> Figures:
         "peft": lambda: bench.library.PeftModel.from_pretrained(bench.base(), folder).merge_and_unload(),
         "veneer": lambda: bench.library.load(folder, **options),
     }
-    found = in_turns({"load base": bench.base, "load merged": ways[bench.side]}, 1 if bench.large else 3)
-    return {**found, "peak of load merged, MB": peak()}
+    figures = in_turns({"load base": bench.base, "load merged": ways[bench.side]}, 1 if bench.large else 3)
+    return {**figures, "peak of load merged, MB": peak()}
 
 
 def save(bench: Bench) -> Figures:
@@ -314,13 +314,15 @@ def process(bench: Bench) -> Figures:
         "import time, torch, transformers; transformers.AutoModelForCausalLM; start = time.perf_counter(); "
         f"import {bench.side}; {bench.side}.PeftModel; print(time.perf_counter() - start)"
     )
-    found = {"import after torch": min(float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3))}
-    found["import"] = whole("-c", f"import {bench.side}") - whole("-c", "pass")
+    figures = {
+        "import after torch": min(float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3))
+    }
+    figures["import"] = whole("-c", f"import {bench.side}") - whole("-c", "pass")
     if bench.side == "veneer":
         without = "import sys, veneer; veneer.inspect(sys.argv[1]); assert 'torch' not in sys.modules"
         whole("-c", without, str(materials.adapter("135M")))
-        found["inspect"] = whole("-m", "veneer", "inspect", str(materials.adapter("135M")), "--json")
-    return found
+        figures["inspect"] = whole("-m", "veneer", "inspect", str(materials.adapter("135M")), "--json")
+    return figures
 
 
 SECTIONS: Mapping[str, Callable[..., Figures]] = {

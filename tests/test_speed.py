@@ -1,4 +1,4 @@
-"""The README's figures are those of the results that are kept."""
+"""The README's figures are those of the results that are results."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def test_the_readme_says_what_was_measured(report: ModuleType) -> None:
 
 
 def test_the_table_holds_only_what_was_measured(report: ModuleType) -> None:
-    kept = {"attach 135M bfloat16": {"veneer": [{"attach 1": 0.01}, {"attach 1": 0.03}, {"attach 1": 0.02}]}}
-    assert report.speed(kept).splitlines()[2:] == ["| Attach the first adapter |  | 20.0 ms |  |"]
-    assert "median of 3 processes" in report.remarks(kept)[0]
+    results = {"attach 135M bfloat16": {"veneer": [{"attach 1": 0.01}, {"attach 1": 0.03}, {"attach 1": 0.02}]}}
+    assert report.speed(results).splitlines()[2:] == ["| Attach the first adapter |  | 20.0 ms |  |"]
+    assert "median of 3 processes" in report.remarks(results)[0]
 
 
 def test_a_failure_is_told(report: ModuleType) -> None:
-    kept = {"failed": {"train 1B float32, peft": "not done after 240 s"}}
-    assert report.remarks(kept)[-1] == "Failed: train 1B float32, peft: not done after 240 s."
+    results = {"failed": {"train 1B float32, peft": "not done after 240 s"}}
+    assert report.remarks(results)[-1] == "Failed: train 1B float32, peft: not done after 240 s."

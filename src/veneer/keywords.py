@@ -92,14 +92,14 @@ def subset(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: options[name] for name in names if name in options}
 
 
-def check_passed_on(call: Callable[..., Any], given: Iterable[str], to: Callable[..., Any]) -> None:
-    """Check the keywords that ``call`` was given and passes on to another call.
+def check_passed_on(call: Callable[..., Any], names: Iterable[str], to: Callable[..., Any]) -> None:
+    """Check the names of keywords that ``call`` passes on to another call.
 
     Raises:
         UnknownKeywordError: ``to`` does not take one of them.
     """
     if not _is_open(to):
-        refused = set(given).difference(keywords(to))
+        refused = set(names).difference(keywords(to))
         if refused:
             raise unknown_keywords(f"{call.__qualname__}()", refused, keywords(to))
 

@@ -51,8 +51,8 @@ def build(names: list[str]) -> typer.Typer:
     return app
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(show: bool) -> None:
+    if show:
         print(f"veneer {__version__}")
         raise typer.Exit
 

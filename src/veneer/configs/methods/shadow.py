@@ -65,9 +65,9 @@ class ShadowConfig(TargetedConfig, peft_type=PeftType.SHADOW):
                 raise ConfigError(f"{name}={value} is too small.", hint="It is at least 1.")
         if not 0 <= self.shadow_dropout < 1:
             raise ConfigError(f"shadow_dropout={self.shadow_dropout} is no probability below 1.", hint="Use 0.2.")
-        given = [name for name in _SIZES if getattr(self, name) is not None]
-        if self.shadow_model != MIRROR and given:
+        sizes = [name for name in _SIZES if getattr(self, name) is not None]
+        if self.shadow_model != MIRROR and sizes:
             raise ConfigError(
-                f"shadow_model={self.shadow_model!r} has sizes of its own, and the config gives {given[0]}.",
-                hint=f"Leave out {', '.join(given)}.",
+                f"shadow_model={self.shadow_model!r} has sizes of its own, and the config gives {sizes[0]}.",
+                hint=f"Leave out {', '.join(sizes)}.",
             )
