@@ -16,7 +16,7 @@ from veneer.base_model.catalog import Catalog
 from veneer.base_model.targets import ALL_LINEAR, names_match
 from veneer.checkpoints.resized_vocabulary import vocabulary_of
 from veneer.configs.base import AnyConfig
-from veneer.errors import ConfigError, SourceError
+from veneer.errors import SourceError, UsageError
 from veneer.files.lookup_options import OFFLINE
 from veneer.files.names import MODEL_CONFIG
 from veneer.files.resolve import resolve
@@ -39,10 +39,10 @@ def ends_to_save(adapters: Adapters, adapter: Adapter, wanted: SaveEnds) -> dict
         wanted: whether they are saved; ``"auto"`` where the vocabulary is not the base's, or the adapter is on one.
 
     Raises:
-        ConfigError: ``wanted`` is none of these.
+        UsageError: ``wanted`` is none of these.
     """
     if wanted not in (True, False, "auto"):
-        raise ConfigError(f"save_embedding_layers={wanted!r} is none of the choices.", hint='True, False or "auto".')
+        raise UsageError(f"save_embedding_layers={wanted!r} is none of the choices.", hint='True, False or "auto".')
     catalog, grown = adapters.catalog, vocabulary_differs(adapters, adapter)
     ends = [
         name

@@ -11,7 +11,7 @@ from veneer.base_model.transformers_internals import classes_for
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.checkpoints.closeness import Closeness
 from veneer.configs.names import HEADS, TaskType
-from veneer.errors import BaseModelError, ConfigError, VeneerError
+from veneer.errors import BaseModelError, UsageError, VeneerError
 from veneer.files.names import MODEL_CONFIG
 from veneer.files.source import Source
 from veneer.files.tensor_keys import PREFIX, SHARED_PREFIX
@@ -50,7 +50,7 @@ def class_for(
         trust_remote_code: run code that comes with the base.
 
     Raises:
-        ConfigError: the task is unknown. BaseModelError: the base names no class, or has none for ``task``.
+        UsageError: the task is unknown. BaseModelError: the base names no class, or has none for ``task``.
     """
     if task is not None:
         kind = _class_of(config, task, source.origin)
@@ -105,7 +105,7 @@ def _class_of(config: dict[str, Any], task: str | None, origin: str) -> Any:
     import transformers
 
     if task is not None and task not in TASK_CLASSES:
-        raise ConfigError(f"Unknown task {task!r}.", hint=f"Known: {', '.join(TASK_CLASSES)}.")
+        raise UsageError(f"Unknown task {task!r}.", hint=f"Known: {', '.join(TASK_CLASSES)}.")
     named, model_type = config.get("architectures") or [], config.get("model_type", "")
     if not isinstance(named, list) or not all(isinstance(n, str) for n in named) or not isinstance(model_type, str):
         raise BaseModelError(
@@ -155,7 +155,7 @@ def dtype_of(dtype: Any) -> Any:
         return dtype
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError(f"Unknown dtype {dtype!r}.", hint="Known: auto, float32, bfloat16, float16.")
+        raise UsageError(f"Unknown dtype {dtype!r}.", hint="Known: auto, float32, bfloat16, float16.")
     return found
 
 

@@ -23,7 +23,7 @@ from veneer.checkpoints.checkpoint import write_checkpoint
 from veneer.checkpoints.model_class import dtype_of
 from veneer.configs.methods.lora import LoraConfig
 from veneer.configs.names import TaskType
-from veneer.errors import BaseModelError, ConfigError, MergeError, OutputError
+from veneer.errors import BaseModelError, MergeError, OutputError, UsageError
 from veneer.files.base_digest import BASE_DIGEST_KEY, base_digest
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_CONFIG, MODEL_CONFIG
@@ -174,9 +174,9 @@ def extract(
 
 def _check(rank: int, energy: float | None) -> None:
     if rank < 1:
-        raise ConfigError(f"rank={rank} is no rank.", hint="Give a whole number of at least 1.")
+        raise UsageError(f"rank={rank} is no rank.", hint="Give a whole number of at least 1.")
     if energy is not None and not 0.0 < energy <= 1.0:
-        raise ConfigError(f"energy={energy} is no share.", hint="Give one above 0 and up to 1, such as 0.95.")
+        raise UsageError(f"energy={energy} is no share.", hint="Give one above 0 and up to 1, such as 0.95.")
 
 
 def _open(source: Source) -> WeightFiles:

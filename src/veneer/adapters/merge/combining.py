@@ -27,7 +27,7 @@ from torch import Tensor
 from veneer.adapters.collection import Adapters
 from veneer.adapters.merge.in_memory import check_mergeable
 from veneer.configs.methods.lora import LoraConfig
-from veneer.errors import AdapterError, ConfigError, UnsupportedError
+from veneer.errors import AdapterError, UnsupportedError, UsageError
 from veneer.files.tensor_keys import encode
 from veneer.layers.adapter_shares import LayerAdapters
 from veneer.layers.weight_change import change_of
@@ -64,17 +64,17 @@ class Combination:
     def __post_init__(self) -> None:
         kinds = (*ON_FACTORS, *ON_CHANGES, *(f"{kind}_svd" for kind in ON_CHANGES))
         if self.kind not in kinds:
-            raise ConfigError(f"Unknown combination_type {self.kind!r}.", hint=f"Known: {', '.join(kinds)}.")
+            raise UsageError(f"Unknown combination_type {self.kind!r}.", hint=f"Known: {', '.join(kinds)}.")
         if not self.names or len(self.names) != len(self.weights):
-            raise ConfigError(
+            raise UsageError(
                 f"{len(self.names)} adapters and {len(self.weights)} weights.", hint="Give one weight for each adapter."
             )
         if self.rank is not None and self.rank < 1:
-            raise ConfigError(f"svd_rank={self.rank!r} is no rank.", hint="A rank is a whole number of at least 1.")
+            raise UsageError(f"svd_rank={self.rank!r} is no rank.", hint="A rank is a whole number of at least 1.")
         if self.sign not in ("total", "frequency"):
-            raise ConfigError(f"Unknown majority_sign_method {self.sign!r}.", hint="Known: total, frequency.")
+            raise UsageError(f"Unknown majority_sign_method {self.sign!r}.", hint="Known: total, frequency.")
         if self.kind not in ON_FACTORS and not 0 < (self.density or 0) <= 1:
-            raise ConfigError(
+            raise UsageError(
                 f"{self.kind} needs density, the share of values that it leaves; it is {self.density!r}.",
                 hint="Give a number over 0 and up to 1, such as 0.5.",
             )

@@ -9,7 +9,7 @@ import torch
 
 from veneer.checkpoints.model_class import dtype_of
 from veneer.checkpoints.torch_dtypes import DTYPES
-from veneer.errors import ConfigError
+from veneer.errors import UsageError
 from veneer.merging.base.weight_files import FLOATS, NAMES
 from veneer.merging.work.file_layout import size_in_bytes
 from veneer.merging.work.rounding import NEAREST
@@ -54,5 +54,5 @@ def merge_options(dtype: Any, max_shard_size: str | int | None, **others: Any) -
     elif NAMES.get(output_dtype) in FLOATS:
         name = str(output_dtype).removeprefix("torch.")
     else:
-        raise ConfigError(f"dtype={dtype!r} is none of a model's weights.", hint=f"Known: auto, {', '.join(_DTYPES)}.")
+        raise UsageError(f"dtype={dtype!r} is none of a model's weights.", hint=f"Known: auto, {', '.join(_DTYPES)}.")
     return MergeOptions(name, None if max_shard_size is None else size_in_bytes(max_shard_size), **others)

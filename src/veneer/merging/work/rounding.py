@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.errors import ConfigError
+from veneer.errors import UsageError
 
 NEAREST = "nearest"
 STOCHASTIC = "stochastic"
@@ -30,7 +30,7 @@ class Rounding:
 
     def __post_init__(self) -> None:
         if self.kind not in (NEAREST, STOCHASTIC):
-            raise ConfigError(f"rounding={self.kind!r} is unknown.", hint=f"Known: {NEAREST}, {STOCHASTIC}.")
+            raise UsageError(f"rounding={self.kind!r} is unknown.", hint=f"Known: {NEAREST}, {STOCHASTIC}.")
 
     def of(self, name: str) -> Rounder:
         """Return the rounder of one tensor, from its first value to its last."""
