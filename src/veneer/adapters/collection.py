@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -28,11 +28,12 @@ from veneer.patches.underway import Concerned
 
 
 class ModelHook(Protocol):
-    """Something that watches a base model's forward passes while adapters are there that need it."""
+    """Watches a base model's forward passes while adapters are there that need it."""
 
-    @property
-    def acts_by_place(self) -> bool:
-        """Whether an adapter acts by the place that an entry has in its row, whichever adapters a call names."""
+    by_place: ClassVar[bool]
+
+    def is_for(self, adapter: Adapter) -> bool:
+        """Tell whether an adapter needs it."""
         ...
 
     def refresh(self, adapters: Adapters) -> None:
@@ -54,6 +55,8 @@ class Adapters(LayerPlacement):
         self.by_name: dict[str, Adapter] = {}
         # Whether one of them is, or was, to be trained.
         self.trains = False
+        # Whether one of them acts by the place that an entry has in its row.
+        self.asks_for_places = False
         # What the last merge into quantised weights lost.
         self.quantized_merge: QuantizedMerge | None = None
         self.prompts = Prompts(self.switch)
@@ -134,6 +137,7 @@ class Adapters(LayerPlacement):
                 )
 
     def _refresh_hooks(self) -> None:
+        self.asks_for_places = any(map(self.acts_by_place, self.by_name.values()))
         for hook in self.hooks:
             hook.refresh(self)
 
@@ -162,10 +166,9 @@ class Adapters(LayerPlacement):
 
     # -- selecting -----------------------------------------------------------------------------------------
 
-    @property
-    def asks_for_places(self) -> bool:
-        """Whether an adapter acts by the place that an entry has in its row, whichever adapters a call names."""
-        return any(hook.acts_by_place for hook in self.hooks)
+    def acts_by_place(self, adapter: Adapter) -> bool:
+        """Tell whether an adapter acts by the place that an entry has in its row, whichever adapters a call names."""
+        return any(hook.by_place and hook.is_for(adapter) for hook in self.hooks)
 
     @property
     def active(self) -> list[str]:

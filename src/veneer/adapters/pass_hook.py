@@ -34,11 +34,6 @@ class PassHook(ABC):
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
 
-    @property
-    def acts_by_place(self) -> bool:
-        """Whether there is an adapter that acts by the place that an entry has in its row."""
-        return self.by_place and bool(self._handles)
-
     @abstractmethod
     def is_for(self, adapter: Adapter) -> bool:
         """Tell whether an adapter needs it."""

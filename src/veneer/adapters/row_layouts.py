@@ -90,9 +90,8 @@ class RowCheck:
 
     def _is_by_place(self, name: str, tasks: bool) -> bool:
         """Whether an adapter asks of each entry which row or token it is, also where all rows use it."""
-        config: Any = self.adapters.by_name[name].config
-        invoked = bool(getattr(config, "alora_invocation_tokens", None))
-        return invoked or config.peft_type == PeftType.XLORA or (tasks and config.peft_type == PeftType.POLY)
+        adapter = self.adapters.by_name[name]
+        return self.adapters.acts_by_place(adapter) or (tasks and adapter.config.peft_type == PeftType.POLY)
 
     def _sees_images(self, asked: Asked, call: CallTensors, rows: int | None) -> bool:
         """Whether a layer of the call sees images, after learning what the call can tell of its layers."""
