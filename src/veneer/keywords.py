@@ -78,10 +78,19 @@ def takes(
 
 
 def strict(kind: C) -> C:
-    """Let every public method of a class accept its own keywords only; those with ``**options`` use :func:`takes`."""
-    for name, value in list(vars(kind).items()):
+    """Let every public method of a class accept its own keywords only; those with ``**options`` use :func:`takes`.
+
+    A method that it has from another class of Veneer's goes by the name of this class in errors.
+    """
+    bases = [base for base in reversed(kind.__mro__) if base.__module__.startswith("veneer.")]
+    members = {name: (base, value) for base in bases for name, value in vars(base).items() if not name.startswith("_")}
+    for name, (base, value) in members.items():
         call = value.__func__ if isinstance(value, classmethod) else value
-        if inspect.isfunction(call) and not name.startswith("_") and not _is_open(call):
+        if not inspect.isfunction(call):
+            continue
+        if base is not kind:
+            call.__qualname__ = inspect.unwrap(call).__qualname__ = f"{kind.__name__}.{name}"
+        if not _is_open(call):
             checked = takes()(call)
             setattr(kind, name, classmethod(checked) if isinstance(value, classmethod) else checked)
     return kind

@@ -17,7 +17,6 @@ from veneer.adapters.xlora_pass import XLoraPass
 from veneer.configs.base import PeftConfig
 from veneer.configs.names import PeftType
 from veneer.errors import AdapterError
-from veneer.keywords import strict
 from veneer.layers.quantized_merge import QuantizedMerge
 from veneer.peft_model.base_checks import check_base, digest_of
 from veneer.peft_model.delegation import fitted_class
@@ -26,7 +25,6 @@ from veneer.peft_model.trainer_state import adapter_state
 from veneer.peft_model.tuner import Tuner
 
 
-@strict
 class AdaptedModel(nn.Module):
     """Holds the base model, the set of adapters on it, and the log of what was loaded.
 

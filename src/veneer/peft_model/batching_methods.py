@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 from veneer.adapters.call import Call
 from veneer.base_model.transformers_internals import wrap_generation_loop
 from veneer.errors import AdapterError
-from veneer.keywords import keywords, strict, unknown_keywords
+from veneer.keywords import keywords, unknown_keywords
 from veneer.patches.active_selection import ActiveSelection
 
 if TYPE_CHECKING:
     from veneer.adapters.collection import Adapters
 
 
-@strict
 class BatchingMethods:
     """Holds the methods of a ``PeftModel`` for continuous batching.
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,19 +16,15 @@ from veneer.adapters.call import call
 from veneer.adapters.known_layouts import Asked
 from veneer.adapters.merge import in_memory
 from veneer.adapters.row_layouts import RowCheck
-from veneer.adapters.saved_embeddings import SaveEnds
 from veneer.adapters.training_step import allocate, with_penalty
 from veneer.configs.base import PeftConfig
 from veneer.configs.names import TaskType
 from veneer.errors import AdapterError, UnsupportedError
 from veneer.files import adapter_folders
-from veneer.files.atomic_write import writing
 from veneer.files.lookup_options import LookupOptions
-from veneer.files.paths import is_file
 from veneer.files.resolve import resolve
-from veneer.keywords import IGNORED, READING, SOURCE, TOKEN, check_passed_on, keywords, strict, subset, takes
+from veneer.keywords import IGNORED, READING, SOURCE, TOKEN, strict, subset, takes
 from veneer.patches.selection import Selection
-from veneer.peft_model.adapted_model import AdaptedModel
 from veneer.peft_model.attach_adapter import (
     AttachOptions,
     attach_adapter,
@@ -42,9 +36,8 @@ from veneer.peft_model.attach_adapter import (
 from veneer.peft_model.base_checks import check_base, note_changed
 from veneer.peft_model.batching_methods import BatchingMethods
 from veneer.peft_model.load_report import AdapterReport, LoadReport
-from veneer.peft_model.model_card import write_card
 from veneer.peft_model.open_adapter import open_adapter, open_adapters
-from veneer.peft_model.save_adapters import check_keywords, save_adapters, tensors_to_save, upload
+from veneer.peft_model.save_adapters import SavingMethods
 from veneer.peft_model.xlora_methods import XLoraMethods
 
 # One name for each row of a batch, or (name, tokens) for each part of a packed sequence.
@@ -55,7 +48,7 @@ _BY_TASK: dict[TaskType, type[PeftModel]] = {}
 
 
 @strict
-class PeftModel(XLoraMethods, BatchingMethods, AdaptedModel):
+class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
     """A base model and any number of adapters on it.
 
     It behaves as the base model does (``generate``, ``config``, ``device``, pipelines, ``Trainer``) and adds the
@@ -463,97 +456,6 @@ class PeftModel(XLoraMethods, BatchingMethods, AdaptedModel):
     def unload(self) -> Any:
         """Take every adapter off and return the base model, each of its tensors bit-identical."""
         return self.adapters.unload()
-
-    # -- saving --------------------------------------------------------------------------------------------
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        safe_serialization: bool = True,
-        selected_adapters: Sequence[str] | None = None,
-        save_embedding_layers: SaveEnds = "auto",
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Save adapters in the PEFT format: ``default`` at the root, any other in a folder of its name.
-
-        A model without adapters saves the base model instead, as transformers does. An adapter whose starting point
-        takes a part of the base (``init_lora_weights="pissa"`` ...) is saved as a plain one of twice the rank, for the
-        untouched base; ``path_initial_model_for_weight_conversion``, by which peft is asked for that, changes nothing.
-
-        Args:
-            save_directory: the folder.
-            safe_serialization: must be true; pickles are not written.
-            selected_adapters: which; all when ``None``.
-            save_embedding_layers: save the rows of the embedding and of the output layer too; ``"auto"`` does where
-                the vocabulary is another than in the base's files, and where an adapter is on one of them.
-            is_main_process: write nothing in other processes. Of a model that is spread over processes the first
-                writes, and all of them have to call this: they gather the tensors together.
-            state_dict: take the tensors from here (as named by ``state_dict()``) where it has them.
-            **kwargs: for a model without adapters, passed on to transformers. With adapters, what accelerate and
-                transformers pass along and is settled here: ``save_function``, ``max_shard_size`` ...
-
-        Raises:
-            UnknownKeywordError: one of ``kwargs`` is none of those. UnsupportedError: it asks for something else.
-        """
-        if not self.adapters.by_name:
-            with writing(Path(save_directory)):
-                if is_file(Path(save_directory)):  # which transformers only logs
-                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-                self.get_base_model().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-            return
-        check_keywords(kwargs, keywords(PeftModel.save_pretrained), safe_serialization)
-        folder = Path(save_directory)
-        save_adapters(self, folder, selected_adapters, state_dict or {}, save_embedding_layers, is_main_process)
-
-    def get_adapter_state_dict(
-        self, adapter_name: str | None = None, save_embedding_layers: SaveEnds = "auto"
-    ) -> dict[str, Tensor]:
-        """Checkpoint key -> tensor of one adapter (the active one when ``None``): what saving writes."""
-        with self.adapters.switch.choosing:
-            name = adapter_name or self.active_adapter
-            return tensors_to_save(self, self.adapters.get(name), {}, save_embedding_layers)
-
-    @takes(renamed=TOKEN, others=True)
-    def push_to_hub(
-        self,
-        repo_id: str,
-        save_embedding_layers: SaveEnds = "auto",
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        tags: Sequence[str] = (),
-        max_shard_size: str | int | None = None,
-        safe_serialization: bool = True,
-        **kwargs: Any,
-    ) -> Any:
-        """Save the adapters and upload them to a hub repository, which is made if it is missing.
-
-        A model card that the repository has keeps its text.
-
-        Args:
-            repo_id: ``owner/name``.
-            save_embedding_layers: as for :meth:`save_pretrained`.
-            private: whether a repository that is made is private.
-            token: for the hub.
-            tags: more tags for the model card.
-            max_shard_size: accepted for peft's sake; an adapter is one file.
-            safe_serialization: must be true; pickles are not written.
-            **kwargs: as ``HfApi.upload_folder`` takes them: ``revision``, ``commit_message``, ``create_pr`` ...
-
-        Raises:
-            UnknownKeywordError: it does not take one of ``kwargs``.
-        """
-        from huggingface_hub import HfApi
-
-        check_passed_on(PeftModel.push_to_hub, kwargs, HfApi.upload_folder)
-        saving = {"safe_serialization": safe_serialization, "save_embedding_layers": save_embedding_layers}
-        return upload(self, repo_id, private=private, token=token, tags=tags, saving=saving, **kwargs)
-
-    def create_or_update_model_card(self, output_dir: str | Path) -> None:
-        """Write ``README.md`` with the library, the base and tags; one that is there keeps its text."""
-        write_card(self, Path(output_dir))
 
 
 PeftModel.kind = PeftModel

@@ -1,9 +1,11 @@
-"""Saves adapters of a model to a folder, and uploads them to the hub."""
+"""Saves the adapters of a model to a folder, and uploads them to the hub."""
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +18,128 @@ from veneer.checkpoints import save_set
 from veneer.checkpoints.checkpoint import Draft
 from veneer.errors import AdapterError, UnsupportedError
 from veneer.files import adapter_folders
+from veneer.files.atomic_write import writing
 from veneer.files.base_digest import BASE_DIGEST_KEY
-from veneer.keywords import unknown_keywords
+from veneer.files.paths import is_file
+from veneer.keywords import TOKEN, check_passed_on, keywords, takes, unknown_keywords
 from veneer.peft_model.adapted_model import AdaptedModel
 from veneer.peft_model.model_card import fetch_card, write_card
 from veneer.peft_model.trainer_state import write_state
 
 # What peft, transformers and accelerate hand to save_pretrained, and saving an adapter has no use for.
-_SETTLED = (
+_UNUSED = (
     *("path_initial_model_for_weight_conversion", "save_function", "max_shard_size", "save_peft_format"),
     *("push_to_hub", "token"),
 )
 
 
-def check_keywords(given: Mapping[str, Any], known: Iterable[str], safe_serialization: bool) -> None:
+class SavingMethods(AdaptedModel):
+    """Holds the methods of a ``PeftModel`` that save its adapters."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: SaveEnds = "auto",
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save adapters in the PEFT format: ``default`` at the root, any other in a folder of its name.
+
+        A model without adapters saves the base model instead, as transformers does. An adapter whose starting point
+        takes a part of the base (``init_lora_weights="pissa"`` ...) is saved as a plain one of twice the rank, for the
+        untouched base; ``path_initial_model_for_weight_conversion``, by which peft is asked for that, changes nothing.
+
+        Args:
+            save_directory: the folder.
+            safe_serialization: must be true; pickles are not written.
+            selected_adapters: which; all when ``None``.
+            save_embedding_layers: save the rows of the embedding and of the output layer too; ``"auto"`` does where
+                the vocabulary is another than in the base's files, and where an adapter is on one of them.
+            is_main_process: write nothing in other processes. Of a model that is spread over processes the first
+                writes, and all of them have to call this: they gather the tensors together.
+            state_dict: take the tensors from here (as named by ``state_dict()``) where it has them.
+            **kwargs: for a model without adapters, passed on to transformers. With adapters, what accelerate and
+                transformers pass along and is settled here: ``save_function``, ``max_shard_size`` ...
+
+        Raises:
+            UnknownKeywordError: one of ``kwargs`` is none of those. UnsupportedError: it asks for something else.
+        """
+        if not self.adapters.by_name:
+            with writing(Path(save_directory)):
+                if is_file(Path(save_directory)):  # which transformers only logs
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+                self.get_base_model().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+            return
+        _check_keywords(kwargs, safe_serialization)
+        folder = Path(save_directory)
+        _save_adapters(self, folder, selected_adapters, state_dict or {}, save_embedding_layers, is_main_process)
+
+    def get_adapter_state_dict(
+        self, adapter_name: str | None = None, save_embedding_layers: SaveEnds = "auto"
+    ) -> dict[str, Tensor]:
+        """Return checkpoint key -> tensor of one adapter (the active one when ``None``), as saving writes it."""
+        with self.adapters.switch.choosing:
+            name = adapter_name or self.active_adapter
+            return _tensors_to_save(self, self.adapters.get(name), {}, save_embedding_layers)
+
+    @takes(renamed=TOKEN, others=True)
+    def push_to_hub(
+        self,
+        repo_id: str,
+        save_embedding_layers: SaveEnds = "auto",
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        tags: Sequence[str] = (),
+        max_shard_size: str | int | None = None,
+        safe_serialization: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the adapters and upload them to a hub repository, which is made if it is missing.
+
+        A model card that the repository has keeps its text.
+
+        Args:
+            repo_id: ``owner/name``.
+            save_embedding_layers: as for :meth:`save_pretrained`.
+            private: whether a repository that is made is private.
+            token: for the hub.
+            tags: more tags for the model card.
+            max_shard_size: accepted for peft's sake; an adapter is one file.
+            safe_serialization: must be true; pickles are not written.
+            **kwargs: as ``HfApi.upload_folder`` takes them: ``revision``, ``commit_message``, ``create_pr`` ...
+
+        Raises:
+            UnknownKeywordError: it does not take one of ``kwargs``.
+        """
+        from huggingface_hub import HfApi
+
+        check_passed_on(SavingMethods.push_to_hub, kwargs, HfApi.upload_folder)
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            fetch_card(api, repo_id, kwargs.get("revision"), folder)
+            self.save_pretrained(
+                folder, safe_serialization=safe_serialization, save_embedding_layers=save_embedding_layers
+            )
+            write_card(self, Path(folder), tags)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Write ``README.md`` with the library, the base and tags; one that is there keeps its text."""
+        write_card(self, Path(output_dir))
+
+
+def _check_keywords(given: Mapping[str, Any], safe_serialization: bool) -> None:
     """Refuse keywords of ``save_pretrained`` that are unknown, or ask for what saving adapters cannot do."""
-    unknown_names = given.keys() - set(_SETTLED)
+    unknown_names = given.keys() - set(_UNUSED)
     if unknown_names:
-        raise unknown_keywords("PeftModel.save_pretrained()", unknown_names, [*known, *_SETTLED])
+        raise unknown_keywords(
+            "PeftModel.save_pretrained()", unknown_names, [*keywords(SavingMethods.save_pretrained), *_UNUSED]
+        )
     if given.get("push_to_hub"):
         raise UnsupportedError(
             "save_pretrained(push_to_hub=True) would save without uploading.", hint="Call push_to_hub(repo_id) too."
@@ -45,7 +151,7 @@ def check_keywords(given: Mapping[str, Any], known: Iterable[str], safe_serializ
         )
 
 
-def save_adapters(
+def _save_adapters(
     model: AdaptedModel,
     folder: Path,
     names: Sequence[str] | None,
@@ -66,7 +172,7 @@ def save_adapters(
             write_card(model, folder)
 
 
-def tensors_to_save(
+def _tensors_to_save(
     model: AdaptedModel, adapter: Adapter, state: Mapping[str, Tensor], ends: SaveEnds
 ) -> dict[str, Tensor]:
     """Return checkpoint key -> tensor, in the dtype that it had on disk; from ``state`` where that has it."""
@@ -89,43 +195,11 @@ def tensors_to_save(
     return {**{key: value(tensor) for key, tensor in embeddings.items() if key not in tensors}, **tensors}
 
 
-def upload(
-    model: AdaptedModel,
-    repo_id: str,
-    *,
-    private: bool | None,
-    token: str | None,
-    tags: Sequence[str],
-    saving: Mapping[str, Any],
-    **options: Any,
-) -> Any:
-    """Save a model's adapters and upload them; see :meth:`PeftModel.push_to_hub`.
-
-    Args:
-        model: the model, whose ``save_pretrained`` is called.
-        repo_id: ``owner/name``; made if it is missing.
-        private: whether a repository that is made is private.
-        token: for the hub.
-        tags: more tags for the model card.
-        saving: keywords for ``save_pretrained``.
-        **options: as ``HfApi.upload_folder`` takes them.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        fetch_card(api, repo_id, options.get("revision"), folder)
-        model.save_pretrained(folder, **saving)
-        write_card(model, Path(folder), tags)
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
-
-
 def _draft(model: AdaptedModel, adapter: Adapter, folder: Path, state: Mapping[str, Tensor], ends: SaveEnds) -> Draft:
     digest = adapter.base_digest or model.base_digest
     return Draft(
         adapter_folders.place(folder, adapter.name),
         adapter.config_on_disk(),
-        tensors_to_save(model, adapter, state, ends),
+        _tensors_to_save(model, adapter, state, ends),
         {} if digest is None else {BASE_DIGEST_KEY: digest},
     )

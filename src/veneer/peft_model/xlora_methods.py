@@ -8,14 +8,12 @@ from torch import Tensor
 
 from veneer.configs.methods.xlora import XLoraConfig
 from veneer.errors import AdapterError
-from veneer.keywords import strict
 
 if TYPE_CHECKING:
     from veneer.adapters.collection import Adapters
     from veneer.adapters.xlora_pass import XLoraPass
 
 
-@strict
 class XLoraMethods:
     """The part of a ``PeftModel`` that is about X-LoRA: the weights that the active one gives to its LoRAs."""
 
