@@ -163,7 +163,7 @@ def test_a_delta_that_is_gone(made: Path, tmp_path: Path) -> None:
 
 def test_large_members_are_not_unfolded(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     merged = shutil.copytree(made / "merged", tmp_path / "merged")
-    monkeypatch.setattr(unmerge, "_MOST", 8)
+    monkeypatch.setattr(unmerge, "_MAX_HEADER", 8)
     with pytest.raises(CorruptFileError, match="header"):
         veneer.unmerge(merged, out=tmp_path / "out")
 

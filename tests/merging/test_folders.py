@@ -243,7 +243,7 @@ def test_a_link_to_what_is_written_is_the_same_folder(world: Path, monkeypatch: 
     assert (world / "out" / "inner" / "config.json").is_file()
 
 
-def test_what_lies_in_the_workshop_is_not_swept_away(world: Path) -> None:
+def test_what_lies_in_the_staging_folder_is_not_swept_away(world: Path) -> None:
     shutil.copytree(world / "base", world / ".out.merging" / "model")
     with pytest.raises(MergeError, match="holds the base"):
         veneer.merge(world / "adapter", world / ".out.merging" / "model", out=world / "out")
@@ -310,7 +310,7 @@ def test_extracting_does_not_replace_its_models(world: Path) -> None:
     assert tree(world / "base") == before
 
 
-# -- a workshop that somebody prepared -------------------------------------------------------------------------
+# -- a staging folder that somebody prepared -------------------------------------------------------------------------
 
 
 def prepared(world: Path, what: str) -> Path:
@@ -328,7 +328,7 @@ def prepared(world: Path, what: str) -> Path:
 
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("what", ["itself", "lock", "model", "old", "journal.json"])
-def test_links_in_the_workshop_are_refused(what: str, resume: bool, world: Path) -> None:
+def test_links_in_the_staging_folder_are_refused(what: str, resume: bool, world: Path) -> None:
     link = prepared(world, what)
     with pytest.raises(MergeError, match=rf"{link.name} is a link"):
         merge(world, resume=resume)

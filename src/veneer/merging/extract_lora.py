@@ -1,16 +1,16 @@
-"""A LoRA adapter out of two full checkpoints: the best low-rank form of what training changed, layer by layer.
+"""Extracts a LoRA adapter from two full checkpoints: the best low-rank form of each layer's change.
 
     tuned - base  ~  B A        the first r singular triples (Eckart & Young 1936), each side times sqrt(singular value)
 
-One pair of weights is in memory at a time. What no low-rank factor holds (norms, biases, convolutions, fused experts)
-comes whole, as ``modules_to_save``.
+One pair of weights is in memory at a time. Modules whose change has no low rank (norms, biases, convolutions, fused
+experts) are saved whole, as ``modules_to_save``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from veneer.base_model.sites import sites_for
 from veneer.base_model.sites.site import Site
+from veneer.base_model.targets import is_inside
 from veneer.checkpoints.checkpoint import write_checkpoint
 from veneer.checkpoints.model_class import dtype_of
 from veneer.configs.methods.lora import LoraConfig
@@ -44,21 +45,21 @@ from veneer.printing import Report, nbytes
 # Up to this many rows or columns all singular values are computed; of larger weights the first, at random (Halko,
 # Martinsson & Tropp 2011, arXiv:0909.4061), with some more than are kept for accuracy.
 _EXACT = 1024
-_MORE = 16
+_OVERSAMPLED = 16
 
 
 @dataclass(frozen=True)
 class ExtractReport(Report):
-    """What was extracted.
+    """The result of an extraction.
 
     Attributes:
         tuned: the tuned model.
         base: the model that it was tuned from.
         out: the adapter's folder.
         ranks: layer -> the rank that it got.
-        whole: modules that come whole.
-        error: norm of what the adapter leaves out, relative to the norm of the change.
-        layer_errors: layer -> the same for it alone.
+        whole: modules that are saved whole.
+        error: norm of the change that the adapter leaves out, relative to the norm of the whole change.
+        layer_errors: layer -> the same for the layer alone.
         nbytes: bytes of the adapter's weights.
     """
 
@@ -89,18 +90,6 @@ class ExtractReport(Report):
         return facts
 
 
-@dataclass
-class _Found:
-    """What is extracted so far; the squares of norms of the change, and of what is left out of it."""
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    ranks: dict[str, int] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    whole: list[str] = field(default_factory=list)
-    change: float = 0.0
-    left: float = 0.0
-
-
 @takes(renamed=DTYPE)
 def extract(
     tuned: str | Path,
@@ -127,7 +116,7 @@ def extract(
         overwrite: replace an adapter that is at ``out``.
         local_files_only: never use the network.
         trust_remote_code: run code that comes with the base.
-        on_step: called with what begins now.
+        on_step: called with the name of each step as it begins.
 
     Raises:
         OutputError: ``out`` is taken. MergeError: nothing differs. BaseModelError: the two are not of one shape.
@@ -144,30 +133,32 @@ def extract(
     model = build_skeleton(sources[1], [], None, trust_remote_code)
     with _open(sources[0]) as tuned_files, _open(sources[1]) as base_files:
         read_tuned, read_base = _reader(model, tuned_files), _reader(model, base_files)
-        found = _Found()
+        extraction = Extraction(read_tuned, read_base, rank, energy)
         for name, module in model.named_modules():
-            if module._parameters and not any(name == root or name.startswith(root + ".") for root in found.whole):
+            if module._parameters and not is_inside(name, extraction.whole):
                 on_step(f"comparing {name}")
-                _compare(found, name, module, read_tuned, read_base, rank, energy)
-        _check_ties(found, model)
-    if not found.ranks:
+                extraction.compare(name, module)
+    _check_ties(extraction, model)
+    if not extraction.ranks:
         raise MergeError(
             f"{tuned} and {base} differ in no linear or embedding layer; there is no adapter to extract.",
             hint="Check that they are the tuned model and its base.",
         )
     target = dtype_of(dtype)
-    tensors = {key: tensor.to(target) for key, tensor in found.tensors.items()}
-    for key, tensor in found.tensors.items():
+    tensors = {key: tensor.to(target) for key, tensor in extraction.tensors.items()}
+    for key, tensor in extraction.tensors.items():
         check_kept(tensor, tensors[key], key)
-    write_checkpoint(folder, _config(found, model, sources[1]), tensors, {BASE_DIGEST_KEY: base_digest(sources[1])})
+    write_checkpoint(
+        folder, _config(extraction, model, sources[1]), tensors, {BASE_DIGEST_KEY: base_digest(sources[1])}
+    )
     return ExtractReport(
         str(tuned),
         str(base),
         str(folder),
-        found.ranks,
-        found.whole,
-        math.sqrt(found.left / found.change),
-        found.errors,
+        extraction.ranks,
+        extraction.whole,
+        math.sqrt(extraction.left_out / extraction.change),
+        extraction.errors,
         sum(tensor.nbytes for tensor in tensors.values()),
     )
 
@@ -192,68 +183,91 @@ def _reader(model: nn.Module, files: WeightFiles) -> Callable[[str], Tensor]:
     return DiskReader(model, stored_names(model, shapes, shapes), files.read)
 
 
-def _compare(
-    found: _Found,
-    name: str,
-    module: nn.Module,
-    read_tuned: Callable[[str], Tensor],
-    read_base: Callable[[str], Tensor],
-    rank: int,
-    energy: float | None,
-) -> None:
-    """Add what training changed in one module."""
-    changed: dict[str, tuple[Tensor, Tensor]] = {}
-    for leaf in module._parameters:
-        if module._parameters[leaf] is None:
-            continue
-        pair = read_tuned(f"{name}.{leaf}"), read_base(f"{name}.{leaf}")
-        if pair[0].shape != pair[1].shape:
-            raise BaseModelError(
-                f"{name}.{leaf} is {tuple(pair[0].shape)} in the tuned model and {tuple(pair[1].shape)} in the base.",
-                hint="Resize the base's vocabulary first, or give the base that it was tuned from.",
-            )
-        if not torch.equal(pair[0], pair[1].to(pair[0].dtype)):
-            changed[leaf] = pair
-    if not changed:
-        return
-    site = next(iter(sites_for(name, module)), None)
-    if set(changed) == {"weight"} and site is not None and (site.matrix_input or site.looks_up):
-        _add_layer(found, site, *changed["weight"], rank, energy)
-        return
-    found.whole.append(name)
-    for leaf in module.state_dict(keep_vars=True):
-        found.tensors[encode(name, leaf)] = read_tuned(f"{name}.{leaf}")
-    found.change += sum(float((a.float() - b.float()).square().sum()) for a, b in changed.values())
+class Extraction:
+    """Compares two models module by module, and collects the tensors of the adapter that makes one of the other.
 
+    Args:
+        read_tuned: reads a parameter of the tuned model by its name.
+        read_base: reads a parameter of the base by its name.
+        rank: of each layer, at most.
+        energy: share of a layer's change, as a sum of squares, that suffices.
 
-def _add_layer(found: _Found, site: Site, tuned: Tensor, base: Tensor, rank: int, energy: float | None) -> None:
-    change = site.canonical(tuned).float() - site.canonical(base).float()
-    up, down = factors(change, rank, energy)
-    total, left = float(change.square().sum()), float((change - up @ down).square().sum())
-    found.change += total
-    found.left += left
-    found.ranks[site.name] = up.shape[1]
-    found.errors[site.name] = math.sqrt(left / total)
-    found.tensors.update({encode(site.name, leaf): tensor for leaf, tensor in site.as_low_rank(up, down).items()})
+    Attributes:
+        tensors: checkpoint key -> tensor.
+        ranks: layer -> its rank.
+        errors: layer -> norm of the change that is left out, relative to the norm of the change.
+        whole: the modules that are saved whole.
+        change: the squared norm of the whole change.
+        left_out: the squared norm of the change that is left out.
+    """
+
+    def __init__(
+        self, read_tuned: Callable[[str], Tensor], read_base: Callable[[str], Tensor], rank: int, energy: float | None
+    ) -> None:
+        self.read_tuned, self.read_base, self.rank, self.energy = read_tuned, read_base, rank, energy
+        self.tensors: dict[str, Tensor] = {}
+        self.ranks: dict[str, int] = {}
+        self.errors: dict[str, float] = {}
+        self.whole: list[str] = []
+        self.change = self.left_out = 0.0
+
+    def compare(self, name: str, module: nn.Module) -> None:
+        """Add the change of one module."""
+        changed = self._changed(name, module)
+        site = next(iter(sites_for(name, module)), None)
+        if set(changed) == {"weight"} and site is not None and (site.matrix_input or site.looks_up):
+            self._add_layer(site, *changed["weight"])
+        elif changed:
+            self._add_whole(name, module, changed)
+
+    def _changed(self, name: str, module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the module's parameters that differ, of the tuned model and of the base."""
+        changed: dict[str, tuple[Tensor, Tensor]] = {}
+        for leaf in (leaf for leaf, parameter in module._parameters.items() if parameter is not None):
+            tuned, base = self.read_tuned(f"{name}.{leaf}"), self.read_base(f"{name}.{leaf}")
+            if tuned.shape != base.shape:
+                raise BaseModelError(
+                    f"{name}.{leaf} is {tuple(tuned.shape)} in the tuned model and {tuple(base.shape)} in the base.",
+                    hint="Resize the base's vocabulary first, or give the base that it was tuned from.",
+                )
+            if not torch.equal(tuned, base.to(tuned.dtype)):
+                changed[leaf] = tuned, base
+        return changed
+
+    def _add_layer(self, site: Site, tuned: Tensor, base: Tensor) -> None:
+        change = site.canonical(tuned).float() - site.canonical(base).float()
+        up, down = factors(change, self.rank, self.energy)
+        total, left_out = float(change.square().sum()), float((change - up @ down).square().sum())
+        self.change += total
+        self.left_out += left_out
+        self.ranks[site.name] = up.shape[1]
+        self.errors[site.name] = math.sqrt(left_out / total)
+        self.tensors.update({encode(site.name, leaf): tensor for leaf, tensor in site.as_low_rank(up, down).items()})
+
+    def _add_whole(self, name: str, module: nn.Module, changed: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        self.whole.append(name)
+        for leaf in module.state_dict(keep_vars=True):
+            self.tensors[encode(name, leaf)] = self.read_tuned(f"{name}.{leaf}")
+        self.change += sum(float((a.float() - b.float()).square().sum()) for a, b in changed.values())
 
 
 def factors(change: Tensor, rank: int, energy: float | None) -> tuple[Tensor, Tensor]:
-    """``B``, ``(out, r)``, and ``A``, ``(r, in)``, whose product is the best of its rank for ``change``.
+    """Return ``B``, ``(out, r)``, and ``A``, ``(r, in)``, whose product is of its rank the nearest to ``change``.
 
     Args:
         change: ``(out, in)``, float32.
         rank: at most.
         energy: share of the sum of squares that suffices.
     """
-    most = min(change.shape)
-    if most <= _EXACT:
+    full = min(change.shape)
+    if full <= _EXACT:
         u, s, v = torch.linalg.svd(change, full_matrices=False)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            u, s, right = torch.svd_lowrank(change, q=min(rank + _MORE, most), niter=4)
+            u, s, right = torch.svd_lowrank(change, q=min(rank + _OVERSAMPLED, full), niter=4)
         v = right.T
-    keep = min(rank, most)
+    keep = min(rank, full)
     if energy is not None:
         reached = s.double().square().cumsum(0) / change.double().square().sum()
         keep = min(keep, int((reached < energy).sum()) + 1)
@@ -261,28 +275,28 @@ def factors(change: Tensor, rank: int, energy: float | None) -> tuple[Tensor, Te
     return up.contiguous(), down.contiguous()
 
 
-def _check_ties(found: _Found, model: nn.Module) -> None:
-    """A tied embedding that was trained has no LoRA of its own: both ends would have to carry it."""
+def _check_ties(extraction: Extraction, model: nn.Module) -> None:
+    """Raise ``MergeError`` for a tied embedding that was trained: a LoRA on either end would part the two."""
     for group in tie_groups(model):
-        if {name.rpartition(".")[0] for name in group} & found.ranks.keys():
+        if {name.rpartition(".")[0] for name in group} & extraction.ranks.keys():
             raise MergeError(
                 f"{' and '.join(sorted(group))} are one weight, which was trained; LoRA on one of them parts them.",
                 hint="Untie the embeddings of both models first.",
             )
 
 
-def _config(found: _Found, model: nn.Module, base: Source) -> LoraConfig:
-    names, common = list(found.ranks), max(found.ranks.values())
-    other: Mapping[str, int] = {name: r for name, r in found.ranks.items() if r != common}
+def _config(extraction: Extraction, model: nn.Module, base: Source) -> LoraConfig:
+    common = max(extraction.ranks.values())
+    other_ranks: Mapping[str, int] = {name: r for name, r in extraction.ranks.items() if r != common}
     kind = type(model).__name__
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM if kind.endswith(("ForCausalLM", "LMHeadModel")) else None,
         base_model_name_or_path=str(base.root.resolve()) if Path(base.origin).exists() else base.origin,
-        target_modules=names,
-        modules_to_save=found.whole or None,
+        target_modules=list(extraction.ranks),
+        modules_to_save=extraction.whole or None,
         r=common,
         lora_alpha=common,
-        rank_pattern=dict(other),
-        alpha_pattern=dict(other),
+        rank_pattern=dict(other_ranks),
+        alpha_pattern=dict(other_ranks),
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
     )

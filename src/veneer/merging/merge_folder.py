@@ -1,4 +1,4 @@
-"""From adapters and their base to a folder with a plain model, which needs neither. The base is never in memory.
+"""Merges adapters into their base and writes a plain model, from disk to disk: the base is never in memory.
 
 Nothing here imports torch before the base's files are being hashed: its import takes as long as hashing some gigabytes.
 """
@@ -46,7 +46,7 @@ def merge(
     """Merge adapters into their base and write the result as a plain model folder.
 
     The weights go from disk to disk in blocks, so that memory does not grow with the model: float32 arithmetic,
-    rounded once. What no adapter changes is copied byte for byte, tensors that only the base has included. The
+    rounded once. Unchanged tensors are copied byte for byte, those that only the base has included. The
     output appears only when it is complete, with a ``merge_manifest.json`` beside the weights. Tokenizer, chat
     template, licence and other small files come along, the adapter's own before the base's; no adapter file does.
 
@@ -64,7 +64,7 @@ def merge(
         reversible: keep, compressed beside the weights, what :func:`veneer.unmerge` needs to restore the base.
         overwrite: replace what is at ``out``.
         resume: go on where a merge of the same inputs to ``out`` was killed; one that fails can be resumed too.
-        task: what the model is for; by default what the adapter says.
+        task: what the model is for; by default the adapter's task.
         strict: raise when adapter and base do not fit; else merge what fits and warn.
         strict_base: raise when the base is not the one that the adapter records; else warn.
         revision: of the adapter on the hub.
@@ -73,7 +73,7 @@ def merge(
         token: for the hub.
         local_files_only: never use the network.
         trust_remote_code: run code that comes with the base model.
-        on_step: called with what begins now, for a progress display.
+        on_step: called with the name of each step as it begins, for a progress display.
 
     Raises:
         OutputError: ``out`` is taken or cannot be written. MergeError: ``adapter`` is no adapter, the merged weights

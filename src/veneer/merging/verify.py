@@ -1,4 +1,4 @@
-"""Proof that a merged folder is what its manifest says: the merge done again beside it, and its answers compared."""
+"""Verifies a merged folder: merges again beside it, and compares the merged model's answers with the unmerged one's."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ MAX_KL = 0.02
 
 @dataclass(frozen=True)
 class Answers:
-    """How the merged model's logits differ from the unmerged one's, over all positions of the prompts.
+    """The difference of the merged model's logits from the unmerged one's, over all positions of the prompts.
 
     Attributes:
         positions: how many were compared.
         max_drift: the largest difference of two logits.
         relative_drift: the same, relative to the largest logit.
-        argmax_agreement: share of positions at which both find the same token likeliest.
+        argmax_agreement: share of positions at which both models give the same token the largest logit.
         kl: mean Kullback-Leibler divergence of the merged from the unmerged distribution, in nats.
     """
 
@@ -57,16 +57,16 @@ class Answers:
 
 @dataclass(frozen=True)
 class VerifyReport(Report):
-    """What a verification found.
+    """The result of a verification.
 
     Attributes:
         out: the merged folder.
         tensors: output tensors that were computed again and compared bit for bit.
-        different: those that are not what the adapters and the base give.
-        altered: files that are no longer what the merge wrote.
-        answers: how the logits differ; ``None`` when they were not compared.
-        max_kl: up to which ``answers.kl`` passes.
-        notes: what was left out, and why.
+        different: output tensors that adapters and base do not give.
+        altered: files that have changed since the merge wrote them.
+        answers: the difference of the logits; ``None`` when they were not compared.
+        max_kl: the limit up to which ``answers.kl`` passes.
+        notes: steps that were left out, and why.
     """
 
     out: str
@@ -81,27 +81,27 @@ class VerifyReport(Report):
 
     @property
     def passed(self) -> bool:
-        """Whether everything is as it should be."""
+        """Whether tensors, files and answers are all right."""
         return not self.different and not self.altered and (self.answers is None or self.answers.kl <= self.max_kl)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types."""
+        """Return the report as plain JSON types."""
         return {"passed": self.passed, **super().to_dict()}
 
     def _facts(self) -> list[tuple[str, str]]:
-        def told(bad: Sequence[str], good: str) -> str:
+        def row(bad: Sequence[str], good: str) -> str:
             return f"{len(bad)} differ: {', '.join(bad[:3])}" if bad else good
 
         facts = [
             ("out", self.out),
-            ("tensors", told(self.different, f"{self.tensors} computed again, each bit the same")),
-            ("files", told(self.altered, "as the merge wrote them")),
+            ("tensors", row(self.different, f"{self.tensors} computed again, each bit the same")),
+            ("files", row(self.altered, "as the merge wrote them")),
         ]
         if self.answers is not None:
-            one = self.answers
-            facts.append(("drift", f"{one.max_drift:.2e} at most ({one.relative_drift:.1e} of the largest logit)"))
-            facts.append(("argmax", f"{100 * one.argmax_agreement:.1f} % of {one.positions} positions agree"))
-            facts.append(("KL", f"{one.kl:.1e} nats on average (up to {self.max_kl:g} passes)"))
+            a = self.answers
+            facts.append(("drift", f"{a.max_drift:.2e} at most ({a.relative_drift:.1e} of the largest logit)"))
+            facts.append(("argmax", f"{100 * a.argmax_agreement:.1f} % of {a.positions} positions agree"))
+            facts.append(("KL", f"{a.kl:.1e} nats on average (up to {self.max_kl:g} passes)"))
         return [*facts, ("result", "pass" if self.passed else "FAIL")]
 
     def _warnings(self) -> list[str]:
@@ -112,7 +112,7 @@ class VerifyReport(Report):
 
 
 class CompareSink:
-    """Compares what a merge would write with what is there."""
+    """Compares the tensors that a merge would write with those of a folder."""
 
     def __init__(self, files: WeightFiles) -> None:
         self.files = files
@@ -121,10 +121,10 @@ class CompareSink:
 
     def put(self, name: str, start: int, data: Tensor) -> None:
         """Compare bytes of a tensor."""
-        wanted = data.detach().reshape(-1).view(torch.uint8)
+        expected = data.detach().reshape(-1).view(torch.uint8)
         place = self.files.places.get(name)
-        fits = place is not None and start + len(wanted) <= place.info.nbytes
-        if not fits or not torch.equal(self.files.tensor_bytes(name, start, len(wanted)), wanted):
+        fits = place is not None and start + len(expected) <= place.info.nbytes
+        if not fits or not torch.equal(self.files.tensor_bytes(name, start, len(expected)), expected):
             with self._lock:
                 self.different.add(name)
 
@@ -148,19 +148,19 @@ def verify(
     trust_remote_code: bool = False,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> VerifyReport:
-    """Merge again beside a merged folder, compare bit for bit, and compare what both models answer.
+    """Merge again beside a merged folder, compare bit for bit, and compare the answers of both models.
 
     Args:
         out: the merged folder; its ``merge_manifest.json`` says how it was made.
-        adapter: the adapters; by default those that the manifest names. Weights are the manifest's.
-        base: the base; by default what the manifest names.
+        adapter: the adapters; by default those that the manifest names. Their weights are the manifest's.
+        base: the base; by default the one that the manifest names.
         sample: compute only about so many pieces again, spread over the model; all when ``None``.
         logits: whether to load both models, one after the other and in float32, and compare their logits.
         prompts: texts to compare on; some are built in. Without a tokenizer, random tokens are taken.
         max_kl: mean divergence in nats up to which the answers pass.
         local_files_only: never use the network.
         trust_remote_code: run code that comes with the base model.
-        on_step: called with what begins now.
+        on_step: called with the name of each step as it begins.
 
     Raises:
         IncompleteCheckpointError: ``out`` has no manifest. SourceError, BindError ...: as merging raises.
@@ -186,9 +186,9 @@ def verify(
 
 
 def _weighted(manifest: dict[str, Any], adapter: AdapterPaths | None, lookup: LookupOptions) -> dict[str | Path, float]:
-    weights = [one["weight"] for one in manifest["adapters"]]
+    weights = [merged["weight"] for merged in manifest["adapters"]]
     if adapter is None:
-        paths: list[str | Path] = [one["origin"] for one in manifest["adapters"]]
+        paths: list[str | Path] = [merged["origin"] for merged in manifest["adapters"]]
     else:
         paths = [source.root for source in find_adapters(adapter, lookup)[0]]
     if len(paths) != len(weights):
@@ -213,16 +213,18 @@ def _replayed(
         sink = CompareSink(files)
         for _ in run_all(pieces, sink):
             pass
-        wanted = {name: (info.dtype, info.shape) for file in prepared.plan.files for name, info in file.tensors.items()}
+        planned = {
+            name: (info.dtype, info.shape) for file in prepared.plan.files for name, info in file.tensors.items()
+        }
         present = {name: (place.info.dtype, place.info.shape) for name, place in files.places.items()}
-        odd = {name for name in wanted.keys() | present.keys() if wanted.get(name) != present.get(name)}
+        odd = {name for name in planned.keys() | present.keys() if planned.get(name) != present.get(name)}
         return sum(len(piece.outputs) for piece in pieces), sorted(sink.different | odd)
 
 
 def _answers(
     folder: Path, adapters: dict[str | Path, float], base: str | Path, prompts: list[str], lookup: LookupOptions
 ) -> tuple[Answers | None, str]:
-    """The comparison, or why there is none."""
+    """Compare the answers, or tell why they cannot be compared."""
     from veneer.peft_model.load import load
 
     if any(weight != 1.0 for weight in adapters.values()):
@@ -250,22 +252,22 @@ def _batches(folder: Path, model: Any, prompts: list[str]) -> list[dict[str, Ten
     base = model.get_base_model()
     if getattr(base, "main_input_name", "") != "input_ids":
         return []
-    found = [{"input_ids": ids} for ids in _ids(folder, base.get_input_embeddings().weight.shape[0], prompts)]
+    batches = [{"input_ids": ids} for ids in _ids(folder, base.get_input_embeddings().weight.shape[0], prompts)]
     if base.config.is_encoder_decoder:
-        found = [{**batch, "decoder_input_ids": batch["input_ids"]} for batch in found]
-    return found
+        batches = [{**batch, "decoder_input_ids": batch["input_ids"]} for batch in batches]
+    return batches
 
 
 def _ids(folder: Path, vocabulary: int, prompts: list[str]) -> list[Tensor]:
-    """The prompts' tokens; random ones where there is no tokenizer, or one that knows none of the words."""
+    """Return the prompts' tokens; random ones where there is no tokenizer."""
     from transformers import AutoTokenizer
 
     if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
-        # Its files may be the adapter's, so that no code which they name is run, whatever is trusted of the base.
+        # The tokenizer may be the adapter's: its code is never run, even where the base's is trusted.
         with transformers_errors_as(VeneerError, f"{folder}: its tokenizer cannot be used", "Use --no-logits."):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             ids = [tokenizer(text, return_tensors="pt")["input_ids"] for text in prompts]
-        return [one for one in ids if one.numel()]
+        return [tokens for tokens in ids if tokens.numel()]
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(0, vocabulary, (1, 16), generator=generator) for _ in range(4)]
 

@@ -1,4 +1,4 @@
-"""Doing the work: several pieces at a time, hashing what is finished behind them."""
+"""Does several pieces of work at a time, writes their bytes, and hashes finished tensors behind them."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ class FileSink:
 
     Args:
         folder: where the files are made.
-        files: their layouts.
+        files: the files' layouts.
     """
 
     def __init__(self, folder: Path, files: Sequence[OutputFile]) -> None:
         self.folder = folder
         self.files = {file.name: file for file in files}
-        self.where = {name: file for file in files for name in file.tensors}
+        self.file_of = {name: file for file in files for name in file.tensors}
         self._open: dict[str, int] = {}
         self._pool = ThreadPoolExecutor(1)
-        self._settling: Future[None] | None = None
+        self._flushing: Future[None] | None = None
 
     def make(self, file: OutputFile) -> None:
-        """Make a file of its full size, holes and a header."""
+        """Create a file of its full size, all holes but for its header."""
         descriptor = os.open(self.folder / file.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         self._open[file.name] = descriptor
         os.ftruncate(descriptor, file.nbytes)
         _write(descriptor, memoryview(file.header), 0)
 
     def put(self, name: str, start: int, data: Tensor) -> None:
-        """Write bytes of a tensor; those of a file that is finished already are left as they are."""
-        file = self.where[name]
+        """Write bytes of a tensor, unless its file is finished already."""
+        file = self.file_of[name]
         if file.name in self._open:
             _write(self._open[file.name], _bytes(data), file.start(name) + start)
 
     def copy(self, names: Sequence[str], files: WeightFiles, file: str, start: int, count: int) -> None:
         """Copy a range inside the system, or through memory where it cannot."""
-        out = self.where[names[0]]
+        out = self.file_of[names[0]]
         if out.name in self._open:
             _copy_range(files, file, start, self._open[out.name], out.start(names[0]), count)
 
@@ -59,15 +59,15 @@ class FileSink:
         """Fill a tensor with bytes that were written before."""
         return read_exactly(self._open[file], self.folder / file, start, into)
 
-    def settle(self, file: str) -> None:
-        """Begin to bring what is written of a file to the disk, so that little is left at the end."""
-        if self._settling is None or self._settling.done():
-            self._settling = self._pool.submit(os.fsync, self._open[file])
+    def begin_flush(self, file: str) -> None:
+        """Begin to flush a file to the disk, so that little is left at the end."""
+        if self._flushing is None or self._flushing.done():
+            self._flushing = self._pool.submit(os.fsync, self._open[file])
 
     def finish(self, file: str) -> None:
-        """Bring a file to the disk for good and close it."""
-        if self._settling is not None:
-            self._settling.result()
+        """Flush a file to the disk and close it."""
+        if self._flushing is not None:
+            self._flushing.result()
         descriptor = self._open.pop(file)
         try:
             os.fsync(descriptor)
@@ -75,7 +75,7 @@ class FileSink:
             os.close(descriptor)
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the files that are open."""
         self._pool.shutdown(wait=True)
         while self._open:
             os.close(self._open.popitem()[1])
@@ -96,7 +96,7 @@ def _copy_range(files: WeightFiles, file: str, start: int, out: int, position: i
     while count and hasattr(os, "copy_file_range"):
         try:
             done = os.copy_file_range(source, out, min(count, 1 << 30), start, position)
-        except OSError:  # another disk, or a file system without it: a write says what is really wrong
+        except OSError:  # another disk, or a file system without it; if it is something else, the write fails too
             break
         if not done:
             break
@@ -136,20 +136,20 @@ def write_files(
     for file in files:
         sink.make(file)
     pending = {name for file in files for name in file.tensors}
-    own = [piece for piece in pieces if pending.intersection(piece.outputs)]
+    todo = [piece for piece in pieces if pending.intersection(piece.outputs)]
     done: dict[str, list[RoundingFigures]] = {}
-    results = run_all(own, sink, workers)
+    results = run_all(todo, sink, workers)
     for file in files:
         digest = hashlib.sha256(file.header)
         figures: list[RoundingFigures] = []
         for name, info in file.tensors.items():
             while name not in done:
-                piece, found = next(results)
-                done.update({key: [] for key in piece.outputs})
-                done[piece.outputs[0]] = found
+                piece, piece_figures = next(results)
+                done.update({output: [] for output in piece.outputs})
+                done[piece.outputs[0]] = piece_figures
             figures += done[name]
             _hash(digest, sink, file, info.nbytes, file.start(name))
-            sink.settle(file.name)
+            sink.begin_flush(file.name)
         sink.finish(file.name)
         finished(file, digest.hexdigest(), figures)
     for _ in results:

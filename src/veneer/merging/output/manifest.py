@@ -1,4 +1,4 @@
-"""``merge_manifest.json``: what a merged folder was made from, how, and what rounding left of the change."""
+"""Writes and reads ``merge_manifest.json``: a merge's inputs, options and outputs, and its rounding errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from veneer.merging.work.prepare import PreparedMerge
 from veneer.merging.work.rounding import STOCHASTIC, RoundingFigures
 
 VERSION = 1
-# Below this share of the change's energy a user should think again.
+# Below this share of the change's energy the user is warned.
 ENOUGH = 0.9
 
 
@@ -32,7 +32,7 @@ def manifest_of(
     outputs: Mapping[str, str],
     figures: Sequence[RoundingFigures],
 ) -> dict[str, Any]:
-    """The manifest as plain JSON types.
+    """Return the manifest as plain JSON types.
 
     Args:
         prepared: the merge.
@@ -67,12 +67,12 @@ def manifest_of(
 
 
 def summary(figures: Sequence[RoundingFigures]) -> dict[str, Any]:
-    """All tensors together."""
-    change = math.sqrt(sum(one.change**2 for one in figures))
-    error = math.sqrt(sum(one.rounding_error**2 for one in figures))
+    """Return the figures of all tensors together."""
+    change = math.sqrt(sum(tensor.change**2 for tensor in figures))
+    error = math.sqrt(sum(tensor.rounding_error**2 for tensor in figures))
     total = RoundingFigures("", "", change, error)
     return {
-        "changed_tensors": sum(1 for one in figures if one.change),
+        "changed_tensors": sum(1 for tensor in figures if tensor.change),
         "change": change,
         "rounding_error": error,
         "survives": total.share_kept,
@@ -80,14 +80,14 @@ def summary(figures: Sequence[RoundingFigures]) -> dict[str, Any]:
 
 
 def warnings_of(figures: Sequence[RoundingFigures], whole: bool, rounding: str) -> list[str]:
-    """What the figures should make a user think of."""
-    found = summary(figures)
-    if not found["changed_tensors"]:
+    """Return the warnings that the figures call for."""
+    total = summary(figures)
+    if not total["changed_tensors"]:
         return ["zero-effect adapter: every change is zero, so the output is the base."] if not whole else []
-    if found["survives"] >= ENOUGH:
+    if total["survives"] >= ENOUGH:
         return []
     worst = min(figures, key=lambda tensor: tensor.share_kept)
-    lost = 100 * (1 - found["survives"])
+    lost = 100 * (1 - total["survives"])
     mends = ["--dtype float32 keeps all of it", "an unmerged adapter loses nothing"]
     if rounding != STOCHASTIC:
         mends.insert(1, "--rounding stochastic keeps it on average")
@@ -103,11 +103,11 @@ def write_manifest(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A merged folder's manifest, its parts that are used checked.
+    """Read a merged folder's manifest, and check the parts that are used.
 
     Raises:
-        IncompleteCheckpointError: there is none, or none of this version.
-        CorruptFileError: it is not what a merge writes, or names a file outside of the folder.
+        IncompleteCheckpointError: there is no manifest of this version.
+        CorruptFileError: no merge wrote this manifest, or it names a file outside of the folder.
     """
     path = folder / MANIFEST
     values = read_json(path) if is_file(path) else {}
@@ -133,11 +133,11 @@ def _is_base(value: Any) -> bool:
 
 def _are_adapters(value: Any) -> bool:
     return isinstance(value, list) and all(
-        isinstance(one, dict)
-        and isinstance(one.get("origin"), str)
-        and type(one.get("weight")) in (int, float)
-        and math.isfinite(one["weight"])
-        for one in value
+        isinstance(adapter, dict)
+        and isinstance(adapter.get("origin"), str)
+        and type(adapter.get("weight")) in (int, float)
+        and math.isfinite(adapter["weight"])
+        for adapter in value
     )
 
 
@@ -146,9 +146,9 @@ def _are_digests(value: Any) -> bool:
 
 
 def _are_options(value: Any) -> bool:
-    """Whether these are the options of a merge: what each of them means is checked where it is used."""
+    """Tell whether a value has the names and types of a merge's options; what uses an option checks its value."""
     kinds = {"str": str, "int": int, "bool": bool, "None": type(None)}
-    allowed = {one.name: [kinds[kind.strip()] for kind in str(one.type).split("|")] for one in fields(MergeOptions)}
+    allowed = {f.name: [kinds[kind.strip()] for kind in str(f.type).split("|")] for f in fields(MergeOptions)}
     return isinstance(value, dict) and all(type(value[key]) in allowed.get(key, ()) for key in value)
 
 

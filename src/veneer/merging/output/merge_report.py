@@ -1,4 +1,4 @@
-"""What a merge tells when it is done."""
+"""Defines the report of a merge."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from veneer.printing import Report, nbytes
 
 @dataclass(frozen=True)
 class MergeReport(Report):
-    """What a merge wrote.
+    """The result of a merge.
 
     Attributes:
         adapter: the adapters' paths or ids, with their weights where they are not 1.
-        base: the base model and why it was this one.
+        base: the base model, and how it was found.
         out: the folder that was written.
         layers: adapted layers merged.
         saved_modules: modules of the adapters that replaced the base's.
-        untied: parameters that shared a tensor in the base and no longer do.
+        untied: parameters that share a tensor in the base and not in the output.
         dtype: of the merged weights.
         nbytes: bytes written.
-        files: their names.
+        files: the files' names.
         changed_tensors: how many of the weights changed.
         survives: the share of the change's energy that rounding to ``dtype`` leaves.
         seconds: from start to end.
-        warnings: what a user should know.
+        warnings: for the user.
     """
 
     adapter: str

@@ -1,9 +1,9 @@
-"""The folder that a merge writes: made beside its place under a hidden name, and put there when it is complete.
+"""Makes the folder that a merge writes beside its place under a hidden name, and puts it there when it is complete.
 
 parent/.NAME.merging/lock           held while a process writes here
-parent/.NAME.merging/journal.json   what the output is made from, and the weight files that are on the disk
+parent/.NAME.merging/journal.json   the facts that identify the output, and the weight files that are on the disk
 parent/.NAME.merging/model/         the output; its config.json comes last, so that it is no model before
-parent/.NAME.merging/old/           what was at NAME, for the moment of the exchange
+parent/.NAME.merging/old/           the folder that was at NAME, for the moment of the exchange
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from veneer.merging.base.hashing import sha256_of
 from veneer.merging.work.rounding import RoundingFigures
 from veneer.printing import nbytes
 
-# In a reversible merge's output: what tells the base's bytes from the output's.
+# In a reversible merge's output: the difference of the base's bytes from the output's.
 DELTA = "merge_delta"
 
 
 @dataclass
 class StagingFolder:
-    """Where the output is made.
+    """The hidden folder in which an output is made.
 
     Attributes:
         target: the output's place.
         root: the hidden folder beside it.
-        made_from: tells this output from every other.
+        made_from: the facts that identify the output.
         overwrite: whether a model that is at the target is replaced.
-        finished: weight file -> its SHA-256 and figures, for those that are on the disk.
+        finished: weight file that is on the disk -> its SHA-256 and figures.
     """
 
     target: Path
@@ -79,8 +79,10 @@ class StagingFolder:
 
 
 @contextmanager
-def workshop(target: Path, made_from: Mapping[str, Any], resume: bool, overwrite: bool) -> Iterator[StagingFolder]:
-    """A place to make the output in. Nothing of it is left when the block fails, unless it is to be resumed.
+def staging_folder(
+    target: Path, made_from: Mapping[str, Any], resume: bool, overwrite: bool
+) -> Iterator[StagingFolder]:
+    """Give a folder to make the output in. Nothing of it is left when the block fails, unless it is to be resumed.
 
     Raises:
         OutputError: another process writes there, or the target is taken, then or when the output is to take its
@@ -98,18 +100,18 @@ def workshop(target: Path, made_from: Mapping[str, Any], resume: bool, overwrite
             raise OutputError(
                 f"Another process is writing {target}.", hint="Wait for it, or choose another folder."
             ) from error
-        shop = StagingFolder(target, root, json.loads(json.dumps(made_from)), overwrite)
-        _put_back(shop)
+        staging = StagingFolder(target, root, json.loads(json.dumps(made_from)), overwrite)
+        _put_back(staging)
         check_target(target, overwrite)
         if resume:
-            _take_up(shop)
+            _resume(staging)
         else:
             _clear(root)
-        shop.model.mkdir(exist_ok=True)
+        staging.model.mkdir(exist_ok=True)
         try:
-            yield shop
+            yield staging
         except BaseException:
-            _put_back(shop)
+            _put_back(staging)
             if not resume:
                 shutil.rmtree(root, ignore_errors=True)
             raise
@@ -118,7 +120,7 @@ def workshop(target: Path, made_from: Mapping[str, Any], resume: bool, overwrite
 
 
 def _place_of(target: Path) -> Path:
-    """The hidden folder in which a target is made."""
+    """Return the path of the hidden folder in which a target is made."""
     return target.parent / f".{target.name}.merging"
 
 
@@ -132,11 +134,11 @@ def _check_is_ours(root: Path) -> None:
         )
 
 
-def _put_back(shop: StagingFolder) -> None:
+def _put_back(staging: StagingFolder) -> None:
     """Undo an exchange that a kill has cut in two."""
-    old = shop.root / "old"
-    if old.exists() and not shop.target.exists():
-        old.rename(shop.target)
+    old = staging.root / "old"
+    if old.exists() and not staging.target.exists():
+        old.rename(staging.target)
 
 
 def _clear(folder: Path, keep: Container[str] = ("lock",)) -> None:
@@ -147,38 +149,39 @@ def _clear(folder: Path, keep: Container[str] = ("lock",)) -> None:
             path.unlink()
 
 
-def _take_up(shop: StagingFolder) -> None:
-    """Keep the weight files that are finished, each read again and compared with what was noted; remove the rest."""
-    journal = shop.root / "journal.json"
+def _resume(staging: StagingFolder) -> None:
+    """Keep the finished weight files whose SHA-256 is still the one in the journal; remove everything else."""
+    journal = staging.root / "journal.json"
     if not journal.is_file():
-        _clear(shop.root)
+        _clear(staging.root)
         return
-    begun, finished = _noted(journal)
-    if begun != shop.made_from:
-        differs = [key for key in shop.made_from if begun.get(key) != shop.made_from[key]]
+    begun, finished = _read_journal(journal)
+    if begun != staging.made_from:
+        differs = [key for key in staging.made_from if begun.get(key) != staging.made_from[key]]
         raise MergeError(
-            f"The unfinished merge at {shop.root} was made from something else ({', '.join(differs)}).",
+            f"The unfinished merge at {staging.root} was made from something else ({', '.join(differs)}).",
             hint="Merge without --resume to begin again.",
         )
-    for name in shop.made_from.get("files", ()):
-        path = shop.model / name
+    for name in staging.made_from.get("files", ()):
+        path = staging.model / name
         if name in finished and path.is_file() and not path.is_symlink() and sha256_of(path) == finished[name][0]:
-            shop.finished[name] = finished[name]
-    # A kill may have come after the config or the manifest: these are written anew, last, and speak of this run alone.
-    _clear(shop.model, keep=shop.finished)
+            staging.finished[name] = finished[name]
+    # A killed merge may have left a config or a manifest: this one writes its own, last.
+    _clear(staging.model, keep=staging.finished)
 
 
-def _noted(journal: Path) -> tuple[dict[str, Any], dict[str, tuple[str, list[RoundingFigures]]]]:
-    """What a journal says: what the output is made from, and each finished file's SHA-256 and figures."""
-    noted = read_json(journal)
+def _read_journal(journal: Path) -> tuple[dict[str, Any], dict[str, tuple[str, list[RoundingFigures]]]]:
+    """Read a journal: the facts that identify the output, and each finished file's SHA-256 and figures."""
+    values = read_json(journal)
     try:
         files = {
-            n: (str(e["sha256"]), [RoundingFigures(**f) for f in e["figures"]]) for n, e in noted["finished"].items()
+            n: (str(e["sha256"]), [RoundingFigures(**f) for f in e["figures"]]) for n, e in values["finished"].items()
         }
-        return dict(noted["made_from"]), files
+        return dict(values["made_from"]), files
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MergeError(
-            f"{journal} is damaged, so nothing says what was done.", hint="Merge without --resume to begin again."
+            f"{journal} is damaged, so nothing records the work that was done.",
+            hint="Merge without --resume to begin again.",
         ) from error
 
 
@@ -211,15 +214,15 @@ def _check_is_model(target: Path) -> None:
 
 
 def written_to(out: str | Path) -> Path:
-    """The folder that ``out`` means, by a name of its own: where a link leads is written, and the link stays."""
+    """Return the folder that ``out`` means, links and ``..`` resolved: a link stays, and its folder is written."""
     target = Path(out)
-    with suppress(OSError):  # what keeps it from being written is told when that is tried
+    with suppress(OSError):  # the check of the target raises the error
         return target.resolve() if target.is_symlink() or target.name == ".." else target
     return target
 
 
-# What plain models are made of, by their files' names; a merge's output may hold more, which its manifest names.
-_MODEL = (
+# The names of a plain model's files; a merge's output may hold others, which its manifest names.
+_MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
     "pytorch_model*.bin",
@@ -252,26 +255,26 @@ _FOLDERS = {TEMPLATES: ("*.jinja",), DELTA: ("*.zip",)}
 
 
 def _foreign(target: Path) -> list[str]:
-    """What a folder holds that is no part of a plain model, by its path from there."""
-    own = _recorded(target)
-    found: list[str] = []
+    """List what a folder holds that is no part of a plain model, by its path from there."""
+    recorded = _recorded(target)
+    in_folders: list[str] = []
     for path in sorted(target.iterdir()):
         if path.name in _FOLDERS and path.is_dir() and not path.is_symlink():
-            found += [f"{path.name}/{name}" for name in _unlike(path, _FOLDERS[path.name])]
-    return found + [name for name in _unlike(target, _MODEL, own) if name not in _FOLDERS]
+            in_folders += [f"{path.name}/{name}" for name in _unlike(path, _FOLDERS[path.name])]
+    return in_folders + [name for name in _unlike(target, _MODEL_FILES, recorded) if name not in _FOLDERS]
 
 
-def _unlike(folder: Path, patterns: Collection[str], own: Collection[str] = ()) -> list[str]:
-    """What lies in a folder and is neither one of its ``own`` files nor of any of these patterns, by name."""
+def _unlike(folder: Path, patterns: Collection[str], recorded: Collection[str] = ()) -> list[str]:
+    """List what a folder holds that is neither recorded nor of any of these patterns, by name."""
     return [
         path.name
         for path in sorted(folder.iterdir())
-        if path.is_dir() or not (path.name in own or any(fnmatchcase(path.name, pattern) for pattern in patterns))
+        if path.is_dir() or not (path.name in recorded or any(fnmatchcase(path.name, pattern) for pattern in patterns))
     ]
 
 
 def _recorded(target: Path) -> Collection[str]:
-    """The files that a merge wrote there, as far as its manifest can be read."""
+    """Return the files that a merge wrote there, as far as its manifest can be read."""
     try:
         return set(read_json(target / MANIFEST)["outputs"]["sha256"])
     except (VeneerError, KeyError, TypeError):
@@ -279,13 +282,13 @@ def _recorded(target: Path) -> Collection[str]:
 
 
 def check_apart(target: Path, inputs: Iterable[tuple[str, Path]]) -> None:
-    """Raise ``OutputError`` when something that is read lies at or below what is written, or where that is made.
+    """Raise ``OutputError`` when an input lies at or below the folder to write, or the one in which that is made.
 
-    It is decided by the folders that the paths lead to, however they are spelt.
+    Folders are compared by identity, however their paths are spelt.
 
     Args:
         target: the folder to write.
-        inputs: what each is, and its folder.
+        inputs: the role of each, for errors, and its folder.
     """
     for what, path in inputs:
         real = path.resolve()
@@ -300,7 +303,7 @@ def check_apart(target: Path, inputs: Iterable[tuple[str, Path]]) -> None:
 
 
 def _identity(place: Path) -> tuple[int, int] | None:
-    """What two paths to one folder have in common; ``None`` where nothing is."""
+    """Return what identifies a folder, whatever path leads to it; ``None`` where there is none."""
     try:
         stat = place.stat()
     except OSError:

@@ -1,10 +1,10 @@
-"""Back from a merged folder to the base that it was made from, byte for byte.
+"""Restores, from a merged folder, the base that it was made from, byte for byte.
 
 Either the base itself is there to be copied and compared with the manifest, or the merge was made with
-``reversible=True`` and kept, in ``merge_delta/``, what tells the base's bytes from the output's:
+``reversible=True`` and kept, in ``merge_delta/``, the difference of the base's bytes from the output's:
 
     merge_delta/<weight file of the base>.zip    its header; for each tensor that differs, blocks of XOR
-    merge_delta/small.zip                        the small files that differ or did not come along
+    merge_delta/small.zip                        the companion files that differ or were not copied
 
 The bytes of a block lie by significance, all high bytes first, since those hardly differ; then zlib.
 """
@@ -42,26 +42,26 @@ from veneer.merging.output.staging import (
     check_apart,
     check_space,
     check_target,
-    workshop,
+    staging_folder,
     written_to,
 )
 from veneer.printing import Report, nbytes
 
 _SMALL = "small.zip"
 _BLOCK = 1 << 22
-# Bytes that a header, or what is told of its tensors, may have.
-_MOST = 1 << 27
+# Bytes that a header, or the list of its tensors, may have.
+_MAX_HEADER = 1 << 27
 
 
 @dataclass(frozen=True)
 class UnmergeReport(Report):
-    """What was restored.
+    """The result of an unmerge.
 
     Attributes:
         merged: the merged folder.
         out: the folder that was written.
-        source: where the bytes came from.
-        files: their names; each has the SHA-256 that the base's had.
+        source: the origin of the bytes.
+        files: the files' names; each has the SHA-256 of the base's file.
         nbytes: bytes written.
     """
 
@@ -91,7 +91,7 @@ def unmerge(
     local_files_only: bool = False,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> UnmergeReport:
-    """Write the base that a merged folder was made from. Every file's SHA-256 is compared with the manifest's.
+    """Write the base that a merged folder was made from, and compare every file's SHA-256 with the manifest's.
 
     Args:
         merged: the merged folder.
@@ -99,7 +99,7 @@ def unmerge(
         base: the base to copy; without it the delta of a reversible merge is used.
         overwrite: replace a model that is at ``out``.
         local_files_only: never use the network.
-        on_step: called with what begins now.
+        on_step: called with the name of each step as it begins.
 
     Raises:
         OutputError: ``out`` is taken or cannot be written. MergeError: ``base`` is another, there is no delta, or what
@@ -118,13 +118,13 @@ def unmerge(
         )
     check_apart(target, [("merged folder", folder), *([] if origin is None else [("base", origin.root)])])
     on_step("restoring")
-    with writing(target), workshop(target, {}, False, overwrite) as shop:
+    with writing(target), staging_folder(target, {}, False, overwrite) as staging:
         if origin is not None:
-            _copy(origin, shop.model, digests)
+            _copy(origin, staging.model, digests)
         else:
-            _rebuild(folder, shop.model, digests)
-        _check(shop.model, digests)
-        shop.commit()
+            _rebuild(folder, staging.model, digests)
+        _check(staging.model, digests)
+        staging.commit()
     return UnmergeReport(
         str(folder),
         str(target),
@@ -144,11 +144,11 @@ def _copy(origin: Source, folder: Path, digests: dict[str, str]) -> None:
     check_inside(origin.root, map(origin.path, digests))
     check_space(folder, sum(origin.path(name).stat().st_size for name in digests))
     for name in digests:
-        shutil.copyfile(origin.path(name), _made(folder / name))
+        shutil.copyfile(origin.path(name), _in_made_folder(folder / name))
 
 
-def _made(path: Path) -> Path:
-    """A path to write to, in a folder that is there."""
+def _in_made_folder(path: Path) -> Path:
+    """Return a path to write to, its folder made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -165,13 +165,13 @@ def _check(folder: Path, digests: dict[str, str]) -> None:
 # -- the delta -------------------------------------------------------------------------------------------------
 
 
-def write_delta(base_files: WeightFiles, merged: Path, small: Mapping[str, Path]) -> None:
-    """Write what tells the base's bytes from those of a merged folder into it.
+def write_delta(base_files: WeightFiles, merged: Path, companions: Mapping[str, Path]) -> None:
+    """Write the difference of the base's bytes from those of a merged folder into that folder.
 
     Args:
         base_files: the base's weight files.
         merged: the merged folder, complete.
-        small: the files beside the base's weights: name -> path.
+        companions: the files beside the base's weights: name -> path.
     """
     delta = merged / DELTA
     delta.mkdir(exist_ok=True)
@@ -179,13 +179,13 @@ def write_delta(base_files: WeightFiles, merged: Path, small: Mapping[str, Path]
         for file in base_files.headers:
             _write_archive(file, base_files, own, delta / _archive_of(file))
     with zipfile.ZipFile(delta / _SMALL, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, path in small.items():
+        for name, path in companions.items():
             if not (merged / name).is_file() or (merged / name).read_bytes() != path.read_bytes():
                 archive.write(path, name)
 
 
 def _archive_of(file: str) -> str:
-    """The name of a weight file's archive; a file in a folder has its path in it."""
+    """Return the name of a weight file's archive, which holds the path of a file in a folder."""
     return file.replace("%", "%25").replace("/", "%2F") + ".zip"
 
 
@@ -208,12 +208,12 @@ def _write_archive(file: str, base: WeightFiles, own: WeightFiles, target: Path)
 
 
 def _alike(name: str, base: WeightFiles, own: WeightFiles) -> bool:
-    """Whether both folders have the tensor in the same number of bytes."""
+    """Tell whether both folders have the tensor in the same number of bytes."""
     return name in own and own.places[name].info.nbytes == base.places[name].info.nbytes
 
 
 def _packed(name: str, start: int, base: WeightFiles, own: WeightFiles, alike: bool) -> bytes | None:
-    """What tells a block of the base's tensor from the output's, compressed; ``None`` where nothing does."""
+    """Return the compressed difference of a block of the base's tensor from the output's; ``None`` for none."""
     info = base.places[name].info
     count = min(_BLOCK, info.nbytes - start)
     block = base.tensor_bytes(name, start, count)
@@ -226,7 +226,7 @@ def _packed(name: str, start: int, base: WeightFiles, own: WeightFiles, alike: b
 
 
 def _rebuild(merged: Path, folder: Path, digests: Mapping[str, str]) -> None:
-    """Write the base's files from a merged folder and its delta: those that the manifest names, and no others."""
+    """Write the base's files that the manifest names, from a merged folder and its delta."""
     delta = merged / DELTA
     with WeightFiles.open(resolve(merged)) as own:
         try:
@@ -234,7 +234,7 @@ def _rebuild(merged: Path, folder: Path, digests: Mapping[str, str]) -> None:
             with zipfile.ZipFile(delta / _SMALL) as small:
                 check_space(folder, sum(info.file_size for info in small.infolist()))
                 for name in digests:
-                    _rebuild_file(name, small, merged, own, _made(folder / name))
+                    _rebuild_file(name, small, merged, own, _in_made_folder(folder / name))
         except Exception as error:  # damaged archives make zipfile, zlib and torch fail in any way they can
             if isinstance(error, VeneerError) or (isinstance(error, OSError) and error.errno is not None):
                 raise
@@ -242,7 +242,7 @@ def _rebuild(merged: Path, folder: Path, digests: Mapping[str, str]) -> None:
 
 
 def _rebuild_file(name: str, small: zipfile.ZipFile, merged: Path, own: WeightFiles, target: Path) -> None:
-    """Write one of the base's files: it is kept whole, or in the delta, or is the merged folder's own."""
+    """Write one of the base's files: it is stored whole, or in the delta, or is the merged folder's own."""
     archive = merged / DELTA / _archive_of(name)
     if name in small.namelist():
         with small.open(name) as member, target.open("wb") as out:
@@ -256,10 +256,10 @@ def _rebuild_file(name: str, small: zipfile.ZipFile, merged: Path, own: WeightFi
 
 
 def _rebuild_weights(archive: zipfile.ZipFile, own: WeightFiles, target: Path, out: BinaryIO) -> None:
-    header = header_in(_member(archive, "header", _MOST), target)
+    header = header_in(_member(archive, "header", _MAX_HEADER), target)
     check_space(target, header.data_start + header.nbytes)
-    out.write(_member(archive, "header", _MOST))
-    kept, members = json.loads(_member(archive, "tensors.json", _MOST)), set(archive.namelist())
+    out.write(_member(archive, "header", _MAX_HEADER))
+    kept, members = json.loads(_member(archive, "tensors.json", _MAX_HEADER)), set(archive.namelist())
     for name, info in sorted(header.tensors.items(), key=lambda item: item[1].start):
         number, alike = kept[name]
         if alike and own.places[name].info.nbytes != info.nbytes:
@@ -274,14 +274,14 @@ def _rebuild_weights(archive: zipfile.ZipFile, own: WeightFiles, target: Path, o
             out.write(block.numpy().data)
 
 
-def _member(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
-    """A member of an archive, up to as many bytes as it may have."""
+def _member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    """Read a member of an archive, up to as many bytes as it may have."""
     with archive.open(name) as file:
-        return file.read(most)
+        return file.read(limit)
 
 
 def _unpacked(data: bytes, size: int, length: int) -> Tensor:
-    """A block of ``length`` bytes; what would unfold to more is not unfolded further."""
+    """Decompress a block of ``length`` bytes, and no more than that."""
     raw = bytearray(zlib.decompressobj().decompress(data, length + 1))
     if len(raw) != length:
         raise ValueError(f"a block of {length} bytes has another size")
