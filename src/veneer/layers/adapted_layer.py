@@ -1,4 +1,4 @@
-"""The one wrapper module: a base layer, the adapters bound to it, and what the selection makes of them."""
+"""The wrapper of a base layer: it runs the layer under the adapters that are selected, and merges them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from veneer.errors import MergeError, UnsupportedError
 from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters, parameter_like
 from veneer.layers.inference_cache import InferenceCache, are_small, for_inference
 from veneer.layers.parameter_holder import ParameterHolder
-from veneer.layers.peft_attributes import LayerFace
+from veneer.layers.peft_attributes import PeftLayerAttributes
 from veneer.layers.read_weight import Unread
 from veneer.patches.active_selection import ActiveSelection
 from veneer.patches.fused import CachedForward, FusedPatch, can_fuse, fuse, fused_dtype, fused_forward
@@ -26,7 +26,7 @@ from veneer.patches.watched_parameters import watch
 from veneer.patches.weight_arithmetic import composed
 
 
-class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
+class AdaptedLayer(PeftLayerAttributes, LayerAdapters, nn.Module):
     """Stands in the place of a base layer that carries adapters.
 
     Its parameters are named as in peft: ``base_layer.weight``, ``lora_A.<adapter>.weight``. Attributes that it
@@ -34,22 +34,22 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
 
     Args:
         site: the base layer.
-        switch: what is selected, shared by all layers of the model.
-        inner: stands in the base layer's place: an adapted layer for another parameter of it.
+        switch: the selection, shared by all layers of the model.
+        inner: an adapted layer for another parameter of the base layer, which it wraps instead.
 
     Attributes:
-        layout: where its input has the rows of a batch.
+        layout: the way in which its input holds the rows of a batch.
     """
 
     base_layer: Any
     layout: Layout = ROWS
     switch: ActiveSelection
-    # adapter's name -> tensors that lie here and are not of its shares: common ones, frozen ones
+    # Adapter's name -> tensors that lie here beside those of its shares: common ones, frozen ones.
     held: dict[str, Mapping[str, nn.Parameter]]
     # The adapters whose patches are in the base layer's weight now, and the parameters that it had before.
     merged: tuple[str, ...]
     original: list[nn.Parameter | None]
-    # What inference keeps; another when tensors were added, moved, or are about to be trained.
+    # Replaced when tensors were added, moved, or are about to be trained.
     _inference_cache: InferenceCache
     # Whether the model calls the layer, and asks for its weight at most to learn of its dtype.
     _called: bool
@@ -75,11 +75,11 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            found = getattr(super().__getattr__("base_layer"), name)
+            base_value = getattr(super().__getattr__("base_layer"), name)
         site = self.__dict__.get("site")
         if site is None or name not in (site.parameter.partition(".")[0], "bias") or not self.switch.in_call:
-            return found
-        return self._seen(name, found)
+            return base_value
+        return self._weight_in_call(name, base_value)
 
     # -- the adapters' tensors -----------------------------------------------------------------------------
 
@@ -143,14 +143,14 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
         return {leaf.name: self.placed(adapter, leaf.memory_name) for leaf in share.leaves}
 
     def placed(self, adapter: str, name: str) -> nn.Parameter:
-        """A tensor among the layer's own: see :meth:`_place`."""
+        """Return a tensor by its adapter and its name: see :meth:`_place`."""
         head, _, tail = name.partition(".")
         holder = self._holder(head)
         own = holder._modules[adapter]._parameters if tail else holder._parameters  # type: ignore[union-attr]
         return own[tail or adapter]  # type: ignore[return-value]
 
     def _holder(self, head: str) -> nn.Module:
-        """The module that holds each adapter's tensors under ``head``."""
+        """Return the module that holds each adapter's tensors under ``head``; made if there was none."""
         # Not ModuleDict's own methods: those forbid names such as "keys" or "forward".
         holder = self._modules.get(head)
         if holder is None:
@@ -158,26 +158,26 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
         return holder
 
     def patches_now(self, names: Sequence[str]) -> list[Patch]:
-        """The same for one forward pass, which drops some of it while training."""
+        """Return the patches of adapters for one forward pass, with dropout while training."""
         patches = self.patches(names)
         return for_training(patches) if self.training else patches
 
     # -- the base layer as it was --------------------------------------------------------------------------
 
     def _base(self, *args: Any, **kwargs: Any) -> Any:
-        """The base layer's output with its original parameters, merged or not."""
+        """Return the base layer's output with its original parameters, merged or not."""
         if not self.original:
             return self.base_layer(*args, **kwargs)
         return self.call_with(self.base_stored, self.base_bias, *args, **kwargs)
 
     def call_with(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-        """The base layer's output with other parameters."""
+        """Return the base layer's output with other parameters."""
         return self.site.base_with(weight, bias, *args, **kwargs)
 
     # -- the forward pass ----------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The base layer's output under the selected adapters; arguments and shapes are the base layer's."""
+        """Run the base layer under the selected adapters; arguments and shapes are the base layer's."""
         selection = self.switch.selection
         if selection.rows is not None:
             return self._forward_rows(selection, x, *args, **kwargs)
@@ -226,7 +226,7 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
         return fuse(patches, self.base_bias, dtype) if can_fuse(patches) else None
 
     def _sources(self, names: tuple[str, ...]) -> list[Tensor]:
-        """The tensors of adapters, and those that they share with other layers."""
+        """Return the tensors of adapters, and those that they share with other layers."""
         return [t for n in names for s in self.bound[n] for t in (*self.tensors(n, s).values(), *s.shared.values())]
 
     def _apply_patches(self, patches: Sequence[Patch], x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -235,17 +235,17 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
         return apply(self.site, self.base_bias, self._base, patches, self.training, x, *args, **kwargs)
 
     def _whole(self, patches: Sequence[Patch]) -> tuple[Tensor, Tensor | None]:
-        """The weight, as stored, and the bias with ``patches``, rounded once."""
+        """Return the weight, as stored, and the bias with ``patches``, rounded once."""
         weight = self.site.as_stored(composed(self.base_weight(), patches)).to(self.base_stored.dtype)
         bias = biases(self.base_bias, patches)[-1]
         return weight, None if bias is None else bias.to(weight.dtype)
 
     def follows(self, layout: Layout) -> bool:
-        """Whether the layer can tell rows that lie so apart."""
+        """Tell whether the layer can tell the rows of that layout apart."""
         return layout.dim == 0 or (layout.dim == 1 and self.site.channel == -1)
 
     def rows_in(self, selection: Selection, x: Tensor) -> Mapping[str, Tensor]:
-        """Adapter's name -> the indices of its rows in the first dimension of ``x``."""
+        """Return the indices that each adapter's rows have in the first dimension of ``x``."""
         if self.layout.dim < 0 and selection.is_mixed:
             raise refused(self.site.name)
         return selection.groups(x.shape[0], x.device, self.layout)
@@ -282,46 +282,46 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
         return apply_rows(y, run, {name: groups[name] for name in rest}, x, *args, **kwargs)
 
     def _for_rows(self, patch: Patch, selection: Selection, rows: Tensor, x: Tensor) -> Patch:
-        """A patch for some rows of ``x``."""
+        """Return a patch for some rows of ``x``."""
         if selection.by_token and (patch.gate is not None or patch.route is not None):
             # It looks at rows as a whole, and a packed row holds several sequences.
             raise unsupported(self.site, "an adapter that acts by whole sequences, in a packed one,")
         return patch.take(rows, x.shape[:-1])
 
     def forget_cached(self) -> None:
-        """Drop what inference keeps: the layer is in another state now."""
+        """Drop what inference keeps, because the layer is in another state now."""
         self._inference_cache = InferenceCache()
 
     # -- a weight that the model reads ---------------------------------------------------------------------
 
-    def _seen(self, name: str, found: Any) -> Any:
-        """The weight or bias that a model which computes with it itself is to see in a call; ``found`` is the base's.
+    def _weight_in_call(self, name: str, base_value: Any) -> Any:
+        """Return the weight or bias for a model that reads it in a call; ``base_value`` is the base's.
 
-        A layer that is never called gives its adapters' weight. Of one that is called, and in training, where a pass
-        and its repetition on the way back must do the same, it is made when it is wanted.
+        A layer that is never called gives the weight with its adapters. For a layer that is called, and in training,
+        where a pass and its repetition on the way back must do the same, that weight is made when it is computed with.
         """
         selection = self.switch.selection
         names = self.here(selection.applied)
         if names == (self.merged if selection.rows is None else ()):
-            return found
-        if isinstance(found, nn.Module):  # it holds the weight
+            return base_value
+        if isinstance(base_value, nn.Module):  # it holds the weight
             rest = self.site.parameter.partition(".")[2]
-            return copy_with(found, {rest: self._seen(rest, found.get_parameter(rest))})
+            return copy_with(base_value, {rest: self._weight_in_call(rest, base_value.get_parameter(rest))})
         if torch.compiler.is_compiling():
             # Compiled code can hold nothing that refuses: where it would have to, the layer is taken for a called one.
             patches = self._readable(names) if selection.rows is None else None
-            return found if patches is None else self._part(name, patches)
+            return base_value if patches is None else self._part(name, patches)
         make = partial(self._read, name, selection, names)
         if name == "bias" or not (self._called or self._wants_grad(names)):
             with suppress(UnsupportedError):
                 return make()
-        return Unread(found, make) if isinstance(found, Tensor) else found
+        return Unread(base_value, make) if isinstance(base_value, Tensor) else base_value
 
     def _wants_grad(self, names: tuple[str, ...]) -> bool:
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._sources(names))
 
     def _readable(self, names: tuple[str, ...]) -> list[Patch] | None:
-        """The patches of ``names``; ``None`` when the layer's weight cannot hold one."""
+        """Return the patches of ``names``; ``None`` when the layer's weight cannot hold one."""
         try:
             patches = self.weight_patches(names)
         except MergeError:
@@ -329,7 +329,7 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
         return None if any(patch.gate is not None or patch.route is not None for patch in patches) else patches
 
     def _read(self, name: str, selection: Selection, names: tuple[str, ...]) -> Any:
-        """The weight or bias under a selection; inference keeps the weight."""
+        """Return the weight or bias under a selection; inference keeps the weight."""
         if name == "bias" or self._wants_grad(names):
             return self._made(name, selection, names)
         make = partial(self._made, name, selection, names)
@@ -346,7 +346,7 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
         return self._part(name, patches)
 
     def _part(self, name: str, patches: Sequence[Patch]) -> Tensor | None:
-        """The weight, as stored, or the bias with ``patches``."""
+        """Return the weight, as stored, or the bias with ``patches``."""
         if name != "bias":
             return self.base_stored if self.site.shift_only else self._whole(patches)[0]
         bias = biases(self.base_bias, patches)[-1]
@@ -365,7 +365,7 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
         self.forget_cached()
 
     def store_merged(self, names: tuple[str, ...]) -> None:
-        """Merge for good: the original parameters are given up."""
+        """Merge for good, giving up the original parameters."""
         parameters = self.merged_parameters(names)
         self.unmerge()
         self._store(*parameters)
@@ -379,7 +379,7 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
         self.forget_cached()
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
-        # The original parameters are kept out of the module's own, so a move or cast must be told of them.
+        # The original parameters are none of the module's, so a move or cast has to be applied to them here.
         self.original = [None if p is None else parameter_like(fn(p.detach()), p) for p in self.original]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.watch()
@@ -387,7 +387,7 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
         return self
 
     def watch(self) -> None:
-        """Watch those tensors of the adapters that are not trained; they may be other objects than before."""
+        """Watch those tensors of the adapters that are not trained, which may be other objects than before."""
         for name, module in self._modules.items():
             if name != "base_layer" and module is not None:
                 watch(module.parameters())
@@ -411,5 +411,5 @@ class AdaptedLayer(LayerFace, LayerAdapters, nn.Module):
         self.watch()
 
     def extra_repr(self) -> str:
-        """The adapters, in a model's print-out."""
+        """Return the adapters' names, for a model's print-out."""
         return f"adapters={list(self.bound)}" + (f", merged={list(self.merged)}" if self.merged else "")

@@ -1,4 +1,4 @@
-"""What the adapters bound to one base layer mean for its weight and bias."""
+"""The adapters bound to one base layer, lowered to patches of its weight and bias."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class BoundAdapter:
 
     Attributes:
         method: lowers its tensors.
-        settings: what its config means here.
+        settings: its config, worked out for this layer.
         leaves: its tensors.
-        key: where they lie in a checkpoint; ``None`` for a layer that shares another's tensors.
-        shared: leaf -> tensor that joins its own: one that all layers use, which one of them holds, or a frozen one.
+        key: the name that their keys in a checkpoint begin with; ``None`` for a layer that shares another's tensors.
+        shared: leaf -> tensor beside its own: one that all layers use and one of them holds, or a frozen one.
     """
 
     method: AnyMethod
@@ -37,23 +37,23 @@ class BoundAdapter:
 
 @dataclass(frozen=True)
 class PlainBase:
-    """A base layer that carries no adapter yet, as a method sees it."""
+    """A base layer without adapters, as a method sees it."""
 
     site: Site
 
     @property
     def base_bias(self) -> nn.Parameter | None:
-        """Its bias, shape ``(out,)``."""
+        """The bias, shape ``(out,)``."""
         found: nn.Parameter | None = self.site.resident(self.site.bias, "bias")
         return found
 
     def base_weight(self) -> Tensor:
-        """Its weight as a canonical matrix."""
+        """Return the weight as a canonical matrix."""
         return self.site.weight()
 
 
 class LayerAdapters:
-    """A base layer and the adapters that are bound to it: what these mean for its weight and bias.
+    """A base layer and the adapters bound to it, as patches of its weight and bias.
 
     Attributes:
         site: the base layer.
@@ -74,7 +74,7 @@ class LayerAdapters:
         raise NotImplementedError
 
     def hold(self, adapter: str, kept: Mapping[str, nn.Parameter]) -> None:
-        """Keep tensors that are not this layer's own share among its own, so that they move with the model."""
+        """Keep tensors that are no share's own among the layer's, so that they move with the model."""
         raise NotImplementedError
 
     def unbind(self, adapter: str) -> None:
@@ -86,7 +86,7 @@ class LayerAdapters:
         raise NotImplementedError
 
     def store_merged(self, names: tuple[str, ...]) -> None:
-        """Merge for good: the original parameters are given up."""
+        """Merge for good, giving up the original parameters."""
         raise NotImplementedError
 
     def reset(self, adapter: str, share: BoundAdapter, settings: Any) -> None:
@@ -95,7 +95,7 @@ class LayerAdapters:
         shares[shares.index(share)] = replace(share, settings=settings)
 
     def patches(self, names: Sequence[str]) -> list[Patch]:
-        """What adapters that are bound here mean for this layer, in the order in which they apply."""
+        """Return the patches of adapters that are bound here, in the order in which they apply."""
         return [
             share.method.lower(share.settings, {**self.tensors(name, share), **share.shared}, self)
             for name in names
@@ -103,15 +103,15 @@ class LayerAdapters:
         ]
 
     def weight_patches(self, names: Sequence[str]) -> list[Patch]:
-        """The same as changes of the layer's weight; ``MergeError`` where no weight can hold one."""
+        """Return the patches as changes of the layer's weight; ``MergeError`` where no weight can hold one."""
         return [self.site.in_weight(patch) for patch in self.patches(names)]
 
     def here(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of ``names`` that are bound to this layer, in their order."""
+        """Return those of ``names`` that are bound to this layer, in their order."""
         return tuple(name for name in names if name in self.bound)
 
     def lacks_bias(self, names: tuple[str, ...]) -> bool:
-        """Whether ``names`` move the output of a layer that has no bias to hold this once they are merged."""
+        """Tell whether ``names`` move the output of a layer that has no bias to hold this once they are merged."""
         if self.site.shift_only or self.base_bias is not None:
             return False
         shares = [(name, share) for name in self.here(names) for share in self.bound[name]]
@@ -139,13 +139,13 @@ class LayerAdapters:
         return found
 
     def base_weight(self) -> Tensor:
-        """The base layer's weight as a canonical matrix, whatever is merged into it now."""
+        """Return the base layer's weight as a canonical matrix, whatever is merged into it now."""
         return self.site.canonical(self.base_stored.detach()) if self.original else self.site.weight()
 
     def merged_parameters(self, names: tuple[str, ...]) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-        """The weight (as stored) and bias that the layer has with ``names`` merged; nothing is changed yet.
+        """Return the weight (as stored) and bias that the layer has with ``names`` merged.
 
-        Unless :attr:`overwrite` says that the weight's memory may be taken.
+        Nothing is changed yet, unless :attr:`overwrite` says that the weight's memory may be taken.
         """
         patches = self.weight_patches(self.here(names))
         bias = self.base_bias
@@ -163,5 +163,5 @@ class LayerAdapters:
 
 
 def parameter_like(tensor: Tensor | None, model: nn.Parameter | None) -> Any:
-    """``tensor`` as a parameter that wants gradients as ``model`` does."""
+    """Return ``tensor`` as a parameter that wants gradients as ``model`` does."""
     return None if tensor is None else nn.Parameter(tensor, requires_grad=model is not None and model.requires_grad)

@@ -8,10 +8,10 @@ from torch import nn
 
 
 class AnyNames(nn.Module):
-    """A module that can have a child called ``training``, as an adapter may be: its own mode is no child."""
+    """A module that can have a child of any name, even ``training``, as an adapter may be called."""
 
     def train(self, mode: bool = True) -> Any:
-        """Torch's own, but for that name."""
+        """Set the mode of this module and of its children, as torch does."""
         vars(self)["training"] = mode
         for child in self.children():
             child.train(mode)
@@ -19,4 +19,4 @@ class AnyNames(nn.Module):
 
 
 class Copies(AnyNames, nn.ModuleDict):
-    """Adapter's name -> its copy of a module."""
+    """The copies of one module, by the names of the adapters that bring them."""

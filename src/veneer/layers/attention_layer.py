@@ -1,4 +1,4 @@
-"""The wrapper for an attention module to whose output a route adds what its queries read elsewhere."""
+"""The wrapper of an attention module whose queries also attend to an adapter's own keys and values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from veneer.patches.selection import Selection
 
 
 class AdaptedAttention(AdaptedLayer):
-    """Calls the base module and adds to its output; a route's input here is the queries.
+    """Adds to the base module's output what its queries read; they are the input of the adapters' routes.
 
     The module's own projections may be adapted too, so they are always given the whole batch, or, for vectors that
     belong to no row, the one adapter that has them.
@@ -23,7 +23,7 @@ class AdaptedAttention(AdaptedLayer):
     site: AttentionSite
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base module's output under the selected adapters; arguments and results are its own."""
+        """Run the base module under the selected adapters; arguments and results are its own."""
         output = self.base_layer(*args, **kwargs)
         selection = self.switch.selection
         names = self.here(selection.applied)
@@ -38,11 +38,11 @@ class AdaptedAttention(AdaptedLayer):
         return (y, *output[1:])
 
     def follows(self, layout: Layout) -> bool:
-        """Whether the module can tell rows that lie so apart."""
+        """Tell whether the module can tell the rows of that layout apart."""
         return layout == ROWS
 
     def _added(self, selection: Selection, names: tuple[str, ...], query: Tensor, y: Tensor) -> Tensor:
-        """``y``, shape ``(rows, length, hidden)``, with what each adapter adds to its rows."""
+        """Return ``y``, shape ``(rows, length, hidden)``, with what each adapter adds to its rows."""
         groups = None if selection.rows is None else selection.groups(len(y), y.device)
         for name in names:
             if groups is None:
@@ -58,7 +58,7 @@ class AdaptedAttention(AdaptedLayer):
         return y
 
     def _heads(self, name: str, query: Tensor) -> Tensor:
-        """What the queries read, ``(rows, length, heads * dim)``."""
+        """Return what the queries read, ``(rows, length, heads * dim)``."""
         routes = [patch.route for patch in self.patches_now([name]) if patch.route is not None]
         found = [route(query, self.training) for route in routes]
         return torch.stack(found).sum(0) if len(found) > 1 else found[0]

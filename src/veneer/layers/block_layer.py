@@ -1,4 +1,4 @@
-"""The wrapper for a whole block, whose input a route moves by states that run beside it."""
+"""The wrapper of a whole block, whose input an adapter changes by states that run beside the base (SHADOW)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from veneer.patches.selection import Selection
 
 
 class AdaptedBlock(AdaptedLayer):
-    """Moves what the base block reads, and the states by what it gives."""
+    """Changes the base block's input by the states, and the states by its output."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base block's output under the selected adapters; arguments and results are its own."""
+        """Run the base block under the selected adapters; arguments and results are its own."""
         selection = self.switch.selection
         names = self.here(selection.applied)
         if not names:
@@ -35,14 +35,14 @@ class AdaptedBlock(AdaptedLayer):
         return output
 
     def follows(self, layout: Layout) -> bool:
-        """Whether the module can tell rows that lie so apart."""
+        """Tell whether the block can tell the rows of that layout apart."""
         return layout == ROWS
 
     def _route(self, name: str) -> ShadowRoute:
         return cast(ShadowRoute, self.patches_now([name])[0].route)
 
     def _moved(self, name: str, route: ShadowRoute, selection: Selection, h: Tensor, state: Tensor) -> Tensor:
-        """``h``, shape ``(rows, length, hidden)``, with what an adapter adds to its rows."""
+        """Return ``h``, shape ``(rows, length, hidden)``, with what an adapter adds to its rows."""
         rows = selection.rows_of(name, len(h), h.device)
         own = h if rows is None else h[rows]
         own = own + route(own.float() - state.to(h.device).float(), self.training).to(h.dtype)

@@ -1,4 +1,4 @@
-"""A merge while loading: adapters are bound to base layers that no module is put around."""
+"""Layers whose adapters are merged while loading, without a module around them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters
 class MergeOnlyLayer(LayerAdapters):
     """A base layer and its adapters' tensors, until they are merged for good.
 
-    The model does not know of it, so nothing can be run or
-    trained through it.
+    The model does not know of it, so nothing can be run or trained through it.
 
     Args:
         site: the base layer.
@@ -33,7 +32,7 @@ class MergeOnlyLayer(LayerAdapters):
         self.bound.setdefault(adapter, []).append(share)
 
     def hold(self, adapter: str, kept: Mapping[str, nn.Parameter]) -> None:
-        """Nothing: tensors that are no share's own need a place only in a model that is moved or saved."""
+        """Do nothing: tensors that are no share's own need a place only in a model that is moved or saved."""
 
     def unbind(self, adapter: str) -> None:
         del self.bound[adapter]

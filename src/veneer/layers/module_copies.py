@@ -1,4 +1,4 @@
-"""A module that an adapter brings whole (``modules_to_save``), such as a classification head."""
+"""The wrapper of a module that adapters bring whole (``modules_to_save``), such as a classification head."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ModuleCopies(nn.Module):
     that it does not have are those of the copy in use.
 
     Attributes:
-        layout: where its input has the rows of a batch.
+        layout: the way in which its input holds the rows of a batch.
     """
 
     layout: Layout = ROWS
@@ -42,34 +42,34 @@ class ModuleCopies(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            found = getattr(self.current, name)
+            value = getattr(self.current, name)
         selection = self.switch.selection
-        if selection.rows is None or not isinstance(found, Tensor) or torch.compiler.is_compiling():
-            return found
-        return Unread(found, partial(_refuse_rows, name)) if self.here(selection.used) else found
+        if selection.rows is None or not isinstance(value, Tensor) or torch.compiler.is_compiling():
+            return value
+        return Unread(value, partial(_refuse_rows, name)) if self.here(selection.used) else value
 
     @property
     def current(self) -> nn.Module:
-        """The copy that the selection means, or the original."""
+        """The copy of the selected adapter, or the original."""
         names = self.here(self.switch.selection.names)
         return self.modules_to_save[names[0]] if names else self.original_module
 
     def here(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of ``names`` that have a copy."""
+        """Return those of ``names`` that have a copy."""
         return tuple(name for name in names if name in self.copies)
 
     @property
     def copies(self) -> dict[str, Any]:
-        """Adapter's name -> its copy."""
+        """The copies by their adapters' names."""
         # Not ModuleDict's own methods: those forbid names such as "keys" or "forward".
         copies: dict[str, Any] = self.modules_to_save._modules
         return copies
 
     def add(self, adapter: str, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """A copy of the original for ``adapter``, with memory of its own.
+        """Add a copy of the original for ``adapter``, with memory of its own.
 
         Args:
-            adapter: whose.
+            adapter: the name of the adapter.
             tensors: its values (parameter's name -> tensor), used in the wider of their own dtype and the
                 original's, so that nothing is rounded; without them it starts as the original is. Where that is
                 not the original's dtype the whole copy has the widest, for it computes in one.
@@ -88,11 +88,11 @@ class ModuleCopies(nn.Module):
         del self.copies[adapter]
 
     def rename(self, old: str, new: str) -> None:
-        """Give a copy to another name."""
+        """Give a copy another adapter's name."""
         self.copies[new] = self.copies.pop(old)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the selected copy gives; arguments and results are the original module's."""
+        """Run the selected copy; arguments and results are the original module's."""
         selection = self.switch.selection
         if selection.rows is None:
             return self._run(self.current, args, kwargs)
@@ -102,8 +102,8 @@ class ModuleCopies(nn.Module):
         if selection.packed(x):
             return self._forward_rows(selection, x.squeeze(0), *args, **kwargs).unsqueeze(0)
         if not self.here(selection.used):
-            found: Tensor = self.original_module(x, *args, **kwargs)
-            return found
+            output: Tensor = self.original_module(x, *args, **kwargs)
+            return output
         if self.layout.dim < 0 and selection.is_mixed:
             raise refused("A module that an adapter brings whole")
         dim = max(self.layout.dim, 0)
@@ -116,7 +116,7 @@ class ModuleCopies(nn.Module):
         return y
 
     def follows(self, layout: Layout) -> bool:
-        """Whether the module can tell rows that lie so apart."""
+        """Tell whether the module can tell the rows of that layout apart."""
         return layout.dim >= 0
 
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -128,7 +128,7 @@ class ModuleCopies(nn.Module):
         return _cast(result, base)
 
     def as_base_module(self, adapter: str) -> nn.Module:
-        """An adapter's copy in the original's dtype, to stand in the model for good."""
+        """Return an adapter's copy in the original's dtype, to stand in the model for good."""
         own: nn.Module = self.copies[adapter]
         for mine, theirs in zip(_tensors(own), _tensors(self.original_module), strict=True):
             mine.data = mine.data.to(theirs.dtype)

@@ -40,7 +40,7 @@ class ParameterHolder(AnyNames):
         self._exchanged()
 
     def _exchanged(self) -> None:
-        """Note that tensors are not those of before."""
+        """Watch the tensors, which are others than before, and drop what inference kept of those."""
         watch(self._parameters.values())
         edited()
 
@@ -57,13 +57,13 @@ class ParameterHolder(AnyNames):
         return len(self._modules) + len(self._parameters)
 
     def keys(self) -> list[str]:
-        """The names."""
+        """Return the names."""
         return [*self._modules, *self._parameters]
 
     def values(self) -> list[Any]:
-        """What goes by them."""
+        """Return the tensors and modules."""
         return [self[name] for name in self]
 
     def items(self) -> list[tuple[str, Any]]:
-        """The names, each with what goes by it."""
+        """Return the names with their tensors and modules."""
         return [(name, self[name]) for name in self]

@@ -1,4 +1,4 @@
-"""The wrapper for one parameter of a layer that uses it inside its own ``forward``: fused experts, attention."""
+"""The wrapper of a layer for one parameter that it uses inside its own ``forward``: fused experts, attention."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from veneer.patches.weight_arithmetic import composed
 
 
 class AdaptedParameter(AdaptedLayer):
-    """Calls the base layer with the changed parameter in its own's place.
+    """Calls the base layer with the changed parameter in the place of its own.
 
     Several nest, one for each parameter; the innermost calls the base layer with all of them changed.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base layer's output under the selected adapters."""
+        """Run the base layer under the selected adapters."""
         selection = self.switch.selection
         if selection.rows is None:
             return self._through({}, *args, **kwargs)
         return self._through_rows(selection, *args, **kwargs)
 
     def follows(self, layout: Layout) -> bool:
-        """Whether the layer can tell rows that lie so apart: it is given some of them as a batch of its own."""
+        """Tell whether the layer can run some rows of that layout as a batch of their own."""
         return layout.dim == 0
 
     def _through(self, changed: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -66,7 +66,7 @@ class AdaptedParameter(AdaptedLayer):
         return apply_rows(y, run, groups, *args, **kwargs)
 
     def _uses(self, selection: Selection) -> bool:
-        """Whether an adapter of the rows changes a parameter of the layer."""
+        """Tell whether an adapter of the rows changes a parameter of the layer."""
         inner = self.base_layer
         below = isinstance(inner, AdaptedParameter) and inner._uses(selection)
         return below or bool(self.here(selection.used))

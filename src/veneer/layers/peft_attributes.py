@@ -1,4 +1,4 @@
-"""What an adapted layer can be asked, under peft's names."""
+"""The attributes and methods of peft's layers, for scripts that use them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 
-class LayerFace:
-    """The part of an adapted layer that users' scripts read."""
+class PeftLayerAttributes:
+    """Gives an adapted layer the attributes and methods of peft's layers."""
 
     @torch.no_grad()
     def get_delta_weight(self: Any, adapter: str) -> Tensor:
-        """The change that an adapter makes of this layer's weight, as the weight is stored and in its dtype.
+        """Return the change that an adapter makes of this layer's weight, as the weight is stored and in its dtype.
 
         Raises:
             UnknownAdapterError: the adapter is not on this layer. MergeError: no weight can hold its change.
@@ -32,12 +32,12 @@ class LayerFace:
 
     @property
     def scaling(self: Any) -> dict[str, float]:
-        """Adapter's name -> what its LoRA is multiplied by here."""
+        """The factor by which each adapter's LoRA is multiplied here."""
         return {name: float(value.scale) for name, value in _lora(self, "scaling")}
 
     @property
     def r(self: Any) -> dict[str, int]:
-        """Adapter's name -> the rank of its LoRA here."""
+        """The rank of each adapter's LoRA here."""
         return {name: value.r for name, value in _lora(self, "r")}
 
     @property
@@ -51,15 +51,15 @@ class LayerFace:
         return list(self.merged)
 
     def own_tensors(self: Any, adapter: str) -> dict[str, Tensor]:
-        """Every tensor of an adapter that lies at this layer, frozen and common ones included, by its place."""
-        found: dict[str, Tensor] = {}
+        """Return every tensor of an adapter that lies at this layer, frozen and common ones included, by its place."""
+        tensors: dict[str, Tensor] = {}
         for head, holder in self._holders():
             if adapter in holder._parameters:
-                found[head] = holder._parameters[adapter]
+                tensors[head] = holder._parameters[adapter]
             elif adapter in holder._modules:
                 own = holder._modules[adapter]
-                found.update((f"{head}.{leaf}", p) for leaf, p in own._parameters.items() if p is not None)
-        return found
+                tensors.update((f"{head}.{leaf}", p) for leaf, p in own._parameters.items() if p is not None)
+        return tensors
 
     def train_adapters(self: Any) -> None:
         """Put the layer and its adapters into training mode, and leave the base layer's as it is."""
@@ -68,16 +68,16 @@ class LayerFace:
             holder.train()
 
     def _holders(self: Any) -> Iterator[tuple[str, nn.Module]]:
-        """What holds the adapters' tensors, by its name."""
+        """Return the modules that hold the adapters' tensors, by their names."""
         return ((head, module) for head, module in self._modules.items() if head != "base_layer" and module is not None)
 
 
 def _lora(layer: Any, asked: str) -> list[tuple[str, Any]]:
-    """Each adapter with a LoRA at a layer, and its settings there."""
+    """Return each adapter that has a LoRA at a layer, and its settings there."""
     from veneer.methods.lora import LoraSettings
 
     shares = [(name, share.settings) for name, shares in layer.bound.items() for share in shares]
-    found = [(name, settings) for name, settings in shares if isinstance(settings, LoraSettings)]
-    if not found:  # the base layer may have something of that name
+    loras = [(name, settings) for name, settings in shares if isinstance(settings, LoraSettings)]
+    if not loras:  # the base layer may have something of that name
         raise AttributeError(f"no LoRA is on {layer.site.name}, so it has no {asked}")
-    return found
+    return loras

@@ -1,4 +1,4 @@
-"""The wrapper for a packed layer: a merge puts another layer in its place and leaves the packed one as it is."""
+"""The wrapper of a packed layer, which a merge replaces by another one and leaves as it is."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from veneer.patches.weight_arithmetic import merged, merged_bias
 
 
 class PackedLayer(AdaptedLayer):
-    """As :class:`AdaptedLayer`; ``site.module`` is the packed layer throughout, so unmerging is putting it back.
+    """An :class:`AdaptedLayer` whose ``site.module`` is the packed layer throughout, to be put back by unmerging.
 
     Attributes:
-        into: where merges go; to be set before one.
-        error: what the last one lost.
+        into: the form that merged weights get; to be set before a merge.
+        error: the loss of the last merge.
     """
 
     site: PackedSite
@@ -33,7 +33,7 @@ class PackedLayer(AdaptedLayer):
         return self.site.module(*args, **kwargs)
 
     def _readable(self, names: tuple[str, ...]) -> None:
-        """None: a packed weight holds no adapter without a merge."""
+        """Return ``None``, for a packed weight holds no adapter without a merge."""
 
     def merge(self, names: tuple[str, ...]) -> None:
         self.unmerge()
@@ -53,7 +53,7 @@ class PackedLayer(AdaptedLayer):
         self.forget_cached()
 
     def merged_parameters(self, names: tuple[str, ...]) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-        """The weight (float32) and bias with ``names`` merged, before the weight is stored in any form."""
+        """Return the weight (float32) and bias with ``names`` merged, before the weight is stored in any form."""
         patches = self.patches(self.here(names))
         bias = merged_bias(self.base_bias, patches, self._into.dtype)
         weight = merged(self.base_weight(), patches)
@@ -84,7 +84,7 @@ class PackedLayer(AdaptedLayer):
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> PackedLayer:
-        """Set the mode of this layer and of all in it, the layer that a merge has replaced included."""
+        """Set the mode of this layer and of all in it, including the layer that a merge has replaced."""
         self.site.module.train(mode)
         super().train(mode)
         return self

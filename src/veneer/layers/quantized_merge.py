@@ -1,4 +1,4 @@
-"""Merging into packed (quantised) weights: where the sum goes is the user's choice, and what it loses is measured.
+"""A merge into packed (quantised) weights: users choose the form of the sum, and its loss is measured.
 
 "dequantized": the layer becomes a plain one in the model's dtype; one rounding, several times the memory.
 "requantized": the sum is packed again as the weight was. A change smaller than the grid's steps is rounded away.
@@ -19,13 +19,13 @@ DEQUANTIZED = "dequantized"
 REQUANTIZED = "requantized"
 CHOICES = (DEQUANTIZED, REQUANTIZED)
 
-# Of a change of which more than this share is lost, little is left to speak of.
+# A change of which more than this share is rounded away counts as lost.
 LOST = 0.5
 
 
 @dataclass(frozen=True)
 class Into:
-    """Where a merge into a packed layer goes.
+    """The form that a merge gives a packed layer.
 
     Attributes:
         choice: "dequantized" or "requantized".
@@ -37,7 +37,7 @@ class Into:
 
 
 def into_missing(layer: str) -> MergeError:
-    """The error for a merge into a packed layer that does not say where its sum goes."""
+    """Return the error for a merge into a packed layer that does not say which form its sum gets."""
     return MergeError(
         f"{layer} is quantised, and a merge has to know where to put the sum.",
         hint=f'Pass into="{DEQUANTIZED}" (plain layers: several times larger, one rounding) or '
@@ -47,7 +47,7 @@ def into_missing(layer: str) -> MergeError:
 
 @dataclass(frozen=True)
 class LayerError:
-    """What one layer's merged weight lost, as Frobenius norms.
+    """The loss of one layer's merged weight, as Frobenius norms.
 
     Attributes:
         weight: of the difference to the exact (float32) sum, relative to that sum.
@@ -60,11 +60,11 @@ class LayerError:
 
 @dataclass(frozen=True)
 class QuantizedMerge(AsJson):
-    """What the last merge into packed weights did: ``model.quantized_merge``.
+    """The outcome of the last merge into packed weights: ``model.quantized_merge``.
 
     Attributes:
         into: "dequantized" or "requantized".
-        layers: layer's name -> what it lost.
+        layers: layer's name -> its loss.
     """
 
     into: str
@@ -73,8 +73,8 @@ class QuantizedMerge(AsJson):
     @property
     def worst(self) -> LayerError:
         """The largest figures of any layer."""
-        found = self.layers.values()
-        return LayerError(max(e.weight for e in found), max(e.change for e in found))
+        errors = self.layers.values()
+        return LayerError(max(e.weight for e in errors), max(e.change for e in errors))
 
     @property
     def lost(self) -> list[str]:
@@ -82,7 +82,7 @@ class QuantizedMerge(AsJson):
         return [name for name, error in self.layers.items() if error.change > LOST]
 
     def warning(self) -> str:
-        """A line for the user when some of the adapter did not survive."""
+        """Return a line for the user when some of the adapter did not survive."""
         return (
             f"Packing the merged weights again lost more than half of the adapter's change in {len(self.lost)} of "
             f"{len(self.layers)} layers (at worst {self.worst.change:.0%} of it): the grid is coarser than the change. "
@@ -91,7 +91,7 @@ class QuantizedMerge(AsJson):
 
 
 def layer_error(held: Tensor, exact: Tensor, before: Tensor) -> LayerError:
-    """What a layer lost.
+    """Measure the loss of a layer.
 
     Args:
         held: the weight that it holds after the merge, shape ``(out, in)``, float32.

@@ -1,4 +1,4 @@
-"""A weight that somebody asked a layer for, and of which so far only the outside is wanted.
+"""A weight that is made when somebody computes with it, and until then answers for its shape, dtype and device.
 
 Models ask a layer that they call for its weight's dtype or device. The weight that the adapters make is worked out when
 somebody computes with it. A kernel with a backward pass of its own computes where no gradient is noted, so that it
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from veneer.errors import UnsupportedError
 
-# What is said without the values.
+# The questions that are answered without the values.
 _OUTSIDE = {
     *(getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "layout", "requires_grad")),
     *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_cpu", "is_meta", "is_quantized", "itemsize", "nbytes")),
@@ -25,7 +25,7 @@ _OUTSIDE = {
 
 
 class Unread(Tensor):
-    """Stands for a tensor like ``outside``, whose values ``make`` gives once they are wanted."""
+    """A tensor like ``outside``, whose values ``make`` gives once they are computed with."""
 
     outside: Tensor
     make: Callable[[], Tensor]
@@ -33,12 +33,12 @@ class Unread(Tensor):
 
     @staticmethod
     def __new__(cls, outside: Tensor, make: Callable[[], Tensor]) -> Unread:
-        """A tensor of the shape, dtype and device of ``outside``, without memory."""
-        found: Unread = Tensor._make_wrapper_subclass(
+        """Make a tensor of the shape, dtype and device of ``outside``, without memory."""
+        unread: Unread = Tensor._make_wrapper_subclass(
             cls, outside.shape, strides=outside.stride(), dtype=outside.dtype, device=outside.device
         )
-        found.outside, found.make, found.noted = outside, make, torch.is_grad_enabled()
-        return found
+        unread.outside, unread.make, unread.noted = outside, make, torch.is_grad_enabled()
+        return unread
 
     def __init__(self, outside: Tensor, make: Callable[[], Tensor]) -> None:
         pass

@@ -1,4 +1,4 @@
-"""The wrapper for a layer under tensor parallelism: it gives patches the whole input and output that they speak of."""
+"""The wrapper of a layer under tensor parallelism, which gives patches whole inputs and outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veneer.patches.active_selection import ActiveSelection
 
 
 class ShardedLayer(AdaptedLayer):
-    """Its base layer takes or gives a part, as the model's plan has it; adapters are whole in every process.
+    """An adapted layer whose base layer takes or gives a part, while adapters are whole in every process.
 
     What each process has is gathered for the patches, and the result spread again. The gradients of an adapter's
     tensors are therefore whole in every process, and the tensors stay equal.
@@ -25,7 +25,7 @@ class ShardedLayer(AdaptedLayer):
         self.takes_part = self.gives_part = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The base layer's output under the selected adapters; arguments and shapes are the base layer's."""
+        """Run the base layer under the selected adapters; arguments and shapes are the base layer's."""
         selection = self.switch.selection
         if selection.rows is None and not self.here(selection.names):
             return self.base_layer(x, *args, **kwargs)
@@ -46,7 +46,7 @@ class ShardedLayer(AdaptedLayer):
         return gathered(y, mesh, rows) if self.gives_part else y
 
     def _fused_patch(self, names: tuple[str, ...]) -> None:
-        """None: what is folded adds to the base layer's own output, and here that is a part."""
+        """Return ``None``: a fused patch is added to the base layer's own output, and here that is a part."""
 
     def _readable(self, names: tuple[str, ...]) -> None:
-        """None: what a process has is a part of a weight."""
+        """Return ``None``, for a process has a part of the weight."""

@@ -1,4 +1,4 @@
-"""What the adapters on a layer change in its weight, as one low-rank or dense change."""
+"""The change that adapters make of a layer's weight, as one low-rank or dense matrix."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class WeightChange:
     shift: Tensor | None = None
 
     def whole(self) -> Tensor:
-        """The change as a matrix."""
+        """Return the change as a matrix."""
         if self.up is None or self.down is None:
             assert self.dense is not None
             return self.dense
@@ -39,7 +39,7 @@ class WeightChange:
 
 
 def change_of(layer: LayerAdapters, patches: Sequence[Patch]) -> WeightChange:
-    """What one adapter changes in a layer, as :class:`WeightChange`."""
+    """Return the change that patches make of a layer."""
     if layer.site.shift_only:
         raise UnsupportedError(
             f"{layer.site.name}: an adapter trains its bias alone, which no LoRA can hold.",

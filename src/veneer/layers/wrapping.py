@@ -1,4 +1,4 @@
-"""The wrappers of a base model's adapted layers, put in their places and taken off again.
+"""Puts wrappers in the places of a base model's layers, and takes them off again.
 
 The base model is edited in one way only: an adapted layer is put in the place of its base layer, which it holds.
 Taking it out again leaves the model as it was, bit for bit.
@@ -45,12 +45,12 @@ def check_untouched(model: nn.Module) -> None:
 
 
 class LayerPlacement:
-    """What stands in the places of a base model's layers.
+    """The wrappers that stand in the places of a base model's layers.
 
     Attributes:
         model: the base model.
         catalog: its own modules.
-        switch: what is selected.
+        switch: the selection that all of them share.
         layers: a site's id -> the adapters on it, and, unless they are merged while loading, the layer in its place.
         module_copies: a module's name -> what holds the copies of it that adapters bring.
 
@@ -65,9 +65,9 @@ class LayerPlacement:
         self.switch = ActiveSelection()
         self.layers: dict[str, LayerAdapters] = {}
         self.module_copies: dict[str, ModuleCopies] = {}
-        # Whether adapters that are loaded can be run: see merging_on_load.
+        # False while merging on load: layers are bound but not wrapped.
         self._wraps = True
-        # In which dtypes what is then merged may take the memory of the base's weights.
+        # Weight dtypes whose memory a merge on load may overwrite: those that nobody else holds.
         self._overwritten: Collection[torch.dtype] = ()
 
     @contextmanager
@@ -88,7 +88,7 @@ class LayerPlacement:
             self._wraps = True
 
     def wrap(self, site: Site) -> LayerAdapters:
-        """The adapted layer of a site, put in its place if none was."""
+        """Return the adapted layer of a site, put in its place if none was."""
         if site.id not in self.layers:
             there = self.standing_at(site.name)
             self.layers[site.id] = layer = self._wrapped(site, there if isinstance(there, AdaptedLayer) else None)
@@ -98,7 +98,7 @@ class LayerPlacement:
 
     @property
     def adapted_layers(self) -> list[AdaptedLayer]:
-        """The layers that stand in the model: all but those that are merged while loading."""
+        """The wrappers that stand in the model: all but layers that are merged while loading."""
         return [layer for layer in self.layers.values() if isinstance(layer, AdaptedLayer)]
 
     def _wrapped(self, site: Site, there: AdaptedLayer | None) -> LayerAdapters:
@@ -118,11 +118,11 @@ class LayerPlacement:
 
     @property
     def is_spread(self) -> bool:
-        """Whether the base is spread over processes."""
+        """True for a base that is spread over processes."""
         return sharding.sharded_parameter(self.catalog.modules.values()) is not None
 
     def remove_wrapper(self, site_id: str) -> None:
-        """Remove a wrapper; one around it holds what it held."""
+        """Remove a wrapper; a wrapper around it then wraps what it wrapped."""
         layer = self.layers.pop(site_id)
         if not isinstance(layer, AdaptedLayer):  # it never stood in the model
             return
@@ -136,7 +136,7 @@ class LayerPlacement:
             outer._modules["base_layer"] = layer.base_layer
 
     def place_copies(self, root: str) -> ModuleCopies:
-        """What holds the copies of a module, put in its place if none was."""
+        """Return the wrapper that holds the copies of a module, put in its place if none was."""
         if root not in self.module_copies:
             self.module_copies[root] = ModuleCopies(self.catalog.modules[root], self.switch)
             if self._wraps:
@@ -144,34 +144,34 @@ class LayerPlacement:
         return self.module_copies[root]
 
     def remove_copies(self, root: str) -> None:
-        """Put a module back in the place of its copies."""
+        """Put a module back in the place of the wrapper that held its copies."""
         self.place(root, self.module_copies.pop(root).original_module)
 
     def standing_at(self, name: str) -> nn.Module:
-        """What stands at a name now: the base's own module, or a wrapper."""
+        """Return the module that stands at a name now: the base's own, or a wrapper."""
         parent, _, child = name.rpartition(".")
         module = self.catalog.modules[parent]._modules[child]
         assert module is not None
         return module
 
     def place(self, name: str, module: nn.Module) -> None:
-        """Let ``module`` stand at a name."""
+        """Put ``module`` in the place of that name."""
         parent, _, child = name.rpartition(".")
         self.catalog.modules[parent]._modules[child] = module
 
     def base(self, site: Site) -> BaseLayer:
-        """A base layer as it was before any adapter, for a method to start from."""
+        """Return a base layer as it was before any adapter, for a method to start from."""
         return self.layers.get(site.id) or PlainBase(site)
 
     def check_spread(self, sites: list[Site], roots: list[str]) -> None:
-        """Of a base that is spread over processes, not every layer can be adapted in every way."""
+        """Raise where a base that is spread over processes cannot be adapted so."""
         for site in sites:
             sharding.check_site(site)
         for root in roots:
             sharding.check_copy(root, self.catalog.modules[root])
 
     def check_places(self, sites: list[str], roots: list[str]) -> None:
-        """One adapter's whole module cannot hold another's adapted layer, nor the reverse."""
+        """Raise ``BindError`` where one adapter's whole module would hold another's adapted layer, or the reverse."""
         for outer, inner in ((self.module_copies, sites), (roots, list(self.layers))):
             for name in inner:
                 root = next((r for r in outer if name == r or name.startswith(r + ".")), None)
