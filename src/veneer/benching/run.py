@@ -10,6 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from veneer.benching.arguments import spread_over
 from veneer.benching.bench_report import BenchReport
 from veneer.benching.decide.cost_model import Requirements
@@ -99,19 +101,7 @@ def bench(
     setup = _setup(str(path), inventory, hottest_first, models, lengths, sorted(set(batch)), new_tokens, repeats)
     timeline = Timeline(on_progress)
     sizes = [InputSize(rows, length) for rows in setup.batch for length in lengths or (0,)]
-    task = next(iter(models.single.peft_config.values())).task_type
-    request = Request(
-        variant="base",
-        base=models.base.name_or_path,
-        adapters=named(hottest_first),
-        task=None if task is None else str(task),
-        model_class=setup.model_class,
-        dtype=str(dtype).removeprefix("torch."),
-        device=str(torch_device),
-        rows=sizes[-1].batch,
-        length=sizes[-1].length,
-        new_tokens=new_tokens,
-    )
+    request = _request(models, hottest_first, dtype, torch_device, sizes[-1], new_tokens)
     _plan_steps(timeline, setup, sizes)
     figures = [*measure(models, sizes, new_tokens, repeats, timeline, torch_device), *_bytes(models, hottest_first)]
     figures += measure_merge(models, repeats, timeline)
@@ -119,11 +109,8 @@ def bench(
     warnings = models.warnings
     del models
     gc.collect()
-    notes = []
-    try:
-        figures += _loads(request, min(repeats, _MOST_LOADS), sizes[0], timeline)
-    except VeneerError as error:  # the figures so far took minutes, and hold without the loads
-        notes.append(f"Loading and peak memory are not measured, and memory is counted without them. {error}")
+    load_figures, notes = _loads_or_note(request, min(repeats, _MOST_LOADS), sizes[0], timeline)
+    figures += load_figures
     requirements = Requirements(
         traffic=shares,
         memory=memory or machine.memory(torch_device) or math.inf,
@@ -137,7 +124,7 @@ def bench(
         figures=tuple(figures),
         fidelity=tuple(fidelities),
         recommendation=recommend(setup, figures, fidelities, requirements, warnings),
-        notes=tuple(notes),
+        notes=notes,
         seconds=time.perf_counter() - started,
     )
 
@@ -163,6 +150,30 @@ def _check_numbers(
     for name, (smallest, value) in least.items():
         if value is not None and not value >= smallest:
             raise UsageError(f"{name} must be at least {smallest}, not {value}.", hint="Leave it out for the default.")
+
+
+def _request(
+    models: ModelsCompared,
+    adapters: Sequence[AdapterInput],
+    dtype: Any,
+    device: torch.device,
+    size: InputSize,
+    new_tokens: int,
+) -> Request:
+    """Ask for a load, and an answer to an input of a size, in a fresh process."""
+    task = next(iter(models.single.peft_config.values())).task_type
+    return Request(
+        variant="base",
+        base=models.base.name_or_path,
+        adapters=named(adapters),
+        task=None if task is None else str(task),
+        model_class=type(models.base).__name__,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        rows=size.batch,
+        length=size.length,
+        new_tokens=new_tokens,
+    )
 
 
 def _setup(
@@ -238,6 +249,16 @@ def _bytes(models: ModelsCompared, adapters: Sequence[AdapterInput]) -> list[Fig
     log.add("disk", "base", sum(file.stat().st_size for file in files))
     log.add("disk", "merged", nbytes(models.merged.parameters()))
     return log.figures("B")
+
+
+def _loads_or_note(
+    request: Request, repeats: int, smallest: InputSize, timeline: Timeline
+) -> tuple[list[Figure], tuple[str, ...]]:
+    """Measure loads; when they fail, give a note instead, for the other figures took minutes and hold without them."""
+    try:
+        return _loads(request, repeats, smallest, timeline), ()
+    except VeneerError as error:
+        return [], (f"Loading and peak memory are not measured, and memory is counted without them. {error}",)
 
 
 def _loads(request: Request, repeats: int, smallest: InputSize, timeline: Timeline) -> list[Figure]:

@@ -88,17 +88,7 @@ def load_models(
     tokenizer = _tokenizer(loaded, needed=texts is not None)
     load_warnings = loaded.load_report.warnings if loaded.load_report is not None else []
     base = loaded.unload().to(device)
-    prompt_source = "random token ids"
-    questions: list[Tensor] = []
-    if base.main_input_name != "input_ids":
-        if texts is not None:
-            raise UsageError(
-                f"{type(base).__name__} reads {base.main_input_name}, not text.", hint="Leave --prompts out."
-            )
-        prompt_source = "random values"
-    elif tokenizer is not None:
-        questions = [_encoded(tokenizer, text) for text in texts or PROMPTS]
-        prompt_source = "the prompts given" if texts else "eight prompts that come with Veneer"
+    questions, prompt_source = _questions(base, tokenizer, texts)
     workload = workload_of(base, torch.cat(questions) if questions else None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # loading has given them once
@@ -114,6 +104,20 @@ def load_models(
             prompt_source=prompt_source,
             warnings=tuple(dict.fromkeys(load_warnings)),
         )
+
+
+def _questions(base: Any, tokenizer: Any, texts: Sequence[str] | None) -> tuple[list[Tensor], str]:
+    """Return the ids of each prompt, none for a model without text or tokenizer, and where they come from."""
+    if base.main_input_name != "input_ids":
+        if texts is not None:
+            raise UsageError(
+                f"{type(base).__name__} reads {base.main_input_name}, not text.", hint="Leave --prompts out."
+            )
+        return [], "random values"
+    if tokenizer is None:
+        return [], "random token ids"
+    source = "the prompts given" if texts else "eight prompts that come with Veneer"
+    return [_encoded(tokenizer, text) for text in texts or PROMPTS], source
 
 
 def shared_copy(model: nn.Module) -> Any:
