@@ -1,4 +1,4 @@
-"""An adapter on disk: opened by its header, used where it lies, written whole or not at all."""
+"""Holds an adapter on disk: reads its tensors where they lie, and writes it whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An adapter's config and header; tensors are read on demand.
+    """Holds an adapter's config and header; its tensors are read on demand.
 
     Attributes:
-        origin: the path or id it was asked for by.
+        origin: the path or id that it was opened by.
         config: its config.
         tensors: key -> dtype and shape, in the file's order.
         metadata: the safetensors header's own.
-        notes: what was done to it since.
+        notes: changes that were made to it since.
         source: its files; ``None`` when its tensors are in memory.
     """
 
@@ -41,36 +41,36 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """The bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """Key -> tensor, as it lies in the file: its dtype, its bytes. One of 8 bits is widened to float32."""
+        """Read tensors as they lie in the file, each in its dtype; floating-point numbers of 8 bits become float32."""
         from veneer.checkpoints.mapped_tensors import read_mapped
 
-        wanted = set(keys)
-        found = (read_mapped(header, wanted) for header in self._headers)
-        return {key: _widened(tensor) for part in found for key, tensor in part.items()}
+        names = set(keys)
+        parts = (read_mapped(header, names) for header in self._headers)
+        return {key: _widened(tensor) for part in parts for key, tensor in part.items()}
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    """A tensor in a dtype that can be computed with: torch stores floating-point numbers of 8 bits and little more."""
+    """Return a tensor in a dtype that torch computes with, which those of 8 bits are not."""
     return tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
 
 
 @dataclass(frozen=True)
 class InMemoryCheckpoint(Checkpoint):
-    """An adapter whose tensors are in memory, laid out as a checkpoint."""
+    """Holds an adapter whose tensors are in memory, laid out as a checkpoint."""
 
     held: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """Key -> tensor, as it is held."""
+        """Return tensors as they are in memory."""
         return {key: self.held[key] for key in keys}
 
 
 def in_memory_checkpoint(config: PeftConfig, tensors: Mapping[str, Tensor], origin: str) -> InMemoryCheckpoint:
-    """A checkpoint of tensors (key -> tensor) that lie in memory; ``origin`` says in errors where they come from."""
+    """Make a checkpoint of tensors in memory (key -> tensor); errors name ``origin`` as the place they come from."""
     info = {
         key: TensorInfo(key, str(t.dtype).removeprefix("torch."), tuple(t.shape), 0, t.nbytes)
         for key, t in tensors.items()
@@ -80,7 +80,7 @@ def in_memory_checkpoint(config: PeftConfig, tensors: Mapping[str, Tensor], orig
 
 @dataclass(frozen=True)
 class Draft:
-    """An adapter that is to be written.
+    """Holds an adapter that is to be written.
 
     Attributes:
         folder: made if it is missing; files of the same names are replaced.
@@ -107,8 +107,8 @@ def write_checkpoint(
 def replacing(drafts: Sequence[Draft]) -> Iterator[None]:
     """Write every file beside the old one, let the block run, and then put them in the old ones' places.
 
-    The old configs go first and the new ones come last: an adapter of which a part is another's has no config. What
-    fails before, in the block too, leaves the old adapters as they were.
+    The old configs are removed first and the new ones come last, so that a folder with parts of two adapters has no
+    config. A failure before that, in the block too, leaves the old adapters as they were.
     """
     with ExitStack() as stack:  # the last to enter is the first to take its place
         for draft in drafts:
@@ -132,11 +132,11 @@ def _save_tensors(draft: Draft, path: Path) -> None:
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, each in memory of its own: one under two keys is written twice, as the format wants."""
-    own: dict[str, Tensor] = {}
+    """Return tensors on the CPU, each in memory of its own, as the format wants one that has two keys."""
+    separate: dict[str, Tensor] = {}
     places: set[int] = set()
     for key, tensor in tensors.items():
         value = tensor.detach().contiguous().cpu()
-        own[key] = value.clone() if value.numel() and value.data_ptr() in places else value
+        separate[key] = value.clone() if value.numel() and value.data_ptr() in places else value
         places.add(value.data_ptr())
-    return own
+    return separate

@@ -1,4 +1,4 @@
-"""How well the names of an adapter fit a model, before it is bound."""
+"""Grades how well the module names of an adapter fit a model, before it is bound."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class Closeness(IntEnum):
-    """Whether the modules that an adapter names are a model's: not all, under today's names, or as they are."""
+    """Grades an adapter's module names: not all are a model's, all are by today's names, or all are as they stand."""
 
     NONE = 0
     RENAMED = 1

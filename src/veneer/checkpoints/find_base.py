@@ -1,4 +1,4 @@
-"""Finds the base of an adapter: as given, as its config names it, or beside it."""
+"""Finds the base of an adapter: as given, as its config names it, or beside the adapter."""
 
 from __future__ import annotations
 

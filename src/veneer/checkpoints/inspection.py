@@ -1,6 +1,6 @@
-"""What is at this path? Answered from configs and headers: no torch, no weights read, no network for local files.
+"""Inspects a path by configs and headers: imports no torch, reads no weights, uses no network for local files.
 
-Something broken is described, not raised: its ``problems`` say what is wrong and how to mend it.
+Whatever is broken is described in ``problems``, with its mend, and not raised.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-# What is needed of a hub repository to know what it is; weights are read by their headers alone.
+# The files of a hub repository that tell what it is; of weights only the headers are read.
 _SMALL = ("*.json",)
 # Keys of a config that are shown, and the types that their values may have.
 _ADAPTER_TYPES: Mapping[str, Any] = {
@@ -72,12 +72,12 @@ _DOWN = re.compile(r"\.lora_(A(\.[^.]+)?\.weight|embedding_A(\.[^.]+)?)$")
 
 @dataclass(frozen=True)
 class Inspection(PathFacts):
-    """What is at a path; printed by rich, a panel with a row for each fact."""
+    """Holds the facts of a path; rich prints it as a panel with a row for each."""
 
     adapters: dict[str, Inspection] = field(default_factory=dict)
 
     def __rich__(self) -> RenderableType:
-        """A panel: the facts, a line for each member of a set, then the problems."""
+        """Return a panel: the facts, a line for each member of a set, then the problems."""
         from veneer.checkpoints.inspection_text import as_panel
 
         return as_panel(self)
@@ -146,7 +146,7 @@ def _members(source: Source, problems: list[Problem]) -> list[adapter_folders.Me
 
 
 def _inspect_file(source: Source, path: str) -> Inspection:
-    """A single safetensors file: an adapter's when its keys say so."""
+    """Inspect a single safetensors file: an adapter's when its keys say so."""
     assert source.file is not None
     header = read_header(source.file)
     weights = weights_of([header])
@@ -243,7 +243,7 @@ def _tensor_head(method: str) -> str:
 
 
 def _heads(values: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> list[str] | None:
-    """The heads of its task that an adapter brings whole without saying so, as peft's were up to 0.10."""
+    """Return the heads of its task that an adapter brings whole and does not name, as peft's did up to 0.10."""
     head_of_method = _tensor_head(str(values.get("peft_type")))
     words = {word for info in tensors if head_of_method not in info.name for word in info.name.split(".")[:-1]}
     heads = HEADS.get(str(values.get("task_type")), ())
@@ -251,8 +251,8 @@ def _heads(values: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> list[str
 
 
 def _ranks(tensors: Iterable[TensorInfo]) -> dict[int, int]:
-    found = Counter(info.shape[0] for info in tensors if _DOWN.search(info.name) and info.shape)
-    return dict(sorted(found.items()))
+    ranks = Counter(info.shape[0] for info in tensors if _DOWN.search(info.name) and info.shape)
+    return dict(sorted(ranks.items()))
 
 
 # -- a model -----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What an inspection tells of a path: facts and problems, as plain data."""
+"""Holds the facts and problems that an inspection finds, as plain data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from veneer.printing import AsJson
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that will keep the checkpoint from loading, or from doing what it says."""
+    """Describes a reason why a checkpoint will not load, or will not do what it says."""
 
     code: str
     message: str
@@ -20,12 +20,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a checkpoint.
+    """Counts the tensors of a checkpoint.
 
     Attributes:
         files: the files that hold them.
-        tensors: how many.
-        parameters: values in all of them.
+        tensors: their number.
+        parameters: the number of values in all of them.
         nbytes: their bytes.
         dtypes: dtype -> values of it.
     """
@@ -39,22 +39,22 @@ class Weights:
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """What an adapter's folder says.
+    """Holds the facts of an adapter's folder.
 
     Attributes:
         peft_type: its method.
         base: the base model that its config names.
         base_revision: that base's revision.
         base_digest: the digest of the base that it was trained on, where it is recorded.
-        task: what it is for.
+        task: its task.
         ranks: rank -> number of layers that have it.
         alpha: the config's ``lora_alpha``.
         options: the method's options that are on, such as ``use_rslora``.
         target_modules: as in the config.
         modules_to_save: modules that it brings whole.
-        layers: how many layers it adapts; of SHADOW, blocks.
+        layers: the number of layers that it adapts; for SHADOW, of blocks.
         weights: its tensors; ``None`` when they cannot be read.
-        virtual_tokens: how many a prompt puts before the input or into the cache.
+        virtual_tokens: the number of tokens that a prompt puts before the input or into the cache.
     """
 
     peft_type: str | None
@@ -74,14 +74,14 @@ class AdapterFacts:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a full model's folder says.
+    """Holds the facts of a full model's folder.
 
     Attributes:
         architecture: its class.
         model_type: its family.
         dtype: as its config says.
         quantization: its quantisation config; ``None`` when it is not quantised.
-        tied_embeddings: whether its config ties input and output embeddings.
+        tied_embeddings: its config ties input and output embeddings.
         weights: its tensors; ``None`` when they cannot be read.
     """
 
@@ -95,17 +95,17 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class PathFacts(AsJson):
-    """What is at a path.
+    """Holds the facts of a path.
 
     Attributes:
-        path: what was asked for.
+        path: the path that was asked for.
         kind: ``"model"``, ``"adapter"``, ``"model+adapter"`` or ``"unknown"``. A set of adapters in subfolders is
             an ``"adapter"``.
         adapter: the adapter at the root of the folder.
         model: the full model at the root of the folder.
         adapters: the adapters of a set: name -> the same for each.
         commit: the hub commit.
-        problems: what is wrong.
+        problems: the faults that were found.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""How an inspection looks on a terminal."""
+"""Shows an inspection on a terminal."""
 
 from __future__ import annotations
 

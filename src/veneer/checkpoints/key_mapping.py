@@ -1,4 +1,4 @@
-"""``key_mapping``: a checkpoint whose keys are renamed by a caller's own regular expressions as it is loaded."""
+"""Applies ``key_mapping``, a caller's regular expressions, to the keys of a checkpoint."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _renamed(key: str, mapping: Mapping[str, str]) -> str:
     prefix = next((p for p in (PREFIX, SHARED_PREFIX) if key.startswith(p)), "")
     name = key.removeprefix(prefix)
     for pattern, replacement in mapping.items():
-        new, found = re.subn(pattern, replacement, name)
-        if found:
+        new, count = re.subn(pattern, replacement, name)
+        if count:
             return prefix + new
     return key

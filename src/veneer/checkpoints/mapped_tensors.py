@@ -1,4 +1,4 @@
-"""The tensors of a safetensors file, used where they lie: the file is mapped once, and each tensor is a view of it.
+"""Maps a safetensors file into memory, so that each tensor is a view of it and nothing is copied.
 
 The mapping is private: a tensor that is changed in place gets memory of its own, page by page, and the file stays.
 """
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def read_mapped(header: Header, wanted: Collection[str]) -> dict[str, Tensor]:
-    """Key -> tensor, for those of ``wanted`` that the file holds: its dtype, its bytes.
+def read_mapped(header: Header, keys: Collection[str]) -> dict[str, Tensor]:
+    """Return key -> tensor, in its dtype, for those of ``keys`` that the file holds.
 
     Raises:
-        CorruptFileError: the file has become shorter than its header says, or is none that safetensors reads.
+        CorruptFileError: the file is shorter than its header says, or safetensors cannot read it.
     """
-    infos = [info for name, info in header.tensors.items() if name in wanted]
+    infos = [info for name, info in header.tensors.items() if name in keys]
     if not infos:
         return {}
     if any(info.dtype not in DTYPES or (header.data_start + info.start) % _size(info) for info in infos):
@@ -60,7 +60,7 @@ def _view(whole: object, start: int, info: TensorInfo) -> Tensor:
 
 
 def _copied(header: Header, infos: Collection[TensorInfo]) -> dict[str, Tensor]:
-    """The same by the library's own reader: for rare dtypes, and for data that are not aligned to theirs."""
+    """Read tensors by safetensors' own reader, which takes rare dtypes and unaligned data."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 
+from veneer.base_model.catalog import Catalog
+from veneer.base_model.meta_model import meta_model
 from veneer.base_model.transformers_internals import classes_for
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.checkpoints.closeness import Closeness
+from veneer.checkpoints.older_layouts import closeness
 from veneer.configs.names import HEADS, TaskType
 from veneer.errors import BaseModelError, UsageError, VeneerError
 from veneer.files.names import MODEL_CONFIG
@@ -37,16 +40,16 @@ def class_for(
     task: str | None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """The class that a base is built as for its adapters.
+    """Choose the class that a base is built as for its adapters.
 
     Adapters of vision-language models mostly say CAUSAL_LM, and Whisper's SEQ_2_SEQ_LM: where the base's type has no
-    class for an adapter's task, or that class lacks layers that the base's own has, its own is taken.
+    class for an adapter's task, or that class lacks layers that the class in its config has, the latter is taken.
 
     Args:
         source: the base.
         config: its config.
         checkpoints: the adapters; the first that names a task decides.
-        task: asked for by the caller; it decides instead.
+        task: the task that the caller asks for; it decides instead.
         trust_remote_code: run code that comes with the base.
 
     Raises:
@@ -56,16 +59,17 @@ def class_for(
         kind = _class_of(config, task, source.origin)
         _check_has_class(config, task, source.origin)
         return kind
-    wanted = wanted_task(None, checkpoints)
-    kind, own = _class_of(config, wanted, source.origin), _own_class(config)
-    if wanted is None or own is None or kind is own or "auto_map" in config:
+    task = wanted_task(None, checkpoints)
+    kind, named = _class_of(config, task, source.origin), _named_class(config)
+    if task is None or named is None or kind is named or "auto_map" in config:
         return kind
-    if not _classes(config, wanted):
-        return own
-    if HEADS.get(wanted):  # which no other class has
+    if not _classes(config, task):
+        return named
+    if HEADS.get(task):  # which no other class has
         return kind
     fit = _closeness(kind, source, checkpoints, trust_remote_code)
-    return own if fit is not Closeness.EXACT and _closeness(own, source, checkpoints, trust_remote_code) > fit else kind
+    fits_better = fit is not Closeness.EXACT and _closeness(named, source, checkpoints, trust_remote_code) > fit
+    return named if fits_better else kind
 
 
 def wanted_task(task: str | None, checkpoints: Sequence[Checkpoint]) -> str | None:
@@ -74,70 +78,66 @@ def wanted_task(task: str | None, checkpoints: Sequence[Checkpoint]) -> str | No
 
 
 def note_of(kind: Any, config: dict[str, Any], checkpoints: Sequence[Checkpoint], task: str | None) -> list[str]:
-    """What a report says where the base is built as its own class, though the adapter's task is another's."""
-    wanted = None if task is not None else wanted_task(None, checkpoints)
-    if wanted is None or kind is not _own_class(config) or kind.__name__ in _classes(config, wanted):
+    """Note where the base is built as the class in its config, though the adapter's task has another."""
+    recorded = None if task is not None else wanted_task(None, checkpoints)
+    if recorded is None or kind is not _named_class(config) or kind.__name__ in _classes(config, recorded):
         return []
     return [
-        f"The adapter says task_type={wanted}, and no {TASK_CLASSES[wanted]} of this base has the layers that it "
+        f"The adapter says task_type={recorded}, and no {TASK_CLASSES[recorded]} of this base has the layers that it "
         f"changes: the base is built as {kind.__name__}, which its config names."
     ]
 
 
 def _classes(config: dict[str, Any], task: str) -> tuple[str, ...]:
-    """The classes that transformers has for a model type and a task, by name."""
+    """Return the names of the classes that transformers has for a model type and a task."""
     return classes_for(TASK_CLASSES[task], config.get("model_type", ""))
 
 
-def _own_class(config: dict[str, Any]) -> Any:
-    """The class that a base's config names; ``None`` where transformers does not have it."""
+def _named_class(config: dict[str, Any]) -> Any:
+    """Return the class that a base's config names; ``None`` where transformers does not have it."""
     import transformers
 
     # A config may name anything that transformers has.
-    found = [getattr(transformers, name, None) for name in config.get("architectures") or []]
+    named = [getattr(transformers, name, None) for name in config.get("architectures") or []]
     return next(
-        (kind for kind in found if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)), None
+        (kind for kind in named if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)), None
     )
 
 
 def _class_of(config: dict[str, Any], task: str | None, origin: str) -> Any:
-    """The base's own class when it is for the task, else the task's."""
+    """Return the class in a base's config when it is for the task, else the task's."""
     import transformers
 
     if task is not None and task not in TASK_CLASSES:
         raise UsageError(f"Unknown task {task!r}.", hint=f"Known: {', '.join(TASK_CLASSES)}.")
-    named, model_type = config.get("architectures") or [], config.get("model_type", "")
-    if not isinstance(named, list) or not all(isinstance(n, str) for n in named) or not isinstance(model_type, str):
+    names, model_type = config.get("architectures") or [], config.get("model_type", "")
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or not isinstance(model_type, str):
         raise BaseModelError(
-            f"{origin}/{MODEL_CONFIG}: architectures={named!r} and model_type={model_type!r} name no model class.",
+            f"{origin}/{MODEL_CONFIG}: architectures={names!r} and model_type={model_type!r} name no model class.",
             hint="Copy the config again from where the model came from.",
         )
-    own = _own_class(config)
+    named = _named_class(config)
     if task is None:
-        return own or transformers.AutoModel
-    return (
-        own if own is not None and own.__name__ in _classes(config, task) else getattr(transformers, TASK_CLASSES[task])
-    )
+        return named or transformers.AutoModel
+    if named is not None and named.__name__ in _classes(config, task):
+        return named
+    return getattr(transformers, TASK_CLASSES[task])
 
 
 def _check_has_class(config: dict[str, Any], task: str, origin: str) -> None:
     """Raise ``BaseModelError`` where a known model type has no class for a task that was asked for."""
-    own = _own_class(config)
-    if own is None or "auto_map" in config or _classes(config, task):
+    named = _named_class(config)
+    if named is None or "auto_map" in config or _classes(config, task):
         return
-    usual = [one for one in TASK_CLASSES if own.__name__ in _classes(config, one)]
+    usual = [other for other in TASK_CLASSES if named.__name__ in _classes(config, other)]
     raise BaseModelError(
         f"{origin}: transformers has no {TASK_CLASSES[task]} for the model type {config.get('model_type')!r}.",
-        hint=f"Without task= it is built as {own.__name__}" + (f", as with task={usual[0]!r}." if usual else "."),
+        hint=f"Without task= it is built as {named.__name__}" + (f", as with task={usual[0]!r}." if usual else "."),
     )
 
 
 def _closeness(kind: Any, source: Source, checkpoints: Sequence[Checkpoint], trust_remote_code: bool) -> Closeness:
-    """How well the modules that adapters change are those of a class: the worst of them counts."""
-    from veneer.base_model.catalog import Catalog
-    from veneer.base_model.meta_model import meta_model  # what builds it asks here for a base's class
-    from veneer.checkpoints.older_layouts import closeness
-
+    """Grade how well the modules that adapters change are those of a class; the worst adapter counts."""
     try:
         catalog = Catalog(meta_model(kind, source, trust_remote_code))
     except VeneerError:
@@ -145,22 +145,22 @@ def _closeness(kind: Any, source: Source, checkpoints: Sequence[Checkpoint], tru
     return min(closeness(checkpoint, catalog) for checkpoint in checkpoints)
 
 
-# The rows of these give the number of labels that an adapter's head was trained for.
+# The weights of heads, whose rows are as many as the labels that they were trained for.
 _HEAD_WEIGHTS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 
 
 def dtype_of(dtype: Any) -> Any:
-    """A dtype by its name, or what transformers makes of ``"auto"`` and of a dtype."""
+    """Return a dtype by its name; ``"auto"`` and anything but a string is left to transformers."""
     if not isinstance(dtype, str) or dtype == "auto":
         return dtype
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    named = getattr(torch, dtype, None)
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
         raise UsageError(f"Unknown dtype {dtype!r}.", hint="Known: auto, float32, bfloat16, float16.")
-    return found
+    return named
 
 
 def labels_of(checkpoints: list[Checkpoint]) -> int | None:
-    """The number of labels that an adapter's own head was trained for, read from its header."""
+    """Return the number of labels that an adapter's own head was trained for, by its header."""
     for checkpoint in checkpoints:
         if checkpoint.config.task_type not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
             continue

@@ -1,4 +1,4 @@
-"""Opens an adapter on disk: its config, and the headers of its weights."""
+"""Opens an adapter on disk: reads its config, and the headers of its weights."""
 
 from __future__ import annotations
 

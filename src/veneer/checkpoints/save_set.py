@@ -12,23 +12,23 @@ from veneer.files.adapter_folders import DEFAULT, SAVING, SET_FILE
 from veneer.files.atomic_write import atomic_write, writing
 
 
-def save(folder: Path, drafts: Mapping[str, Draft], chosen: Sequence[str]) -> None:
+def save(folder: Path, drafts: Mapping[str, Draft], active: Sequence[str]) -> None:
     """Save adapters (name -> what to write) together, in this order, and record which are active.
 
-    As long as it is at work the set file says so. Where it is cut off, the folder is what it was or cannot be loaded.
+    The set file says so while it is at work. If it is cut off, the folder is as before or refuses to load.
     """
     with replacing(list(drafts.values())):
         _write(folder, {SAVING: list(drafts)})
-    write(folder, list(drafts), chosen)
+    write(folder, list(drafts), active)
 
 
-def write(folder: Path, names: Sequence[str], chosen: Sequence[str]) -> None:
-    """Record the order of a set and which of it is active."""
+def write(folder: Path, names: Sequence[str], active: Sequence[str]) -> None:
+    """Record the order of a set, and its active adapters."""
     if list(names) == [DEFAULT]:
         with writing(folder / SET_FILE):
             (folder / SET_FILE).unlink(missing_ok=True)
     else:
-        _write(folder, {"adapters": list(names), "active": [name for name in chosen if name in names]})
+        _write(folder, {"adapters": list(names), "active": [name for name in active if name in names]})
 
 
 def _write(folder: Path, values: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Adapters as other writers spell them, read as PEFT writes them today; nothing of the model is needed for it.
+"""Reads adapters that other writers saved as PEFT saves them today; needs nothing of the model.
 
 ...q_proj.lora_A.default.weight             the keys of a model in memory have the adapter's name in them
 ...classifier.modules_to_save.default.weight
@@ -28,7 +28,7 @@ _SAVED = ".modules_to_save."
 
 
 def as_peft_writes(checkpoint: Checkpoint) -> Checkpoint:
-    """``checkpoint`` with the keys and the config that PEFT gives it now; itself where it has them."""
+    """Return a checkpoint with the keys and the config that PEFT gives it now; the same one where it has them."""
     leaves = _leaves(checkpoint.config)
     endings = tuple("." + leaf for leaf in leaves.values())
     if all(key.endswith(endings) for key in checkpoint.tensors):
@@ -37,7 +37,7 @@ def as_peft_writes(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _leaves(config: PeftConfig) -> dict[str, str]:
-    """What the key of a tensor of the method's own ends with, in memory (but for the adapter's name) -> on disk."""
+    """Return how the keys of the method's tensors end: in memory, without the adapter's name -> on disk."""
     if isinstance(config, TargetedConfig):
         methods = [specialised(method_of(config), config), *([TOKENS] if isinstance(config, LoraConfig) else [])]
         return {method.leaf(name).memory_name: name for method in methods for name in method.disk_names}
@@ -45,19 +45,19 @@ def _leaves(config: PeftConfig) -> dict[str, str]:
 
 
 def _without_name(checkpoint: Checkpoint, leaves: Mapping[str, str]) -> Checkpoint:
-    """Without the adapter's name, where it stands in the keys and is one."""
+    """Return a checkpoint without the adapter's name in its keys, where they all have the same."""
     parts = {key: _parts(key, leaves) for key in checkpoint.tensors}
-    found = {key: part for key, part in parts.items() if part is not None and part[0] not in checkpoint.tensors}
-    names = {name for _, name in found.values()}
+    named = {key: part for key, part in parts.items() if part is not None and part[0] not in checkpoint.tensors}
+    names = {name for _, name in named.values()}
     if len(names) != 1:
         return checkpoint
-    new = {key: found[key][0] if key in found else key for key in checkpoint.tensors}
-    note = f"The keys of {len(found)} tensors have the adapter's name in them ({min(names)}): it is left out."
-    return RenamedCheckpoint.of(checkpoint, {new[key]: key for key in checkpoint.tensors}, [note])
+    old_keys = {named[key][0] if key in named else key: key for key in checkpoint.tensors}
+    note = f"The keys of {len(named)} tensors have the adapter's name in them ({min(names)}): it is left out."
+    return RenamedCheckpoint.of(checkpoint, old_keys, [note])
 
 
 def _parts(key: str, leaves: Mapping[str, str]) -> tuple[str, str] | None:
-    """A key without the adapter's name, and the name; ``None`` for one that has none."""
+    """Split a key into itself without the adapter's name, and the name; ``None`` for one that has none."""
     if any(key.endswith("." + leaf) for leaf in leaves.values()):
         return None
     module, saved, rest = key.partition(_SAVED)
@@ -66,23 +66,23 @@ def _parts(key: str, leaves: Mapping[str, str]) -> tuple[str, str] | None:
         return f"{module}.{leaf}", name
     for inner, leaf in leaves.items():
         head, _, tail = inner.partition(".")
-        module, found, rest = key.rpartition(f".{head}.")
+        module, separator, rest = key.rpartition(f".{head}.")
         name, _, end = rest.partition(".")
-        if found and end == tail and name not in ("", "weight", "bias"):
+        if separator and end == tail and name not in ("", "weight", "bias"):
             return f"{module}.{leaf}", name
     return None
 
 
 def _with_heads(checkpoint: Checkpoint, endings: tuple[str, ...]) -> Checkpoint:
-    """With the task's heads that it holds among the modules that it brings whole."""
+    """Return a checkpoint whose config names, among the whole modules, the task's heads that it holds."""
     config = checkpoint.config
     if not isinstance(config, (TargetedConfig, PromptConfig)):
         return checkpoint
     modules = {word for key in checkpoint.tensors if not key.endswith(endings) for word in key.split(".")[:-1]}
     named = config.modules_to_save or []
-    held = [
+    unnamed = [
         head
         for head in HEADS.get(str(config.task_type), ())
         if head not in named and any(word.endswith(head) for word in modules)
     ]
-    return replace(checkpoint, config=replace(config, modules_to_save=[*named, *held])) if held else checkpoint
+    return replace(checkpoint, config=replace(config, modules_to_save=[*named, *unnamed])) if unnamed else checkpoint

@@ -1,4 +1,4 @@
-"""The dtypes of safetensors' headers, as torch has them."""
+"""Translates the dtypes of safetensors' headers to torch's."""
 
 from __future__ import annotations
 
