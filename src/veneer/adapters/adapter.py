@@ -16,7 +16,7 @@ from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters
 from veneer.layers.module_copies import ModuleCopies
 from veneer.methods import method_of
 from veneer.methods.base.abilities import ChangesWhenSaved
-from veneer.patches.watched_parameters import leave_alone
+from veneer.patches.watched_parameters import unwatch
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Adapter(AdapterRecord):
     def watch(self) -> None:
         """Watch its tensors where they are not to be trained, and only then."""
         if self.trainable:
-            leave_alone(self.parameters())
+            unwatch(self.parameters())
         for layer in () if self.trainable else self.layers.adapted:
             layer.watch()
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.base_model.model_call import taken_names
-from veneer.patches.row_layout import Prints, printed
+from veneer.patches.row_layout import Fingerprints, fingerprint
 
 # The rows of a probe of a model's own making, and which of them are changed: all three are told apart.
 ROWS = 3
@@ -30,7 +30,7 @@ FIRST, LAST = 3, 1000
 Call = dict[str, Any]
 
 
-def observed(model: nn.Module, layers: Mapping[str, nn.Module], calls: Sequence[Call]) -> list[dict[str, Prints]]:
+def observed(model: nn.Module, layers: Mapping[str, nn.Module], calls: Sequence[Call]) -> list[dict[str, Fingerprints]]:
     """What each layer is given in each call of ``model``: name -> prints, for those that are reached."""
     with _PROBING, _as_it_was(model), torch.no_grad():
         hooks = [m.register_forward_pre_hook(partial(_note, name), with_kwargs=True) for name, m in layers.items()]
@@ -41,8 +41,8 @@ def observed(model: nn.Module, layers: Mapping[str, nn.Module], calls: Sequence[
                 hook.remove()
 
 
-def _one(model: nn.Module, call: Call) -> dict[str, Prints]:
-    found: dict[str, Prints] = {}
+def _one(model: nn.Module, call: Call) -> dict[str, Fingerprints]:
+    found: dict[str, Fingerprints] = {}
     token = _FOUND.set(found)
     try:
         model(**call)
@@ -55,11 +55,11 @@ def _note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
     found = _FOUND.get()
     x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
     if found is not None and x is not None and x.ndim:
-        found.setdefault(name, []).append(printed(x))
+        found.setdefault(name, []).append(fingerprint(x))
 
 
 # Of the pass that this thread makes; other threads' passes go through the hooks too.
-_FOUND: ContextVar[dict[str, Prints] | None] = ContextVar("veneer_probe", default=None)
+_FOUND: ContextVar[dict[str, Fingerprints] | None] = ContextVar("veneer_probe", default=None)
 # Two that set the mode and put it back would leave it as the other had it.
 _PROBING = threading.RLock()
 

@@ -30,7 +30,7 @@ from veneer.base_model.media_rows import (
 from veneer.base_model.model_call import taken_names
 from veneer.configs.names import PeftType
 from veneer.errors import AdapterError, VeneerError
-from veneer.patches.row_layout import ONE_BY_ONE, ROWS, UNKNOWN, Layout, Prints, layout_of, moved, refused
+from veneer.patches.row_layout import ONE_BY_ONE, ROWS, UNKNOWN, Fingerprints, Layout, differ, layout_of, refused
 from veneer.patches.selection import BASE, NOTHING, Selection
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ class RowCheck:
             raise _cannot(missing[0], failed) from failed
         usual, by_image, by_text = seen[0], seen[1 : 1 + len(images)], seen[1 + len(images) :]
         # A layer that the tokens reach has their rows, in a model with images too.
-        of_text = {name for name in usual if any(moved(usual[name], other.get(name, [])) for other in by_text)}
+        of_text = {name for name in usual if any(differ(usual[name], other.get(name, [])) for other in by_text)}
         self._note(usual, [*by_text, *by_image], [*text, *images], (1,) * rows, images=False, names=of_text)
         self._note(usual, by_image, list(images), shares or (1,) * rows, shares is not None, usual.keys() - of_text)
         lost = [name for name in missing if self.layouts.known.get(name) == UNKNOWN]
@@ -191,8 +191,8 @@ class RowCheck:
 
     def _note(
         self,
-        usual: Mapping[str, Prints],
-        others: Sequence[Mapping[str, Prints]],
+        usual: Mapping[str, Fingerprints],
+        others: Sequence[Mapping[str, Fingerprints]],
         changed: Sequence[int],
         shares: tuple[int, ...],
         images: bool,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from veneer.layers.any_names import AnyNames
-from veneer.patches.watched_parameters import edited, watch
+from veneer.patches.watched_parameters import note_edit, watch
 
 # The containers of a fresh nn.Module (hooks, buffers ...) beside its parameters: attribute -> type.
 _KEPT = {k: type(v) for k, v in vars(nn.Module()).items() if k not in ("training", "_parameters")}
@@ -42,7 +42,7 @@ class ParameterHolder(AnyNames):
     def _exchanged(self) -> None:
         """Watch the tensors, which are others than before, and drop what inference kept of those."""
         watch(self._parameters.values())
-        edited()
+        note_edit()
 
     def __getitem__(self, name: str) -> Any:
         return self._modules[name] if name in self._modules else self._parameters[name]

@@ -24,21 +24,22 @@ from veneer.patches.underway import Concerned, Underway
 
 
 class _Thread(threading.local):
-    """What one thread has chosen for the calls it makes now."""
+    """Holds the selection that one thread has made for the calls it makes now."""
 
     def __init__(self) -> None:
-        # Set for each thread: compiled code is guarded on an instance's attributes, and not on a class's.
+        # Set for each thread, for compiled code is guarded on an instance's attributes, and not on a class's.
         self.chosen: Selection | None = None
 
 
 class ActiveSelection:
-    """The state that the layers of one model share: what is selected.
+    """Holds what is selected on one model; its layers share it.
 
     Attributes:
-        standing: what is selected where nothing else is chosen.
-        enabled: whether it is.
-        choosing: held while ``standing`` is changed by what it was, or by which adapters there are.
-        underway: the calls of the model.
+        default: the selection of calls and blocks that make none of their own.
+        enabled: False makes the default one empty.
+        choosing: the lock that is held while the default one, or the set of adapters, changes.
+        underway: the calls of the model, and the changes that wait for them.
+        widened: values of tensors in wider dtypes, which layers share.
     """
 
     def __init__(self) -> None:
@@ -46,14 +47,14 @@ class ActiveSelection:
 
     @property
     def selection(self) -> Selection:
-        """What a forward pass in this context uses."""
+        """The selection of a forward pass in this context."""
         chosen = self._thread.chosen if torch.compiler.is_compiling() else self._in_context()
         if chosen is not None:
             return chosen
         return self.default if self.enabled else NOTHING
 
     def _in_context(self) -> Selection | None:
-        """The choice made for this call, if one was."""
+        """Return the selection of the call or block that this context is inside of, if it is."""
         state: ForwardCall | None = current()
         while state is not None:
             if state.owner is self:
@@ -63,11 +64,11 @@ class ActiveSelection:
 
     @property
     def in_call(self) -> bool:
-        """Whether the model is being called, or computes something again on the way back."""
+        """True while the model is called, or computes something again on the way back."""
         return torch.compiler.is_compiling() or bool(self.calls()) or torch._C._current_graph_task_id() != -1
 
     def calls(self) -> list[object]:
-        """The calls of the model that this context is, or was, inside of."""
+        """Return the calls of the model that this context is, or was, inside of."""
         return [state.call for state in current().chain() if state.owner is self and state.call is not None]
 
     def push(self, selection: Selection, call: object = None, prompt: Tensor | None = None) -> Token[ForwardCall]:
@@ -83,7 +84,7 @@ class ActiveSelection:
         self._thread.chosen = self._in_context()
 
     def run(self, function: Callable[[], Any]) -> Any:
-        """Call a function in a thread that has another's context: compiled code sees the choice then too."""
+        """Call a function in a thread that has another's context, so that compiled code sees the selection too."""
         chosen = self._in_context()
         if chosen is None:
             return function()
@@ -98,7 +99,7 @@ class ActiveSelection:
     def using(self, selection: Selection) -> Iterator[None]:
         """Use ``selection`` inside the block, in this thread or task only.
 
-        A compiled model sees the choice of its thread, whichever task made it: do not await inside the block.
+        A compiled model sees the selection of its thread, whichever task made it: do not await inside the block.
         """
         if torch.compiler.is_compiling():
             before, self._thread.chosen = self._thread.chosen, selection
@@ -121,6 +122,6 @@ class ActiveSelection:
         self.enabled: bool = state["enabled"]
         self.choosing = threading.RLock()
         self.underway = Underway()
-        # What compiled code sees of the context variable below.
+        # A copy for compiled code, which cannot read the context variable.
         self._thread = _Thread()
         self.casts = CastCache()

@@ -14,12 +14,12 @@ NEVER = torch.iinfo(torch.int64).max
 
 @dataclass(frozen=True)
 class ForwardTokens:
-    """What one forward pass of the base model reads.
+    """The tokens that one forward pass of the base model reads.
 
     Attributes:
         ids: the tokens that decide, shape ``(rows, n)``: those that are read, or the prompt while generating.
-        start: how many positions the cache holds before those that are read.
-        length: how many positions are read.
+        start: the number of positions that the cache holds before those that are read.
+        length: the number of positions that are read.
         masks: invocation tokens -> the mask, worked out once a pass.
     """
 
@@ -29,7 +29,7 @@ class ForwardTokens:
     masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     def mask(self, invocation: tuple[int, ...]) -> Tensor:
-        """Whether a position lies at or behind the last ``invocation`` of its row, shape ``(rows, length)``."""
+        """Return where positions lie at or behind the last ``invocation`` of their row, shape ``(rows, length)``."""
         if invocation not in self.masks:
             begin = last_start(self.ids, invocation)
             positions = torch.arange(self.start, self.start + self.length, device=begin.device)
@@ -38,10 +38,10 @@ class ForwardTokens:
 
 
 def last_start(ids: Tensor, invocation: Sequence[int]) -> Tensor:
-    """Where the last occurrence of ``invocation`` begins in each row of ``ids``, shape ``(rows,)``; else ``NEVER``."""
-    wanted = torch.tensor(invocation, device=ids.device)
-    if ids.shape[1] < len(wanted):
+    """Return where the last ``invocation`` begins in each row of ``ids``, shape ``(rows,)``; ``NEVER`` without any."""
+    tokens = torch.tensor(invocation, device=ids.device)
+    if ids.shape[1] < len(tokens):
         return torch.full((ids.shape[0],), NEVER, device=ids.device)
-    found = (ids.unfold(1, len(wanted), 1) == wanted).all(-1)
-    last = found.shape[1] - 1 - found.flip(1).int().argmax(1)
-    return torch.where(found.any(1), last, NEVER)
+    matches = (ids.unfold(1, len(tokens), 1) == tokens).all(-1)
+    last = matches.shape[1] - 1 - matches.flip(1).int().argmax(1)
+    return torch.where(matches.any(1), last, NEVER)

@@ -1,11 +1,11 @@
-"""Where a layer's input has the rows of a batch: not every layer sees them one after the other.
+"""The layout of a batch's rows in a layer's input, for not every layer sees them one after the other.
 
     rows first       (rows * k, ...)             most layers; a row's entries lie side by side
     sequence first   (tokens, rows * k, ...)     XLNet, FSMT, Longformer
     repeated         (copies, rows * k, ...)     all tokens once for each expert: Llama 4
     by images        (entries, ...)              the images of all rows, packed: a row has as many as it has images
 
-It is found by what changes in the input when one row of the model's input does.
+It is found by comparing the layer's inputs of two passes in which one row of the model's input differs.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from veneer.errors import AdapterError
 
 
 class Layout(NamedTuple):
-    """How the entries of a layer's input belong to the rows.
+    """The layout of the entries of a layer's input by rows.
 
     Attributes:
         dim: the dimension along which the rows lie.
-        repeats: how often all rows follow each other along it.
-        images: whether a row has entries as it has images, not as many as any other.
+        repeats: the number of times that all rows follow each other along it.
+        images: True where a row has as many entries as it has images, not as many as any other.
     """
 
     dim: int = 0
@@ -34,16 +34,16 @@ class Layout(NamedTuple):
 
 
 ROWS = Layout()
-# No rule is known: the entries are sorted by something else, or belong to no row.
+# No layout is known: the entries are sorted by something else, or belong to no row.
 UNKNOWN = Layout(dim=-1)
 
 
 def owners(layout: Layout, length: int, shares: Sequence[int]) -> list[int] | None:
-    """The row of each of ``length`` entries; ``None`` where they do not divide so.
+    """Return the row of each of ``length`` entries; ``None`` where they cannot be divided so.
 
     Args:
-        layout: how they lie.
-        length: how many there are.
+        layout: of the entries.
+        length: their number.
         shares: the rows' shares of them, as whole numbers.
     """
     inner, left = divmod(length, layout.repeats)
@@ -54,7 +54,7 @@ def owners(layout: Layout, length: int, shares: Sequence[int]) -> list[int] | No
 
 
 def refused(layer: str) -> AdapterError:
-    """That the rows of a batch cannot use different adapters in a layer."""
+    """Return the error for a layer in which the rows of a batch cannot use different adapters."""
     return AdapterError(
         f"{layer} does not see the rows of a batch one after the other, so they cannot use different adapters there.",
         hint=ONE_BY_ONE,
@@ -63,40 +63,40 @@ def refused(layer: str) -> AdapterError:
 
 ONE_BY_ONE = "Run the adapters one after the other: with model.using(name): model(...)."
 
-# The prints of one layer's inputs in one pass, a tensor a call, shape (first, second dimension, numbers).
-Prints = list[Tensor]
-# What changes by more than this share of the largest change has changed; rounding in fused experts does less.
+# The fingerprints of one layer's inputs in one pass, a tensor a call, shape (first, second dimension, numbers).
+Fingerprints = list[Tensor]
+# An entry has changed if by more than this share of the largest change; rounding in fused experts does less.
 CHANGED = 0.05
-# If none does by more than this share of itself, nothing has changed.
+# Nothing has changed if no entry has by more than this share of itself.
 LEAST = 1e-5
 
 
 def layout_of(
-    usual: Prints, changed: Sequence[Prints], rows: Sequence[int], shares: Sequence[int], images: bool
+    usual: Fingerprints, changed: Sequence[Fingerprints], rows: Sequence[int], shares: Sequence[int], images: bool
 ) -> Layout:
-    """The one layout with which all calls of a layer agree, or ``UNKNOWN``.
+    """Return the one layout with which all calls of a layer agree, or ``UNKNOWN``.
 
     Args:
         usual: of one pass.
         changed: of passes in each of which one row of the model's input was another.
-        rows: which row that was.
+        rows: the number of that row in each of these passes.
         shares: the rows' shares of images; all the same without.
-        images: whether the layer sees images of rows that may have other numbers of them.
+        images: True where the layer sees images, of which rows may have different numbers.
     """
-    found: set[Layout] | None = None
+    layouts: set[Layout] | None = None
     for index, before in enumerate(usual):
         others = [prints[index] for prints in changed if len(prints) == len(usual)]
         if len(others) < len(changed) or any(after.shape != before.shape for after in others):
             return UNKNOWN  # what it is given depends on the values: experts that get some of the tokens
-        here = set(_agreeing(before, others, rows, shares, images))
-        found = here if found is None else found & here
-    return found.pop() if found and len(found) == 1 else UNKNOWN
+        agreeing = set(_agreeing(before, others, rows, shares, images))
+        layouts = agreeing if layouts is None else layouts & agreeing
+    return layouts.pop() if layouts and len(layouts) == 1 else UNKNOWN
 
 
 def _agreeing(
     before: Tensor, others: Sequence[Tensor], rows: Sequence[int], shares: Sequence[int], images: bool
 ) -> Iterator[Layout]:
-    masks = _moved(before, others)
+    masks = _changed_entries(before, others)
     if not any(bool(mask.any()) for mask in masks):
         # The same for all rows, such as the types of tokens: one entry a row is proof enough.
         alike = before.shape[0] == len(shares) and len(set(shares)) == 1
@@ -120,8 +120,8 @@ def _candidates(shape: torch.Size, rows: int, images: bool) -> Iterator[Layout]:
     yield Layout(dim=1)
 
 
-def _moved(before: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
-    """Which entries differ, shape ``(first, second dimension)`` each."""
+def _changed_entries(before: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
+    """Return masks of the entries that differ, shape ``(first, second dimension)`` each."""
     sizes = [(before.norm(dim=-1) + after.norm(dim=-1)).clamp(min=TINY) for after in others]
     changes = [(before - after).norm(dim=-1) / size for after, size in zip(others, sizes, strict=True)]
     limit = max(LEAST, CHANGED * max((float(change.max()) for change in changes if change.numel()), default=0.0))
@@ -131,15 +131,15 @@ def _moved(before: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
 TINY = 1e-30
 
 
-def moved(usual: Prints, changed: Prints) -> bool:
-    """Whether a layer was given anything else."""
+def differ(usual: Fingerprints, changed: Fingerprints) -> bool:
+    """Tell whether a layer was given anything else."""
     if [x.shape for x in usual] != [x.shape for x in changed]:
         return True
-    return any(bool(mask.any()) for x, y in zip(usual, changed, strict=True) for mask in _moved(x, [y]))
+    return any(bool(mask.any()) for x, y in zip(usual, changed, strict=True) for mask in _changed_entries(x, [y]))
 
 
-def printed(x: Tensor) -> Tensor:
-    """A few numbers that tell the entries of ``x`` along its first two dimensions apart."""
+def fingerprint(x: Tensor) -> Tensor:
+    """Return a few numbers by which the entries of ``x`` along its first two dimensions can be told apart."""
     x = x.detach()
     values = x.float() if x.is_floating_point() else torch.stack([(x * 1.7).sin(), (x * 2.3).cos()], dim=-1)
     values = values.flatten(2) if values.ndim > 2 else values.reshape(len(x), 1, -1)

@@ -14,7 +14,7 @@ class RowOrder:
     """Rows sorted by adapter, each adapter with as many places as the one with the most rows.
 
     Attributes:
-        take: the row in each place, shape ``(adapters * places,)``; ``None`` when the rows lie so already.
+        take: the row that is put in each place, ``(adapters * places,)``; ``None`` when the rows lie so already.
         rows: the rows that name an adapter, sorted by adapter; ``None`` like ``take``.
         keep: the places of ``rows``; ``None`` when every place is a row's.
         owner: for each row of the batch its adapter's number, or the number of adapters; shape ``(length,)``.
@@ -29,12 +29,12 @@ class RowOrder:
 
     @property
     def is_even(self) -> bool:
-        """Whether padding every adapter to the same number of rows makes no more than twice as many."""
+        """True where padding every adapter to the same number of rows makes no more than twice as many."""
         return len(self.sizes) * max(self.sizes) <= 2 * sum(self.sizes)
 
 
 def row_order(groups: Sequence[Tensor], length: int) -> RowOrder:
-    """The order for ``groups``, the rows of each adapter, in a batch of ``length`` rows."""
+    """Sort a batch of ``length`` rows by adapter; ``groups`` are the rows of each."""
     sizes = tuple(len(group) for group in groups)
     places, device = max(sizes), groups[0].device
     owner = torch.full((length,), len(groups), device=device)

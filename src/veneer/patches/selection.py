@@ -19,15 +19,15 @@ BASE = "__base__"
 
 @dataclass(frozen=True)
 class Selection:
-    """What one forward pass applies.
+    """The adapters of one forward pass.
 
     Attributes:
         names: the adapters, in the order in which they are applied to every row.
         rows: instead, one adapter's name (or ``"__base__"``) for each row of the batch.
         task_ids: the task of each row, shape ``(rows,)``, for methods that keep several tasks in one adapter.
-        by_token: whether ``rows`` are the tokens of one packed sequence, a batch of ``(1, tokens, ...)``.
+        by_token: True where ``rows`` are the tokens of one packed sequence, a batch of ``(1, tokens, ...)``.
         shares: the rows' shares of the images of the call, for layers that see those; ``None`` without any.
-        for_one_call: whether it was made for one call of the model, and is no other's.
+        for_one_call: True where it was made for one call of the model, and is no other's.
     """
 
     names: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class Selection:
     for_one_call: bool = field(default=False, repr=False, compare=False)
 
     def for_call(self, task_ids: Tensor | None) -> Selection:
-        """The same for one call, with its tasks if it names any."""
+        """Return the same for one call, with the call's tasks if it names any."""
         tasks = self.task_ids if task_ids is None else task_ids
         return Selection(self.names, self.rows, tasks, self.by_token, self.shares, self._groups, self._orders, True)
 
@@ -58,15 +58,15 @@ class Selection:
 
     @property
     def is_mixed(self) -> bool:
-        """Whether the rows differ in their adapters."""
+        """True for rows that differ in their adapters."""
         return self.rows is not None and len(set(self.rows)) > 1
 
     def rows_of(self, name: str, length: int, device: torch.device) -> Tensor | None:
-        """The indices of the rows that use an adapter, as in :meth:`groups`; ``None`` is all of them."""
+        """Return the indices of the rows that use an adapter, as :meth:`groups` has them; ``None`` for all rows."""
         return None if self.rows is None else self.groups(length, device)[name]
 
     def order(self, names: tuple[str, ...], length: int, device: torch.device, layout: Layout = ROWS) -> RowOrder:
-        """How ``length`` rows are sorted by adapter, for the layers on which ``names`` are stacked."""
+        """Return ``length`` rows sorted by adapter, for the layers on which ``names`` are stacked."""
         key = (names, length, device, layout)
         if key not in self._orders:
             groups = self.groups(length, device, layout)
@@ -74,11 +74,11 @@ class Selection:
         return self._orders[key]
 
     def packed(self, x: Tensor) -> bool:
-        """Whether the rows of ``x`` are the tokens of a packed sequence, behind a first dimension of 1."""
+        """Tell whether the rows of ``x`` are the tokens of a packed sequence, behind a first dimension of 1."""
         return self.by_token and x.ndim > 1 and x.shape[0] == 1
 
     def groups(self, length: int, device: torch.device, layout: Layout = ROWS) -> Mapping[str, Tensor]:
-        """Adapter's name -> the indices of its rows in a tensor that has ``length`` along their dimension, if any.
+        """Return the indices of each adapter's rows in a tensor that has ``length`` along their dimension.
 
         Where a model makes more rows of each (beams, or tokens flattened into the batch), a row's copies share its
         adapter; they lie side by side, or as ``layout`` says. Worked out once a shape, not once a layer.
@@ -89,7 +89,7 @@ class Selection:
         return self._groups[key]
 
     def tasks(self, length: int) -> Tensor | None:
-        """The task of each row of a batch of ``length``, which may hold copies as in :meth:`groups`."""
+        """Return the task of each row of a batch of ``length``, which may hold copies as in :meth:`groups`."""
         given = self.task_ids
         if given is None or len(given) == length:
             return given
@@ -119,11 +119,11 @@ class Selection:
                 f"adapter_names has {len(rows)} {given}, and the batch {length} {what}.",
                 hint=f'Name the adapter of each of the {what}; "{BASE}" is the base model.',
             )
-        found: dict[str, list[int]] = {}
+        indices: dict[str, list[int]] = {}
         for index, row in enumerate(owner):
             if rows[row] != BASE:
-                found.setdefault(rows[row], []).append(index)
-        return {name: torch.tensor(index, device=device) for name, index in found.items()}
+                indices.setdefault(rows[row], []).append(index)
+        return {name: torch.tensor(own, device=device) for name, own in indices.items()}
 
 
 NOTHING = Selection()

@@ -1,8 +1,8 @@
-"""On which positions of its input an adapter acts, for those that do not act on all (aLoRA).
+"""Lets an adapter act on some positions of its input only: from an invocation on (aLoRA).
 
-A hook on the base model notes what each forward pass is about to read; a patch's :class:`TokenGate` makes a mask of
-it when the patch is applied. While a model generates, the prompt decides once, whether the pass reads all tokens or,
-with a cache, the last one.
+A hook on the base model notes the tokens that each forward pass is about to read; a patch's :class:`TokenGate` makes a
+mask of them when the patch is applied. While a model generates, the prompt decides once, whether a pass reads all
+tokens or, with a cache, the last one.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from veneer.patches.forward_call import current
 
 @dataclass(frozen=True)
 class TokenGate:
-    """The positions from an invocation on.
+    """Chooses the positions from an invocation on.
 
     Attributes:
         invocation: its tokens.
-        rows: which entries of the batch the layer is given; all when ``None``.
+        rows: the entries of the batch that the layer is given; all when ``None``.
         whole: the shape of the whole batch, ``(rows, length)`` or flattened, where only ``rows`` are given.
     """
 
@@ -31,11 +31,11 @@ class TokenGate:
     whole: torch.Size | None = None
 
     def take(self, rows: Tensor, whole: torch.Size) -> TokenGate:
-        """The same for some entries of a batch."""
+        """Return the gate for some entries of a batch."""
         return replace(self, rows=rows, whole=whole)
 
     def choose(self, changed: Tensor, y: Tensor) -> Tensor:
-        """``changed`` where the adapter acts and ``y`` elsewhere, both ``(rows, length, out)`` or flattened."""
+        """Return ``changed`` where the adapter acts, and ``y`` elsewhere, both ``(rows, length, out)`` or flattened."""
         tokens = current().tokens
         if tokens is None:
             raise AdapterError(
@@ -46,7 +46,7 @@ class TokenGate:
         return torch.where((mask if self.rows is None else mask[self.rows]).unsqueeze(-1), changed, y)
 
     def _spread(self, mask: Tensor, shape: torch.Size) -> Tensor:
-        """A mask of the prompts' rows for as many as the layer sees: beams of one row lie side by side."""
+        """Repeat the mask of the prompts' rows for as many as the layer sees, for beams of one row lie side by side."""
         copies, left = divmod(shape.numel(), mask.numel())
         if left or not copies:
             raise AdapterError(

@@ -1,8 +1,9 @@
-"""The calls of one model that are under way, and the changes of its adapters that wait for them.
+"""A lock between the calls of one model (its readers) and the changes of its adapters (its writers).
 
-A call keeps what it uses until it ends: a change begins when no call is under way that it concerns, and calls that it
-concerns begin when it has ended. A change that waits goes before calls that come later, so that a busy model can be
-changed. Only calls inside others do not wait for it, for it waits for the outer ones. One change is made at a time.
+A call keeps the adapters that it uses until it ends: a change begins when no call that uses its adapters is under way,
+and such calls begin when it has ended. A change that waits goes before calls that come later, so that a busy model can
+be changed. Only calls inside others do not wait for it, for it waits for the outer ones. One change is made at a
+time.
 """
 
 from __future__ import annotations
@@ -14,28 +15,28 @@ from contextvars import ContextVar
 
 from veneer.errors import AdapterError
 
-# The names that a change concerns; ``None`` is every call, those of the base alone among them.
+# The adapters whose calls a change would disturb; ``None`` for every call, even of the base alone.
 Concerned = Collection[str] | None
 
 
 class _Change:
-    """One change, waiting or being made. While another is made nobody knows what it will concern."""
+    """One change, waiting or being made. What it disturbs is known when no other is being made."""
 
     def __init__(self) -> None:
         self.names: Concerned = ()
 
     def concerns(self, used: Collection[str]) -> bool:
-        """Whether it must not be made during a call that uses ``used``."""
+        """Tell whether it would disturb a call that uses the adapters ``used``."""
         return self.names is None or any(name in used for name in self.names)
 
 
 class Underway:
-    """What is under way on one model."""
+    """The calls and changes that are under way on one model."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._turn = threading.Condition(self._lock)
-        # What stands for a call -> the adapters that it uses.
+        # A token of each call -> the adapters that it uses.
         self._calls: dict[object, Collection[str]] = {}
         self._waiting: list[_Change] = []
         self._making: _Change | None = None
@@ -46,9 +47,9 @@ class Underway:
         """Let a call begin, once no change stands in its way.
 
         Args:
-            call: stands for it.
+            call: a token that stands for it.
             used: the adapters that it uses.
-            outer: gives what stands for the calls that it may be inside of.
+            outer: gives the tokens of the calls that it may be inside of.
         """
         # Not the condition, which is the same lock behind a method in Python.
         with self._lock:
@@ -65,7 +66,7 @@ class Underway:
 
     def _is_held_off(self, used: Collection[str], outer: Collection[object]) -> bool:
         making = self._making
-        if making is not None and making.concerns(used) and making is not _OWN.get():
+        if making is not None and making.concerns(used) and making is not _MADE_HERE.get():
             return True
         return not self._are_under_way(outer) and any(change.concerns(used) for change in self._waiting)
 
@@ -82,22 +83,22 @@ class Underway:
 
         Args:
             concerned: gives the names of the adapters whose calls it would disturb; asked again after each wait.
-            inside: what stands for the calls of this context.
+            inside: the tokens of the calls of this context.
 
         Raises:
             AdapterError: a call of this context, which cannot be waited for here, is one of those.
         """
-        own = _OWN.get()
-        if own is not None and self._making is own:
+        outer = _MADE_HERE.get()
+        if outer is not None and self._making is outer:
             yield
             return
         change = _Change()
         self._await_turn(change, concerned, inside)
-        token = _OWN.set(change)
+        token = _MADE_HERE.set(change)
         try:
             yield
         finally:
-            _OWN.reset(token)
+            _MADE_HERE.reset(token)
             with self._turn:
                 self._making = None
                 self._turn.notify_all()
@@ -126,5 +127,5 @@ class Underway:
         return not disturbed
 
 
-# The change that this context makes.
-_OWN: ContextVar[_Change | None] = ContextVar("veneer_change", default=None)
+# The change that this context makes. No part of a call's state, for calls are made inside changes as well.
+_MADE_HERE: ContextVar[_Change | None] = ContextVar("veneer_change", default=None)

@@ -1,8 +1,8 @@
-"""The parameters of adapters that are not trained: they tell when somebody reaches for their memory.
+"""Parameters of adapters that are not trained, which note when somebody reaches for their memory.
 
 What inference keeps of an adapter is made anew when a tensor's version says that it was changed. ``p.data`` and
 ``p.detach().numpy()`` lead to the memory without a version, and are the usual way to exchange weights. A watched
-parameter notes that they were asked for, and what was kept until then is made anew. Parameters that are trained stay
+parameter notes that they were asked for, and what was kept until then is dropped. Parameters that are trained stay
 what they are, for optimizers are fastest with torch's own class: of those nothing is kept from one call to the next.
 """
 
@@ -16,23 +16,23 @@ from torch import Tensor, nn
 
 
 class Edits:
-    """What may have been written, of all models: another ``last`` each time."""
+    """Holds a token that is replaced each time a tensor of any model may have been written."""
 
     last: object = object()
 
 
-def edited() -> None:
+def note_edit() -> None:
     """Note that a tensor of an adapter may be written, or was exchanged."""
     Edits.last = object()
 
 
-def _noted(name: str) -> Any:
-    """A tensor's method, noted when it is called."""
+def _noting_edit(name: str) -> Any:
+    """Return a tensor's method that notes an edit when it is called."""
     method = getattr(Tensor, name)
 
     def call(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
-            edited()
+            note_edit()
         return method(self, *args, **kwargs)
 
     call.__name__, call.__doc__ = name, method.__doc__
@@ -45,20 +45,20 @@ class Watched(nn.Parameter):
     @property
     def data(self) -> Tensor:
         """The values, without a version."""
-        edited()
-        found: Tensor = Tensor.data.__get__(self)  # type: ignore[attr-defined]
-        return found
+        note_edit()
+        values: Tensor = Tensor.data.__get__(self)  # type: ignore[attr-defined]
+        return values
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        edited()
+        note_edit()
         Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
 
-    detach = _noted("detach")
-    numpy = _noted("numpy")
-    __array__ = _noted("__array__")
-    __dlpack__ = _noted("__dlpack__")
-    untyped_storage = _noted("untyped_storage")
+    detach = _noting_edit("detach")
+    numpy = _noting_edit("numpy")
+    __array__ = _noting_edit("__array__")
+    __dlpack__ = _noting_edit("__dlpack__")
+    untyped_storage = _noting_edit("untyped_storage")
 
 
 def watch(parameters: Iterable[Tensor | None]) -> None:
@@ -68,8 +68,8 @@ def watch(parameters: Iterable[Tensor | None]) -> None:
             parameter.__class__ = Watched
 
 
-def leave_alone(parameters: Iterable[Tensor]) -> None:
-    """Watch parameters no longer."""
+def unwatch(parameters: Iterable[Tensor]) -> None:
+    """Stop watching parameters."""
     for parameter in parameters:
         if type(parameter) is Watched:
             parameter.__class__ = nn.Parameter  # type: ignore[assignment]
