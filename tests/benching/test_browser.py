@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.benching import browser, made
+from tests.benching import browser, examples
 from tests.benching.browser import Browser
 from veneer.benching import formats
 
@@ -19,10 +19,10 @@ VIEWS = list(product((PHONE, DESKTOP), (False, True)))
 MANY = tuple(f"an-adapter-with-a-long-name-{index}" for index in range(12))
 # Setup of each kind of report: every plot and table comes up in one of them.
 REPORTS: dict[str, Any] = {
-    "several adapters": made.setup(lengths=(128, 512)),
-    "one adapter": made.setup(("pirate",)),
-    "many adapters": made.setup(MANY),
-    "no decode": made.setup(("pirate", "json"), kind="forward"),
+    "several adapters": examples.setup(lengths=(128, 512)),
+    "one adapter": examples.setup(("pirate",)),
+    "many adapters": examples.setup(MANY),
+    "no decode": examples.setup(("pirate", "json"), kind="forward"),
 }
 PLOTS = {"several adapters": 7, "one adapter": 6, "many adapters": 7, "no decode": 6}
 # What sticks out of the page, or of its own card; a table or an SVG clips what does.
@@ -72,7 +72,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def saved(name: str) -> Path:
         folder = root / name.replace(" ", "-")
-        return folder / "report.html" if folder.exists() else made.report(REPORTS[name]).save(folder)
+        return folder / "report.html" if folder.exists() else examples.report(REPORTS[name]).save(folder)
 
     return saved
 
@@ -121,7 +121,7 @@ def test_the_summary_is_on_top(chromium: Browser, page: Callable[[str], Path], w
 
 
 def test_every_figure_is_told(chromium: Browser, page: Callable[[str], Path]) -> None:
-    report = made.report(REPORTS["several adapters"])
+    report = examples.report(REPORTS["several adapters"])
     chromium.open(page("several adapters").as_uri(), DESKTOP, dark=False)
     chromium.evaluate("document.querySelector('details').open = true")
     rows = chromium.evaluate("document.querySelectorAll('.samples tbody tr').length")

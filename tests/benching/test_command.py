@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.benching import made
+from tests.benching import examples
 from tests.cli.test_bad_input import refused
 from veneer.benching.measure.fresh_process import Request
 
@@ -55,7 +55,7 @@ def test_json_is_the_report(run: Run, here: Path, no_processes: list[Request]) -
 def test_runs_are_compared(run: Run, here: Path) -> None:
     pytest.importorskip("matplotlib")
     for name, factor in (("old", 1.1), ("new", 1.4)):
-        made.report(unmerged=factor).save(here / name)
+        examples.report(unmerged=factor).save(here / name)
     result = run("bench", "--compare", "old", "new/report.json")
     assert result.code == 0
     shown = " ".join(result.out.split())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benching import made
+from tests.benching import examples
 from veneer.benching.report import files
 from veneer.benching.report.markdown import markdown
 from veneer.errors import SourceError
@@ -18,7 +18,7 @@ NAMES = ("<img src=x onerror=alert(1)>", "a|b\\|c", "x\n| y |\n\n# Title", "&lt;
 
 
 def test_names_bring_no_html_and_no_cells() -> None:
-    text = markdown(made.report(made.setup(NAMES)))
+    text = markdown(examples.report(examples.setup(NAMES)))
     assert "<" not in text
     assert not re.search(r"&(?!(amp|lt|gt|#124);)", text)
     tables = [line for line in text.splitlines() if line.startswith("|")]
@@ -38,7 +38,7 @@ def _unquoted(row: str) -> str:
 
 def test_a_run_is_saved_in_its_folder(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    replace(made.report(), made="../../outside").save(tmp_path / "in" / "out")
+    replace(examples.report(), made="../../outside").save(tmp_path / "in" / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
     assert [p.name for p in (tmp_path / "in").iterdir()] == ["out"]
     assert len(list((tmp_path / "in" / "out" / "runs").iterdir())) == 1
@@ -46,7 +46,7 @@ def test_a_run_is_saved_in_its_folder(tmp_path: Path) -> None:
 
 def test_the_prompts_are_not_replaced(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    made.report().save(tmp_path)
+    examples.report().save(tmp_path)
     (tmp_path / "prompts.txt").symlink_to("report.md")
     files.check(tmp_path, [tmp_path / "other.txt"])
     with pytest.raises(SourceError, match=r"prompts\.txt is read"):

@@ -6,93 +6,92 @@ from dataclasses import replace
 
 import pytest
 
-from tests.benching import made
+from tests.benching import examples
 from veneer.benching import formats
 from veneer.benching.decide.recommendation import recommend
 from veneer.benching.measure.progress import Progress, Timeline
 from veneer.benching.result import Recommendation
 
-ONE = made.setup(("pirate",))
+ONE = examples.setup(("pirate",))
 
 
-def words(said: Recommendation) -> str:
-    return formats.plain(" ".join([said.headline, *said.reasons, *said.cautions]))
+def words(advice: Recommendation) -> str:
+    return formats.plain(" ".join([advice.headline, *advice.reasons, *advice.cautions]))
 
 
 def test_one_adapter_worth_merging() -> None:
-    said = made.report(ONE).recommendation
-    assert said.decision == "merge"
-    assert said.headline == "Merge pirate."
+    advice = examples.report(ONE).recommendation
+    assert advice.decision == "merge"
+    assert advice.headline == "Merge pirate."
     # A row's part of eight: first token 0.128 s, then 32 steps of 0.027 s shared by eight; a tenth more unmerged.
     request = 0.128 + 32 * 0.027 / 8
-    assert said.plans[1].request == pytest.approx(request, rel=0.01)
-    assert said.plans[0].request == pytest.approx(1.1 * request, rel=0.01)
-    assert "9.1 % less" in words(said)
-    assert "Merging pirate takes 100 ms and saves 23.6 ms a request: it is earned back after 5 requests." in words(said)
-    assert said.cautions == ()
+    assert advice.plans[1].request == pytest.approx(request, rel=0.01)
+    assert advice.plans[0].request == pytest.approx(1.1 * request, rel=0.01)
+    assert "9.1 % less" in words(advice)
+    earned = "Merging pirate takes 100 ms and saves 23.6 ms a request: it is earned back after 5 requests."
+    assert earned in words(advice)
+    assert advice.cautions == ()
 
 
 def test_a_gain_within_the_noise_is_said_to_be() -> None:
-    said = made.report(ONE, unmerged=1.015).recommendation
-    assert (said.decision, said.headline) == ("unmerged", "Leave pirate unmerged.")
-    assert "within the noise of 2.0 %" in words(said)
+    advice = examples.report(ONE, unmerged=1.015).recommendation
+    assert (advice.decision, advice.headline) == ("unmerged", "Leave pirate unmerged.")
+    assert "within the noise of 2.0 %" in words(advice)
 
 
 def test_no_gain_is_never_earned_back() -> None:
-    said = made.report(ONE, unmerged=0.95).recommendation
-    assert said.decision == "unmerged"
-    assert "merging saves nothing" in words(said)
-    assert "never earned back" in words(said)
-    assert said.break_even.requests is None
+    advice = examples.report(ONE, unmerged=0.95).recommendation
+    assert advice.decision == "unmerged"
+    assert "merging saves nothing" in words(advice)
+    assert "never earned back" in words(advice)
+    assert advice.break_even.requests is None
 
 
 def test_adapters_that_change_often_stay_unmerged() -> None:
-    said = made.report(ONE, wanted=made.needs(ONE, requests_per_change=3)).recommendation
-    assert said.decision == "unmerged"
-    assert "earned back after 5 requests, and the adapters change every 3 requests" in words(said)
+    advice = examples.report(ONE, limits={"requests_per_change": 3}).recommendation
+    assert advice.decision == "unmerged"
+    assert "earned back after 5 requests, and the adapters change every 3 requests" in words(advice)
 
 
 def test_several_adapters() -> None:
-    all_three = made.setup()
-    said = made.report(wanted=made.needs(all_three, in_flight=1)).recommendation
-    assert (said.decision, said.headline) == (
+    advice = examples.report(limits={"in_flight": 1}).recommendation
+    assert (advice.decision, advice.headline) == (
         "merge",
         "Merge pirate, json and brief, each into a model of its own.",
     )
-    assert made.report(mixed=1.1).recommendation.headline == "Leave pirate, json and brief unmerged, on one base."
-    one_model = made.needs(all_three, in_flight=1, memory=1.0e9, traffic={"pirate": 0.5, "json": 0.3, "brief": 0.2})
-    said = made.report(wanted=one_model).recommendation
-    assert (said.decision, said.headline) == (
+    assert examples.report(mixed=1.1).recommendation.headline == "Leave pirate, json and brief unmerged, on one base."
+    one_model = {"in_flight": 1, "memory": 1.0e9, "traffic": {"pirate": 0.5, "json": 0.3, "brief": 0.2}}
+    advice = examples.report(limits=one_model).recommendation
+    assert (advice.decision, advice.headline) == (
         "merge-hottest",
         "Merge pirate, and leave json and brief unmerged on one base.",
     )
-    assert "would cost" in words(said)
-    assert "that needs" in words(said)
+    assert "would cost" in words(advice)
+    assert "that needs" in words(advice)
 
 
 def test_cautions() -> None:
-    differing = made.report(ONE, agreement=0.85)
+    differing = examples.report(ONE, agreement=0.85)
     assert "85 % of the likeliest choices and 7 of 8 greedy answers are as unmerged" in words(differing.recommendation)
-    assert "No way of serving" in words(made.report(ONE, wanted=made.needs(ONE, memory=10**6)).recommendation)
-    assert "more than the largest batch" in words(made.report(ONE, wanted=made.needs(ONE, in_flight=64)).recommendation)
-    assert "too few to tell noise" in words(made.report(replace(ONE, repeats=2)).recommendation)
+    assert "No way of serving" in words(examples.report(ONE, limits={"memory": 10**6}).recommendation)
+    assert "more than the largest batch" in words(examples.report(ONE, limits={"in_flight": 64}).recommendation)
+    assert "too few to tell noise" in words(examples.report(replace(ONE, repeats=2)).recommendation)
 
 
 def test_drift_that_all_share_is_no_noise() -> None:
     wild = (1.0, 1.4, 0.7, 1.2, 0.9)
-    assert made.report(ONE, jitter=wild).recommendation.margin == 0.02
-    alone = [
-        replace(f, samples=f.samples[::-1]) if f.variant == "unmerged" else f for f in made.figures(ONE, jitter=wild)
-    ]
-    said = recommend(ONE, alone, made.fidelity(ONE), made.needs(ONE), ["it has no effect"])
-    assert said.margin > 0.1
-    assert "scatter by" in words(said)
-    assert said.cautions[-1] == "it has no effect"
+    assert examples.report(ONE, jitter=wild).recommendation.margin == 0.02
+    figures = examples.figures(ONE, jitter=wild)
+    alone = [replace(f, samples=f.samples[::-1]) if f.variant == "unmerged" else f for f in figures]
+    advice = recommend(ONE, alone, examples.fidelity(ONE), examples.requirements(ONE), ["it has no effect"])
+    assert advice.margin > 0.1
+    assert "scatter by" in words(advice)
+    assert advice.cautions[-1] == "it has no effect"
 
 
 def test_a_part_that_scatters_counts_by_its_share_of_a_request() -> None:
     wild = (1.0, 1.4, 0.7, 1.2, 0.9)
-    found = made.figures(ONE)
+    found = examples.figures(ONE)
     shaken = [
         replace(f, samples=tuple(value * j for value, j in zip(f.samples, wild, strict=True)))
         if (f.quantity, f.variant, f.batch) == ("first", "unmerged", 1)
@@ -100,7 +99,7 @@ def test_a_part_that_scatters_counts_by_its_share_of_a_request() -> None:
         for f in found
     ]
     # A row's first token takes 0.128 of its 0.768 seconds.
-    margin = recommend(ONE, shaken, made.fidelity(ONE), made.needs(ONE)).margin
+    margin = recommend(ONE, shaken, examples.fidelity(ONE), examples.requirements(ONE)).margin
     assert 0.02 < margin < 0.4 / 4
 
 

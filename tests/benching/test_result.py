@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import veneer
-from tests.benching import made
+from tests.benching import examples
 from veneer.benching.bench_report import BenchReport
 from veneer.benching.compare import compare
 from veneer.benching.report import files
@@ -20,7 +20,7 @@ from veneer.errors import ConfigError, CorruptFileError, NotACheckpointError, So
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq", "forward"])
 def test_it_survives_json(kind: str) -> None:
-    report = made.report(made.setup(kind=kind))
+    report = examples.report(examples.setup(kind=kind))
     assert BenchReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
@@ -37,14 +37,14 @@ def damaged(values: dict[str, Any]) -> list[tuple[Any, str]]:
 
 
 def test_what_is_no_report_is_refused() -> None:
-    for values, words in damaged(made.report().to_dict()):
+    for values, words in damaged(examples.report().to_dict()):
         with pytest.raises(CorruptFileError, match=words):
             BenchReport.from_dict(values, "x.json")
 
 
 def test_it_is_saved_and_read(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    report = made.report()
+    report = examples.report()
     page = report.save(tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.html", "report.json", "report.md", "runs"]
     later = replace(report, made="2026-02-01T12:00:00+00:00")
@@ -57,16 +57,16 @@ def test_what_is_there_is_not_replaced(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / "report.html").write_text("mine")
     with pytest.raises(SourceError, match="something else"):
-        made.report().save(tmp_path)
+        examples.report().save(tmp_path)
     with pytest.raises(SourceError, match="is a file"):
-        made.report().save(tmp_path / "report.html")
+        examples.report().save(tmp_path / "report.html")
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(VeneerError, match=r"needs matplotlib.*pip install matplotlib \(.*pip install '\.\[bench\]'"):
-        made.report().save(tmp_path / "out")
+        examples.report().save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -83,31 +83,32 @@ def verdicts(old: BenchReport, new: BenchReport) -> dict[str, set[str]]:
 
 
 def test_the_same_run_twice_has_no_changes() -> None:
-    assert set(verdicts(made.report(), made.report(jitter=(0.999, 1.003, 1.0, 0.998, 1.002)))) == {"same"}
+    assert set(verdicts(examples.report(), examples.report(jitter=(0.999, 1.003, 1.0, 0.998, 1.002)))) == {"same"}
 
 
 def test_a_regression_is_found_and_nothing_else() -> None:
-    found = verdicts(made.report(), made.report(unmerged=1.3))
+    found = verdicts(examples.report(), examples.report(unmerged=1.3))
     assert found["worse"] == {f"{q} {v}" for q in ("first", "decode") for v in ("unmerged", "switching")}
     assert "better" not in found
-    assert verdicts(made.report(unmerged=1.3), made.report())["better"] == found["worse"]
-    assert {c.quantity for c in compare(made.report(), made.report(merge=0.2)).regressions} == {"merge", "unmerge"}
+    assert verdicts(examples.report(unmerged=1.3), examples.report())["better"] == found["worse"]
+    regressions = compare(examples.report(), examples.report(merge=0.2)).regressions
+    assert {change.quantity for change in regressions} == {"merge", "unmerge"}
 
 
 def test_a_slower_machine_is_no_regression_of_the_adapters() -> None:
-    slower = made.report(jitter=tuple(1.5 * j for j in made.JITTER))
-    found = verdicts(made.report(), slower)
+    slower = examples.report(jitter=tuple(1.5 * j for j in examples.JITTER))
+    found = verdicts(examples.report(), slower)
     assert {"decode merged", "decode unmerged", "first mixed"} <= found["as the base"]
     assert "decode base" in found["worse"]
 
 
 def test_noise_is_no_regression() -> None:
     wild = (0.7, 1.4, 1.05, 0.8, 1.3)
-    assert "worse" not in verdicts(made.report(jitter=wild), made.report(unmerged=1.15, jitter=wild))
+    assert "worse" not in verdicts(examples.report(jitter=wild), examples.report(unmerged=1.15, jitter=wild))
 
 
 def test_what_differs_between_runs_is_said() -> None:
-    old, new = made.report(), made.report(made.setup(dtype="float32", repeats=2))
+    old, new = examples.report(), examples.report(examples.setup(dtype="float32", repeats=2))
     new = replace(new, machine=replace(new.machine, cores=8, versions={"torch": "3.0"}))
     cautions = " ".join(compare(old, new).cautions)
     for words in ("dtype was bfloat16 and is float32", "cores was 2 and is 8", "torch was 2.13.0", "fewer than 3"):
@@ -118,7 +119,7 @@ def test_what_differs_between_runs_is_said() -> None:
 
 def test_of_many_plans_the_telling_ones_are_shown() -> None:
     def shown(count: int) -> list[int]:
-        return [index for index, _ in shown_plans(made.report(made.setup([f"a{i}" for i in range(count)])))]
+        return [index for index, _ in shown_plans(examples.report(examples.setup([f"a{i}" for i in range(count)])))]
 
     assert shown(8) == list(range(9))
     assert set(shown(20)) >= {0, 1, 2, 4, 8, 16, 20}

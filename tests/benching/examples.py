@@ -82,13 +82,13 @@ def fidelity(of: Setup, agreement: float = 1.0) -> tuple[Fidelity, ...]:
     return tuple(Fidelity(adapter.name, 8, 400, 0.01, 0.02, agreement, texts) for adapter in of.adapters)
 
 
-def needs(of: Setup, **changes: Any) -> Requirements:
+def requirements(of: Setup, **changes: Any) -> Requirements:
     """Equal traffic, plenty of memory."""
     traffic = {adapter.name: 1 / len(of.adapters) for adapter in of.adapters}
     return Requirements(**{"traffic": traffic, "memory": 16e9, "in_flight": 8, **changes})
 
 
-def report(of: Setup | None = None, agreement: float = 1.0, wanted: Any = None, **changes: Any) -> BenchReport:
+def report(of: Setup | None = None, agreement: float = 1.0, limits: Any = None, **changes: Any) -> BenchReport:
     """A whole run."""
     of = of or setup()
     measured, compared = figures(of, **changes), fidelity(of, agreement)
@@ -98,6 +98,6 @@ def report(of: Setup | None = None, agreement: float = 1.0, wanted: Any = None, 
         machine=Machine("A Processor", 2, 2, 16 * 10**9, None, "Linux x86_64", {"python": "3.11.2", "torch": "2.13.0"}),
         figures=measured,
         fidelity=compared,
-        recommendation=recommend(of, measured, compared, wanted or needs(of)),
+        recommendation=recommend(of, measured, compared, requirements(of, **(limits or {}))),
         seconds=65.0,
     )
