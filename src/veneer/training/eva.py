@@ -1,20 +1,21 @@
-"""EVA: begin where the inputs of a layer vary (Paischer et al. 2024, arXiv:2410.07170, section 3).
+"""Initialises LoRA by EVA: ``A`` are the directions in which a layer's inputs vary.
+
+Paischer et al. 2024, arXiv:2410.07170, section 3:
 
     X - mean = U S V^T, a layer's inputs on given data        A: the first rows of V^T, B = 0
 
-All layers share one budget, the sum of the ranks that the config gives them. It goes to those directions that explain
-most of the variance of their own layer's inputs (algorithm 1); a layer gets ``rho`` times its rank at most, and may get
-none. Then it has no adapter.
+All layers share one budget, the sum of their ranks in the config. It goes to the directions that explain most of the
+variance of their own layer's inputs (algorithm 1). A layer gets ``rho`` times its rank at most; where it gets none, it
+has no adapter.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
-from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -32,24 +33,25 @@ from veneer.layers.adapter_shares import BoundAdapter
 from veneer.methods.lora import RANK_DIMS, Lora, LoraSettings
 from veneer.methods.lora_starts.statistics import linear_sites, watching
 from veneer.peft_model.peft_model import PeftModel
+from veneer.printing import warn
 from veneer.training.principal_directions import PrincipalDirections
 
-# How often the data are gone through before directions that still turn are an error.
-_PASSES = 100
+# Passes over the data after which directions that still turn are an error.
+_MAX_PASSES = 100
 
 Rows = Callable[[Any, Any, str], Tensor]
 
 
 @dataclass(frozen=True)
-class _Watched:
-    """A layer whose inputs are looked at: its config's rank, and the most that it may get."""
+class _Ranks:
+    """The rank that the config gives a layer, and the largest that it may get."""
 
     r: int
-    most: int
+    largest: int
 
 
 def used_tokens(inputs: Mapping[str, Tensor], config: LoraConfig) -> Tensor:
-    """The positions ``(n, 2)`` of the tokens of a batch that are looked at: neither padding nor masked by labels."""
+    """Return the positions ``(n, 2)`` of a batch's tokens that count: neither padding nor masked by the labels."""
     options = options_of(EvaConfig, config.eva_config or {})
     mask = inputs.get("attention_mask")
     mask = (torch.ones_like(inputs["input_ids"]) if mask is None else mask).bool()
@@ -59,13 +61,13 @@ def used_tokens(inputs: Mapping[str, Tensor], config: LoraConfig) -> Tensor:
 
 
 def rows_at(layer_input: Tensor, positions: Tensor | None, name: str) -> Tensor:
-    """The vectors ``(n, in)`` of a layer's input at ``positions``; all of them where these are no positions."""
+    """Return the vectors ``(n, in)`` of a layer's input at ``positions``; all of them where these are no tensor."""
     if not isinstance(positions, Tensor):
         return layer_input.flatten(0, -2)
     if layer_input.ndim != positions.shape[1] + 1:
         raise ConfigError(
             f"EVA: the input of {name} has the shape {tuple(layer_input.shape)}, which tells no tokens apart.",
-            hint="Give a prepare_layer_inputs_fn, or prepare_model_inputs_fn=None to look at everything.",
+            hint="Give a prepare_layer_inputs_fn, or prepare_model_inputs_fn=None to use every vector.",
         )
     return layer_input[positions.unbind(1)]
 
@@ -87,46 +89,37 @@ def get_eva_state_dict(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, Tensor]:
-    """The ``A`` that EVA gives to each linear layer: the layer's name -> shape ``(rank, in)``, the rank 0 for some.
+    """Compute the ``A`` that EVA gives to each linear layer: name -> shape ``(rank, in)``, of rank 0 for some layers.
 
     Args:
         model: a model with an adapter, or a base model.
-        dataloader: batches of the training data; it is gone through again until the directions are steady.
-        peft_config: for a base model: what is adapted, its ``eva_config`` the options.
+        dataloader: batches of the training data, read again and again until the directions are steady.
+        peft_config: the config for a base model, with its ``eva_config``.
         forward_fn: runs the model on a batch.
-        prepare_model_inputs_fn: what of a batch the next one is to know; by default the positions of tokens that are
+        prepare_model_inputs_fn: prepares a batch for the next function; by default the positions of tokens that are
             neither padding nor masked by the labels. ``None``: nothing.
-        prepare_layer_inputs_fn: makes rows ``(n, in)`` of a layer's input, that knowledge and the layer's name; or one
-            for each layer, by name.
+        prepare_layer_inputs_fn: makes rows ``(n, in)`` of a layer's input, the prepared batch and the layer's name; or
+            one function for each layer, by name.
         adapter_name: the adapter of ``model``.
-        gather_distributed_inputs: accepted for peft's sake; each process looks at the data that it is given.
+        gather_distributed_inputs: accepted for peft's sake; each process uses the data that it is given.
         show_progress_bar: accepted for peft's sake; none is shown.
 
     Raises:
         ConfigError: no data, too few rows in each batch, or directions that do not become steady.
     """
-    if isinstance(model, PeftModel):
-        entry = _checked(model.adapters, adapter_name)
-        config: LoraConfig = peft_config or entry.config  # type: ignore[assignment]
-        layers: dict[str, nn.Module] = {PREFIX + layer.site.name: layer for layer, _ in _linear(model.adapters, entry)}
-        alone = model.disable_adapter()
-    elif peft_config is None:
-        raise ConfigError("get_eva_state_dict needs a peft_config for a base model.", hint="Give the LoraConfig.")
-    else:
-        config, alone = peft_config, nullcontext()
-        layers = {name: site.module for name, site in linear_sites(model, config).items()}
+    config, layers, disabled = _linear_layers(model, peft_config, adapter_name)
     options = options_of(EvaConfig, config.eva_config or {})
-    prepare = prepare_layer_inputs_fn
-    search = _Search({name: _watched(name, config, options.rho) for name in layers}, options.tau)
+    search = _Search({name: _ranks(name, config, options.rho) for name in layers}, options.tau)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
     def run(names: Sequence[str], see: Callable[[str, Tensor], None], batch: Any) -> None:
         batch = _moved(batch, device)
-        known = None if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
+        prepared = None if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
 
         def look(name: str, x: Tensor) -> None:
-            own = (prepare.get(name) if isinstance(prepare, Mapping) else prepare) or rows_at
-            see(name, own(x, known, name).float())
+            prepare = prepare_layer_inputs_fn
+            make_rows = (prepare.get(name) if isinstance(prepare, Mapping) else prepare) or rows_at
+            see(name, make_rows(x, prepared, name).float())
 
         with watching({name: layers[name] for name in names}, look):
             forward_fn(model, batch)
@@ -134,26 +127,41 @@ def get_eva_state_dict(
     was_training = model.training
     model.eval()
     try:
-        with alone:
-            search.go_through(dataloader, run)
+        with disabled:
+            search.read_all(dataloader, run)
     finally:
         model.train(was_training)
-    return {name: rows.to(device) for name, rows in search.found(options.whiten).items()}
+    return {name: rows.to(device) for name, rows in search.starts(options.whiten).items()}
+
+
+def _linear_layers(
+    model: nn.Module, peft_config: LoraConfig | None, adapter_name: str
+) -> tuple[LoraConfig, dict[str, nn.Module], AbstractContextManager[None]]:
+    """Return the config, the linear layers by name, and the context in which the base runs alone."""
+    if isinstance(model, PeftModel):
+        entry = _checked(model.adapters, adapter_name)
+        config: LoraConfig = peft_config or entry.config  # type: ignore[assignment]
+        layers: dict[str, nn.Module] = {PREFIX + layer.site.name: layer for layer, _ in _linear(model.adapters, entry)}
+        return config, layers, model.disable_adapter()
+    if peft_config is None:
+        raise ConfigError("get_eva_state_dict needs a peft_config for a base model.", hint="Give the LoraConfig.")
+    modules = {name: site.module for name, site in linear_sites(model, peft_config).items()}
+    return peft_config, modules, nullcontext()
 
 
 class _Search:
-    """The directions of each layer's inputs, and the ranks that they are given so far."""
+    """Searches the directions of each layer's inputs, and divides the ranks among the layers."""
 
-    def __init__(self, layers: Mapping[str, _Watched], tau: float) -> None:
+    def __init__(self, layers: Mapping[str, _Ranks], tau: float) -> None:
         self.layers = layers
         self.tau = tau
-        # A layer's name -> that of the first layer with the same input, which is looked at for both.
+        # A layer's name -> the first layer with the same input, which is watched for both.
         self.leaders: dict[str, str] = {}
         self.spectra: dict[str, PrincipalDirections] = {}
-        self.ranks = {name: layer.most for name, layer in layers.items()}
+        self.ranks = {name: layer.largest for name, layer in layers.items()}
 
-    def go_through(self, dataloader: Iterable[Any], run: Callable[..., None]) -> None:
-        for _ in range(_PASSES):
+    def read_all(self, dataloader: Iterable[Any], run: Callable[..., None]) -> None:
+        for _ in range(_MAX_PASSES):
             batches = 0
             for batch in dataloader:
                 batches += 1
@@ -164,15 +172,15 @@ class _Search:
                     return
                 run(unsteady, self._see, batch)
                 if all(spectrum.seen for spectrum in self.spectra.values()):
-                    self.ranks = self._shared_out()
+                    self.ranks = self._divided_ranks()
             self._check_pass(batches)
         raise ConfigError(
-            f"EVA: after {_PASSES} passes over the data the directions of {self._unsteady()[0]} still turn.",
+            f"EVA: after {_MAX_PASSES} passes over the data the directions of {self._unsteady()[0]} still turn.",
             hint="Give more or larger batches, a lower r or rho, or a lower tau in eva_config.",
         )
 
     def _find_leaders(self, run: Callable[..., None], batch: Any) -> None:
-        """Layers that get the same input, such as queries and keys, run one after the other in a model."""
+        """Find layers that get the same input, such as queries and keys; they run one after the other in a model."""
         last: list[tuple[str, Tensor]] = []
 
         def see(name: str, x: Tensor) -> None:
@@ -188,20 +196,20 @@ class _Search:
                 hint="Let forward_fn run all of the model, or leave the layer out with exclude_modules.",
             )
         for leader in dict.fromkeys(self.leaders.values()):
-            most = max(self.layers[name].most for name, own in self.leaders.items() if own == leader)
-            self.spectra[leader] = PrincipalDirections(most)
+            followers = [name for name, first in self.leaders.items() if first == leader]
+            self.spectra[leader] = PrincipalDirections(max(self.layers[name].largest for name in followers))
 
     def _see(self, name: str, rows: Tensor) -> None:
         self.spectra[name].add(rows)
 
     def _unsteady(self) -> list[str]:
-        wanted = dict.fromkeys(self.spectra, 0)
+        ranks = dict.fromkeys(self.spectra, 0)
         for name, leader in self.leaders.items():
-            wanted[leader] = max(wanted[leader], self.ranks[name])
-        return [leader for leader, rank in wanted.items() if not self.spectra[leader].steady(rank, self.tau)]
+            ranks[leader] = max(ranks[leader], self.ranks[name])
+        return [leader for leader, rank in ranks.items() if not self.spectra[leader].steady(rank, self.tau)]
 
-    def _shared_out(self) -> dict[str, int]:
-        """Each layer's rank: the budget goes to the directions that explain most."""
+    def _divided_ranks(self) -> dict[str, int]:
+        """Return each layer's rank: the budget goes to the directions that explain most."""
         explained = {name: self.spectra[leader].explained() for name, leader in self.leaders.items()}
         owners = [name for name, ratios in explained.items() for _ in ratios]
         budget = sum(layer.r for layer in self.layers.values())
@@ -222,13 +230,13 @@ class _Search:
                 hint="Give larger batches, a lower r or rho, or use_label_mask=False in eva_config.",
             )
 
-    def found(self, whiten: bool) -> dict[str, Tensor]:
+    def starts(self, whiten: bool) -> dict[str, Tensor]:
         return {name: self.spectra[self.leaders[name]].rows(rank, whiten) for name, rank in self.ranks.items()}
 
 
-def _watched(name: str, config: LoraConfig, rho: float) -> _Watched:
+def _ranks(name: str, config: LoraConfig, rho: float) -> _Ranks:
     r = pattern_value(name.removeprefix(PREFIX), config.rank_pattern, config.r)
-    return _Watched(r, round(r * rho))
+    return _Ranks(r, round(r * rho))
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
@@ -262,7 +270,7 @@ def initialize_lora_eva_weights(
         dataloader: batches of the training data.
         eva_state_dict: instead of data: what :func:`get_eva_state_dict` gave.
         forward_fn: as for :func:`get_eva_state_dict`, like the two that follow.
-        prepare_model_inputs_fn: what of a batch the next one is to know.
+        prepare_model_inputs_fn: prepares a batch for the next function.
         prepare_layer_inputs_fn: makes rows of a layer's input.
         adapter_name: the adapter.
         gather_distributed_inputs: accepted for peft's sake, like what follows.
@@ -303,7 +311,7 @@ def _checked(adapters: Adapters, name: str) -> Adapter:
 
 
 def _linear(adapters: Adapters, entry: Adapter) -> list[tuple[AdaptedLayer, BoundAdapter]]:
-    """The linear layers that a LoRA adapts, with its shares of them."""
+    """List the linear layers that a LoRA adapts, with its shares of them."""
     return [
         (layer, share)
         for layer in entry.layers.adapted
@@ -313,7 +321,7 @@ def _linear(adapters: Adapters, entry: Adapter) -> list[tuple[AdaptedLayer, Boun
 
 
 def _begin(adapters: Adapters, entry: Adapter, given: Mapping[str, Tensor]) -> None:
-    """Put each layer's ``A`` in, let its config say the ranks, and take the adapter off layers that have none."""
+    """Set each layer's ``A``, write the ranks into the config, and take the adapter off layers that have none."""
     places = {layer.site.name: (layer, share) for layer, share in _linear(adapters, entry)}
     _check_fit(entry, places, given)
     config = _with_ranks(adapters, entry, given)
@@ -351,11 +359,11 @@ def _check_fit(
         )
     missing = [name for name in places if name not in given]
     if missing:
-        warn(f"EVA: {len(missing)} linear layers keep their random start (first: {missing[0]}).", stacklevel=5)
+        warn(f"EVA: {len(missing)} linear layers keep their random start (first: {missing[0]}).")
 
 
 def _with_ranks(adapters: Adapters, entry: Adapter, given: Mapping[str, Tensor]) -> LoraConfig:
-    """The adapter's config with the new ranks and alphas, written out by name."""
+    """Return the adapter's config with the new ranks and alphas, written out by name."""
     old = entry.config
     assert isinstance(old, LoraConfig)
     adjust = options_of(EvaConfig, old.eva_config or {}).adjust_scaling_factors

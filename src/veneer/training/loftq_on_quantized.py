@@ -1,4 +1,4 @@
-"""LoftQ on a base that is packed (quantised) already: ``scale * B A`` makes up for what packing took."""
+"""Initialises LoRA by LoftQ on a base that is packed (quantised): ``scale * B A`` is the part that packing lost."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def replace_lora_weights_loftq(
     adapter_name: str = "default",
     callback: Callable[[PeftModel, str], bool] | None = None,
 ) -> None:
-    """Begin a LoRA on a packed base so that together they are as near to the original weights as its rank allows.
+    """Initialise a LoRA on a packed base so that the two are as near to the original weights as its rank allows.
 
-    The weights are read from safetensors files, one layer at a time. What is saved is a plain adapter for the packed
+    The weights are read from safetensors files, one layer at a time. The saved adapter is a plain one for the packed
     base.
 
     Args:
@@ -59,20 +59,20 @@ def replace_lora_weights_loftq(
 
 
 def _packed(adapters: Adapters, entry: Adapter) -> list[tuple[LayerAdapters, BoundAdapter]]:
-    found = [
+    shares = [
         (layer, share)
         for layer, share in entry.bound_layers()
         if layer.site.is_packed and isinstance(share.method, Lora)
     ]
-    if not found or any(entry.name in layer.merged for layer, _ in found):
-        what = "is merged" if found else "has no LoRA on a packed (quantised) layer"
+    if not shares or any(entry.name in layer.merged for layer, _ in shares):
+        what = "is merged" if shares else "has no LoRA on a packed (quantised) layer"
         raise AdapterError(
             f"{entry.name!r} {what}.",
-            hint="Call unmerge_adapter()." if found else 'For a base that is not packed: init_lora_weights="loftq".',
+            hint="Call unmerge_adapter()." if shares else 'For a base that is not packed: init_lora_weights="loftq".',
         )
-    if any(share.settings.dora for _, share in found):
+    if any(share.settings.dora for _, share in shares):
         raise UnsupportedError("LoftQ is not defined for DoRA.", hint="Turn use_dora off.")
-    return found
+    return shares
 
 
 def _with_weights(
@@ -80,10 +80,10 @@ def _with_weights(
 ) -> Iterator[tuple[LayerAdapters, BoundAdapter, Tensor]]:
     shapes = {name: place.info.shape for name, place in files.places.items()}
     names = stored_names(model.get_base_model(), shapes, shapes).direct
-    wanted = {layer.site.name: f"{layer.site.name}.weight" for layer, _ in places}
-    found = {name: names.get(weight, weight) for name, weight in wanted.items()}
+    weights = {layer.site.name: f"{layer.site.name}.weight" for layer, _ in places}
+    stored_names_of = {name: names.get(weight, weight) for name, weight in weights.items()}
     for layer, _ in places:
-        stored = found[layer.site.name]
+        stored = stored_names_of[layer.site.name]
         if (
             stored not in files
             or files.shape(stored) != layer.site.shape
@@ -94,7 +94,7 @@ def _with_weights(
                 hint="Give the model that the base was quantised from as model_path.",
             )
     for layer, share in places:
-        yield layer, share, files.read(found[layer.site.name]).float()
+        yield layer, share, files.read(stored_names_of[layer.site.name]).float()
 
 
 def _replace(
@@ -105,14 +105,14 @@ def _replace(
     weight: Tensor,
     callback: Callable[[PeftModel, str], bool] | None,
 ) -> None:
-    own = layer.tensors(adapter, share)
+    tensors = layer.tensors(adapter, share)
     packed = layer.base_weight().float()
     up, down = truncated(weight.to(packed.device) - packed, share.settings.r, float(share.settings.scale))
-    before = {leaf: own[leaf].clone() for leaf in (A, B)}
-    own[A].copy_(down)
-    own[B].copy_(up)
+    before = {leaf: tensors[leaf].clone() for leaf in (A, B)}
+    tensors[A].copy_(down)
+    tensors[B].copy_(up)
     layer.reset(adapter, share, share.settings)
     if callback is not None and not callback(model, layer.site.name):
         for leaf, tensor in before.items():
-            own[leaf].copy_(tensor)
+            tensors[leaf].copy_(tensor)
         layer.reset(adapter, share, share.settings)

@@ -1,4 +1,4 @@
-"""Optimisers for adapters.
+"""Makes optimisers for adapters.
 
 LoRA+ (Hayou et al. 2024, arXiv:2402.12354): ``B`` learns faster than ``A``.
 
@@ -35,30 +35,31 @@ def create_loraplus_optimizer(
     loraplus_lr_embedding: float = 1e-6,
     **kwargs: Any,
 ) -> Optimizer:
-    """An optimiser in which ``B`` has ``loraplus_lr_ratio`` times the learning rate of ``A``.
+    """Make an optimiser in which ``B`` has ``loraplus_lr_ratio`` times the learning rate of ``A`` (LoRA+).
 
     Args:
-        model: the model; what of it is to be trained is optimised.
+        model: the model, whose trainable parameters are optimised.
         optimizer_cls: such as ``torch.optim.AdamW``.
         lr: the learning rate of ``A``, and of modules that are saved whole.
-        loraplus_lr_ratio: that of ``B`` and of every vector, as a multiple; the paper finds 16 a good start.
-        loraplus_weight_decay: for all but biases and norms of the faster group.
+        loraplus_lr_ratio: the learning rate of ``B`` and of every vector, as a multiple of ``lr``; the paper finds 16 a
+            good start.
+        loraplus_weight_decay: for all parameters but biases and norms of the faster group.
         loraplus_lr_embedding: the learning rate of a LoRA on an embedding.
         **kwargs: for ``optimizer_cls``.
 
     Raises:
-        ConfigError: nothing is to be trained. UnknownKeywordError: ``optimizer_cls`` does not take one of ``kwargs``.
+        ConfigError: no parameter is trainable. UnknownKeywordError: ``optimizer_cls`` does not take one of ``kwargs``.
     """
     check_passed_on(create_loraplus_optimizer, kwargs, optimizer_cls)
-    named = _trained(model)
+    named = _trainable(model)
     norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
     fast = lr * loraplus_lr_ratio
     rates = {"slow": lr, "embedding": loraplus_lr_embedding, "fast": fast, "bare": fast}
     groups = {key: [p for name, p in named if _group(name, p, norms) == key] for key in rates}
     return optimizer_cls(
         [
-            {"params": own, "lr": rates[key], "weight_decay": 0.0 if key == "bare" else loraplus_weight_decay}
-            for key, own in groups.items()
+            {"params": parameters, "lr": rates[key], "weight_decay": 0.0 if key == "bare" else loraplus_weight_decay}
+            for key, parameters in groups.items()
         ],
         lr=lr,
         **kwargs,
@@ -74,10 +75,10 @@ def create_lorafa_optimizer(
     weight_decay: float = 0.0,
     use_rslora: bool | None = None,
 ) -> Optimizer:
-    """AdamW in which the LoRA on a linear layer trains its ``B`` alone (LoRA-FA); its ``A`` gets no gradients.
+    """Make an AdamW in which the LoRA on a linear layer trains its ``B`` alone (LoRA-FA); its ``A`` gets no gradients.
 
-    The inputs of a layer then need not be kept for the backward pass, only their ``r`` projections. What else is to be
-    trained (LoRA on other kinds of layer, biases, modules that are saved whole) is moved by AdamW as it is.
+    The inputs of a layer then need not be kept for the backward pass, only their ``r`` projections. Plain AdamW trains
+    the other parameters (LoRA on other kinds of layer, biases, modules that are saved whole).
 
     Args:
         model: the model, with its LoRA adapters.
@@ -85,13 +86,13 @@ def create_lorafa_optimizer(
         lora_alpha: their alpha. A layer to which a pattern gives another rank or alpha is scaled by its own.
         lr: the learning rate.
         weight_decay: for everything that is trained.
-        use_rslora: whether they are rank-stabilised; ``None`` for what they say.
+        use_rslora: whether they are rank-stabilised; ``None`` for the adapters' own.
 
     Raises:
-        ConfigError: nothing is to be trained, no linear layer has a LoRA that is, or one of the adapters has another
+        ConfigError: no parameter is trainable, no linear layer has a trainable LoRA, or one of the adapters has another
             rank, alpha or ``use_rslora``.
     """
-    _trained(model)
+    _trainable(model)
     pairs = list(_pairs(model))
     if not pairs:
         raise ConfigError(
@@ -102,18 +103,18 @@ def create_lorafa_optimizer(
     for down, *_ in pairs:
         down.requires_grad_(False)
     partners = {id(up): (down, scale) for down, up, scale in pairs}
-    return LoraFa([p for _, p in _trained(model)], partners, lr=lr, weight_decay=weight_decay)
+    return LoraFa([p for _, p in _trainable(model)], partners, lr=lr, weight_decay=weight_decay)
 
 
 class LoraFa(Optimizer):
-    """AdamW that projects the gradient of some parameters; the step is that of BERT's optimiser.
+    """AdamW that projects the gradients of some parameters; the step is that of BERT's optimiser.
 
     Args:
-        params: what is optimised.
+        params: the parameters.
         partners: id of a ``B``, shape ``(out, r)`` -> its frozen ``A``, shape ``(r, in)``, and its scale.
         lr: the learning rate.
-        betas: how much of the mean and of the mean square of the gradients a step keeps.
-        eps: joins the root of the mean square, before that is corrected for its start at zero.
+        betas: the shares of the mean and of the mean square of the gradients that a step keeps.
+        eps: added to the root of the mean square, before its start at zero is corrected.
         weight_decay: the share of a parameter that a step takes off, times ``lr``.
     """
 
@@ -132,7 +133,7 @@ class LoraFa(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move every parameter that has a gradient; gives what ``closure`` does, which works the loss out again."""
+        """Move every parameter that has a gradient; return the loss that ``closure`` computes anew."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -144,7 +145,7 @@ class LoraFa(Optimizer):
         return loss
 
     def _gradient(self, parameter: Tensor) -> Tensor:
-        """A parameter's gradient, projected where it is a ``B``."""
+        """Return a parameter's gradient, projected where the parameter is a ``B``."""
         assert parameter.grad is not None
         if id(parameter) not in self.partners:
             return parameter.grad
@@ -168,8 +169,8 @@ class LoraFa(Optimizer):
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
 
 
-def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """What of a model is to be trained, by name; ``ConfigError`` when that is nothing."""
+def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """List a model's trainable parameters by name; raise ``ConfigError`` when there are none."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise ConfigError(
@@ -179,7 +180,7 @@ def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]]:
-    """``A``, ``B`` and the scale of each plain LoRA on a linear layer whose ``B`` is to be trained."""
+    """Yield ``A``, ``B`` and the scale of each plain LoRA on a linear layer whose ``B`` is trainable."""
     for layer in model.modules():
         if not isinstance(layer, AdaptedLayer) or not layer.site.matrix_input:
             continue
@@ -191,24 +192,24 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float
                 yield tensors[A], tensors[B], float(share.settings.scale)
 
 
-def _check_configs(model: nn.Module, wanted: Mapping[str, Any]) -> None:
-    """The adapters that are trained must be what the caller says that they are."""
+def _check_configs(model: nn.Module, expected: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` unless the active adapters have the options that the caller gives."""
     configs: Mapping[str, Any] = getattr(model, "peft_config", {})
     for name in getattr(model, "active_adapters", ()):
         config = configs[name]
         if not isinstance(config, LoraConfig):
             continue
-        for option, value in wanted.items():
-            have = getattr(config, option)
-            if value is not None and value != have:
+        for option, value in expected.items():
+            actual = getattr(config, option)
+            if value is not None and value != actual:
                 raise ConfigError(
-                    f"{option}={value!r}, and the adapter {name!r} has {option}={have!r}.",
+                    f"{option}={value!r}, and the adapter {name!r} has {option}={actual!r}.",
                     hint="Give create_lorafa_optimizer the values of the adapter's config.",
                 )
 
 
 def _group(name: str, parameter: Tensor, norms: set[int]) -> str:
-    """Which group a parameter is in, by its name in memory."""
+    """Return the group of a parameter, by its name in memory."""
     if "lora_embedding_" in name:
         return "embedding"
     if "lora_B." not in name and parameter.ndim != 1:

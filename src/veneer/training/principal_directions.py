@@ -1,5 +1,6 @@
-"""The principal directions of rows that come in batches (Ross et al. 2008, "Incremental Learning for Robust Visual
-Tracking", section 2.1).
+"""Computes the principal directions of rows that come in batches.
+
+Ross et al. 2008, "Incremental Learning for Robust Visual Tracking", section 2.1:
 
     [S V^T; X - mean(X); sqrt(n m / (n + m)) (mean - mean(X))] = U' S' V'^T        n rows before, m rows in X
 """
@@ -11,11 +12,11 @@ from torch import Tensor
 
 
 class PrincipalDirections:
-    """The first ``size`` directions in which rows vary, and how much.
+    """The first ``size`` directions in which rows vary, and the variance along each.
 
     Attributes:
-        size: how many.
-        seen: how many rows there were; batches with fewer rows than ``size`` do not count.
+        size: the number of directions.
+        seen: the number of rows so far; batches with fewer rows than ``size`` do not count.
     """
 
     def __init__(self, size: int) -> None:
@@ -28,27 +29,27 @@ class PrincipalDirections:
         self._turned = torch.zeros(0)  # the cosines between the last two directions
 
     def add(self, rows: Tensor) -> None:
-        """Take in a batch, shape ``(m, dim)``, float32."""
+        """Add a batch, shape ``(m, dim)``, float32."""
         m = len(rows)
         self.size = min(self.size, rows.shape[1])
         if m < self.size:
             return
         mean = rows.mean(0)
-        own = rows - mean
-        spread = own.square().sum()
+        centred = rows - mean
+        spread = centred.square().sum()
         if self.seen:
             shift = (self.seen * m / (self.seen + m)) ** 0.5 * (self._mean - mean)
-            own = torch.cat([self._values.unsqueeze(1) * self._directions, own, shift.unsqueeze(0)])
+            centred = torch.cat([self._values.unsqueeze(1) * self._directions, centred, shift.unsqueeze(0)])
             spread = self._spread + spread + shift.square().sum()
             mean = (self._mean * self.seen + mean * m) / (self.seen + m)
-        values, directions = self._decompose(own)
+        values, directions = self._decompose(centred)
         if self.seen:
             self._turned = torch.cosine_similarity(directions, self._directions)
         self._mean, self._spread, self._values, self._directions = mean, spread, values, directions
         self.seen += m
 
     def _decompose(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The first singular values and right vectors; the largest entry of each vector is positive."""
+        """Return the first singular values and right vectors; the largest entry of each vector is positive."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             _, values, columns = torch.svd_lowrank(rows, q=min(2 * self.size, *rows.shape), niter=4)
@@ -57,15 +58,15 @@ class PrincipalDirections:
         return values[: self.size], directions * largest.sign()
 
     def steady(self, rank: int, tau: float) -> bool:
-        """Whether the last batch turned none of the first ``rank`` directions by more than the cosine ``tau``."""
+        """Tell whether the last batch turned none of the first ``rank`` directions by more than the cosine ``tau``."""
         rank = min(rank, self.size)
         return len(self._turned) >= rank and bool((self._turned[:rank] >= tau).all())
 
     def explained(self) -> Tensor:
-        """The share of the rows' variance that each direction explains, shape ``(size,)``."""
+        """Return the share of the rows' variance that each direction explains, shape ``(size,)``."""
         return self._values.square() / self._spread
 
     def rows(self, rank: int, whiten: bool) -> Tensor:
-        """The first ``rank`` directions, shape ``(rank, dim)``; whitened, over the root of their singular values."""
-        found = self._directions[:rank]
-        return found / self._values[:rank].sqrt().unsqueeze(1) if whiten else found
+        """Return the first ``rank`` directions, ``(rank, dim)``; whitened, over the root of their singular values."""
+        directions = self._directions[:rank]
+        return directions / self._values[:rank].sqrt().unsqueeze(1) if whiten else directions
