@@ -165,8 +165,8 @@ def test_offloaded_to_cpu_memory() -> None:
 
 def test_an_overlay_is_a_mapping() -> None:
     laid = offload.Overlay({"a": torch.zeros(1), "b": torch.zeros(1)})
-    laid.own["b"] = torch.ones(1)
-    laid.own["c"] = torch.ones(1)
+    laid.replaced["b"] = torch.ones(1)
+    laid.replaced["c"] = torch.ones(1)
     assert {name: float(value) for name, value in laid.items()} == {"a": 0, "b": 1, "c": 1}
     assert len(laid) == 3
 

@@ -1,4 +1,4 @@
-"""A base model's modules by name: looked up once, however many adapters come."""
+"""Looks up a base model's modules by name, once for all its adapters."""
 
 from __future__ import annotations
 
@@ -33,26 +33,24 @@ class Catalog:
         self.model = model
         self.reader = reader
         self.modules: dict[str, nn.Module] = dict(model.named_modules())
-        # What was found before: adapters of one model mostly have one config.
+        # Results of before: the adapters of one model mostly have one config.
         self._targets: dict[tuple[Any, ...], list[str]] = {}
         self._sites: dict[tuple[Any, ...], list[Site]] = {}
-        # The same for what goes where: see plan.py.
-        self.plans: dict[Any, Any] = {}
 
     @cached_property
     def _holders(self) -> Counter[int]:
-        """Where a parameter's memory begins -> how many parameters begin there."""
+        """The number of parameters whose memory begins at an address, by that address."""
         parameters = (p for module in self.modules.values() for p in module._parameters.values())
-        return Counter(_place(p) for p in parameters if p is not None)
+        return Counter(_address(p) for p in parameters if p is not None)
 
     def is_alone(self, parameter: nn.Parameter) -> bool:
-        """Whether no other parameter of the model has the same memory, and this one has any."""
-        place = _place(parameter)
-        return place != 0 and self._holders[place] == 1
+        """Tell whether a parameter has memory, and shares it with no other parameter of the model."""
+        address = _address(parameter)
+        return address != 0 and self._holders[address] == 1
 
     @cached_property
     def linear(self) -> dict[str, bool]:
-        """Every module's name -> whether "all-linear" means it."""
+        """Whether "all-linear" means a module, by its name; for every module."""
         return {name: is_linear(module) for name, module in self.modules.items()}
 
     @cached_property
@@ -62,7 +60,7 @@ class Catalog:
 
     @cached_property
     def renamed(self) -> Callable[[str], str]:
-        """Gives a module's name for its name in an older version of transformers; any other name as it is."""
+        """Turns a module's name in an older version of transformers into its name now; others stay as they are."""
         return renames_of(self.model)
 
     @property
@@ -74,38 +72,38 @@ class Catalog:
     @property
     def model_type(self) -> str | None:
         """The family in the model's config."""
-        found = getattr(getattr(self.model, "config", None), "model_type", None)
-        return found if isinstance(found, str) else None
+        model_type = getattr(getattr(self.model, "config", None), "model_type", None)
+        return model_type if isinstance(model_type, str) else None
 
     def describe(self) -> str:
-        """The model in a few words, for errors."""
+        """Return the model's class and origin, for errors."""
         origin = getattr(self.model, "name_or_path", "") or ""
         return type(self.model).__name__ + (f" from {origin}" if origin else "")
 
     def _embedding(self, end: str) -> list[str]:
-        """The name of the model's input or output embedding, in a list; empty when it has none."""
+        """Return the name of the model's input or output embedding, in a list; empty when it has none."""
         get = getattr(self.model, f"get_{end}_embeddings", None)
         try:
             layer = get() if get is not None else None
         except (NotImplementedError, AttributeError):  # transformers' own for models without one
             layer = None
-        own = {id(module) for module in self.modules.values()}
-        while layer is not None and id(layer) not in own:  # what was put in its place holds it
+        known = {id(module) for module in self.modules.values()}
+        while layer is not None and id(layer) not in known:  # a wrapper in its place holds it
             layer = layer._modules.get("base_layer", layer._modules.get("original_module"))
         return [name for name, module in self.modules.items() if layer is not None and module is layer]
 
     @cached_property
     def input_embeddings(self) -> list[str]:
-        """The input embedding."""
+        """The name of the input embedding, in a list; empty for a model without one."""
         return self._embedding("input")
 
     @cached_property
     def output_embeddings(self) -> list[str]:
-        """The output embedding."""
+        """The name of the output embedding, in a list; empty for a model without one."""
         return self._embedding("output")
 
     def are_tied(self, one: str, other: str) -> bool:
-        """Whether two modules of the base share their weight."""
+        """Tell whether two modules of the base share their weight."""
         weight = self.modules[one]._parameters.get("weight")
         return weight is not None and weight is self.modules[other]._parameters.get("weight")
 
@@ -126,15 +124,15 @@ class Catalog:
 
     @property
     def tied_embeddings(self) -> list[tuple[str, str]]:
-        """The input and the output embedding where they share their weight."""
+        """The input and the output embedding where they share their weight, as a pair in a list."""
         return [(a, b) for a in self.input_embeddings for b in self.output_embeddings if a != b and self.are_tied(a, b)]
 
     def is_embedding(self, name: str) -> bool:
-        """Whether a module is the model's input or output embedding."""
+        """Tell whether a module is the model's input or output embedding."""
         return name in self.input_embeddings or name in self.output_embeddings
 
     def targets(self, config: TargetedConfig) -> list[str]:
-        """The names that ``config`` adapts, in the model's order (``TargetError`` when there are none)."""
+        """Return the names of the modules that ``config`` adapts, in the model's order (``TargetError`` if none)."""
         key = _signature(config)
         if key not in self._targets:
             self._targets[key] = target_names(
@@ -143,11 +141,11 @@ class Catalog:
         return list(self._targets[key])
 
     def whole_modules(self, config: AnyConfig) -> list[str]:
-        """The names of the modules that ``config`` saves whole."""
+        """Return the names of the modules that ``config`` saves whole."""
         return saved_modules(config, self.modules)
 
     def sites_at(self, name: str, whole: bool = False) -> list[Site]:
-        """The sites of a module, for a method that trains layers ``whole`` or another; none when it has none."""
+        """Return the sites of a module; more kinds of module have one for a method that trains ``whole`` layers."""
         module = self.modules[name]
         weight = module._parameters.get("weight")
         # A merge may have put a module or a weight of another kind there.
@@ -163,13 +161,13 @@ class Catalog:
         return sites
 
     def sites(self, config: TargetedConfig, whole: bool = False) -> list[Site]:
-        """The sites of the layers that ``config`` adapts; ``whole`` when these can be norms and the like too.
+        """Return the sites of the layers that ``config`` adapts; with ``whole`` these can be norms and the like too.
 
         Raises:
             TargetError: nothing matches, or a matched module is of a kind that cannot carry an adapter.
         """
-        found = {name: self.sites_at(name, whole) for name in self.targets(config)}
-        refused = [name for name, sites in found.items() if not sites]
+        by_layer = {name: self.sites_at(name, whole) for name in self.targets(config)}
+        refused = [name for name, sites in by_layer.items() if not sites]
         if refused:
             kind = type(self.modules[refused[0]]).__name__
             why = refusal(self.modules[refused[0]])
@@ -179,32 +177,32 @@ class Catalog:
                 hint=f"Kinds that can: {kinds()}, with a floating-point weight. Narrow target_modules, or name "
                 "these in exclude_modules.",
             )
-        return [site for sites in found.values() for site in sites]
+        return [site for sites in by_layer.values() for site in sites]
 
     def parameter_sites(self, wanted: Collection[str]) -> list[Site]:
-        """The parameters that ``target_parameters`` names, by their full names or dotted endings.
+        """Return the sites of the parameters that ``target_parameters`` names, in full or by dotted endings.
 
-        Several on one module have their tensors under ``base_layer.`` once for each that was registered later.
+        The checkpoint keys of several on one module have ``base_layer.`` once for each that was registered later.
         """
-        found: list[Site] = []
+        sites: list[Site] = []
         for name, module in self.modules.items():
-            own = [p for p in module._parameters if names_match(f"{name}.{p}", wanted)]
-            for place, parameter in enumerate(own):
-                key = name + ".base_layer" * (len(own) - 1 - place)
+            parameters = [p for p in module._parameters if names_match(f"{name}.{p}", wanted)]
+            for place, parameter in enumerate(parameters):
+                key = name + ".base_layer" * (len(parameters) - 1 - place)
                 swapped = bool(getattr(module, "is_transposed", False))
-                found.append(ParameterSite(name, module, parameter, key, swapped, targeted=True))
-        odd = [site for site in found if site.stored.ndim not in (2, 3)]
-        if odd or (wanted and not found):
-            named = [n for n, p in self.model.named_parameters() if p.ndim == 3][:3]
+                sites.append(ParameterSite(name, module, parameter, key, swapped, targeted=True))
+        odd = [site for site in sites if site.stored.ndim not in (2, 3)]
+        if odd or (wanted and not sites):
+            experts = [n for n, p in self.model.named_parameters() if p.ndim == 3][:3]
             what = f"means {odd[0].id}, which is no matrix" if odd else "matches no parameter"
             raise TargetError(
                 f"target_parameters={list(wanted)!r} {what}.",
-                hint=f"Fused experts here: {', '.join(named)}." if named else "Use target_modules for layers.",
+                hint=f"Fused experts here: {', '.join(experts)}." if experts else "Use target_modules for layers.",
             )
-        return self._reading(found)
+        return self._reading(sites)
 
     def bias_sites(self, config: TargetedConfig, without: Iterable[Site]) -> list[Site]:
-        """The layers with a bias that are neither among ``without`` nor saved whole."""
+        """Return the sites of the biases of layers that are neither among ``without`` nor saved whole."""
         taken = {site.name for site in without}
         saved = self.whole_modules(config)
         sites = [
@@ -215,42 +213,37 @@ class Catalog:
         return self._reading(sites)
 
     def token_sites(self, wanted: Iterable[int] | Mapping[str, Iterable[int]]) -> list[Site]:
-        """The embeddings of which ``trainable_token_indices`` trains tokens."""
+        """Return the sites of the embeddings that ``trainable_token_indices`` means: tokens, or tokens by module."""
         if not isinstance(wanted, Mapping):
             return [site for name in self.input_embeddings for site in self.sites_at(name)]
-        found = [name for name in self.modules if names_match(name, list(wanted))]
-        missing = [key for key in wanted if not _means_one(key, found)]
+        names = [name for name in self.modules if names_match(name, list(wanted))]
+        missing = [key for key in wanted if not any(names_match(name, [key]) for name in names)]
         if missing:
             raise TargetError(
                 f"trainable_token_indices names {missing[0]!r}, and the model has no such module.",
                 hint=f"Its embedding is {' or '.join(self.input_embeddings) or 'unknown'}.",
             )
-        return [site for name in found for site in self.sites_at(name)]
+        return [site for name in names for site in self.sites_at(name)]
 
     def sharing(self, name: str) -> list[Site]:
-        """The sites of the other modules that have a module's weight: an output layer, an encoder's own embedding."""
+        """Return the sites of the other modules that share a module's weight, such as an output layer."""
         group = next((group for group in self.tied if name in group), ())
         return [site for other in group if other != name for site in self.sites_at(other)]
 
     def write_out_targets(self, config: TargetedConfig, chosen: list[str]) -> None:
-        """Put names in the place of "all-linear" or nothing, so that a saved config means the same anywhere."""
+        """Write the targets' names over "all-linear" or nothing, so that a saved config means the same anywhere."""
         if config.target_modules in (None, ALL_LINEAR):
             free = [n for n in self.modules if not names_match(n, config.exclude_modules)]
             config.target_modules = shortest(chosen, free) if config.layers_to_transform is None else chosen
 
 
 def _signature(config: TargetedConfig) -> tuple[Any, ...]:
-    """What of a config says which modules it adapts."""
+    """Return the config fields that select modules, as a cache key."""
     names = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save")
     return tuple(repr(getattr(config, name, None)) for name in (*names, "layers_to_transform", "layers_pattern"))
 
 
-def _place(parameter: nn.Parameter) -> int:
-    """Where a parameter's memory begins; 0 for one that has none here, or of a kind that torch cannot tell."""
+def _address(parameter: nn.Parameter) -> int:
+    """Return the address of a parameter's memory; 0 where it has none, or torch does not tell."""
     values = parameter.data
     return values.data_ptr() if type(values) is torch.Tensor else 0
-
-
-def _means_one(ending: str, names: Iterable[str]) -> bool:
-    """Whether ``ending`` means one of ``names``."""
-    return any(names_match(name, [ending]) for name in names)

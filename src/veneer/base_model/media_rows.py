@@ -1,8 +1,8 @@
-"""Which row of a batch its images, videos and sounds belong to.
+"""Tells which rows of a batch its images, videos and sounds belong to.
 
-Models that take a row's image beside its text take those of all rows in one tensor, as many as there are; a row's
-tokens say how many are its own. An image that has more entries has more tokens too, in all but some families, whose
-calls tell the sizes of the images: with those, all rows have to be alike.
+Models that take images beside text take those of all rows in one tensor; the tokens of a row say how many of its
+entries are the row's. A larger image has more entries and more tokens, except in some families, whose calls give the
+sizes of the images: with those, all rows have to be alike.
 """
 
 from __future__ import annotations
@@ -18,27 +18,29 @@ from veneer.patches.row_layout import ROWS, owners
 
 _TOKEN = ("token_id", "token_index")
 
-# Row -> argument -> its entries, of the tokens that go with images: see spans_of.
+# The spans (see spans_of) of the text alone, for the first two rows.
 TEXT_SPANS = {row: {"input_ids": slice(row, row + 1)} for row in (0, 1)}
 
 
 def media_of(call: Mapping[str, Tensor]) -> list[str]:
-    """The arguments of a call that are values of something seen or heard."""
-    return [name for name, value in call.items() if value.is_floating_point() and value.ndim > 1 and not _beside(name)]
+    """Return the arguments of a call that hold images, videos or sounds."""
+    return [
+        name for name, value in call.items() if value.is_floating_point() and value.ndim > 1 and not _is_by_token(name)
+    ]
 
 
-def _beside(name: str) -> bool:
-    """Whether an argument goes with tokens."""
+def _is_by_token(name: str) -> bool:
+    """Tell whether an argument has values for tokens, not for images."""
     return name.startswith(("decoder_", "past_key_")) or any(
         part in name for part in ("mask", "label", "embeds", "token_")
     )
 
 
 def shares_of(model: nn.Module, call: Mapping[str, Tensor], rows: int) -> tuple[int, ...] | None:
-    """The rows' shares of a call's images, or ``None`` where each argument has one entry a row.
+    """Return the rows' shares of a call's images; ``None`` where each argument has one entry a row.
 
     Raises:
-        AdapterError: it cannot be told.
+        AdapterError: the call does not tell.
     """
     media, ids = media_of(call), call.get("input_ids")
     if not media:
@@ -48,10 +50,10 @@ def shares_of(model: nn.Module, call: Mapping[str, Tensor], rows: int) -> tuple[
         if all(len(call[name]) == rows for name in media):
             return None
         raise _unclear(media, f"the batch has {rows} rows, and {media[0]} {len(call[media[0]])} entries")
-    alike = all(len(set(own)) == 1 for own in counts)
+    alike = all(len(set(by_row)) == 1 for by_row in counts)
     if not alike and len(counts) > 1:
         raise _unclear(media, "rows have other numbers of images and of videos")
-    lone = not alike and sum(map(bool, counts[0])) == 1  # whatever their sizes, all are this row's
+    lone = not alike and sum(map(bool, counts[0])) == 1  # all are this row's, whatever their sizes
     sized = next((name for name in _sizes(call) if not alike or not _same(call[name], rows)), None)
     if sized is not None and not lone:
         raise _unclear(media, f"the rows differ in their images, and {sized} gives these sizes of their own")
@@ -59,16 +61,16 @@ def shares_of(model: nn.Module, call: Mapping[str, Tensor], rows: int) -> tuple[
 
 
 def _counted(model: nn.Module, media: list[str], ids: Tensor) -> list[tuple[int, ...]]:
-    """For each kind of media the number of tokens that each row has for it, if it has any."""
-    found = []
+    """Return, for each kind of media, the number of its tokens in each row; nothing where a kind has none."""
+    by_kind = []
     for kind in dict.fromkeys(map(_kind, media)):
         tokens = [getattr(model.config, f"{kind}_{ending}", None) for ending in _TOKEN]
         token = next((token for token in tokens if isinstance(token, int)), None)
         counts = () if token is None else tuple((ids == token).sum(1).tolist())
         if not any(counts):
             return []
-        found.append(counts)
-    return found
+        by_kind.append(counts)
+    return by_kind
 
 
 def _kind(name: str) -> str:
@@ -78,13 +80,13 @@ def _kind(name: str) -> str:
 
 
 def _sizes(call: Mapping[str, Tensor]) -> list[str]:
-    """The arguments that describe images; a grid of patches has the very number of tokens."""
-    whole = [name for name, value in call.items() if not value.is_floating_point() and not _beside(name)]
-    return [name for name in whole if name not in ("input_ids", "position_ids") and not name.endswith("grid_thw")]
+    """Return the arguments that give sizes of images, but for grids of patches, whose size is that of the tokens."""
+    integers = [name for name, value in call.items() if not value.is_floating_point() and not _is_by_token(name)]
+    return [name for name in integers if name not in ("input_ids", "position_ids") and not name.endswith("grid_thw")]
 
 
 def _same(value: Tensor, rows: int) -> bool:
-    """Whether all rows have the same part of ``value``."""
+    """Tell whether all rows have the same part of ``value``."""
     if value.ndim == 0 or len(value) % rows:
         return value.ndim == 0
     parts = value.reshape(rows, -1)
@@ -92,7 +94,7 @@ def _same(value: Tensor, rows: int) -> bool:
 
 
 def spans_of(call: Mapping[str, Tensor], rows: int, shares: tuple[int, ...] | None) -> dict[int, dict[str, slice]]:
-    """Row -> argument -> its entries of it, for two rows that have any."""
+    """Return row -> argument -> the row's entries, for the first two rows that have any."""
     media = media_of(call)
     if shares is None:
         names = [name for name, value in call.items() if name in media or name.endswith("input_ids")]
@@ -112,7 +114,7 @@ def _part(value: Tensor, name: str, row: int, shares: tuple[int, ...]) -> slice:
 
 
 def doubled(call: Mapping[str, Tensor], shares: tuple[int, ...]) -> dict[str, Tensor]:
-    """A call of two rows alike, from one in which a single row has images."""
+    """Return a call of two equal rows, from one in which a single row has images."""
     row = next(row for row, share in enumerate(shares) if share)
     by_row = [name for name, value in call.items() if _is_by_row(name, value, len(shares))]
     return {
@@ -123,12 +125,12 @@ def doubled(call: Mapping[str, Tensor], shares: tuple[int, ...]) -> dict[str, Te
 
 
 def _is_by_row(name: str, value: Tensor, rows: int) -> bool:
-    beside = name in ("input_ids", "position_ids") or (_beside(name) and not name.startswith("pixel"))
-    return len(value) == rows and (beside or value.ndim > 4)
+    by_token = name in ("input_ids", "position_ids") or (_is_by_token(name) and not name.startswith("pixel"))
+    return len(value) == rows and (by_token or value.ndim > 4)
 
 
 def first_rows(call: Mapping[str, Tensor], rows: int, number: int) -> dict[str, Tensor]:
-    """A call of ``rows`` rows with the first ``number`` of them."""
+    """Return a call of ``rows`` rows with the first ``number`` of them."""
     return {name: value[:number] if value.ndim and len(value) == rows else value for name, value in call.items()}
 
 
@@ -143,7 +145,7 @@ def _unclear(media: list[str], why: str) -> AdapterError:
 def call_of(
     model: nn.Module, names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """The tensors that a call of ``forward`` or ``generate`` gives a model, by name."""
+    """Return the tensors in a call of ``forward`` or ``generate``, by name."""
     main = _main_input(model)
     call = {**dict(zip(names, args, strict=False)), **kwargs}
     if isinstance(call.get("inputs"), Tensor) and main not in call and "inputs" not in names:
@@ -152,12 +154,12 @@ def call_of(
 
 
 def rows_of(model: nn.Module, call: Mapping[str, Tensor]) -> int | None:
-    """How many rows a call has; ``None`` when nothing tells."""
-    found = next(
+    """Return the number of rows of a call; ``None`` for a call without tensors of rows."""
+    value = next(
         (call[n] for n in (_main_input(model), "input_ids", "inputs_embeds") if n in call),
         next(iter(call.values()), None),
     )
-    return None if found is None or not found.ndim else len(found)
+    return None if value is None or not value.ndim else len(value)
 
 
 def _main_input(model: nn.Module) -> str:

@@ -14,7 +14,7 @@ from veneer.files.source import Source
 
 
 def meta_model(kind: Any, source: Source, trust_remote_code: bool = False, **changes: Any) -> nn.Module:
-    """A base built as a class of transformers, on the meta device; ``changes`` are keys of its config to set.
+    """Build a base as a class of transformers, on the meta device; ``changes`` are keys of its config to set.
 
     Raises:
         BaseModelError: transformers cannot build it.

@@ -1,4 +1,4 @@
-"""How a base model's forward pass is called: the names it takes, the size of a call, its cache and its embedding."""
+"""Reads the calls of a base model: the names it takes, the size of a call, its cache and its embedding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from veneer.errors import AdapterError, UnsupportedError
 
 
 def wants_cache(module: nn.Module, call: Mapping[str, Any]) -> bool:
-    """Whether the model would make a cache of its own, which the first pass must have a part of."""
+    """Tell whether the model would make a cache for this call, so that a prompt has to be in it."""
     if call.get("past_key_values") is not None or "past_key_values" not in taken_names(module) or module.training:
         return False
     wanted = call.get("use_cache")
@@ -30,7 +30,7 @@ def unsupported_prompt(model: nn.Module, why: str, of: str = "") -> UnsupportedE
 
 
 def words_of(model: nn.Module) -> nn.Module:
-    """The model's input embedding."""
+    """Return the model's input embedding."""
     try:
         words: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -39,7 +39,7 @@ def words_of(model: nn.Module) -> nn.Module:
 
 
 def place_of(model: nn.Module) -> torch.device:
-    """Where a prompt's tensors are kept: beside the input embedding, or on the CPU where that is offloaded."""
+    """Return the device for a prompt's tensors: the input embedding's, or the CPU where that is offloaded."""
     device = next(words_of(model).parameters()).device
     return torch.device("cpu") if device.type == "meta" else device
 
@@ -56,18 +56,17 @@ def encoder_of(model: nn.Module) -> nn.Module:
 
 
 def taken_names(module: nn.Module) -> tuple[str, ...]:
-    """The names of what a module's forward pass takes."""
+    """Return the names of the arguments of a module's ``forward``."""
     return _parameters(type(module).forward)
 
 
 @functools.lru_cache(maxsize=64)
 def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of what a module's forward pass takes."""
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def module_called(model: nn.Module) -> nn.Module:
-    """The module to give a cache to: the model, or the backbone below its head."""
+    """Return the module that takes a cache: the model, or the backbone below its head."""
     for module in (model, getattr(model, str(getattr(model, "base_model_prefix", "")), None)):
         if isinstance(module, nn.Module) and "past_key_values" in taken_names(module):
             return module
@@ -75,16 +74,16 @@ def module_called(model: nn.Module) -> nn.Module:
 
 
 def named_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name."""
+    """Return a call's arguments by name."""
     return {**dict(zip(taken_names(module), args, strict=False)), **kwargs}
 
 
 def call_size(call: Mapping[str, Any], prefix: str = "") -> tuple[int, int, torch.device]:
-    """Rows and tokens of a call's input, and where it is."""
+    """Return the rows and tokens of a call's input, and its device."""
     for name in (f"{prefix}input_ids", f"{prefix}inputs_embeds", *(["labels"] if prefix else [])):
-        given = call.get(name)
-        if given is not None:
-            return given.shape[0], given.shape[1], given.device
+        tokens = call.get(name)
+        if tokens is not None:
+            return tokens.shape[0], tokens.shape[1], tokens.device
     raise AdapterError(
         f"A prompt is active, and the call has neither {prefix}input_ids nor {prefix}inputs_embeds.",
         hint="Give the tokens, or select another adapter.",
@@ -92,12 +91,12 @@ def call_size(call: Mapping[str, Any], prefix: str = "") -> tuple[int, int, torc
 
 
 def cached_positions(cache: Any) -> int:
-    """How many tokens a cache holds."""
+    """Return the number of tokens that a cache holds."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def new_cache(module: nn.Module) -> Any:
-    """An empty cache for a model."""
+    """Return an empty cache for a model."""
     from transformers import DynamicCache, EncoderDecoderCache
 
     config: Any = module.config

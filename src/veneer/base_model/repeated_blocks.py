@@ -1,4 +1,4 @@
-"""``layer_replication``: a model with some of its blocks several times, one after the other, weights shared.
+"""``layer_replication``: repeats some of a model's blocks, their weights shared.
 
 ``[[0, 4], [2, 5]]`` makes blocks 0, 1, 2, 3, 2, 3, 4 of a model with five. Each copy is adapted on its own, and costs
 no memory until adapters are merged for good: then each block has weights of its own, and can be saved.
@@ -15,16 +15,16 @@ from torch import nn
 from veneer.base_model.blocks import BlockList, find_blocks
 from veneer.errors import ConfigError, UnsupportedError
 
-# What a config has a list of, an entry for each block; some families work it out instead.
+# The keys of a config with an entry for each block; some families compute these instead.
 _PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
 
 class Replication:
-    """A model's blocks, replaced by those of ``ranges``.
+    """Replaces a model's blocks by those of ``ranges``.
 
     Args:
         model: a base model with one list of blocks: Llama and its like, BERT, Falcon.
-        ranges: pairs of first block and the one after the last.
+        ranges: pairs of a first block and the one after the last.
 
     Attributes:
         list: where the blocks lie.
@@ -54,9 +54,9 @@ class Replication:
         for module in self.list.blocks.modules():
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 if tensor is not None and id(tensor) in seen:
-                    own = tensor.detach().clone()
+                    values = tensor.detach().clone()
                     is_parameter = isinstance(tensor, nn.Parameter)
-                    setattr(module, name, nn.Parameter(own, tensor.requires_grad) if is_parameter else own)
+                    setattr(module, name, nn.Parameter(values, tensor.requires_grad) if is_parameter else values)
                 seen.add(id(tensor))
 
 
@@ -80,9 +80,9 @@ def _blocks(model: nn.Module) -> BlockList:
 
 
 def _shared_copy(block: nn.Module, index: int) -> nn.Module:
-    """A block with modules of its own and the parameters of the old."""
-    kept = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}
-    new = copy.deepcopy(block, kept)
+    """Return a copy of a block that shares its parameters."""
+    shared = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}
+    new = copy.deepcopy(block, shared)
     for module in new.modules():
         if hasattr(module, "layer_idx"):
             module.layer_idx = index  # type: ignore[assignment]
@@ -90,9 +90,9 @@ def _shared_copy(block: nn.Module, index: int) -> nn.Module:
 
 
 def _resize_config(config: Any, order: Sequence[int]) -> Callable[[], None]:
-    """Let the config say how many blocks there are, and of what type each is."""
-    own = getattr(config, "__dict__", {})
-    before: dict[str, Any] = {name: own[name] for name in _PER_BLOCK if own.get(name)}
+    """Write the number of blocks and the type of each into the config; return what undoes it."""
+    values = getattr(config, "__dict__", {})
+    before: dict[str, Any] = {name: values[name] for name in _PER_BLOCK if values.get(name)}
     now: dict[str, Any] = {name: [values[index] for index in order] for name, values in before.items()}
     if hasattr(config, "num_hidden_layers"):
         before["num_hidden_layers"], now["num_hidden_layers"] = config.num_hidden_layers, len(order)

@@ -1,4 +1,4 @@
-"""What transformers raises, told as an error of the input that it was given; what it would ask, answered with no."""
+"""Turns the exceptions of transformers into errors about its input, and answers its questions with no."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from veneer.base_model.transformers_internals import replace_remote_code_timeout
 from veneer.errors import VeneerError
 from veneer.printing import first_line
 
-# How many blocks are under way in which transformers must not ask, and how long it waits for an answer elsewhere.
+# The number of blocks under way in which transformers must not ask, and its patience for an answer elsewhere.
 _lock = threading.Lock()
 _unasked = 0
 _patience: Any = None
@@ -22,8 +22,8 @@ def transformers_errors_as(kind: type[VeneerError], what: str, hint: str) -> Ite
     """Turn whatever transformers raises inside the ``with`` block into one error, and let it ask nothing there.
 
     Args:
-        kind: of the error.
-        what: cannot be done; the first line of transformers' own text follows it.
+        kind: the error's class.
+        what: the beginning of its message, which the first line of transformers' own text ends.
         hint: how to mend it.
 
     Raises:
@@ -41,7 +41,7 @@ def transformers_errors_as(kind: type[VeneerError], what: str, hint: str) -> Ite
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Whether it comes from a library in Rust, such as tokenizers, which failed: no ``Exception`` to Python."""
+    """Tell whether an error is the failure of a library in Rust, such as tokenizers: no ``Exception`` to Python."""
     return type(error).__name__ == "PanicException"
 
 

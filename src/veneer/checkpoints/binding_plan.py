@@ -11,6 +11,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from veneer.base_model.catalog import Catalog
 from veneer.base_model.sites import kinds
@@ -95,12 +96,13 @@ def make_plan(
     """Pair a checkpoint's tensors with a model's modules."""
     # Kept for adapters that are alike: about 8 ms less for each: benchmarks/notes.md, Attach.
     key = method, repr(config), tuple((name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items())
-    cached: _CachedPlan | None = catalog.plans.get(key)
+    plans = PLANS.setdefault(catalog, {})
+    cached = plans.get(key)
     if cached is None or not cached.is_current(catalog):
         plan = _Planner(config, method, tensors, catalog).plan
         if plan.problems or plan.whole_modules or any(binding.settings is config for binding in plan.bindings):
             return plan
-        cached = catalog.plans[key] = _CachedPlan(plan, _states(plan, catalog))
+        cached = plans[key] = _CachedPlan(plan, _states(plan, catalog))
     return replace(cached.plan, repeated_keys=list(cached.plan.repeated_keys), notes=list(cached.plan.notes))
 
 
@@ -114,6 +116,10 @@ class _CachedPlan:
     def is_current(self, catalog: Catalog) -> bool:
         """Tell whether the layers are still so."""
         return self.states == _states(self.plan, catalog)
+
+
+# Each model's plans, as long as its catalog lives.
+PLANS: WeakKeyDictionary[Catalog, dict[Any, _CachedPlan]] = WeakKeyDictionary()
 
 
 def _states(plan: Plan, catalog: Catalog) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The kinds of base layer that can carry an adapter, behind one face: :class:`Site`."""
+"""The kinds of base layer that can carry an adapter, behind one interface: :class:`Site`."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ _SITE_CLASSES: tuple[tuple[type, Callable[[str, nn.Module], Site]], ...] = (
 
 
 def sites_for(name: str, module: nn.Module) -> list[Site]:
-    """The sites of a layer: one, two for ``nn.MultiheadAttention``, none when its kind cannot carry an adapter.
+    """Return the sites of a layer: one, two for ``nn.MultiheadAttention``, none when its kind cannot carry an adapter.
 
-    Weights packed in a form unknown here and layers whose ``forward`` is never called are no sites: an adapter
-    there would be a silent no-op or wrong.
+    Layers whose weight is packed in a form unknown here, and layers whose ``forward`` is never called, have no site: an
+    adapter there would be wrong, or do nothing.
     """
     if is_never_called(module):
         return []
@@ -70,15 +70,15 @@ def _site_class(module: nn.Module) -> Callable[[str, nn.Module], Site] | None:
 
 
 def whole_sites(name: str, module: nn.Module) -> list[Site]:
-    """The same for a method that trains layers whole: norms have a site too, and layers of any kind with one weight."""
+    """Return the same for a method that trains whole layers: norms have a site too, and any layer with one weight."""
     if is_norm(module):
         return [NormSite(name, module)]
-    known = packer(module) is not None or _site_class(module) is not None
-    return [WholeSite(name, module)] if is_whole(module) and not known else sites_for(name, module)
+    has_site = packer(module) is not None or _site_class(module) is not None
+    return [WholeSite(name, module)] if is_whole(module) and not has_site else sites_for(name, module)
 
 
 def packed_site(name: str, module: nn.Module) -> PackedSite | None:
-    """The site of a linear layer with a packed weight; ``None`` when the layer is another, or unknown here."""
+    """Return the site of a linear layer with a packed weight; ``None`` for other layers, and for unknown packings."""
     library = packer(module)
     if library == "bitsandbytes":
         return bitsandbytes_site(name, module)
@@ -88,7 +88,7 @@ def packed_site(name: str, module: nn.Module) -> PackedSite | None:
 
 
 def _attention(name: str, module: nn.MultiheadAttention) -> list[Site]:
-    """The stacked query, key and value projection, and the output projection, under the keys that peft gives them."""
+    """Return the sites of the stacked and of the output projection, under the keys that peft gives them."""
     if module.in_proj_weight is None:  # keys and values of other sizes have a weight each
         return []
     return [
@@ -98,12 +98,12 @@ def _attention(name: str, module: nn.MultiheadAttention) -> list[Site]:
 
 
 def bias_site(name: str, module: nn.Module, parent: nn.Module, adapted: bool) -> Site:
-    """The site of a bias that is trained alone.
+    """Return the site of a bias that is trained alone.
 
     Args:
         name: the layer's name.
         module: the layer.
-        parent: the module that it is a child of.
+        parent: the module that holds the layer.
         adapted: whether the parent carries an adapter, which changes the bias's key.
     """
     if not is_never_called(module):
@@ -114,19 +114,19 @@ def bias_site(name: str, module: nn.Module, parent: nn.Module, adapted: bool) ->
 
 
 def is_never_called(module: nn.Module) -> bool:
-    """Whether a layer only holds its weight, and what it is a part of does the arithmetic."""
+    """Tell whether a layer only holds its weight, for its parent to compute with."""
     return isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether "all-linear" means this layer."""
+    """Tell whether "all-linear" means this layer."""
     if is_never_called(module):
         return False
-    # A packed layer is often no nn.Linear; all of them say how wide they are.
+    # A packed layer is often no nn.Linear; all of them have a width.
     packed = hasattr(module, "in_features") and packer(module) is not None
     return isinstance(module, nn.Linear) or is_conv1d(module) or packed
 
 
 def kinds() -> str:
-    """The kinds of layer that can carry an adapter, for an error to name."""
+    """Name the kinds of layer that can carry an adapter, for an error."""
     return ", ".join([*(kind.__name__ for kind, _ in _SITE_CLASSES), "Conv1D", nn.MultiheadAttention.__name__])

@@ -1,7 +1,7 @@
-"""Attention modules as a whole, for methods that give their queries more to attend to.
+"""Sites of whole attention modules, for methods that give the queries more keys and values to attend to.
 
-What such a method adds is computed from a module's queries and from keys and values that the module's own projections
-make of trained vectors. Those projections may carry adapters of their own.
+Such a method attends with a module's queries to keys and values that the module's own projections compute from trained
+vectors. Those projections may carry adapters of their own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class AttentionSite(Site):
     """One self-attention module. It has no weight of its own to change.
 
     Attributes:
-        projection: the child that makes its keys.
+        projection: the child that computes its keys.
     """
 
     projection: ClassVar[str]
@@ -35,9 +35,9 @@ class AttentionSite(Site):
 
     @property
     def device(self) -> torch.device:
-        found = LinearSite(self.name, self.module.get_submodule(self.projection)).device
-        # Of a model that is only planned against, nothing has a place.
-        return torch.device("cpu") if found.type == "meta" else found
+        device = LinearSite(self.name, self.module.get_submodule(self.projection)).device
+        # A model that adapters are only planned against is on the meta device.
+        return torch.device("cpu") if device.type == "meta" else device
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,25 +56,25 @@ class AttentionSite(Site):
         raise unsupported(self, "a change of the weight")
 
     def heads(self, x: Tensor) -> Tensor:
-        """``(rows, length, heads * dim)`` as ``(rows, length, heads, dim)``."""
-        found: Tensor = x.unflatten(-1, (-1, self.head_dim))
-        return found
+        """Reshape ``(rows, length, heads * dim)`` to ``(rows, length, heads, dim)``."""
+        split: Tensor = x.unflatten(-1, (-1, self.head_dim))
+        return split
 
     def queries(self, x: Tensor, call: Mapping[str, Any]) -> Tensor:
-        """The queries of the module's input, ``(rows, length, heads, dim)``; ``call`` is what else it was given."""
+        """Return the queries of an input, ``(rows, length, heads, dim)``; ``call`` is the rest of the call."""
         raise NotImplementedError
 
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, without positions, that vectors ``(1, n, hidden)`` give: ``(1, n, key heads, dim)`` each."""
+        """Return keys and values, without positions, of vectors ``(1, n, hidden)``: ``(1, n, key heads, dim)`` each."""
         raise NotImplementedError
 
     def output(self, x: Tensor) -> Tensor:
-        """What heads ``(rows, length, heads * dim)`` that are added become in the module's output."""
+        """Return the change of the module's output for added heads ``(rows, length, heads * dim)``."""
         raise NotImplementedError
 
 
 class SplitAttention(AttentionSite):
-    """Llama's form: a projection each, queries turned by their positions, and a last projection of the heads."""
+    """Llama's form: three projections, queries rotated by their positions, and an output projection."""
 
     projection = "k_proj"
 
@@ -89,12 +89,12 @@ class SplitAttention(AttentionSite):
         return self.heads(self.module.k_proj(x)), self.heads(self.module.v_proj(x))  # type: ignore[operator]
 
     def output(self, x: Tensor) -> Tensor:
-        found: Tensor = self.module.o_proj(x)  # type: ignore[operator]
-        return found
+        projected: Tensor = self.module.o_proj(x)  # type: ignore[operator]
+        return projected
 
 
 class JoinedAttention(AttentionSite):
-    """GPT-2's form: one projection for all three. What is added does not go through the last one, as in peft."""
+    """GPT-2's form: one projection for all three. Added heads bypass the output projection, as in peft."""
 
     projection = "c_attn"
 
@@ -122,7 +122,7 @@ FORMS: Mapping[str, tuple[type[AttentionSite], str]] = {
 
 
 def attention_site(name: str, module: nn.Module) -> AttentionSite | None:
-    """The site of an attention module; ``None`` for a module that is none, or of a form that is not known."""
+    """Return the site of an attention module; ``None`` for other modules, and for forms that are not known."""
     form, _ = FORMS.get(str(getattr(getattr(module, "config", None), "model_type", None)), (None, ""))
     if form is None or not isinstance(getattr(module, form.projection, None), nn.Module):
         return None

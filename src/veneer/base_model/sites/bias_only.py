@@ -1,4 +1,4 @@
-"""Layers of which only the bias is adapted: norms, and layers that ``bias="all"`` means beside the targets."""
+"""Sites of layers whose bias alone is adapted: norms, and the layers beside the targets with ``bias="all"``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CHANNELS_FIRST = (
 
 
 class ShiftSite(Site):
-    """Any layer ``y = f(x) + b``."""
+    """A layer ``y = f(x) + b`` of any kind."""
 
     shift_only = True
 

@@ -1,4 +1,4 @@
-"""Whole blocks of a decoder, for methods that change what a block reads."""
+"""Sites of whole decoder blocks, for methods that change a block's input."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from veneer.base_model.sites.site import Site, unsupported
 
 
 class BlockSite(Site):
-    """One block. It has no weight of its own to change.
+    """One decoder block. It has no weight of its own to change.
 
     Args:
         name: the block's name in the base model.
         module: the block.
-        decoder: the decoder that it is a block of.
+        decoder: the decoder that holds the block.
         head: the classifier that reads the decoder's states, if the model has one.
     """
 
@@ -30,9 +30,9 @@ class BlockSite(Site):
 
     @property
     def device(self) -> torch.device:
-        found = super().device
-        # Of a model that is only planned against, nothing has a place.
-        return torch.device("cpu") if found.type == "meta" else found
+        device = super().device
+        # A model that adapters are only planned against is on the meta device.
+        return torch.device("cpu") if device.type == "meta" else device
 
     @property
     def shape(self) -> tuple[int, int]:

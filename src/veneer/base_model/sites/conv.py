@@ -1,4 +1,4 @@
-"""Convolutions: ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d`` with any stride, padding, dilation and groups.
+"""Sites of convolutions: ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d`` with any stride, padding, dilation and groups.
 
 The canonical matrix has a row for each output channel and a column for each entry of a kernel:
 ``(out, in / groups * k1 * k2 ...)``.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
-# A share of a change that float32 may leave where there is nothing.
+# The share of a change that rounding in float32 may leave where zeros belong.
 _ROUNDING = 1e-6
 _FUNCTIONS: Mapping[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -32,8 +32,8 @@ class ConvSite(Site):
     """A convolution.
 
     A low-rank change is a convolution to ``r`` channels with the layer's own geometry, followed by one with kernel
-    1. The first sees every input channel; the second has the layer's groups, as peft has it. With groups such a change
-    has a merged form only where each group's part of the first sees no more than that group's channels.
+    1. The first sees every input channel; the second has the layer's groups, as in peft. With groups a low-rank change
+    has a merged form only where each group's part of the first sees no other group's channels.
     """
 
     channel = 1
@@ -98,23 +98,23 @@ class ConvSite(Site):
         if patch.up is None or patch.down is None or self.groups == 1:
             return patch
         across = self._across(patch.up.float(), patch.down.float())
-        own = torch.stack([across[group, :, group] for group in range(self.groups)])
+        within = torch.stack([across[group, :, group] for group in range(self.groups)])
         for group in range(self.groups):
             across[group, :, group] = 0
-        left, kept = float(across.norm()), float(own.norm())
-        if left > _ROUNDING * kept:
+        lost, kept = float(across.norm()), float(within.norm())
+        if lost > _ROUNDING * kept:
             raise MergeError(
                 f"{self.name} has {self.groups} groups, and its LoRA connects channels across them: "
-                f"{left / math.hypot(left, kept):.0%} of its change. No weight of that layer can hold this.",
+                f"{lost / math.hypot(lost, kept):.0%} of its change. No weight of that layer can hold this.",
                 hint="Keep the adapter unmerged, or train with this layer in exclude_modules.",
             )
-        dense = patch.scale * own.reshape(self.shape)
+        dense = patch.scale * within.reshape(self.shape)
         if patch.operator is not None:
             dense = dense + patch.operator.dense()
         return replace(patch, up=None, down=None, dense=dense)
 
     def _across(self, up: Tensor, down: Tensor) -> Tensor:
-        """What a low-rank change makes of every group's input for every group's output.
+        """Return a low-rank change as a matrix from every group's input to every group's output.
 
         Args:
             up: shape ``(out, r / groups)``.

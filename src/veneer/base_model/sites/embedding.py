@@ -1,4 +1,4 @@
-"""Embeddings: a look-up is a product with one-hot vectors, so the canonical matrix is ``(dim, vocabulary)``."""
+"""Sites of embeddings: a look-up multiplies one-hot vectors, so the canonical matrix is ``(dim, vocabulary)``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class EmbeddingSite(Site):
 
     @property
     def products(self) -> bool:  # type: ignore[override]
-        """No sum of products has its vectors' norm limited as a whole, or counts how often each token is read."""
+        """False where the layer limits its vectors' norm or counts each token, which no sum of products can do."""
         return self._table.max_norm is None and not self._table.scale_grad_by_freq
 
     @property
@@ -45,10 +45,9 @@ class EmbeddingSite(Site):
         return self.vectors(x, matrix.T, self.padding)
 
     def vectors(self, places: Tensor, table: Tensor, padding: int | None) -> Tensor:
-        """What the layer makes of rows of ``table``, of which ``padding`` gets no gradient."""
-        found = F.embedding(places, table, padding)
+        rows = F.embedding(places, table, padding)
         # Gemma 3 and others multiply inside their embedding layer, by a buffer; BART and others by a plain number.
         scale = getattr(self.module, "embed_scale", None)
         if isinstance(scale, Tensor):
             scale = scale.to(self.stored.dtype)
-        return found if scale is None else found * scale
+        return rows if scale is None else rows * scale

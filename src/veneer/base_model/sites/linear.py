@@ -1,4 +1,4 @@
-"""Layers with a matrix: ``nn.Linear``, and GPT-2's ``Conv1D``, which stores it transposed."""
+"""Sites of layers with a matrix: ``nn.Linear``, and GPT-2's ``Conv1D``, which stores it transposed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Weights that accelerate keeps on disk or in CPU memory, and puts on their layer's device for the length of a call.
+"""Reads and changes weights that accelerate offloads: it keeps them on disk or in CPU memory between calls.
 
-Between calls such a layer holds meta tensors; its hook has a map from names to the values. What is merged into the
-layer is laid over that map, and taken off again to unmerge: the values below it are never touched.
+Between calls such a layer holds meta tensors; its hook has a map from names to the values. Merged values are laid over
+that map, and taken off again to unmerge: the values below are never touched.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What a hook puts into a module's own attributes.
+# The attributes that a hook adds to a module.
 _HOOKED = ("forward", "_hf_hook", "_old_forward")
 
 
@@ -28,24 +28,24 @@ class Overlay(Mapping[str, Tensor]):
 
     def __init__(self, below: Mapping[str, Tensor]) -> None:
         self.below = below
-        self.own: dict[str, Tensor] = {}
+        self.replaced: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.own[name] if name in self.own else self.below[name]
+        return self.replaced[name] if name in self.replaced else self.below[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter({**dict.fromkeys(self.below), **self.own})
+        return iter({**dict.fromkeys(self.below), **self.replaced})
 
     def __len__(self) -> int:
         return len(list(iter(self)))
 
 
 def offloading_hook(module: nn.Module) -> Any:
-    """The hook that brings a module's own weights for a call; ``None`` for a module that holds them itself."""
+    """Return the hook that loads a module's weights for a call; ``None`` for a module that holds them itself."""
     hook = module.__dict__.get("_hf_hook")
-    for one in (hook, *getattr(hook, "hooks", ())):
-        if getattr(one, "offload", False) and getattr(one, "weights_map", None) is not None:
-            return one
+    for part in (hook, *getattr(hook, "hooks", ())):
+        if getattr(part, "offload", False) and getattr(part, "weights_map", None) is not None:
+            return part
     return None
 
 
@@ -56,17 +56,17 @@ def execution_device(module: nn.Module) -> torch.device | None:
 
 
 def resident(module: nn.Module, name: str, tensor: Tensor, *, below: bool = False) -> Tensor:
-    """A parameter's values on the device where its layer computes.
+    """Return a parameter's values on the device that its layer computes on.
 
     Args:
         module: the layer.
         name: the parameter's.
         tensor: the parameter, which is returned unless it is on the meta device, or spread over processes.
-        below: whether what is merged into the layer is left out.
+        below: return the values without the adapters that are merged into the layer.
     """
     hook = offloading_hook(module) if tensor.is_meta else None
     if hook is None:
-        # Under FSDP2 or tensor parallelism all of it is gathered; every process asks at the same point.
+        # Under FSDP2 or tensor parallelism it is gathered; every process has to ask at the same point.
         return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     values = hook.weights_map
     if below and isinstance(values, Overlay):
@@ -75,7 +75,7 @@ def resident(module: nn.Module, name: str, tensor: Tensor, *, below: bool = Fals
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Name -> values of a module's own parameters and buffers."""
+    """Return the values of a module's own parameters and buffers, by name."""
     named = {**module._parameters, **module._buffers}
     return {name: resident(module, name, tensor) for name, tensor in named.items() if tensor is not None}
 
@@ -86,24 +86,24 @@ def lay_over(module: nn.Module, name: str, value: Tensor | None) -> None:
     Args:
         module: the layer.
         name: the parameter's.
-        value: kept on disk where the layer's other values are; a meta tensor brings the value from before back, and
+        value: is kept on disk where the layer's other values are. A meta tensor restores the value from before, and
             ``None`` removes a parameter that the layer did not have before.
     """
     hook = offloading_hook(module)
     if not isinstance(hook.weights_map, Overlay):
         hook.weights_map = Overlay(hook.weights_map)
-    own: dict[str, Tensor] = hook.weights_map.own
-    own.pop(name, None)
+    replaced: dict[str, Tensor] = hook.weights_map.replaced
+    replaced.pop(name, None)
     if value is None:
         module.register_parameter(name, None)
         return
     if not value.is_meta:
-        own[name] = _spilled(value.detach(), hook)
+        replaced[name] = _spilled(value.detach(), hook)
     module.register_parameter(name, nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad))
 
 
 def _spilled(value: Tensor, hook: Any) -> Tensor:
-    """``value`` as a view of a file beside the others of its layer, or in CPU memory when they lie there."""
+    """Return ``value`` as a view of a file beside the others of its layer, or in CPU memory when they lie there."""
     folder = _folder(hook.weights_map)
     if folder is None:
         return value.cpu()
@@ -117,7 +117,7 @@ def _spilled(value: Tensor, hook: Any) -> Tensor:
 
 
 def _folder(values: Any) -> str | None:
-    """Where a map keeps its values on disk."""
+    """Return the folder in which a map keeps its values; ``None`` for one that keeps them in memory."""
     while isinstance(values, Overlay):
         values = values.below
     values = getattr(values, "dataset", values)
@@ -126,18 +126,18 @@ def _folder(values: Any) -> str | None:
 
 
 def without_hook(module: nn.Module) -> nn.Module:
-    """The same module (usually a copy) without what a hook has put into it."""
+    """Remove the attributes that a hook has added to a module, usually a copy, and return it."""
     for name in _HOOKED:
         module.__dict__.pop(name, None)
     return module
 
 
 def copy_resident(module: nn.Module) -> nn.Module:
-    """A deep copy that holds its own weights, wherever those of the original lie."""
+    """Return a deep copy that holds its weights in memory, wherever those of the original lie."""
     hooks = [m.__dict__["_hf_hook"] for m in module.modules() if "_hf_hook" in m.__dict__]
     # A hook refers to the weights of the whole model: it is shared, not copied.
-    own = copy.deepcopy(module, {id(hook): hook for hook in hooks})
-    for part in own.modules():
+    copied = copy.deepcopy(module, {id(hook): hook for hook in hooks})
+    for part in copied.modules():
         if offloading_hook(part) is None:
             continue
         for name, value in own_tensors(part).items():
@@ -146,4 +146,4 @@ def copy_resident(module: nn.Module) -> nn.Module:
             else:
                 part._buffers[name] = value.clone()
         without_hook(part)
-    return own
+    return copied

@@ -1,4 +1,4 @@
-"""Weights that are parameters of a larger layer: fused experts, and the projections of ``nn.MultiheadAttention``.
+"""Sites of weights inside a larger layer: fused experts, and the projections of ``nn.MultiheadAttention``.
 
 The layer uses them inside its own ``forward``, so an adapter acts on them only through the whole changed weight.
 """
@@ -15,9 +15,9 @@ class ParameterSite(Site):
     """One parameter of a module: a matrix ``(out, in)``, or a stack of them ``(experts, out, in)``.
 
     Args:
-        swapped: whether it lies as ``(..., in, out)``: experts that say ``is_transposed``.
-        gain: multiplies every change. peft (0.21) adds its LoRA of attention's output projection twice, in training
-            too, so that twice is what such an adapter was trained to mean.
+        swapped: whether it is stored as ``(..., in, out)``: experts that say ``is_transposed``.
+        gain: multiplies every LoRA. peft (0.21) adds its LoRA of attention's output projection twice, in training
+            too, so an adapter was trained to be added twice.
         targeted: whether a config names the parameter itself, not its layer.
     """
 
@@ -36,7 +36,7 @@ class ParameterSite(Site):
     ) -> None:
         super().__init__(name, module, parameter, key)
         self.swapped = swapped
-        self.gain = gain
+        self.low_rank_gain = gain
         self.targeted = targeted
 
     @property
@@ -51,10 +51,6 @@ class ParameterSite(Site):
     def stack(self) -> int | None:
         return self.stored.shape[0] if self.stored.ndim == 3 else None
 
-    @property
-    def low_rank_gain(self) -> float:
-        return self.gain
-
     def low_rank_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return super().low_rank_shapes(r * (self.stack or 1))
 
@@ -65,7 +61,7 @@ class ParameterSite(Site):
         return up.unflatten(1, (-1, self.stack)).permute(2, 0, 1), down.unflatten(0, (self.stack, -1))
 
     def _stored_low_rank(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-        up = up / self.gain
+        up = up / self.low_rank_gain
         return (down, up) if self.stack is None else (down.flatten(0, 1), up.permute(1, 2, 0).flatten(1))
 
     @property
@@ -75,7 +71,7 @@ class ParameterSite(Site):
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """None: the layer's biases belong to no single parameter."""
+        """Always ``None``: the layer's biases belong to no single parameter."""
         return None
 
     def canonical(self, stored: Tensor) -> Tensor:

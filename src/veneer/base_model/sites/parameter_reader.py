@@ -21,7 +21,7 @@ class ParameterReader(Protocol):
             module: the layer.
             name: the parameter's name in the layer.
             parameter: the parameter as the layer holds it.
-            below: leave out what is merged into the layer.
+            below: return the values without the adapters that are merged into the layer.
         """
         ...
 
@@ -31,7 +31,7 @@ class ParameterReader(Protocol):
 
 
 class LiveReader:
-    """Reads what a model in memory holds, or has offloaded."""
+    """Reads the parameters of a model in memory, those that are offloaded too."""
 
     def read(self, layer: str, module: nn.Module, name: str, parameter: Tensor, *, below: bool = False) -> Tensor:
         """Return the parameter itself, unless it is offloaded or spread over processes."""

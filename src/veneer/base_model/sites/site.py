@@ -1,6 +1,6 @@
-"""One face for every kind of base layer that can carry an adapter.
+"""Sites: one interface to every kind of base layer that can carry an adapter.
 
-A weight is *canonical* as a matrix ``(out, in)``, whatever its layer stores. A site is that view of one live
+A weight is *canonical* as a matrix ``(out, in)``, however its layer stores it. A site is that view of one live
 parameter of a layer; the layer itself is left as it is.
 """
 
@@ -28,18 +28,19 @@ class Site(ABC):
         name: the layer's name in the base model.
         module: the live layer.
         parameter: the weight's name in the layer, dotted if it lies in a child.
-        key: where the adapter's tensors lie in a checkpoint; the layer's name in most cases.
+        key: the prefix of the adapter's tensors in a checkpoint; the layer's name in most cases.
 
     Attributes:
         reader: reads the values of the layer's parameters.
         channel: the dimension of the layer's output that has ``out`` entries.
-        matrix_input: whether the layer's input is ``(..., in)``, so that a factor can be applied to it.
+        matrix_input: whether the layer's input is ``(..., in)``, so that a multiplier can be applied to it.
         products: whether :meth:`product` is possible; without it a patch is applied through the whole weight.
         shift_only: whether a patch can only move the bias here.
         looks_up: whether the layer looks rows of its stored weight up, as an embedding does.
         inside_layer: whether the weight is one of several in a larger layer, which uses it in its own ``forward``.
         is_packed: whether another library has packed (quantised) the weight.
         low_rank_names: the names of a LoRA's ``A`` and ``B`` on this kind of layer in a checkpoint.
+        low_rank_gain: the factor by which the layer multiplies a LoRA.
     """
 
     channel: ClassVar[int] = -1
@@ -50,6 +51,7 @@ class Site(ABC):
     inside_layer: ClassVar[bool] = False
     is_packed: ClassVar[bool] = False
     low_rank_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
+    low_rank_gain: float = 1.0
 
     def __init__(self, name: str, module: nn.Module, parameter: str = "weight", key: str | None = None) -> None:
         self.name = name
@@ -60,12 +62,12 @@ class Site(ABC):
 
     @property
     def id(self) -> str:
-        """What tells this site from every other of the model: its layer's name, for all but special parameters."""
+        """The site's name among all of the model: its layer's name, unless the parameter is no plain weight."""
         return self.name if self.parameter == "weight" else f"{self.name}:{self.parameter}"
 
     @property
     def pattern_name(self) -> str:
-        """What ``rank_pattern`` and its like are matched with."""
+        """The name that ``rank_pattern`` and its like are matched with."""
         return self.name
 
     # -- the parameters ------------------------------------------------------------------------------------
@@ -79,7 +81,7 @@ class Site(ABC):
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """The shape of the weight as stored; of a packed one, as it would be."""
+        """The shape of the weight as stored; of a packed weight, the shape before packing."""
         return tuple(self.stored.shape)
 
     @property
@@ -90,21 +92,21 @@ class Site(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the layer computes: an offloaded weight lies elsewhere between calls."""
+        """The device that the layer computes on; an offloaded weight lies elsewhere between calls."""
         return self.reader.device(self.module, self.stored)
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """Canonical ``(out, in)``."""
+        """The canonical shape ``(out, in)``."""
 
     @abstractmethod
     def canonical(self, stored: Tensor) -> Tensor:
-        """A view of a stored weight as ``(out, in)``."""
+        """Return a view of a stored weight as ``(out, in)``."""
 
     @abstractmethod
     def as_stored(self, matrix: Tensor) -> Tensor:
-        """The inverse of :meth:`canonical`."""
+        """Return a canonical matrix in the stored form: the inverse of :meth:`canonical`."""
 
     @property
     def groups(self) -> int:
@@ -143,11 +145,6 @@ class Site(ABC):
         """Whether there is a LoRA for every low-rank change of the weight."""
         return True
 
-    @property
-    def low_rank_gain(self) -> float:
-        """The factor by which the layer multiplies a LoRA."""
-        return 1.0
-
     def low_rank_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of a LoRA's ``A`` and ``B``, as stored."""
         out, inner = self.shape
@@ -182,11 +179,11 @@ class Site(ABC):
     # -- the weight ----------------------------------------------------------------------------------------
 
     def weight(self) -> Tensor:
-        """The weight as a canonical matrix, in the dtype in which the layer holds it."""
+        """Return the weight as a canonical matrix, in the dtype in which the layer holds it."""
         return self.canonical(self.resident(self.stored, self.parameter).detach())
 
     def resident(self, tensor: Any, name: str, *, below: bool = False) -> Any:
-        """A parameter of the layer, its values on the device where it computes: see :class:`.ParameterReader`."""
+        """Return a parameter's values on the device that the layer computes on: see :class:`.ParameterReader`."""
         return tensor if tensor is None else self.reader.read(self.name, self.module, name, tensor, below=below)
 
     def store(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
@@ -199,7 +196,7 @@ class Site(ABC):
             self.store_bias(bias)
 
     def store_bias(self, bias: nn.Parameter | None) -> None:
-        """Put a bias into the layer, or take its own away."""
+        """Put a bias into the layer, or with ``None`` remove its bias."""
         if offload.offloading_hook(self.module) is not None:
             offload.lay_over(self.module, "bias", bias)
         else:
@@ -208,38 +205,38 @@ class Site(ABC):
     # -- applying ------------------------------------------------------------------------------------------
 
     def base(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's own output."""
+        """Return the layer's own output."""
         return self.module(*args, **kwargs)
 
     def base_with(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-        """The layer's output with another weight (as stored) and bias. Other threads do not see them."""
+        """Return the layer's output with another weight (as stored) and bias. Other threads do not see these."""
         tensors = {self.parameter: weight}
         if self.bias is not None or bias is not None:
             tensors["bias"] = bias  # type: ignore[assignment]
         return call_with(self.module, tensors, *args, **kwargs)
 
     def product(self, x: Tensor, matrix: Tensor) -> Tensor:
-        """What ``matrix``, shape ``(rows, in)``, makes of the layer's input: its output without bias, of ``rows``."""
+        """Apply ``matrix``, shape ``(rows, in)``, to the layer's input as the layer applies its weight."""
         raise NotImplementedError(f"{type(self).__name__} has no product")
 
     def mix(self, hidden: Tensor, matrix: Tensor) -> Tensor:
-        """``matrix``, shape ``(out, rows)``, applied to what :meth:`product` gave."""
+        """Apply ``matrix``, shape ``(out, rows)``, to the result of :meth:`product`."""
         return nn.functional.linear(hidden, matrix)
 
     def in_weight(self, patch: Patch) -> Patch:
-        """``patch`` in a form that changes the layer's weight: itself, but on a convolution in :attr:`groups`.
+        """Return ``patch`` in a form that changes the layer's weight: itself, unless the layer has :attr:`groups`.
 
         Raises:
-            MergeError: no weight of the layer can hold it.
+            MergeError: no weight of the layer can hold the change.
         """
         return patch
 
     def vectors(self, places: Tensor, table: Tensor, padding: int | None) -> Tensor:
-        """What the layer makes of rows of ``table``, of which ``padding`` gets no gradient; of an embedding alone."""
+        """Look rows of ``table`` up as the layer does; of an embedding alone. Row ``padding`` gets no gradient."""
         raise NotImplementedError(f"{type(self).__name__} looks up no rows")
 
     def expand(self, vector: Tensor, output: Tensor) -> Tensor:
-        """A vector ``(out,)`` in the shape that broadcasts over the layer's output."""
+        """Give a vector ``(out,)`` the shape that broadcasts over the layer's output."""
         if self.channel == -1:
             return vector
         return vector.view(-1, *[1] * (output.ndim - self.channel - 1))
@@ -248,23 +245,23 @@ class Site(ABC):
 def call_with(module: nn.Module, tensors: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
     """Call a module with other tensors in the place of its parameters, leaving the module alone.
 
-    A shallow copy is called, so that threads do not see each other's tensors. A module whose ``forward`` a hook has
-    replaced is bound to itself, and takes torch's own way instead; but a hook that brings the module's weights would
-    bring them in the given ones' place, so it is left out.
+    A shallow copy is called, so that threads do not see each other's tensors. Where a hook has replaced the module's
+    ``forward``, that is bound to the original, so torch's ``functional_call`` is used; but the hook of an offloaded
+    module would load its own weights over the given ones, so it is left out.
     """
     if offload.offloading_hook(module) is not None:
-        own = copy_with(module, {**offload.own_tensors(module), **tensors})
-        return offload.without_hook(own)(*args, **kwargs)
+        module = offload.without_hook(copy_with(module, {**offload.own_tensors(module), **tensors}))
+        return module(*args, **kwargs)
     if "forward" in module.__dict__:
         return functional_call(module, {k: v for k, v in tensors.items() if v is not None}, args, kwargs)
     return copy_with(module, tensors)(*args, **kwargs)
 
 
 def copy_with(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Module:
-    """A shallow copy of a module with other tensors in the place of its parameters."""
-    own = copy.copy(module)
-    own.__dict__["_parameters"] = parameters = dict(module._parameters)
-    own.__dict__["_modules"] = modules = dict(module._modules)
+    """Return a shallow copy of a module with other tensors in the place of its parameters."""
+    copied = copy.copy(module)
+    copied.__dict__["_parameters"] = parameters = dict(module._parameters)
+    copied.__dict__["_modules"] = modules = dict(module._modules)
     for name, tensor in tensors.items():
         head, _, rest = name.partition(".")
         if rest:
@@ -273,7 +270,7 @@ def copy_with(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Mod
             modules[head] = copy_with(child, {rest: tensor})
         else:
             parameters[name] = tensor  # type: ignore[assignment]
-    return own
+    return copied
 
 
 def _find(module: nn.Module, parameter: str) -> Any:
@@ -287,7 +284,7 @@ def _replace(module: nn.Module, parameter: str, value: nn.Parameter) -> None:
 
 
 def unsupported(site: Site, what: str) -> UnsupportedError:
-    """The error for something that cannot be done on a kind of layer."""
+    """Return the error for an option or method that a kind of layer cannot carry."""
     return UnsupportedError(
         f"{site.name} ({type(site.module).__name__}): {what} is not defined on this kind of layer.",
         hint="Leave the layer out with exclude_modules, or turn the option off.",

@@ -1,4 +1,4 @@
-"""Parameters that are vectors, seen as a matrix of one column."""
+"""Sites of vectors, such as the weights of norms, as matrices of one column."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from veneer.base_model.sites.site import Site
 
 
 class ColumnSite(Site):
-    """A vector of shape ``(out,)``, canonically ``(out, 1)``."""
+    """A parameter of shape ``(out,)``, canonically ``(out, 1)``."""
 
     has_low_rank_form = False
 
@@ -30,7 +30,7 @@ class NormSite(ColumnSite):
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm by its form: nothing in it but a vector as weight, and perhaps a bias."""
-    own, weight = set(module._parameters), module._parameters.get("weight")
-    plain = own <= {"weight", "bias"} and not module._modules and not module._buffers
+    """Tell whether a module has the form of a norm: nothing but a vector as its weight, and perhaps a bias."""
+    weight = module._parameters.get("weight")
+    plain = module._parameters.keys() <= {"weight", "bias"} and not module._modules and not module._buffers
     return plain and weight is not None and weight.ndim == 1 and weight.is_floating_point()

@@ -1,4 +1,4 @@
-"""Layers of any other kind with a weight of their own, for methods that train a layer whole.
+"""Sites of layers of other kinds that have one weight, for methods that train whole layers.
 
 The canonical matrix has a row for each entry of the weight's first dimension.
 """
@@ -13,7 +13,7 @@ from veneer.base_model.sites.site import Site
 
 
 class WholeSite(Site):
-    """A layer that uses its weight in its own ``forward``, so that a patch acts through the whole changed weight."""
+    """A layer that uses its weight in its own ``forward``, so a patch acts through the whole changed weight."""
 
     products = False
     has_low_rank_form = False
@@ -30,7 +30,7 @@ class WholeSite(Site):
 
 
 def is_whole(module: nn.Module) -> bool:
-    """Whether a module has nothing in it but a floating weight of two dimensions or more, and perhaps a bias."""
+    """Tell whether a module holds nothing but a floating weight of two dimensions or more, and perhaps a bias."""
     weight = module._parameters.get("weight")
     alone = module._parameters.keys() <= {"weight", "bias"} and not module._modules and not module._buffers
     return alone and weight is not None and weight.ndim > 1 and weight.is_floating_point() and weight.itemsize > 1

@@ -1,4 +1,4 @@
-"""The layers of bitsandbytes: 8 bits (Dettmers et al. 2022, arXiv:2208.07339) and 4 bits (2023, arXiv:2305.14314)."""
+"""Sites of bitsandbytes' layers: 8 bits (Dettmers et al. 2022, arXiv:2208.07339), 4 bits (2023, arXiv:2305.14314)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Bits8Site(PackedSite):
         from bitsandbytes.functional import int8_vectorwise_dequant
 
         state: Any = self.module.state
-        held: Any = self.stored
+        weight: Any = self.stored
         # The first forward pass moves values and scales from the parameter to the layer's state.
-        values, scales = (held.CB, held.SCB) if state.CB is None else (state.CB, state.SCB)
+        values, scales = (weight.CB, weight.SCB) if state.CB is None else (state.CB, state.SCB)
         matrix: Tensor = int8_vectorwise_dequant(values, scales)
         return matrix
 
@@ -28,13 +28,13 @@ class Bits8Site(PackedSite):
         from bitsandbytes import MatmulLtState
         from bitsandbytes.nn import Int8Params
 
-        own: Any = blank_copy(self.module, bias)
+        layer: Any = blank_copy(self.module, bias)
         old: Any = self.module.state
-        own.state = MatmulLtState()
-        own.state.threshold, own.state.has_fp16_weights = old.threshold, old.has_fp16_weights
-        own.state.use_pool = old.use_pool
-        own.weight = Int8Params(weight, requires_grad=False).to(self.stored.device)
-        return own  # type: ignore[no-any-return]
+        layer.state = MatmulLtState()
+        layer.state.threshold, layer.state.has_fp16_weights = old.threshold, old.has_fp16_weights
+        layer.state.use_pool = old.use_pool
+        layer.weight = Int8Params(weight, requires_grad=False).to(self.stored.device)
+        return layer  # type: ignore[no-any-return]
 
 
 class Bits4Site(PackedSite):
@@ -43,8 +43,8 @@ class Bits4Site(PackedSite):
     def unpacked(self) -> Tensor:
         from bitsandbytes import functional
 
-        held: Any = self.stored
-        data, state = held.data, copy.copy(held.quant_state)
+        weight: Any = self.stored
+        data, state = weight.data, copy.copy(weight.quant_state)
         # Processors with bfloat16 products get a layout of their own at the first forward pass.
         if getattr(state, "packing_format_for_cpu", False):
             state.original_nested = False
@@ -58,23 +58,23 @@ class Bits4Site(PackedSite):
     def packed(self, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
         from bitsandbytes.nn import Params4bit
 
-        own: Any = blank_copy(self.module, bias)
+        layer: Any = blank_copy(self.module, bias)
         old: Any = self.stored
-        own.weight = Params4bit(
+        layer.weight = Params4bit(
             weight.contiguous(),
             requires_grad=False,
             blocksize=old.blocksize,
             compress_statistics=old.compress_statistics,
             quant_type=old.quant_type,
             quant_storage=old.quant_storage,
-            module=own,
+            module=layer,
         ).to(old.device)
-        own.weight.quant_state.dtype = old.quant_state.dtype
-        return own  # type: ignore[no-any-return]
+        layer.weight.quant_state.dtype = old.quant_state.dtype
+        return layer  # type: ignore[no-any-return]
 
 
 def bitsandbytes_site(name: str, module: nn.Module) -> PackedSite | None:
-    """The site of a layer of bitsandbytes; ``None`` when its weight is not packed (yet), or of another kind."""
+    """Return the site of a layer of bitsandbytes; ``None`` when its weight is not packed (yet), or of another kind."""
     weight = module._parameters.get("weight")
     kinds = {kind.__name__ for kind in type(module).__mro__}
     if "Linear4bit" in kinds and getattr(weight, "quant_state", None) is not None:

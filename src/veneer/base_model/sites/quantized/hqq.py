@@ -1,4 +1,4 @@
-"""``HQQLinear``: half-quadratic quantisation (Badri and Shaji 2023), which is no ``nn.Linear``."""
+"""Sites of ``HQQLinear``: half-quadratic quantisation (Badri and Shaji 2023). The layer is no ``nn.Linear``."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from veneer.errors import MergeError
 
 
 class HqqSite(PackedSite):
-    """A layer of HQQ's."""
+    """``HQQLinear``: its packed values lie in ``W_q``."""
 
     @property
     def stored(self) -> nn.Parameter:
         """The packed values."""
-        held: Any = self.module.W_q
-        return held  # type: ignore[no-any-return]
+        values: Any = self.module.W_q
+        return values  # type: ignore[no-any-return]
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -36,6 +36,7 @@ class HqqSite(PackedSite):
                 hint='Merge with into="dequantized".',
             )
         plain = self.plain(weight, bias, layer.compute_dtype)
-        how = {**layer.quant_config, "offload_meta": False}
-        own: nn.Module = type(layer)(plain, how, compute_dtype=layer.compute_dtype, device=str(self.stored.device))
-        return own.train(layer.training)
+        settings = {**layer.quant_config, "offload_meta": False}
+        device = str(self.stored.device)
+        packed: nn.Module = type(layer)(plain, settings, compute_dtype=layer.compute_dtype, device=device)
+        return packed.train(layer.training)

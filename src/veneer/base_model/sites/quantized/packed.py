@@ -1,7 +1,7 @@
-"""Linear layers whose weight another library has packed (quantised), and which multiply with it by themselves.
+"""Sites of linear layers whose weight another library has packed (quantised), and which multiply with it themselves.
 
-An adapter acts beside such a layer. Its weight is a matrix only while somebody asks for it: DoRA for its rows' lengths,
-a merge for its sum. A merge puts another layer in its place, since a packed weight cannot hold every change.
+An adapter acts beside such a layer. The weight is unpacked only when it is asked for: by DoRA for the lengths of its
+rows, by a merge for the sum. A merge puts another layer in its place, since a packed weight cannot hold every change.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from veneer.base_model.sites.offload import without_hook
 from veneer.base_model.sites.site import Site
 from veneer.errors import UnsupportedError
 
-# Where a packed layer, or its weight, is defined -> who packs it. Recognised by name: nothing is imported.
+# The module that defines a packed layer, or its weight -> its library. Recognised by name: nothing is imported.
 _LIBRARIES = {
     "bitsandbytes": "bitsandbytes",
     "torchao": "torchao",
@@ -67,7 +67,7 @@ class PackedSite(LinearSite):
         )
 
     def weight(self) -> Tensor:
-        """The weight as a float32 matrix, unpacked anew at each call."""
+        """Return the weight as a float32 matrix, unpacked anew at each call."""
         if self.stored.is_meta:
             raise UnsupportedError(
                 f"{self.name}: its packed weight is offloaded and cannot be unpacked.",
@@ -77,28 +77,27 @@ class PackedSite(LinearSite):
 
     @abstractmethod
     def unpacked(self) -> Tensor:
-        """What the library makes of the packed weight, float32."""
+        """Return the weight as the library unpacks it, float32."""
 
     @abstractmethod
     def packed(self, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
-        """A layer of this kind that holds a float32 ``weight``, packed with this one's own settings."""
+        """Return a layer of this kind that holds a float32 ``weight``, packed with this layer's settings."""
 
     def plain(self, weight: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> nn.Module:
-        """A layer of the class that this one took the place of, which holds ``weight``, shape ``(out, in)``."""
-        # transformers keeps the class, and a saved model is one of it again: GPT-2's has its weight transposed.
-        own: Any = getattr(self.module, "source_cls", nn.Linear)
-        turned = own.__name__ == "Conv1D"
-        outputs, inputs = weight.shape
+        """Return a layer of the unpacked class that holds ``weight``, shape ``(out, in)``."""
+        # transformers keeps the class, which loads what is saved: GPT-2's stores its weight transposed.
+        kind: Any = getattr(self.module, "source_cls", nn.Linear)
+        transposed, (out, inner) = kind.__name__ == "Conv1D", weight.shape
         with torch.device("meta"):
-            layer: nn.Module = own(outputs, inputs) if turned else nn.Linear(inputs, outputs, bias=bias is not None)
-        layer.weight = nn.Parameter((weight.T if turned else weight).to(dtype).contiguous(), requires_grad=False)
+            layer: nn.Module = kind(out, inner) if transposed else nn.Linear(inner, out, bias=bias is not None)
+        layer.weight = nn.Parameter((weight.T if transposed else weight).to(dtype).contiguous(), requires_grad=False)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
         return layer.train(self.module.training)
 
 
 def packer(module: nn.Module) -> str | None:
-    """Who packed a layer's weight; ``None`` for one that is not packed."""
+    """Return the library that packed a layer's weight; ``None`` for one that is not packed."""
     weight = module._parameters.get("weight")
     kinds = (*type(module).__mro__, *(() if weight is None else type(weight).__mro__))
     return next((library for kind in kinds if (library := _library(kind.__module__)) is not None), None)
@@ -106,12 +105,12 @@ def packer(module: nn.Module) -> str | None:
 
 @cache
 def _library(origin: str) -> str | None:
-    """Which of the libraries that pack weights a Python module belongs to."""
+    """Return the packing library that a Python module belongs to; ``None`` for other modules."""
     return next((lib for place, lib in _LIBRARIES.items() if origin == place or origin.startswith(place + ".")), None)
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Why a packed layer without a site cannot carry an adapter, and the way out; ``None`` for other layers."""
+    """Say why a packed layer without a site cannot carry an adapter, and the way out; ``None`` for other layers."""
     library = packer(module)
     if library is None:
         return None
@@ -122,15 +121,14 @@ def refusal(module: nn.Module) -> str | None:
 
 
 def blank_copy(module: nn.Module, bias: nn.Parameter | None) -> nn.Module:
-    """A copy of a layer with its settings and another bias, its weight to be set; no hook comes along."""
-    own = copy.copy(module)
-    state = own.__dict__
-    state["_parameters"] = {**module._parameters, "bias": bias}
-    return without_hook(own)
+    """Return a copy of a layer with another bias and without hooks, its weight to be set."""
+    copied = copy.copy(module)
+    copied.__dict__["_parameters"] = {**module._parameters, "bias": bias}
+    return without_hook(copied)
 
 
 def dequantised_bias(site: Site) -> nn.Parameter | None:
-    """A layer's bias where the library keeps it as a plain tensor."""
+    """Return a layer's bias as a parameter, where the library keeps it as a plain tensor too."""
     bias = cast("Tensor | None", getattr(site.module, "bias", None))
     if bias is None or isinstance(bias, nn.Parameter):
         return bias
