@@ -72,13 +72,13 @@ def _refusal(error: Exception) -> str | None:
 @contextmanager
 def _folder(folder: Path) -> Iterator[None]:
     """Make a folder, and take it away again when the block fails and leaves it empty."""
-    made = [place for place in (folder, *folder.parents) if not exists(place)]
+    new_folders = [place for place in (folder, *folder.parents) if not exists(place)]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
         with suppress(OSError):
-            for place in made:
+            for place in new_folders:
                 place.rmdir()
         raise
 

@@ -320,31 +320,31 @@ def _linear(adapters: Adapters, entry: Adapter) -> list[tuple[AdaptedLayer, Boun
     ]
 
 
-def _begin(adapters: Adapters, entry: Adapter, given: Mapping[str, Tensor]) -> None:
+def _begin(adapters: Adapters, entry: Adapter, starts: Mapping[str, Tensor]) -> None:
     """Set each layer's ``A``, write the ranks into the config, and take the adapter off layers that have none."""
     places = {layer.site.name: (layer, share) for layer, share in _linear(adapters, entry)}
-    _check_fit(entry, places, given)
-    config = _with_ranks(adapters, entry, given)
-    for name in given.keys() & places.keys():
+    _check_fit(entry, places, starts)
+    config = _with_ranks(adapters, entry, starts)
+    for name in starts.keys() & places.keys():
         layer, share = places[name]
-        if not len(given[name]):
+        if not len(starts[name]):
             continue
         settings = share.method.settings(config, layer.site)
         for leaf, shape in share.method.shapes(settings, layer.site).items():
             parameter = layer.tensors(entry.name, share)[leaf]
             if leaf in RANK_DIMS:
-                start = given[name] if RANK_DIMS[leaf] == 0 else torch.zeros(shape)
+                start = starts[name] if RANK_DIMS[leaf] == 0 else torch.zeros(shape)
                 parameter.data = start.to(parameter.device, parameter.dtype, copy=True)
         layer.reset(entry.name, share, settings)
-    entry.layers.leave(entry, adapters, [name for name in places if name in given and not len(given[name])])
+    entry.layers.leave(entry, adapters, [name for name in places if name in starts and not len(starts[name])])
     entry.note_zero_layers()
     entry.config = config
 
 
 def _check_fit(
-    entry: Adapter, places: Mapping[str, tuple[AdaptedLayer, BoundAdapter]], given: Mapping[str, Tensor]
+    entry: Adapter, places: Mapping[str, tuple[AdaptedLayer, BoundAdapter]], starts: Mapping[str, Tensor]
 ) -> None:
-    for name, rows in given.items():
+    for name, rows in starts.items():
         inner = places[name][0].site.shape[1] if name in places else None
         if rows.ndim != 2 or rows.shape[1] != inner:
             what = "adapts no such linear layer" if inner is None else f"its inputs have {inner} entries there"
@@ -352,17 +352,17 @@ def _check_fit(
                 f"eva_state_dict has {tuple(rows.shape)} for {name}, and {entry.name!r}: {what}.",
                 hint="Take what get_eva_state_dict gives for this model and config.",
             )
-    if getattr(entry.config, "bias", "none") == "all" and not all(len(rows) for rows in given.values()):
+    if getattr(entry.config, "bias", "none") == "all" and not all(len(rows) for rows in starts.values()):
         raise UnsupportedError(
             'EVA leaves some layers without a rank, and bias="all" trains their biases.',
             hint='Set bias="none", or rho=1.0 in eva_config: then every layer keeps its rank.',
         )
-    missing = [name for name in places if name not in given]
+    missing = [name for name in places if name not in starts]
     if missing:
         warn(f"EVA: {len(missing)} linear layers keep their random start (first: {missing[0]}).")
 
 
-def _with_ranks(adapters: Adapters, entry: Adapter, given: Mapping[str, Tensor]) -> LoraConfig:
+def _with_ranks(adapters: Adapters, entry: Adapter, starts: Mapping[str, Tensor]) -> LoraConfig:
     """Return the adapter's config with the new ranks and alphas, written out by name."""
     old = entry.config
     assert isinstance(old, LoraConfig)
@@ -375,13 +375,13 @@ def _with_ranks(adapters: Adapters, entry: Adapter, given: Mapping[str, Tensor])
             continue
         r = pattern_value(site.pattern_name, old.rank_pattern, old.r)
         alpha = pattern_value(site.pattern_name, old.alpha_pattern, old.lora_alpha)
-        new = len(given[site.name]) if site.name in given else r
+        new = len(starts[site.name]) if site.name in starts else r
         if new and new != old.r:
             ranks[site.pattern_name] = new
         if new and (alpha := alpha * new / r if adjust and new != r else alpha) != old.lora_alpha:
             alphas[site.pattern_name] = alpha
     config = replace(old, rank_pattern=ranks, alpha_pattern=alphas)
-    gone = {name for name, rows in given.items() if not len(rows)}
+    gone = {name for name, rows in starts.items() if not len(rows)}
     if gone:
         left = [name for name in adapters.catalog.targets(old) if name not in gone]
         config.target_modules = None

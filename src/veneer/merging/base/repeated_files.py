@@ -81,7 +81,7 @@ def repeated_blocks(
     changed = {key: value for key, value in model.config.to_dict().items() if value != before.get(key)}
     aliases: Mapping[str, str] = getattr(model.config, "attribute_map", {})
     written = source.json(MODEL_CONFIG)
-    changed |= {key: changed[own] for key, own in aliases.items() if own in changed and key in written}
+    changed |= {alias: changed[key] for alias, key in aliases.items() if key in changed and alias in written}
     # Some families make every n-th block otherwise, or name those that are: a copy would be made as its number says.
     if _shapes(model) != _shapes(build(**changed)):
         raise UnsupportedError(

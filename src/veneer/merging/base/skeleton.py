@@ -72,8 +72,8 @@ class Conversion:
         converter = copy.deepcopy(self.converter)
         for name, pattern in self.sources:
             converter.add_tensor(self.first, name, pattern, tensors[name])
-        made = converter.convert(self.first, model=model, config=model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        parameters = converter.convert(self.first, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in parameters.items()}
 
     def stored(self, parameters: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
         """Take parameters apart into stored tensors; the inverse of :meth:`parameters`."""
@@ -85,11 +85,11 @@ class Conversion:
                 raise _not_invertible(name)
             first = first or renamed
             reverse.add_tensor(renamed, name, pattern, tensor)
-        made = reverse.convert(first, model=model, config=model.config)
+        tensors = reverse.convert(first, model=model, config=model.config)
         back = {renamed: name for name, renamed in self.renamed.items()}
-        if made.keys() != back.keys():
+        if tensors.keys() != back.keys():
             raise _not_invertible(self.first)
-        return {back[name]: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        return {back[name]: value[0] if isinstance(value, list) else value for name, value in tensors.items()}
 
 
 def _not_invertible(name: str) -> MergeError:

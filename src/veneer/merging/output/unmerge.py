@@ -175,9 +175,9 @@ def write_delta(base_files: WeightFiles, merged: Path, companions: Mapping[str, 
     """
     delta = merged / DELTA
     delta.mkdir(exist_ok=True)
-    with WeightFiles.open(resolve(merged)) as own:
+    with WeightFiles.open(resolve(merged)) as merged_files:
         for file in base_files.headers:
-            _write_archive(file, base_files, own, delta / _archive_of(file))
+            _write_archive(file, base_files, merged_files, delta / _archive_of(file))
     with zipfile.ZipFile(delta / _SMALL, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, path in companions.items():
             if not (merged / name).is_file() or (merged / name).read_bytes() != path.read_bytes():
@@ -189,36 +189,38 @@ def _archive_of(file: str) -> str:
     return file.replace("%", "%25").replace("/", "%2F") + ".zip"
 
 
-def _write_archive(file: str, base: WeightFiles, own: WeightFiles, target: Path) -> None:
+def _write_archive(file: str, base: WeightFiles, merged_files: WeightFiles, target: Path) -> None:
     header = base.headers[file]
-    kept: dict[str, list[Any]] = {}
+    entries: dict[str, list[Any]] = {}
     with zipfile.ZipFile(target, "w") as archive, ThreadPoolExecutor(cores()) as pool:
         archive.writestr("header", base.file_bytes(file, 0, header.data_start).numpy().tobytes())
         for number, name in enumerate(header.tensors):
-            alike = _alike(name, base, own)
+            alike = _alike(name, base, merged_files)
             starts = range(0, base.places[name].info.nbytes, _BLOCK)
             for first in range(0, len(starts), cores()):
                 some = starts[first : first + cores()]
-                packed = pool.map(lambda start, name=name, alike=alike: _packed(name, start, base, own, alike), some)
+                packed = pool.map(
+                    lambda start, name=name, alike=alike: _packed(name, start, base, merged_files, alike), some
+                )
                 for count, data in enumerate(packed, start=first):
                     if data is not None:
                         archive.writestr(f"{number}/{count}", data)
-            kept[name] = [number, alike]
-        archive.writestr("tensors.json", json.dumps(kept))
+            entries[name] = [number, alike]
+        archive.writestr("tensors.json", json.dumps(entries))
 
 
-def _alike(name: str, base: WeightFiles, own: WeightFiles) -> bool:
+def _alike(name: str, base: WeightFiles, merged_files: WeightFiles) -> bool:
     """Tell whether both folders have the tensor in the same number of bytes."""
-    return name in own and own.places[name].info.nbytes == base.places[name].info.nbytes
+    return name in merged_files and merged_files.places[name].info.nbytes == base.places[name].info.nbytes
 
 
-def _packed(name: str, start: int, base: WeightFiles, own: WeightFiles, alike: bool) -> bytes | None:
+def _packed(name: str, start: int, base: WeightFiles, merged_files: WeightFiles, alike: bool) -> bytes | None:
     """Return the compressed difference of a block of the base's tensor from the output's; ``None`` for none."""
     info = base.places[name].info
     count = min(_BLOCK, info.nbytes - start)
     block = base.tensor_bytes(name, start, count)
     if alike:
-        block ^= own.tensor_bytes(name, start, count)
+        block ^= merged_files.tensor_bytes(name, start, count)
     if not bool(block.any()):
         return None
     size = max(1, DTYPE_BITS[info.dtype] // 8)
@@ -228,20 +230,20 @@ def _packed(name: str, start: int, base: WeightFiles, own: WeightFiles, alike: b
 def _rebuild(merged: Path, folder: Path, digests: Mapping[str, str]) -> None:
     """Write the base's files that the manifest names, from a merged folder and its delta."""
     delta = merged / DELTA
-    with WeightFiles.open(resolve(merged)) as own:
+    with WeightFiles.open(resolve(merged)) as merged_files:
         try:
             check_inside(merged, [delta / _SMALL, *(path for path in delta.iterdir() if path.is_symlink())])
             with zipfile.ZipFile(delta / _SMALL) as small:
                 check_space(folder, sum(info.file_size for info in small.infolist()))
                 for name in digests:
-                    _rebuild_file(name, small, merged, own, _in_made_folder(folder / name))
+                    _rebuild_file(name, small, merged, merged_files, _in_made_folder(folder / name))
         except Exception as error:  # damaged archives make zipfile, zlib and torch fail in any way they can
             if isinstance(error, VeneerError) or (isinstance(error, OSError) and error.errno is not None):
                 raise
             raise CorruptFileError(f"{delta} is damaged: {error}.", hint="Give the base instead: --base ...") from error
 
 
-def _rebuild_file(name: str, small: zipfile.ZipFile, merged: Path, own: WeightFiles, target: Path) -> None:
+def _rebuild_file(name: str, small: zipfile.ZipFile, merged: Path, merged_files: WeightFiles, target: Path) -> None:
     """Write one of the base's files: it is stored whole, or in the delta, or is the merged folder's own."""
     archive = merged / DELTA / _archive_of(name)
     if name in small.namelist():
@@ -249,26 +251,28 @@ def _rebuild_file(name: str, small: zipfile.ZipFile, merged: Path, own: WeightFi
             shutil.copyfileobj(member, out)
     elif archive.is_file():
         with zipfile.ZipFile(archive) as opened, target.open("wb") as out:
-            _rebuild_weights(opened, own, target, out)
+            _rebuild_weights(opened, merged_files, target, out)
     elif (merged / name).is_file():
         check_inside(merged, [merged / name])
         shutil.copyfile(merged / name, target)
 
 
-def _rebuild_weights(archive: zipfile.ZipFile, own: WeightFiles, target: Path, out: BinaryIO) -> None:
+def _rebuild_weights(archive: zipfile.ZipFile, merged_files: WeightFiles, target: Path, out: BinaryIO) -> None:
     header = header_in(_member(archive, "header", _MAX_HEADER), target)
     check_space(target, header.data_start + header.nbytes)
     out.write(_member(archive, "header", _MAX_HEADER))
-    kept, members = json.loads(_member(archive, "tensors.json", _MAX_HEADER)), set(archive.namelist())
+    entries, members = json.loads(_member(archive, "tensors.json", _MAX_HEADER)), set(archive.namelist())
     for name, info in sorted(header.tensors.items(), key=lambda item: item[1].start):
-        number, alike = kept[name]
-        if alike and own.places[name].info.nbytes != info.nbytes:
+        number, alike = entries[name]
+        if alike and merged_files.places[name].info.nbytes != info.nbytes:
             raise ValueError(f"{name} has another size in the merged folder")
         size = max(1, DTYPE_BITS[info.dtype] // 8)
         for count, position in enumerate(range(0, info.nbytes, _BLOCK)):
             length = min(_BLOCK, info.nbytes - position)
             member = f"{number}/{count}"
-            block = own.tensor_bytes(name, position, length) if alike else torch.zeros(length, dtype=torch.uint8)
+            block = (
+                merged_files.tensor_bytes(name, position, length) if alike else torch.zeros(length, dtype=torch.uint8)
+            )
             if member in members:
                 block ^= _unpacked(_member(archive, member, 2 * _BLOCK), size, length)
             out.write(block.numpy().data)

@@ -91,16 +91,16 @@ class Planner:
             self._plan_bias(name, shape)
         if self.untied:
             self._part_biases()
-        kept = self._kept()
-        self._plan_casts(kept)
+        tensors = self._base_tensors()
+        self._plan_casts(tensors)
         headers = {file: header.metadata for file, header in self.files.headers.items()}
-        files = lay_out([*kept, *self.new], headers, limit)
+        files = lay_out([*tensors, *self.new], headers, limit)
         self.pieces += _copies(self.files, files, self._finished())
         order = {name: i for i, name in enumerate(name for file in files for name in file.tensors)}
         self.pieces.sort(key=lambda piece: min(order[name] for name in piece.outputs))
         return MergePlan(files, self.pieces, self.untied, self._missing(), NAMES[self.dtype or self.base.common_dtype])
 
-    def _kept(self) -> list[PlannedTensor]:
+    def _base_tensors(self) -> list[PlannedTensor]:
         """Return the base's tensors that the output has too: all but what belongs to quantised ones."""
         dropped = set(self.base.parts)
         if self.base.packed:
@@ -116,10 +116,10 @@ class Planner:
             if name not in dropped
         ]
 
-    def _plan_casts(self, kept: Sequence[PlannedTensor]) -> None:
+    def _plan_casts(self, tensors: Sequence[PlannedTensor]) -> None:
         """Plan the tensors that no adapter changes and that have another dtype or shape in the output."""
         finished = self._finished()
-        for tensor in kept:
+        for tensor in tensors:
             info = self.files.places[tensor.name].info
             if tensor.name not in finished and (tensor.dtype, tensor.shape) != (info.dtype, info.shape):
                 self._plan_cast(tensor.name, tensor.name)

@@ -53,10 +53,10 @@ class Rounder:
             return near
         back = near.to(values.dtype)
         gap = values - back
-        other = torch.nextafter(near, torch.full_like(gap, math.inf).copysign(gap).to(dtype))
-        step = (other.to(values.dtype) - back).abs()
+        neighbour = torch.nextafter(near, torch.full_like(gap, math.inf).copysign(gap).to(dtype))
+        step = (neighbour.to(values.dtype) - back).abs()
         chance = torch.rand(values.shape, generator=self.generator)
-        return torch.where((chance * step < gap.abs()) & other.isfinite(), other, near)
+        return torch.where((chance * step < gap.abs()) & neighbour.isfinite(), neighbour, near)
 
 
 @dataclass
