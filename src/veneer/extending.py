@@ -1,4 +1,4 @@
-"""The names that a method of your own is made of; all other modules may move.
+"""Re-exports what a method of your own is made of; all other modules may move.
 
 CONTRIBUTING.md has a whole method as an example.
 """

@@ -108,7 +108,7 @@ def _check_plan(adapters: Adapters, plan: Plan, checkpoint: Checkpoint, strict: 
 
 
 def _check_saved_exist(adapters: Adapters, config: AnyConfig) -> None:
-    """A module that is to be saved whole must be there; of a task's usual heads one is enough."""
+    """Raise where a module that is to be saved whole is not there; of a task's usual heads one is enough."""
     usual = HEADS.get(str(config.task_type), ())
     for name in set(config.modules_to_save or ()) - set(usual):
         if not any(module.endswith(name) for module in adapters.catalog.modules):
@@ -119,7 +119,7 @@ def _check_saved_exist(adapters: Adapters, config: AnyConfig) -> None:
 
 
 def _sure_to_change(plan: Plan, sums: Mapping[str, float]) -> set[str]:
-    """The layers that change, as far as the sums of an adapter's tensors tell."""
+    """Return the layers that change, as far as the sums of an adapter's tensors tell."""
     return {
         binding.site.id
         for binding in plan.bindings
@@ -130,7 +130,7 @@ def _sure_to_change(plan: Plan, sums: Mapping[str, float]) -> set[str]:
 
 
 def check_finite(tensors: Mapping[str, Tensor], origin: str) -> dict[str, float]:
-    """The sum of each floating-point tensor; ``NonFiniteError`` when one of the adapter ``origin`` is not finite."""
+    """Return the sum of each floating-point tensor; raise ``NonFiniteError`` when one of ``origin`` is not finite."""
     # The sum of a tensor is read off many times faster than each value; it is finite where all of them are, but for
     # values so large that a second look costs nothing.
     floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}

@@ -41,7 +41,7 @@ from veneer.methods.base.parts import parts_of
 
 @dataclass(frozen=True)
 class PendingLayer:
-    """An adapter's share of a layer that is about to be bound.
+    """Holds an adapter's share of a layer that is about to be bound.
 
     Attributes:
         site: the layer.

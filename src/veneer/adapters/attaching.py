@@ -1,4 +1,4 @@
-"""The steps by which an adapter comes onto a model, and those that are the same for all."""
+"""The steps by which any adapter comes onto a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from veneer.files.tensor_keys import encode
 
 
 class Attaching(ABC):
-    """One adapter on its way onto a model.
+    """Brings one adapter onto a model, step by step.
 
     Args:
         adapters: of the model.

@@ -1,4 +1,4 @@
-"""Checkpoint + model -> what goes where.
+"""The plan of a checkpoint on a model: each tensor meets its layer.
 
 Each key of the checkpoint's header decodes to a slot, each slot is looked up in the model's catalog, and every
 problem is collected before one error is raised. No tensor is read and the model is not touched. A plan is kept for
@@ -36,7 +36,7 @@ _SPARE = (".modules_to_save.", ".original_module.")
 
 
 class HasShape(Protocol):
-    """What the plan needs of a tensor: a header's entry has it, and so has the tensor itself."""
+    """Has what the plan needs of a tensor: a header's entry, or the tensor itself."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -46,7 +46,7 @@ class HasShape(Protocol):
 
 @dataclass(frozen=True)
 class Binding:
-    """One layer's share of an adapter.
+    """Holds one layer's share of an adapter.
 
     Attributes:
         site: the layer.
@@ -65,7 +65,7 @@ class Binding:
 
 @dataclass
 class Plan:
-    """What goes where, and what does not fit.
+    """Holds which tensor goes where, and what does not fit.
 
     Attributes:
         bindings: the adapted layers.
@@ -108,7 +108,7 @@ def make_plan(
 
 @dataclass(frozen=True)
 class _CachedPlan:
-    """A plan, and how the layers were when it was made."""
+    """Holds a plan, and the state that the layers had when it was made."""
 
     plan: Plan
     states: list[Any]
@@ -363,7 +363,7 @@ class _Planner:
 
 
 def _of_wrong_kind(what: str, tensor: HasShape, floating: bool) -> list[str]:
-    """Whole numbers where weights belong, or the other way round, are a problem: what was meant cannot be told."""
+    """Return a problem where whole numbers are in the place of weights, or the other way round."""
     if _is_floating(tensor) == floating:
         return []
     wanted = "floating-point numbers" if floating else "whole numbers"
@@ -371,7 +371,7 @@ def _of_wrong_kind(what: str, tensor: HasShape, floating: bool) -> list[str]:
 
 
 def _is_floating(tensor: HasShape) -> bool:
-    """By the dtype's name, in a header or in torch."""
+    """Tell by the dtype's name, in a header or in torch."""
     return str(tensor.dtype).removeprefix("torch.").lower().startswith(("f", "bf"))
 
 
@@ -384,7 +384,7 @@ def _nearest(module: str, catalog: Catalog) -> str:
 
 
 def bind_error(plan: Plan, config: AnyConfig, origin: str, total: int, catalog: Catalog) -> BindError:
-    """The one error for all of a plan's problems."""
+    """Return the one error for all of a plan's problems."""
     bound = len(plan.keys)
     shown = "; ".join(plan.problems[:MAX_PROBLEMS_SHOWN])
     more = f"; and {len(plan.problems) - MAX_PROBLEMS_SHOWN} more" if len(plan.problems) > MAX_PROBLEMS_SHOWN else ""

@@ -1,4 +1,4 @@
-"""The methods, found by the ``peft_type`` that stands in a config. To add one: CONTRIBUTING.md.
+"""Finds the method of a config by its ``peft_type``. To add one: CONTRIBUTING.md.
 
 A method ``XYZ`` is two small files: ``configs/methods/xyz.py`` with its config, which needs no torch, and
 ``methods/xyz.py`` with its maths as ``METHOD``. They are imported when they are first asked for.
@@ -27,7 +27,7 @@ def register_method(peft_type: str, method: AnyMethod | PromptMethod[Any]) -> No
 
 
 def method_of(config: PeftConfig) -> AnyMethod:
-    """The method of a config that adapts layers.
+    """Return the method of a config.
 
     Raises:
         UnknownMethodError: its ``peft_type`` is none of this version's.
@@ -37,7 +37,7 @@ def method_of(config: PeftConfig) -> AnyMethod:
 
 
 def prompt_of(config: PromptConfig) -> PromptMethod[Any]:
-    """The method of a config that describes a prompt; raises as :func:`method_of` does."""
+    """Return the method of a config that describes a prompt; raise as :func:`method_of` does."""
     method: PromptMethod[Any] = _found(config)
     return method
 

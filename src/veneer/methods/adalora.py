@@ -28,7 +28,7 @@ from veneer.patches.patch import Patch
 
 @dataclass(frozen=True)
 class AdaLoraSettings:
-    """A config's meaning for one layer."""
+    """Holds a config's values for one layer."""
 
     r: int
     scale: float
@@ -36,7 +36,7 @@ class AdaLoraSettings:
 
 
 class AdaLora(Method[AdaLoraConfig, AdaLoraSettings], Penalised, Allocates):
-    """AdaLoRA on linear layers and convolutions."""
+    """Adapts linear layers and convolutions."""
 
     leaves = (Leaf(A), Leaf(B), Leaf(E))
     kinds = (LinearSite, ConvSite)
@@ -66,7 +66,7 @@ class AdaLora(Method[AdaLoraConfig, AdaLoraSettings], Penalised, Allocates):
         return Patch(up=tensors[B], down=tensors[A] * tensors[E], scale=settings.scale, dropout=settings.dropout)
 
     def penalty(self, config: AdaLoraConfig, layers: Sequence[tuple[AdaLoraSettings, Mapping[str, Tensor]]]) -> Tensor:
-        """How far the factors are from orthogonal (equation 4)."""
+        """Return the distance of the factors from orthogonal ones (equation 4)."""
         factors = [part.float() for _, own in layers for part in (own[A], own[B].mT)]
         gaps = [(f @ f.mT - torch.eye(len(f), device=f.device)).norm().to(factors[0].device) for f in factors]
         return config.orth_reg_weight * torch.stack(gaps).mean()

@@ -35,17 +35,17 @@ ROWS = "adamss_rows"
 
 @dataclass(frozen=True)
 class AdamssSettings:
-    """A config's meaning for one layer; ``sizes`` is each group's number of rows and rank."""
+    """Holds a config for one layer, and in ``sizes`` each group's number of rows and rank."""
 
     config: AdamssConfig
     sizes: tuple[tuple[int, int], ...]
 
 
 class Adamss(Method[AdamssConfig, AdamssSettings], VariesWithConfig, SettledByCheckpoint, ChangesWhenSaved, Allocates):
-    """AdaMSS on layers with a matrix.
+    """Adapts linear layers.
 
     Args:
-        groups: how many groups a layer has at most.
+        groups: the largest number of groups of a layer.
     """
 
     kinds = (LinearSite,)
@@ -122,7 +122,7 @@ METHOD = Adamss(1)
 
 
 def _decomposed(config: AdamssConfig, base: BaseLayer) -> tuple[Tensor, Tensor]:
-    """``U``, shape ``(out, r)``, and ``V``, shape ``(r, in)``, of a seeded, randomised decomposition, as in peft."""
+    """Return ``U`` (out, r) and ``V`` (r, in) of a seeded, randomised decomposition, as in peft."""
     weight, bias = base.base_weight().float(), base.base_bias
     if bias is not None:
         weight = torch.cat([weight, bias.detach().float().unsqueeze(1)], 1)
@@ -134,7 +134,7 @@ def _decomposed(config: AdamssConfig, base: BaseLayer) -> tuple[Tensor, Tensor]:
 
 
 def _groups(config: AdamssConfig, left: Tensor, site: Site) -> list[Tensor]:
-    """The rows of each group of a layer, from its ``U``."""
+    """Return the rows of each group of a layer, from its ``U``."""
     require("AdaMSS, which groups rows by k-means,", "scikit-learn", extra="adamss")
     kmeans = importlib.import_module("sklearn.cluster").KMeans
     # The options are the method's definition: with others a checkpoint's groups would be other rows.
@@ -151,7 +151,7 @@ def _groups(config: AdamssConfig, left: Tensor, site: Site) -> list[Tensor]:
 
 
 def _directions(config: AdamssConfig, rows: Tensor) -> Tensor:
-    """The first right singular vectors of a group's rows of ``U``, as many as its rank, shape ``(k, r)``."""
+    """Return the first right singular vectors, ``(k, r)``, of a group's rows of ``U``, as many as its rank."""
     _, values, right = torch.linalg.svd(rows, full_matrices=False)
     rank = min(len(values), config.subspace_rank)
     if config.use_dynamic_rank:

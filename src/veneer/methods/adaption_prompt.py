@@ -38,7 +38,7 @@ GATE = "adaption_gate"
 
 @dataclass(frozen=True)
 class AdaptionPromptRoute:
-    """The route of one attention module. Its input is queries, ``(rows, length, heads, dim)``."""
+    """Lets the queries of one attention module, ``(rows, length, heads, dim)``, attend to the trained vectors."""
 
     prompt: Tensor
     gate: Tensor
@@ -59,7 +59,7 @@ class AdaptionPromptRoute:
 
 
 class AdaptionPrompt(RoutedMethod[AdaptionPromptConfig, int], ChoosesLayers, CompletesConfig):
-    """LLaMA-Adapter. What it means for a layer is the number of vectors."""
+    """Adapts attention modules; its settings are the number of vectors."""
 
     leaves = (Leaf(PROMPT), Leaf(GATE))
     kinds = (AttentionSite,)
@@ -100,7 +100,7 @@ METHOD = AdaptionPrompt()
 
 
 def _name(catalog: Catalog) -> str:
-    """The usual name of a model's attention modules."""
+    """Return the usual name of a model's attention modules."""
     if catalog.model_type is None or catalog.model_type not in FORMS:
         raise TargetError(
             f"Adaption prompts need attention of a known form, and {catalog.describe()} is of type "

@@ -36,7 +36,7 @@ from veneer.patches.selection import Selection
 
 @dataclass(frozen=True)
 class ArrowDirections:
-    """The experts of one layer, what is taken off them done, and their directions.
+    """Holds the experts of one layer, general knowledge taken off, and their directions.
 
     Attributes:
         sources: the tensors that they were made from.
@@ -49,14 +49,14 @@ class ArrowDirections:
     directions: Tensor
 
     def is_current(self, selection: Selection, tensors: Sequence[Tensor]) -> bool:
-        """Whether they were made from ``tensors`` as these are now."""
+        """Tell whether they were made from ``tensors`` as these are now."""
         own = self.sources.sources
         same = len(own) == len(tensors) and all(a is b for a, b in zip(own, tensors, strict=True))
         return same and self.sources.is_current(selection)
 
 
 class Preparing:
-    """What is prepared on one layer, kept until a tensor changes. Threads may share it: it is replaced whole."""
+    """Keeps the directions of one layer's experts until a tensor changes; threads may share it."""
 
     def __init__(self) -> None:
         self._last: ArrowDirections | None = None
@@ -66,7 +66,7 @@ class Preparing:
 
     @torch.no_grad()
     def bring(self, experts: Sequence[Patch], general: Sequence[Patch]) -> ArrowDirections:
-        """Work it out, unless that was done with the same tensors."""
+        """Return the directions, worked out anew unless the tensors are the same."""
         tensors = [t for patch in (*experts, *general) for t in (patch.up, patch.down) if t is not None]
         last, selection = self._last, current().selection
         if last is None or not last.is_current(selection, tensors):
@@ -77,14 +77,14 @@ class Preparing:
 
 
 def _factors(patch: Patch) -> tuple[Tensor, Tensor]:
-    """``B`` and ``A``, in float32."""
+    """Return ``B`` and ``A`` in float32."""
     assert patch.up is not None
     assert patch.down is not None
     return patch.up.float(), patch.down.float()
 
 
 def _direction(patch: Patch) -> Tensor:
-    """The first right singular vector of ``B A``, shape ``(in,)``, float32."""
+    """Return the first right singular vector of ``B A``, shape ``(in,)``, float32."""
     up, down = _factors(patch)
     basis, triangle = torch.linalg.qr(down.T)
     turned = torch.linalg.svd(up @ triangle.T, full_matrices=False)[2]
@@ -93,7 +93,7 @@ def _direction(patch: Patch) -> Tensor:
 
 
 def _less(experts: Sequence[Patch], general: Sequence[Patch]) -> list[Patch]:
-    """``experts`` without the mean ``B`` and the mean ``A`` of the general adapters."""
+    """Return ``experts`` without the mean ``B`` and the mean ``A`` of the general adapters."""
     ups, downs = zip(*(_factors(patch) for patch in general), strict=True)
     up, down = torch.stack(ups).mean(0), torch.stack(downs).mean(0)
     own = [(patch, *_factors(patch)) for patch in experts]
@@ -102,7 +102,7 @@ def _less(experts: Sequence[Patch], general: Sequence[Patch]) -> list[Patch]:
 
 @dataclass(frozen=True)
 class ArrowSettings(LoraSettings):
-    """A config's meaning for one layer, and what was worked out there."""
+    """Holds a config's values for one layer, and what is kept there."""
 
     arrow: ArrowConfig = field(default_factory=ArrowConfig)
     preparing: Preparing = field(default_factory=Preparing, compare=False)
@@ -110,7 +110,7 @@ class ArrowSettings(LoraSettings):
 
 @dataclass(frozen=True)
 class ArrowRoute:
-    """The route of one layer."""
+    """Adds to one layer's output what the nearest experts add."""
 
     site: Site
     arrow: ArrowConfig
@@ -131,7 +131,7 @@ class ArrowRoute:
 
 
 class Arrow(Lora):
-    """Arrow routing on linear layers."""
+    """Routes over LoRAs on linear layers."""
 
     kinds = (LinearSite,)
     leaves = tuple(replace(leaf, trained=False) for leaf in Lora.leaves)

@@ -21,7 +21,7 @@ SHIFT = "beft_bias"
 
 
 class Beft(Method[BeftConfig, None]):
-    """BEFT on linear layers and convolutions."""
+    """Adapts linear layers and convolutions."""
 
     leaves = (Leaf(SHIFT, moves_bias=True),)
     kinds = (LinearSite, ConvSite)

@@ -33,7 +33,7 @@ S = "boft_s"
 
 @dataclass(frozen=True)
 class BOFTSettings:
-    """A config's meaning for one layer: how many sparse rotations, of how many blocks of which size."""
+    """Holds a config's values for one layer: the number of sparse rotations, their blocks, and the size of a block."""
 
     factors: int
     blocks: int
@@ -42,7 +42,7 @@ class BOFTSettings:
 
 
 class BOFT(Method[BOFTConfig, BOFTSettings], SettledByCheckpoint):
-    """BOFT on linear layers and convolutions."""
+    """Adapts linear layers and convolutions."""
 
     leaves = (Leaf(R), Leaf(S))
     kinds = (LinearSite, ConvSite)
@@ -87,7 +87,7 @@ METHOD = BOFT()
 
 
 def _product(rotations: Tensor) -> Multiplier:
-    """``(R_m ... R_1)^T`` from the blocks of each ``B_i``, shape ``(m, blocks, size, size)``."""
+    """Return ``(R_m ... R_1)^T`` from the blocks of each ``B_i``, shape ``(m, blocks, size, size)``."""
     if len(rotations) == 1:
         return BlockDiagonal(rotations[0].mT)
     count, size = rotations.shape[1:3]
@@ -100,6 +100,6 @@ def _product(rotations: Tensor) -> Multiplier:
 
 
 def _brought_together(width: int, size: int, index: int) -> Tensor:
-    """The order of ``P_i``: in each stretch of ``2^i`` blocks the even half-blocks come before the odd ones."""
+    """Return the order of ``P_i``: in each stretch of ``2^i`` blocks the even half-blocks come before the odd ones."""
     halves = torch.arange(width).view(-1, 2 * 2**index, size // 2) if index else torch.arange(width).view(1, 1, width)
     return torch.cat([halves[:, 0::2], halves[:, 1::2]], dim=1).flatten() if index else halves.flatten()

@@ -25,7 +25,7 @@ KERNEL = "c3a_kernel"
 
 
 class C3A(Method[C3AConfig, int]):
-    """C3A on linear layers; its settings are the size of a block."""
+    """Adapts linear layers; its settings are the size of a block."""
 
     leaves = (Leaf(KERNEL),)
     kinds = (LinearSite,)

@@ -17,7 +17,7 @@ from veneer.methods.base.prompt_method import PROMPT, PromptEncoder, PromptMetho
 
 
 class Cartridge(PromptEncoder):
-    """A table in two parts, of which the first is not trained; parameters are named as in peft."""
+    """Holds a table in two parts, of which the first is not trained; parameters are named as in peft."""
 
     frozen = frozenset({"frozen_embedding"})
 
@@ -33,7 +33,7 @@ class Cartridge(PromptEncoder):
 
 
 class Cartridges(PromptMethod[CartridgeConfig]):
-    """Cartridges."""
+    """Makes cartridges: trained keys and values."""
 
     fills_cache = True
 

@@ -25,7 +25,7 @@ WIDTH = 2048
 
 
 class Context(PromptEncoder):
-    """The examples' embeddings and how far each has moved; parameters are named as in peft."""
+    """Holds the examples' embeddings and the distance that each has moved; parameters are named as in peft."""
 
     frozen = frozenset({"embedding.weight"})
 
@@ -57,14 +57,14 @@ class Context(PromptEncoder):
 
     @torch.no_grad()
     def _projected(self, delta: Tensor) -> Tensor:
-        """``delta`` brought back into its balls."""
+        """Return ``delta`` brought back into its balls."""
         limits = torch.tensor(self.limits, device=delta.device, dtype=delta.dtype)
         longest = torch.maximum(delta.norm(dim=1), limits).clamp_min(torch.finfo(delta.dtype).tiny)
         return delta * (limits / longest).unsqueeze(1)
 
 
 class CPT(PromptMethod[CPTConfig]):
-    """Context-aware prompt tuning."""
+    """Makes prompts of examples, whose embeddings are trained within bounds."""
 
     def new(self, config: CPTConfig, words: nn.Module, generator: torch.Generator | None) -> PromptEncoder:
         index = torch.tensor(config.cpt_token_ids, device=next(words.parameters()).device)
@@ -91,7 +91,7 @@ METHOD = CPT()
 
 
 def _weights(config: CPTConfig, examples: Tensor) -> Tensor:
-    """The weight of each label: one for the last example's, and a factor less for each one before it.
+    """Return the weight of each label: one for the last example's, and a factor less for each one before it.
 
     Args:
         config: says the factor.

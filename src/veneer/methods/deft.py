@@ -24,7 +24,7 @@ P, R = "deft_P", "deft_R"
 
 
 class Deft(Method[DeftConfig, DeftConfig]):
-    """DEFT and PaRa on layers with a matrix."""
+    """Adapts linear layers, by PaRa too."""
 
     kinds = (LinearSite,)
     leaves = (Leaf(P), Leaf(R))
@@ -68,7 +68,7 @@ def _scale(settings: DeftConfig, site: Site) -> float:
 
 
 def _projector(settings: DeftConfig, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """``Q`` and ``M``."""
+    """Return ``Q`` and ``M``."""
     if settings.decomposition_method == "relu":
         return directions, directions.relu()
     turned = torch.linalg.qr(directions)[0]

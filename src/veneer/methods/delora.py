@@ -29,7 +29,7 @@ SHORTEST = 1e-4
 
 @dataclass(frozen=True)
 class DeloraSettings:
-    """A config's meaning for one layer."""
+    """Holds a config's values for one layer."""
 
     r: int
     size: float
@@ -37,7 +37,7 @@ class DeloraSettings:
 
 
 class Delora(Method[DeloraConfig, DeloraSettings]):
-    """DeLoRA on linear layers."""
+    """Adapts linear layers."""
 
     leaves = (Leaf(A), Leaf(B), Leaf(LAMBDA), Leaf(NORM, trained=False))
     kinds = (LinearSite,)

@@ -21,7 +21,7 @@ SPECTRUM = "fourierft_spectrum"
 
 
 class FourierFT(SparseSpectrum[FourierFTConfig]):
-    """FourierFT on linear layers."""
+    """Adapts linear layers."""
 
     name, std = SPECTRUM, 1.0
     leaves = (Leaf(SPECTRUM),)

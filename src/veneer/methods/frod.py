@@ -32,7 +32,7 @@ U = "frod_U"
 
 
 class Frod(Method[FrodConfig, FrodConfig], SharesProjection, DerivesTensors):
-    """FRoD on layers with a matrix."""
+    """Adapts linear layers."""
 
     kinds = (LinearSite,)
     leaves = (Leaf(LENGTHS), Leaf(ENTRIES))
@@ -101,13 +101,13 @@ METHOD = Frod()
 
 
 def _count(config: FrodConfig, inner: int) -> int:
-    """How many entries of ``S`` are trained."""
+    """Return the number of entries of ``S`` that are trained."""
     free = inner * (inner - 1)
     return max(1, min(int(inner * inner * config.sparse_rate), free)) if config.sparse_rate > 0 and free else 0
 
 
 def _role(name: str) -> str:
-    """What layers of a role have in common: the last two parts of their name."""
+    """Return what layers of one role have in common: the last two parts of their name."""
     parts = name.split(".")
     if len(parts) == 1 or parts[-2].isdigit():
         return parts[-1]
@@ -115,7 +115,7 @@ def _role(name: str) -> str:
 
 
 def _places(inner: int, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` places off the diagonal, ``(2, count)``, drawn as peft draws them."""
+    """Return ``count`` places off the diagonal, ``(2, count)``, drawn as peft draws them."""
     index = torch.arange(inner)
     free = torch.cartesian_prod(index, index)
     free = free[free[:, 0] != free[:, 1]]
@@ -123,7 +123,7 @@ def _places(inner: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _basis(weights: Sequence[Tensor], ridge: float) -> Tensor:
-    """``V`` of the layers of one role."""
+    """Return ``V`` of the layers of one role."""
     stacked = torch.cat(list(weights))
     if stacked.shape[0] < stacked.shape[1]:
         right: Tensor = torch.linalg.svd(stacked, full_matrices=True)[2]

@@ -29,7 +29,7 @@ DOWN, UP, PLAIN = ".Xd", ".Xu", ".X"
 
 
 class Glora(Method[GloraConfig, GloraConfig]):
-    """GLoRA on layers with a matrix."""
+    """Adapts linear layers."""
 
     kinds = (LinearSite,)
     leaves = (
@@ -91,7 +91,7 @@ def _shapes(part: str, form: str, rows: int, columns: int, r: int) -> dict[str, 
 
 
 def _part(tensors: Mapping[str, Tensor], part: str) -> Tensor | None:
-    """A part in a shape that spreads over what it acts on."""
+    """Return a part in a shape that broadcasts to what it acts on."""
     if part + DOWN in tensors:
         return tensors[part + DOWN].float() @ tensors[part + UP].float()
     return tensors[part + PLAIN].float() if part + PLAIN in tensors else None

@@ -27,7 +27,7 @@ GENERAL_A, GENERAL_B = "gralora_A_general.weight", "gralora_B_general.weight"
 
 
 class Gralora(Method[GraloraConfig, GraloraConfig]):
-    """GraLoRA and its hybrid on layers with a matrix."""
+    """Adapts linear layers, by the hybrid too."""
 
     kinds = (LinearSite,)
     leaves = (Leaf(A), Leaf(B), Leaf(GENERAL_A), Leaf(GENERAL_B))

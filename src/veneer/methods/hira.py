@@ -33,14 +33,14 @@ EMBEDDING_A, EMBEDDING_B = "hira_embedding_A", "hira_embedding_B"
 
 @dataclass(frozen=True)
 class HiraSettings:
-    """A config's meaning for one layer."""
+    """Holds a config's values for one layer."""
 
     r: int
     dropout: float
 
 
 class Hira(Method[HiraConfig, HiraSettings], SettledByCheckpoint):
-    """HiRA on linear layers, convolutions and embeddings."""
+    """Adapts linear layers, convolutions and embeddings."""
 
     leaves = (Leaf(A), Leaf(B), Leaf(EMBEDDING_A), Leaf(EMBEDDING_B))
     kinds = (LinearSite, ConvSite, EmbeddingSite)

@@ -27,7 +27,7 @@ U = "hra_u"
 
 
 class HRA(Method[HRAConfig, HRAConfig]):
-    """HRA on linear layers and convolutions."""
+    """Adapts linear layers and convolutions."""
 
     leaves = (Leaf(U),)
     kinds = (LinearSite, ConvSite)
@@ -60,13 +60,13 @@ METHOD = HRA()
 
 
 def _unit(u: Tensor) -> Tensor:
-    """Columns of length 1; one of zeros, which has no direction and reflects nothing, stays as it is."""
+    """Return the columns at length 1; one of zeros, which has no direction and reflects nothing, stays as it is."""
     length = u.norm(dim=0)
     return u / torch.where(length > 0, length, 1.0)
 
 
 def _orthonormal(u: Tensor) -> Tensor:
-    """The columns made orthonormal one after the other; one of zeros stays as it is."""
+    """Return the columns made orthonormal one after the other; one of zeros stays as it is."""
     found: list[Tensor] = []
     for column in u.unbind(1):
         rest = column

@@ -27,13 +27,13 @@ SCALE = "ia3_l"
 
 @dataclass(frozen=True)
 class IA3Settings:
-    """Whether the input is scaled (else the output)."""
+    """Tells whether the input is scaled, else the output."""
 
     feedforward: bool
 
 
 class IA3(Method[IA3Config, IA3Settings]):
-    """(IA)3 on linear layers and convolutions."""
+    """Adapts linear layers and convolutions."""
 
     leaves = (Leaf(SCALE),)
     kinds = (LinearSite, ConvSite)
@@ -63,7 +63,7 @@ METHOD = IA3()
 
 
 def _of_channels(scale: Tensor, base: BaseLayer) -> Patch:
-    """The patch of a convolution whose input channels are scaled: ``scale`` (channels,)."""
+    """Return the patch of a convolution whose input channels are scaled by ``scale`` (channels,)."""
     groups, (out, inner) = base.site.groups, base.site.shape
     # One entry a channel, and the canonical weight has a column for each entry of its kernel.
     columns = scale.repeat_interleave(inner * groups // len(scale))

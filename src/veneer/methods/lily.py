@@ -34,7 +34,7 @@ ROUTER = "lily_router.weight"
 
 @dataclass(frozen=True)
 class LilyRoute(CacheableRoute):
-    """The route of one layer."""
+    """Adds to one layer's output by the mean of its experts."""
 
     a: Tensor
     b: Tensor
@@ -63,7 +63,7 @@ class LilyRoute(CacheableRoute):
 
 @dataclass(frozen=True)
 class LilyInferenceRoute:
-    """The same in fewer calls.
+    """Adds the same in fewer calls, for inference.
 
     Attributes:
         down: ``A`` and ``A R`` side by side, shape ``(in, r + experts)``.
@@ -94,7 +94,7 @@ class LilyInferenceRoute:
 
 
 class Lily(RoutedMethod[LilyConfig, LilyConfig], SharesBetweenLayers):
-    """Lily."""
+    """Adapts linear layers, of which several share a factor."""
 
     leaves = (Leaf(A), Leaf(B), Leaf(ROUTER))
 
@@ -131,7 +131,7 @@ METHOD = Lily()
 
 
 def _target(config: LilyConfig, name: str) -> str:
-    """Which of the config's targets a layer answers to, the longest first; an expression is one target."""
+    """Return the longest of the config's targets that a layer's name ends with; an expression is one target."""
     targets = config.target_modules
     if isinstance(targets, str):
         return targets

@@ -34,7 +34,7 @@ BIAS = "ln_tuning_layers.bias"
 
 
 class LNTuning(Method[LNTuningConfig, None], ChoosesLayers, CompletesConfig):
-    """LN tuning on norms, and on any other layer that it is pointed at."""
+    """Adapts norms, and any other layer that a config names."""
 
     leaves = (Leaf(WEIGHT), Leaf(BIAS))
     kinds = (NormSite, LinearSite, ConvSite, EmbeddingSite, WholeSite)

@@ -33,7 +33,7 @@ CORE1, CORE2 = "hada_t1", "hada_t2"
 
 @dataclass(frozen=True)
 class LoHaSettings:
-    """A config's meaning for one layer; ``core`` has the two last sizes of its cores, if there are any."""
+    """Holds a config's values for one layer; ``core`` has the two last sizes of its cores, if there are any."""
 
     r: int
     scale: float
@@ -42,7 +42,7 @@ class LoHaSettings:
 
 
 class LoHa(Method[LoHaConfig, LoHaSettings]):
-    """LoHa on linear layers and convolutions."""
+    """Adapts linear layers and convolutions."""
 
     leaves = (Leaf(A1), Leaf(B1), Leaf(A2), Leaf(B2), Leaf(CORE1), Leaf(CORE2))
     kinds = (LinearSite, ConvSite)

@@ -37,7 +37,7 @@ CORE = "lokr_t2"
 
 @dataclass(frozen=True)
 class LoKrSettings:
-    """A config's meaning for one layer: the sizes of C and D, and whether each is held whole."""
+    """Holds a config's values for one layer: the sizes of C and D, and whether each is held whole."""
 
     r: int
     scale: float
@@ -50,7 +50,7 @@ class LoKrSettings:
 
 
 class LoKr(Method[LoKrConfig, LoKrSettings]):
-    """LoKr on linear layers and convolutions."""
+    """Adapts linear layers and convolutions."""
 
     leaves = (Leaf(C), Leaf(C1), Leaf(C2), Leaf(D), Leaf(D1), Leaf(D2), Leaf(CORE))
     kinds = (LinearSite, ConvSite)
@@ -99,7 +99,7 @@ METHOD = LoKr()
 
 
 def _split(size: int, factor: int) -> tuple[int, int]:
-    """Two numbers with the product ``size``: the first is ``factor`` where that divides it, else near it and smaller.
+    """Return two numbers with the product ``size``: first ``factor`` where it divides that, else a smaller near it.
 
     With ``factor`` -1 they are as near to each other as they can be.
     """

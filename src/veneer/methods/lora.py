@@ -78,7 +78,7 @@ START_B = "lora_start_B.weight"
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """A config's meaning for one layer; the scale is a tensor where compiled code must be able to take another.
+    """Holds a config's values for one layer; the scale is a tensor where compiled code must be able to take another.
 
     ``group`` is how many inputs share a column of A; ``of_embedding`` says that an output layer uses the tensors of the
     embedding whose weight it shares: the change is then that of the embedding, transposed.
@@ -106,7 +106,7 @@ class Lora(
     RefusesMerge,
     Penalised,
 ):
-    """LoRA, rsLoRA, DoRA, and the variants in :mod:`veneer.methods.lora_variants`."""
+    """Adapts layers by LoRA, rsLoRA, DoRA, and the variants in :mod:`veneer.methods.lora_variants`."""
 
     leaves = (
         Leaf(A),
@@ -224,7 +224,7 @@ class Lora(
         return tensors
 
     def _start(self, new: NewLayer[LoraConfig, LoraSettings]) -> dict[str, Tensor]:
-        """A and B of a starting point with a file of its own; of one that is moved, a copy to take off again."""
+        """Return A and B of a start with a file of its own; of one that is moved, a copy to take off again too."""
         how, site = str(new.config.init_lora_weights), new.site
         if how == "loftq" and site.is_packed:
             raise UnsupportedError(
@@ -309,7 +309,7 @@ class Lora(
 
 
 class Mica(Lora):
-    """LoRA whose ``B`` stays as it began (:mod:`veneer.methods.lora_starts.mica`)."""
+    """Adapts layers by a LoRA whose ``B`` stays as it began (:mod:`veneer.methods.lora_starts.mica`)."""
 
     leaves = tuple(replace(leaf, trained=leaf.trained and leaf.name != B) for leaf in Lora.leaves)
 
@@ -319,7 +319,7 @@ MICA = Mica()
 
 
 def _factors(settings: LoraSettings, tensors: Mapping[str, Tensor], site: Site) -> tuple[Tensor, Tensor]:
-    """``U`` and ``V`` of a layer's canonical weight."""
+    """Return ``U`` and ``V`` of a layer's canonical weight."""
     if settings.of_embedding:
         return tensors[EMBEDDING_A].T, tensors[EMBEDDING_B].T
     if START_A in tensors:
@@ -331,14 +331,14 @@ def _factors(settings: LoraSettings, tensors: Mapping[str, Tensor], site: Site) 
 
 
 def _without_start(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``A`` (2r, in) and ``B`` (out, 2r) of what an adapter is beyond its start."""
+    """Return ``A`` (2r, in) and ``B`` (out, 2r) of an adapter less its start."""
     start_down, start_up = tensors[START_A].to(tensors[A].dtype), tensors[START_B].to(tensors[B].dtype)
     return {A: torch.cat([tensors[A], start_down]), B: torch.cat([tensors[B], -start_up], 1)}
 
 
 @torch.no_grad()
 def _lengths(patch: Patch, base: BaseLayer) -> Tensor:
-    """The length of each row of ``W + scale * B A``, shape ``(out,)``, float32."""
+    """Return the length of each row of ``W + scale * B A``, shape ``(out,)``, float32."""
     weight = base.base_weight()
     own = Patch(patch.up, patch.down, patch.scale)
     found = []

@@ -26,7 +26,7 @@ from veneer.patches.patch import Patch
 
 @dataclass(frozen=True)
 class MissSettings:
-    """A config's meaning for one layer; ``columns`` is how many of the outputs B has before it is repeated."""
+    """Holds a config's values for one layer; ``columns`` is the number of outputs that B has before it is repeated."""
 
     r: int
     columns: int
@@ -35,7 +35,7 @@ class MissSettings:
 
 
 class Miss(Method[MissConfig | BoneConfig, MissSettings]):
-    """MiSS on linear layers.
+    """Adapts linear layers.
 
     Args:
         name: the matrix's name in a checkpoint.

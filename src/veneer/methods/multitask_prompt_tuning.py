@@ -28,7 +28,7 @@ SPREAD = 0.02
 
 
 class TaskTable(PromptEncoder):
-    """A shared table and each task's factors; parameters are named as in peft."""
+    """Holds a shared table and each task's factors; parameters are named as in peft."""
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class TaskTable(PromptEncoder):
 
 
 class MultitaskPromptTuning(PromptMethod[MultitaskPromptTuningConfig]):
-    """Multitask prompt tuning."""
+    """Makes prompts of which each task has its own."""
 
     shared = (Leaf(COLS), Leaf(ROWS), Leaf(PROMPT))
 
@@ -94,7 +94,7 @@ METHOD = MultitaskPromptTuning()
 
 
 def _from_source(config: MultitaskPromptTuningConfig) -> dict[str, Tensor]:
-    """What a checkpoint of source tasks gives to a new prompt, float32 (section 3.2)."""
+    """Return what a checkpoint of source tasks gives to a new prompt, float32 (section 3.2)."""
     from safetensors.torch import load_file
 
     path = resolve(str(config.prompt_tuning_init_state_dict_path), what="adapter").file

@@ -33,7 +33,7 @@ EMBEDDING_ENTRIES = "oft_embedding_R.weight"
 
 @dataclass(frozen=True)
 class OFTSettings:
-    """A config's meaning for one layer: how many rotations, of which size; the series' terms, 0 for Cayley's form."""
+    """Holds a config's values for one layer: rotations, their size, the series' terms (0 for Cayley's form)."""
 
     blocks: int
     size: int
@@ -43,7 +43,7 @@ class OFTSettings:
 
 
 class OFT(Method[OFTConfig, OFTSettings]):
-    """OFT and COFT on linear layers, convolutions and embeddings."""
+    """Adapts linear layers, convolutions and embeddings, by COFT too."""
 
     leaves = (Leaf(ENTRIES), Leaf(EMBEDDING_ENTRIES))
     kinds = (LinearSite, ConvSite, EmbeddingSite)
@@ -80,7 +80,7 @@ METHOD = OFT()
 
 
 def _drawn_in(skew: Tensor, eps: float) -> Tensor:
-    """``skew`` with each block at most ``eps / sqrt(blocks)`` long; the gradient is that of ``skew`` itself."""
+    """Return ``skew`` with each block at most ``eps / sqrt(blocks)`` long; the gradient is that of ``skew`` itself."""
     radius = eps / len(skew) ** 0.5
     with torch.no_grad():
         length = skew.norm(dim=(1, 2), keepdim=True)
@@ -89,6 +89,6 @@ def _drawn_in(skew: Tensor, eps: float) -> Tensor:
 
 
 def _divisor(width: int, wanted: int) -> int:
-    """The divisor of ``width`` nearest to ``wanted``, the smaller of two; ``width`` for any that is larger."""
+    """Return the divisor of ``width`` nearest to ``wanted``, the smaller of two; ``width`` if ``wanted`` is larger."""
     divisors = [n for n in range(1, width + 1) if width % n == 0]
     return min(divisors, key=lambda n: (abs(n - wanted), n)) if wanted < width else width

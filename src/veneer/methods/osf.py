@@ -28,7 +28,7 @@ BASE_U, BASE_S, BASE_V = (f"osf_{part}" for part in "USV")
 
 
 class OSF(Method[OSFConfig, int], DerivesTensors):
-    """OSF on layers with a matrix. Its settings for a layer are how many directions are kept."""
+    """Adapts linear layers; its settings are the number of directions that are kept."""
 
     kinds = (LinearSite,)
     leaves = (Leaf(U), Leaf(S), Leaf(V))
@@ -72,7 +72,7 @@ METHOD = OSF()
 
 
 def _away_from(kept: Tensor, trained: Tensor) -> Tensor:
-    """``trained``, whose gradient loses its share in the columns of ``kept``."""
+    """Return ``trained``, whose gradient loses its share in the columns of ``kept``."""
     if not (torch.is_grad_enabled() and trained.requires_grad):
         return trained
     free = trained - kept @ (kept.T @ trained)

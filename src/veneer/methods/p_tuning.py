@@ -18,7 +18,7 @@ from veneer.methods.base.prompt_method import PromptEncoder, PromptMethod, fresh
 
 
 class Network(PromptEncoder):
-    """A table and the network that makes the virtual tokens of it; parameters are named as in peft."""
+    """Holds a table and the network that makes the virtual tokens of it; parameters are named as in peft."""
 
     def __init__(self, config: PromptEncoderConfig, size: tuple[int, int]) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Network(PromptEncoder):
 
 
 class PTuning(PromptMethod[PromptEncoderConfig]):
-    """P-tuning."""
+    """Makes prompts by a small trained network."""
 
     def new(self, config: PromptEncoderConfig, words: nn.Module, generator: torch.Generator | None) -> PromptEncoder:
         return fresh(lambda: Network(config, self.size(config)), generator)

@@ -26,10 +26,10 @@ A, B = "peanut_A.weight", "peanut_B.weight"
 
 
 class Peanut(Method[PeanutConfig, PeanutConfig], VariesWithConfig):
-    """PEANuT on layers with a matrix.
+    """Adapts linear layers.
 
     Args:
-        depth: how many encoders, and decoders, the network has.
+        depth: the number of encoders, and of decoders.
     """
 
     kinds = (LinearSite,)

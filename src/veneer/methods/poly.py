@@ -37,7 +37,7 @@ TINY = 1e-12
 
 @dataclass(frozen=True)
 class PolyRoute:
-    """The route of one layer.
+    """Adds to one layer's output by the skills of each row's task.
 
     Attributes:
         a: ``A``.
@@ -68,7 +68,7 @@ class PolyRoute:
         return (flat @ down @ up / rank).view(*x.shape[:-1], -1)
 
     def _weights(self, tasks: Tensor, training: bool) -> Tensor:
-        """The share of each skill, ``(rows, splits, skills)``."""
+        """Return the share of each skill, ``(rows, splits, skills)``."""
         logits = self.logits[tasks].view(len(tasks), *self.a.shape[:2])
         if training:
             used = RelaxedBernoulli(temperature=logits.new_ones(()), logits=logits).rsample()
@@ -94,7 +94,7 @@ class PolyRoute:
 
 
 class Poly(RoutedMethod[PolyConfig, PolyConfig]):
-    """Poly and multi-head routing."""
+    """Adapts linear layers, each task in its own way."""
 
     leaves = (Leaf(A), Leaf(B), Leaf(LOGITS))
 

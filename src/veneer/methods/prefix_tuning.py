@@ -16,7 +16,7 @@ from veneer.methods.base.prompt_method import EmbeddingTable, PromptEncoder, Pro
 
 
 class Projection(PromptEncoder):
-    """A small table and the network that makes the prefix of it; parameters are named as in peft."""
+    """Holds a small table and the network that makes the prefix of it; parameters are named as in peft."""
 
     def __init__(self, config: PrefixTuningConfig, tokens: int, width: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Projection(PromptEncoder):
 
 
 class PrefixTuning(PromptMethod[PrefixTuningConfig]):
-    """Prefix tuning."""
+    """Makes prefixes: trained keys and values of every layer."""
 
     fills_cache = True
 

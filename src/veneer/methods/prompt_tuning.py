@@ -20,7 +20,7 @@ from veneer.methods.base.prompt_method import EmbeddingTable, PromptEncoder, Pro
 
 
 class PromptTuning(PromptMethod[PromptTuningConfig]):
-    """Prompt tuning."""
+    """Makes prompts that are trained embeddings."""
 
     def new(self, config: PromptTuningConfig, words: nn.Module, generator: torch.Generator | None) -> PromptEncoder:
         return EmbeddingTable(start(config, self.size(config), words, generator).requires_grad_())
@@ -33,7 +33,7 @@ METHOD = PromptTuning()
 def start(
     config: PromptTuningConfig, size: tuple[int, int], words: nn.Module, generator: torch.Generator | None
 ) -> Tensor:
-    """The embeddings that a new prompt starts from, shape ``size``, float32 (section 2.1)."""
+    """Return the embeddings that a new prompt starts from, shape ``size``, float32 (section 2.1)."""
     tokens, _ = size
     if config.prompt_tuning_init == "TEXT":
         index = torch.tensor(_text(config, tokens))
@@ -52,7 +52,7 @@ def _weight(words: nn.Module) -> Tensor:
 
 
 def _text(config: PromptTuningConfig, tokens: int) -> list[int]:
-    """The first ``tokens`` token ids of the config's text, which is repeated as often as that takes."""
+    """Return the first ``tokens`` token ids of the config's text, repeated as often as that takes."""
     from transformers import AutoTokenizer
 
     options = {**(config.tokenizer_kwargs or {}), "trust_remote_code": False}

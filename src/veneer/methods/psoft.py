@@ -31,7 +31,7 @@ A, B = "psoft_A", "psoft_B"
 
 
 class Psoft(Method[PsoftConfig, PsoftConfig], DerivesTensors):
-    """PSOFT on layers with a matrix."""
+    """Adapts linear layers."""
 
     kinds = (LinearSite,)
     leaves = (Leaf(TURN), Leaf(AFTER), Leaf(BEFORE))
@@ -87,7 +87,7 @@ def _directions(config: PsoftConfig, weight: Tensor) -> dict[str, Tensor]:
 
 
 def _orthogonal(settings: PsoftConfig, skew: Tensor) -> Tensor:
-    """The Cayley transform of ``skew``, or its series."""
+    """Return the Cayley transform of ``skew``, or its series."""
     if not settings.use_cayley_neumann:
         return cayley(-skew)
     if settings.cayley_neumann_eps is not None:

@@ -36,7 +36,7 @@ SHARED_B = "pvera_B"
 
 @dataclass(frozen=True)
 class PveraSettings:
-    """A config's meaning for one layer; its draws come from a generator of its own where the config has a seed."""
+    """Holds a config for one layer, and the generator of its draws where the config has a seed."""
 
     config: PveraConfig
     generator: torch.Generator | None
@@ -44,7 +44,7 @@ class PveraSettings:
 
 @dataclass(frozen=True)
 class DrawSpread:
-    """What one draw adds to the mean.
+    """Adds what one draw adds to the mean.
 
     Attributes:
         up: ``diag(b) B``, shape ``(out, r)``.
@@ -73,7 +73,7 @@ class DrawSpread:
 
 
 class Pvera(Method[PveraConfig, PveraSettings], SharesProjection, RefusesMerge):
-    """PVeRA on layers with a matrix."""
+    """Adapts linear layers."""
 
     kinds = (LinearSite,)
     leaves = (Leaf(B), Leaf(D))

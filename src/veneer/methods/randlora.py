@@ -33,7 +33,7 @@ SHARED_B = "randlora_B"
 
 
 class RandLora(Method[RandLoraConfig, RandLoraConfig], SharesProjection):
-    """RandLoRA on layers with a matrix."""
+    """Adapts linear layers."""
 
     kinds = (LinearSite,)
     # peft writes the shared tensors once more for every layer.
@@ -91,13 +91,13 @@ METHOD = RandLora()
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Uniform with the deviation ``1 / sqrt(3 * fan_in)``, in the precision that peft draws in."""
+    """Return uniform values of the deviation ``1 / sqrt(3 * fan_in)``, in the precision that peft draws in."""
     bound = 1 / math.sqrt(math.prod(shape[1:]))
     return torch.empty(shape, dtype=torch.bfloat16).uniform_(-bound, bound, generator=generator)
 
 
 def _signs(shape: tuple[int, ...], few: float, generator: torch.Generator) -> Tensor:
-    """-1 and 1 with the probability ``1 / (2 * few)`` each, else 0 (Bingham and Mannila 2001)."""
+    """Return -1 and 1 with the probability ``1 / (2 * few)`` each, else 0 (Bingham and Mannila 2001)."""
     drawn = torch.rand(shape, generator=generator)
     share = 1 / (2 * few)
     return (drawn > 1 - share).float() - (drawn < share).float()

@@ -29,14 +29,14 @@ ALPHA = "road_alpha"
 
 @dataclass(frozen=True)
 class RoadSettings:
-    """How many numbers each pair of outputs has in either tensor, and the size of a group."""
+    """Holds the count of numbers that each pair of outputs has in either tensor, and the size of a group."""
 
     numbers: int
     group: int
 
 
 class Road(Method[RoadConfig, RoadSettings]):
-    """RoAd on linear layers."""
+    """Adapts linear layers."""
 
     leaves = (Leaf(THETA), Leaf(ALPHA))
     kinds = (LinearSite,)
@@ -69,7 +69,7 @@ class Road(Method[RoadConfig, RoadSettings]):
         return Patch(outer=BlockDiagonal(torch.diag_embed(own) + other.unsqueeze(-1) * partner), outer_on_bias=True)
 
     def _by_row(self, settings: RoadSettings, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The values for an output itself and for its partner, each ``(groups, group)``."""
+        """Return the values for an output itself and for its partner, each ``(groups, group)``."""
         group = settings.group
         if settings.numbers == 4:
             own, other = values.view(-1, 2, group).unbind(1)

@@ -64,7 +64,7 @@ _SIZES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ShadowRoute:
-    """The route of one block. Its input is ``h - s``, ``(rows, length, hidden)``, and it adds to the block's own."""
+    """Adds to one block's input, from ``h - s``, ``(rows, length, hidden)``."""
 
     config: ShadowConfig
     tensors: Mapping[str, Tensor]
@@ -81,7 +81,7 @@ class ShadowRoute:
         return self.config.shadow_alpha * F.linear(F.linear(x, down), up)
 
     def moved_on(self, state: Tensor, h: Tensor) -> Tensor:
-        """The state after the block, whose output is ``h``."""
+        """Return the state after the block, whose output is ``h``."""
         h = h.float()
         gate = self._network(GATE, h).sigmoid()
         return (1 - gate) * state.float() + gate * self._network(TRANSFORM, h)
@@ -93,7 +93,7 @@ class ShadowRoute:
 
 
 class Shadow(RoutedMethod[ShadowConfig, ShadowConfig], SharesTensors, ChoosesLayers, CompletesConfig):
-    """SHADOW on the blocks of a decoder."""
+    """Adapts the blocks of a decoder."""
 
     leaves = tuple(Leaf(name, memory_name=name.replace(_NAMED, ".")) for name in (DOWN, UP, *_UPDATES))
     kinds = (BlockSite,)
@@ -180,7 +180,7 @@ METHOD = Shadow()
 
 
 def small_decoder(config: ShadowConfig, stack: nn.Module) -> nn.Module:
-    """The small decoder, of the class of the base's or of a model of its own, with new values.
+    """Return the small decoder, of the class of the base's or of a model of its own, with new values.
 
     Raises:
         SourceError: there is no such model.
@@ -207,7 +207,7 @@ def small_decoder(config: ShadowConfig, stack: nn.Module) -> nn.Module:
 
 
 def _fit_lists(sizes: Any, count: int) -> None:
-    """Let what a config says of each block be as long as there are blocks."""
+    """Cut or lengthen what a config says of each block to the number of blocks."""
     kinds = list(getattr(sizes, "layer_types", None) or ())
     if kinds:
         sizes.layer_types = (kinds + kinds[-1:] * count)[:count]
@@ -216,13 +216,13 @@ def _fit_lists(sizes: Any, count: int) -> None:
 
 
 def shares(config: ShadowConfig, stack: nn.Module) -> bool:
-    """Whether the small decoder reads the base's embeddings."""
+    """Tell whether the small decoder reads the base's embeddings."""
     as_wide = config.shadow_hidden_size in (None, stack.config.hidden_size)  # type: ignore[union-attr]
     return config.share_embeddings and config.shadow_model == MIRROR and as_wide
 
 
 def stored(tensors: Mapping[str, Tensor], config: ShadowConfig, stack: nn.Module) -> dict[str, Tensor]:
-    """The small decoder's tensors, given by their names in it, by their shared leaf."""
+    """Return the small decoder's tensors, given by their names in it, by the names of their shared leaves."""
     # Where it reads the base's embeddings, peft leaves out its own of this name, and saves unused ones of any other.
     unused = "embed_tokens." if shares(config, stack) else None
     return {
@@ -233,31 +233,31 @@ def stored(tensors: Mapping[str, Tensor], config: ShadowConfig, stack: nn.Module
 
 
 def own_tensors(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    """The tensors of :data:`BACKBONE` or :data:`HEAD` among the shared ones, by their names in that module."""
+    """Return the tensors of :data:`BACKBONE` or :data:`HEAD` among the shared ones, by their names in that module."""
     start = f"{part}{_NAMED}"
     return {leaf.removeprefix(start): tensor for leaf, tensor in tensors.items() if leaf.startswith(start)}
 
 
 def projected(states: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The small decoder's last states in the base's width, ``(rows, length, hidden)``."""
+    """Return the small decoder's last states in the base's width, ``(rows, length, hidden)``."""
     weight = tensors.get(_WIDENING)
     return states if weight is None else F.linear(states.to(weight.dtype), weight)
 
 
 def classifier(catalog: Catalog) -> nn.Module | None:
-    """The base's own classifier, if it has one."""
+    """Return the base's own classifier, if it has one."""
     return next((catalog.modules[name] for name in HEADS[TaskType.SEQ_CLS] if name in catalog.modules), None)
 
 
 def _head_start(config: ShadowConfig, site: BlockSite) -> dict[str, Tensor]:
-    """The second classifier as it starts: as the base's own, for sequence classification; empty for other tasks."""
+    """Return the second classifier as it starts: the base's own, for sequence classification; else nothing."""
     if site.head is None or config.task_type != TaskType.SEQ_CLS:
         return {}
     return {f"{HEAD}{_NAMED}{leaf}": tensor for leaf, tensor in site.head.state_dict().items()}
 
 
 def _start(config: ShadowConfig, stack: nn.Module) -> tuple[Mapping[str, Tensor], Tensor | None]:
-    """The small decoder's tensors as it starts, and its projection where one comes with it."""
+    """Return the small decoder's tensors as it starts, and its projection where one comes with it."""
     if config.shadow_model != MIRROR:
         return shadow_source(config.shadow_model).values()
     return small_decoder(config, stack).state_dict(), None
@@ -273,7 +273,7 @@ def _check_widening(weight: Tensor, shape: tuple[int, ...], config: ShadowConfig
 
 
 def _blocks(catalog: Catalog) -> dict[str, BlockSite]:
-    """The decoder's blocks by their names."""
+    """Return the decoder's blocks by their names."""
     decoder = find_decoder_blocks(catalog.model)
     if decoder is None:
         raise UnsupportedError(

@@ -27,7 +27,7 @@ PLACES = "shira_indices"
 
 
 class Shira(Method[ShiraConfig, int]):
-    """SHiRA on linear layers; its settings are how many numbers a layer has."""
+    """Adapts linear layers; its settings are the count of a layer's trained numbers."""
 
     leaves = (Leaf(VALUES), Leaf(PLACES, trained=False, integer=True))
     kinds = (LinearSite,)

@@ -29,7 +29,7 @@ A, B = "supertuning_lora_A.weight", "supertuning_lora_B.weight"
 
 
 class Supertuning(Method[SupertuningConfig, SupertuningConfig], DerivesTensors):
-    """Super-Tuning and Supra on layers with a matrix."""
+    """Adapts linear layers, by Supra too."""
 
     kinds = (LinearSite,)
     leaves = (Leaf(VALUES), Leaf(INDICES, trained=False, integer=True), Leaf(A), Leaf(B))

@@ -32,7 +32,7 @@ V = "tinylora_v"
 
 
 class TinyLora(Method[TinyLoraConfig, TinyLoraConfig], SharesTensors, DerivesTensors):
-    """TinyLoRA on layers with a matrix and on embeddings."""
+    """Adapts linear layers and embeddings."""
 
     kinds = (LinearSite, EmbeddingSite)
     leaves = (Leaf(A, trained=False), Leaf(B, trained=False), Leaf(P, trained=False))
@@ -92,13 +92,13 @@ def _rank(config: TinyLoraConfig, site: Site) -> int:
 
 
 def _groups(config: TinyLoraConfig, count: int) -> list[int]:
-    """The group of each of ``count`` layers."""
+    """Return the group of each of ``count`` layers."""
     groups = max(1, round(count * (1 - config.weight_tying)))
     size = max(1, count // groups)
     return [min(index // size, groups - 1) for index in range(count)]
 
 
 def _projection(config: TinyLoraConfig, r: int, index: int) -> Tensor:
-    """``P`` of a layer, drawn as peft draws it: normal, of deviation ``1 / sqrt(r)``."""
+    """Return ``P`` of a layer, drawn as peft draws it: normal, of deviation ``1 / sqrt(r)``."""
     seeded = torch.Generator().manual_seed(config.projection_seed + index)
     return torch.normal(0.0, 1 / math.sqrt(r), (config.u, r, r), generator=seeded)

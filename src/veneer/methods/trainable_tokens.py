@@ -30,7 +30,7 @@ VALUES = "trainable_tokens_delta"
 
 
 class TrainableTokens(TokenRows[TrainableTokensConfig], ChoosesLayers, CompletesConfig):
-    """Trainable tokens on embeddings and output layers."""
+    """Adapts embeddings and output layers."""
 
     leaves = (Leaf(VALUES),)
     kinds = (EmbeddingSite, LinearSite)

@@ -29,7 +29,7 @@ THETA = "unilora_theta_d"
 
 
 class UniLora(Method[UniLoraConfig, UniLoraConfig], SharesTensors, DerivesTensors):
-    """Uni-LoRA on layers with a matrix."""
+    """Adapts linear layers."""
 
     kinds = (LinearSite,)
     leaves = (
@@ -93,7 +93,7 @@ def _shapes(config: UniLoraConfig, site: Site) -> tuple[tuple[int, int], tuple[i
 
 
 def _dealt(count: int, numbers: int, seed: int) -> Tensor:
-    """``count`` entries, each with one of ``numbers``, evenly, drawn as peft draws them; int64."""
+    """Return ``count`` entries, int64, each one of ``numbers``, evenly dealt, drawn as peft draws them."""
     generator = np.random.default_rng(seed)
     rest = count % numbers
     dealt = np.repeat(np.arange(numbers), count // numbers)

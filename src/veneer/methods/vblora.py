@@ -31,7 +31,7 @@ BANK = "vblora_vector_bank"
 
 
 class VBLora(Method[VBLoRAConfig, VBLoRAConfig], SharesTensors, ChangesWhenSaved):
-    """VB-LoRA on layers with a matrix."""
+    """Adapts linear layers."""
 
     kinds = (LinearSite,)
     leaves = tuple(
@@ -98,7 +98,7 @@ METHOD = VBLora()
 
 
 def _mixed(settings: VBLoRAConfig, tensors: Mapping[str, Tensor], leaf: str) -> Tensor:
-    """The pieces: two dimensions of them, then a vector's entries."""
+    """Return the pieces: two dimensions of them, then a vector's entries."""
     if leaf in tensors:
         best, choice = tensors[leaf].topk(settings.topk)
         shares = best.softmax(-1)
@@ -109,6 +109,6 @@ def _mixed(settings: VBLoRAConfig, tensors: Mapping[str, Tensor], leaf: str) -> 
 
 
 def _index_dtype(count: int) -> torch.dtype:
-    """The smallest dtype for an index below ``count``, as peft chooses it."""
+    """Return the smallest dtype for an index below ``count``, as peft chooses it."""
     kinds = ((2**8, torch.uint8), (2**15, torch.int16), (2**31, torch.int32))
     return next((dtype for limit, dtype in kinds if count < limit), torch.int64)

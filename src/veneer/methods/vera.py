@@ -28,7 +28,7 @@ SHARED_B = "vera_B"
 
 
 class Vera(Method[VeraConfig, VeraConfig], SharesProjection):
-    """VeRA on layers with a matrix."""
+    """Adapts linear layers."""
 
     leaves = (Leaf(B), Leaf(D))
     kinds = (LinearSite,)

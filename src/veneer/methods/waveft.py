@@ -29,10 +29,10 @@ SPECTRUM = "waveft_spectrum"
 
 
 class WaveFT(SparseSpectrum[WaveFTConfig], ChoosesLayers):
-    """WaveFT on linear layers.
+    """Adapts linear layers.
 
     Args:
-        counts: layer's name -> how many coefficients it has, where that depends on the other layers.
+        counts: layer's name -> the number of its coefficients, where that depends on the other layers.
     """
 
     name, std = SPECTRUM, 0.01
@@ -69,7 +69,7 @@ class WaveFT(SparseSpectrum[WaveFTConfig], ChoosesLayers):
         return Patch(dense=between(spectrum, border, settings.family))
 
     def _border(self, family: str, rows: int, columns: int) -> tuple[int, int, int, int]:
-        """How many zeros lie left, right, above and below the coefficients: even sizes, as much as the filter takes."""
+        """Return the widths of the zero border, left, right, above, below: even sums, as much as the filter takes."""
         taken = len(low_pass(family)) - 2
         wide, high = taken + columns % 2, taken + rows % 2
         return wide // 2, wide - wide // 2, high // 2, high - high // 2

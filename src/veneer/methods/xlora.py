@@ -41,7 +41,7 @@ CLASSIFIER = "internal_xlora_classifier"
 
 @dataclass(frozen=True)
 class XLoraSettings:
-    """A config, and which of the adapted layers one is."""
+    """Holds a config, and a layer's place among those that are adapted."""
 
     config: XLoraConfig
     layer: int
@@ -49,7 +49,7 @@ class XLoraSettings:
 
 @dataclass(frozen=True)
 class XLoraRoute:
-    """The route of one layer.
+    """Adds to one layer's output what its LoRAs add, weighed at each token.
 
     Attributes:
         site: the layer.
@@ -86,7 +86,7 @@ class XLoraRoute:
 
 
 def _chosen(config: XLoraConfig, scalings: Tensor) -> Tensor:
-    """The weights of all LoRAs, ``(rows, length, experts)``, with those that a token does not use at zero."""
+    """Return the weights of all LoRAs, ``(rows, length, experts)``, zero for those that a token does not use."""
     if config.top_k_lora is not None:
         best = scalings.topk(min(config.top_k_lora, scalings.shape[-1]), -1).indices
         scalings = scalings * torch.zeros_like(scalings).scatter(-1, best, 1.0)
@@ -97,7 +97,7 @@ def _chosen(config: XLoraConfig, scalings: Tensor) -> Tensor:
 
 
 class XLora(RoutedMethod[XLoraConfig, XLoraSettings], SharesTensors, ChoosesLayers, CompletesConfig):
-    """X-LoRA on linear layers and embeddings."""
+    """Mixes LoRAs on linear layers and embeddings."""
 
     leaves = ()
     kinds = (LinearSite, EmbeddingSite)
@@ -157,13 +157,13 @@ METHOD = XLora()
 
 
 def linears(config: XLoraConfig) -> list[str]:
-    """The classifier's linear layers, as named on disk: between them are an activation, and dropout if it has any."""
+    """Return the names on disk of the classifier's linear layers: activations, and dropout if any, lie between."""
     step = 3 if config.xlora_dropout_p > 0 else 2
     return [f"{CLASSIFIER}.layers.{step * place}" for place in range(config.xlora_depth)]
 
 
 def predict(config: XLoraConfig, tensors: Mapping[str, Tensor], hidden: Tensor, training: bool) -> Tensor:
-    """The weight of each LoRA at each token, ``(rows, length, layers, experts)``.
+    """Return the weight of each LoRA at each token, ``(rows, length, layers, experts)``.
 
     Args:
         config: of the adapter.

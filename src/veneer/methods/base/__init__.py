@@ -1,1 +1,1 @@
-"""What every method is made of: the abstract classes, and the parts that come along with an adapter."""
+"""The abstract classes of methods, and the methods that come along with any adapter."""

@@ -1,4 +1,4 @@
-"""What some methods can do beyond the six members of every method: a class for each ability.
+"""The abilities that some methods have beyond the six members of every method, a class each.
 
 A method that has one inherits from its class; whoever needs it asks with ``isinstance``.
 """

@@ -1,4 +1,4 @@
-"""What a method is: how its tensors are named, made, and lowered to a patch."""
+"""The abstract class of methods: a method names its tensors, makes them, and lowers them to a patch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SettingsT = TypeVar("SettingsT")
 
 
 class BaseLayer(Protocol):
-    """One base layer as it was before any adapter: live, or on disk."""
+    """Gives one base layer as it was before any adapter: live, or on disk."""
 
     @property
     def site(self) -> Site:
@@ -46,10 +46,10 @@ class BaseLayer(Protocol):
 
 @dataclass
 class MethodOnSites:
-    """One method and the layers that a config gives to it.
+    """Pairs a method with the layers that a config gives to it.
 
     Attributes:
-        method: the method.
+        method: lowers the tensors.
         sites: the layers, in the model's order.
         twins: id of a site -> others that use the same tensors, such as a tied output layer.
         optional: whether a checkpoint may leave the layers out.
@@ -70,7 +70,7 @@ class MethodOnSites:
 
 @dataclass(frozen=True)
 class NewLayer(Generic[ConfigT, SettingsT]):
-    """A layer that a new adapter gets tensors for.
+    """Describes a layer that a new adapter gets tensors for, and draws their first values.
 
     Attributes:
         config: the adapter's.
@@ -106,7 +106,7 @@ class NewLayer(Generic[ConfigT, SettingsT]):
 
 
 class Method(ABC, Generic[ConfigT, SettingsT]):
-    """One PEFT method. Stateless: its tensors live in the layers, its options in the config.
+    """Lowers the tensors of an adapter to patches. Stateless: tensors live in the layers, options in the config.
 
     Attributes:
         leaves: the tensors that an adapted layer may have.
@@ -139,25 +139,25 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
 
     @abstractmethod
     def settings(self, config: ConfigT, site: Site) -> SettingsT:
-        """What ``config`` means for a layer, its patterns resolved; worked out once a layer."""
+        """Return what ``config`` says for a layer, its patterns resolved; asked once a layer."""
 
     @abstractmethod
     def shapes(self, settings: SettingsT, site: Site) -> Mapping[str, tuple[int, ...]]:
-        """Leaf -> the shape it must have on a layer."""
+        """Return the name of each tensor that a layer has, and the shape that it must have."""
 
     @abstractmethod
     def init(self, new: NewLayer[ConfigT, SettingsT]) -> dict[str, Tensor]:
-        """Leaf -> the float32 tensor that a new adapter starts from."""
+        """Return the tensors, by name and in float32, that a new adapter starts from on a layer."""
 
     @abstractmethod
     def lower(self, settings: SettingsT, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
-        """What the tensors mean for the layer. Pure and differentiable."""
+        """Return what the tensors mean for the layer. Pure and differentiable."""
 
 
 AnyMethod = Method[Any, Any]
 
 
 def leaves_of(parts: Iterable[MethodOnSites]) -> dict[str, MethodOnSites]:
-    """Leaf -> the part whose it is, the longest leaf first."""
+    """Return the part that each name of a leaf belongs to, the longest name first."""
     found = {leaf: part for part in parts for leaf in part.method.disk_names}
     return dict(sorted(found.items(), key=lambda item: -len(item[0])))

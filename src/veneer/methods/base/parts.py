@@ -1,4 +1,4 @@
-"""What comes along with an adapter in a checkpoint, whatever its method: biases, and embeddings saved whole."""
+"""The companions of an adapter in a checkpoint, whatever its method: biases, and embeddings saved whole."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from veneer.methods.base.trained_bias import ADAPTED_BIAS, OTHER_BIAS
 
 
 def parts_of(method: AnyMethod | AnyPrompt, config: Any, catalog: Catalog) -> list[MethodOnSites]:
-    """A method's parts for a config and those of their companions, in the order in which they apply.
+    """Return a method's parts for a config and those of their companions, in the order in which they apply.
 
     Args:
         method: the method, or a prompt's, which has no parts.
@@ -32,7 +32,7 @@ def parts_of(method: AnyMethod | AnyPrompt, config: Any, catalog: Catalog) -> li
 
 
 def _own_parts(method: AnyMethod | AnyPrompt, config: Any, catalog: Catalog) -> list[MethodOnSites]:
-    """The parts of a method without their companions; a prompt has none."""
+    """Return the parts of a method without their companions; a prompt has none."""
     if isinstance(method, ChoosesLayers):
         return method.parts(config, catalog)
     if isinstance(method, Method):
@@ -41,7 +41,7 @@ def _own_parts(method: AnyMethod | AnyPrompt, config: Any, catalog: Catalog) -> 
 
 
 def _with_companions(own: MethodOnSites, config: TargetedConfig, catalog: Catalog) -> list[MethodOnSites]:
-    """``own`` and the parts of its companions, in the order in which they apply.
+    """Return ``own`` and the parts of its companions, in the order in which they apply.
 
     Raises:
         ConfigError: ``bias`` is neither ``"none"``, ``"all"`` nor ``"<method>_only"``.

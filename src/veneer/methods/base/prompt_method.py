@@ -1,4 +1,4 @@
-"""What a prompt method is: virtual tokens before the input, or their keys and values in the cache.
+"""The abstract class of prompts: virtual tokens before the input, or their keys and values in the cache.
 
 It changes no weight, so it has no patch and no merged form. The runtime that puts the tokens there is ``prompts.py``.
 """
@@ -40,7 +40,7 @@ class PromptEncoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, tasks: Tensor | None) -> Tensor:
-        """The virtual tokens, shape ``(tokens, width)``.
+        """Return the virtual tokens, shape ``(tokens, width)``.
 
         Args:
             tasks: the task of each row, shape ``(rows,)``; where a method has tasks, the shape is
@@ -48,17 +48,17 @@ class PromptEncoder(nn.Module, ABC):
         """
 
     def tensors(self) -> dict[str, Tensor]:
-        """Checkpoint key -> what is saved."""
+        """Return the tensors that are saved, by their checkpoint keys."""
         with torch.no_grad():
             return {PROMPT: self(None)}
 
     def trained(self) -> list[nn.Parameter]:
-        """The parameters that are trained."""
+        """Return the parameters that are trained."""
         return [parameter for name, parameter in self.named_parameters() if name not in self.frozen]
 
 
 class EmbeddingTable(PromptEncoder):
-    """A prompt that is a table of its virtual tokens; the parameter is named ``embedding.weight``, as in peft."""
+    """Holds a table of the virtual tokens themselves; the parameter is named ``embedding.weight``, as in peft."""
 
     def __init__(self, values: Tensor) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class EmbeddingTable(PromptEncoder):
 
 
 def fresh(make: Callable[[], PromptEncoder], generator: torch.Generator | None) -> PromptEncoder:
-    """A new prompt whose modules start as torch starts them, at random from ``generator``."""
+    """Return a new prompt whose modules start as torch starts them, at random from ``generator``."""
     if generator is None:
         return make()
     with torch.random.fork_rng(devices=[]):
@@ -82,7 +82,7 @@ def fresh(make: Callable[[], PromptEncoder], generator: torch.Generator | None) 
 
 
 class PromptMethod(StoresShared, Generic[ConfigT]):
-    """One prompt method. Stateless, as a :class:`~veneer.methods.base.method.Method` is.
+    """Makes prompts. Stateless, as a :class:`~veneer.methods.base.method.Method` is.
 
     Attributes:
         fills_cache: whether its tokens are keys and values in the cache; else they are embeddings before the input's.
@@ -95,11 +95,11 @@ class PromptMethod(StoresShared, Generic[ConfigT]):
     prefix: ClassVar[str] = SHARED_PREFIX
 
     def shared_shapes(self, config: ConfigT, sites: Sequence[Site]) -> Mapping[str, tuple[int, ...]]:
-        """Checkpoint key -> the shape it must have; ``config`` is completed with the model's sizes."""
+        """Return each checkpoint key and the shape that it must have; ``config`` has the model's sizes."""
         return {PROMPT: self.size(config)}
 
     def size(self, config: ConfigT) -> tuple[int, int]:
-        """The number of virtual tokens in a checkpoint, and the width of each."""
+        """Return the number of virtual tokens in a checkpoint, and the width of each."""
         tokens, width = config.num_virtual_tokens or 0, config.token_dim or 0
         if self.fills_cache:
             return tokens, 2 * width * (config.num_layers or 0)
@@ -107,7 +107,7 @@ class PromptMethod(StoresShared, Generic[ConfigT]):
 
     @abstractmethod
     def new(self, config: ConfigT, words: nn.Module, generator: torch.Generator | None) -> PromptEncoder:
-        """A new prompt in float32.
+        """Return a new prompt in float32.
 
         Args:
             config: completed with the model's sizes.
@@ -116,7 +116,7 @@ class PromptMethod(StoresShared, Generic[ConfigT]):
         """
 
     def counted(self, config: ConfigT, labels: Tensor, types: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """Labels of all tokens, virtual ones included, and the weight of each; ``None`` leaves the loss to the model.
+        """Return the labels of all tokens, virtual ones too, and their weights; ``None`` leaves the loss to the model.
 
         Args:
             config: the config.
@@ -126,7 +126,7 @@ class PromptMethod(StoresShared, Generic[ConfigT]):
         return None
 
     def restored(self, config: ConfigT, tensors: Mapping[str, nn.Parameter]) -> PromptEncoder:
-        """The prompt of a checkpoint's tensors, used as they are."""
+        """Return the prompt of a checkpoint's tensors, used as they are."""
         return EmbeddingTable(tensors[PROMPT])
 
 

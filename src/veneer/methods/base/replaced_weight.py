@@ -24,14 +24,14 @@ WEIGHT = "base_layer.weight"
 
 @dataclass(frozen=True)
 class SavedWeightSettings:
-    """Whether a token is a row of the canonical weight, and whether the base's own weight differs."""
+    """Tells whether a token is a row of the canonical weight, and whether the base's own weight differs."""
 
     rows: bool
     differs: bool = True
 
 
 class SavedWeight(Method[TargetedConfig, SavedWeightSettings], AdaptsTwins, SettledByCheckpoint):
-    """A whole weight, shape ``(vocabulary, dim)``, in the place of the base's."""
+    """Puts a whole weight, shape ``(vocabulary, dim)``, in the place of the base's."""
 
     leaves = (Leaf(WEIGHT, trained=False, memory_name="saved_weight"),)
     twins_repeat = False
@@ -67,13 +67,13 @@ class SavedWeight(Method[TargetedConfig, SavedWeightSettings], AdaptsTwins, Sett
 
 
 class TokenBase(SavedWeight):
-    """The same where tokens of it are trained beside a LoRA."""
+    """Puts a whole weight in the place of the base's where some of its tokens are trained beside a LoRA."""
 
     leaves = (Leaf(f"token_adapter.{WEIGHT}", trained=False, memory_name="saved_token_weight"),)
 
 
 class SavedBias(Bias):
-    """The bias of such a layer in the place of the base's; it is not trained."""
+    """Puts the bias of such a layer in the place of the base's; it is not trained."""
 
 
 SAVED_WEIGHT = SavedWeight()

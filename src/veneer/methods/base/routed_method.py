@@ -16,7 +16,7 @@ SettingsT = TypeVar("SettingsT")
 
 
 class RoutedMethod(Method[ConfigT, SettingsT], RefusesMerge):
-    """A method, on linear layers if it says nothing else, whose :meth:`lower` gives a patch with a route."""
+    """Lowers to a patch with a route; adapts linear layers if it says nothing else."""
 
     kinds: ClassVar[tuple[type[Site], ...]] = (LinearSite,)
 

@@ -18,7 +18,7 @@ from veneer.patches.patch import Patch
 
 
 class Bias(Method[TargetedConfig, None]):
-    """The bias of one layer.
+    """Puts a trained bias in the place of a layer's own.
 
     Args:
         leaf: the one tensor.
@@ -44,7 +44,7 @@ class Bias(Method[TargetedConfig, None]):
 
 
 def base_bias(base: BaseLayer) -> Tensor:
-    """The bias of the base that such a tensor takes the place of."""
+    """Return the bias of the base that a trained one takes the place of."""
     if isinstance(base.site, VectorSite):
         return base.base_weight().squeeze(1)
     assert base.base_bias is not None

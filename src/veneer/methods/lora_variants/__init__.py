@@ -31,7 +31,7 @@ _MAKE: dict[str, Callable[[Any, Site, int], Variant | None]] = {
 
 
 def variant_of(config: LoraConfig, site: Site, r: int) -> Variant | None:
-    """The variant that ``config`` means for a layer, if any.
+    """Return the variant that ``config`` asks for on a layer, if any.
 
     Raises:
         UnsupportedError: it is not defined on this kind of layer, or not with the config's start.

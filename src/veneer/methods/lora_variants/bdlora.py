@@ -23,7 +23,7 @@ from veneer.patches.patch import Patch
 
 @dataclass(frozen=True)
 class BdLora(Variant):
-    """``leaf`` is the factor with blocks."""
+    """Makes one factor, ``leaf``, block-diagonal."""
 
     leaf: str
     blocks: int
@@ -41,7 +41,7 @@ class BdLora(Variant):
 
 
 def block_diagonal(options: BdLoraConfig, site: Site, r: int) -> BdLora | None:
-    """The variant on a layer; ``None`` on one that ``options`` leaves a plain LoRA."""
+    """Return the variant on a layer; ``None`` on one that ``options`` leaves a plain LoRA."""
     own = site.name.rpartition(".")[2]
     found = [
         leaf

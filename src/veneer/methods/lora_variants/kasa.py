@@ -33,7 +33,7 @@ GIVEN_UP = "lora_given_up"
 
 @dataclass(frozen=True)
 class Kasa(Variant):
-    """KaSA of one rank."""
+    """Scales each rank, and takes the weight's smallest directions away."""
 
     r: int
     beta: float
@@ -42,7 +42,7 @@ class Kasa(Variant):
 
     @classmethod
     def on(cls, site: Site, r: int, options: KasaConfig) -> Kasa:
-        """The variant on a layer, which must have more directions than it loses."""
+        """Return the variant on a layer, which must have more directions than it loses."""
         if r >= min(site.shape):
             raise unsupported(site, f"kasa_config with rank {r}, which leaves nothing of its shape {site.shape},")
         return cls(r, options.beta, options.gamma)
@@ -72,6 +72,6 @@ class Kasa(Variant):
 
 
 def _gap(rows: Tensor) -> Tensor:
-    """How far ``rows`` are from orthonormal."""
+    """Return the distance of ``rows`` from orthonormal ones."""
     gap: Tensor = torch.linalg.norm(rows @ rows.T - torch.eye(len(rows), device=rows.device))
     return gap

@@ -38,7 +38,7 @@ FLOOR = 1e-3
 
 @dataclass(frozen=True)
 class MonteClora(Variant):
-    """MonteCLoRA of one rank."""
+    """Adds noise of a learned size to A in training."""
 
     r: int
     options: MontecloraConfig
@@ -76,12 +76,12 @@ class MonteClora(Variant):
         return replace(patch, down=patch.down + noise.to(patch.down.dtype))
 
     def _variances(self, spread: Tensor) -> Tensor:
-        """The diagonal of a Wishart draw of r degrees of freedom: independent chi-squares. Shape ``(r,)``."""
+        """Return the diagonal, ``(r,)``, of a Wishart draw of r degrees of freedom: independent chi-squares."""
         chi = torch.randn(self.r, self.r, device=spread.device).square().sum(1)
         return ((2 * spread).exp() * chi).clamp_min(FLOOR)
 
     def _weights(self, shares: Tensor) -> Tensor:
-        """The weights of the draws, shape ``(n,)``: a Dirichlet in Laplace's approximation on the softmax's scale."""
+        """Return the weights of the draws, ``(n,)``: a Dirichlet in Laplace's approximation on the softmax's scale."""
         inverse, count = (-shares).exp(), self.options.num_samples
         variance = inverse * (1 - 2 / count) + inverse.sum() / count**2
         return (shares - shares.mean() + variance.clamp_min(1e-6).sqrt() * torch.randn_like(shares)).softmax(0)
@@ -100,5 +100,5 @@ class MonteClora(Variant):
 
 
 def _far_from_one(variances: Tensor) -> Tensor:
-    """Twice the divergence of a normal with such variances from the standard one."""
+    """Return twice the divergence of a normal with such variances from the standard one."""
     return (variances - variances.log() - 1).sum()

@@ -1,4 +1,4 @@
-"""What a variant of LoRA adds to it."""
+"""The abstract class of LoRA's variants."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LORA_A, LORA_B = Site.low_rank_names
 
 
 class Variant:
-    """One variant on one layer, its options resolved. By default it is the plain LoRA.
+    """Changes a LoRA on one layer, its options resolved. By default it leaves the plain LoRA.
 
     Attributes:
         leaves: its tensors beside A and B.
@@ -29,21 +29,21 @@ class Variant:
     leaves: ClassVar[tuple[Leaf, ...]] = ()
 
     def shapes(self, plain: Mapping[str, tuple[int, ...]], site: Site) -> dict[str, tuple[int, ...]]:
-        """Leaf -> shape, from those of a plain LoRA on the layer."""
+        """Return the shapes of the tensors by name, from those of a plain LoRA on the layer."""
         return dict(plain)
 
     def init(self, base: BaseLayer, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """Its own tensors of a new adapter, float32."""
+        """Return its own tensors for a new adapter, float32."""
         return {}
 
     def recomputed(self, base: Callable[[], BaseLayer]) -> dict[str, Tensor]:
-        """Those that no checkpoint holds, for an adapter that was loaded."""
+        """Return those tensors of a loaded adapter that no checkpoint holds."""
         return {}
 
     def patch(self, plain: Patch, tensors: Mapping[str, Tensor]) -> Patch:
-        """What the tensors mean, from what A and B as stored would mean alone."""
+        """Return what the tensors mean, from what A and B as stored would mean alone."""
         raise NotImplementedError
 
     def penalty(self, layers: Sequence[Mapping[str, Tensor]]) -> Tensor | None:
-        """What training adds to the loss, for the tensors of all layers that have this variant."""
+        """Return what training adds to the loss, for the tensors of all layers that have this variant."""
         return None

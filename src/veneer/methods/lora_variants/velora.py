@@ -32,13 +32,13 @@ DIRECTION = "lora_velora_embed"
 
 @dataclass(frozen=True)
 class Velora(Variant):
-    """VeLoRA with its options."""
+    """Keeps less of the input for the backward pass."""
 
     options: VeloraConfig
     leaves = (Leaf(DIRECTION, trained=False),)
 
     def _size(self, inner: int) -> int:
-        """How many features a group has; the last may be filled up with zeros."""
+        """Return the number of features of a group; the last may be filled up with zeros."""
         return -(-inner // self.options.num_groups)
 
     def shapes(self, plain: Mapping[str, tuple[int, ...]], site: Site) -> dict[str, tuple[int, ...]]:
@@ -62,7 +62,7 @@ class Velora(Variant):
 
 @dataclass(frozen=True)
 class VeloraRoute:
-    """The low-rank product of one training step.
+    """Computes the low-rank product of one training step.
 
     Attributes:
         up: ``scale * B``, shape ``(out, r)``.
@@ -85,7 +85,7 @@ class VeloraRoute:
 
     @torch.no_grad()
     def _direction(self, x: Tensor) -> Tensor:
-        """``v`` for a batch, noted beside the adapter's tensors, which must not change under a later backward pass."""
+        """Return ``v`` for a batch, a copy: the adapter's own must be free to change before the backward pass."""
         every = self.options.init_type == "batch_average"
         if every or not bool(self.direction.any()):
             mean = _groups(x, self.options.num_groups).mean((0, 1), dtype=torch.float32)
@@ -100,13 +100,13 @@ class VeloraRoute:
 
 
 def _groups(x: Tensor, count: int) -> Tensor:
-    """``x``, shape ``(..., in)``, as ``(tokens, count, size)``."""
+    """Return ``x``, shape ``(..., in)``, as ``(tokens, count, size)``."""
     size = -(-x.shape[-1] // count)
     return F.pad(x, (0, count * size - x.shape[-1])).reshape(-1, count, size)
 
 
 class _Product(torch.autograd.Function):
-    """``x A^T``, with ``x`` restored from one number a group where A's gradient needs it."""
+    """Computes ``x A^T``, and restores ``x`` from one number a group where A's gradient needs it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, direction: Tensor, options: VeloraConfig) -> Tensor:

@@ -1,4 +1,4 @@
-"""Adapters of one layer that are mixed token by token: what Arrow and X-LoRA route over.
+"""Mixing adapters of one layer token by token, as Arrow and X-LoRA do.
 
     added = sum_i w_i(token) * scale_i * U_i V_i x
 
@@ -21,19 +21,19 @@ from veneer.patches.patch import Patch
 
 
 class LiveLayer(BaseLayer, Protocol):
-    """A live layer, to which other adapters are bound."""
+    """Gives a live layer, to which other adapters are bound."""
 
     def here(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of ``names`` that are bound to it."""
+        """Return those of ``names`` that are bound to it."""
         ...
 
     def patches(self, names: Sequence[str]) -> list[Patch]:
-        """What adapters that are bound to it mean for it."""
+        """Return the patches of adapters that are bound to it."""
         ...
 
 
 def weighted_sum(site: Site, experts: Sequence[Patch], weights: Tensor, x: Tensor, training: bool) -> Tensor:
-    """What experts add to a layer's output.
+    """Return what experts add to a layer's output.
 
     Args:
         site: the layer.
@@ -60,5 +60,5 @@ def _weighed(site: Site, patch: Patch, weight: Tensor, x: Tensor, training: bool
 
 
 def low_rank_patches(layer: LiveLayer, names: tuple[str, ...]) -> list[Patch]:
-    """The product of matrices that each expert, bound to a layer, adds there."""
+    """Return the low-rank patch of each expert that is bound to a layer."""
     return [patch for patch in layer.patches(names) if patch.low_rank]

@@ -1,4 +1,4 @@
-"""How AdaMSS's training chooses the groups that it goes on with (Zheng et al. 2025, NeurIPS, section 3; ``use_asa``).
+"""AdaMSS's choice of the groups that training goes on with (Zheng et al. 2025, NeurIPS, section 3; ``use_asa``).
 
 Every group of every layer is scored by how much the loss depends on it:
 
@@ -26,7 +26,7 @@ Group = tuple[Tensor, Tensor]
 
 @dataclass
 class GroupAllocation:
-    """What training has learned of the groups of one adapter.
+    """Holds what training has learned of the groups of one adapter.
 
     Attributes:
         sensitivity: ``I`` of each group's A and B since the last choice.
@@ -77,7 +77,7 @@ class GroupAllocation:
 
 
 def _wanted(config: AdamssConfig, total: int, step: int) -> int:
-    """How many groups of all layers together go on after a choice."""
+    """Return the number of groups, of all layers together, that go on after a choice."""
     final = config.asa_target_subspaces
     left = 1 - (step - config.init_warmup) / (config.final_warmup - config.init_warmup)
     return int(final + max(total - final, 0) * left**config.asa_schedule_exponent)

@@ -23,7 +23,7 @@ CHANGE = "lora_loftq_change"
 
 
 class LoftqBase(Method[LoraConfig, int], ChangesWhenSaved, Exclusive):
-    """``Q - W``, shape ``(out, in)``, beside a LoRA; its settings are the LoRA's rank."""
+    """Adds ``Q - W``, shape ``(out, in)``, beside a LoRA; its settings are the LoRA's rank."""
 
     leaves = (Leaf(CHANGE, trained=False, saved=False),)
 

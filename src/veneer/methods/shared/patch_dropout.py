@@ -1,4 +1,4 @@
-"""Dropout of other kinds than on a layer's input: what stands in a patch's place for one training step."""
+"""Dropout of parts of a patch: another patch stands in its place for one training step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where in a weight a sparse method's numbers lie, drawn from the config's seed."""
+"""The places in a weight of a sparse method's numbers, drawn from the config's seed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from veneer.errors import UnsupportedError
 
 
 def random_places(site: Site, count: int, seed: int | None) -> Tensor:
-    """The first ``count`` of a seeded permutation of a canonical weight's entries, shape ``(count,)``, int64.
+    """Return the first ``count`` of a seeded permutation of a canonical weight's entries, shape ``(count,)``, int64.
 
     Args:
         site: the layer.
@@ -33,6 +33,6 @@ def random_places(site: Site, count: int, seed: int | None) -> Tensor:
 
 
 def spread(values: Tensor, places: Tensor, rows: int, columns: int) -> Tensor:
-    """A matrix ``(rows, columns)`` of zeros with ``values`` at ``places``."""
+    """Return a matrix ``(rows, columns)`` of zeros with ``values`` at ``places``."""
     empty = values.new_zeros(rows * columns)
     return empty.index_put((places.to(values.device),), values).view(rows, columns)

@@ -27,17 +27,17 @@ class SharesProjection(SharesTensors):
 
 
 def largest(sites: Sequence[Site]) -> tuple[int, int]:
-    """The largest ``out`` and the largest ``in`` of all layers, which tensors for all of them must have room for."""
+    """Return the largest ``out`` and the largest ``in`` of all layers, for which shared tensors must have room."""
     return max(site.shape[0] for site in sites), max(site.shape[1] for site in sites)
 
 
 def seeded(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
-    """Random tensors, in the order of ``shapes``; the same everywhere, so that a checkpoint may leave them out."""
+    """Return random tensors, the same everywhere, so that a checkpoint may leave them out."""
     generator = torch.Generator().manual_seed(seed)
     return {leaf: _kaiming(shape, generator) for leaf, shape in shapes.items()}
 
 
 def _kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Uniform with the deviation ``sqrt(2 / fan_in)`` (He et al. 2015), drawn in the order that peft draws in."""
+    """Return uniform values of the deviation ``sqrt(2 / fan_in)`` (He et al. 2015), drawn as peft draws them."""
     bound = math.sqrt(6 / shape[1])
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)

@@ -1,4 +1,4 @@
-"""How AdaLoRA's training gives ranks to layers (Zhang et al. 2023, arXiv:2303.10512, section 3 and algorithm 1).
+"""AdaLoRA's allocation of ranks to layers in training (Zhang et al. 2023, arXiv:2303.10512, section 3, algorithm 1).
 
 Every rank i of every layer is scored by how much the loss depends on it:
 
@@ -25,7 +25,7 @@ Layers = Sequence[Mapping[str, Tensor]]
 
 @dataclass
 class RankAllocation:
-    """What training has learned of the ranks of one adapter.
+    """Holds what training has learned of the ranks of one adapter.
 
     Attributes:
         sensitivity: ``I`` of each tensor, in the order of the layers and of their leaves.
@@ -75,7 +75,7 @@ class RankAllocation:
 
 
 def _budget(config: AdaLoraConfig, layers: int, step: int) -> int:
-    """How many ranks all layers together have after a step."""
+    """Return the number of ranks that all layers together have after a step."""
     assert config.total_step is not None
     first, final = config.init_r * layers, config.target_r * layers
     left = 1 - (step - config.tinit) / (config.total_step - config.tfinal - config.tinit)

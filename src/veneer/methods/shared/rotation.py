@@ -10,7 +10,7 @@ from veneer.errors import UnsupportedError
 
 
 def cayley(skew: Tensor) -> Tensor:
-    """The rotations ``(1 - S) (1 + S)^-1`` of skew-symmetric ``S``, shape ``(..., n, n)``, computed in float32."""
+    """Return the rotations ``(1 - S) (1 + S)^-1`` of skew-symmetric ``S``, shape ``(..., n, n)``, in float32."""
     skew = skew.float()
     identity = torch.eye(skew.shape[-1], device=skew.device)
     turned: Tensor = torch.linalg.solve(identity + skew, identity - skew, left=False)
@@ -18,7 +18,7 @@ def cayley(skew: Tensor) -> Tensor:
 
 
 def neumann(skew: Tensor, terms: int) -> Tensor:
-    """The first ``terms`` of ``(1 + S) (1 - S)^-1 = 1 + 2 S + 2 S^2 + ...``; of four or more the last counts once.
+    """Return the first ``terms`` of ``(1 + S) (1 - S)^-1 = 1 + 2 S + 2 S^2 + ...``; of four or more the last once.
 
     With three terms and with four it is the same polynomial, as in peft: ``1 + 2 S + 2 S^2 + S^3``.
     """
@@ -35,7 +35,7 @@ def neumann(skew: Tensor, terms: int) -> Tensor:
 
 
 def skew_of(entries: Tensor, size: int) -> Tensor:
-    """Skew-symmetric matrices ``(n, size, size)`` from the entries above their diagonals, ``(n, size*(size-1)/2)``."""
+    """Return skew-symmetric ``(n, size, size)`` with ``entries``, ``(n, size*(size-1)/2)``, above the diagonals."""
     rows, columns = torch.triu_indices(size, size, 1, device=entries.device)
     upper = entries.new_zeros(len(entries), size, size).index_put(
         (torch.arange(len(entries), device=entries.device)[:, None], rows, columns), entries

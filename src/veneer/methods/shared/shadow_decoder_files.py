@@ -38,7 +38,7 @@ _AGAIN = "Copy or download it again."
 
 @dataclass(frozen=True)
 class ShadowSource:
-    """A decoder on disk.
+    """Reads a decoder from disk.
 
     Attributes:
         source: its files.
@@ -51,7 +51,7 @@ class ShadowSource:
     projected: bool
 
     def decoder(self) -> nn.Module:
-        """It in float32, with new values."""
+        """Return the decoder in float32, with new values."""
         import transformers
 
         auto: Any = transformers.AutoModel
@@ -60,7 +60,7 @@ class ShadowSource:
         return made
 
     def values(self) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Its tensors by their names, and its projection, shape ``(base's width, its own)``, if one comes with it.
+        """Return its tensors by name, and its projection, shape ``(base's width, its own)``, if one comes with it.
 
         Raises:
             SourceError: the weights are missing, damaged, of another model, or there only as a pickle.
@@ -103,7 +103,7 @@ class ShadowSource:
 
 
 def shadow_source(path: str) -> ShadowSource:
-    """The decoder at a local path, or at a hub id that is in the cache.
+    """Return the decoder at a local path, or at a hub id that is in the cache.
 
     Raises:
         SourceError: it is not there, or its config is damaged.
@@ -130,7 +130,7 @@ def shadow_source(path: str) -> ShadowSource:
 
 @lru_cache(maxsize=16)
 def embedding_leaves(path: str) -> frozenset[str]:
-    """The names of the embedding's parameters in the decoder at a path."""
+    """Return the names of the embedding's parameters in the decoder at a path."""
     with torch.device("meta"):
         decoder: Any = shadow_source(path).decoder()
     words = decoder.get_input_embeddings()
@@ -155,7 +155,7 @@ def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
 
 
 def _reading(path: str) -> AbstractContextManager[None]:
-    """Say whose the error is when transformers cannot read a decoder."""
+    """Name the decoder in the error when transformers cannot read it."""
     return transformers_errors_as(
         UnsupportedError,
         f"transformers cannot load shadow_model={path!r}",

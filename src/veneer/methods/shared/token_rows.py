@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """The tokens: ``index`` as in the config, ``ascending`` sorted, ``order`` what sorts it; each ``(n,)``.
+    """Holds the tokens: ``index`` as in the config, ``ascending`` sorted, ``order`` sorts it; each ``(n,)``.
 
     ``padding`` is the place among the sorted ones of the token that the embedding never trains.
     """
@@ -42,11 +42,11 @@ class TokenSettings:
 
 
 class TokenRows(Method[ConfigT, TokenSettings], AdaptsTwins):
-    """Rows of an embedding; ``leaves`` is the one tensor that holds them."""
+    """Puts trained rows in the place of an embedding's; its one leaf holds them."""
 
     @abstractmethod
     def wanted(self, config: ConfigT, site: Site) -> Sequence[int]:
-        """The tokens that the config means on a layer."""
+        """Return the tokens that the config means on a layer."""
 
     def settings(self, config: ConfigT, site: Site) -> TokenSettings:
         return self._settings(list(self.wanted(config, site)), site)
@@ -64,7 +64,7 @@ class TokenRows(Method[ConfigT, TokenSettings], AdaptsTwins):
         return TokenSettings(index, ascending, order, not site.looks_up, place)
 
     def part(self, config: ConfigT, catalog: Catalog, sites: Sequence[Site]) -> MethodOnSites:
-        """``sites``, and with the input embedding all that share its weight: an output layer, a decoder's embedding.
+        """Return ``sites``, and with an input embedding all layers that share its weight, such as an output layer.
 
         These have the embedding's rows, unless other tokens are named for one of them. What is done to one of them
         alone is meant for that one.
@@ -82,7 +82,7 @@ class TokenRows(Method[ConfigT, TokenSettings], AdaptsTwins):
         return MethodOnSites(self, [site for site in sites if site.name not in again], twins)
 
     def _are_alike(self, config: ConfigT, site: Site, twins: Sequence[Site]) -> bool:
-        """Whether the config means the same tokens on a layer and on others."""
+        """Tell whether the config means the same tokens on a layer and on others."""
         tokens = self.wanted(config, site)
         apart = next((twin.name for twin in twins if self.wanted(config, twin) != tokens), None)
         if apart is not None and getattr(config, "ensure_weight_tying", False):
@@ -94,7 +94,7 @@ class TokenRows(Method[ConfigT, TokenSettings], AdaptsTwins):
         return apart is None
 
     def follows(self, config: ConfigT, twin: Site) -> bool:
-        """Whether a layer that the config means too has the rows of the embedding whose weight it shares."""
+        """Tell whether a layer that the config means too has the rows of the embedding whose weight it shares."""
         return True
 
     def twin_settings(self, settings: TokenSettings, twin: Site) -> TokenSettings:
@@ -115,7 +115,7 @@ class TokenRows(Method[ConfigT, TokenSettings], AdaptsTwins):
 
 
 class LoraTokens(TokenRows[LoraConfig]):
-    """The tokens of ``trainable_token_indices``, beside a LoRA."""
+    """Trains the tokens of ``trainable_token_indices`` beside a LoRA."""
 
     leaves = (Leaf("token_adapter.trainable_tokens_delta"),)
 

@@ -1,4 +1,4 @@
-"""What LoHa and LoKr share: kernels of a Tucker decomposition, and when a low-rank form pays."""
+"""Kernels of a Tucker decomposition, which LoHa and LoKr share, and the choice of a low-rank form."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from veneer.base_model.sites.site import Site, unsupported
 
 
 def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The kernels ``(out, in, k1, k2)`` of a ``core`` ``(r, r, k1, k2)`` with ``a``: (r, out) and ``b``: (r, in)."""
+    """Return the kernels ``(out, in, k1, k2)`` of a ``core`` ``(r, r, k1, k2)``, ``a`` (r, out) and ``b`` (r, in)."""
     return torch.einsum("ijkl,io,jn->onkl", core, a, b)
 
 
 def core_kernel(site: Site, wanted: bool) -> tuple[int, int] | None:
-    """The two last sizes of a core on this layer, ``None`` where its matrices are not decomposed further.
+    """Return the two last sizes of a core on a layer; ``None`` where its matrices are not decomposed further.
 
     Args:
         site: the layer.
@@ -28,7 +28,7 @@ def core_kernel(site: Site, wanted: bool) -> tuple[int, int] | None:
 
 
 def as_low_rank(rank: int, site: Site) -> bool:
-    """Whether a change of this rank is better held as two factors than as a matrix: where these are half its size.
+    """Tell whether a change of this rank is better held as two factors than as a matrix: at half its size or less.
 
     On a convolution it is a matrix: what it adds may stay within groups of channels, which two factors do not.
     """

@@ -17,7 +17,7 @@ from veneer.patches.operators import Sparse, SparseInTransform
 
 @lru_cache
 def low_pass(family: str) -> tuple[float, ...]:
-    """The low-pass filter of a family's synthesis, an even number of taps.
+    """Return the low-pass filter of a family's synthesis, an even number of taps.
 
     Raises:
         UnsupportedError: it is not Haar's, and PyWavelets is not installed or does not know it.
@@ -34,7 +34,7 @@ def low_pass(family: str) -> tuple[float, ...]:
 
 
 def between(sparse: Sparse, border: tuple[int, int, int, int], family: str) -> SparseInTransform:
-    """The matrix whose coefficients are ``sparse``, with zeros left, right, above and below as ``border`` says.
+    """Return the matrix whose coefficients are ``sparse``, with zeros left, right, above and below as ``border`` says.
 
     Each band's filters are products of one along the rows and one along the columns, so that an input meets two
     short filters, the coefficients, and two short filters again.
@@ -69,19 +69,19 @@ def between(sparse: Sparse, border: tuple[int, int, int, int], family: str) -> S
 
 
 def _cut(family: str) -> int:
-    """How many entries of the synthesis are its border."""
+    """Return the number of entries of the synthesis that are its border."""
     return len(low_pass(family)) - 2
 
 
 def _filters(family: str, like: Tensor) -> Tensor:
-    """The low-pass and the high-pass filter of the synthesis, shape ``(2, 1, taps)``."""
+    """Return the low-pass and the high-pass filter of the synthesis, shape ``(2, 1, taps)``."""
     low = torch.tensor(low_pass(family), device=like.device, dtype=like.dtype)
     signs = torch.tensor([1.0, -1.0], device=low.device, dtype=low.dtype).repeat(len(low) // 2)
     return torch.stack([low, low.flip(0) * signs]).unsqueeze(1)
 
 
 def inverse(coefficients: Tensor, family: str) -> Tensor:
-    """A matrix from its coefficients, ``(rows, columns)``, both even.
+    """Return a matrix from its coefficients, ``(rows, columns)``, both even.
 
     The four quarters are the bands: top left low-low, top right high rows and low columns, bottom left the reverse,
     bottom right high-high. The result has ``taps - 2`` rows and columns fewer.
