@@ -98,10 +98,10 @@ def _trained_vocabulary(checkpoint: Checkpoint, size_of_base: int, tied: bool) -
                 brought |= rows if leaf in _WHOLE else set()
     tokens = _tokens(checkpoint)
     if any(token >= size_of_base for token in tokens):
-        sizes.add(max(tokens) + 1)
-        brought |= (
-            ({INPUT, OUTPUT} if tied else {INPUT}) if tokens.issuperset(range(size_of_base, max(tokens) + 1)) else set()
-        )
+        size = max(tokens) + 1
+        sizes.add(size)
+        if tokens.issuperset(range(size_of_base, size)):
+            brought |= {INPUT, OUTPUT} if tied else {INPUT}
     return (max(sizes) if sizes else None), brought
 
 

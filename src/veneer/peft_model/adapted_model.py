@@ -32,7 +32,7 @@ class AdaptedModel(nn.Module):
         model: the base model; it must carry no adapters.
     """
 
-    # The class as it is imported, of which the instance's own is a fitted subclass.
+    # The class that is imported; an instance's own class is a subclass fitted to its base.
     kind: ClassVar[type[AdaptedModel]]
 
     def __new__(cls, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> AdaptedModel:

@@ -1,4 +1,4 @@
-"""A model whose tokens go to several LoRA adapters by Arrow routing; see :mod:`veneer.methods.arrow`."""
+"""Makes a model whose tokens go to several LoRA adapters by Arrow routing; see :mod:`veneer.methods.arrow`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def create_arrow_model(
     Args:
         base_model: the base model in memory.
         task_specific_adapter_paths: the LoRAs' folders or hub ids.
-        arrow_config: how tokens are routed. The adapters' names are filled into a copy.
+        arrow_config: the options of the routing. The adapters' names are filled into a copy.
         general_adapter_paths: with ``use_gks``, the LoRAs of general text.
         **adapter_kwargs: as for :meth:`~veneer.peft_model.peft_model.PeftModel.load_adapter`.
 

@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttachOptions:
-    """How an adapter is read and put on a model.
+    """Says how an adapter is read and put on a model.
 
     Attributes:
         trainable: it is to be trained further.
         strict: raise when adapter and model do not fit; else use what fits and warn.
         strict_base: raise when the base is not the one that the adapter records; else warn.
         autocast_adapter_dtype: give a half-precision adapter that is to be trained float32 weights.
-        key_mapping: regular expression -> what takes the place of what it finds in the checkpoint's keys.
+        key_mapping: regular expression -> replacement for its matches in the checkpoint's keys.
         replace: take the place of an adapter of the same name.
     """
 
@@ -200,7 +200,7 @@ def _select_if_none(model: AdaptedModel, name: str) -> None:
 
 
 def _check_identity(model: AdaptedModel, checkpoint: Checkpoint, strict_base: bool) -> str:
-    """Compare a model's base with the one that a checkpoint records, and say what came of it."""
+    """Compare a model's base with the one that a checkpoint records, and return the result in words."""
     recorded = checkpoint.metadata.get(BASE_DIGEST_KEY)
     if recorded is None:
         return "not recorded"

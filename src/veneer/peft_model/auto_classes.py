@@ -12,14 +12,12 @@ from veneer.peft_model.peft_model import PeftModel
 
 
 class AutoPeftModel:
-    """A model for any path: adapter, full model, merged folder or set; the task is what the files say."""
+    """Loads a model from any path: adapter, full model, merged folder or set; its task is that of the files."""
 
     task: ClassVar[str | None] = None
 
     def __init__(self) -> None:
-        raise TypeError(
-            f"{type(self).__name__} makes nothing itself; call {type(self).__name__}.from_pretrained(path)."
-        )
+        raise TypeError(f"{type(self).__name__} is not made itself; call {type(self).__name__}.from_pretrained(path).")
 
     @classmethod
     @takes(renamed={"pretrained_model_name_or_path": "path"}, others=True)

@@ -25,12 +25,12 @@ from veneer.packages import GGUF_PACKAGES, require
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How transformers builds a base.
+    """Says how transformers builds a base.
 
     Attributes:
-        task: what the model is for; by default the adapters' task, then the base's class.
-        dtype: of its weights; ``"auto"`` keeps that of its files.
-        device_map: where it goes.
+        task: the task of the model; by default the adapters' task, then that of the base's class.
+        dtype: the dtype of its weights; ``"auto"`` keeps that of its files.
+        device_map: the devices that it goes to, as in transformers.
         trust_remote_code: run code that comes with it.
         model_kwargs: passed on to transformers.
     """
@@ -48,7 +48,7 @@ class BuildOptions:
 
 
 def build_base(source: Source, checkpoints: list[Checkpoint], options: BuildOptions) -> tuple[Any, list[str]]:
-    """Build a base for its adapters, and return it with what a user should know of it.
+    """Build a base for its adapters, and return it with warnings for the user.
 
     Raises:
         BaseModelError: transformers cannot load it, or it does not fit the adapters' vocabulary.

@@ -1,7 +1,7 @@
-"""An adapter of any method as a plain LoRA, which any tool loads, with the error that this leaves.
+"""Converts an adapter of any method to a plain LoRA, which any tool loads, and reports the error of that.
 
-A change that is low-rank by definition is taken over as it is, and its error is rounding. Of any other change ``D`` the
-matrix of rank ``r`` that is nearest to it is taken, by its singular values (Eckart and Young 1936); the error is
+A change that is low-rank by definition is taken over as it is, and its error is rounding. Any other change ``D``
+becomes the nearest matrix of rank ``r``, by its singular values (Eckart and Young 1936); the error is
 ``||D - B A|| / ||D||`` in the Frobenius norm.
 """
 
@@ -34,15 +34,15 @@ from veneer.printing import Report
 
 @dataclass(frozen=True)
 class ConversionReport(Report):
-    """What a conversion wrote.
+    """Reports on a conversion.
 
     Attributes:
         adapter: the adapter that was converted.
         method: its ``peft_type``.
         out: the folder that was written.
-        rank: of the LoRA.
-        error: what it leaves of the changes of all layers together, relative, 0 to 1.
-        errors: layer -> what it leaves of its change.
+        rank: the rank of the LoRA.
+        error: the relative error over all layers together, 0 to 1.
+        errors: layer -> its relative error.
     """
 
     adapter: str
@@ -81,8 +81,8 @@ def convert_to_lora(
     Args:
         source: a model with adapters, or an adapter's folder or hub id.
         out: the folder to write. It must not exist or be empty.
-        rank: of the LoRA; needed where a change has no low rank by definition, and an upper bound otherwise.
-        adapter_name: which adapter of a model; the active one when ``None``.
+        rank: the rank of the LoRA; needed where a change has no low rank by definition, and an upper bound otherwise.
+        adapter_name: the adapter of a model; the active one when ``None``.
         base: the base of an adapter that is given by its path; by default what its config names.
         **load_options: as for :func:`veneer.load`.
 
@@ -102,26 +102,26 @@ def convert_to_lora(
     layers = list(adapter.layers)
     check_mergeable(model.adapters, [adapter.name])
     _check_layers(layers, adapter.name, rank)
-    wanted = Combination((adapter.name,), (1.0,), "cat" if rank is None else "svd", rank)
-    made, tensors = combine(model.adapters, wanted)
-    config = replace(made, base_model_name_or_path=adapter.config.base_model_name_or_path)
-    left = {layer.site.id: _left(layer, adapter.name, config, tensors) for layer in layers}
+    combination = Combination((adapter.name,), (1.0,), "cat" if rank is None else "svd", rank)
+    config, tensors = combine(model.adapters, combination)
+    config = replace(config, base_model_name_or_path=adapter.config.base_model_name_or_path)
+    norms = {layer.site.id: _norms(layer, adapter.name, config, tensors) for layer in layers}
     digest = adapter.base_digest or model.base_digest
     write_checkpoint(target, config, tensors, {} if digest is None else {BASE_DIGEST_KEY: digest})
-    total = sum(size for _, size in left.values())
+    total = sum(size for _, size in norms.values())
     return ConversionReport(
         adapter=str(adapter.origin or adapter.name),
         method=str(adapter.config.peft_type),
         out=str(target),
         rank=config.r,
-        error=(sum(rest for rest, _ in left.values()) / total) ** 0.5 if total else 0.0,
-        errors={name: (rest / size) ** 0.5 if size else 0.0 for name, (rest, size) in left.items()},
+        error=(sum(rest for rest, _ in norms.values()) / total) ** 0.5 if total else 0.0,
+        errors={name: (rest / size) ** 0.5 if size else 0.0 for name, (rest, size) in norms.items()},
     )
 
 
-def _name(model: PeftModel, wanted: str | None) -> str:
-    if wanted is not None:
-        return wanted
+def _name(model: PeftModel, adapter_name: str | None) -> str:
+    if adapter_name is not None:
+        return adapter_name
     active = list(model.active_adapters)
     if len(active) != 1:
         raise AdapterError(
@@ -144,11 +144,13 @@ def _check_layers(layers: Sequence[LayerAdapters], adapter: str, rank: int | Non
 
 
 @torch.no_grad()
-def _left(layer: LayerAdapters, adapter: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> tuple[float, float]:
-    """The squared norms of what the LoRA leaves of a layer's change, and of that change."""
+def _norms(
+    layer: LayerAdapters, adapter: str, config: LoraConfig, tensors: Mapping[str, Tensor]
+) -> tuple[float, float]:
+    """Return the squared norms of the difference between a layer's change and the LoRA's, and of that change."""
     key = encode(layer.site.key, "")
-    own = {name[len(key) :]: tensor for name, tensor in tensors.items() if name.startswith(key)}
-    leaves = {leaf: tensor.to(layer.base_stored.device) for leaf, tensor in own.items() if leaf in LORA.by_name}
+    by_leaf = {name[len(key) :]: tensor for name, tensor in tensors.items() if name.startswith(key)}
+    leaves = {leaf: tensor.to(layer.base_stored.device) for leaf, tensor in by_leaf.items() if leaf in LORA.by_name}
     patch = LORA.lower(LORA.settings(config, layer.site), leaves, layer)
     assert patch.up is not None
     assert patch.down is not None

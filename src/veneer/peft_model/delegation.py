@@ -1,8 +1,8 @@
-"""Making a PeftModel look like the model that it wraps.
+"""Makes a PeftModel look like the model that it wraps.
 
 Trainer, pipelines and users' code ask a model for its class, its attributes and the signature of its
-``forward``. So a PeftModel's class is made to fit its base: a subclass of both, in which everything that the base's
-class defines is answered by the base itself. The adapters sit inside the base's own layers, so the base's methods
+``forward``. So a PeftModel's class is fitted to its base: a subclass of both, in which the base itself answers for
+every attribute that its class defines. The adapters sit inside the base's own layers, so the base's methods
 (``generate``, ``get_input_embeddings`` ...) are already right.
 """
 
@@ -15,14 +15,14 @@ from torch import nn
 
 
 class Delegated:
-    """An attribute that the base model answers, and takes when it is set."""
+    """Reads an attribute from the base model, and sets it there."""
 
     def __init__(self, base_class: type, name: str) -> None:
         self.base_class = base_class
         self.name = name
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        """The base model's attribute; on the class, the base class's."""
+        """Return the base model's attribute; on the class, the base class's."""
         if instance is None:
             return getattr(self.base_class, self.name)
         return getattr(instance.get_base_model(), self.name)
@@ -33,10 +33,10 @@ class Delegated:
 
 
 def fitted_class(peft_class: type[nn.Module], base_class: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``peft_class`` for bases of ``base_class``, of the same name.
+    """Return the subclass of ``peft_class`` for bases of ``base_class``, of the same name.
 
-    A transformers model's wrapper is a ``PreTrainedModel`` too: that is what makes ``Trainer`` save adapters
-    through ``save_pretrained`` instead of the whole state dict.
+    A transformers model's wrapper is a ``PreTrainedModel`` too, so that ``Trainer`` saves adapters through
+    ``save_pretrained`` instead of the whole state dict.
     """
     key = peft_class, base_class
     if key not in _FITTED:
@@ -55,14 +55,14 @@ def _fit(peft_class: type[nn.Module], base_class: type[nn.Module]) -> type[nn.Mo
     bases: tuple[type[nn.Module], ...] = (peft_class,)
     if issubclass(base_class, PreTrainedModel):
         bases = (peft_class, base_class)
-        own = set(dir(peft_class))
-        foreign = [name for name in dir(base_class) if name not in own and not name.startswith("__")]
+        defined = set(dir(peft_class))
+        foreign = [name for name in dir(base_class) if name not in defined and not name.startswith("__")]
         namespace.update({name: Delegated(base_class, name) for name in foreign})
     return type(peft_class.__name__, bases, namespace)
 
 
 def _forward_like(peft_class: type[nn.Module], base_class: type[nn.Module]) -> Any:
-    """``peft_class.forward`` with the signature of the base's, and the adapters' own arguments."""
+    """Return ``peft_class.forward`` with the signature of the base's, and the adapters' own arguments."""
     plain = peft_class.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

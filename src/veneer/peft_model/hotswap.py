@@ -1,8 +1,8 @@
-"""Another adapter's weights in the place of one on a model, without compiling the model anew.
+"""Puts another adapter's weights in the place of one on a model, without compiling the model anew.
 
-A compiled graph holds on to the tensors that it was made with, and to their shapes. So the new values are copied into
-them. For adapters of different ranks and scales the model is prepared once, before it is compiled: each LoRA is given
-the largest rank, the rest of it zeros, and its scale becomes a tensor too.
+A compiled graph keeps the tensors that it was made with, and their shapes, so the new values are copied into them. For
+adapters of different ranks and scales the model is prepared once, before it is compiled: each LoRA is padded with zeros
+to the largest rank, and its scale becomes a tensor too.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from veneer.peft_model.peft_model import PeftModel
 @torch.no_grad()
 @takes()
 def prepare_model_for_compiled_hotswap(model: PeftModel, *, target_rank: int | None = None) -> None:
-    """Make every LoRA on ``model`` ready to take the weights of others, of any rank up to ``target_rank``.
+    """Prepare every LoRA on ``model`` for the weights of others, of any rank up to ``target_rank``.
 
     Call it before the model is compiled. The adapters compute the same as before and are frozen; they are saved as
     they were loaded.
 
     Args:
         model: the model, with its adapters.
-        target_rank: the largest rank that will come; the ranks stay what they are when ``None``.
+        target_rank: the largest rank of the adapters to come; the ranks stay as they are when ``None``.
 
     Raises:
         UnsupportedError: an adapter is of another method, or its rank cannot be padded.
@@ -79,26 +79,26 @@ def _check_can_be_padded(entry: Adapter, layer: LayerAdapters, share: BoundAdapt
             f"{entry.name!r} holds more than a LoRA at {layer.site.name}; only LoRA can be prepared for hot-swapping.",
             hint="hotswap_adapter takes it unprepared, for adapters of the same shapes and scale.",
         )
-    own = share.settings.r
-    if rank is not None and own != rank and layer.site.stack is not None:
+    own_rank = share.settings.r
+    if rank is not None and own_rank != rank and layer.site.stack is not None:
         raise UnsupportedError(
             f"{layer.site.id}: the rank of a LoRA on stacked experts cannot be padded.",
             hint="Swap adapters of one rank there (leave target_rank out).",
         )
     if rank is not None and rank % layer.site.groups:
         raise UnsupportedError(
-            f"{layer.site.name} has {layer.site.groups} groups, and target_rank={rank} is no multiple of it.",
+            f"{layer.site.name} has {layer.site.groups} groups, and target_rank={rank} is no multiple of that.",
             hint="Give a target_rank that is one.",
         )
-    if rank is not None and own > rank:
+    if rank is not None and own_rank > rank:
         raise AdapterError(
-            f"target_rank={rank} is smaller than the rank {own} of {entry.name!r} at {layer.site.name}.",
+            f"target_rank={rank} is smaller than the rank {own_rank} of {entry.name!r} at {layer.site.name}.",
             hint="Give the largest rank of all adapters that will be swapped in.",
         )
 
 
 def _pad(parameter: nn.Parameter, dim: int | None, rank: int | None, groups: int) -> None:
-    """Zeros up to ``rank`` along ``dim``, in memory of its own."""
+    """Pad a parameter with zeros up to ``rank`` along ``dim``, in memory of its own."""
     shape = list(parameter.shape)
     if dim is not None and rank is not None:
         shape[dim] = rank if dim == 0 else rank // groups
@@ -108,9 +108,9 @@ def _pad(parameter: nn.Parameter, dim: int | None, rank: int | None, groups: int
 
 
 def _fill(tensor: Tensor, values: Tensor, parts: int) -> None:
-    """Put the parts of ``values`` along their first dimension at the beginnings of those of ``tensor``."""
-    places, own = (t.unflatten(0, (parts, -1)) for t in (tensor, values))
-    places[tuple(slice(size) for size in own.shape)].copy_(own)
+    """Cut both tensors into parts along the first dimension, and put each of ``values`` at the beginning of its own."""
+    targets, sources = (t.unflatten(0, (parts, -1)) for t in (tensor, values))
+    targets[tuple(slice(size) for size in sources.shape)].copy_(sources)
 
 
 @torch.no_grad()
@@ -158,19 +158,19 @@ def _hotswap(model: PeftModel, source: Source, adapter_name: str, strict: bool) 
     plan = make_plan(config, method_of(config), checkpoint.tensors, adapters.catalog)
     if plan.problems:
         raise bind_error(plan, config, checkpoint.origin, len(checkpoint.tensors), adapters.catalog)
-    _check_alike(model, entry, checkpoint, plan)
+    _check_swappable(model, entry, checkpoint, plan)
     tensors = checkpoint.read(plan.keys)
     check_finite(tensors, checkpoint.origin)
-    wanted = {(binding.site.id, type(binding.method)): binding for binding in plan.bindings}
-    places = [
-        (layer, share, wanted.get((layer.site.id, type(share.method))))
+    bindings = {(binding.site.id, type(binding.method)): binding for binding in plan.bindings}
+    swaps = [
+        (layer, share, bindings.get((layer.site.id, type(share.method))))
         for layer, share in entry.bound_layers()
         if share.key is not None
     ]
-    for layer, share, binding in places:
-        _check_place(layer, adapter_name, share, binding)
-    bound = {layer.site.id for layer, _, binding in places if binding is not None}
-    for layer, share, binding in places:
+    for layer, share, binding in swaps:
+        _check_tensors(layer, adapter_name, share, binding)
+    bound = {layer.site.id for layer, _, binding in swaps if binding is not None}
+    for layer, share, binding in swaps:
         if entry.unpadded or layer.site.id in bound:
             _swap(layer, adapter_name, share, binding, tensors)
     if not entry.unpadded:
@@ -182,7 +182,7 @@ def _hotswap(model: PeftModel, source: Source, adapter_name: str, strict: bool) 
     note_swapped(model, entry, checkpoint)
 
 
-def _check_alike(model: PeftModel, entry: Adapter, checkpoint: Checkpoint, plan: Plan) -> None:
+def _check_swappable(model: PeftModel, entry: Adapter, checkpoint: Checkpoint, plan: Plan) -> None:
     merged = entry.layers.merged(entry.name)
     if merged:
         raise MergeError(
@@ -205,18 +205,18 @@ def _check_alike(model: PeftModel, entry: Adapter, checkpoint: Checkpoint, plan:
         )
 
 
-def _check_place(layer: LayerAdapters, name: str, share: BoundAdapter, binding: Binding | None) -> None:
-    mend = "Use load_adapter(...) and set_adapter(...) instead."
+def _check_tensors(layer: LayerAdapters, name: str, share: BoundAdapter, binding: Binding | None) -> None:
+    hint = "Use load_adapter(...) and set_adapter(...) instead."
     if binding is None:
         # Zeros are no change for a sum alone; a DoRA of zeros would be one.
         if not all(patch.only_adds for patch in layer.patches([name])):
             raise AdapterError(
-                f"The new adapter has nothing for {layer.site.id}, where {name!r} does more than add.", hint=mend
+                f"The new adapter has nothing for {layer.site.id}, where {name!r} does more than add.", hint=hint
             )
     elif binding.keys.keys() != (leaves := {leaf.name for leaf in share.leaves}):
         raise AdapterError(
             f"{layer.site.id}: the new adapter has {sorted(binding.keys)}, and {name!r} has {sorted(leaves)}.",
-            hint=mend,
+            hint=hint,
         )
 
 
@@ -233,9 +233,8 @@ def _swap(
     for leaf, parameter in live.items():
         parts = layer.site.groups if RANK_DIMS.get(leaf) == 0 else 1
         _put(parameter, tensors[binding.keys[leaf]], _is_prepared(share.settings), parts)
-    layer.reset(
-        name, share, _settings(share.settings, settings_by_tensors(binding.method, binding.settings, live, layer))
-    )
+    settings = settings_by_tensors(binding.method, binding.settings, live, layer)
+    layer.reset(name, share, _settings(share.settings, settings))
 
 
 def _is_prepared(settings: Any) -> bool:
@@ -243,7 +242,7 @@ def _is_prepared(settings: Any) -> bool:
 
 
 def _settings(old: Any, new: Any) -> Any:
-    """The new adapter's settings; where the scale is a tensor that compiled code holds, it stays that tensor."""
+    """Return the new adapter's settings; a scale that is a tensor of compiled code stays that tensor."""
     if not _is_prepared(old):
         return new
     old.scale.fill_(float(new.scale))
@@ -251,7 +250,7 @@ def _settings(old: Any, new: Any) -> Any:
 
 
 def _put(parameter: nn.Parameter, new: Tensor, padded: bool, parts: int = 1) -> None:
-    """Copy ``new`` into ``parameter``, with zeros around it where it is ``padded``; else let it be the parameter."""
+    """Copy ``new`` into ``parameter``, with zeros around it where that is ``padded``; else replace its data."""
     fits = new.ndim == parameter.ndim and all(a <= b for a, b in zip(new.shape, parameter.shape, strict=True))
     if (fits if padded else new.shape == parameter.shape) and new.dtype == parameter.dtype:
         parameter.zero_()

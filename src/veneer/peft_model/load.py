@@ -1,6 +1,6 @@
-"""One loader for any path: adapter, full model, both in one folder, or a set of adapters.
+"""Loads any path: an adapter, a full model, both in one folder, or a set of adapters.
 
-source -> what is it? -> config -> base -> base model -> attach -> report
+path -> source -> checkpoints -> base -> base model -> attached adapters -> report
 """
 
 from __future__ import annotations
@@ -64,17 +64,17 @@ def load(
             (the adapter's config then decides).
         base: the base model, as a path, a hub id or a model in memory. By default what the adapter's config
             names: as a path relative to the adapter's folder, as a path, as a hub id.
-        task: what the model is for, such as ``"CAUSAL_LM"``; by default the adapter's task, then the base's class.
+        task: the task of the model, such as ``"CAUSAL_LM"``; by default the adapter's task, then the base's class.
         dtype: of the base model; ``"auto"`` keeps that of its files. An adapter keeps its own. ``torch_dtype`` is
             another name of it.
-        device_map: where the base goes, as in transformers (needs accelerate).
+        device_map: the devices that the base goes to, as in transformers (needs accelerate).
         merge: put the adapter into the base weights for good.
         into: with ``merge``, required where the base is quantised: ``"dequantized"`` or ``"requantized"``.
         adapter_name: the adapter's name on the model; the adapters of a set keep their own.
-        is_trainable: whether the adapter is loaded to be trained further.
+        is_trainable: load the adapter to train it further.
         revision: of ``path`` on the hub.
         base_revision: of the base on the hub; by default what the adapter's config names.
-        subfolder: where in ``path`` to look.
+        subfolder: the folder below ``path``.
         strict: raise when adapter and base do not fit; else use what fits and warn.
         strict_base: raise when the base is not the one that the adapter records; else warn.
         trust_remote_code: run code that comes with the base model; an adapter's is never run.
@@ -89,7 +89,7 @@ def load(
             ``offload_folder``, ``tp_plan``; ``gguf_file`` names a GGUF file in the base's folder.
 
     Returns:
-        The model; its ``load_report`` says what was found, bound and made active.
+        The model; its ``load_report`` tells what was found, bound and made active.
 
     Raises:
         SourceError, ConfigError: ``path`` cannot be read. BaseModelError: no usable base. BindError: they do not
@@ -148,11 +148,11 @@ def load(
 def _check_nothing_is_built(
     model_kwargs: Mapping[str, Any], dtype: Any, device_map: Any, base_revision: str | None
 ) -> None:
-    """Raise ``UnknownKeywordError`` for what would say how a base is built, which one in memory is already."""
-    given = {"dtype": dtype == "auto", "device_map": device_map is None, "base_revision": base_revision is None}
-    idle = [*model_kwargs, *(name for name, is_default in given.items() if not is_default)]
+    """Raise ``UnknownKeywordError`` for keywords that say how a base is built; one in memory is built already."""
+    defaults = {"dtype": dtype == "auto", "device_map": device_map is None, "base_revision": base_revision is None}
+    idle = [*model_kwargs, *(name for name, is_default in defaults.items() if not is_default)]
     if idle:
-        known = [name for name in keywords(load) if name not in given]
+        known = [name for name in keywords(load) if name not in defaults]
         raise unknown_keywords("load() with a base in memory", idle, known)
 
 

@@ -1,4 +1,4 @@
-"""What a load did: found, bound, active, and why. ``model.load_report``; rich prints it as a table."""
+"""Reports what a load found, bound and made active: ``model.load_report``, which rich prints as a table."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from veneer.printing import Report, nbytes
 
 @dataclass
 class AdapterReport:
-    """One adapter's part of a load.
+    """Reports on one adapter of a load.
 
     Attributes:
         name: its name on the model.
-        origin: the path or id it came from.
+        origin: the path or id that it came from.
         peft_type: its method.
-        tensors_bound: tensors of its checkpoint that are in use.
-        tensors_total: tensors in its checkpoint.
-        nbytes: bytes of those tensors on disk.
+        tensors_bound: number of its checkpoint's tensors that are in use.
+        tensors_total: number of tensors in its checkpoint.
+        nbytes: their bytes on disk.
         dtypes: their dtypes in memory.
-        layers: layers that it adapts.
-        zero_layers: those in which it changes nothing.
-        saved_modules: modules that it brings whole.
-        virtual_tokens: how many a prompt puts before the input or into the cache.
-        base_check: how the base's identity was checked: "same", "different", "not recorded", "not known".
-        notes: what was odd.
+        layers: the layers that it adapts.
+        zero_layers: the layers in which it changes nothing.
+        saved_modules: the modules that it brings whole.
+        virtual_tokens: number of tokens that a prompt puts before the input or into the cache.
+        base_check: the base beside the one that the adapter records: "same", "different", "not recorded", "not known".
+        notes: remarks on how it was read.
     """
 
     name: str
@@ -53,19 +53,19 @@ class AdapterReport:
 
 @dataclass
 class LoadReport(Report):
-    """What :func:`veneer.load` or ``PeftModel.from_pretrained`` did.
+    """Reports on a call of :func:`veneer.load` or ``PeftModel.from_pretrained``.
 
     Attributes:
-        path: what was asked for.
-        kind: what it was: "model", "adapter", "model+adapter", "set of adapters".
-        base: where the base model came from, and why that one.
+        path: the path or id that was asked for.
+        kind: what is there: "model", "adapter", "model+adapter", "set of adapters".
+        base: the place of the base model, and why it is this one.
         model_class: the base model's class.
         dtype: the base's dtype.
-        merged: whether the adapter was merged into the base.
+        merged: the adapter was merged into the base.
         active: the adapters that are active.
         adapters: a report for each adapter.
-        seconds: what took how long: "base", "adapters", "total".
-        warnings: what a user should know before relying on the model.
+        seconds: durations of "base", "adapters" and "total".
+        warnings: things to know before relying on the model.
     """
 
     path: str

@@ -1,6 +1,6 @@
-"""The model card beside saved adapters: ``README.md``, by which the hub and Trainer know what they are.
+"""Writes the model card beside saved adapters: ``README.md``, by which the hub and Trainer recognise them.
 
-What it says in its head (library, base, tags) is kept up to date; text that is there is kept as it is.
+Its head (library, base, tags) is brought up to date; its text stays as it is.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def write_card(model: Any, folder: Path, tags: Iterable[str] = ()) -> None:
 
     Args:
         model: the model.
-        folder: where its adapters are saved.
+        folder: the folder in which its adapters are saved.
         tags: more tags for the hub.
     """
-    card = _found(folder / CARD) if (folder / CARD).is_file() else _new(model)
+    card = _present(folder / CARD) if (folder / CARD).is_file() else _new(model)
     if card is None:
         return
     base = _base_of(model)
@@ -51,8 +51,8 @@ def fetch_card(api: Any, repo_id: str, revision: str | None, folder: str) -> Non
         shutil.copyfile(api.hf_hub_download(repo_id, CARD, revision=revision), Path(folder) / CARD)
 
 
-def _found(path: Path) -> ModelCard | None:
-    """The card that is there; ``None``, with a warning, when its head cannot be read."""
+def _present(path: Path) -> ModelCard | None:
+    """Read the card that is there; return ``None``, with a warning, when its head cannot be read."""
     from huggingface_hub import ModelCard
 
     try:
@@ -73,7 +73,7 @@ def _new(model: Any) -> ModelCard:
 
 
 def _base_of(model: Any) -> str | None:
-    """The base's hub id; ``None`` for one that is known by its place on this machine, which says nothing elsewhere."""
+    """Return the base's hub id; ``None`` for a path on this machine, which means nothing elsewhere."""
     names = [config.base_model_name_or_path for config in model.peft_config.values()]
     known = [name for name in names if name and looks_like_hub_id(name) and not Path(name).exists()]
     return known[0] if known else None
@@ -83,10 +83,10 @@ def _tags_of(model: Any, base: str | None) -> list[str]:
     from transformers import PreTrainedModel
 
     plain = model.get_base_model()
-    found = list(getattr(plain, "model_tags", None) or ())
-    found += ["transformers"] if isinstance(plain, PreTrainedModel) else []
-    found += ["lora"] if any(str(config.peft_type) == "LORA" for config in model.peft_config.values()) else []
-    return [*found, *([] if base is None else [f"base_model:adapter:{base}"])]
+    tags = list(getattr(plain, "model_tags", None) or ())
+    tags += ["transformers"] if isinstance(plain, PreTrainedModel) else []
+    tags += ["lora"] if any(str(config.peft_type) == "LORA" for config in model.peft_config.values()) else []
+    return [*tags, *([] if base is None else [f"base_model:adapter:{base}"])]
 
 
 def _listed(tags: str | list[str] | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Opens the adapters that are to be put on a base, each once, after a look at what they are."""
+"""Opens adapters, each once, and refuses full models."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def open_adapter(source: Source, strict: bool = True, config: PeftConfig | None 
 
 @dataclass(frozen=True)
 class OpenedAdapters:
-    """Holds the adapters at one path, each opened once.
+    """Holds the opened adapters of one path.
 
     Attributes:
         by_name: name on the model -> checkpoint, in the set's order; empty for a full model.

@@ -1,4 +1,4 @@
-"""PeftModel: a base model with adapters, whichever way it was loaded. Thin, over the set of adapters."""
+"""PeftModel, a base model with adapters, and its classes for tasks: the public methods over the rooms below."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _BY_TASK: dict[TaskType, type[PeftModel]] = {}
 
 @strict
 class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
-    """A base model and any number of adapters on it.
+    """Holds a base model and any number of adapters on it.
 
     It behaves as the base model does (``generate``, ``config``, ``device``, pipelines, ``Trainer``) and adds the
     adapters' own features. Made by :func:`veneer.load`, :meth:`from_pretrained` or :func:`veneer.get_peft_model`.
@@ -60,9 +60,9 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
         adapter_name: that adapter's name.
 
     Attributes:
-        load_report: what the last load found, bound and made active.
+        load_report: the report of the last load: what it found, bound and made active.
         task: the task that the class is for.
-        endings: how the names of the base's classes end that are for this task.
+        endings: endings of the names of base classes for this task.
     """
 
     task: ClassVar[TaskType | None] = None
@@ -106,12 +106,12 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
             return with_penalty(self.adapters, self.get_base_model()(*args, **kwargs))
 
     def update_and_allocate(self, global_step: int) -> None:
-        """Take ranks away from an AdaLoRA in training, or freeze groups of an AdaMSS, as its config's schedule says.
+        """Remove ranks of an AdaLoRA in training, or freeze groups of an AdaMSS, as its config's schedule says.
 
-        Call it in each step after ``backward`` and before ``zero_grad``. The ranks that it takes away become zeros.
+        Call it in each step after ``backward`` and before ``zero_grad``. Removed ranks become zeros.
 
         Raises:
-            AdapterError: none such is active and trainable.
+            AdapterError: no such adapter is active and trainable.
         """
         allocate(self.adapters, global_step)
 
@@ -138,15 +138,15 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
     ) -> AbstractContextManager[None]:
         if names is None and task_ids is None and not self.adapters.asks_for_places:
             return call(self.adapters, prompt=prompt)
-        chosen = self.adapters.switch.selection if names is None else self.adapters.rows(names)
-        chosen = dataclasses.replace(chosen, task_ids=task_ids)
-        return call(self.adapters, self._checked(chosen, args, kwargs), task_ids, prompt)
+        selection = self.adapters.switch.selection if names is None else self.adapters.rows(names)
+        selection = dataclasses.replace(selection, task_ids=task_ids)
+        return call(self.adapters, self._checked(selection, args, kwargs), task_ids, prompt)
 
     def _checked(self, selection: Selection, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Selection:
-        """``selection`` for a call of the model with these arguments; what it needs of the layers is looked at.
+        """Check that the layers can follow a selection in a call with these arguments, and return it completed.
 
         Raises:
-            AdapterError: they do not give it.
+            AdapterError: they cannot.
         """
         if not torch.compiler.is_compiling():
             return RowCheck(self.adapters).checked(selection, args, kwargs)
@@ -301,7 +301,7 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
     ) -> None:
         """Combine adapters into a new one: a plain LoRA adapter in float32, frozen, which saves and loads anywhere.
 
-        With ``D_i`` what adapter ``i`` makes of a layer's weight and ``w_i`` its weight, the new adapter's change is
+        With ``D_i`` the change that adapter ``i`` makes to a layer's weight and ``w_i`` its weight, the new change is
 
         - ``"cat"``: the sum of ``w_i D_i``, exactly; its rank is the sum of the ranks;
         - ``"linear"``: the same, in the smallest rank that holds it;
@@ -324,11 +324,11 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
             combination_type: see above.
             svd_rank: the rank of the result; the largest of the adapters' ranks on a layer when ``None``.
             svd_clamp: must be ``None``: clamped factors are not the nearest matrix.
-            svd_full_matrices: accepted for peft's sake; what it adds is never used.
+            svd_full_matrices: accepted for peft's sake; the vectors that it adds are never used.
             svd_driver: accepted for peft's sake; torch chooses it.
             density: see above, over 0 and up to 1.
-            majority_sign_method: how signs are weighed, ``"total"`` by the sum, ``"frequency"`` by their number.
-            seed: of what DARE drops; torch's own generator when ``None``.
+            majority_sign_method: weigh signs by the sum (``"total"``) or by their number (``"frequency"``).
+            seed: the seed of DARE's drops; torch's own generator when ``None``.
 
         Raises:
             UnknownAdapterError: an adapter is not there. UnsupportedError: no LoRA can hold one of the changes.
@@ -364,11 +364,11 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
         self.load_log.note_active()
 
     def using(self, adapter_name: str | Sequence[str]) -> AbstractContextManager[None]:
-        """Inside the ``with`` block use these adapters; other threads and tasks do not see it."""
+        """Use these adapters inside the ``with`` block; other threads and tasks do not see it."""
         return self.adapters.using(self.adapters.selection(adapter_name))
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Inside the ``with`` block the base runs alone; other threads and tasks do not see it."""
+        """Run the base alone inside the ``with`` block; other threads and tasks do not see it."""
         return self.adapters.disabled()
 
     def disable_adapters(self) -> None:

@@ -12,7 +12,7 @@ from veneer.files.resolve import resolve
 from veneer.keywords import takes
 from veneer.peft_model.peft_model import PeftModel
 
-# What to do where transformers cannot make a tokenizer.
+# The hint where transformers cannot make a tokenizer.
 _TOKENIZER = (
     "Copy its files again, or remove them from the adapter's folder to use the base's. Code that comes with one is "
     "not run."
@@ -21,10 +21,10 @@ _TOKENIZER = (
 
 @takes()
 def load_tokenizer(model: PeftModel, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer that belongs to a loaded model: the adapter's own if it brings one, else the base's.
+    """Load the tokenizer that belongs to a loaded model: the adapter's own if it brings one, else the base's.
 
     Args:
-        model: what was loaded.
+        model: the loaded model.
         trust_remote_code: run code that comes with the base's tokenizer; an adapter's is never run.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The module between a PeftModel and its base, so that parameters are named as in peft."""
+"""Holds the base of a PeftModel under the names that peft gives its parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from veneer.adapters.collection import Adapters
 from veneer.adapters.training_step import allocate
 from veneer.errors import BaseModelError
 
-# What a tuner of peft's is asked and told, which the PeftModel answers.
+# Attributes and methods of peft's tuners that the PeftModel has here.
 _OF_TUNERS = (
     *("active_adapter", "active_adapters", "peft_config", "peft_type", "targeted_module_names"),
     *("set_adapter", "enable_adapter_layers", "disable_adapter_layers", "set_requires_grad"),
@@ -24,8 +24,8 @@ _OF_TUNERS = (
 class Tuner(nn.Module):
     """Holds the base model under the name ``model``, so that parameters are named as in peft.
 
-    ``peft_model.base_model.model`` is the base model. What peft's tuners answer about adapters the ``PeftModel``
-    answers; everything else is the base's.
+    ``peft_model.base_model.model`` is the base model. The attributes of peft's tuners about adapters are those
+    of the ``PeftModel``; all others are the base's.
     """
 
     def __init__(self, model: nn.Module, adapters: Adapters) -> None:
@@ -35,7 +35,7 @@ class Tuner(nn.Module):
         self.training = model.training
 
     def belong_to(self, peft_model: nn.Module) -> None:
-        """Let ``peft_model`` answer for the adapters; not kept alive, so that a model that is dropped goes at once."""
+        """Let ``peft_model`` answer about adapters; a weak reference, so that a dropped model is freed at once."""
         vars(self)["_outer"] = weakref.ref(peft_model)
 
     def __getattr__(self, name: str) -> Any:
@@ -43,7 +43,7 @@ class Tuner(nn.Module):
             outer = vars(self)["_outer"]()
             if outer is None:
                 raise BaseModelError(
-                    f"The PeftModel that {name} is asked of is gone.", hint="Keep it as long as its base_model is used."
+                    f"The PeftModel of {name} is gone.", hint="Keep it as long as its base_model is used."
                 )
             return getattr(outer, name)
         try:
@@ -55,7 +55,7 @@ class Tuner(nn.Module):
         return {key: value for key, value in vars(self).items() if key != "_outer"}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward pass."""
+        """Run the base model under the active adapters."""
         with call(self.adapters):
             return self.model(*args, **kwargs)
 
