@@ -188,7 +188,7 @@ def test_a_full_disk(world: Path) -> None:
 
 
 def test_too_little_space_is_said_before_the_start(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("veneer.merging.output.staging.shutil.disk_usage", lambda path: _Free)
+    monkeypatch.setattr("veneer.merging.output.target.shutil.disk_usage", lambda path: _Free)
     with pytest.raises(MergeError, match=r"needs \d+\.\d kB, and the disk has 1\.0 kB left"):
         merge(world)
     assert hidden(world) == []

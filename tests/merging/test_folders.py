@@ -19,7 +19,7 @@ from torch import Tensor
 import veneer
 from tests.models import gap, inputs, logits
 from veneer.errors import CorruptFileError, MergeError, SourceError
-from veneer.merging.output import staging
+from veneer.merging.output import target as target_folder
 from veneer.merging.work.pieces import MergeLayer
 
 MANIFEST = "merge_manifest.json"
@@ -216,7 +216,7 @@ def inside(world: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> Callable[
     shutil.copytree(world / "base", out)
     shutil.copytree(world / what, out / "inner")
     # As if the folder were a model's: what is read in it is to be found all the same.
-    monkeypatch.setattr(staging, "_foreign", lambda target: [])
+    monkeypatch.setattr(target_folder, "_foreign", lambda target: [])
     if what == "merged":
         return lambda: veneer.unmerge(out / "inner", out=out, overwrite=True)
     given = {"adapter": world / "adapter", "base": world / "base", what: out / "inner"}

@@ -36,7 +36,7 @@ from veneer.files.tensor_keys import encode
 from veneer.keywords import DTYPE, takes
 from veneer.merging.base.skeleton import DiskReader, build_skeleton, stored_names
 from veneer.merging.base.weight_files import WeightFiles
-from veneer.merging.output.staging import check_apart
+from veneer.merging.output.target import check_apart
 from veneer.merging.work.adapter_changes import tie_groups
 from veneer.patches.low_rank import balanced
 from veneer.patches.weight_arithmetic import check_kept

@@ -91,7 +91,7 @@ def merge(
         trust_remote_code=trust_remote_code,
     )
     with closing(Hashing(likely_weights(adapter, base, lookup))) as hashing:
-        from veneer.merging.output.staging import check_target, written_to
+        from veneer.merging.output.target import check_target, written_to
         from veneer.merging.output.write_folder import write_folder
         from veneer.merging.work.merge_options import merge_options
         from veneer.merging.work.prepare import prepare

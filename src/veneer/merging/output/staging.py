@@ -12,26 +12,18 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import MergeError, OutputError, VeneerError
+from veneer.errors import MergeError, OutputError
 from veneer.files.atomic_write import atomic_write
 from veneer.files.json_file import read_json
-from veneer.files.names import ADAPTER_CONFIG, MODEL_CONFIG
-from veneer.files.output_folder import check_output
-from veneer.files.paths import nearest_existing
-from veneer.merging.base.companion_files import MANIFEST, TEMPLATES
 from veneer.merging.base.hashing import sha256_of
+from veneer.merging.output.target import check_target, hidden_folder
 from veneer.merging.work.rounding import RoundingFigures
-from veneer.printing import nbytes
-
-# In a reversible merge's output: the difference of the base's bytes from the output's.
-DELTA = "merge_delta"
 
 
 @dataclass
@@ -88,18 +80,10 @@ def staging_folder(
         OutputError: another process writes there, or the target is taken, then or when the output is to take its
             place. MergeError: what was begun there was made from something else.
     """
-    root = _place_of(target)
+    root = hidden_folder(target)
     _check_is_ours(root)
     root.mkdir(parents=True, exist_ok=True)
-    # Neither through a link nor emptied: whoever may write beside the target can have put anything there.
-    lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OutputError(
-                f"Another process is writing {target}.", hint="Wait for it, or choose another folder."
-            ) from error
+    with _locked(root, target):
         staging = StagingFolder(target, root, json.loads(json.dumps(made_from)), overwrite)
         _put_back(staging)
         check_target(target, overwrite)
@@ -115,13 +99,24 @@ def staging_folder(
             if not resume:
                 shutil.rmtree(root, ignore_errors=True)
             raise
+
+
+@contextmanager
+def _locked(root: Path, target: Path) -> Iterator[None]:
+    """Hold the lock of a hidden folder, or raise ``OutputError`` where another process holds it."""
+    # Neither through a link nor emptied: whoever may write beside the target can have put anything there.
+    lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise OutputError(
+            f"Another process is writing {target}.", hint="Wait for it, or choose another folder."
+        ) from error
+    try:
+        yield
     finally:
         os.close(lock)
-
-
-def _place_of(target: Path) -> Path:
-    """Return the path of the hidden folder in which a target is made."""
-    return target.parent / f".{target.name}.merging"
 
 
 def _check_is_ours(root: Path) -> None:
@@ -183,142 +178,6 @@ def _read_journal(journal: Path) -> tuple[dict[str, Any], dict[str, tuple[str, l
             f"{journal} is damaged, so nothing records the work that was done.",
             hint="Merge without --resume to begin again.",
         ) from error
-
-
-def check_target(target: Path, overwrite: bool) -> None:
-    """Raise ``OutputError`` unless ``target`` can be written: it holds nothing, or a plain model to be replaced."""
-    if target.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise OutputError(
-            f"{target} is the current folder, or one above it; the finished output would take its place.",
-            hint="Give a folder that does not exist yet, such as merged.",
-        )
-    check_output(target, overwrite)
-    if target.is_dir() and any(target.iterdir()):
-        _check_is_model(target)
-
-
-def _check_is_model(target: Path) -> None:
-    """Raise ``OutputError`` where a folder to be replaced holds something else than a plain model."""
-    if not (target / MODEL_CONFIG).is_file() or (target / ADAPTER_CONFIG).is_file():
-        raise OutputError(
-            f"{target} holds something other than a plain model; it is not replaced.",
-            hint="Choose another folder, or empty this one yourself.",
-        )
-    foreign = _foreign(target)
-    if foreign:
-        raise OutputError(
-            f"{target} holds what is no part of a plain model, and would be lost: {', '.join(foreign[:3])}"
-            f"{f' and {len(foreign) - 3} more' if len(foreign) > 3 else ''}.",
-            hint="Move it away, or choose another folder.",
-        )
-
-
-def written_to(out: str | Path) -> Path:
-    """Return the folder that ``out`` means, links and ``..`` resolved: a link stays, and its folder is written."""
-    target = Path(out)
-    with suppress(OSError):  # the check of the target raises the error
-        return target.resolve() if target.is_symlink() or target.name == ".." else target
-    return target
-
-
-# The names of a plain model's files; a merge's output may hold others, which its manifest names.
-_MODEL_FILES = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "pytorch_model*.bin",
-    "pytorch_model.bin.index.json",
-    MODEL_CONFIG,
-    "generation_config.json",
-    "*token*.json",
-    "*vocab*.json",
-    "*vocab*.txt",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "*.spm",
-    "*chat_template*",
-    "*processor_config.json",
-    "modeling_*.py",
-    "configuration_*.py",
-    "tokenization_*.py",
-    "*process*.py",
-    "tekken.json",
-    "normalizer.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY.md",
-    "README.md",
-    ".gitattributes",
-    MANIFEST,
-)
-_FOLDERS = {TEMPLATES: ("*.jinja",), DELTA: ("*.zip",)}
-
-
-def _foreign(target: Path) -> list[str]:
-    """List what a folder holds that is no part of a plain model, by its path from there."""
-    recorded = _recorded(target)
-    in_folders: list[str] = []
-    for path in sorted(target.iterdir()):
-        if path.name in _FOLDERS and path.is_dir() and not path.is_symlink():
-            in_folders += [f"{path.name}/{name}" for name in _unlike(path, _FOLDERS[path.name])]
-    return in_folders + [name for name in _unlike(target, _MODEL_FILES, recorded) if name not in _FOLDERS]
-
-
-def _unlike(folder: Path, patterns: Collection[str], recorded: Collection[str] = ()) -> list[str]:
-    """List what a folder holds that is neither recorded nor of any of these patterns, by name."""
-    return [
-        path.name
-        for path in sorted(folder.iterdir())
-        if path.is_dir() or not (path.name in recorded or any(fnmatchcase(path.name, pattern) for pattern in patterns))
-    ]
-
-
-def _recorded(target: Path) -> Collection[str]:
-    """Return the files that a merge wrote there, as far as its manifest can be read."""
-    try:
-        return set(read_json(target / MANIFEST)["outputs"]["sha256"])
-    except (VeneerError, KeyError, TypeError):
-        return ()
-
-
-def check_apart(target: Path, inputs: Iterable[tuple[str, Path]]) -> None:
-    """Raise ``OutputError`` when an input lies at or below the folder to write, or the one in which that is made.
-
-    Folders are compared by identity, however their paths are spelt.
-
-    Args:
-        target: the folder to write.
-        inputs: the role of each, for errors, and its folder.
-    """
-    for what, path in inputs:
-        real = path.resolve()
-        above = {_identity(place) for place in (real, *real.parents)}
-        taken = next((place for place in (target, _place_of(target)) if _identity(place) in above - {None}), None)
-        if taken is not None:
-            is_it = _identity(taken) == _identity(real)
-            raise OutputError(
-                f"{taken} {f'is the {what} itself' if is_it else f'holds the {what}, {path}'}; it is not replaced.",
-                hint="Choose another folder.",
-            )
-
-
-def _identity(place: Path) -> tuple[int, int] | None:
-    """Return what identifies a folder, whatever path leads to it; ``None`` where there is none."""
-    try:
-        stat = place.stat()
-    except OSError:
-        return None
-    return stat.st_dev, stat.st_ino
-
-
-def check_space(target: Path, needed: int) -> None:
-    """Raise ``OutputError`` when the disk has not ``needed`` bytes left."""
-    free = shutil.disk_usage(nearest_existing(target)).free
-    if free < needed:
-        raise OutputError(
-            f"{target} needs {nbytes(needed)}, and the disk has {nbytes(free)} left.",
-            hint="Make room, or choose another disk.",
-        )
 
 
 def _sync(path: Path) -> None:

@@ -37,14 +37,8 @@ from veneer.merging.base.companion_files import check_inside
 from veneer.merging.base.hashing import sha256_of
 from veneer.merging.base.weight_files import WeightFiles
 from veneer.merging.output.manifest import read_manifest
-from veneer.merging.output.staging import (
-    DELTA,
-    check_apart,
-    check_space,
-    check_target,
-    staging_folder,
-    written_to,
-)
+from veneer.merging.output.staging import staging_folder
+from veneer.merging.output.target import DELTA, check_apart, check_space, check_target, written_to
 from veneer.printing import Report, nbytes
 
 _SMALL = "small.zip"

@@ -18,7 +18,8 @@ from veneer.merging.base.hashing import Hashing, sha256_of, stamp_of
 from veneer.merging.output.file_writer import FileSink, write_files
 from veneer.merging.output.manifest import manifest_of, warnings_of, write_manifest
 from veneer.merging.output.merge_report import MergeReport
-from veneer.merging.output.staging import StagingFolder, check_apart, check_space, staging_folder
+from veneer.merging.output.staging import StagingFolder, staging_folder
+from veneer.merging.output.target import check_apart, check_space
 from veneer.merging.output.unmerge import write_delta
 from veneer.merging.work.file_layout import index_of
 from veneer.merging.work.prepare import PreparedMerge
