@@ -43,7 +43,7 @@ class Tuner(nn.Module):
             outer = vars(self)["_outer"]()
             if outer is None:
                 raise BaseModelError(
-                    f"The PeftModel of {name} is gone.", hint="Keep it as long as its base_model is used."
+                    f"The PeftModel that {name} is asked of is gone.", hint="Keep it as long as its base_model is used."
                 )
             return getattr(outer, name)
         try:
