@@ -46,8 +46,8 @@ class AdaLora(Method[AdaLoraConfig, AdaLoraSettings], Penalised, Allocates):
 
     def settings(self, config: AdaLoraConfig, site: Site) -> AdaLoraSettings:
         check_groups(site, "AdaLoRA")
-        left = (config.rank_pattern or {}).get(f"{site.name}.{E}")
-        r = config.init_r if left is None else sum(left)
+        remaining = (config.rank_pattern or {}).get(f"{site.name}.{E}")
+        r = config.init_r if remaining is None else sum(remaining)
         alpha = config.lora_alpha if config.lora_alpha > 0 else r
         # The denominator is not quite init_r in peft, and was not in training.
         return AdaLoraSettings(r, alpha / (config.init_r + 1e-5), config.lora_dropout)
@@ -59,15 +59,15 @@ class AdaLora(Method[AdaLoraConfig, AdaLoraSettings], Penalised, Allocates):
     def init(self, new: NewLayer[AdaLoraConfig, AdaLoraSettings]) -> dict[str, Tensor]:
         std = 0.02 if new.config.init_lora_weights else 1.0
         shapes = self.shapes(new.settings, new.site).items()
-        made = {leaf: new.normal(shape, std) for leaf, shape in shapes}
-        return {**made, E: torch.zeros_like(made[E])} if new.config.init_lora_weights else made
+        tensors = {leaf: new.normal(shape, std) for leaf, shape in shapes}
+        return {**tensors, E: torch.zeros_like(tensors[E])} if new.config.init_lora_weights else tensors
 
     def lower(self, settings: AdaLoraSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         return Patch(up=tensors[B], down=tensors[A] * tensors[E], scale=settings.scale, dropout=settings.dropout)
 
     def penalty(self, config: AdaLoraConfig, layers: Sequence[tuple[AdaLoraSettings, Mapping[str, Tensor]]]) -> Tensor:
         """Return the distance of the factors from orthogonal ones (equation 4)."""
-        factors = [part.float() for _, own in layers for part in (own[A], own[B].mT)]
+        factors = [part.float() for _, tensors in layers for part in (tensors[A], tensors[B].mT)]
         gaps = [(f @ f.mT - torch.eye(len(f), device=f.device)).norm().to(factors[0].device) for f in factors]
         return config.orth_reg_weight * torch.stack(gaps).mean()
 

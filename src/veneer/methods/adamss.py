@@ -53,8 +53,8 @@ class Adamss(Method[AdamssConfig, AdamssSettings], VariesWithConfig, SettledByCh
     def __init__(self, groups: int) -> None:
         self.downs = [f"{A}{index}" for index in range(groups)]
         self.ups = [f"{B}{index}" for index in range(groups)]
-        own = (Leaf(V, trained=False), Leaf(ROWS, trained=False, saved=False))
-        self.leaves = (*own, *map(Leaf, (*self.downs, *self.ups)))
+        common = (Leaf(V, trained=False), Leaf(ROWS, trained=False, saved=False))
+        self.leaves = (*common, *map(Leaf, (*self.downs, *self.ups)))
 
     def specialised(self, config: AdamssConfig) -> Adamss:
         return Adamss(config.num_subspaces)
@@ -79,41 +79,41 @@ class Adamss(Method[AdamssConfig, AdamssSettings], VariesWithConfig, SettledByCh
     def shapes(self, settings: AdamssSettings, site: Site) -> dict[str, tuple[int, ...]]:
         columns = site.shape[1] + (site.bias is not None)
         r = min(settings.config.r, site.shape[0], columns)
-        found: dict[str, tuple[int, ...]] = {V: (r, columns)}
+        shapes: dict[str, tuple[int, ...]] = {V: (r, columns)}
         for down, up, (rows, rank) in zip(self.downs, self.ups, settings.sizes, strict=False):
-            found.update({down: (rank, r), up: (rows, rank)})
-        return found
+            shapes.update({down: (rank, r), up: (rows, rank)})
+        return shapes
 
     def init(self, new: NewLayer[AdamssConfig, AdamssSettings]) -> dict[str, Tensor]:
         left, right = _decomposed(new.config, new.base)
         groups = _groups(new.config, left, new.site)
-        found = {V: right, ROWS: torch.cat(groups)}
+        tensors = {V: right, ROWS: torch.cat(groups)}
         for down, up, rows in zip(self.downs, self.ups, groups, strict=False):
-            found[down] = _directions(new.config, left[rows])
-            shape = (len(rows), len(found[down]))
+            tensors[down] = _directions(new.config, left[rows])
+            shape = (len(rows), len(tensors[down]))
             zero = new.config.init_weights == "orthogonal"
-            found[up] = torch.zeros(shape) if zero else 0.01 * new.normal(shape)
-        return found
+            tensors[up] = torch.zeros(shape) if zero else 0.01 * new.normal(shape)
+        return tensors
 
     def recomputed(
         self, config: AdamssConfig, settings: AdamssSettings, base: Callable[[], BaseLayer]
     ) -> dict[str, Tensor]:
         layer = base()
         groups = _groups(config, _decomposed(config, layer)[0], layer.site)
-        found, stored = [len(rows) for rows in groups], [rows for rows, _ in settings.sizes]
-        if found != stored:
+        sizes, stored = [len(rows) for rows in groups], [rows for rows, _ in settings.sizes]
+        if sizes != stored:
             raise BaseMismatchError(
-                f"{layer.site.name}: the base's rows fall into groups of {found}, and the adapter's into {stored}.",
+                f"{layer.site.name}: the base's rows fall into groups of {sizes}, and the adapter's into {stored}.",
                 hint="Load the base that it was trained on, in the dtype that it had then.",
             )
         return {ROWS: torch.cat(groups)}
 
     def lower(self, settings: AdamssSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         inner = base.site.shape[1]
-        own = [(tensors[down], tensors[up]) for down, up in zip(self.downs, self.ups, strict=True) if up in tensors]
-        grouped = torch.block_diag(*(up for _, up in own))
+        factors = [(tensors[down], tensors[up]) for down, up in zip(self.downs, self.ups, strict=True) if up in tensors]
+        grouped = torch.block_diag(*(up for _, up in factors))
         up = torch.zeros_like(grouped).index_copy(0, tensors[ROWS], grouped)
-        down = torch.cat([down for down, _ in own]).float() @ tensors[V].float()
+        down = torch.cat([down for down, _ in factors]).float() @ tensors[V].float()
         shift = up.float() @ down[:, inner] if down.shape[1] > inner else None
         return Patch(up=up, down=down[:, :inner], shift=shift)
 

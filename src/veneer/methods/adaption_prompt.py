@@ -70,8 +70,8 @@ class AdaptionPrompt(RoutedMethod[AdaptionPromptConfig, int], ChoosesLayers, Com
 
     def parts(self, config: AdaptionPromptConfig, catalog: Catalog) -> list[MethodOnSites]:
         self.complete(config, catalog)
-        found = [attention_site(name, catalog.modules[name]) for name in catalog.targets(config)]
-        sites: list[Site] = [site for site in found if site is not None]
+        candidates = [attention_site(name, catalog.modules[name]) for name in catalog.targets(config)]
+        sites: list[Site] = [site for site in candidates if site is not None]
         count = config.adapter_layers or 0
         if len(sites) < count:
             raise TargetError(

@@ -50,8 +50,8 @@ class ArrowDirections:
 
     def is_current(self, selection: Selection, tensors: Sequence[Tensor]) -> bool:
         """Tell whether they were made from ``tensors`` as these are now."""
-        own = self.sources.sources
-        same = len(own) == len(tensors) and all(a is b for a, b in zip(own, tensors, strict=True))
+        sources = self.sources.sources
+        same = len(sources) == len(tensors) and all(a is b for a, b in zip(sources, tensors, strict=True))
         return same and self.sources.is_current(selection)
 
 
@@ -71,8 +71,8 @@ class Preparing:
         last, selection = self._last, current().selection
         if last is None or not last.is_current(selection, tensors):
             sources = TensorVersions(selection, tensors)
-            own = _less(experts, general) if general else list(experts)
-            last = self._last = ArrowDirections(sources, own, torch.stack([_direction(patch) for patch in own]))
+            reduced = _less(experts, general) if general else list(experts)
+            last = self._last = ArrowDirections(sources, reduced, torch.stack([_direction(patch) for patch in reduced]))
         return last
 
 
@@ -88,16 +88,16 @@ def _direction(patch: Patch) -> Tensor:
     up, down = _factors(patch)
     basis, triangle = torch.linalg.qr(down.T)
     turned = torch.linalg.svd(up @ triangle.T, full_matrices=False)[2]
-    found: Tensor = basis @ turned[0]
-    return found
+    direction: Tensor = basis @ turned[0]
+    return direction
 
 
 def _less(experts: Sequence[Patch], general: Sequence[Patch]) -> list[Patch]:
     """Return ``experts`` without the mean ``B`` and the mean ``A`` of the general adapters."""
     ups, downs = zip(*(_factors(patch) for patch in general), strict=True)
     up, down = torch.stack(ups).mean(0), torch.stack(downs).mean(0)
-    own = [(patch, *_factors(patch)) for patch in experts]
-    return [replace(patch, up=own_up - up, down=own_down - down) for patch, own_up, own_down in own]
+    factors = [(patch, *_factors(patch)) for patch in experts]
+    return [replace(patch, up=own_up - up, down=own_down - down) for patch, own_up, own_down in factors]
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,8 @@ class BOFT(Method[BOFTConfig, BOFTSettings], SettledByCheckpoint):
     def init(self, new: NewLayer[BOFTConfig, BOFTSettings]) -> dict[str, Tensor]:
         std = 0.0 if new.config.init_weights else 0.1
         shapes = self.shapes(new.settings, new.site)
-        made = {leaf: new.normal(shape, std) for leaf, shape in shapes.items()}
-        return {R: made[R], S: made[S] + 1}
+        tensors = {leaf: new.normal(shape, std) for leaf, shape in shapes.items()}
+        return {R: tensors[R], S: tensors[S] + 1}
 
     def lower(self, settings: BOFTSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         blocks = tensors[R].float()

@@ -76,11 +76,11 @@ class CPT(PromptMethod[CPTConfig]):
         return Context(config, values) if values.requires_grad else EmbeddingTable(values)
 
     def counted(self, config: CPTConfig, labels: Tensor, types: Tensor | None) -> tuple[Tensor, Tensor]:
-        own = torch.tensor(config.cpt_tokens_type_mask, device=labels.device).expand(len(labels), -1)
-        given = torch.full_like(labels, 4) if types is None else types.to(own)
+        types_of_prompt = torch.tensor(config.cpt_tokens_type_mask, device=labels.device).expand(len(labels), -1)
+        given = torch.full_like(labels, 4) if types is None else types.to(types_of_prompt)
         # The input counts on from the last whole example.
-        last = -(-int(own.max()) // 4) * 4
-        kinds = torch.cat([own, torch.where(given > 0, given + last, given)], dim=1)
+        last = -(-int(types_of_prompt.max()) // 4) * 4
+        kinds = torch.cat([types_of_prompt, torch.where(given > 0, given + last, given)], dim=1)
         ids = torch.tensor(config.cpt_token_ids, device=labels.device).expand(len(labels), -1)
         of_label = (kinds > 0) & (kinds % 4 == 0)
         whole = torch.where(of_label, torch.cat([ids, labels], dim=1), IGNORED)

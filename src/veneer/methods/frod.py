@@ -49,26 +49,26 @@ class Frod(Method[FrodConfig, FrodConfig], SharesProjection, DerivesTensors):
         return {LENGTHS: (site.shape[1],), ENTRIES: (_count(settings, site.shape[1]),)}
 
     def shared_shapes(self, config: FrodConfig, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
-        found: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for site in sites:
             role, inner = _role(site.name), site.shape[1]
-            found.update({f"{V}.{role}": (inner, inner), f"{PLACES}.{role}": (2, _count(config, inner))})
-            found[f"{SIZE}.{role}"] = (2,)
-        return found
+            shapes.update({f"{V}.{role}": (inner, inner), f"{PLACES}.{role}": (2, _count(config, inner))})
+            shapes[f"{SIZE}.{role}"] = (2,)
+        return shapes
 
     def make_shared(
         self, config: FrodConfig, bases: Sequence[BaseLayer], generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         seeded = torch.Generator().manual_seed(config.projection_prng_key)
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for role in sorted({_role(base.site.name) for base in bases}):
             weights = [base.base_weight().float().cpu() for base in bases if _role(base.site.name) == role]
             inner = weights[0].shape[1]
             with _of_full_rank(role):
-                found[f"{V}.{role}"] = _basis(weights, config.regularization_alpha).contiguous()
-            found[f"{PLACES}.{role}"] = _places(inner, _count(config, inner), seeded)
-            found[f"{SIZE}.{role}"] = torch.tensor([inner, inner])
-        return found
+                tensors[f"{V}.{role}"] = _basis(weights, config.regularization_alpha).contiguous()
+            tensors[f"{PLACES}.{role}"] = _places(inner, _count(config, inner), seeded)
+            tensors[f"{SIZE}.{role}"] = torch.tensor([inner, inner])
+        return tensors
 
     def init(self, new: NewLayer[FrodConfig, FrodConfig]) -> dict[str, Tensor]:
         entries = torch.zeros(_count(new.settings, new.site.shape[1]))
@@ -77,7 +77,7 @@ class Frod(Method[FrodConfig, FrodConfig], SharesProjection, DerivesTensors):
     def extra_tensors(
         self, config: FrodConfig, bases: Sequence[BaseLayer], shared: Mapping[str, Tensor]
     ) -> list[dict[str, Tensor]]:
-        found = []
+        extra = []
         for base in bases:
             role = _role(base.site.name)
             basis = shared[f"{V}.{role}"]
@@ -85,8 +85,8 @@ class Frod(Method[FrodConfig, FrodConfig], SharesProjection, DerivesTensors):
                 left = torch.linalg.solve(basis.double(), base.base_weight().double().T).T
             lengths = left.norm(dim=0)
             unit = left / lengths.clamp_min(1e-12)
-            found.append({V: basis, PLACES: shared[f"{PLACES}.{role}"], U: unit.float(), LENGTHS: lengths.float()})
-        return found
+            extra.append({V: basis, PLACES: shared[f"{PLACES}.{role}"], U: unit.float(), LENGTHS: lengths.float()})
+        return extra
 
     def lower(self, settings: FrodConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         places = tensors[PLACES]
@@ -129,8 +129,8 @@ def _basis(weights: Sequence[Tensor], ridge: float) -> Tensor:
         right: Tensor = torch.linalg.svd(stacked, full_matrices=True)[2]
         return right.T
     q, r = torch.linalg.qr(stacked)
-    one = ridge * torch.eye(r.shape[1])
-    inverses = [torch.linalg.inv(part.T @ part + one) for part in q.split([len(weight) for weight in weights])]
+    identity = ridge * torch.eye(r.shape[1])
+    inverses = [torch.linalg.inv(part.T @ part + identity) for part in q.split([len(weight) for weight in weights])]
     directions: Tensor = torch.linalg.eigh(torch.stack(inverses).mean(0))[1]
     basis: Tensor = r.T @ directions
     return basis

@@ -43,12 +43,14 @@ class Glora(Method[GloraConfig, GloraConfig]):
 
     def shapes(self, settings: GloraConfig, site: Site) -> dict[str, tuple[int, ...]]:
         (out, inner), r = site.shape, settings.r
-        found = {**_shapes(A, settings.config_A_B, out, inner, r), **_shapes(B, settings.config_A_B, out, inner, r)}
+        shapes = {**_shapes(A, settings.config_A_B, out, inner, r), **_shapes(B, settings.config_A_B, out, inner, r)}
         if site.bias is not None:
-            found.update(_shapes(C, settings.config_C, inner, 1, r))
+            shapes.update(_shapes(C, settings.config_C, inner, 1, r))
             for part in (D, E):
-                found.update({leaf: shape[:1] for leaf, shape in _shapes(part, settings.config_D_E, out, 1, r).items()})
-        return found
+                shapes.update(
+                    {leaf: shape[:1] for leaf, shape in _shapes(part, settings.config_D_E, out, 1, r).items()}
+                )
+        return shapes
 
     def init(self, new: NewLayer[GloraConfig, GloraConfig]) -> dict[str, Tensor]:
         tensors = {leaf: torch.zeros(shape) for leaf, shape in self.shapes(new.settings, new.site).items()}

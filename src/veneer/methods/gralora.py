@@ -39,8 +39,8 @@ class Gralora(Method[GraloraConfig, GraloraConfig]):
 
     def shapes(self, settings: GraloraConfig, site: Site) -> dict[str, tuple[int, ...]]:
         (out, inner), k, r, hybrid = site.shape, settings.gralora_k, settings.r, settings.hybrid_r
-        found: dict[str, tuple[int, ...]] = {A: (k, inner // k, r), B: (k, r, out // k)}
-        return {**found, GENERAL_A: (hybrid, inner), GENERAL_B: (out, hybrid)} if hybrid else found
+        shapes: dict[str, tuple[int, ...]] = {A: (k, inner // k, r), B: (k, r, out // k)}
+        return {**shapes, GENERAL_A: (hybrid, inner), GENERAL_B: (out, hybrid)} if hybrid else shapes
 
     def init(self, new: NewLayer[GraloraConfig, GraloraConfig]) -> dict[str, Tensor]:
         tensors = {leaf: torch.zeros(shape) for leaf, shape in self.shapes(new.settings, new.site).items()}

@@ -67,10 +67,10 @@ def _unit(u: Tensor) -> Tensor:
 
 def _orthonormal(u: Tensor) -> Tensor:
     """Return the columns made orthonormal one after the other; one of zeros stays as it is."""
-    found: list[Tensor] = []
+    columns: list[Tensor] = []
     for column in u.unbind(1):
         rest = column
-        for one in found:
-            rest = rest - (one @ rest) * one
-        found.append(_unit(rest))
-    return torch.stack(found, dim=1)
+        for previous in columns:
+            rest = rest - (previous @ rest) * previous
+        columns.append(_unit(rest))
+    return torch.stack(columns, dim=1)

@@ -107,11 +107,11 @@ class Lily(RoutedMethod[LilyConfig, LilyConfig], SharesBetweenLayers):
         return {A: (r, inner), B: (experts * r, out), ROUTER: (experts, r)}
 
     def init(self, new: NewLayer[LilyConfig, LilyConfig]) -> dict[str, Tensor]:
-        found = {}
+        tensors = {}
         for leaf, shape in self.shapes(new.settings, new.site).items():
             bound = 0.0 if leaf == B and new.config.init_weights else 1 / math.sqrt(shape[1])
-            found[leaf] = new.uniform(shape, bound)
-        return found
+            tensors[leaf] = new.uniform(shape, bound)
+        return tensors
 
     def shared_between_layers(self, config: LilyConfig, sites: Sequence[Site]) -> dict[str, list[int]]:
         groups: dict[tuple[str, tuple[int, int]], list[int]] = {}

@@ -51,12 +51,12 @@ class LNTuning(Method[LNTuningConfig, None], ChoosesLayers, CompletesConfig):
         return None
 
     def shapes(self, settings: None, site: Site) -> dict[str, tuple[int, ...]]:
-        found = {WEIGHT: site.stored_shape}
-        return found if site.bias is None else {**found, BIAS: tuple(site.bias.shape)}
+        shapes = {WEIGHT: site.stored_shape}
+        return shapes if site.bias is None else {**shapes, BIAS: tuple(site.bias.shape)}
 
     def init(self, new: NewLayer[LNTuningConfig, None]) -> dict[str, Tensor]:
-        found = {WEIGHT: new.site.as_stored(new.base.base_weight()).float().clone()}
-        return found if new.base.base_bias is None else {**found, BIAS: new.base.base_bias.detach().float().clone()}
+        tensors = {WEIGHT: new.site.as_stored(new.base.base_weight()).float().clone()}
+        return tensors if new.base.base_bias is None else {**tensors, BIAS: new.base.base_bias.detach().float().clone()}
 
     def lower(self, settings: None, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         dense = base.site.canonical(tensors[WEIGHT].float()) - base.base_weight().float()

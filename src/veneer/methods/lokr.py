@@ -66,12 +66,12 @@ class LoKr(Method[LoKrConfig, LoKrSettings]):
 
     def shapes(self, settings: LoKrSettings, site: Site) -> dict[str, tuple[int, ...]]:
         r, (a, c), (b, d) = settings.r, settings.first, settings.second
-        found: dict[str, tuple[int, ...]] = {C: (a, c)} if settings.whole_first else {C1: (a, r), C2: (r, c)}
+        shapes: dict[str, tuple[int, ...]] = {C: (a, c)} if settings.whole_first else {C1: (a, r), C2: (r, c)}
         if settings.whole_second:
-            return {**found, D: (b, d, *site.kernel)}
+            return {**shapes, D: (b, d, *site.kernel)}
         if settings.core is None:
-            return {**found, D1: (b, r), D2: (r, d * math.prod(site.kernel))}
-        return {**found, D1: (r, b), D2: (r, d), CORE: (r, r, *settings.core)}
+            return {**shapes, D1: (b, r), D2: (r, d * math.prod(site.kernel))}
+        return {**shapes, D1: (r, b), D2: (r, d), CORE: (r, r, *settings.core)}
 
     def init(self, new: NewLayer[LoKrConfig, LoKrSettings]) -> dict[str, Tensor]:
         zero = {D, D2} if new.config.init_weights == "lycoris" else {C, C1}

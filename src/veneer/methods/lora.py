@@ -255,8 +255,8 @@ class Lora(
                 "path_initial_model_for_weight_conversion); or, if its base is the changed one, set init_lora_weights "
                 "to true in its config.",
             )
-        made = self._start(NewLayer(config, settings, base()))
-        return {leaf: made[leaf] for leaf in (START_A, START_B)}
+        start = self._start(NewLayer(config, settings, base()))
+        return {leaf: start[leaf] for leaf in (START_A, START_B)}
 
     def on_disk(self, settings: LoraSettings, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if settings.of_embedding:
@@ -340,9 +340,9 @@ def _without_start(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _lengths(patch: Patch, base: BaseLayer) -> Tensor:
     """Return the length of each row of ``W + scale * B A``, shape ``(out,)``, float32."""
     weight = base.base_weight()
-    own = Patch(patch.up, patch.down, patch.scale)
-    found = []
+    added = Patch(patch.up, patch.down, patch.scale)
+    lengths = []
     for start in range(0, weight.shape[0], BLOCK):
         rows = weight[start : start + BLOCK].to(torch.float32, copy=True)
-        found.append(own.changed_rows(rows, start, start + rows.shape[0]).norm(dim=1))
-    return torch.cat(found).clamp_min(_NONE)
+        lengths.append(added.changed_rows(rows, start, start + rows.shape[0]).norm(dim=1))
+    return torch.cat(lengths).clamp_min(_NONE)

@@ -35,8 +35,8 @@ class OSF(Method[OSFConfig, int], DerivesTensors):
 
     def settings(self, config: OSFConfig, site: Site) -> int:
         small, chosen = min(site.shape), config.effective_rank
-        found = [rank for pattern, rank in (config.rank_pattern or {}).items() if match(pattern, PART, site.name)]
-        chosen = found[0] if found else chosen
+        ranks = [rank for pattern, rank in (config.rank_pattern or {}).items() if match(pattern, PART, site.name)]
+        chosen = ranks[0] if ranks else chosen
         if chosen is None:
             return small // 2
         share = isinstance(chosen, float) and 0 < chosen <= 1

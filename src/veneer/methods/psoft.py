@@ -43,9 +43,9 @@ class Psoft(Method[PsoftConfig, PsoftConfig], DerivesTensors):
 
     def shapes(self, settings: PsoftConfig, site: Site) -> dict[str, tuple[int, ...]]:
         r = settings.r
-        found: dict[str, tuple[int, ...]] = {TURN: (r * (r - 1) // 2,) if settings.psoft_orth else (r, r)}
+        shapes: dict[str, tuple[int, ...]] = {TURN: (r * (r - 1) // 2,) if settings.psoft_orth else (r, r)}
         scales = {AFTER: settings.psoft_mag_b, BEFORE: settings.psoft_mag_a}
-        return {**found, **{leaf: (r,) for leaf, used in scales.items() if used}}
+        return {**shapes, **{leaf: (r,) for leaf, used in scales.items() if used}}
 
     def init(self, new: NewLayer[PsoftConfig, PsoftConfig]) -> dict[str, Tensor]:
         tensors = {leaf: torch.ones(shape) for leaf, shape in self.shapes(new.settings, new.site).items()}

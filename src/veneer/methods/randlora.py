@@ -60,12 +60,12 @@ class RandLora(Method[RandLoraConfig, RandLoraConfig], SharesProjection):
         shapes = self.shared_shapes(config, [base.site for base in bases])
         if config.sparse or config.very_sparse:
             few = math.sqrt(shapes[SHARED_A][2]) if config.very_sparse else 3
-            made = {leaf: _signs(shapes[leaf], few, seeded) for leaf in (SHARED_A, SHARED_B)}
+            tensors = {leaf: _signs(shapes[leaf], few, seeded) for leaf in (SHARED_A, SHARED_B)}
         else:
             large, count, r = shapes[SHARED_B]
-            made = {SHARED_A: _uniform(shapes[SHARED_A], seeded)}
-            made[SHARED_B] = torch.cat([_uniform((large, 1, r), seeded) for _ in range(count)], 1)
-        return {leaf: (tensor / tensor.std()).float() for leaf, tensor in made.items()}
+            tensors = {SHARED_A: _uniform(shapes[SHARED_A], seeded)}
+            tensors[SHARED_B] = torch.cat([_uniform((large, 1, r), seeded) for _ in range(count)], 1)
+        return {leaf: (tensor / tensor.std()).float() for leaf, tensor in tensors.items()}
 
     def init(self, new: NewLayer[RandLoraConfig, RandLoraConfig]) -> dict[str, Tensor]:
         shapes = self.shapes(new.settings, new.site)

@@ -56,24 +56,26 @@ class Road(Method[RoadConfig, RoadSettings]):
     def init(self, new: NewLayer[RoadConfig, RoadSettings]) -> dict[str, Tensor]:
         std = 0.0 if new.config.init_weights else 0.5
         shapes = self.shapes(new.settings, new.site)
-        made = {leaf: new.normal(shape, std) for leaf, shape in shapes.items()}
-        return {THETA: made[THETA], ALPHA: made[ALPHA] + 1}
+        tensors = {leaf: new.normal(shape, std) for leaf, shape in shapes.items()}
+        return {THETA: tensors[THETA], ALPHA: tensors[ALPHA] + 1}
 
     def lower(self, settings: RoadSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         half = settings.group // 2
         angle, scale = (self._by_row(settings, tensors[leaf].float()) for leaf in (THETA, ALPHA))
-        own, other = scale[0] * angle[0].cos(), scale[1] * angle[1].sin()
+        diagonal, off_diagonal = scale[0] * angle[0].cos(), scale[1] * angle[1].sin()
         # An output of a group's first half takes its partner away, one of the second adds it.
-        signs = torch.tensor([-1.0] * half + [1.0] * half, device=own.device).unsqueeze(1)
-        partner = torch.eye(settings.group, device=own.device).roll(half, dims=1) * signs
-        return Patch(outer=BlockDiagonal(torch.diag_embed(own) + other.unsqueeze(-1) * partner), outer_on_bias=True)
+        signs = torch.tensor([-1.0] * half + [1.0] * half, device=diagonal.device).unsqueeze(1)
+        partner = torch.eye(settings.group, device=diagonal.device).roll(half, dims=1) * signs
+        return Patch(
+            outer=BlockDiagonal(torch.diag_embed(diagonal) + off_diagonal.unsqueeze(-1) * partner), outer_on_bias=True
+        )
 
     def _by_row(self, settings: RoadSettings, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the values for an output itself and for its partner, each ``(groups, group)``."""
         group = settings.group
         if settings.numbers == 4:
-            own, other = values.view(-1, 2, group).unbind(1)
-            return own, other
+            diagonal, off_diagonal = values.view(-1, 2, group).unbind(1)
+            return diagonal, off_diagonal
         rows = values.view(-1, group // 2).repeat(1, 2) if settings.numbers == 1 else values.view(-1, group)
         return rows, rows
 

@@ -87,9 +87,9 @@ class ShadowRoute:
         return (1 - gate) * state.float() + gate * self._network(TRANSFORM, h)
 
     def _network(self, name: str, h: Tensor) -> Tensor:
-        own = {leaf.removeprefix(name): t.float() for leaf, t in self.tensors.items() if leaf.startswith(name)}
-        hidden = F.gelu(F.linear(h, own["0.weight"], own["0.bias"]))
-        return F.linear(hidden, own["2.weight"], own["2.bias"])
+        tensors = {leaf.removeprefix(name): t.float() for leaf, t in self.tensors.items() if leaf.startswith(name)}
+        hidden = F.gelu(F.linear(h, tensors["0.weight"], tensors["0.bias"]))
+        return F.linear(hidden, tensors["2.weight"], tensors["2.bias"])
 
 
 class Shadow(RoutedMethod[ShadowConfig, ShadowConfig], SharesTensors, ChoosesLayers, CompletesConfig):
@@ -108,8 +108,8 @@ class Shadow(RoutedMethod[ShadowConfig, ShadowConfig], SharesTensors, ChoosesLay
     def complete(self, config: ShadowConfig, catalog: Catalog) -> None:
         blocks = _blocks(catalog)
         if config.target_modules is None:
-            wanted = config.layers_to_transform
-            places = [wanted] if isinstance(wanted, int) else wanted
+            layers = config.layers_to_transform
+            places = [layers] if isinstance(layers, int) else layers
             config.target_modules = [n for i, n in enumerate(blocks) if places is None or i in places]
 
     def parts(self, config: ShadowConfig, catalog: Catalog) -> list[MethodOnSites]:
@@ -129,11 +129,11 @@ class Shadow(RoutedMethod[ShadowConfig, ShadowConfig], SharesTensors, ChoosesLay
     def shapes(self, settings: ShadowConfig, site: Site) -> dict[str, tuple[int, ...]]:
         width, _ = site.shape
         inner = settings.update_hidden_size or settings.r
-        found: dict[str, tuple[int, ...]] = {DOWN: (settings.r, width), UP: (width, settings.r)}
+        shapes: dict[str, tuple[int, ...]] = {DOWN: (settings.r, width), UP: (width, settings.r)}
         for net in (TRANSFORM, GATE):
-            found |= {f"{net}0.weight": (inner, width), f"{net}0.bias": (inner,)}
-            found |= {f"{net}2.weight": (width, inner), f"{net}2.bias": (width,)}
-        return found
+            shapes |= {f"{net}0.weight": (inner, width), f"{net}0.bias": (inner,)}
+            shapes |= {f"{net}2.weight": (width, inner), f"{net}2.bias": (width,)}
+        return shapes
 
     def shared_shapes(self, config: ShadowConfig, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
         if not sites:
@@ -142,11 +142,11 @@ class Shadow(RoutedMethod[ShadowConfig, ShadowConfig], SharesTensors, ChoosesLay
         with torch.device("meta"):
             decoder = small_decoder(config, site.decoder)
         tensors = {**stored(decoder.state_dict(), config, site.decoder), **_head_start(config, site)}
-        found = {leaf: tuple(tensor.shape) for leaf, tensor in tensors.items()}
-        own, width = int(decoder.config.hidden_size), site.shape[0]  # type: ignore[union-attr, arg-type]
-        if own != width or (config.shadow_model != MIRROR and shadow_source(config.shadow_model).projected):
-            found[_WIDENING] = (width, own)
-        return found
+        shapes = {leaf: tuple(tensor.shape) for leaf, tensor in tensors.items()}
+        decoder_width, width = int(decoder.config.hidden_size), site.shape[0]  # type: ignore[union-attr, arg-type]
+        if decoder_width != width or (config.shadow_model != MIRROR and shadow_source(config.shadow_model).projected):
+            shapes[_WIDENING] = (width, decoder_width)
+        return shapes
 
     def make_shared(
         self, config: ShadowConfig, bases: Sequence[BaseLayer], generator: torch.Generator | None
@@ -156,21 +156,21 @@ class Shadow(RoutedMethod[ShadowConfig, ShadowConfig], SharesTensors, ChoosesLay
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             values, projection = _start(config, site.decoder)
-        found = {**stored(values, config, site.decoder), **_head_start(config, site)}
+        tensors = {**stored(values, config, site.decoder), **_head_start(config, site)}
         shape = self.shared_shapes(config, [site]).get(_WIDENING)
         if shape is not None:
-            found[_WIDENING] = _uniform(shape, shape[1], generator) if projection is None else projection
-            _check_widening(found[_WIDENING], shape, config)
+            tensors[_WIDENING] = _uniform(shape, shape[1], generator) if projection is None else projection
+            _check_widening(tensors[_WIDENING], shape, config)
         # Of their own memory: the classifier stays the base's.
-        return {leaf: tensor.detach().float().clone() for leaf, tensor in found.items()}
+        return {leaf: tensor.detach().float().clone() for leaf, tensor in tensors.items()}
 
     def init(self, new: NewLayer[ShadowConfig, ShadowConfig]) -> dict[str, Tensor]:
         shapes = self.shapes(new.settings, new.site)
-        made = {
+        tensors = {
             leaf: _uniform(shape, shapes[leaf.replace("bias", "weight")][1], new.generator)
             for leaf, shape in shapes.items()
         }
-        return {**made, UP: torch.zeros(shapes[UP])} if new.config.init_weights else made
+        return {**tensors, UP: torch.zeros(shapes[UP])} if new.config.init_weights else tensors
 
     def lower(self, settings: ShadowConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         return Patch(route=ShadowRoute(settings, {leaf: tensors[leaf] for leaf in self.by_name}))
@@ -189,10 +189,10 @@ def small_decoder(config: ShadowConfig, stack: nn.Module) -> nn.Module:
     if config.shadow_model != MIRROR:
         return shadow_source(config.shadow_model).decoder()
     sizes: Any = copy.deepcopy(stack.config)
-    wanted = {key: getattr(config, key) for key in _SIZES} | {
+    chosen = {key: getattr(config, key) for key in _SIZES} | {
         "shadow_num_hidden_layers": config.shadow_num_hidden_layers or 1
     }
-    for key, value in wanted.items():
+    for key, value in chosen.items():
         if value is None:
             continue
         name = next((name for name in _SIZES[key] if hasattr(sizes, name)), None)
@@ -201,7 +201,7 @@ def small_decoder(config: ShadowConfig, stack: nn.Module) -> nn.Module:
                 f"{key}={value}: the config of {type(stack).__name__} has no such size.", hint="Leave it out."
             )
         setattr(sizes, name, value)
-    _fit_lists(sizes, wanted["shadow_num_hidden_layers"])
+    _fit_lists(sizes, chosen["shadow_num_hidden_layers"])
     decoder: nn.Module = type(stack)(sizes)
     return decoder
 

@@ -40,12 +40,12 @@ class Supertuning(Method[SupertuningConfig, SupertuningConfig], DerivesTensors):
         return config
 
     def shapes(self, settings: SupertuningConfig, site: Site) -> dict[str, tuple[int, ...]]:
-        found: dict[str, tuple[int, ...]] = {VALUES: (_count(settings, site),)}
+        shapes: dict[str, tuple[int, ...]] = {VALUES: (_count(settings, site),)}
         if settings.save_precomputed_indices:
-            found[INDICES] = found[VALUES]
+            shapes[INDICES] = shapes[VALUES]
         if settings.r is not None:
-            found.update({A: (settings.r, site.shape[1]), B: (site.shape[0], settings.r)})
-        return found
+            shapes.update({A: (settings.r, site.shape[1]), B: (site.shape[0], settings.r)})
+        return shapes
 
     def init(self, new: NewLayer[SupertuningConfig, SupertuningConfig]) -> dict[str, Tensor]:
         shapes = self.shapes(new.settings, new.site)

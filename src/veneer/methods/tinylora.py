@@ -44,8 +44,8 @@ class TinyLora(Method[TinyLoraConfig, TinyLoraConfig], SharesTensors, DerivesTen
     def shapes(self, settings: TinyLoraConfig, site: Site) -> dict[str, tuple[int, ...]]:
         out, inner = _stored_shape(site)
         r = _rank(settings, site)
-        found: dict[str, tuple[int, ...]] = {A: (r, inner), B: (out, r)}
-        return {**found, P: (settings.u, r, r)} if settings.save_projection else found
+        shapes: dict[str, tuple[int, ...]] = {A: (r, inner), B: (out, r)}
+        return {**shapes, P: (settings.u, r, r)} if settings.save_projection else shapes
 
     def shared_shapes(self, config: TinyLoraConfig, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
         return {f"{V}.{group}": (config.u,) for group in _groups(config, len(sites))}

@@ -41,15 +41,15 @@ class TrainableTokens(TokenRows[TrainableTokensConfig], ChoosesLayers, Completes
             config.target_modules = shortest(catalog.input_embeddings, catalog.modules)
 
     def parts(self, config: TrainableTokensConfig, catalog: Catalog) -> list[MethodOnSites]:
-        own = self.part(config, catalog, catalog.sites(config))
-        return [MethodOnSites(SAVED_WEIGHT, own.everywhere, optional=True), own]
+        tokens = self.part(config, catalog, catalog.sites(config))
+        return [MethodOnSites(SAVED_WEIGHT, tokens.everywhere, optional=True), tokens]
 
     def wanted(self, config: TrainableTokensConfig, site: Site) -> Sequence[int]:
         return config.token_indices
 
     def init(self, new: NewLayer[TrainableTokensConfig, TokenSettings]) -> dict[str, Tensor]:
-        found = super().init(new)
-        return found if new.config.init_weights else {VALUES: found[VALUES].normal_(generator=new.generator)}
+        tensors = super().init(new)
+        return tensors if new.config.init_weights else {VALUES: tensors[VALUES].normal_(generator=new.generator)}
 
 
 METHOD = TrainableTokens()

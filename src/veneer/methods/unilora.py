@@ -69,14 +69,14 @@ class UniLora(Method[UniLoraConfig, UniLoraConfig], SharesTensors, DerivesTensor
     def extra_tensors(
         self, config: UniLoraConfig, bases: Sequence[BaseLayer], shared: Mapping[str, Tensor]
     ) -> list[dict[str, Tensor]]:
-        wanted = [shape for base in bases for shape in _shapes(config, base.site)]
-        sizes = [rows * columns for rows, columns in wanted]
+        shapes = [shape for base in bases for shape in _shapes(config, base.site)]
+        sizes = [rows * columns for rows, columns in shapes]
         dealt = _dealt(sum(sizes), config.theta_d_length, config.proj_seed)
         often = torch.bincount(dealt, minlength=config.theta_d_length).clamp_min(1)
-        indices = [part.view(shape) for part, shape in zip(dealt.split(sizes), wanted, strict=True)]
+        indices = [part.view(shape) for part, shape in zip(dealt.split(sizes), shapes, strict=True)]
         scales = [often[part].float().rsqrt() for part in indices]
         pairs = zip(indices[::2], indices[1::2], scales[::2], scales[1::2], strict=True)
-        return [{**shared, **dict(zip(self.by_name, found, strict=True))} for found in pairs]
+        return [{**shared, **dict(zip(self.by_name, layer, strict=True))} for layer in pairs]
 
     def lower(self, settings: UniLoraConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         theta = tensors[THETA]

@@ -104,14 +104,14 @@ class XLora(RoutedMethod[XLoraConfig, XLoraSettings], SharesTensors, ChoosesLaye
     shared = (Leaf(CLASSIFIER),)
 
     def complete(self, config: XLoraConfig, catalog: Catalog) -> None:
-        own = getattr(catalog.model, "config", None)
-        if own is None or getattr(own, "is_encoder_decoder", False):
+        model_config = getattr(catalog.model, "config", None)
+        if model_config is None or getattr(model_config, "is_encoder_decoder", False):
             raise UnsupportedError(
                 f"X-LoRA reads a model's last hidden states, and {catalog.describe()} has no single stack of them.",
                 hint="Use it on a decoder or an encoder of transformers.",
             )
         if config.hidden_size is None:
-            config.hidden_size = int(own.get_text_config().hidden_size)
+            config.hidden_size = int(model_config.get_text_config().hidden_size)
 
     def parts(self, config: XLoraConfig, catalog: Catalog) -> list[MethodOnSites]:
         self.complete(config, catalog)
@@ -126,10 +126,10 @@ class XLora(RoutedMethod[XLoraConfig, XLoraSettings], SharesTensors, ChoosesLaye
     def shared_shapes(self, config: XLoraConfig, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
         last = len(config.experts) * (len(config.target_modules or ()) if config.layerwise_scalings else 1)
         widths = [config.hidden_size or 0, *[config.xlora_size] * (config.xlora_depth - 1), last]
-        found: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for name, inner, out in zip(linears(config), widths, widths[1:], strict=False):
-            found |= {f"{name}.weight": (out, inner), f"{name}.bias": (out,)}
-        return found
+            shapes |= {f"{name}.weight": (out, inner), f"{name}.bias": (out,)}
+        return shapes
 
     def make_shared(
         self, config: XLoraConfig, bases: Sequence[BaseLayer], generator: torch.Generator | None
@@ -176,10 +176,12 @@ def predict(config: XLoraConfig, tensors: Mapping[str, Tensor], hidden: Tensor, 
     for name in first:
         hidden = F.linear(hidden, tensors[f"{name}.weight"], tensors[f"{name}.bias"]).relu()
         hidden = F.dropout(hidden, config.xlora_dropout_p, training)
-    said = F.linear(hidden, tensors[f"{last}.weight"], tensors[f"{last}.bias"]).unflatten(-1, (-1, len(config.experts)))
-    scalings = said.expand(-1, -1, len(config.target_modules or ()), -1)
-    found: Tensor = (scalings / config.softmax_temperature).softmax(-1) if config.enable_softmax else scalings
-    return found
+    logits = F.linear(hidden, tensors[f"{last}.weight"], tensors[f"{last}.bias"]).unflatten(
+        -1, (-1, len(config.experts))
+    )
+    scalings = logits.expand(-1, -1, len(config.target_modules or ()), -1)
+    weights: Tensor = (scalings / config.softmax_temperature).softmax(-1) if config.enable_softmax else scalings
+    return weights
 
 
 def current_weights(config: XLoraConfig) -> Tensor:

@@ -159,5 +159,5 @@ AnyMethod = Method[Any, Any]
 
 def leaves_of(parts: Iterable[MethodOnSites]) -> dict[str, MethodOnSites]:
     """Return the part that each name of a leaf belongs to, the longest name first."""
-    found = {leaf: part for part in parts for leaf in part.method.disk_names}
-    return dict(sorted(found.items(), key=lambda item: -len(item[0])))
+    by_name = {leaf: part for part in parts for leaf in part.method.disk_names}
+    return dict(sorted(by_name.items(), key=lambda item: -len(item[0])))

@@ -40,17 +40,17 @@ def _own_parts(method: AnyMethod | AnyPrompt, config: Any, catalog: Catalog) -> 
     return []
 
 
-def _with_companions(own: MethodOnSites, config: TargetedConfig, catalog: Catalog) -> list[MethodOnSites]:
+def _with_companions(part: MethodOnSites, config: TargetedConfig, catalog: Catalog) -> list[MethodOnSites]:
     """Return ``own`` and the parts of its companions, in the order in which they apply.
 
     Raises:
         ConfigError: ``bias`` is neither ``"none"``, ``"all"`` nor ``"<method>_only"``.
     """
-    ends = [site for site in own.sites if catalog.is_embedding(site.name)]
+    ends = [site for site in part.sites if catalog.is_embedding(site.name)]
     # The base's own rows, so those of all that shares them.
     parts = [
         MethodOnSites(SAVED_WEIGHT, ends, {site.id: catalog.sharing(site.name) for site in ends}, optional=True),
-        own,
+        part,
     ]
     bias = getattr(config, "bias", "none")
     if bias not in ("none", "all") and not bias.endswith("_only"):
@@ -59,7 +59,7 @@ def _with_companions(own: MethodOnSites, config: TargetedConfig, catalog: Catalo
     if bias == "none":
         parts.append(MethodOnSites(SAVED_BIAS, [site for site in ends if site.bias is not None], optional=True))
     else:
-        parts.append(MethodOnSites(ADAPTED_BIAS, [site for site in own.sites if site.bias is not None]))
+        parts.append(MethodOnSites(ADAPTED_BIAS, [site for site in part.sites if site.bias is not None]))
     if bias == "all":
-        parts.append(MethodOnSites(OTHER_BIAS, catalog.bias_sites(config, without=own.sites)))
+        parts.append(MethodOnSites(OTHER_BIAS, catalog.bias_sites(config, without=part.sites)))
     return parts

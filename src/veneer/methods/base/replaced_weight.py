@@ -42,10 +42,10 @@ class SavedWeight(Method[TargetedConfig, SavedWeightSettings], AdaptsTwins, Sett
     def settings_from_tensors(
         self, settings: SavedWeightSettings, tensors: Mapping[str, Tensor], base: BaseLayer
     ) -> SavedWeightSettings:
-        own, stored = tensors[self.leaves[0].name], base.base_weight()
+        saved, stored = tensors[self.leaves[0].name], base.base_weight()
         stored = stored if settings.rows else stored.T
         # One that was saved in a narrower dtype than the base is loaded in is the base's own too.
-        alike = torch.equal(own.to(stored.dtype), stored) or torch.equal(own, stored.to(own.dtype))
+        alike = torch.equal(saved.to(stored.dtype), stored) or torch.equal(saved, stored.to(saved.dtype))
         return replace(settings, differs=not alike)
 
     def twin_settings(self, settings: SavedWeightSettings, twin: Site) -> SavedWeightSettings | None:

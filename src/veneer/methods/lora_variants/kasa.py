@@ -59,14 +59,16 @@ class Kasa(Variant):
 
     def patch(self, plain: Patch, tensors: Mapping[str, Tensor]) -> Patch:
         assert plain.down is not None
-        gone = tensors[GIVEN_UP]
-        return replace(plain, down=tensors[VALUES].unsqueeze(1) * plain.down, inner=IdentityPlusLowRank(-gone.T, gone))
+        removed = tensors[GIVEN_UP]
+        return replace(
+            plain, down=tensors[VALUES].unsqueeze(1) * plain.down, inner=IdentityPlusLowRank(-removed.T, removed)
+        )
 
     def penalty(self, layers: Sequence[Mapping[str, Tensor]]) -> Tensor:
         terms = [
-            self.beta * own[VALUES].float().square().sum()
-            + self.gamma * (_gap(own[LORA_A].float()) + _gap(own[LORA_B].float().T))
-            for own in layers
+            self.beta * tensors[VALUES].float().square().sum()
+            + self.gamma * (_gap(tensors[LORA_A].float()) + _gap(tensors[LORA_B].float().T))
+            for tensors in layers
         ]
         return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 

@@ -87,7 +87,7 @@ class MonteClora(Variant):
         return (shares - shares.mean() + variance.clamp_min(1e-6).sqrt() * torch.randn_like(shares)).softmax(0)
 
     def penalty(self, layers: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        terms = [self._far(own[SPREAD].float(), own[SHARES].float()) for own in layers]
+        terms = [self._far(tensors[SPREAD].float(), tensors[SHARES].float()) for tensors in layers]
         return torch.stack([term.to(terms[0].device) for term in terms]).mean()
 
     def _far(self, spread: Tensor, shares: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, down, direction = ctx.saved_tensors
-        restored = (kept.unsqueeze(-1) * direction).flatten(1)[:, : down.shape[1]] * ctx.scale
+        projections, down, direction = ctx.saved_tensors
+        restored = (projections.unsqueeze(-1) * direction).flatten(1)[:, : down.shape[1]] * ctx.scale
         to_input = grad @ down if ctx.needs_input_grad[0] else None
         return to_input, grad.flatten(0, -2).T @ restored, None, None

@@ -66,9 +66,9 @@ class GroupAllocation:
                 spread.lerp_((now - mean).abs(), 1 - config.asa_uncertainty_beta)
                 mean.lerp_(now, 1 - config.asa_importance_beta)
 
-    def _choose(self, wanted: int) -> None:
+    def _choose(self, count: int) -> None:
         scores = {i: self._score(i) for i in range(len(self.sensitivity)) if i not in self.frozen}
-        self.frozen.update(sorted(scores, key=lambda index: -scores[index])[wanted:])
+        self.frozen.update(sorted(scores, key=lambda index: -scores[index])[count:])
         self.sensitivity, self.uncertainty = [], []
 
     def _score(self, index: int) -> float:
@@ -79,5 +79,5 @@ class GroupAllocation:
 def _wanted(config: AdamssConfig, total: int, step: int) -> int:
     """Return the number of groups, of all layers together, that go on after a choice."""
     final = config.asa_target_subspaces
-    left = 1 - (step - config.init_warmup) / (config.final_warmup - config.init_warmup)
-    return int(final + max(total - final, 0) * left**config.asa_schedule_exponent)
+    remaining = 1 - (step - config.init_warmup) / (config.final_warmup - config.init_warmup)
+    return int(final + max(total - final, 0) * remaining**config.asa_schedule_exponent)

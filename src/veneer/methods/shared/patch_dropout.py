@@ -43,16 +43,16 @@ def of_blocks(share: float) -> Drop | None:
 
 
 def _some_rows(matrix: Tensor, share: float, rescale: bool) -> Tensor:
-    kept = (torch.rand(matrix.shape[0], device=matrix.device) >= share).to(matrix.dtype)
+    mask = (torch.rand(matrix.shape[0], device=matrix.device) >= share).to(matrix.dtype)
     if rescale:
-        kept = kept / kept.mean().clamp_min(1 / len(kept))
-    return matrix * kept.unsqueeze(1)
+        mask = mask / mask.mean().clamp_min(1 / len(mask))
+    return matrix * mask.unsqueeze(1)
 
 
 def _some_blocks(factor: Multiplier | None, share: float) -> Multiplier | None:
     if not isinstance(factor, BlockDiagonal) or len(factor.blocks) == 1:
         return factor
     blocks = factor.blocks
-    gone = torch.randperm(len(blocks), device=blocks.device) < int(share * len(blocks))
+    dropped = torch.randperm(len(blocks), device=blocks.device) < int(share * len(blocks))
     identity = torch.eye(blocks.shape[-1], device=blocks.device, dtype=blocks.dtype)
-    return BlockDiagonal(torch.where(gone[:, None, None], identity, blocks))
+    return BlockDiagonal(torch.where(dropped[:, None, None], identity, blocks))

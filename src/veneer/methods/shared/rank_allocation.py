@@ -48,8 +48,8 @@ class RankAllocation:
         if chooses:
             self._choose(layers, _budget(config, len(layers), step))
         if chooses or step > last:
-            for tensors, kept in zip(layers, self.kept, strict=False):
-                tensors[E].masked_fill_(~kept.unsqueeze(1), 0.0)
+            for tensors, mask in zip(layers, self.kept, strict=False):
+                tensors[E].masked_fill_(~mask.unsqueeze(1), 0.0)
 
     def _observe(self, config: AdaLoraConfig, layers: Layers) -> None:
         tensors = [layer[leaf] for layer in layers for leaf in (A, B, E)]
@@ -69,8 +69,8 @@ class RankAllocation:
             scores[3 * i].mean(1) + scores[3 * i + 1].mean(0) + scores[3 * i + 2].flatten() for i in range(len(layers))
         ]
         everything = torch.cat(by_layer)
-        gone = len(everything) - budget
-        threshold = everything.kthvalue(gone).values if gone > 0 else everything.new_tensor(-1.0)
+        removed = len(everything) - budget
+        threshold = everything.kthvalue(removed).values if removed > 0 else everything.new_tensor(-1.0)
         self.kept = [score > threshold for score in by_layer]
 
 
@@ -78,5 +78,5 @@ def _budget(config: AdaLoraConfig, layers: int, step: int) -> int:
     """Return the number of ranks that all layers together have after a step."""
     assert config.total_step is not None
     first, final = config.init_r * layers, config.target_r * layers
-    left = 1 - (step - config.tinit) / (config.total_step - config.tfinal - config.tinit)
-    return int((first - final) * max(left, 0.0) ** 3 + final)
+    remaining = 1 - (step - config.tinit) / (config.total_step - config.tfinal - config.tinit)
+    return int((first - final) * max(remaining, 0.0) ** 3 + final)

@@ -56,8 +56,10 @@ class ShadowSource:
 
         auto: Any = transformers.AutoModel
         with _reading(self.source.origin):
-            made: nn.Module = auto.from_config(copy.deepcopy(self.config), dtype=torch.float32, trust_remote_code=False)
-        return made
+            decoder: nn.Module = auto.from_config(
+                copy.deepcopy(self.config), dtype=torch.float32, trust_remote_code=False
+            )
+        return decoder
 
     def values(self) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return its tensors by name, and its projection, shape ``(base's width, its own)``, if one comes with it.

@@ -51,16 +51,16 @@ class TokenRows(Method[ConfigT, TokenSettings], AdaptsTwins):
     def settings(self, config: ConfigT, site: Site) -> TokenSettings:
         return self._settings(list(self.wanted(config, site)), site)
 
-    def _settings(self, wanted: list[int], site: Site) -> TokenSettings:
+    def _settings(self, tokens: list[int], site: Site) -> TokenSettings:
         vocabulary = site.shape[1 if site.looks_up else 0]
-        if len(set(wanted)) != len(wanted) or not all(0 <= token < vocabulary for token in wanted):
+        if len(set(tokens)) != len(tokens) or not all(0 <= token < vocabulary for token in tokens):
             raise ConfigError(
-                f"The trained tokens {wanted!r} do not fit {site.name}.",
+                f"The trained tokens {tokens!r} do not fit {site.name}.",
                 hint=f"Name each token once, from 0 to {vocabulary - 1}.",
             )
-        index = torch.tensor(wanted, dtype=torch.int64)
+        index = torch.tensor(tokens, dtype=torch.int64)
         ascending, order = index.sort()
-        place = sorted(wanted).index(site.padding) if site.padding in wanted else None
+        place = sorted(tokens).index(site.padding) if site.padding in tokens else None
         return TokenSettings(index, ascending, order, not site.looks_up, place)
 
     def part(self, config: ConfigT, catalog: Catalog, sites: Sequence[Site]) -> MethodOnSites:
@@ -75,11 +75,11 @@ class TokenRows(Method[ConfigT, TokenSettings], AdaptsTwins):
         listed, twins = {site.name for site in sites}, dict[str, list[Site]]()
         for site in (site for site in sites if site.name in catalog.input_embeddings):
             sharing = catalog.sharing(site.name)
-            own = {twin.name for twin in sharing if twin.name in listed and not self.follows(config, twin)}
+            apart = {twin.name for twin in sharing if twin.name in listed and not self.follows(config, twin)}
             if self._are_alike(config, site, [twin for twin in sharing if twin.name in listed]):
-                twins[site.id] = [twin for twin in sharing if twin.name not in own]
-        again = {twin.name for found in twins.values() for twin in found}
-        return MethodOnSites(self, [site for site in sites if site.name not in again], twins)
+                twins[site.id] = [twin for twin in sharing if twin.name not in apart]
+        followers = {twin.name for found in twins.values() for twin in found}
+        return MethodOnSites(self, [site for site in sites if site.name not in followers], twins)
 
     def _are_alike(self, config: ConfigT, site: Site, twins: Sequence[Site]) -> bool:
         """Tell whether the config means the same tokens on a layer and on others."""

@@ -13,14 +13,14 @@ def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("ijkl,io,jn->onkl", core, a, b)
 
 
-def core_kernel(site: Site, wanted: bool) -> tuple[int, int] | None:
+def core_kernel(site: Site, decompose: bool) -> tuple[int, int] | None:
     """Return the two last sizes of a core on a layer; ``None`` where its matrices are not decomposed further.
 
     Args:
         site: the layer.
-        wanted: the config's ``use_effective_conv2d``.
+        decompose: the config's ``use_effective_conv2d``.
     """
-    if not wanted or site.kernel == site.point:
+    if not decompose or site.kernel == site.point:
         return None
     if len(site.kernel) > 2:
         raise unsupported(site, "use_effective_conv2d")
