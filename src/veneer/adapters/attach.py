@@ -1,4 +1,4 @@
-"""Adding an adapter to a model: from its checkpoint, or a new one from its config. All of it is added, or nothing."""
+"""Adds an adapter to a model, from its checkpoint or new from its config: all of it, or nothing."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class AttachingPrompt(Attaching):
         complete(self.config, self.method, self.adapters.model)
 
     def check_tied(self, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
-        """Nothing: it has no layers."""
+        """Do nothing, for a prompt has no layers."""
 
     def restore(self, plan: Plan, tensors: dict[str, Tensor]) -> None:
         device, trainable = place_of(self.adapters.model), self.adapter.trainable

@@ -21,7 +21,7 @@ class Attaching(ABC):
     Args:
         adapters: of the model.
         adapter: without tensors yet.
-        float32: whether its floating-point tensors are to be wider than they are.
+        float32: give its floating-point tensors that dtype, where they are narrower.
     """
 
     def __init__(self, adapters: Adapters, adapter: Adapter, float32: bool) -> None:

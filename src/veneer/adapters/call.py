@@ -1,4 +1,4 @@
-"""One call of a model, which uses from beginning to end what was chosen when it began."""
+"""Pins the selection of a call of a model: it uses from beginning to end what was selected when it began."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from veneer.patches.selection import Selection
 
 
 class Call:
-    """A call of the model, for a ``with`` block around it.
+    """Opens and closes a call of the model, as the ``with`` block around it.
 
     Args:
-        adapters: those of the model.
-        chosen: what it uses; what holds in this context when ``None``.
+        adapters: of the model.
+        chosen: the selection; the one of this context when ``None``.
         task_ids: the task of each row, shape ``(rows,)``.
         prompt: the tokens that decide for every pass while generating, shape ``(rows, n)``.
 
     Raises:
-        UnknownAdapterError: on entering, when what it was to use has been deleted or renamed.
+        UnknownAdapterError: on entering, when an adapter of the selection has been deleted or renamed.
     """
 
     __slots__ = ("_token", "adapters", "chosen", "prompt", "task_ids")
@@ -55,7 +55,7 @@ class Call:
             raise
 
     def _begin(self) -> Selection:
-        """Begin with what is selected; again when that was changed by what had to be waited for."""
+        """Begin with the selection, and again if a change that had to be waited for made another."""
         switch = self.adapters.switch
         while True:
             selection = self.chosen or switch.selection
@@ -65,7 +65,7 @@ class Call:
             switch.underway.end(self)
 
     def _used(self, names: tuple[str, ...]) -> Collection[str]:
-        """``names``, and those of the adapters that they mix."""
+        """Return ``names``, and those of the adapters that they mix."""
         entries = self.adapters.by_name
         mixed = [expert for name in names if name in entries for expert in entries[name].config.experts]
         return (*names, *mixed) if mixed else names
@@ -85,9 +85,9 @@ def call(
     task_ids: Tensor | None = None,
     prompt: Tensor | None = None,
 ) -> AbstractContextManager[None]:
-    """A ``with`` block for one call of a model, with what is chosen for it or selected now.
+    """Return the ``with`` block for one call of a model, as :class:`Call` has it.
 
-    In compiled code, whose guards have read the selection, it is no more than the choice.
+    In compiled code, whose guards have read the selection, the block does no more than select.
     """
     if not torch.compiler.is_compiling():
         return Call(adapters, chosen, task_ids, prompt)

@@ -1,6 +1,6 @@
-"""The set of adapters on a model: look up, select, rename, delete, take off again.
+"""The set of adapters on a model, in which they are looked up, selected, renamed, deleted and unloaded.
 
-``adding.py`` adds to it, ``merging/in_memory.py`` merges what is in it.
+``attach.py`` adds to it, ``merge/in_memory.py`` merges the adapters in it.
 """
 
 from __future__ import annotations
@@ -37,47 +37,47 @@ class ModelHook(Protocol):
         ...
 
     def refresh(self, adapters: Adapters) -> None:
-        """Begin to watch, or stop, as the adapters that are there now need it."""
+        """Begin to watch, or stop, as the adapters on the model now need it."""
         ...
 
 
 class Adapters(LayerPlacement):
-    """All adapters of one base model.
+    """Holds all adapters of one base model.
 
     Args:
         model: the base model, carrying no adapters (else ``BaseModelError``).
-        hooks: what watches its passes; none where the model is never called.
+        hooks: watch its passes; none where the model is never called.
     """
 
     def __init__(self, model: nn.Module, hooks: Sequence[ModelHook] = ()) -> None:
         super().__init__(model)
         self.hooks = hooks
         self.by_name: dict[str, Adapter] = {}
-        # Whether one of them is, or was, to be trained.
+        # True once one of them was to be trained.
         self.trains = False
-        # Whether one of them acts by the place that an entry has in its row.
+        # True while one of them acts by the place that an entry has in its row.
         self.asks_for_places = False
-        # What the last merge into quantised weights lost.
+        # The outcome of the last merge into quantised weights.
         self.quantized_merge: QuantizedMerge | None = None
         self.prompts = Prompts(self.switch)
         self.layouts = Layouts()
-        # Where the base's own parameters wanted gradients, before the first adapter came.
+        # The base's own parameters that wanted gradients before the first adapter came.
         self._was_trainable: list[tuple[nn.Module, str]] | None = None
-        # Which blocks the model has several times.
+        # The blocks that the model has several times.
         self._replication: Replication | None = None
 
     # -- adding --------------------------------------------------------------------------------------------
 
     @contextmanager
     def replicated(self, config: PeftConfig) -> Iterator[None]:
-        """Let the model have the blocks that ``config`` wants, while an adapter is added; undone if that fails.
+        """Repeat the blocks that ``config`` names, while an adapter is added; undone if that fails.
 
         Raises:
-            AdapterError: the adapters that are there are for other blocks.
+            AdapterError: the adapters on the model are for other blocks.
         """
-        wanted = [list(pair) for pair in getattr(config, "layer_replication", None) or ()]
-        # A layer may be given a new adapter while others are used; its place is another matter.
-        with self.switch.changing(lambda: () if wanted == self._ranges else None), self._with_blocks(wanted):
+        ranges = [list(pair) for pair in getattr(config, "layer_replication", None) or ()]
+        # A new adapter disturbs no call; other blocks disturb all of them.
+        with self.switch.changing(lambda: () if ranges == self._ranges else None), self._with_blocks(ranges):
             yield
 
     @property
@@ -85,18 +85,18 @@ class Adapters(LayerPlacement):
         return [] if self._replication is None else self._replication.ranges
 
     @contextmanager
-    def _with_blocks(self, wanted: list[list[int]]) -> Iterator[None]:
+    def _with_blocks(self, ranges: list[list[int]]) -> Iterator[None]:
         present = self._ranges
-        if wanted == present:
+        if ranges == present:
             yield
             return
         if self.by_name:
             raise AdapterError(
-                f"The adapter has layer_replication={wanted or None}, and this model's adapters {present or None}.",
+                f"The adapter has layer_replication={ranges or None}, and this model's adapters {present or None}.",
                 hint="Load it on another copy of the base.",
             )
         self._undo_replication()
-        self._replication = Replication(self.model, wanted) if wanted else None
+        self._replication = Replication(self.model, ranges) if ranges else None
         self.catalog = Catalog(self.model)
         try:
             yield
@@ -105,7 +105,7 @@ class Adapters(LayerPlacement):
             raise
 
     def _undo_replication(self) -> None:
-        """Give the model the blocks that it came with."""
+        """Give the model its own blocks again."""
         if self._replication is not None:
             self._replication.undo()
             self._replication = None
@@ -125,10 +125,10 @@ class Adapters(LayerPlacement):
             )
 
     def _note_ties(self, adapter: Adapter) -> None:
-        """Tell of an adapter that changes some of the layers that share a weight, and not the others."""
-        touched = {*(layer.site.name for layer in adapter.layers), *adapter.whole_modules.names}
+        """Note on an adapter that it changes some of the layers that share a weight, and not the others."""
+        sites = {*(layer.site.name for layer in adapter.layers), *adapter.whole_modules.names}
         for group in self.catalog.tied:
-            changed, same = ([name for name in group if (name in touched) is wanted] for wanted in (True, False))
+            changed, same = ([name for name in group if (name in sites) is changes] for changes in (True, False))
             if changed and same:
                 are, their = ("is", "its") if len(changed) == 1 else ("are", "their")
                 adapter.notes.append(
@@ -151,6 +151,7 @@ class Adapters(LayerPlacement):
             )
 
     def register(self, adapter: Adapter) -> None:
+        """Add an adapter whose tensors are on the model; with the first one, freeze the base."""
         self._note_ties(adapter)
         if self._was_trainable is None:
             self._was_trainable = _trainable(self.catalog.modules.values())
@@ -177,29 +178,29 @@ class Adapters(LayerPlacement):
 
     @guarded
     def select(self, names: str | Sequence[str]) -> None:
-        """Make ``names`` the standing selection. Costs the same for any number of layers and adapters.
+        """Make ``names`` the default selection. Costs the same for any number of layers and adapters.
 
         Only where adapters are being trained are their tensors visited: those selected get gradients, the other
         trainable ones none.
         """
         with self.switch.choosing:
-            wanted = self.switch.default = self.selection(names)
+            selection = self.switch.default = self.selection(names)
         if not self.trains:
             return
-        used = {*wanted.names, *(expert for name in wanted.names for expert in self.by_name[name].config.experts)}
+        used = {*selection.names}.union(*(self.by_name[name].config.experts for name in selection.names))
         for adapter in self.by_name.values():
             if adapter.trainable:
                 adapter.require_grad(adapter.name in used)
 
     def selection(self, names: str | Sequence[str]) -> Selection:
-        """The checked selection of one adapter or of several at once."""
-        wanted = (names,) if isinstance(names, str) else tuple(names)
-        for name in wanted:
+        """Return the selection of one adapter or of several at once, checked."""
+        names = (names,) if isinstance(names, str) else tuple(names)
+        for name in names:
             self.get(name)
-        if len(set(wanted)) != len(wanted):
-            raise AdapterError(f"{list(wanted)} names an adapter twice.", hint="Name each once.")
+        if len(set(names)) != len(names):
+            raise AdapterError(f"{list(names)} names an adapter twice.", hint="Name each once.")
         holders: dict[Claim, str] = {}
-        for name in wanted:
+        for name in names:
             for claim in self.by_name[name].claims():
                 if claim in holders:
                     raise AdapterError(
@@ -207,33 +208,33 @@ class Adapters(LayerPlacement):
                         hint=claim.remedy,
                     )
                 holders[claim] = name
-        return Selection(wanted)
+        return Selection(names)
 
     def rows(self, names: Iterable[str | tuple[str, int]]) -> Selection:
-        """The checked selection of one adapter (or ``"__base__"``) for each row of a batch.
+        """Return the selection of one adapter (or ``"__base__"``) for each row of a batch, checked.
 
         ``(name, tokens)`` instead of a name stands for so many tokens of a packed sequence.
         """
-        asked = list(names)
-        by_token = any(not isinstance(one, str) for one in asked)
+        names = list(names)
+        by_token = any(not isinstance(name, str) for name in names)
         if by_token:
-            asked = [name for name, tokens in map(_segment, asked) for _ in range(tokens)]
-        wanted = tuple(map(str, asked))
-        for name in set(wanted) - {BASE}:
+            names = [name for name, tokens in map(_segment, names) for _ in range(tokens)]
+        rows = tuple(map(str, names))
+        for name in set(rows) - {BASE}:
             self.get(name)
-        self.prompts.check_rows(wanted)
-        return Selection(rows=wanted, by_token=by_token)
+        self.prompts.check_rows(rows)
+        return Selection(rows=rows, by_token=by_token)
 
     def using(self, selection: Selection) -> AbstractContextManager[None]:
         """Use ``selection`` inside a ``with`` block, in this thread or task only."""
         return self.switch.using(selection)
 
     def disabled(self) -> AbstractContextManager[None]:
-        """The base model alone inside a ``with`` block, in this thread or task only."""
+        """Use the base model alone inside a ``with`` block, in this thread or task only."""
         return self.switch.using(NOTHING)
 
     def get(self, name: str) -> Adapter:
-        """An adapter by name, or ``UnknownAdapterError``."""
+        """Return an adapter by name, or raise ``UnknownAdapterError``."""
         if name not in self.by_name:
             raise UnknownAdapterError(
                 f"There is no adapter {name!r} on this model.",
@@ -275,15 +276,15 @@ class Adapters(LayerPlacement):
         self._refresh_hooks()
 
     def concerned(self, name: str) -> Concerned:
-        """Whose calls a change of an adapter disturbs: its own, or all where it is in the base's weights."""
+        """Return the adapters whose calls a change of one disturbs: its own, or all where it is merged."""
         entry = self.by_name.get(name)
         return (name,) if entry is None or not entry.layers.merged(name) else None
 
     def changing(self, concerned: Concerned = None) -> AbstractContextManager[None]:
-        """Change adapters in a ``with`` block, while no call is under way that ``concerned`` are used in.
+        """Change adapters in a ``with`` block, while no call that uses ``concerned`` is under way.
 
         Args:
-            concerned: adapters' names; ``None`` is every call.
+            concerned: adapters' names; ``None`` for every call.
 
         Raises:
             AdapterError: this is asked for inside such a call.
@@ -320,10 +321,10 @@ class Adapters(LayerPlacement):
                 layer.unmerge()
 
     def unload(self, *, keep: bool = False) -> nn.Module:
-        """Take every adapter off; the model is as it was before the first one came.
+        """Take every adapter off, so that the model is as it was before the first one came.
 
         Args:
-            keep: leave weights that were just merged for good as they are.
+            keep: leave weights as they are, which were just merged for good.
         """
         with self.changing():
             return self._unload(keep)
@@ -351,7 +352,7 @@ class Adapters(LayerPlacement):
 
 
 def _segment(value: Any) -> tuple[str, int]:
-    """A part of a packed sequence: the adapter's name and the number of its tokens."""
+    """Return a part of a packed sequence, checked: the adapter's name and the number of its tokens."""
     if not isinstance(value, (tuple, list)) or len(value) != 2 or not isinstance(value[1], int) or value[1] < 1:
         raise AdapterError(
             f"adapter_names holds {value!r}, and elsewhere parts of a packed sequence.",

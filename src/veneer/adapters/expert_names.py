@@ -1,4 +1,4 @@
-"""What the names in a new adapter's config mean where layers have become fused expert parameters."""
+"""Names fused expert parameters in a new adapter's config where it names the layers that they were."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HELD: Mapping[str, tuple[tuple[str, ...], ...]] = {
 
 @dataclass(frozen=True)
 class Share:
-    """What a config wants of one parameter: its name, the LoRA's rank and scale, and the layers that it stands for."""
+    """The LoRA of one parameter: the parameter's name, rank and scale, and the layers that it stands for."""
 
     name: str
     rank: int
@@ -35,7 +35,7 @@ class Share:
 
 
 def name_experts(config: TargetedConfig, catalog: Catalog, check: Callable[[Site], object]) -> list[str]:
-    """Name the experts and routers that ``config`` means as parameters, in ``config`` itself.
+    """Name the experts and routers that ``config`` targets as parameters, in ``config`` itself.
 
     Args:
         config: of a new adapter.
@@ -53,7 +53,7 @@ def name_experts(config: TargetedConfig, catalog: Catalog, check: Callable[[Site
     held = [f"{stack}.0.{name}" for stack in stacks for parts in HELD.values() for names in parts for name in names]
     halves: list[str] = []
     shares = [share for name in stacks for share in _shares(config, name, catalog, halves)]
-    shares += [_router(config, name) for name in routers if _means(config, name, catalog)]
+    shares += [_router(config, name) for name in routers if _targets(config, name, catalog)]
     _warn_of_left_out(config, catalog, halves)
     if not shares:
         return held
@@ -69,7 +69,7 @@ def name_experts(config: TargetedConfig, catalog: Catalog, check: Callable[[Site
 
 
 def _holds_experts(module: nn.Module) -> bool:
-    """Whether a module holds experts' matrices as their layers had them: ``(experts, out, in)``, gate above up."""
+    """Tell whether a module holds experts' matrices as their layers had them: ``(experts, out, in)``, gate above up."""
     both, down = (module._parameters.get(name) for name in HELD)
     if both is None or down is None or both.ndim != 3 or down.ndim != 3:
         return False
@@ -82,11 +82,11 @@ def _is_router(name: str, catalog: Catalog) -> bool:
     return name.endswith(".gate") and weight is not None and weight.ndim == 2 and not catalog.sites_at(name)
 
 
-def _means(config: TargetedConfig, name: str, catalog: Catalog) -> bool:
-    """Whether a config would adapt a layer of that name."""
-    wanted = config.target_modules
+def _targets(config: TargetedConfig, name: str, catalog: Catalog) -> bool:
+    """Tell whether a config would adapt a layer of that name."""
+    targets = config.target_modules
     return (
-        (wanted == ALL_LINEAR or names_match(name, wanted))
+        (targets == ALL_LINEAR or names_match(name, targets))
         and not names_match(name, config.exclude_modules)
         and not is_inside(name, saved_modules(config, catalog.modules))
         and in_blocks(name, config)
@@ -94,24 +94,24 @@ def _means(config: TargetedConfig, name: str, catalog: Catalog) -> bool:
 
 
 def _shares(config: TargetedConfig, stack: str, catalog: Catalog, halves: list[str]) -> list[Share]:
-    """What a config wants of a module's parameters; layers of a matrix that it wants half of join ``halves``."""
-    found = []
+    """Return the LoRAs of a module's parameters; layers of a matrix of which a config targets half join ``halves``."""
+    shares = []
     for parameter, parts in HELD.items():
         named = [[f"{stack}.0.{own}" for own in names] for names in parts]
-        meant = [[layer for layer in layers if _means(config, layer, catalog)] for layers in named]
-        if all(meant):
-            layers = [layers[0] for layers in meant]
+        targeted = [[layer for layer in layers if _targets(config, layer, catalog)] for layers in named]
+        if all(targeted):
+            layers = [layers[0] for layers in targeted]
             ranks, scales = zip(*(_rank_and_scale(config, layer) for layer in layers), strict=True)
             if len(set(scales)) > 1:
                 raise TargetError(
                     f"{' and '.join(layers)} are one matrix now, {stack}.{parameter}, and have scales of their own.",
                     hint="Give both the same rank and alpha, or name the parameter in target_parameters.",
                 )
-            every = tuple(layer for layers in meant for layer in layers)
-            found.append(Share(f"{stack}.{parameter}", sum(ranks), scales[0], every))
+            every = tuple(layer for layers in targeted for layer in layers)
+            shares.append(Share(f"{stack}.{parameter}", sum(ranks), scales[0], every))
         else:
-            halves += [layer for layers in meant for layer in layers]
-    return found
+            halves += [layer for layers in targeted for layer in layers]
+    return shares
 
 
 def _warn_of_left_out(config: TargetedConfig, catalog: Catalog, halves: list[str]) -> None:
@@ -155,29 +155,31 @@ def _name(config: LoraConfig, shares: list[Share], catalog: Catalog) -> None:
     config.rank_pattern = {**ranks, **config.rank_pattern}
     config.alpha_pattern = {**alphas, **config.alpha_pattern}
     config.target_parameters = list(dict.fromkeys([*(config.target_parameters or ()), *endings]))
-    wanted = config.target_modules
-    if isinstance(wanted, list):
+    targets = config.target_modules
+    if isinstance(targets, list):
         stood_for = [layer for share in shares for layer in share.layers]
-        config.target_modules = [one for one in wanted if not _is_spent(one, stood_for, catalog)]
-    elif wanted is not None and wanted != ALL_LINEAR and not any(names_match(n, wanted) for n in catalog.modules):
+        config.target_modules = [name for name in targets if not _is_spent(name, stood_for, catalog)]
+    elif targets is not None and targets != ALL_LINEAR and not any(names_match(n, targets) for n in catalog.modules):
         config.target_modules = []
 
 
 def _shortest(share: Share, shares: Iterable[Share], catalog: Catalog) -> str:
-    """An ending that means parameters of that rank and scale alone, all of which are wanted; else the whole name."""
+    """Return an ending that matches only parameters of that rank and scale; the whole name where none does."""
     ending = ".".join(share.name.split(".")[-3:])
-    alike = {one.name for one in shares if (one.rank, one.scale) == (share.rank, share.scale)}
-    meant = {f"{site.name}.{site.parameter}" for site in catalog.parameter_sites([ending])}
-    return ending if meant <= alike else share.name
+    alike = {other.name for other in shares if (other.rank, other.scale) == (share.rank, share.scale)}
+    matched = {f"{site.name}.{site.parameter}" for site in catalog.parameter_sites([ending])}
+    return ending if matched <= alike else share.name
 
 
 def _is_spent(name: str, layers: Iterable[str], catalog: Catalog) -> bool:
-    """Whether all that a name of ``target_modules`` means are layers which parameters stand for."""
+    """Tell whether a name of ``target_modules`` matches only layers that parameters stand for."""
     modules = [module for module in catalog.modules if names_match(module, [name])]
-    return all(_is_router(module, catalog) for module in modules) and any(names_match(one, [name]) for one in layers)
+    return all(_is_router(module, catalog) for module in modules) and any(
+        names_match(layer, [name]) for layer in layers
+    )
 
 
-# -- names that mean nothing -------------------------------------------------------------------------------
+# -- names that match nothing -------------------------------------------------------------------------------
 
 
 def warn_of_idle_names(config: TargetedConfig, catalog: Catalog, layers: Iterable[str]) -> None:
@@ -192,8 +194,8 @@ def warn_of_idle_names(config: TargetedConfig, catalog: Catalog, layers: Iterabl
     endings = sorted({name.rpartition(".")[2] for name in names} - {""})
     endings = [ending for ending in endings if not ending.isdigit()]
     for option in ("target_modules", "exclude_modules"):
-        wanted = getattr(config, option)
-        for name in wanted if isinstance(wanted, list) else ():
+        targets = getattr(config, option)
+        for name in targets if isinstance(targets, list) else ():
             if not any(names_match(module, [name]) for module in names):
                 held = any(name in module._parameters for module in catalog.modules.values())
                 more = " It is a parameter: see target_parameters." if held and option == "target_modules" else ""

@@ -1,4 +1,4 @@
-"""Checks the adapters that a router mixes, and that none of them is removed while it does."""
+"""Checks the adapters that another one mixes (its experts)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_experts(config: TargetedConfig, adapters: Adapters) -> None:
 
 
 def _is_plain(patch: Patch) -> bool:
-    """Whether it is a product of matrices alone; a copy of the base's weights beside one says nothing."""
+    """Tell whether a patch is a product of matrices alone, or changes nothing."""
     if not patch.low_rank:
         return not patch.changes()
     return replace(patch, up=None, down=None, scale=1.0, dropout=0.0) == Patch()

@@ -1,7 +1,7 @@
-"""One lock for the set of adapters: who changes it, or has to see it as it is at one moment, holds the lock.
+"""The lock of the set of adapters, held to change it or to see it as it is at one moment.
 
-It is the lock of the choice (``ActiveSelection.choosing``). It is taken for moments, after what has to be waited for
-(``ActiveSelection.changing``), so that a call which changes its choice waits for nobody who waits for the call.
+It is the lock of the selection (``ActiveSelection.choosing``). It is taken for moments, after waiting for calls
+(``ActiveSelection.changing``), so that a call which changes the selection waits for nobody who waits for the call.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 
 class Guarded(Protocol):
-    """What has a choice of adapters."""
+    """An object with a selection of adapters."""
 
     switch: Any
 

@@ -1,4 +1,4 @@
-"""Records which tokens a base model reads, while an adapter is there that acts from an invocation on (aLoRA)."""
+"""Records the tokens that a base model reads, for adapters that act from an invocation on (aLoRA)."""
 
 from __future__ import annotations
 

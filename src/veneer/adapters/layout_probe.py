@@ -1,7 +1,6 @@
-"""Passes of the base alone that show how a layer's input follows the rows of the model's.
+"""Probes how a layer's input follows the rows of the model's, by passes of the base alone.
 
-Nothing is left of them: no cache, no gradient, no random number drawn, the mode and what a model notes of a pass as
-they were.
+They leave no trace: no cache, no gradient, no random number drawn, and the mode and the model's notes as they were.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from veneer.base_model.model_call import taken_names
 from veneer.patches.row_layout import Fingerprints, fingerprint
 
-# The rows of a probe of a model's own making, and which of them are changed: all three are told apart.
+# The rows of a call with random tokens, and those of them that are changed: all three are told apart.
 ROWS = 3
 CHANGED_ROWS = (0, 1, 2)
 # Tokens a row, of the input and of a decoder beside it. No multiples of the rows, nor of each other.
@@ -31,36 +30,36 @@ Call = dict[str, Any]
 
 
 def observed(model: nn.Module, layers: Mapping[str, nn.Module], calls: Sequence[Call]) -> list[dict[str, Fingerprints]]:
-    """What each layer is given in each call of ``model``: name -> prints, for those that are reached."""
+    """Return the fingerprints of each layer's inputs in each call of ``model``, for layers that are reached."""
     with _PROBING, _as_it_was(model), torch.no_grad():
         hooks = [m.register_forward_pre_hook(partial(_note, name), with_kwargs=True) for name, m in layers.items()]
         try:
-            return [_one(model, call) for call in calls]
+            return [_observed(model, call) for call in calls]
         finally:
             for hook in hooks:
                 hook.remove()
 
 
-def _one(model: nn.Module, call: Call) -> dict[str, Fingerprints]:
-    found: dict[str, Fingerprints] = {}
-    token = _FOUND.set(found)
+def _observed(model: nn.Module, call: Call) -> dict[str, Fingerprints]:
+    inputs: dict[str, Fingerprints] = {}
+    token = _INPUTS.set(inputs)
     try:
         model(**call)
     finally:
-        _FOUND.reset(token)
-    return found
+        _INPUTS.reset(token)
+    return inputs
 
 
 def _note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    found = _FOUND.get()
+    inputs = _INPUTS.get()
     x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-    if found is not None and x is not None and x.ndim:
-        found.setdefault(name, []).append(fingerprint(x))
+    if inputs is not None and x is not None and x.ndim:
+        inputs.setdefault(name, []).append(fingerprint(x))
 
 
-# Of the pass that this thread makes; other threads' passes go through the hooks too.
-_FOUND: ContextVar[dict[str, Fingerprints] | None] = ContextVar("veneer_probe", default=None)
-# Two that set the mode and put it back would leave it as the other had it.
+# Of the pass that this thread makes. No part of a call's state: the hooks see other threads' passes too.
+_INPUTS: ContextVar[dict[str, Fingerprints] | None] = ContextVar("veneer_probe", default=None)
+# Two threads that set the mode and put it back would leave it as the other had set it.
 _PROBING = threading.RLock()
 
 
@@ -89,7 +88,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def text_calls(model: nn.Module) -> list[Call]:
-    """A call with random tokens, and one for each of ``CHANGED_ROWS`` in which that row has others."""
+    """Return a call with random tokens, and one for each of ``CHANGED_ROWS`` in which that row has others."""
     generator = torch.Generator().manual_seed(0)
     config: Any = getattr(model, "config", None)
     usual = _text_call(model, config, generator)
@@ -120,7 +119,7 @@ def _ids(config: Any, decoder: bool, length: int, generator: torch.Generator) ->
 
 
 def _with_row(usual: Call, other: Call, row: int) -> Call:
-    """``usual`` with one of ``ROWS`` rows from ``other``."""
+    """Return ``usual`` with one of ``ROWS`` rows from ``other``."""
     made = {}
     for name, value in usual.items():
         made[name] = value
@@ -133,7 +132,7 @@ def _with_row(usual: Call, other: Call, row: int) -> Call:
 
 
 def special_tokens(config: Any) -> set[int]:
-    """The tokens that a config, or a part of it, gives a meaning."""
+    """Return the tokens to which a config, or a part of it, gives a meaning."""
     found: set[int] = set()
     for name, value in config.to_dict().items() if hasattr(config, "to_dict") else config.items():
         if isinstance(value, dict):
@@ -144,10 +143,10 @@ def special_tokens(config: Any) -> set[int]:
 
 
 def own_calls(model: nn.Module, call: Call, spans: Sequence[Mapping[str, slice]]) -> list[Call]:
-    """The call itself, and one for each of ``spans`` in which these parts of its tensors are noise.
+    """Return the call itself, and one for each of ``spans`` in which these parts of its tensors are noise.
 
     Args:
-        model: what is called.
+        model: the model.
         call: its tensors by name.
         spans: argument -> the entries of one row.
     """
@@ -161,14 +160,14 @@ def own_calls(model: nn.Module, call: Call, spans: Sequence[Mapping[str, slice]]
 
 
 def _start(model: nn.Module, call: Call) -> Tensor:
-    """Something for the decoder to read."""
+    """Return random tokens for the decoder to read."""
     rows = len(call[str(model.main_input_name)])
     found = _ids(model.config, True, DECODER_LENGTH, torch.Generator().manual_seed(0))[:1]
     return found.expand(rows, -1).to(place_of(model))
 
 
 def _noisy(value: Tensor, part: slice, marks: set[int]) -> Tensor:
-    """``value`` with noise in one part, or with other tokens, but for those that mark something."""
+    """Return ``value`` with noise in one part, or with other tokens in the place of ordinary ones."""
     value, generator = value.clone(), torch.Generator().manual_seed(0)
     if not value.is_floating_point():
         own, last = value[part], max(int(value.max()) + 1, FIRST + 1)
@@ -184,11 +183,11 @@ def _noisy(value: Tensor, part: slice, marks: set[int]) -> Tensor:
 
 
 def _bare(call: Call, taken: Sequence[str]) -> Call:
-    """A call that keeps no cache."""
+    """Return a call that keeps no cache."""
     return {**call, "use_cache": False} if "use_cache" in taken else call
 
 
 def place_of(model: nn.Module) -> torch.device:
-    """Where a model takes its input."""
+    """Return the device on which a model takes its input."""
     devices = (p.device for p in model.parameters())
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))

@@ -23,7 +23,7 @@ from veneer.methods.base.prompt_method import AnyPrompt
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model says of itself that a prompt has to fit.
+    """The sizes of a model that a prompt has to fit.
 
     Attributes:
         token_dim: the width of a token's embedding.
@@ -37,10 +37,10 @@ class Sizes:
 
 
 def complete(config: PromptConfig, method: AnyPrompt, model: nn.Module) -> None:
-    """Fill in what ``config`` leaves to the model.
+    """Fill in the sizes that ``config`` leaves to the model.
 
     Raises:
-        UnsupportedError: the model does not say, or takes no such prompt.
+        UnsupportedError: the model's config does not give them, or it takes no such prompt.
         BindError: the config names other sizes than the model has.
     """
     own = asdict(_of_keys(model) if method.fills_cache else _of_words(model))
@@ -68,21 +68,21 @@ def complete(config: PromptConfig, method: AnyPrompt, model: nn.Module) -> None:
 
 
 def _of_words(model: nn.Module) -> Sizes:
-    """The sizes for a prompt of embeddings."""
+    """Return the sizes for a prompt of embeddings."""
     config = _text_config(model)
     names = (("num_decoder_layers", "decoder_layers") if is_encoder_decoder(model) else ()) + ("num_hidden_layers",)
-    layers = next((n for n in (_said(config, name) for name in names) if n), None)
-    heads = _said(config, "num_attention_heads")
-    if not layers or not heads or not _said(config, "hidden_size"):
+    layers = next((n for n in (_attribute(config, name) for name in names) if n), None)
+    heads = _attribute(config, "num_attention_heads")
+    if not layers or not heads or not _attribute(config, "hidden_size"):
         raise unsupported_prompt(model, "does not say how many layers and heads it has")
     words: Any = words_of(model)
     return Sizes(words.weight.shape[1], layers, heads)
 
 
 def _of_keys(model: nn.Module) -> Sizes:
-    """The sizes for a prompt of keys and values: heads are those of the keys, and a token has a part for each."""
+    """Return the sizes for a prompt of keys and values; the heads are those of the keys."""
     config, sizes = _text_config(model), _of_words(model)
-    if _of_layers(config) & {"num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size"}:
+    if _differing(config) & {"num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size"}:
         raise unsupported_prompt(model, "has layers of different sizes", "keys and values")
     if getattr(config, "kv_lora_rank", None):
         raise unsupported_prompt(model, "has keys and values of different widths", "keys and values")
@@ -103,16 +103,16 @@ def _text_config(model: nn.Module) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def _of_layers(config: Any) -> set[str]:
-    """What of a config is not the same for all layers."""
+def _differing(config: Any) -> set[str]:
+    """Return the attributes of a config that are not the same for all layers."""
     return set(getattr(config, "per_layer_attributes", None) or ())
 
 
-def _said(config: Any, name: str) -> Any:
-    """What a config says of its layers, or of the first one where they differ."""
-    return getattr(config.per_layer_config[0] if name in _of_layers(config) else config, name, None)
+def _attribute(config: Any, name: str) -> Any:
+    """Return an attribute of a config, of the first layer where layers differ."""
+    return getattr(config.per_layer_config[0] if name in _differing(config) else config, name, None)
 
 
 def _cache_layers(cache: Any) -> list[Any]:
-    """The layers of a cache; of a pair's those that its decoder reads itself."""
+    """Return the layers of a cache; for an encoder-decoder those of the decoder's own tokens."""
     return list(getattr(cache, "self_attention_cache", cache).layers)

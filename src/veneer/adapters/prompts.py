@@ -6,8 +6,8 @@
 
 It works by hooks on the base's modules, so the base's own ``generate``, its beam search and its cache need to know
 nothing: the first call of a sequence brings the prompt in, and later ones find it in the cache. Masks and positions
-are lengthened to fit. Which prompt it is, the selection says, as for layers; rows of one batch may have different
-prompts or none: a shorter one is masked, and positions are counted over what is not masked.
+are lengthened to fit. Prompts are selected as adapters of layers are; rows of one batch may have different prompts or
+none: a shorter one is masked, and positions are counted over the tokens that are not masked.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from veneer.patches.forward_call import current, forget_after, note
 
 
 class Prompts(AnyNames):
-    """The prompts on one model. Their tensors are named as in peft: ``<adapter>.embedding.weight``.
+    """Holds the prompts on one model. Their tensors are named as in peft: ``<adapter>.embedding.weight``.
 
     Args:
-        switch: what is selected, shared with the model's layers.
+        switch: the selection, shared with the model's layers.
     """
 
     def __init__(self, switch: ActiveSelection) -> None:
@@ -63,7 +63,7 @@ class Prompts(AnyNames):
             self._hook(model)
 
     def remove(self, name: str) -> None:
-        """Remove a prompt; with the last one the model's calls are its own again."""
+        """Remove a prompt, and with the last one the hooks."""
         del self._modules[name], self.methods[name], self.configs[name]
         while self._hooks and not self.methods:
             self._hooks.pop().remove()
@@ -74,7 +74,7 @@ class Prompts(AnyNames):
         self.methods[new], self.configs[new] = self.methods.pop(old), self.configs.pop(old)
 
     def clear(self) -> None:
-        """Remove all."""
+        """Remove all prompts."""
         for name in list(self.methods):
             self.remove(name)
 
@@ -91,7 +91,7 @@ class Prompts(AnyNames):
             )
 
     def encoder(self, name: str) -> PromptEncoder:
-        """The prompt of that name."""
+        """Return the prompt of that name."""
         encoder = self._modules[name]
         assert isinstance(encoder, PromptEncoder)
         return encoder
@@ -130,25 +130,25 @@ class Prompts(AnyNames):
         return (), call
 
     def _weigh(self, call: dict[str, Any], labels: Tensor | None, types: Tensor | None) -> None:
-        """Where a prompt has a loss of its own, keep what it takes for :meth:`_finish`."""
+        """Note the labels of a prompt that has a loss of its own, for :meth:`_finish`."""
         names = self._active(fills_cache=False)
         name = names[0]
-        found = None if labels is None else self.methods[name].counted(self.configs[name], labels, types)
-        if found is None:
+        weighted = None if labels is None else self.methods[name].counted(self.configs[name], labels, types)
+        if weighted is None:
             return
         if self.switch.selection.rows is not None:
             raise AdapterError(
                 f"{name!r} has a loss of its own, which is not defined for rows under several adapters.",
                 hint="Train it with set_adapter(...).",
             )
-        call["labels"] = found[0]
-        note(weighted_labels=found)
+        call["labels"] = weighted[0]
+        note(weighted_labels=weighted)
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Put a prompt's own loss in the place of the model's."""
-        found = current().weighted_labels
-        if found is not None:
-            output.loss = weighted_loss(output.logits, *found)
+        weighted = current().weighted_labels
+        if weighted is not None:
+            output.loss = weighted_loss(output.logits, *weighted)
 
     def _cross(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Lengthen the mask with which a decoder sees an encoder whose input was lengthened."""
@@ -205,12 +205,12 @@ class Prompts(AnyNames):
     # -- what the selection means --------------------------------------------------------------------------
 
     def _active(self, fills_cache: bool) -> list[str]:
-        """The selected prompts of one kind."""
+        """Return the selected prompts of one kind."""
         names = self.switch.selection.applied
         return [n for n in names if n in self.methods and self.methods[n].fills_cache == fills_cache]
 
     def _rows(self, fills_cache: bool, rows: int, device: torch.device) -> dict[str, Tensor | None]:
-        """Prompt's name -> the indices of its rows; ``None`` is all of them."""
+        """Return the indices of each prompt's rows; ``None`` for all rows."""
         selection, names = self.switch.selection, self._active(fills_cache)
         if selection.rows is None:
             return dict.fromkeys(names)
@@ -222,20 +222,20 @@ class Prompts(AnyNames):
         return self.configs[name].num_virtual_tokens or 0
 
     def _mask(self, fills_cache: bool, rows: int, device: torch.device) -> Tensor | None:
-        """Which virtual tokens each row has, ``(rows, tokens)``; ``None`` when there are none."""
-        found = self._rows(fills_cache, rows, device)
-        if not found:
+        """Return the mask of each row's virtual tokens, ``(rows, tokens)``; ``None`` when there are none."""
+        indices = self._rows(fills_cache, rows, device)
+        if not indices:
             return None
-        longest = max(self.tokens(name) for name in found)
+        longest = max(map(self.tokens, indices))
         mask = torch.zeros(rows, longest, dtype=torch.long, device=device)
-        for name, index in found.items():
+        for name, index in indices.items():
             # Shorter prompts are padded on the left, so that every prompt ends where the input begins.
             start = longest - self.tokens(name)
             mask[slice(None) if index is None else index, start:] = 1
         return mask
 
     def _values(self, fills_cache: bool, rows: int, tokens: int) -> Tensor:
-        """The virtual tokens of each row, ``(rows, tokens, width)``."""
+        """Return the virtual tokens of each row, ``(rows, tokens, width)``."""
         device = next(self.parameters()).device
         tasks = self.switch.selection.tasks(rows)
         total: Tensor | None = None
@@ -253,16 +253,16 @@ class Prompts(AnyNames):
 
 
 def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """The mean over all labels of the next token's cross-entropy, each times its weight; computed in float32.
+    """Return the mean over all labels of the next token's cross-entropy, each times its weight; computed in float32.
 
     Args:
         logits: shape ``(rows, tokens, vocabulary)``.
         labels: shape ``(rows, tokens)``; ``-100`` is none.
         weights: of the labels, the same shape.
     """
-    wanted, share = labels[:, 1:].to(logits.device), weights[:, 1:].to(logits.device)
-    losses = F.cross_entropy(logits[:, :-1].float().mT, wanted, reduction="none", ignore_index=IGNORED)
-    return (losses * share).sum() / (wanted != IGNORED).sum()
+    labels, weights = labels[:, 1:].to(logits.device), weights[:, 1:].to(logits.device)
+    losses = F.cross_entropy(logits[:, :-1].float().mT, labels, reduction="none", ignore_index=IGNORED)
+    return (losses * weights).sum() / (labels != IGNORED).sum()
 
 
 def _check_no_checkpointing(module: nn.Module) -> None:
@@ -274,7 +274,7 @@ def _check_no_checkpointing(module: nn.Module) -> None:
 
 
 def _check_even(module: nn.Module, mask: Tensor) -> None:
-    """A model that reads its answer off the first or last place cannot have a gap there."""
+    """Raise ``AdapterError`` where a model reads its answer off the first or last place, and has a gap there."""
     generates = getattr(module, "can_generate", None)
     if not bool(mask.all()) and not is_encoder_decoder(module) and not (generates is not None and generates()):
         raise AdapterError(
@@ -295,7 +295,7 @@ def _lengthen(call: dict[str, Any], length: int, mask: Tensor) -> None:
 
 
 def _joined(mask: Tensor, given: Tensor | None, length: int) -> Tensor | None:
-    """The mask of the virtual tokens and ``length`` others; ``given`` is theirs, or that of all already."""
+    """Return the mask of the virtual tokens and ``length`` others; ``given`` is the others' mask, or that of all."""
     if given is None:
         return None if bool(mask.all()) else F.pad(mask, (0, length), value=1)
     if given.ndim != 2:
@@ -310,12 +310,12 @@ def _fit(module: nn.Module, call: dict[str, Any], mask: Tensor, seen: int, new: 
     """Lengthen a call's mask and positions by the virtual tokens, which come first.
 
     Args:
-        module: what is called.
+        module: the module that is called.
         call: its arguments.
         mask: of the virtual tokens.
         seen: tokens in the cache before the call, virtual ones among them.
         new: tokens in the call, without virtual ones.
-        mask_name: the mask's argument.
+        mask_name: the name of the mask's argument.
     """
     tokens = mask.shape[1]
     others = new + (seen - tokens if seen else 0)
@@ -336,5 +336,5 @@ def _fit(module: nn.Module, call: dict[str, Any], mask: Tensor, seen: int, new: 
 
 
 def _has_gaps(mask: Tensor) -> bool:
-    """Whether a masked token comes before one that is not: padding on the left, or prompts of several lengths."""
+    """Tell whether a masked token comes before one that is not, as padding on the left does."""
     return bool((mask[:, :-1] < mask[:, 1:]).any())

@@ -1,7 +1,7 @@
-"""Tensors that several layers use, found again after another object was put in the place of one.
+"""Gives layers that share a tensor the new one, after another object was put in its place.
 
-``load_state_dict(assign=True)`` and some moves exchange a module's parameters. A layer looks its own ones up; one that
-another layer holds it knows by itself.
+``load_state_dict(assign=True)`` and some moves exchange a module's parameters. A layer looks up its own by name, but
+keeps a reference to one that another layer holds.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 def rejoin(adapters: Adapters) -> None:
     """Let all layers use the tensors that are held now."""
-    found: dict[int, nn.Parameter] = {}
+    current: dict[int, nn.Parameter] = {}
     for layer in adapters.adapted_layers:
         for adapter, kept in layer.held.items():
-            found |= {id(old): layer.placed(adapter, leaf) for leaf, old in kept.items()}
-    if all(id(now) == old for old, now in found.items()):
+            current |= {id(old): layer.placed(adapter, leaf) for leaf, old in kept.items()}
+    if all(id(new) == old for old, new in current.items()):
         return
 
     def now(tensors: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        return {leaf: found.get(id(tensor), tensor) for leaf, tensor in tensors.items()}
+        return {leaf: current.get(id(tensor), tensor) for leaf, tensor in tensors.items()}
 
     for layer in adapters.adapted_layers:
         layer.held = {adapter: now(kept) for adapter, kept in layer.held.items()}

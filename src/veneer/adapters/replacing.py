@@ -1,4 +1,4 @@
-"""An adapter in the place of another of the same name: all of it, or the old one stays."""
+"""Puts an adapter in the place of another of the same name: all of it, or the old one stays."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""How each adapted layer of a model sees the rows of a batch: learnt at the first call whose rows differ.
+"""Learns how each adapted layer sees the rows of a batch, at the first call whose rows differ.
 
-The base runs on a few random tokens, and where that does not reach, on the call's own input: once as it is, and with
-one row changed. What of a layer's input changes with it says where that row lies there. A call that needs a layer of
-which this says nothing is refused before it begins.
+The base runs on a few random tokens, and for layers which those do not reach, on the call's own input: once as it is,
+and with one row changed. The entries of a layer's input that change with the row are its own. A call that needs a layer
+of which this says nothing is refused before it begins.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from veneer.adapters import layout_probe
 from veneer.adapters.call import Call
-from veneer.adapters.known_layouts import Asked, Readiness
+from veneer.adapters.known_layouts import Demands, Readiness
 from veneer.base_model.media_rows import (
     TEXT_SPANS,
     call_of,
@@ -47,20 +47,20 @@ class RowCheck:
     """Checks, before a call begins, that its layers see the rows as it needs.
 
     Args:
-        adapters: of the model; what is learnt stays in its ``layouts``.
+        adapters: of the model; their ``layouts`` hold the layouts that are learnt.
     """
 
     def __init__(self, adapters: Adapters) -> None:
         self.adapters, self.layouts = adapters, adapters.layouts
 
     def checked(self, selection: Selection, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Selection:
-        """``selection`` for a call of the model with these arguments.
+        """Return ``selection`` for a call of the model with these arguments.
 
         Raises:
             AdapterError: it names more or fewer rows than there are, or needs a layer that does not see the rows in
                 a known order.
         """
-        asked = self._by_place(Asked.of(selection))
+        demands = self._by_place(Demands.of(selection))
         model = self.adapters.model
         call = call_of(model, taken_names(model), args, kwargs)
         rows = rows_of(model, call)
@@ -68,82 +68,82 @@ class RowCheck:
             _check_count(selection, rows, call)
         if selection.by_token:
             rows = None  # what holds for the rows of a batch holds for the tokens of one
-        if not asked.names or rows == 1:
+        if not demands.names or rows == 1:
             return selection
-        if not self._sees_images(asked, call, rows) or rows is None:
+        if not self._sees_images(demands, call, rows) or rows is None:
             return selection
         return replace(selection, shares=shares_of(model, call, rows))
 
-    def check_compiled(self, asked: Asked) -> None:
-        """Do the same for code that is being compiled, where tensors have no values."""
-        if self._sees_images(self._by_place(asked), {}, None):
+    def check_compiled(self, demands: Demands) -> None:
+        """Check the same for code that is being compiled, where tensors have no values."""
+        if self._sees_images(self._by_place(demands), {}, None):
             raise AdapterError(
                 "Compiled code does not follow images to the rows of their adapters.",
                 hint="Call the model that is not compiled.",
             )
 
-    def _by_place(self, asked: Asked) -> Asked:
-        """Return what a call asks of those adapters whose layers have to know the rows."""
-        if asked.mixed:
-            return asked
-        return asked._replace(names=tuple(name for name in asked.names if self._is_by_place(name, asked.tasks)))
+    def _by_place(self, demands: Demands) -> Demands:
+        """Return the demands on those adapters whose layers have to know the rows."""
+        if demands.mixed:
+            return demands
+        return demands._replace(names=tuple(name for name in demands.names if self._is_by_place(name, demands.tasks)))
 
     def _is_by_place(self, name: str, tasks: bool) -> bool:
-        """Whether an adapter asks of each entry which row or token it is, also where all rows use it."""
+        """Tell whether an adapter needs the row or token of each entry, even where all rows use it."""
         adapter = self.adapters.by_name[name]
         return self.adapters.acts_by_place(adapter) or (tasks and adapter.config.peft_type == PeftType.POLY)
 
-    def _sees_images(self, asked: Asked, call: CallTensors, rows: int | None) -> bool:
-        """Whether a layer of the call sees images, after learning what the call can tell of its layers."""
-        found = [self._checked(asked._replace(names=(name,)), call, rows) for name in asked.names]
-        return any(ready.images for ready in found)
+    def _sees_images(self, demands: Demands, call: CallTensors, rows: int | None) -> bool:
+        """Learn from the call, and tell whether one of its layers sees images."""
+        answers = [self._checked(demands._replace(names=(name,)), call, rows) for name in demands.names]
+        return any(ready.images for ready in answers)
 
-    def _checked(self, asked: Asked, call: CallTensors, rows: int | None) -> Readiness:
-        """What is known for a call, after learning what it can tell."""
-        ready, media = self.layouts.ready.get(asked), frozenset(media_of(call))
+    def _checked(self, demands: Demands, call: CallTensors, rows: int | None) -> Readiness:
+        """Learn from the call, and return whether its layers meet the demands."""
+        ready, media = self.layouts.ready.get(demands), frozenset(media_of(call))
         if ready is None or (ready.unreached and not media <= ready.media):
-            entries = (self.adapters.by_name[name] for name in asked.names)
+            entries = (self.adapters.by_name[name] for name in demands.names)
             places = dict(itertools.chain.from_iterable(map(self._places, entries)))
             self._learn(list(places), call, rows)
             layouts = [self.layouts.known.get(name) for name in places]
-            images = any(found is not None and found.images for found in layouts)
+            images = any(layout is not None and layout.images for layout in layouts)
             seen = media if ready is None else media | ready.media
-            ready = Readiness(self._unfit(asked), None in layouts, images, seen)
-            self.layouts.ready[asked] = ready
+            ready = Readiness(self._unfit(demands), None in layouts, images, seen)
+            self.layouts.ready[demands] = ready
         if ready.unfit is not None:
             raise refused(ready.unfit)
         return ready
 
     def _places(self, adapter: Adapter) -> Iterator[tuple[str, AdaptedLayer | ModuleCopies]]:
-        """The modules that an adapter changes: their names, and what stands in their places."""
+        """Yield the names of the modules that an adapter changes, with their wrappers."""
         yield from adapter.wrappers()
         for expert in adapter.config.experts:
             yield from self._places(self.adapters.by_name[expert])
 
-    def _unfit(self, asked: Asked) -> str | None:
-        for name in asked.names:
-            by_place = self._is_by_place(name, asked.tasks)
+    def _unfit(self, demands: Demands) -> str | None:
+        for name in demands.names:
+            by_place = self._is_by_place(name, demands.tasks)
             for place, wrapper in self._places(self.adapters.by_name[name]):
                 layout = self.layouts.known.get(place, ROWS)
-                plain = layout == ROWS or (asked.by_row and layout == Layout(dim=1))
+                plain = layout == ROWS or (demands.by_row and layout == Layout(dim=1))
                 if layout == UNKNOWN or not wrapper.follows(layout) or (by_place and not plain):
                     return place
         return None
 
     # -- learning ------------------------------------------------------------------------------------------
 
-    def _learn(self, wanted: list[str], call: CallTensors, rows: int | None) -> None:
+    def _learn(self, places: list[str], call: CallTensors, rows: int | None) -> None:
         error: Exception | None = None
-        if any(name not in self.layouts.known and name not in self.layouts.attempted for name in wanted):
+        if any(name not in self.layouts.known and name not in self.layouts.attempted for name in places):
             error = self._learn_from_text()
-        missing = [name for name in wanted if name not in self.layouts.known]
+        missing = [name for name in places if name not in self.layouts.known]
         if missing and (error is not None or media_of(call)):
             self._learn_from_call(missing, call, rows, error)
         for name, wrapper in self._wrappers():
             wrapper.layout = self.layouts.known.get(name, UNKNOWN)
 
     def _learn_from_text(self) -> Exception | None:
-        """Run the base on random tokens; the error where it does not take them."""
+        """Run the base on random tokens, and return the error where it does not take them."""
         model, modules = self.adapters.model, self._modules()
         try:
             with Call(self.adapters, NOTHING):  # nobody merges meanwhile
@@ -203,7 +203,7 @@ class RowCheck:
             self.layouts.known[name] = layout_of(usual[name], prints, changed, shares, images)
 
     def _modules(self) -> dict[str, nn.Module]:
-        """Name -> what stands in an adapted module's place, for those of which nothing is known."""
+        """Return the wrappers of adapted modules of which nothing is known, by name."""
         return {name: self.adapters.standing_at(name) for name, _ in self._wrappers() if name not in self.layouts.known}
 
     def _wrappers(self) -> Iterator[tuple[str, AdaptedLayer | ModuleCopies]]:

@@ -31,12 +31,12 @@ _KNOWN = ("embed_tokens", "lm_head")
 
 
 def ends_to_save(adapters: Adapters, adapter: Adapter, wanted: SaveEnds) -> dict[str, Tensor]:
-    """Checkpoint key -> the base's weight or bias of an embedding or output layer that is to go with an adapter.
+    """Return the weights and biases of embeddings and output layers to be saved with an adapter, by checkpoint key.
 
     Args:
         adapters: the set it belongs to.
         adapter: the adapter.
-        wanted: whether they are saved; ``"auto"`` where the vocabulary is not the base's, or the adapter is on one.
+        wanted: save them or not; ``"auto"`` does where the vocabulary is not the base's, or the adapter is on one.
 
     Raises:
         UsageError: ``wanted`` is none of these.
@@ -62,7 +62,7 @@ def ends_to_save(adapters: Adapters, adapter: Adapter, wanted: SaveEnds) -> dict
 
 
 def _names_an_end(config: AnyConfig, catalog: Catalog) -> bool:
-    """Whether a config's targets name one of the ends that peft knows: by that very name, or by a pattern."""
+    """Tell whether a config's targets name an embedding or output layer that peft knows."""
     targets = getattr(config, "target_modules", None)
     if isinstance(targets, str):
         known = [name for name in catalog.modules if name.rpartition(".")[2] in _KNOWN]
@@ -71,7 +71,7 @@ def _names_an_end(config: AnyConfig, catalog: Catalog) -> bool:
 
 
 def vocabulary_differs(adapters: Adapters, adapter: Adapter) -> bool:
-    """Whether a model's vocabulary is another than that of the base's files, as far as these are on this machine."""
+    """Tell whether a model's vocabulary differs from that of the base's files, where these are on this machine."""
     own = vocabulary_of(_as_dict(getattr(adapters.model, "config", None)), "the model")
     named = (adapter.config.base_model_name_or_path, getattr(adapters.model, "name_or_path", None))
     for place in filter(None, named):
@@ -83,12 +83,12 @@ def vocabulary_differs(adapters: Adapters, adapter: Adapter) -> bool:
 
 
 def _as_dict(config: Any) -> dict[str, Any]:
-    found: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
-    return found
+    values: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
+    return values
 
 
 def _methods(adapters: Adapters, adapter: Adapter, name: str) -> list[Any]:
-    """What an adapter does on a module, beside bringing its rows."""
+    """Return the methods of an adapter's shares of a module, but for those that bring its rows."""
     layer = adapters.layers.get(name)
     shares = [] if layer is None else layer.bound.get(adapter.name, [])
     return [share.method for share in shares if not isinstance(share.method, SavedWeight)]

@@ -1,6 +1,6 @@
-"""The runtime of SHADOW: the small decoders run before the base's own, and training adds their loss.
+"""The runtime of SHADOW: small decoders run before the base's own, and training adds their loss.
 
-Hooks on the base's decoder do it when a SHADOW adapter is selected. With a cache, the small decoder keeps keys and
+Hooks on the base's decoder run them when a SHADOW adapter is selected. With a cache, the small decoder keeps keys and
 values of its own behind the model's layers in it, so what reorders or crops the one does so to the other.
 """
 
@@ -101,7 +101,7 @@ class ShadowPass(PassHook):
         return projected(output.last_hidden_state, shared)
 
     def _decoder(self, name: str, config: ShadowConfig, stack: nn.Module) -> nn.Module:
-        """The small decoder without values: they are given with each call."""
+        """Return the small decoder without values, which are given with each call."""
         kept = self._decoders.get(name)
         if kept is not None and kept[0] is config:
             return kept[1]
@@ -128,7 +128,7 @@ class ShadowPass(PassHook):
         output.loss = loss
 
     def _own_loss(self, name: str, config: ShadowConfig, state: Tensor, call: Mapping[str, Any]) -> Tensor | None:
-        """The loss of what the small decoder says alone, if its task has one."""
+        """Return the loss of the small decoder's own prediction, if its task has one."""
         labels, mask = self._own_rows(name, call["labels"]), call.get("attention_mask")
         if config.task_type == TaskType.CAUSAL_LM:
             return _prediction_loss(self.adapters.model, state, labels)
@@ -165,14 +165,14 @@ def _check_alone(name: str, adapters: Iterable[Adapter], selection: Selection) -
 
 
 def _prediction_loss(model: nn.Module, state: Tensor, labels: Tensor) -> Tensor:
-    """The cross-entropy of the next tokens that the base's output layer reads off ``(rows, length, hidden)``."""
+    """Return the cross-entropy of the next tokens that the base's output layer predicts from ``state``."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     logits = head(state.to(head.weight.dtype)).float()
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device))
 
 
 def _last_tokens(state: Tensor, mask: Tensor | None) -> Tensor:
-    """The state of each row's last token that is no padding, ``(rows, hidden)``."""
+    """Return the state of each row's last token that is no padding, ``(rows, hidden)``."""
     if mask is None:
         return state[:, -1]
     # A prefix in the cache has a part of the mask, and no states.
@@ -182,7 +182,7 @@ def _last_tokens(state: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """As transformers has it: of one number, of one class in several, or of several at once, by the labels given."""
+    """Return transformers' loss of a number, of one class in several, or of several classes, as the labels are."""
     if logits.shape[-1] == 1:
         return F.mse_loss(logits.flatten(), labels.flatten().to(logits.dtype))
     if labels.is_floating_point():

@@ -1,4 +1,4 @@
-"""What is on a model right now, layer by layer and as a whole. Names are peft's."""
+"""The status of a model and of its layers: adapters, active ones, merged ones. Names are peft's."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Irregular = Literal["irregular"]
 
 @dataclass(frozen=True)
 class TunerLayerStatus:
-    """One adapted layer.
+    """The status of one adapted layer.
 
     Attributes:
         name: the layer's name in the base model; with a colon and the parameter's where it is not the weight.
         module_type: the class of the base layer.
-        enabled: whether adapters are in use at all.
-        active_adapters: the selected adapters, whether or not they change this layer.
+        enabled: False while adapters are disabled.
+        active_adapters: the selected adapters, those included that do not change this layer.
         merged_adapters: those in the base layer's weight now.
-        requires_grad: adapter -> whether its tensors here are trained, ``"irregular"`` if only some are.
+        requires_grad: adapter -> True if its tensors here are trained, ``"irregular"`` if only some are.
         available_adapters: those that change this layer.
-        devices: adapter -> where its tensors here lie.
-        quantization_backend: what quantised the base layer's weight, if anything did.
+        devices: adapter -> the devices of its tensors here.
+        quantization_backend: the library that quantised the base layer's weight.
     """
 
     name: str
@@ -43,22 +43,22 @@ class TunerLayerStatus:
 
 @dataclass(frozen=True)
 class TunerModelStatus:
-    """A whole model.
+    """The status of a whole model.
 
     Attributes:
         base_model_type: the class of the base model.
         adapter_model_type: the class of the model with adapters.
         peft_types: adapter -> its method.
-        trainable_params: how many parameters are trained.
-        total_params: how many there are, the adapters' included.
-        num_adapter_layers: adapted layers.
-        enabled: whether adapters are in use at all.
+        trainable_params: the number of parameters that are trained.
+        total_params: the number of parameters, the adapters' included.
+        num_adapter_layers: the number of adapted layers.
+        enabled: False while adapters are disabled.
         active_adapters: the selected adapters, in the order in which they apply.
         merged_adapters: those merged into every layer that they change; ``"irregular"`` if one is in some only.
-        requires_grad: adapter -> whether it is trained, ``"irregular"`` if only some of its tensors are.
+        requires_grad: adapter -> True if it is trained, ``"irregular"`` if only some of its tensors are.
         available_adapters: all adapters.
-        devices: adapter -> where its tensors lie.
-        quantization_backend: what quantised the base, if anything did.
+        devices: adapter -> the devices of its tensors.
+        quantization_backend: the library that quantised the base.
     """
 
     base_model_type: str
@@ -77,7 +77,7 @@ class TunerModelStatus:
 
 
 def layer_status(adapters: Adapters) -> list[TunerLayerStatus]:
-    """The status of each adapted layer, in the order in which they were first adapted."""
+    """Return the status of each adapted layer, in the order in which they were first adapted."""
     return [_of_layer(adapters, layer) for layer in adapters.adapted_layers]
 
 
@@ -100,7 +100,7 @@ def _of_layer(adapters: Adapters, layer: AdaptedLayer) -> TunerLayerStatus:
 
 
 def model_status(model: nn.Module, adapters: Adapters) -> TunerModelStatus:
-    """The status of the whole model."""
+    """Return the status of the whole model."""
     layers = layer_status(adapters)
     parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return TunerModelStatus(
@@ -132,5 +132,5 @@ def _merged(adapters: Adapters, layers: Iterable[TunerLayerStatus]) -> list[str]
 
 
 def _trained(tensors: Iterable[nn.Parameter]) -> bool | Irregular:
-    found = {p.requires_grad for p in tensors}
-    return found.pop() if len(found) == 1 else "irregular" if found else False
+    flags = {p.requires_grad for p in tensors}
+    return flags.pop() if len(flags) == 1 else "irregular" if flags else False

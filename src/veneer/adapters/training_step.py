@@ -1,4 +1,4 @@
-"""What a method's training adds to the model's loss."""
+"""The steps of training that methods add: penalties of the loss, and the allocation of ranks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def with_penalty(adapters: Adapters, output: Any) -> Any:
-    """A model's output, to whose loss each adapter that is being trained adds its method's penalty."""
+    """Add the penalty of each adapter that is being trained to the loss of a model's output."""
     loss: Any = getattr(output, "loss", None)
     if not isinstance(loss, Tensor) or not adapters.model.training:
         return output
-    found = [penalty for name in adapters.active if (penalty := _penalty(adapters, name)) is not None]
-    for penalty in found:
+    penalties = [penalty for name in adapters.active if (penalty := _penalty(adapters, name)) is not None]
+    for penalty in penalties:
         loss = loss + penalty.to(loss.device)
-    if found:
+    if penalties:
         output.loss = loss
     return output
 
@@ -45,33 +45,33 @@ def _penalty(adapters: Adapters, name: str) -> Tensor | None:
 
 
 def allocate(adapters: Adapters, step: int) -> None:
-    """Let each adapter that is being trained, and allocates what it trains, do so as its config says for ``step``.
+    """Reallocate the ranks or groups of adapters that are being trained, as their configs say for ``step``.
 
     Raises:
-        AdapterError: none of those that are active and trainable does.
+        AdapterError: no active, trainable adapter reallocates any.
     """
     trained = [entry for name in adapters.active if (entry := adapters.by_name[name]).trainable]
-    found = [(entry, allocation) for entry in trained if (allocation := _allocation(entry)) is not None]
-    if not found:
+    allocations = [(entry, allocation) for entry in trained if (allocation := _allocation(entry)) is not None]
+    if not allocations:
         raise AdapterError(
             "update_and_allocate needs an active, trainable AdaLoRA whose config has a total_step, or AdaMSS whose "
             "config has use_asa.",
             hint="Make it with AdaLoraConfig(total_step=...) or AdamssConfig(use_asa=True), or load it with "
             "is_trainable=True.",
         )
-    for adapter, allocation in found:
+    for adapter, allocation in allocations:
         adapter.allocation = allocation
         allocation.step(adapter.config, _layers(adapter), step)
 
 
 def _allocation(adapter: Adapter) -> Allocation | None:
-    """The allocation of an adapter that has begun one, or is to begin one."""
+    """Return the allocation of an adapter, begun before or now; ``None`` for one that has none."""
     method = method_of(adapter.config)
     return adapter.allocation or (method.allocation(adapter.config) if isinstance(method, Allocates) else None)
 
 
 def _layers(adapter: Adapter) -> list[Mapping[str, Tensor]]:
-    """The tensors of each layer of an adapter, without its biases."""
+    """Return the tensors of each layer of an adapter, without its biases."""
     own = type(method_of(adapter.config))
     return [
         layer.tensors(adapter.name, share) for layer, share in adapter.bound_layers() if isinstance(share.method, own)

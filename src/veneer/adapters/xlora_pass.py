@@ -1,4 +1,4 @@
-"""The runtime of X-LoRA: the first pass over a call's tokens, whose hidden states say how the second one is weighed.
+"""The runtime of X-LoRA: a first pass over a call's tokens, whose hidden states give the weights of the second.
 
 A hook on the base model makes that pass when an X-LoRA is selected. With a cache, the pass keeps keys and values of its
 own behind the model's layers in it, so what reorders or crops the one does so to the other.
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 
 class XLoraPass(PassHook):
-    """The first passes of the X-LoRA adapters on one model, and what came of the last ones.
+    """Makes the first passes of the X-LoRA adapters on one model, and keeps the weights that came of them.
 
     Attributes:
         latest: adapter's name -> its weights in the last call, ``(rows, length, layers, experts)``.
-        log: those of every call while ``logging`` is on.
+        log: the weights of every call while ``logging`` is on.
     """
 
     by_place = True
@@ -68,7 +68,7 @@ class XLoraPass(PassHook):
 
     @torch.no_grad()
     def _first_pass(self, module: nn.Module, call: Mapping[str, Any], adapter: Adapter, config: XLoraConfig) -> Tensor:
-        """The last hidden states of the base, in which the experts have a constant weight, for most none."""
+        """Return the last hidden states of the base, in which experts have a constant weight, most often zero."""
         arguments = {key: value for key, value in call.items() if key != "labels"}
         arguments |= {"output_hidden_states": True, "return_dict": True}
         cache = call.get("past_key_values")

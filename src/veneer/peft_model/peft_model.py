@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.call import call
-from veneer.adapters.known_layouts import Asked
+from veneer.adapters.known_layouts import Demands
 from veneer.adapters.merge import in_memory
 from veneer.adapters.row_layouts import RowCheck
 from veneer.adapters.training_step import allocate, with_penalty
@@ -150,11 +150,11 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
         """
         if not torch.compiler.is_compiling():
             return RowCheck(self.adapters).checked(selection, args, kwargs)
-        self._checked_once(*Asked.of(selection))
+        self._checked_once(*Demands.of(selection))
         return selection
 
     def _checked_once(self, *asked: Any) -> bool:
-        RowCheck(self.adapters).check_compiled(Asked(*asked))
+        RowCheck(self.adapters).check_compiled(Demands(*asked))
         return True
 
     # What torch.compiler.assume_constant_result does, which would import the compiler first.
