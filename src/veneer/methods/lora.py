@@ -7,16 +7,16 @@ DoRA (Liu et al. 2024, arXiv:2402.09353, equation 5) gives each row of the resul
 
     W' = m / ||W + scale * B A||_row * (W + scale * B A)        m: (out,); the norm is taken as a constant
 
-aLoRA (Greenewald et al. 2025, arXiv:2504.12397) acts from the last ``alora_invocation_tokens`` of the prompt on: what a
-cache holds of the text before is the base's own.
+aLoRA (Greenewald et al. 2025, arXiv:2504.12397) acts from the last ``alora_invocation_tokens`` of the prompt on: the
+cache of the text before stays the base's own.
 
 QA-LoRA (Xu et al. 2023, arXiv:2309.14717, section 3.3) gives one column of A to each group of ``g`` inputs; it reads
 their mean, ``in / g`` times:
 
     W' = W + scale * B A P        P: (in / g, in), in / g^2 where an input is in a group, else 0
 
-A starting point that takes its part off the weight (``lora_starts/``) is kept beside A and B, the weight left as it is.
-Saved, it is a plain adapter of twice the rank, for the base as it is on disk:
+A start that is subtracted from the weight (``lora_starts/``) is kept beside A and B; the weight stays as it is. Saved,
+the adapter is a plain one of twice the rank, for the base as it is on disk:
 
     W' = W + scale * (B A - B_0 A_0) = W + scale * [B | -B_0] [A ; A_0]
 """
@@ -50,7 +50,7 @@ from veneer.methods.base.leaf import Leaf
 from veneer.methods.base.method import BaseLayer, Method, MethodOnSites, NewLayer
 from veneer.methods.base.replaced_weight import TOKEN_BASE
 from veneer.methods.lora_starts import begin, is_moved, repeats
-from veneer.methods.lora_starts.start import Layer
+from veneer.methods.lora_starts.start import StartLayer
 from veneer.methods.lora_variants import LEAVES, variant_of
 from veneer.methods.lora_variants.variant import LORA_A, LORA_B, Variant
 from veneer.methods.shared.loftq_base import LOFTQ_BASE
@@ -58,7 +58,7 @@ from veneer.methods.shared.token_rows import TOKENS
 from veneer.patches.multipliers import Diagonal
 from veneer.patches.patch import GATED, Patch
 from veneer.patches.token_gate import TokenGate
-from veneer.patches.weight_arithmetic import BLOCK
+from veneer.patches.weight_arithmetic import BLOCK, changed_rows, row_blocks
 
 if TYPE_CHECKING:
     from veneer.base_model.catalog import Catalog
@@ -70,18 +70,22 @@ EMBEDDING_A, EMBEDDING_B = EmbeddingSite.low_rank_names
 MAGNITUDE = "lora_magnitude_vector"
 # Leaf -> its dimension of size r.
 RANK_DIMS = {A: 0, B: 1, EMBEDDING_A: 0, EMBEDDING_B: 1}
-# What counts as no length.
-_NONE = torch.finfo(torch.float32).tiny
+# A row that is no longer than this has no direction.
+_NO_LENGTH = torch.finfo(torch.float32).tiny
 START_A = "lora_start_A.weight"
 START_B = "lora_start_B.weight"
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Holds a config's values for one layer; the scale is a tensor where compiled code must be able to take another.
+    """Holds a config's values for one layer.
 
-    ``group`` is how many inputs share a column of A; ``of_embedding`` says that an output layer uses the tensors of the
-    embedding whose weight it shares: the change is then that of the embedding, transposed.
+    Attributes:
+        scale: multiplies B A; a tensor where compiled code must be able to take another.
+        invocation: the tokens from which on an aLoRA acts.
+        group: the number of inputs that share a column of A.
+        of_embedding: whether an output layer uses the tensors of the embedding whose weight it shares. The change is
+            then that of the embedding, transposed.
     """
 
     r: int
@@ -146,7 +150,7 @@ class Lora(
     def settings_from_shapes(
         self, config: LoraConfig, settings: LoraSettings, site: Site, shapes: Mapping[str, tuple[int, ...]]
     ) -> list[LoraSettings]:
-        # peft has QA-LoRA on GPTQ layers only; on others it leaves the option aside and saves a plain LoRA.
+        # peft has QA-LoRA on GPTQ layers only; on others it ignores the option and saves a plain LoRA.
         return [settings, replace(settings, group=1)] if settings.group > 1 else [settings]
 
     def tied_output_settings(self, embedding: LoraSettings, output: LoraSettings) -> LoraSettings | None:
@@ -202,7 +206,7 @@ class Lora(
         tensors = {leaf: torch.zeros(shape) for leaf, shape in self.shapes(new.settings, new.site).items()}
         down, up, embedding = *new.site.low_rank_names, new.site.looks_up
         start = new.config.init_lora_weights
-        # EVA's own start needs data: initialize_lora_eva_weights gives it to an adapter that begins as any other.
+        # EVA's start needs data: initialize_lora_eva_weights gives it to an adapter that begins as any other.
         if isinstance(start, str) and start not in ("gaussian", "eva"):
             tensors.update(self._start(new))
         elif embedding:
@@ -217,14 +221,14 @@ class Lora(
         if start is False:
             tensors[down if embedding else up].normal_(std=0.02, generator=new.generator)
         if new.settings.dora:
-            # Started at the length of what A and B already make of the weight: then nothing changes.
+            # The lengths of the weight's rows with B A: then a new adapter changes nothing.
             tensors[MAGNITUDE].copy_(
                 _lengths(self._low_rank(new.settings, tensors, new.base), new.base).view_as(tensors[MAGNITUDE])
             )
         return tensors
 
     def _start(self, new: NewLayer[LoraConfig, LoraSettings]) -> dict[str, Tensor]:
-        """Return A and B of a start with a file of its own; of one that is moved, a copy to take off again too."""
+        """Return A and B of a starting point in ``lora_starts/``, and their copies if it is subtracted."""
         how, site = str(new.config.init_lora_weights), new.site
         if how == "loftq" and site.is_packed:
             raise UnsupportedError(
@@ -235,7 +239,9 @@ class Lora(
             raise unsupported(site, f"init_lora_weights={how!r}")
         options = getattr(new.config, f"{how}_config", None) or {}
         weight, settings = new.base.base_weight().float(), new.settings
-        layer = Layer(site.name, weight, settings.r, float(settings.scale), how, options, site.module, new.generator)
+        layer = StartLayer(
+            site.name, weight, settings.r, float(settings.scale), how, options, site.module, new.generator
+        )
         down, up = (tensor.cpu() for tensor in begin(layer))
         return {A: down, B: up, START_A: down.clone(), START_B: up.clone()} if is_moved(how) else {A: down, B: up}
 
@@ -290,7 +296,7 @@ class Lora(
         lengths = _lengths(patch, base).to(patch.down.device)  # type: ignore[union-attr]
         magnitude = tensors[MAGNITUDE].float().flatten()
         # A row of zeros has no direction to be given a length; it stays zero.
-        outer = Diagonal(torch.where(lengths > _NONE, magnitude / lengths, 1.0))
+        outer = Diagonal(torch.where(lengths > _NO_LENGTH, magnitude / lengths, 1.0))
         return Patch(patch.up, patch.down, patch.scale, patch.dropout, outer=outer, shift=patch.shift)
 
     def _low_rank(self, settings: LoraSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
@@ -331,7 +337,7 @@ def _factors(settings: LoraSettings, tensors: Mapping[str, Tensor], site: Site) 
 
 
 def _without_start(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return ``A`` (2r, in) and ``B`` (out, 2r) of an adapter less its start."""
+    """Return ``A`` (2r, in) and ``B`` (out, 2r) of an adapter with its start subtracted."""
     start_down, start_up = tensors[START_A].to(tensors[A].dtype), tensors[START_B].to(tensors[B].dtype)
     return {A: torch.cat([tensors[A], start_down]), B: torch.cat([tensors[B], -start_up], 1)}
 
@@ -339,10 +345,7 @@ def _without_start(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def _lengths(patch: Patch, base: BaseLayer) -> Tensor:
     """Return the length of each row of ``W + scale * B A``, shape ``(out,)``, float32."""
-    weight = base.base_weight()
-    added = Patch(patch.up, patch.down, patch.scale)
-    lengths = []
-    for start in range(0, weight.shape[0], BLOCK):
-        rows = weight[start : start + BLOCK].to(torch.float32, copy=True)
-        lengths.append(added.changed_rows(rows, start, start + rows.shape[0]).norm(dim=1))
-    return torch.cat(lengths).clamp_min(_NONE)
+    weight, low_rank = base.base_weight(), [Patch(patch.up, patch.down, patch.scale)]
+    blocks = row_blocks(weight.shape[0], BLOCK)
+    lengths = [changed_rows(weight[start:stop], low_rank, start, stop).norm(dim=1) for start, stop in blocks]
+    return torch.cat(lengths).clamp_min(_NO_LENGTH)

@@ -1,8 +1,8 @@
-"""Starting points of LoRA, by the name that stands in ``init_lora_weights``: one file each.
+"""Starting points of LoRA: one file for each name that ``init_lora_weights`` takes.
 
-Each gives the ``A`` and ``B`` that training begins from. Those in :data:`MOVED` begin with ``B A`` other than zero, and
-take it off the weight, so that a new adapter changes nothing: ``W' = W + scale * (B A - B_0 A_0)``. The base itself is
-never changed; the start is kept beside the adapter, and saved within it (see :mod:`veneer.methods.lora`).
+Each returns the ``A`` and ``B`` that training begins from. Those in :data:`MOVED` begin with ``B A`` other than zero,
+which is subtracted from the weight, so that a new adapter changes nothing: ``W' = W + scale * (B A - B_0 A_0)``. The
+base itself is never changed; the start is kept beside the adapter, and saved within it (:mod:`veneer.methods.lora`).
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ import importlib
 
 from torch import Tensor
 
-from veneer.methods.lora_starts.start import Layer
+from veneer.methods.lora_starts.start import StartLayer
 
-__all__ = ["MOVED", "Layer", "begin", "is_moved", "repeats"]
+__all__ = ["MOVED", "StartLayer", "begin", "is_moved", "repeats"]
 
 MOVED = frozenset({"corda", "lora_ga", "olora", "pissa"})
 
 
 def is_moved(how: object) -> bool:
-    """Whether that start takes something off the base's weight."""
+    """Tell whether a start is subtracted from the base's weight."""
     return isinstance(how, str) and how.partition("_niter_")[0] in MOVED
 
 
 def repeats(how: object) -> bool:
-    """Whether a moved start can be worked out again from the base alone: without data and without chance."""
+    """Tell whether a moved start can be computed again from the base alone, without data and without chance."""
     return how in ("pissa", "olora")
 
 
-def begin(layer: Layer) -> tuple[Tensor, Tensor]:
-    """``A``, shape ``(r, in)``, and ``B``, shape ``(out, r)``, of a new adapter on ``layer``.
+def begin(layer: StartLayer) -> tuple[Tensor, Tensor]:
+    """Return ``A``, shape ``(r, in)``, and ``B``, shape ``(out, r)``, of a new adapter on ``layer``.
 
     Raises:
         ConfigError: the rank does not fit, or data are missing.

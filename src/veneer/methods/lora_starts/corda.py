@@ -2,8 +2,8 @@
 
     W C = U S V^T        scale * B A = U_r S_r (V^T C^-1)_r        C: the covariance of the layer's input, (in, in)
 
-``corda_method`` "ipm" takes the largest values (adapt to what the data ask for), "kpm" the smallest (keep what the
-data know).
+``corda_method`` "ipm" takes the largest values (to learn from the data), "kpm" the smallest (to keep the knowledge that
+the data call on).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from veneer.configs.lora_start_options import CordaConfig, options_of
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import ConfigError
 from veneer.keywords import takes
-from veneer.methods.lora_starts.start import Layer
-from veneer.methods.lora_starts.statistics import COVARIANCE, keep, kept, linear_layers, watching
+from veneer.methods.lora_starts.start import StartLayer
+from veneer.methods.lora_starts.statistics import COVARIANCE, linear_layers, record, recorded, watching
 from veneer.patches.low_rank import balanced
 
-# How far the product of C and its computed inverse may be from the identity.
+# The largest distance of C times its computed inverse from the identity.
 _INVERSE_ERROR = 0.05
 
 
-def start(layer: Layer) -> tuple[Tensor, Tensor]:
-    """``A`` and ``B``."""
+def start(layer: StartLayer) -> tuple[Tensor, Tensor]:
+    """Return ``A`` and ``B``."""
     layer.check_rank()
     options = options_of(CordaConfig, layer.options)
-    covariance = kept(COVARIANCE, layer.module, f'{layer.name}: init_lora_weights="corda"', "preprocess_corda(...)")
+    covariance = recorded(COVARIANCE, layer.module, f'{layer.name}: init_lora_weights="corda"', "preprocess_corda(...)")
     damped, inverse = _damped(covariance.to(layer.weight))
     left, values, right = torch.linalg.svd(layer.weight @ damped, full_matrices=False)
     part = slice(None, layer.r) if options.corda_method == "ipm" else slice(-layer.r, None)
@@ -39,7 +39,7 @@ def start(layer: Layer) -> tuple[Tensor, Tensor]:
 
 
 def _damped(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """The covariance with enough added to its diagonal to have an inverse, and that inverse."""
+    """Return the covariance with enough added to its diagonal to have an inverse, and that inverse."""
     identity = torch.eye(covariance.shape[0], device=covariance.device)
     damp = 0.01
     while True:
@@ -57,7 +57,7 @@ def preprocess_corda(model: nn.Module, lora_config: LoraConfig, run_model: Calla
 
     Args:
         model: the base model.
-        lora_config: which layers it measures.
+        lora_config: selects the layers that are measured.
         run_model: runs the model on the sample data: a few hundred texts of what is to be learnt or kept.
 
     Raises:
@@ -86,4 +86,4 @@ def preprocess_corda(model: nn.Module, lora_config: LoraConfig, run_model: Calla
                 f"preprocess_corda: {name} saw no data, or values that are not finite.",
                 hint="Let run_model call this model on tokens, or leave the layer out with exclude_modules.",
             )
-        keep(COVARIANCE, module, sums[name] / counts[name])
+        record(COVARIANCE, module, sums[name] / counts[name])

@@ -1,4 +1,4 @@
-"""LoftQ: begin from what quantising the weight loses (Li et al. 2023, arXiv:2310.08659, algorithm 1).
+"""LoftQ: begin from the loss of quantising the weight (Li et al. 2023, arXiv:2310.08659, algorithm 1).
 
     t = 1 ... T:    Q_t = quantised(W - L_{t-1} R_{t-1})      L_t R_t = the first r singular triples of W - Q_t
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from veneer.configs.lora_start_options import LoftQConfig, options_of
-from veneer.methods.lora_starts.start import Layer
+from veneer.methods.lora_starts.start import StartLayer
 from veneer.patches.low_rank import truncated
 
 BLOCK = 64
@@ -28,26 +28,26 @@ _NORMAL_FLOATS = (
 )
 
 
-def start(layer: Layer) -> tuple[Tensor, Tensor]:
-    """``A`` and ``B``."""
+def start(layer: StartLayer) -> tuple[Tensor, Tensor]:
+    """Return ``A`` and ``B``."""
     layer.check_rank()
     up, down = truncated(layer.weight - quantised(layer.weight, layer.r, layer.options), layer.r, layer.scale)
     return down, up
 
 
 def quantised(weight: Tensor, r: int, options: Mapping[str, Any]) -> Tensor:
-    """``Q_T`` of a float32 weight, shape ``(out, in)``, by the options of a ``loftq_config``."""
-    wanted = options_of(LoftQConfig, options)
-    rounded = _eight_bits if wanted.loftq_bits == 8 else four_bits
-    found = rounded(weight)
-    for _ in range(wanted.loftq_iter - 1):
-        up, down = truncated(weight - found, r)
-        found = rounded(weight - up @ down)
-    return found
+    """Return ``Q_T`` of a float32 weight, shape ``(out, in)``, by the options of a ``loftq_config``."""
+    config = options_of(LoftQConfig, options)
+    quantise = _eight_bits if config.loftq_bits == 8 else four_bits
+    rounded = quantise(weight)
+    for _ in range(config.loftq_iter - 1):
+        up, down = truncated(weight - rounded, r)
+        rounded = quantise(weight - up @ down)
+    return rounded
 
 
 def four_bits(weight: Tensor) -> Tensor:
-    """Each value as the nearest NormalFloat times the largest of its block of 64, along the rows."""
+    """Round each value to the nearest NormalFloat times the largest of its block of 64, along the rows."""
     values = torch.tensor(_NORMAL_FLOATS, device=weight.device)
     flat = weight.flatten()
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)

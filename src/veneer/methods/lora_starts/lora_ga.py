@@ -2,7 +2,7 @@
 
     G = U S V^T, the gradient of the weight        A: r rows of V^T, B: r other columns of U S
 
-``direction`` says which of the first 2r are whose; ``scale`` how long B becomes.
+``direction`` deals the first 2r of them to A and B; ``scale`` sets the length of B.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from veneer.configs.lora_start_options import LoraGAConfig, options_of
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import ConfigError
 from veneer.keywords import takes
-from veneer.methods.lora_starts.start import Layer
-from veneer.methods.lora_starts.statistics import GRADIENT, keep, kept, linear_sites
+from veneer.methods.lora_starts.start import StartLayer
+from veneer.methods.lora_starts.statistics import GRADIENT, linear_sites, record, recorded
 
 
-def start(layer: Layer) -> tuple[Tensor, Tensor]:
-    """``A`` and ``B``."""
+def start(layer: StartLayer) -> tuple[Tensor, Tensor]:
+    """Return ``A`` and ``B``."""
     layer.check_rank(min(layer.weight.shape) // 2)
     options = options_of(LoraGAConfig, layer.options)
-    gradient = kept(GRADIENT, layer.module, f'{layer.name}: init_lora_weights="lora_ga"', "preprocess_loraga(...)")
+    gradient = recorded(GRADIENT, layer.module, f'{layer.name}: init_lora_weights="lora_ga"', "preprocess_loraga(...)")
     gradient = gradient.to(layer.weight)
     r = layer.r
     with layer.seeded():
         up, values, columns = torch.svd_lowrank(gradient, q=min(4 * r, *gradient.shape), niter=4)
-        rows, own = _directions(options.direction, r)
-        down, up, values = columns.T[rows], up[:, own] * values[own], values[own]
+        for_down, for_up = _directions(options.direction, r)
+        down, up, values = columns.T[for_down], up[:, for_up] * values[for_up], values[for_up]
         return _scaled(layer, options, down, up, values)
 
 
 def _directions(direction: str, r: int) -> tuple[Tensor, Tensor]:
-    """Which of the first 2r directions are ``A``'s and which ``B``'s."""
+    """Return the indices, among the first 2r directions, of ``A``'s and of ``B``'s."""
     order = torch.arange(2 * r)
     if direction == "ArBr":
         return order[1::2], order[0::2]
@@ -48,12 +48,14 @@ def _directions(direction: str, r: int) -> tuple[Tensor, Tensor]:
     return chosen, chosen
 
 
-def _scaled(layer: Layer, options: LoraGAConfig, down: Tensor, up: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def _scaled(
+    layer: StartLayer, options: LoraGAConfig, down: Tensor, up: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
     if options.scale == "stable":
         return down, up * (layer.weight.shape[0] ** 0.25 / options.stable_gamma**0.5)
     if options.scale == "weight_svd":
-        _, own, _ = torch.svd_lowrank(layer.weight, q=layer.r, niter=4)
-        return down, up * (own[0] / values[0]) if values[0] > 0 else up
+        _, of_weight, _ = torch.svd_lowrank(layer.weight, q=layer.r, niter=4)
+        return down, up * (of_weight[0] / values[0]) if values[0] > 0 else up
     if options.scale == "gd_scale":
         return down / layer.scale, up / layer.scale
     return down, up
@@ -65,7 +67,7 @@ def preprocess_loraga(model: nn.Module, lora_config: LoraConfig, train_step: Cal
 
     Args:
         model: the base model; afterwards it is as it was.
-        lora_config: which layers it measures.
+        lora_config: selects the layers that are measured.
         train_step: runs forward and backward passes on a few batches of the training data.
 
     Raises:
@@ -90,7 +92,7 @@ def preprocess_loraga(model: nn.Module, lora_config: LoraConfig, train_step: Cal
                     f"preprocess_loraga: {name} got no gradient.",
                     hint="Let train_step call backward() on a loss of this model.",
                 )
-            keep(GRADIENT, site.module, site.canonical(site.stored.grad.detach()) / counts[name])
+            record(GRADIENT, site.module, site.canonical(site.stored.grad.detach()) / counts[name])
     finally:
         for handle in handles:
             handle.remove()

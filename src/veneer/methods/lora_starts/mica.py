@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veneer.methods.lora_starts.start import Layer
+from veneer.methods.lora_starts.start import StartLayer
 
 
-def start(layer: Layer) -> tuple[Tensor, Tensor]:
-    """``A`` and ``B``."""
+def start(layer: StartLayer) -> tuple[Tensor, Tensor]:
+    """Return ``A`` and ``B``."""
     layer.check_rank()
     up, _, _ = torch.linalg.svd(layer.weight, full_matrices=False)
     return torch.zeros(layer.r, layer.weight.shape[1]), up[:, -layer.r :]

@@ -1,4 +1,4 @@
-"""Orthogonal: both factors random and not zero, with ``B A = 0`` because their inner spaces are orthogonal.
+"""Orthogonal: begin with both factors random, and ``B A = 0`` because their inner spaces are orthogonal.
 
 The rows of a random orthogonal ``(r, r)`` matrix are dealt in turn to ``A`` and ``B``, whence an even rank:
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from veneer.errors import ConfigError
-from veneer.methods.lora_starts.start import Layer
+from veneer.methods.lora_starts.start import StartLayer
 
 
-def start(layer: Layer) -> tuple[Tensor, Tensor]:
-    """``A`` and ``B``."""
+def start(layer: StartLayer) -> tuple[Tensor, Tensor]:
+    """Return ``A`` and ``B``."""
     if layer.r % 2:
         raise ConfigError(
             f'init_lora_weights="orthogonal" needs an even rank; {layer.name} has {layer.r}.',

@@ -1,4 +1,4 @@
-"""The layer that a starting point is given."""
+"""Describes the layer that a starting point is for."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from veneer.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One layer that a new adapter begins on.
+class StartLayer:
+    """Describes one layer that a new adapter begins on.
 
     Attributes:
         name: the layer's name, for errors.
         weight: its canonical weight in float32, shape ``(out, in)``.
         r: the rank.
-        scale: what multiplies ``B A``.
+        scale: multiplies ``B A``.
         how: the option as it stands in the config, such as ``"pissa_niter_4"``.
         options: the starting point's own config (``corda_config`` ...).
-        module: the live layer, under which statistics of data were kept.
-        generator: of randomness; torch's own when ``None``.
+        module: the live layer, by which statistics of data were recorded.
+        generator: draws random numbers; torch's own when ``None``.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Layer:
 
     @contextmanager
     def seeded(self) -> Iterator[None]:
-        """Let torch's functions without a generator of their own draw from this layer's."""
+        """Let torch's functions that take no generator draw from this layer's inside the ``with`` block."""
         if self.generator is None:
             yield
             return

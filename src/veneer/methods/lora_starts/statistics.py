@@ -1,4 +1,4 @@
-"""What was measured of data on a base model's layers, kept until an adapter begins from it."""
+"""Records statistics of data on a base model's layers, for an adapter to begin from."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from veneer.errors import ConfigError
 COVARIANCE = "covariance"
 GRADIENT = "gradient"
 
-# A layer that goes takes its figures with it.
-_KEPT: dict[str, WeakKeyDictionary[nn.Module, Tensor]] = {
+# A layer that is deleted takes its statistics with it.
+_RECORDED: dict[str, WeakKeyDictionary[nn.Module, Tensor]] = {
     COVARIANCE: WeakKeyDictionary(),
     GRADIENT: WeakKeyDictionary(),
 }
 
 
-def keep(what: str, module: nn.Module, value: Tensor) -> None:
-    """Keep a figure of a layer for the adapter that is made next."""
-    _KEPT[what][module] = value
+def record(what: str, module: nn.Module, value: Tensor) -> None:
+    """Record a statistic of a layer for the adapter that is made next."""
+    _RECORDED[what][module] = value
 
 
-def kept(what: str, module: nn.Module, who: str, mend: str) -> Tensor:
-    """The figure of a layer.
+def recorded(what: str, module: nn.Module, who: str, mend: str) -> Tensor:
+    """Return the statistic of a layer.
 
     Raises:
-        ConfigError: none was measured; ``who`` wants it, ``mend`` measures it.
+        ConfigError: none was recorded; ``who`` needs it, the call ``mend`` records it.
     """
-    if module not in _KEPT[what]:
+    if module not in _RECORDED[what]:
         raise ConfigError(f"{who} needs data, and none was given.", hint=f"Call {mend} on the base model first.")
-    return _KEPT[what][module]
+    return _RECORDED[what][module]
 
 
 def linear_sites(model: nn.Module, config: LoraConfig) -> dict[str, Site]:
-    """The linear layers that a config means, by name."""
+    """Return the linear sites that a config means, by name."""
     return {site.name: site for site in Catalog(model).sites(config) if site.matrix_input}
 
 
 def linear_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    """The same, as live layers."""
+    """Return the live layers of :func:`linear_sites`."""
     return {name: site.module for name, site in linear_sites(model, config).items()}
 
 
 @contextmanager
 def watching(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Inside the block, call ``see(name, input)`` whenever one of ``layers`` runs."""
+    """Call ``see(name, input)`` whenever one of ``layers`` runs inside the ``with`` block."""
 
     def hook_for(name: str) -> Callable[..., None]:
         return lambda module, args, output: see(name, args[0].detach())
