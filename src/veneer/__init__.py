@@ -16,7 +16,7 @@ from veneer._version import __version__ as __version__
 
 
 def _homes() -> dict[str, str]:
-    """Public name -> the module that it lives in."""
+    """Return public name -> the module that defines it."""
     stub = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
     imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
     return {alias.name: str(node.module) for node in imports for alias in node.names if alias.name != "__version__"}

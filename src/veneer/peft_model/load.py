@@ -22,6 +22,7 @@ from veneer.errors import BaseModelError
 from veneer.files import adapter_folders
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.resolve import resolve
+from veneer.files.source import Source
 from veneer.keywords import DTYPE, TOKEN, keywords, takes, unknown_keywords
 from veneer.peft_model.attach_adapter import AttachOptions, attach_all, set_mode
 from veneer.peft_model.build_base import BuildOptions, build_base, copied_dtypes
@@ -100,36 +101,26 @@ def load(
     adapter_config = config if isinstance(config, PeftConfig) else None
     if config is not adapter_config:
         model_kwargs["config"] = config
+    if key_mapping and not isinstance(base, nn.Module):
+        model_kwargs["key_mapping"] = key_mapping
+    building = BuildOptions(task, dtype, device_map, trust_remote_code, model_kwargs)
     source = resolve(path, lookup)
     members = adapter_folders.members(source)
     report = LoadReport(path=str(path), kind=kind_of(source, members))
-    if isinstance(base, PeftModel):
-        raise BaseModelError(
-            "base= is a PeftModel; its adapters would be stacked.",
-            hint="Use its load_adapter(...), or pass what its get_base_model() or unload() returns.",
-        )
+    if isinstance(base, nn.Module):
+        _check_in_memory(base, source, report.kind, building, base_revision)
     opened = OpenedAdapters()
     if report.kind != "model":
         opened = open_adapters(source, members, adapter_name, strict, adapter_config)
-    checkpoints = opened.checkpoints
-    copied: frozenset[torch.dtype] = frozenset()
+    checkpoints, copied = opened.checkpoints, frozenset[torch.dtype]()
     if isinstance(base, nn.Module):
-        _check_nothing_is_built(model_kwargs, dtype, device_map, base_revision)
-        if not checkpoints:
-            raise BaseModelError(
-                f"{source.origin} is a full model; it takes no base.",
-                hint="Leave base= out, or give an adapter's path.",
-            )
         built, report.base = base, f"the {type(base).__name__} given as base="
     else:
-        if key_mapping:
-            model_kwargs["key_mapping"] = key_mapping
-        options = BuildOptions(task, dtype, device_map, trust_remote_code, model_kwargs)
-        found_base = find_base(source, checkpoints, base, lookup, options.gguf_file)
+        found_base = find_base(source, checkpoints, base, lookup, building.gguf_file)
         report.base = f"{found_base.source.origin}, {found_base.why}"
         copied = copied_dtypes(found_base.source) if merge else copied
         with _refusing_keywords(model_kwargs):
-            built, report.warnings = build_base(found_base.source, checkpoints, options)
+            built, report.warnings = build_base(found_base.source, checkpoints, building)
     model = wrap(built, wanted_task(task, checkpoints))
     report.seconds["base"] = time.perf_counter() - started
     model.load_log.report = report
@@ -145,15 +136,32 @@ def load(
     return model
 
 
-def _check_nothing_is_built(
-    model_kwargs: Mapping[str, Any], dtype: Any, device_map: Any, base_revision: str | None
+def _check_in_memory(
+    base: nn.Module, source: Source, kind: str, building: BuildOptions, base_revision: str | None
 ) -> None:
-    """Raise ``UnknownKeywordError`` for keywords that say how a base is built; one in memory is built already."""
-    defaults = {"dtype": dtype == "auto", "device_map": device_map is None, "base_revision": base_revision is None}
-    idle = [*model_kwargs, *(name for name, is_default in defaults.items() if not is_default)]
+    """Check that a base in memory is a plain model, that there is an adapter for it, and that nothing is to be built.
+
+    Raises:
+        BaseModelError: it is a PeftModel, or no base is needed. UnknownKeywordError: a keyword says how to build it.
+    """
+    if isinstance(base, PeftModel):
+        raise BaseModelError(
+            "base= is a PeftModel; its adapters would be stacked.",
+            hint="Use its load_adapter(...), or pass what its get_base_model() or unload() returns.",
+        )
+    given = {
+        "dtype": building.dtype != "auto",
+        "device_map": building.device_map is not None,
+        "base_revision": base_revision is not None,
+    }
+    idle = [*building.model_kwargs, *(name for name, is_given in given.items() if is_given)]
     if idle:
-        known = [name for name in keywords(load) if name not in defaults]
+        known = [name for name in keywords(load) if name not in given]
         raise unknown_keywords("load() with a base in memory", idle, known)
+    if kind == "model":
+        raise BaseModelError(
+            f"{source.origin} is a full model; it takes no base.", hint="Leave base= out, or give an adapter's path."
+        )
 
 
 @contextlib.contextmanager
