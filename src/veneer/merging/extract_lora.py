@@ -123,34 +123,24 @@ def extract(
     """
     _check(rank, energy)
     folder = Path(out)
-    check_output(folder, overwrite)
-    if is_folder(folder) and any(folder.iterdir()) and not is_file(folder / ADAPTER_CONFIG):
-        raise OutputError(f"{folder} holds no adapter; it is not replaced.", hint="Choose another folder.")
+    _check_out(folder, overwrite)
     lookup = LookupOptions(local_files_only=local_files_only)
     sources = resolve(tuned, lookup, what="tuned model"), resolve(base, lookup, what="base")
     check_apart(folder, [("tuned model", sources[0].root), ("base", sources[1].root)])
     on_step("reading")
     model = build_skeleton(sources[1], [], None, trust_remote_code)
     with _open(sources[0]) as tuned_files, _open(sources[1]) as base_files:
-        read_tuned, read_base = _reader(model, tuned_files), _reader(model, base_files)
-        extraction = Extraction(read_tuned, read_base, rank, energy)
-        for name, module in model.named_modules():
-            if module._parameters and not is_inside(name, extraction.whole):
-                on_step(f"comparing {name}")
-                extraction.compare(name, module)
+        extraction = Extraction(_reader(model, tuned_files), _reader(model, base_files), rank, energy)
+        extraction.compare_all(model, on_step)
     _check_ties(extraction, model)
     if not extraction.ranks:
         raise MergeError(
             f"{tuned} and {base} differ in no linear or embedding layer; there is no adapter to extract.",
             hint="Check that they are the tuned model and its base.",
         )
-    target = dtype_of(dtype)
-    tensors = {key: tensor.to(target) for key, tensor in extraction.tensors.items()}
-    for key, tensor in extraction.tensors.items():
-        check_kept(tensor, tensors[key], key)
-    write_checkpoint(
-        folder, _config(extraction, model, sources[1]), tensors, {BASE_DIGEST_KEY: base_digest(sources[1])}
-    )
+    tensors = _cast(extraction.tensors, dtype_of(dtype))
+    config = _config(extraction, model, sources[1])
+    write_checkpoint(folder, config, tensors, {BASE_DIGEST_KEY: base_digest(sources[1])})
     return ExtractReport(
         str(tuned),
         str(base),
@@ -161,6 +151,21 @@ def extract(
         extraction.errors,
         sum(tensor.nbytes for tensor in tensors.values()),
     )
+
+
+def _check_out(folder: Path, overwrite: bool) -> None:
+    """Raise ``OutputError`` unless an adapter can be written to a folder."""
+    check_output(folder, overwrite)
+    if is_folder(folder) and any(folder.iterdir()) and not is_file(folder / ADAPTER_CONFIG):
+        raise OutputError(f"{folder} holds no adapter; it is not replaced.", hint="Choose another folder.")
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Cast tensors, and raise ``MergeError`` where one does not fit into the dtype."""
+    cast = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+    for key, tensor in tensors.items():
+        check_kept(tensor, cast[key], key)
+    return cast
 
 
 def _check(rank: int, energy: float | None) -> None:
@@ -211,8 +216,14 @@ class Extraction:
         self.whole: list[str] = []
         self.change = self.left_out = 0.0
 
-    def compare(self, name: str, module: nn.Module) -> None:
-        """Add the change of one module."""
+    def compare_all(self, model: nn.Module, on_step: Callable[[str], None]) -> None:
+        """Add the changes of all modules of a model; ``on_step`` is called with the name of each."""
+        for name, module in model.named_modules():
+            if module._parameters and not is_inside(name, self.whole):
+                on_step(f"comparing {name}")
+                self._compare(name, module)
+
+    def _compare(self, name: str, module: nn.Module) -> None:
         changed = self._changed(name, module)
         site = next(iter(sites_for(name, module)), None)
         if set(changed) == {"weight"} and site is not None and (site.matrix_input or site.looks_up):
