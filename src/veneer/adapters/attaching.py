@@ -78,9 +78,9 @@ def _join_saved(adapters: Adapters, adapter: Adapter) -> None:
     """Let two copies of layers that share a weight, and are to stay alike, share theirs where it is the same."""
     for pair in pairs_kept_tied(adapter.config, adapters.catalog):
         if set(pair) <= adapter.whole_modules.copies.keys():
-            one, other = (adapter.whole_modules.copy_of(root, adapter)._parameters for root in pair)
-            if same_values(one["weight"], other["weight"]):
-                other["weight"] = one["weight"]
+            first, second = (adapter.whole_modules.copy_of(root, adapter)._parameters for root in pair)
+            if same_values(first["weight"], second["weight"]):
+                second["weight"] = first["weight"]
 
 
 def as_parameter(tensor: Tensor, device: torch.device, float32: bool, trainable: bool) -> nn.Parameter:
@@ -89,8 +89,8 @@ def as_parameter(tensor: Tensor, device: torch.device, float32: bool, trainable:
     return nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=trainable)
 
 
-def same_values(one: Tensor | None, other: Tensor | None) -> bool:
+def same_values(first: Tensor | None, second: Tensor | None) -> bool:
     """Tell whether two tensors hold the same; those of a model without memory, as a merge on disk has, tell nothing."""
-    if one is None or other is None or one.is_meta or other.is_meta:
+    if first is None or second is None or first.is_meta or second.is_meta:
         return False
-    return one.dtype == other.dtype and torch.equal(one, other)
+    return first.dtype == second.dtype and torch.equal(first, second)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.checkpoints.renamed_checkpoint import RenamedCheckpoint
@@ -19,10 +18,6 @@ from veneer.configs.names import HEADS
 from veneer.methods import method_of, prompt_of
 from veneer.methods.base.abilities import specialised
 from veneer.methods.shared.token_rows import TOKENS
-
-if TYPE_CHECKING:
-    pass
-
 
 _SAVED = ".modules_to_save."
 

@@ -32,17 +32,17 @@ def method_of(config: PeftConfig) -> AnyMethod:
     Raises:
         UnknownMethodError: its ``peft_type`` is none of this version's.
     """
-    method: AnyMethod = _found(config)
+    method: AnyMethod = _lookup(config)
     return method
 
 
 def prompt_of(config: PromptConfig) -> PromptMethod[Any]:
     """Return the method of a config that describes a prompt; raise as :func:`method_of` does."""
-    method: PromptMethod[Any] = _found(config)
+    method: PromptMethod[Any] = _lookup(config)
     return method
 
 
-def _found(config: PeftConfig) -> Any:
+def _lookup(config: PeftConfig) -> Any:
     name = config.method_name
     if name not in _METHODS:
         if str(config.peft_type) not in registered():

@@ -55,17 +55,17 @@ class ArrowDirections:
         return same and self.sources.is_current(selection)
 
 
-class Preparing:
+class DirectionCache:
     """Keeps the directions of one layer's experts until a tensor changes; threads may share it."""
 
     def __init__(self) -> None:
         self._last: ArrowDirections | None = None
 
     def __reduce__(self) -> Any:
-        return Preparing, ()
+        return DirectionCache, ()
 
     @torch.no_grad()
-    def bring(self, experts: Sequence[Patch], general: Sequence[Patch]) -> ArrowDirections:
+    def directions_of(self, experts: Sequence[Patch], general: Sequence[Patch]) -> ArrowDirections:
         """Return the directions, worked out anew unless the tensors are the same."""
         tensors = [t for patch in (*experts, *general) for t in (patch.up, patch.down) if t is not None]
         last, selection = self._last, current().selection
@@ -102,10 +102,10 @@ def _less(experts: Sequence[Patch], general: Sequence[Patch]) -> list[Patch]:
 
 @dataclass(frozen=True)
 class ArrowSettings(LoraSettings):
-    """Holds a config's values for one layer, and what is kept there."""
+    """Holds a config's values for one layer, and the cache of its experts' directions."""
 
     arrow: ArrowConfig = field(default_factory=ArrowConfig)
-    preparing: Preparing = field(default_factory=Preparing, compare=False)
+    cache: DirectionCache = field(default_factory=DirectionCache, compare=False)
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Arrow(Lora):
         if not experts:
             return Patch()
         _check_ranks(base.site, [*experts, *general] if general else [])
-        prepared = settings.preparing.bring(experts, general)
+        prepared = settings.cache.directions_of(experts, general)
         return Patch(route=ArrowRoute(base.site, arrow, prepared.experts, prepared.directions))
 
 

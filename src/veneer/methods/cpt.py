@@ -100,9 +100,9 @@ def _weights(config: CPTConfig, examples: Tensor) -> Tensor:
     weights = torch.ones(examples.shape, device=examples.device)
     if config.opt_weighted_loss_type == "none":
         return weights
-    for row, own in enumerate(examples):
+    for row, labels in enumerate(examples):
         # A first token is no label: nothing predicts it.
-        there = own[1:][own[1:] > 0].unique()
-        later = (there.unsqueeze(1) > own).sum(0)
-        weights[row] = torch.where(own > 0, config.opt_loss_decay_factor**later, 1.0)
+        there = labels[1:][labels[1:] > 0].unique()
+        later = (there.unsqueeze(1) > labels).sum(0)
+        weights[row] = torch.where(labels > 0, config.opt_loss_decay_factor**later, 1.0)
     return weights

@@ -88,7 +88,7 @@ def _drawn_in(skew: Tensor, eps: float) -> Tensor:
     return skew + change
 
 
-def _divisor(width: int, wanted: int) -> int:
-    """Return the divisor of ``width`` nearest to ``wanted``, the smaller of two; ``width`` if ``wanted`` is larger."""
+def _divisor(width: int, target: int) -> int:
+    """Return the divisor of ``width`` nearest to ``target``, the smaller of two; ``width`` if ``target`` is larger."""
     divisors = [n for n in range(1, width + 1) if width % n == 0]
-    return min(divisors, key=lambda n: (abs(n - wanted), n)) if wanted < width else width
+    return min(divisors, key=lambda n: (abs(n - target), n)) if target < width else width

@@ -61,19 +61,19 @@ class OSF(Method[OSFConfig, int], DerivesTensors):
         return [{BASE_U: u, BASE_S: s, BASE_V: v} for u, s, v in parts]
 
     def lower(self, settings: int, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
-        kept, u, s, v = settings, tensors[BASE_U], tensors[BASE_S], tensors[BASE_V]
-        left = _away_from(u[:, :kept], tensors[U])
-        right = _away_from(v[:kept].T, tensors[V].T).T
-        up = torch.cat([left * tensors[S], -u[:, kept:] * s[kept:]], 1)
-        return Patch(up=up, down=torch.cat([right, v[kept:]]))
+        count, u, s, v = settings, tensors[BASE_U], tensors[BASE_S], tensors[BASE_V]
+        left = _away_from(u[:, :count], tensors[U])
+        right = _away_from(v[:count].T, tensors[V].T).T
+        up = torch.cat([left * tensors[S], -u[:, count:] * s[count:]], 1)
+        return Patch(up=up, down=torch.cat([right, v[count:]]))
 
 
 METHOD = OSF()
 
 
-def _away_from(kept: Tensor, trained: Tensor) -> Tensor:
-    """Return ``trained``, whose gradient loses its share in the columns of ``kept``."""
+def _away_from(directions: Tensor, trained: Tensor) -> Tensor:
+    """Return ``trained``, whose gradient loses its share in the columns of ``directions``."""
     if not (torch.is_grad_enabled() and trained.requires_grad):
         return trained
-    free = trained - kept @ (kept.T @ trained)
+    free = trained - directions @ (directions.T @ trained)
     return free + (trained - free).detach()

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,10 +17,6 @@ from veneer.configs.base import TargetedConfig
 from veneer.files.tensor_keys import PREFIX
 from veneer.methods.base.leaf import Leaf
 from veneer.patches.patch import Patch
-
-if TYPE_CHECKING:
-    pass
-
 
 ConfigT = TypeVar("ConfigT", bound=TargetedConfig)
 SettingsT = TypeVar("SettingsT")

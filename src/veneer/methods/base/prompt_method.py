@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,6 @@ from veneer.configs.base import PromptConfig
 from veneer.files.tensor_keys import SHARED_PREFIX
 from veneer.methods.base.abilities import StoresShared
 from veneer.methods.base.leaf import Leaf
-
-if TYPE_CHECKING:
-    pass
-
 
 ConfigT = TypeVar("ConfigT", bound=PromptConfig)
 

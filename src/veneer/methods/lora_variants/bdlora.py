@@ -42,16 +42,16 @@ class BdLora(Variant):
 
 def block_diagonal(options: BdLoraConfig, site: Site, r: int) -> BdLora | None:
     """Return the variant on a layer; ``None`` on one that ``options`` leaves a plain LoRA."""
-    own = site.name.rpartition(".")[2]
-    found = [
+    leaf_name = site.name.rpartition(".")[2]
+    blocked = [
         leaf
         for leaf, parts in ((LORA_A, options.target_modules_bd_a), (LORA_B, options.target_modules_bd_b))
-        if any(part in own for part in parts or ())
+        if any(part in leaf_name for part in parts or ())
     ]
-    if len(found) == 2 or (options.match_strict and not found):
+    if len(blocked) == 2 or (options.match_strict and not blocked):
         raise ConfigError(
-            f"use_bdlora: {site.name} is in {'both' if found else 'neither'} of target_modules_bd_a and "
+            f"use_bdlora: {site.name} is in {'both' if blocked else 'neither'} of target_modules_bd_a and "
             "target_modules_bd_b.",
-            hint="Name it in one of them." if found else "Name it in one, or set match_strict=False.",
+            hint="Name it in one of them." if blocked else "Name it in one, or set match_strict=False.",
         )
-    return BdLora(found[0], options.nblocks) if found else None
+    return BdLora(blocked[0], options.nblocks) if blocked else None

@@ -94,14 +94,14 @@ class ShadowSource:
         from safetensors.torch import load_file
 
         stored = {key: tensor for file in files for key, tensor in load_file(file).items()}
-        own = {key.removeprefix(_DECODER): tensor for key, tensor in stored.items() if key.startswith(_DECODER)}
+        tensors = {key.removeprefix(_DECODER): tensor for key, tensor in stored.items() if key.startswith(_DECODER)}
         with torch.device("meta"):
-            wanted = self.decoder().state_dict()
-        odd = [key for key in own.keys() | wanted.keys() if _shape(own.get(key)) != _shape(wanted.get(key))]
+            expected = self.decoder().state_dict()
+        odd = [key for key in tensors.keys() | expected.keys() if _shape(tensors.get(key)) != _shape(expected.get(key))]
         if odd or _PROJECTION not in stored:
             what = _DECODER + min(odd) if odd else _PROJECTION
             raise CorruptFileError(f"{self.source.origin}: {what} is not as its config says.", hint=_AGAIN)
-        return own, stored[_PROJECTION]
+        return tensors, stored[_PROJECTION]
 
 
 def shadow_source(path: str) -> ShadowSource:

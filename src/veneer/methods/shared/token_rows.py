@@ -78,7 +78,7 @@ class TokenRows(Method[ConfigT, TokenSettings], AdaptsTwins):
             apart = {twin.name for twin in sharing if twin.name in listed and not self.follows(config, twin)}
             if self._are_alike(config, site, [twin for twin in sharing if twin.name in listed]):
                 twins[site.id] = [twin for twin in sharing if twin.name not in apart]
-        followers = {twin.name for found in twins.values() for twin in found}
+        followers = {twin.name for group in twins.values() for twin in group}
         return MethodOnSites(self, [site for site in sites if site.name not in followers], twins)
 
     def _are_alike(self, config: ConfigT, site: Site, twins: Sequence[Site]) -> bool:
