@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from functools import lru_cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -82,15 +81,16 @@ def _is_number(value: Any, declared: type) -> bool:
 
 def check_at_least_one(config: object, *names: str) -> None:
     """Raise ``ConfigError`` when a field, or a value of one that holds patterns, is less than 1."""
-    _check_least(config, 1, names)
+    check_at_least(config, 1, *names)
 
 
 def check_not_negative(config: object, *names: str) -> None:
     """Raise ``ConfigError`` when a field, or a value of one that holds patterns, is less than 0."""
-    _check_least(config, 0, names)
+    check_at_least(config, 0, *names)
 
 
-def _check_least(config: object, least: int, names: Iterable[str]) -> None:
+def check_at_least(config: object, least: int, *names: str) -> None:
+    """Raise ``ConfigError`` when a field, or a value of one that holds patterns, is less than ``least``."""
     for name in names:
         value = getattr(config, name)
         numbers = [n for n in (value.values() if isinstance(value, dict) else [value]) if n is not None]

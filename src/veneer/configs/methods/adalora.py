@@ -20,14 +20,14 @@ class AdaLoraConfig(TargetedConfig, peft_type=PeftType.ADALORA):
         init_r: the rank that every layer starts with.
         target_r: the mean rank that is left at the end of ``total_step`` steps.
         tinit: steps before ranks are taken away.
-        tfinal: steps at the end in which none is.
-        deltaT: every how many steps ranks are taken away.
-        beta1, beta2: how slowly the estimates of what is important change, and of how sure that is.
-        orth_reg_weight: how much the loss weighs that the factors are not orthogonal.
-        total_step: how many steps the training has.
+        tfinal: steps at the end in which no rank is taken away.
+        deltaT: steps between two choices of ranks.
+        beta1, beta2: the decays of the running means of an entry's importance, and of its uncertainty.
+        orth_reg_weight: the weight in the loss of how far the factors are from orthogonal.
+        total_step: the number of training steps.
         lora_alpha: the numerator of the scale; the denominator is ``init_r``.
         lora_dropout: dropout on the adapter's input while training.
-        rank_pattern: name of a layer's ``lora_E`` -> which of its ranks are left; written by training.
+        rank_pattern: name of a layer's ``lora_E`` -> which of its ranks remain; written by training.
         bias: ``"none"``, ``"lora_only"`` or ``"all"``: the biases that are trained too.
         init_lora_weights: ``True`` starts without effect, ``False`` at random.
     """

@@ -21,17 +21,17 @@ class AdamssConfig(TargetedConfig, peft_type=PeftType.ADAMSS):
         num_subspaces: how many groups a weight's rows are put into.
         subspace_rank: the rank of a group.
         init_weights: ``"orthogonal"`` (A within the group's directions, B zero); ``None`` or ``False`` for a random B.
-        use_dynamic_rank: whether a group may have a lower rank, as many as it has large singular values.
-        svd_threshold: which are large: those whose square is more than this share of the largest's.
+        use_dynamic_rank: whether a group's rank may be lower: the number of its large singular values.
+        svd_threshold: a singular value is large if its square is more than this share of the largest's.
         random_seed: of the decomposition, which is worked out again when the adapter is loaded.
         use_asa: whether ``model.update_and_allocate(step)`` freezes the groups that matter least.
         asa_target_subspaces: how many groups of all layers together are trained in the end.
         init_warmup: the step from which groups are frozen.
-        final_warmup: the step by which all of them are that will be.
+        final_warmup: the step from which no more groups are frozen.
         mask_interval: steps between two choices.
         asa_importance_beta: the decay of the running mean of a tensor's importance.
-        asa_uncertainty_beta: the decay of the running mean of how far it is from that.
-        asa_schedule_exponent: the larger, the earlier most of them are frozen.
+        asa_uncertainty_beta: the decay of the running mean of the importance's distance from its mean.
+        asa_schedule_exponent: with a larger one, more groups are frozen early.
     """
 
     r: int = 100

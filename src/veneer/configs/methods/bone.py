@@ -12,7 +12,7 @@ from veneer.errors import ConfigError
 
 @dataclass
 class BoneConfig(TargetedConfig, peft_type=PeftType.BONE):
-    """Bone (Kang & Yin 2024, arXiv:2409.15371): what MiSS was called at first; peft 0.14 to 0.18 saved it.
+    """Bone (Kang & Yin 2024, arXiv:2409.15371): the first form of MiSS, which peft 0.14 to 0.18 saved.
 
     Args, beside those of :class:`TargetedConfig`:
         r: the rank.

@@ -17,10 +17,10 @@ class CPTConfig(PromptConfig, peft_type=PeftType.CPT):
     Args, beside those of :class:`PromptConfig`:
         cpt_token_ids: the context's tokens; their number is ``num_virtual_tokens``.
         cpt_mask: which of them are not padding; kept for peft's sake.
-        cpt_tokens_type_mask: what each is, for the k-th example 4k + 1 (template of the input), 4k + 2 (input),
-            4k + 3 (template of the output), 4k + 4 (label); 0 is neither trained nor counted.
+        cpt_tokens_type_mask: the kind of each token; of the k-th example 4k + 1 (template of the input), 4k + 2
+            (input), 4k + 3 (template of the output), 4k + 4 (label); 0 is neither trained nor counted.
         opt_weighted_loss_type: ``"none"``, or ``"decay"``: earlier examples' labels count less.
-        opt_loss_decay_factor: by how much, from one example to the one before it.
+        opt_loss_decay_factor: the ratio of an example's weight to that of the next one.
         opt_projection_epsilon: how far an input's embedding may move, for a width of 2048.
         opt_projection_format_epsilon: the same for templates.
         tokenizer_name_or_path: where the ids came from; kept for peft's sake.

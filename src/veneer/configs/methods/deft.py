@@ -16,9 +16,9 @@ class DeftConfig(TargetedConfig, peft_type=PeftType.DEFT):
 
     Args, beside those of :class:`TargetedConfig`:
         r: the dimension of the subspace.
-        decomposition_method: how it is projected on: ``"relu"``, ``P relu(P)^T``, or ``"qr"``, orthogonally.
+        decomposition_method: the projection: ``"relu"``, ``P relu(P)^T``, or ``"qr"``, orthogonally.
         init_scale: multiplies the deviation that ``R`` starts with where ``init_weights`` is off.
-        alpha: ``alpha / r`` multiplies what is filled in; ``None`` is 1.
+        alpha: ``alpha / r`` multiplies the injected change; ``None`` is 1.
         para: PaRa (Chen et al. 2024, arXiv:2406.05641): take out and fill in nothing.
         deft_dropout: dropout on the adapter's input while training.
     """

@@ -15,7 +15,7 @@ class DeloraConfig(TargetedConfig, peft_type=PeftType.DELORA):
 
     Args, beside those of :class:`TargetedConfig`:
         r: the rank.
-        delora_lambda: what the trained size starts at.
+        delora_lambda: the initial value of the trained norm.
         rank_pattern: ``{pattern: r}`` for modules whose name ends with the pattern (a regular expression).
         lambda_pattern: the same for ``delora_lambda``.
         module_dropout: dropout on the adapter's input while training.

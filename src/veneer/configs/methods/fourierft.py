@@ -17,7 +17,7 @@ class FourierFTConfig(TargetedConfig, peft_type=PeftType.FOURIERFT):
         n_frequency: how many coefficients a layer has.
         n_frequency_pattern: ``{pattern: n_frequency}`` for modules whose name ends with the pattern.
         scaling: multiplies the change.
-        random_loc_seed: of the coefficients' places, which are not in the checkpoint: it is a part of its meaning.
+        random_loc_seed: the seed of the coefficients' places, which are not in the checkpoint: it needs this seed.
         bias: ``"none"``, ``"fourier_only"`` or ``"all"``: the biases that are trained too.
         init_weights: ``True`` starts at zero, ``False`` at random.
     """

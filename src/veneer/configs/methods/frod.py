@@ -15,11 +15,11 @@ class FrodConfig(TargetedConfig, peft_type=PeftType.FROD):
 
     Args, beside those of :class:`TargetedConfig`:
         projection_prng_key: the seed of which entries are trained.
-        save_projection: whether basis and places are saved; without them they are worked out again from the base.
+        save_projection: whether basis and places are saved; else they are computed again from the base.
         frod_dropout: dropout on the change's input while training.
         sparse_rate: the share of entries that is trained.
         regularization_alpha: keeps the basis well-conditioned where layers are alike.
-        progressbar, runtime_offload_base_weight: kept; they change no result.
+        progressbar, runtime_offload_base_weight: kept for peft's files; they change no result.
     """
 
     projection_prng_key: int = 0

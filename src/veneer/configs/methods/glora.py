@@ -16,11 +16,11 @@ class GloraConfig(TargetedConfig, peft_type=PeftType.GLORA):
     """GLoRA (Chavan et al. 2023, arXiv:2306.07967): scale and shift of a layer's weight and bias.
 
     Args, beside those of :class:`TargetedConfig`:
-        r: the rank of what is ``"lora"``.
-        config_A_B: what the weight's scale A and shift B are: ``"lora"``, ``"vector"`` (a number a row),
+        r: the rank of the parts that are ``"lora"``.
+        config_A_B: the form of the weight's scale A and shift B: ``"lora"``, ``"vector"`` (a number a row),
             ``"constant"`` (one number) or ``"none"``.
-        config_C: what the weight's share in the bias is: ``"lora"``, ``"vector"`` or ``"none"``.
-        config_D_E: what the bias's scale D and shift E are: ``"vector"``, ``"constant"`` or ``"none"``.
+        config_C: the form of the weight's share in the bias: ``"lora"``, ``"vector"`` or ``"none"``.
+        config_D_E: the form of the bias's scale D and shift E: ``"vector"``, ``"constant"`` or ``"none"``.
     """
 
     r: int = 8

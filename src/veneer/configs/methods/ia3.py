@@ -14,7 +14,7 @@ class IA3Config(TargetedConfig, peft_type=PeftType.IA3):
     """(IA)3 (Liu et al. 2022, arXiv:2205.05638): a trained scale on each input or output of a layer.
 
     Args, beside those of :class:`TargetedConfig`:
-        feedforward_modules: those of the targets whose input is scaled; of the others it is the output.
+        feedforward_modules: the targets whose input is scaled; of all others the output is.
     """
 
     feedforward_modules: list[str] | str | None = None

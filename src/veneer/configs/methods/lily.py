@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from veneer.configs.base import TargetedConfig
 from veneer.configs.names import PeftType
-from veneer.errors import ConfigError
+from veneer.configs.value_checks import check_at_least
 
 
 @dataclass
@@ -29,6 +29,5 @@ class LilyConfig(TargetedConfig, peft_type=PeftType.LILY):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("r", 1), ("stride_A", 1), ("num_B", 2)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)} is too small.", hint=f"It is at least {least}.")
+        check_at_least(self, 1, "r", "stride_A")
+        check_at_least(self, 2, "num_B")

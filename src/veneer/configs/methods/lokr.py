@@ -15,7 +15,7 @@ class LoKrConfig(LoHaConfig, peft_type=PeftType.LOKR):
     Args, beside those of :class:`LoHaConfig` (``r`` is the rank of a factor that is itself decomposed):
         decompose_both: decompose the first factor too, where that makes it smaller.
         decompose_factor: about which size the first factor is to have; -1 for near the square root.
-        rank_dropout_scale: divide what ``rank_dropout`` keeps by its share.
+        rank_dropout_scale: divide the rows that ``rank_dropout`` keeps by their share.
         init_weights: also ``"lycoris"``, which starts the second factor at zero instead of the first.
     """
 

@@ -12,6 +12,7 @@ from veneer.configs.arrow_options import ArrowConfig
 from veneer.configs.base import TargetedConfig
 from veneer.configs.lora_start_options import LoftQConfig
 from veneer.configs.names import PeftType
+from veneer.configs.value_checks import check_share
 from veneer.errors import ConfigError, did_you_mean
 
 STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_[n]", "olora", "eva", "corda", "lora_ga", "loftq", "mica")
@@ -33,7 +34,7 @@ class LoraConfig(TargetedConfig, peft_type=PeftType.LORA):
         lora_dropout: dropout on the adapter's input while training.
         rank_pattern: ``{pattern: r}`` for modules whose name ends with the pattern (a regular expression).
         alpha_pattern: the same for ``lora_alpha``.
-        init_lora_weights: what training starts from: ``True`` (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal of
+        init_lora_weights: the start of training: ``True`` (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal of
             deviation 1/r, B zero), ``"orthogonal"``, ``"pissa"``, ``"pissa_niter_[n]"``, ``"olora"``, ``"corda"``,
             ``"lora_ga"``, ``"eva"``, ``"loftq"``, ``"mica"``, or ``False`` (both random: a non-zero start, for tests).
         eva_config, corda_config, lora_ga_config, loftq_config: options of those starts.
@@ -41,11 +42,11 @@ class LoraConfig(TargetedConfig, peft_type=PeftType.LORA):
         kasa_config: a :class:`KasaConfig`, for trained singular values on a weight that loses its smallest.
         monteclora_config: a :class:`MontecloraConfig`, for training under noise of a learned size.
         velora_config: a :class:`VeloraConfig`, for training that keeps less of a layer's input.
-        layer_replication: ranges of blocks, such as ``[[0, 4], [2, 5]]``, which the model is made of while it has the
-            adapter; repeated blocks share the base's weights and are adapted each on its own.
+        layer_replication: the ranges of blocks, such as ``[[0, 4], [2, 5]]``, that the model consists of while it has
+            the adapter; repeated blocks share the base's weights, and each has its own part of the adapter.
         use_qalora, qalora_group_size: QA-LoRA (arXiv:2309.14717): so many inputs of a layer share a column of A.
-        ensure_weight_tying: where embedding and output layer share a weight and one of them is adapted or saved whole,
-            both are, by one set of tensors; a merge keeps them one.
+        ensure_weight_tying: adapt, or save whole, both embedding and output layer by one set of tensors where they
+            share a weight and one of them is a target; a merge keeps them tied.
         alora_invocation_tokens: token ids; the adapter acts from their last occurrence in a prompt on (aLoRA), and
             on nothing where they do not occur.
         arrow_config: an :class:`~veneer.ArrowConfig`: the adapter routes tokens over others (Arrow).
@@ -124,11 +125,7 @@ class LoraConfig(TargetedConfig, peft_type=PeftType.LORA):
         for name, rank in ranks.items():
             if rank < 1:
                 raise ConfigError(f"{name}={rank!r} is no rank.", hint="A rank is a whole number of at least 1.")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ConfigError(
-                f"lora_dropout={self.lora_dropout!r} is no share.",
-                hint="It lies between 0 (off) and 1 (excluded).",
-            )
+        check_share(self, "lora_dropout")
 
     def _check_variant(self) -> None:
         names = (*VARIANTS, "use_dora", "alora_invocation_tokens", "use_qalora", "arrow_config")

@@ -16,7 +16,7 @@ class OSFConfig(TargetedConfig, peft_type=PeftType.OSF):
 
     Args, beside those of :class:`TargetedConfig`:
         effective_rank: how many directions are kept: a number, or a share of the smaller side; half by default.
-        rank_pattern: ``{regular expression: effective_rank}`` for modules in whose name it is found.
+        rank_pattern: ``{regular expression: effective_rank}`` for modules whose names contain a match.
         target_svd_config: kept, and without effect, as in peft.
     """
 

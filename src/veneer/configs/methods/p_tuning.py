@@ -16,7 +16,7 @@ class PromptEncoderConfig(PromptConfig, peft_type=PeftType.P_TUNING):
 
     Args, beside those of :class:`PromptConfig`:
         encoder_reparameterization_type: the network: ``"MLP"`` (three layers) or ``"LSTM"``.
-        encoder_hidden_size: its width; the model's own where it is left out.
+        encoder_hidden_size: its width; the model's own when ``None``.
         encoder_num_layers: layers of the LSTM.
         encoder_dropout: dropout between them while training.
     """

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from veneer.configs.base import TargetedConfig
 from veneer.configs.names import PeftType
-from veneer.errors import ConfigError
+from veneer.configs.value_checks import check_at_least_one
 
 
 @dataclass
@@ -36,6 +36,4 @@ class PolyConfig(TargetedConfig, peft_type=PeftType.POLY):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("r", "n_tasks", "n_skills", "n_splits"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} is too small.", hint="It is at least 1.")
+        check_at_least_one(self, "r", "n_tasks", "n_skills", "n_splits")

@@ -16,7 +16,7 @@ class PrefixTuningConfig(PromptConfig, peft_type=PeftType.PREFIX_TUNING):
 
     Args, beside those of :class:`PromptConfig`:
         init_weights: ``"zero"`` begins with keys and values of zero; ``None`` with random ones.
-        encoder_hidden_size: the width of the network; the keys' own where it is left out.
+        encoder_hidden_size: the width of the network; the keys' own when ``None``.
         prefix_projection: whether keys and values are made by a small trained network.
     """
 

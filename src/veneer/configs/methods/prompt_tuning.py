@@ -17,11 +17,11 @@ class PromptTuningConfig(PromptConfig, peft_type=PeftType.PROMPT_TUNING):
     """Prompt tuning (Lester et al. 2021, arXiv:2104.08691): trained embeddings before the input's own.
 
     Args, beside those of :class:`PromptConfig`:
-        prompt_tuning_init: what they start from: ``"RANDOM"``, ``"SAMPLE_VOCAB"`` (the embeddings of random tokens) or
+        prompt_tuning_init: the initial embeddings: ``"RANDOM"``, ``"SAMPLE_VOCAB"`` (those of random tokens) or
             ``"TEXT"`` (those of a text's tokens, repeated to length).
         prompt_tuning_init_text: the text.
-        tokenizer_name_or_path: the tokenizer that takes it apart.
-        tokenizer_kwargs: more for that tokenizer.
+        tokenizer_name_or_path: the tokenizer of that text.
+        tokenizer_kwargs: options of loading that tokenizer.
     """
 
     prompt_tuning_init: str = "RANDOM"

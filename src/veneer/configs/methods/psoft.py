@@ -21,8 +21,8 @@ class PsoftConfig(TargetedConfig, peft_type=PeftType.PSOFT):
         psoft_dropout: dropout on the adapter's input while training.
         ab_svd_init: where the singular values go: ``"psoft_init"`` (all to the left) or ``"pissa_init"`` (halves).
         psoft_svd: ``"full"``, or ``"lowrank"``, faster and inexact.
-        psoft_svd_lowrank_niter: steps of the latter.
-        random_seed: its seed.
+        psoft_svd_lowrank_niter: steps of ``"lowrank"``.
+        random_seed: the seed of ``"lowrank"``.
         psoft_orth: whether the turn is orthogonal; else any matrix.
         psoft_mag_b, psoft_mag_a: whether a trained scale follows and precedes it.
         use_cayley_neumann: approximate the turn by a series.
@@ -49,8 +49,8 @@ class PsoftConfig(TargetedConfig, peft_type=PeftType.PSOFT):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least_one(self, "r", "psoft_alpha", "num_cayley_neumann_terms")
+        check_share(self, "psoft_dropout")
         if self.cayley_neumann_eps is not None and self.cayley_neumann_eps <= 0:
             raise ConfigError(
                 f"cayley_neumann_eps={self.cayley_neumann_eps!r} is no bound.", hint="It is positive; None is no bound."
             )
-        check_share(self, "psoft_dropout")

@@ -15,7 +15,7 @@ class RandLoraConfig(TargetedConfig, peft_type=PeftType.RANDLORA):
 
     Args, beside those of :class:`TargetedConfig`:
         r: the rank of each basis.
-        projection_prng_key: the seed that the bases are made from.
+        projection_prng_key: the seed of the bases.
         save_projection: whether they are saved; without them the adapter is small and depends on the seed.
         sparse: bases of -1, 0 and 1, two thirds of them zero.
         very_sparse: the same with all but one in ``sqrt(min(out, in))`` zero.

@@ -14,8 +14,8 @@ class ShiraConfig(TargetedConfig, peft_type=PeftType.SHIRA):
     """SHiRA (Bhardwaj et al. 2024, arXiv:2406.13175): a few single weights of each layer, chosen at random.
 
     Args, beside those of :class:`TargetedConfig`:
-        r: as many weights are trained as a LoRA of this rank would have.
-        mask_type: how they are chosen; their places are in the checkpoint.
+        r: as many weights are trained as a LoRA of this rank has.
+        mask_type: how the weights are chosen; their places are in the checkpoint.
         random_seed: of the choice.
         init_weights: ``True`` starts at zero, ``False`` at random.
     """

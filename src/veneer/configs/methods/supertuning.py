@@ -20,7 +20,7 @@ class SupertuningConfig(TargetedConfig, peft_type=PeftType.SUPERTUNING):
         r: the rank of the LoRA; ``None`` is none.
         lora_alpha: the numerator of its scale ``lora_alpha / r``; ``2 r`` by default.
         lora_dropout: dropout on its input while training.
-        save_precomputed_indices: whether it is saved which entries; else the base's own tell again.
+        save_precomputed_indices: whether the places of the entries are saved; else they are found in the base again.
     """
 
     sparsity: float = 0.99

@@ -15,11 +15,11 @@ class UniLoraConfig(TargetedConfig, peft_type=PeftType.UNILORA):
 
     Args, beside those of :class:`TargetedConfig`:
         r: the rank.
-        proj_seed: the seed of which entry is which number.
+        proj_seed: the seed of the assignment of numbers to entries.
         theta_d_length: how many numbers are trained.
         unilora_dropout: dropout on the adapter's input while training.
-        init_theta_d_bound: they start uniform within this bound.
-        save_indices: whether the choice is saved; without it, it is made from the seed.
+        init_theta_d_bound: the numbers start uniform within this bound.
+        save_indices: whether the assignment is saved; else it is made from the seed.
     """
 
     r: int = 4

@@ -18,10 +18,10 @@ class VBLoRAConfig(TargetedConfig, peft_type=PeftType.VBLORA):
         num_vectors: how many vectors the bank has.
         vector_length: their length; it divides in and out of every adapted layer.
         topk: how many vectors are mixed for a piece.
-        save_only_topk_weights: save which vectors are mixed and how, instead of a number for each vector of the bank.
+        save_only_topk_weights: save the indices and weights of the mixed vectors, not a logit for every vector.
         vblora_dropout: dropout on the adapter's input while training.
         init_vector_bank_bound: the bank starts uniform within this bound.
-        init_logits_std: deviation of what the choice starts from.
+        init_logits_std: the standard deviation of the initial logits.
     """
 
     r: int = 4

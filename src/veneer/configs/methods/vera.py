@@ -15,10 +15,10 @@ class VeraConfig(TargetedConfig, peft_type=PeftType.VERA):
 
     Args, beside those of :class:`TargetedConfig`:
         r: the rank of the shared matrices.
-        projection_prng_key: the seed that they are made from.
+        projection_prng_key: the seed of these matrices.
         save_projection: whether they are saved; without them the adapter is smaller and depends on the seed.
         vera_dropout: dropout on the adapter's input while training.
-        d_initial: what the vector on the rank starts at; the other starts at zero.
+        d_initial: the initial value of the vector on the rank; the other vector starts at zero.
     """
 
     r: int = 256

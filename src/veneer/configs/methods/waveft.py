@@ -20,7 +20,7 @@ class WaveFTConfig(TargetedConfig, peft_type=PeftType.WAVEFT):
         scaling: multiplies the change.
         wavelet_family: such as ``"db1"``; every other one needs the package PyWavelets.
         use_idwt: ``False`` takes the coefficients for the change itself.
-        random_loc_seed: of the coefficients' places, which are not in the checkpoint: it is a part of its meaning.
+        random_loc_seed: the seed of the coefficients' places, which are not in the checkpoint: it needs this seed.
         bias: ``"none"``, ``"waveft_only"`` or ``"all"``: the biases that are trained too.
         init_weights: ``True`` starts at zero, ``False`` at random.
     """

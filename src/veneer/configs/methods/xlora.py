@@ -8,9 +8,10 @@ from typing import Any
 
 from veneer.configs.base import TargetedConfig
 from veneer.configs.names import PeftType
+from veneer.configs.value_checks import check_at_least_one
 from veneer.errors import ConfigError
 
-# What other methods that adapt layers have in a file; here the experts say which layers those are.
+# Options of other methods that adapt layers, which a file of this one does not have: its experts name the layers.
 _FOREIGN = ("exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save")
 
 
@@ -23,13 +24,13 @@ class XLoraConfig(TargetedConfig, peft_type=PeftType.XLORA):
         adapters: the LoRAs: their names on the model -> their folders or hub ids. Saved beside the adapter, in folders
             of these names or of their numbers, they are taken from there.
         enable_softmax: whether the weights of a token add up to 1.
-        enable_softmax_topk: with ``top_k_lora``: the same of those that are left.
-        softmax_temperature: of the first; lower is sharper.
+        enable_softmax_topk: whether the weights of the ``top_k_lora`` LoRAs of a token add up to 1.
+        softmax_temperature: of ``enable_softmax``; lower is sharper.
         layerwise_scalings: whether each layer has weights of its own.
         top_k_lora: how many LoRAs a token uses; all when ``None``.
         xlora_depth: how many layers the classifier has.
-        xlora_size: how wide those between are.
-        xlora_dropout_p: dropout between them while training.
+        xlora_size: the width of its hidden layers.
+        xlora_dropout_p: dropout between its layers while training.
         use_trainable_adapters: whether the LoRAs are trained too.
         scaling_pass_value: their weight in the first pass, which the classifier reads.
         global_scaling_weight: multiplies all weights.
@@ -55,9 +56,7 @@ class XLoraConfig(TargetedConfig, peft_type=PeftType.XLORA):
         super().__post_init__()
         if not self.adapters:
             raise ConfigError("adapters is empty.", hint='Name the LoRA adapters: adapters={"0": path, "1": path}.')
-        for name in ("xlora_depth", "xlora_size", "top_k_lora"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} is too small.", hint="It is at least 1.")
+        check_at_least_one(self, "xlora_depth", "xlora_size", "top_k_lora")
         if self.softmax_temperature <= 0:
             raise ConfigError(f"softmax_temperature={self.softmax_temperature} is not positive.", hint="Use 1.0.")
 
