@@ -79,9 +79,9 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
-            for own, name, value in notes:
-                if name in own and own[name] is not value:
-                    own[name] = value
+            for attributes, name, value in notes:
+                if name in attributes and attributes[name] is not value:
+                    attributes[name] = value
 
 
 # -- what to call the model with -------------------------------------------------------------------------------
@@ -111,35 +111,33 @@ def _ids(config: Any, decoder: bool, length: int, generator: torch.Generator) ->
     marks = special_tokens(config)
     usual = [i for i in range(FIRST, min(getattr(text, "vocab_size", None) or LAST, LAST)) if i not in marks]
     books = getattr(getattr(config, "decoder", None), "num_codebooks", 1) if decoder else 1
-    found = torch.tensor(usual)[torch.randint(len(usual), (ROWS * books, length), generator=generator)]
+    ids = torch.tensor(usual)[torch.randint(len(usual), (ROWS * books, length), generator=generator)]
     end = getattr(config, "eos_token_id", None)
     if isinstance(end, int) and not decoder:
-        found[:, -1] = end  # where BART and T5 read a sequence's class
-    return found
+        ids[:, -1] = end  # where BART and T5 read a sequence's class
+    return ids
 
 
 def _with_row(usual: Call, other: Call, row: int) -> Call:
     """Return ``usual`` with one of ``ROWS`` rows from ``other``."""
-    made = {}
+    call = dict(usual)
     for name, value in usual.items():
-        made[name] = value
         if isinstance(value, Tensor):
-            own = value.clone()
-            part = len(own) // ROWS
-            own[row * part : (row + 1) * part] = other[name][row * part : (row + 1) * part]
-            made[name] = own
-    return made
+            call[name] = value.clone()
+            part = len(value) // ROWS
+            call[name][row * part : (row + 1) * part] = other[name][row * part : (row + 1) * part]
+    return call
 
 
 def special_tokens(config: Any) -> set[int]:
     """Return the tokens to which a config, or a part of it, gives a meaning."""
-    found: set[int] = set()
+    tokens: set[int] = set()
     for name, value in config.to_dict().items() if hasattr(config, "to_dict") else config.items():
         if isinstance(value, dict):
-            found |= special_tokens(value)
+            tokens |= special_tokens(value)
         elif str(name).endswith(("_token_id", "_token_index")):
-            found |= {i for i in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(i, int)}
-    return found
+            tokens |= {i for i in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(i, int)}
+    return tokens
 
 
 def own_calls(model: nn.Module, call: Call, spans: Sequence[Mapping[str, slice]]) -> list[Call]:
@@ -162,8 +160,8 @@ def own_calls(model: nn.Module, call: Call, spans: Sequence[Mapping[str, slice]]
 def _start(model: nn.Module, call: Call) -> Tensor:
     """Return random tokens for the decoder to read."""
     rows = len(call[str(model.main_input_name)])
-    found = _ids(model.config, True, DECODER_LENGTH, torch.Generator().manual_seed(0))[:1]
-    return found.expand(rows, -1).to(place_of(model))
+    ids = _ids(model.config, True, DECODER_LENGTH, torch.Generator().manual_seed(0))[:1]
+    return ids.expand(rows, -1).to(place_of(model))
 
 
 def _noisy(value: Tensor, part: slice, marks: set[int]) -> Tensor:

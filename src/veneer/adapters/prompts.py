@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.adapters.lengthened_call import check_even, fit_mask_and_positions, joined_mask, lengthen_labels
 from veneer.base_model.model_call import (
     cached_positions,
     call_size,
@@ -115,7 +116,7 @@ class Prompts(AnyNames):
         mask = self._mask(False, rows, device)
         if mask is None:
             return None
-        _check_even(module, mask)
+        check_even(module, mask)
         seen = cached_positions(call.get("past_key_values"))
         if not seen:
             if call.get("inputs_embeds") is None:
@@ -124,9 +125,9 @@ class Prompts(AnyNames):
             values = self._values(False, rows, mask.shape[1]).to(call["inputs_embeds"])
             call["inputs_embeds"] = torch.cat([values, call["inputs_embeds"]], dim=1)
             types, labels = call.pop("input_type_mask", None), call.get("labels")
-            _lengthen(call, new, mask)
+            lengthen_labels(call, new, mask)
             self._weigh(call, labels, types)
-        _fit(module, call, mask, seen, new, "attention_mask")
+        fit_mask_and_positions(module, call, mask, seen, new, "attention_mask")
         return (), call
 
     def _weigh(self, call: dict[str, Any], labels: Tensor | None, types: Tensor | None) -> None:
@@ -164,7 +165,7 @@ class Prompts(AnyNames):
         if mask is None:
             return None
         own = length if made is None else length - mask.shape[1]
-        call["attention_mask"] = _joined(mask, call.get("attention_mask"), own)
+        call["attention_mask"] = joined_mask(mask, call.get("attention_mask"), own)
         return (), call
 
     def _fill(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -185,7 +186,7 @@ class Prompts(AnyNames):
         if not seen:
             _check_no_checkpointing(module)
             self._fill_cache(cache, rows, mask.shape[1], module)
-        _fit(module, call, mask, seen, new, decoder + "attention_mask")
+        fit_mask_and_positions(module, call, mask, seen, new, decoder + "attention_mask")
         return (), call
 
     def _fill_cache(self, cache: Any, rows: int, tokens: int, module: nn.Module) -> None:
@@ -271,70 +272,3 @@ def _check_no_checkpointing(module: nn.Module) -> None:
             "Gradient checkpointing drops the cache, and with it the prefix.",
             hint="Turn it off: model.activation_checkpointing_disable().",
         )
-
-
-def _check_even(module: nn.Module, mask: Tensor) -> None:
-    """Raise ``AdapterError`` where a model reads its answer off the first or last place, and has a gap there."""
-    generates = getattr(module, "can_generate", None)
-    if not bool(mask.all()) and not is_encoder_decoder(module) and not (generates is not None and generates()):
-        raise AdapterError(
-            "The rows of this batch have prompts of different lengths, or none, which this kind of model cannot mask.",
-            hint="Give it rows with prompts of one length.",
-        )
-
-
-def _lengthen(call: dict[str, Any], length: int, mask: Tensor) -> None:
-    """Give the virtual tokens labels that are not counted, and the first token type."""
-    rows, tokens = mask.shape
-    labels, types = call.get("labels"), call.get("token_type_ids")
-    # Labels of tokens are whole numbers, one for each; other tasks have other shapes, or fractions.
-    if labels is not None and labels.shape == (rows, length) and not labels.is_floating_point():
-        call["labels"] = torch.cat([labels.new_full((rows, tokens), IGNORED), labels], dim=1)
-    if types is not None:
-        call["token_type_ids"] = F.pad(types, (tokens, 0))
-
-
-def _joined(mask: Tensor, given: Tensor | None, length: int) -> Tensor | None:
-    """Return the mask of the virtual tokens and ``length`` others; ``given`` is the others' mask, or that of all."""
-    if given is None:
-        return None if bool(mask.all()) else F.pad(mask, (0, length), value=1)
-    if given.ndim != 2:
-        raise UnsupportedError(
-            f"A prompt is active, and the attention mask has {given.ndim} dimensions.",
-            hint="Give a mask of shape (rows, tokens), and leave cache_implementation at its default.",
-        )
-    return torch.cat([mask.to(given), given], dim=1) if given.shape[1] == length else given
-
-
-def _fit(module: nn.Module, call: dict[str, Any], mask: Tensor, seen: int, new: int, mask_name: str) -> None:
-    """Lengthen a call's mask and positions by the virtual tokens, which come first.
-
-    Args:
-        module: the module that is called.
-        call: its arguments.
-        mask: of the virtual tokens.
-        seen: tokens in the cache before the call, virtual ones among them.
-        new: tokens in the call, without virtual ones.
-        mask_name: the name of the mask's argument.
-    """
-    tokens = mask.shape[1]
-    others = new + (seen - tokens if seen else 0)
-    whole = call[mask_name] = _joined(mask, call.get(mask_name), others)
-    if "position_ids" not in taken_names(module):
-        return
-    inserted = not seen and call.get("inputs_embeds") is not None and call["inputs_embeds"].shape[1] == new + tokens
-    positions = call.get("position_ids")
-    if positions is not None:
-        positions = positions + mask.sum(1, keepdim=True)
-        if inserted:
-            first = (mask.cumsum(1) - 1).clamp(min=0).expand(*positions.shape[:-1], -1)
-            positions = torch.cat([first, positions], dim=-1)
-        call["position_ids"] = positions
-    elif whole is not None and _has_gaps(whole):
-        counted = (whole.long().cumsum(1) - 1).clamp(min=0)
-        call["position_ids"] = counted[:, -(new + tokens if inserted else new) :]
-
-
-def _has_gaps(mask: Tensor) -> bool:
-    """Tell whether a masked token comes before one that is not, as padding on the left does."""
-    return bool((mask[:, :-1] < mask[:, 1:]).any())

@@ -68,11 +68,11 @@ def _filled(old: Adapter, new: Adapter) -> Adapter:
 
 def _put(adapters: Adapters, name: str, fresh: str) -> Adapter:
     """Put the new adapter under the old one's name, in its place among the others, selected if that was."""
-    places = list(adapters.by_name)
-    wanted = tuple(fresh if one == name else one for one in adapters.switch.default.names)
-    adapters.selection(wanted)
+    order = list(adapters.by_name)
+    active = tuple(fresh if other == name else other for other in adapters.switch.default.names)
+    adapters.selection(active)
     adapters.delete(name)
     adapters.rename(fresh, name)
-    adapters.by_name = {one: adapters.by_name[one] for one in places if one != fresh}
-    adapters.select(tuple(name if one == fresh else one for one in wanted))
+    adapters.by_name = {other: adapters.by_name[other] for other in order if other != fresh}
+    adapters.select(tuple(name if other == fresh else other for other in active))
     return adapters.get(name)

@@ -30,19 +30,19 @@ SaveEnds = bool | Literal["auto"]
 _KNOWN = ("embed_tokens", "lm_head")
 
 
-def ends_to_save(adapters: Adapters, adapter: Adapter, wanted: SaveEnds) -> dict[str, Tensor]:
+def ends_to_save(adapters: Adapters, adapter: Adapter, choice: SaveEnds) -> dict[str, Tensor]:
     """Return the weights and biases of embeddings and output layers to be saved with an adapter, by checkpoint key.
 
     Args:
         adapters: the set it belongs to.
         adapter: the adapter.
-        wanted: save them or not; ``"auto"`` does where the vocabulary is not the base's, or the adapter is on one.
+        choice: save them or not; ``"auto"`` does where the vocabulary is not the base's, or the adapter is on one.
 
     Raises:
-        UsageError: ``wanted`` is none of these.
+        UsageError: ``choice`` is none of these.
     """
-    if wanted not in (True, False, "auto"):
-        raise UsageError(f"save_embedding_layers={wanted!r} is none of the choices.", hint='True, False or "auto".')
+    if choice not in (True, False, "auto"):
+        raise UsageError(f"save_embedding_layers={choice!r} is none of the choices.", hint='True, False or "auto".')
     catalog, grown = adapters.catalog, vocabulary_differs(adapters, adapter)
     ends = [
         name
@@ -51,9 +51,9 @@ def ends_to_save(adapters: Adapters, adapter: Adapter, wanted: SaveEnds) -> dict
     ]
     methods = {name: _methods(adapters, adapter, name) for name in ends}
     by_token = any(isinstance(method, TokenRows) for name in ends for method in methods[name])
-    if wanted == "auto":
-        wanted = grown or (not by_token and _names_an_end(adapter.config, catalog))
-    if not wanted:
+    if choice == "auto":
+        choice = grown or (not by_token and _names_an_end(adapter.config, catalog))
+    if not choice:
         return {}
     # Rows under an adapted end are the base's, so those of an end that shares them.
     adapted = [name for name in ends if methods[name] and methods[name] != [TOKENS]]
@@ -72,13 +72,14 @@ def _names_an_end(config: AnyConfig, catalog: Catalog) -> bool:
 
 def vocabulary_differs(adapters: Adapters, adapter: Adapter) -> bool:
     """Tell whether a model's vocabulary differs from that of the base's files, where these are on this machine."""
-    own = vocabulary_of(_as_dict(getattr(adapters.model, "config", None)), "the model")
+    vocabulary = vocabulary_of(_as_dict(getattr(adapters.model, "config", None)), "the model")
     named = (adapter.config.base_model_name_or_path, getattr(adapters.model, "name_or_path", None))
     for place in filter(None, named):
         with contextlib.suppress(SourceError):
             source = resolve(place, OFFLINE, what="base")
             if source.has(MODEL_CONFIG):
-                return own is not None and vocabulary_of(source.json(MODEL_CONFIG), source.origin) not in (None, own)
+                stored = vocabulary_of(source.json(MODEL_CONFIG), source.origin)
+                return None not in (vocabulary, stored) and vocabulary != stored
     return False
 
 

@@ -104,13 +104,13 @@ class AdaptedLayer(PeftLayerAttributes, LayerAdapters, nn.Module):
         # Not register_parameter, which allows no dots: "encoders.0.weight" has the tail "0.weight".
         leaves[adapter]._parameters[tail] = parameter  # type: ignore[union-attr]
 
-    def hold(self, adapter: str, kept: Mapping[str, nn.Parameter]) -> None:
+    def hold(self, adapter: str, tensors: Mapping[str, nn.Parameter]) -> None:
         """Keep tensors that are not this layer's own share among its own, so that they move with the model."""
-        if not kept:
+        if not tensors:
             return
-        for leaf, parameter in kept.items():
+        for leaf, parameter in tensors.items():
             self._place(adapter, leaf, parameter)
-        self.held[adapter] = {**self.held.get(adapter, {}), **kept}
+        self.held[adapter] = {**self.held.get(adapter, {}), **tensors}
 
     def unbind(self, adapter: str) -> None:
         """Remove an adapter's tensors; the heads that are empty then go too."""
@@ -126,11 +126,11 @@ class AdaptedLayer(PeftLayerAttributes, LayerAdapters, nn.Module):
 
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name; its tensors stay the same objects."""
-        kept = [(share, self.tensors(old, share)) for share in self.bound[old]]
+        shares = [(share, self.tensors(old, share)) for share in self.bound[old]]
         held = self.held.get(old, {})
         self.unbind(old)
         self.hold(new, held)
-        for share, tensors in kept:
+        for share, tensors in shares:
             self.bind(new, share, tensors)
         self.merged = tuple(new if name == old else name for name in self.merged)
 
@@ -146,8 +146,8 @@ class AdaptedLayer(PeftLayerAttributes, LayerAdapters, nn.Module):
         """Return a tensor by its adapter and its name: see :meth:`_place`."""
         head, _, tail = name.partition(".")
         holder = self._holder(head)
-        own = holder._modules[adapter]._parameters if tail else holder._parameters  # type: ignore[union-attr]
-        return own[tail or adapter]  # type: ignore[return-value]
+        tensors = holder._modules[adapter]._parameters if tail else holder._parameters  # type: ignore[union-attr]
+        return tensors[tail or adapter]  # type: ignore[return-value]
 
     def _holder(self, head: str) -> nn.Module:
         """Return the module that holds each adapter's tensors under ``head``; made if there was none."""
@@ -182,12 +182,12 @@ class AdaptedLayer(PeftLayerAttributes, LayerAdapters, nn.Module):
         if selection.rows is not None:
             return self._forward_rows(selection, x, *args, **kwargs)
         if not (self.training or args or kwargs or torch.compiler.is_compiling()):
-            kept = self._inference_cache.forward
-            if kept is None or kept.selected != selection.names or not kept.is_current(selection):
-                kept = self._fuse(selection)
+            cached = self._inference_cache.forward
+            if cached is None or cached.selected != selection.names or not cached.is_current(selection):
+                cached = self._fuse(selection)
                 self.__dict__["_called"] = True
-            if kept.forward is not None and not kept.wants_grad(x):
-                return kept.forward(x)
+            if cached.forward is not None and not cached.wants_grad(x):
+                return cached.forward(x)
         names = self.here(selection.names)
         if not torch.compiler.is_compiling():
             self.__dict__["_called"] = True
@@ -198,11 +198,11 @@ class AdaptedLayer(PeftLayerAttributes, LayerAdapters, nn.Module):
     def _fuse(self, selection: Selection) -> CachedForward:
         """Make the forward pass under a selection that inference keeps until a tensor changes."""
         cache, names, merged = self._inference_cache, self.here(selection.names), self.merged
-        kept = CachedForward(selection, self._sources(names))
-        if names and names != merged and kept.lasts:
-            kept.forward = self._kept_forward(names)
-        cache.forward = kept
-        return kept
+        cached = CachedForward(selection, self._sources(names))
+        if names and names != merged and cached.lasts:
+            cached.forward = self._kept_forward(names)
+        cache.forward = cached
+        return cached
 
     @torch.no_grad()
     def _kept_forward(self, names: tuple[str, ...]) -> Callable[[Tensor], Any] | None:
@@ -265,19 +265,19 @@ class AdaptedLayer(PeftLayerAttributes, LayerAdapters, nn.Module):
         names = tuple(name for name in self.here(selection.used) if name in groups)
         y, rest = None, names
         if names and not (self.training or args or kwargs or torch.compiler.is_compiling()):
-            kept = self._inference_cache.mixed_forward(selection, names, self._sources, self._fused_patch)
-            if kept.together and not kept.wants_grad(x):
-                order = selection.order(kept.together, x.shape[0], x.device, self.layout)
-                y = kept.forward(self._base if self.merged else self.base_layer, x, order)
-                rest = tuple(name for name in names if kept.members[name] is None)
+            cached = self._inference_cache.mixed_forward(selection, names, self._sources, self._fused_patch)
+            if cached.together and not cached.wants_grad(x):
+                order = selection.order(cached.together, x.shape[0], x.device, self.layout)
+                y = cached.forward(self._base if self.merged else self.base_layer, x, order)
+                rest = tuple(name for name in names if cached.members[name] is None)
         if y is None:
             y = self._base(x, *args, **kwargs)
 
-        def run(name: str, own_y: Any, own_x: Tensor, *own: Any, **named: Any) -> Any:
-            wanted = [self._for_rows(patch, selection, groups[name], x) for patch in self.patches_now([name])]
-            if whole_weight(self.site, wanted) or any(patch.inner is not None for patch in wanted):
-                return self._apply_patches(wanted, own_x, *own, **named)
-            return apply(self.site, self.base_bias, lambda *_, **__: own_y, wanted, self.training, own_x)
+        def run(name: str, own_y: Any, own_x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            patches = [self._for_rows(patch, selection, groups[name], x) for patch in self.patches_now([name])]
+            if whole_weight(self.site, patches) or any(patch.inner is not None for patch in patches):
+                return self._apply_patches(patches, own_x, *args, **kwargs)
+            return apply(self.site, self.base_bias, lambda *_, **__: own_y, patches, self.training, own_x)
 
         return apply_rows(y, run, {name: groups[name] for name in rest}, x, *args, **kwargs)
 
@@ -308,7 +308,7 @@ class AdaptedLayer(PeftLayerAttributes, LayerAdapters, nn.Module):
             rest = self.site.parameter.partition(".")[2]
             return copy_with(base_value, {rest: self._weight_in_call(rest, base_value.get_parameter(rest))})
         if torch.compiler.is_compiling():
-            # Compiled code can hold nothing that refuses: where it would have to, the layer is taken for a called one.
+            # Compiled code cannot hold a tensor that refuses; where it would have to, the layer counts as a called one.
             patches = self._readable(names) if selection.rows is None else None
             return base_value if patches is None else self._part(name, patches)
         make = partial(self._read, name, selection, names)

@@ -44,8 +44,8 @@ class PlainBase:
     @property
     def base_bias(self) -> nn.Parameter | None:
         """The bias, shape ``(out,)``."""
-        found: nn.Parameter | None = self.site.resident(self.site.bias, "bias")
-        return found
+        bias: nn.Parameter | None = self.site.resident(self.site.bias, "bias")
+        return bias
 
     def base_weight(self) -> Tensor:
         """Return the weight as a canonical matrix."""
@@ -73,7 +73,7 @@ class LayerAdapters:
         """Add an adapter's tensors (leaf -> parameter), used as they are."""
         raise NotImplementedError
 
-    def hold(self, adapter: str, kept: Mapping[str, nn.Parameter]) -> None:
+    def hold(self, adapter: str, tensors: Mapping[str, nn.Parameter]) -> None:
         """Keep tensors that are no share's own among the layer's, so that they move with the model."""
         raise NotImplementedError
 
@@ -126,17 +126,17 @@ class LayerAdapters:
     def base_stored(self) -> nn.Parameter:
         """The base layer's weight as stored, whatever is merged into it now."""
         weight = self.original[0] if self.original else None
-        found: nn.Parameter = self.site.resident(
+        stored: nn.Parameter = self.site.resident(
             self.site.stored if weight is None else weight, self.site.parameter, below=bool(self.original)
         )
-        return found
+        return stored
 
     @property
     def base_bias(self) -> nn.Parameter | None:
         """The base layer's bias, whatever is merged into it now."""
         bias = self.original[1] if self.original else self.site.bias
-        found: nn.Parameter | None = self.site.resident(bias, "bias", below=bool(self.original))
-        return found
+        resident: nn.Parameter | None = self.site.resident(bias, "bias", below=bool(self.original))
+        return resident
 
     def base_weight(self) -> Tensor:
         """Return the base layer's weight as a canonical matrix, whatever is merged into it now."""

@@ -50,9 +50,9 @@ class AdaptedAttention(AdaptedLayer):
                 continue
             rows = groups[name]
             with self.switch.using(Selection((name,))):
-                own = self._heads(name, query[rows]).to(y.dtype)
-            heads = torch.zeros(query.shape[:2] + own.shape[2:], dtype=y.dtype, device=y.device).index_copy(
-                0, rows, own
+                heads_here = self._heads(name, query[rows]).to(y.dtype)
+            heads = torch.zeros(query.shape[:2] + heads_here.shape[2:], dtype=y.dtype, device=y.device).index_copy(
+                0, rows, heads_here
             )
             y = y.index_copy(0, rows, (y + self.site.output(heads))[rows])
         return y
@@ -60,5 +60,5 @@ class AdaptedAttention(AdaptedLayer):
     def _heads(self, name: str, query: Tensor) -> Tensor:
         """Return what the queries read, ``(rows, length, heads * dim)``."""
         routes = [patch.route for patch in self.patches_now([name]) if patch.route is not None]
-        found = [route(query, self.training) for route in routes]
-        return torch.stack(found).sum(0) if len(found) > 1 else found[0]
+        outputs = [route(query, self.training) for route in routes]
+        return torch.stack(outputs).sum(0) if len(outputs) > 1 else outputs[0]

@@ -53,12 +53,12 @@ class InferenceCache:
             sources: gives the tensors of adapters.
             fused_patch: gives the fused patch of adapters, where they have one.
         """
-        kept = self.mixed
-        is_current = kept is not None and kept.is_current(selection)
-        if kept is None or not is_current or kept.names != names:
-            known = kept.members if kept is not None and is_current else {}
-            kept = self.mixed = CachedMixedForward(selection, names, sources(names), known, fused_patch)
-        return kept
+        cached = self.mixed
+        is_current = cached is not None and cached.is_current(selection)
+        if cached is None or not is_current or cached.names != names:
+            known = cached.members if cached is not None and is_current else {}
+            cached = self.mixed = CachedMixedForward(selection, names, sources(names), known, fused_patch)
+        return cached
 
     def read_weight(
         self, selection: Selection, sources: Callable[[], list[Tensor]], make: Callable[[], Tensor]
@@ -70,10 +70,10 @@ class InferenceCache:
             sources: gives the tensors of its adapters.
             make: makes the weight.
         """
-        kept = self.weight
-        if kept is None or kept.selected != selection.names or not kept.is_current(selection):
-            kept = self.weight = CachedWeight(selection, sources(), make)
-        return kept.weight
+        cached = self.weight
+        if cached is None or cached.selected != selection.names or not cached.is_current(selection):
+            cached = self.weight = CachedWeight(selection, sources(), make)
+        return cached.weight
 
 
 class CachedWeight(TensorVersions):

@@ -74,14 +74,14 @@ class ModuleCopies(nn.Module):
                 original's, so that nothing is rounded; without them it starts as the original is. Where that is
                 not the original's dtype the whole copy has the widest, for it computes in one.
         """
-        own = copy_resident(self.original_module)
-        own.requires_grad_(False)
+        copy = copy_resident(self.original_module)
+        copy.requires_grad_(False)
         for name, tensor in (tensors or {}).items():
-            _set(own, name, tensor)
-        if _dtypes(own) != _dtypes(self.original_module):
-            own.to(functools.reduce(torch.promote_types, _dtypes(own)))
-        self.copies[adapter] = own
-        return own
+            _set(copy, name, tensor)
+        if _dtypes(copy) != _dtypes(self.original_module):
+            copy.to(functools.reduce(torch.promote_types, _dtypes(copy)))
+        self.copies[adapter] = copy
+        return copy
 
     def remove(self, adapter: str) -> None:
         """Drop an adapter's copy."""
@@ -110,9 +110,9 @@ class ModuleCopies(nn.Module):
         y: Tensor = self.original_module(x, *args, **kwargs)
         for name, rows in selection.groups(x.shape[dim], x.device, self.layout).items():
             if name in self.copies:
-                own = self._run(self.copies[name], (x.index_select(dim, rows), *args), kwargs)
-                _check_rows(own, y, name, dim)
-                y = y.index_copy(dim, rows, own)
+                output = self._run(self.copies[name], (x.index_select(dim, rows), *args), kwargs)
+                _check_rows(output, y, name, dim)
+                y = y.index_copy(dim, rows, output)
         return y
 
     def follows(self, layout: Layout) -> bool:
@@ -121,18 +121,18 @@ class ModuleCopies(nn.Module):
 
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a copy whose dtype may be wider than the model's."""
-        own, base = _dtype(module), _dtype(self.original_module)
-        if own == base:
+        dtype, base_dtype = _dtype(module), _dtype(self.original_module)
+        if dtype == base_dtype:
             return module(*args, **kwargs)
-        result = module(*(_cast(a, own) for a in args), **{k: _cast(v, own) for k, v in kwargs.items()})
-        return _cast(result, base)
+        result = module(*(_cast(a, dtype) for a in args), **{k: _cast(v, dtype) for k, v in kwargs.items()})
+        return _cast(result, base_dtype)
 
     def as_base_module(self, adapter: str) -> nn.Module:
         """Return an adapter's copy in the original's dtype, to stand in the model for good."""
-        own: nn.Module = self.copies[adapter]
-        for mine, theirs in zip(_tensors(own), _tensors(self.original_module), strict=True):
-            mine.data = mine.data.to(theirs.dtype)
-        return own
+        copy: nn.Module = self.copies[adapter]
+        for tensor, base in zip(_tensors(copy), _tensors(self.original_module), strict=True):
+            tensor.data = tensor.data.to(base.dtype)
+        return copy
 
 
 def _dtype(module: nn.Module) -> torch.dtype | None:
@@ -151,8 +151,8 @@ def _cast(value: Any, dtype: torch.dtype | None) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _check_rows(own: Any, y: Any, name: str, dim: int) -> None:
-    both = [value.shape[:dim] + value.shape[dim + 1 :] for value in (own, y) if isinstance(value, Tensor)]
+def _check_rows(output: Any, y: Any, name: str, dim: int) -> None:
+    both = [value.shape[:dim] + value.shape[dim + 1 :] for value in (output, y) if isinstance(value, Tensor)]
     if len(both) < 2 or both[0] != both[1]:
         raise AdapterError(
             f"The module that adapter {name!r} brings whole gives another shape than the base's; one batch cannot "

@@ -58,9 +58,9 @@ class AdaptedParameter(AdaptedLayer):
         with self.switch.using(NOTHING):
             y = self._through({}, *args, **kwargs)
 
-        def run(name: str, _: Any, *own: Any, **named: Any) -> Any:
+        def run(name: str, _: Any, *args: Any, **kwargs: Any) -> Any:
             with self.switch.using(Selection((name,))):
-                return self._through({}, *own, **named)
+                return self._through({}, *args, **kwargs)
 
         groups = self.rows_in(selection, x) if self._uses(selection) else {}
         return apply_rows(y, run, groups, *args, **kwargs)

@@ -63,19 +63,19 @@ class Unread(Tensor):
 
 
 def _read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-    own, named = tree_map_only(Unread, _values, (args, kwargs or {}))
-    return func(*own, **named)
+    args, kwargs = tree_map_only(Unread, _values, (args, kwargs or {}))
+    return func(*args, **kwargs)
 
 
 def _values(weight: Unread) -> Tensor:
     if torch.is_grad_enabled() or not weight.noted:
         return weight.make()
     with torch.enable_grad():
-        found = weight.make()
-    if found.requires_grad:
+        values = weight.make()
+    if values.requires_grad:
         raise UnsupportedError(
             "The model gives the weight of an adapted layer to a kernel through which no gradient would reach the "
             "adapter.",
             hint="Train without that kernel, or leave such layers out of target_modules.",
         )
-    return found
+    return values
