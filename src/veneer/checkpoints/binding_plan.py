@@ -99,7 +99,7 @@ def make_plan(
     plans = PLANS.setdefault(catalog, {})
     cached = plans.get(key)
     if cached is None or not cached.is_current(catalog):
-        plan = _Planner(config, method, tensors, catalog).plan
+        plan = _Planner(config, method, tensors, catalog).make()
         if plan.problems or plan.whole_modules or any(binding.settings is config for binding in plan.bindings):
             return plan
         cached = plans[key] = _CachedPlan(plan, _states(plan, catalog))
@@ -133,8 +133,11 @@ def _states(plan: Plan, catalog: Catalog) -> list[Any]:
 class _Planner:
     """Makes the plan of one checkpoint on one model.
 
-    Attributes:
-        plan: filled on construction.
+    Args:
+        config: the adapter's.
+        method: that of the config.
+        tensors: the checkpoint's, by key.
+        catalog: the model's modules.
     """
 
     def __init__(
@@ -142,19 +145,23 @@ class _Planner:
     ) -> None:
         self.config, self.method, self.tensors, self.catalog = config, method, tensors, catalog
         self.plan = Plan()
-        parts = self._parts()
-        self._by_leaf = leaves_of(parts)
+        self._parts = self._find_parts()
+        self._by_leaf = leaves_of(self._parts)
         self._ignored = [leaf.name for leaf in method.leaves if not leaf.loaded] if isinstance(method, Method) else []
         self._names = [*self._by_leaf, *self._ignored]
         # Whole modules that the checkpoint is to hold.
         self._whole = self._whole_modules()
         # (module, first leaf of a method) -> leaf -> key
         self._keys: dict[tuple[str, str], dict[str, str]] = {}
+
+    def make(self) -> Plan:
+        """Give each key its place, and check that every layer, shared tensor and whole module has what it needs."""
         self._sort_keys()
-        for part in parts:
+        for part in self._parts:
             self._plan_part(part)
         self._check_shared()
         self._check_whole_modules_filled()
+        return self.plan
 
     def _problem(self, text: str) -> None:
         self.plan.problems.append(text)
@@ -162,7 +169,7 @@ class _Planner:
     def _shape(self, key: str) -> tuple[int, ...]:
         return tuple(self.tensors[key].shape)
 
-    def _parts(self) -> list[MethodOnSites]:
+    def _find_parts(self) -> list[MethodOnSites]:
         """Return the layers that the config means; where it cannot tell, those in the checkpoint are to count."""
         try:
             return parts_of(self.method, self.config, self.catalog)
