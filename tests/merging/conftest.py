@@ -1,4 +1,4 @@
-"""What several tests of merging begin with."""
+"""Fixtures that several tests of merging share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.random_adapters import saved, saved_base
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``base/``, ``adapter/`` and ``merged/``, to be copied from."""
+    """Make ``base/``, ``adapter/`` and ``merged/``, which tests copy."""
     root = tmp_path_factory.mktemp("made")
     saved_base(root / "base")
     saved(root / "adapter")

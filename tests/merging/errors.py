@@ -1,4 +1,6 @@
-"""How far a merged weight is from the exact sum, here and in peft. ``python -m tests.merging.errors`` prints the table.
+"""Measures how far a merged weight is from the exact sum, here and in peft.
+
+``python -m tests.merging.errors`` prints the table.
 
 The exact sum is peft's own merge of the same base and adapter with every tensor in float64. A figure is the norm of
 the difference to it, as a share of the norm of the adapter's change. No merge into a dtype can do better than the exact
@@ -33,7 +35,7 @@ class One(nn.Module):
 
 @dataclass(frozen=True)
 class Kind:
-    """A layer and an adapter of it: the config's class, and what it is given."""
+    """A layer and an adapter of it: the config's class and its options."""
 
     make: Callable[[], nn.Module]
     config: str
@@ -103,7 +105,7 @@ def errors(kind: Kind, dtype: torch.dtype) -> Errors:
 
 
 def table() -> str:
-    """The figures as Markdown: a row for each kind, peft's and ours for each dtype."""
+    """Return the figures as Markdown: a row for each kind, peft's and ours for each dtype."""
     heads = [f"{label}, {who}" for label in DTYPES for who in ("peft", "Veneer")]
     rows = ["| adapter | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name, kind in KINDS.items():

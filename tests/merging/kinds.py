@@ -1,4 +1,4 @@
-"""Bases of every kind on disk, and adapters of them that peft made."""
+"""Makes bases of every kind on disk, and adapters of them by peft."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever happens on the way: the output is whole or not there, and a merge that was cut off can go on."""
+"""The output is whole or not there, whatever happens on the way, and a merge that was cut off can go on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from veneer.merging.work.pieces import MergeLayer
 
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
-    """``base/`` in several files, ``adapter/``, and ``right/``, what the merge gives."""
+    """Make ``base/`` in several files, ``adapter/``, and ``right/``, the output of the merge."""
     model: Any = build("llama")
     model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
     saved(tmp_path / "adapter")
@@ -38,7 +38,7 @@ def world(tmp_path: Path) -> Path:
 
 
 def content(folder: Path) -> dict[str, Any]:
-    """Every file's bytes; of the manifest all but the norms: their last digit depends on where in memory they lie."""
+    """Return every file's bytes; of the manifest all but the norms, whose last digit depends on memory addresses."""
     found: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir()}
     values = json.loads(found.pop("merge_manifest.json", b"{}"))
     return {**found, "manifest": {key: value for key, value in values.items() if key not in ("tensors", "summary")}}
@@ -145,7 +145,7 @@ def slow(self: MergeLayer, sink: Any, run: Any = MergeLayer.run) -> Any:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_killed_at_any_moment(world: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """kill -9, again and again: there is never anything at ``out`` but the whole, and it is the right one."""
+    """After kill -9 at any moment ``out`` holds nothing or the whole, and that is right."""
     monkeypatch.setattr(MergeLayer, "run", slow)
     chance, right = random.Random(seed), content(world / "right")
     for _ in range(6):
@@ -163,7 +163,7 @@ def test_killed_at_any_moment(world: Path, seed: int, monkeypatch: pytest.Monkey
 
 
 def test_killed_in_the_exchange(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was at ``out`` is moved aside for a moment; a kill right then loses nothing."""
+    """A kill loses nothing, even while the folder that was at ``out`` is moved aside."""
     merge(world)
     old = content(world / "out")
     (world / ".out.merging").mkdir()
@@ -175,7 +175,7 @@ def test_killed_in_the_exchange(world: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_full_disk(world: Path) -> None:
-    """The system refuses to let a file grow: an error of its own kind, nothing left."""
+    """The system refuses to let a file grow: its own error is raised, and nothing is left."""
 
     def act() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -229,7 +229,7 @@ def test_a_base_that_is_cut_meanwhile(world: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("place", [".", "inner"])
 def test_the_current_folder_is_not_replaced(world: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shell or a program that stands in it would stand in a folder that is gone."""
+    """A shell whose current folder is replaced would be in a folder that is gone."""
     (world / "out" / place).mkdir(parents=True)
     monkeypatch.chdir(world / "out" / place)
     with pytest.raises(MergeError, match="is the current folder, or one above it"):

@@ -1,4 +1,4 @@
-"""Damaged manifests, deltas, configs and headers: an error that says so, and nothing written."""
+"""Damaged manifests, deltas, configs and headers raise an error that says so, and nothing is written."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def told(**changes: bytes) -> Callable[[dict[str, bytes], str], None]:
 
 
 def header(edit: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, bytes], str], None]:
-    """Another header in the delta."""
+    """Put another header into the delta."""
 
     def change(parts: dict[str, bytes], block: str) -> None:
         values = json.loads(parts["header"][8:])
@@ -134,7 +134,7 @@ def test_a_damaged_delta(damage: str, made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", [DELTA, "merge_delta/small.zip"])
 @pytest.mark.parametrize(("at", "value"), [(10, 99), (10, 14), (10, 12), (8, 1), (24, 255), (42, 255), (0, 0)])
 def test_a_damaged_archive(file: str, at: int, value: int, made: Path, tmp_path: Path) -> None:
-    """An unknown compression, others than what is written, a mark of encryption, sizes and offsets that are none."""
+    """Try an unknown compression, another one than is written, a mark of encryption, and wrong sizes and offsets."""
     merged = shutil.copytree(made / "merged", tmp_path / "merged")
     raw = bytearray((merged / file).read_bytes())
     entry = raw.find(b"PK\x01\x02")
@@ -200,7 +200,7 @@ def test_a_damaged_config(key: str, value: Any, made: Path, tmp_path: Path) -> N
 
 
 def rewritten(base: Path, edit: Callable[[dict[str, Any], bytes], bytes]) -> None:
-    """Edit a base's header; what ``edit`` returns follows the data."""
+    """Edit a base's header, and append the bytes that ``edit`` returns to the data."""
     file = base / "model.safetensors"
     raw = file.read_bytes()
     length = int.from_bytes(raw[:8], "little")

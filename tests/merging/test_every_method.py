@@ -1,4 +1,4 @@
-"""Every method that has a merged form, merged from disk to disk: the weights are those that a merge in memory has."""
+"""A merge from disk to disk gives the weights of a merge in memory, for every method with a merged form."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ tf.AutoModel.register(ConvConfig, ConvModel)
 
 
 def _one_of_each() -> list[tuple[str, Case]]:
-    """A case for each method and network."""
+    """Choose a case for each method and network."""
     found: dict[tuple[str, str], tuple[str, Case]] = {}
     for method, case in cases():
         if case.merges and case.network in ("llama", "gpt2", "conv"):
@@ -53,7 +53,7 @@ def _one_of_each() -> list[tuple[str, Case]]:
 
 
 def make(case: Case, folder: Path) -> None:
-    """``base/`` in bfloat16 and ``adapter/``."""
+    """Make ``base/`` in bfloat16 and ``adapter/``."""
     model: Any = case.prepare(NETWORKS[case.network].make())
     if isinstance(model, ConvNet):
         weights, model = model.state_dict(), ConvModel(ConvConfig())

@@ -1,4 +1,4 @@
-"""An adapter out of two full checkpoints."""
+"""An adapter is extracted from two full checkpoints."""
 
 from __future__ import annotations
 

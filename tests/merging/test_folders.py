@@ -1,4 +1,4 @@
-"""What a merge reads and writes stays in its folders: links, names in manifests, code of adapters, what is replaced."""
+"""A merge reads and writes in its folders alone: links, names in manifests, adapters' code, replaced folders."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_an_adapters_tokenizer_names_no_code_of_its_own(own: dict[str, Any] | No
 
 
 def inside(world: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
-    """A call that would replace a folder with what it reads in it."""
+    """Make a call that would replace a folder which holds an input."""
     out = world / "out"
     shutil.copytree(world / "base", out)
     shutil.copytree(world / what, out / "inner")
@@ -314,7 +314,7 @@ def test_extracting_does_not_replace_its_models(world: Path) -> None:
 
 
 def prepared(world: Path, what: str) -> Path:
-    """A hidden folder beside ``out`` with a link in it, or which is one; the link."""
+    """Make a hidden folder beside ``out`` that holds a link, or is one; return the link."""
     place, victim = world / ".out.merging", world / "victim"
     victim.mkdir()
     (victim / "file").write_text("precious")

@@ -1,4 +1,4 @@
-"""The base's files are hashed from the first moment on, and what changed since is hashed again."""
+"""The base's files are hashed from the first moment on, and those that change are hashed again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from veneer.merging.work.inputs import likely_weights
 
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
-    """``base/`` and ``adapter/``, whose config names no base."""
+    """Make ``base/`` and ``adapter/``, whose config names no base."""
     saved_base(tmp_path / "base")
     saved(tmp_path / "adapter")
     edit_config(tmp_path / "adapter", base_model_name_or_path=None)
@@ -87,7 +87,7 @@ def test_each_file_is_hashed_once_and_before_anything_is_read(world: Path, monke
 
 
 def at_once(self: Any, action: Callable[..., Any], *args: Any) -> Any:
-    """What a pool does, in the thread that asks for it."""
+    """Do a pool's work in the thread that asks for it."""
     future: Any = room.Future()
     future.set_result(action(*args))
     return future
@@ -126,7 +126,7 @@ def test_it_is_given_up_in_the_middle_of_a_file(tmp_path: Path) -> None:
 
 
 def test_it_hashes_while_torch_is_imported(world: Path) -> None:
-    """The command that matters, in a process of its own: hashing begins and only then torch comes."""
+    """In a process of its own, the command begins hashing before torch is imported."""
     code = (
         "import sys, veneer\n"
         "from veneer.merging.base import hashing\n"

@@ -1,4 +1,4 @@
-"""Merges from disk to disk of what lies otherwise than the base: older layouts, other vocabularies, quantised bases."""
+"""Merges from disk to disk of older layouts, of other vocabularies, and into quantised bases."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BATCH = inputs("llama")
 
 
 def read(folder: Path) -> Tensor:
-    """The logits of a merged folder, which transformers loads without a word of missing or spare tensors."""
+    """Return the logits of a merged folder, which transformers loads with no tensor missing or spare."""
     model, told = tf.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not told["missing_keys"]
     assert not told["unexpected_keys"]
@@ -35,7 +35,7 @@ def read(folder: Path) -> Tensor:
 
 
 def made(folder: Path, base: nn.Module, seed: int = 1, **options: Any) -> Tensor:
-    """Save an adapter of ``base`` in ``folder``; its logits."""
+    """Save an adapter of ``base`` in ``folder``, and return its logits."""
     model = veneer.get_peft_model(base, config(**options), seed=seed).eval()
     enlarge(model, "default", seed)
     model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Adapters that move layers without a bias: the merged model has one that its config tells of, or is refused."""
+"""Adapters that shift layers without a bias: the merged model's config gives it one, or the merge is refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONFIGS: dict[str, Any] = {
 
 @pytest.fixture(params=CONFIGS)
 def made(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, torch.Tensor]:
-    """``base/`` and ``adapter/``, and the logits of the adapter."""
+    """Make ``base/`` and ``adapter/``, and return the logits of the adapter."""
     base: Any = build("llama")
     base.save_pretrained(tmp_path / "base")
     model = veneer.get_peft_model(type(base).from_pretrained(tmp_path / "base"), CONFIGS[request.param]()).eval()
@@ -39,7 +39,7 @@ def made(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, torch.Te
 
 
 def reload(folder: Path) -> nn.Module:
-    """What transformers makes of a folder; every tensor of it has to be used."""
+    """Load a folder with transformers, which has to use every tensor of it."""
     model, told = tf.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not told["unexpected_keys"]
     assert not told["missing_keys"]

@@ -1,4 +1,4 @@
-"""A value that the output's dtype does not hold is refused, wherever it comes from."""
+"""A merge refuses any value that the output's dtype does not hold."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LARGE = 1e5  # beyond float16's 65504
 
 
 def base_with(folder: Path, value: float, dtype: torch.dtype = torch.float32) -> Path:
-    """A base with one value in a weight that no adapter changes."""
+    """Make a base with one value in a weight that no adapter changes."""
     saved_base(folder)
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
     tensors[UP][0, 0] = value

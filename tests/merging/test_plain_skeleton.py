@@ -44,7 +44,7 @@ def files_of(source: Source) -> WeightFiles:
 
 
 def described(model: nn.Module) -> dict[str, Any]:
-    """What a merge looks at."""
+    """Describe a model by all that a merge reads of it."""
     catalog = Catalog(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {

@@ -1,4 +1,4 @@
-"""Verifying a merge, taking it back, its manifest, its rounding, and several adapters with weights."""
+"""Verifying a merge, undoing it, its manifest, its rounding, and several adapters with weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from veneer.merging.work.rounding import Rounding
 
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
-    """``base/`` in bfloat16, ``adapter/`` and ``other/``."""
+    """Make ``base/`` in bfloat16, ``adapter/`` and ``other/``."""
     model: Any = build("llama").bfloat16()
     model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
     saved(tmp_path / "adapter")
@@ -44,7 +44,7 @@ def merge(world: Path, out: str = "out", adapter: Any = None, **options: Any) ->
 
 
 def delta(world: Path, adapter: str = "adapter") -> dict[str, Tensor]:
-    """The adapter's change of each weight, in double precision, by hand."""
+    """Compute the adapter's change of each weight, in double precision, by hand."""
     config = json.loads((world / adapter / "adapter_config.json").read_text())
     tensors, scale = load_file(world / adapter / "adapter_model.safetensors"), config["lora_alpha"] / config["r"]
     names = {key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")}

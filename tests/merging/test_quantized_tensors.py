@@ -32,7 +32,7 @@ TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
 
 @pytest.fixture(scope="module", autouse=True)
 def portable_layout() -> Iterator[None]:
-    """Layouts that depend on the processor want larger layers than these."""
+    """Keep to layouts that do not depend on the processor: those need larger layers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
         yield
@@ -40,7 +40,7 @@ def portable_layout() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Path, Path]]:
-    """The folders of a base in a form, and of an adapter for it; made once each."""
+    """Return the folders of a base in a form and of an adapter for it, each made once."""
     root = tmp_path_factory.mktemp("packed")
 
     def folders(form: str, arch: str = "llama", dtype: torch.dtype = torch.bfloat16) -> tuple[Path, Path]:

@@ -27,7 +27,7 @@ ORDER = [1, 0, 1]
 
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
-    """``base/`` in two files, and ``adapter/``."""
+    """Make ``base/`` in two files, and ``adapter/``."""
     base: Any = build("llama")
     base.save_pretrained(tmp_path / "base", max_shard_size="60KB")
     saved(tmp_path / "adapter", layer_replication=RANGES)
