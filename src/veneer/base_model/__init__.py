@@ -1,1 +1,1 @@
-"""The base model: its modules, which of them can carry an adapter, and how its forward pass is called."""
+"""The base model: its modules, those of them that can carry an adapter, and the calls of its forward pass."""

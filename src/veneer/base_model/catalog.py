@@ -102,9 +102,9 @@ class Catalog:
         """The name of the output embedding, in a list; empty for a model without one."""
         return self._embedding("output")
 
-    def are_tied(self, one: str, other: str) -> bool:
+    def are_tied(self, name: str, other: str) -> bool:
         """Tell whether two modules of the base share their weight."""
-        weight = self.modules[one]._parameters.get("weight")
+        weight = self.modules[name]._parameters.get("weight")
         return weight is not None and weight is self.modules[other]._parameters.get("weight")
 
     @cached_property
@@ -179,24 +179,24 @@ class Catalog:
             )
         return [site for sites in by_layer.values() for site in sites]
 
-    def parameter_sites(self, wanted: Collection[str]) -> list[Site]:
+    def parameter_sites(self, targets: Collection[str]) -> list[Site]:
         """Return the sites of the parameters that ``target_parameters`` names, in full or by dotted endings.
 
         The checkpoint keys of several on one module have ``base_layer.`` once for each that was registered later.
         """
         sites: list[Site] = []
         for name, module in self.modules.items():
-            parameters = [p for p in module._parameters if names_match(f"{name}.{p}", wanted)]
+            parameters = [p for p in module._parameters if names_match(f"{name}.{p}", targets)]
             for place, parameter in enumerate(parameters):
                 key = name + ".base_layer" * (len(parameters) - 1 - place)
                 swapped = bool(getattr(module, "is_transposed", False))
                 sites.append(ParameterSite(name, module, parameter, key, swapped, targeted=True))
         odd = [site for site in sites if site.stored.ndim not in (2, 3)]
-        if odd or (wanted and not sites):
+        if odd or (targets and not sites):
             experts = [n for n, p in self.model.named_parameters() if p.ndim == 3][:3]
             what = f"means {odd[0].id}, which is no matrix" if odd else "matches no parameter"
             raise TargetError(
-                f"target_parameters={list(wanted)!r} {what}.",
+                f"target_parameters={list(targets)!r} {what}.",
                 hint=f"Fused experts here: {', '.join(experts)}." if experts else "Use target_modules for layers.",
             )
         return self._reading(sites)
@@ -212,12 +212,12 @@ class Catalog:
         ]
         return self._reading(sites)
 
-    def token_sites(self, wanted: Iterable[int] | Mapping[str, Iterable[int]]) -> list[Site]:
+    def token_sites(self, tokens: Iterable[int] | Mapping[str, Iterable[int]]) -> list[Site]:
         """Return the sites of the embeddings that ``trainable_token_indices`` means: tokens, or tokens by module."""
-        if not isinstance(wanted, Mapping):
+        if not isinstance(tokens, Mapping):
             return [site for name in self.input_embeddings for site in self.sites_at(name)]
-        names = [name for name in self.modules if names_match(name, list(wanted))]
-        missing = [key for key in wanted if not any(names_match(name, [key]) for name in names)]
+        names = [name for name in self.modules if names_match(name, list(tokens))]
+        missing = [key for key in tokens if not any(names_match(name, [key]) for name in names)]
         if missing:
             raise TargetError(
                 f"trainable_token_indices names {missing[0]!r}, and the model has no such module.",

@@ -17,8 +17,8 @@ def wants_cache(module: nn.Module, call: Mapping[str, Any]) -> bool:
     """Tell whether the model would make a cache for this call, so that a prompt has to be in it."""
     if call.get("past_key_values") is not None or "past_key_values" not in taken_names(module) or module.training:
         return False
-    wanted = call.get("use_cache")
-    return bool(getattr(module.config, "use_cache", False) if wanted is None else wanted)
+    use_cache = call.get("use_cache")
+    return bool(getattr(module.config, "use_cache", False) if use_cache is None else use_cache)
 
 
 def unsupported_prompt(model: nn.Module, why: str, of: str = "") -> UnsupportedError:

@@ -70,13 +70,13 @@ def _indices(pair: Sequence[int], count: int) -> range:
 
 
 def _blocks(model: nn.Module) -> BlockList:
-    found = find_blocks(model)
-    if found is None:
+    blocks = find_blocks(model)
+    if blocks is None:
         raise UnsupportedError(
             f"layer_replication: the blocks of {type(model).__name__} were not found.",
             hint="It is for models with one list of blocks, such as Llama, BERT and Falcon.",
         )
-    return found
+    return blocks
 
 
 def _shared_copy(block: nn.Module, index: int) -> nn.Module:

@@ -1,1 +1,1 @@
-"""What an adapter means for one layer: a patch, applied to inputs, to rows of a batch, or put into a weight."""
+"""Patches: an adapter's change of one layer, applied to inputs and to rows of a batch, or merged into a weight."""

@@ -49,16 +49,16 @@ class FusedPatch:
         """Whether it adds ``A B`` and nothing else."""
         return self.inner is None and self.outer is None and self.shift is None
 
-    def change(self, y: Tensor, own: bool, x: Tensor, casts: CastCache) -> Tensor:
+    def change(self, y: Tensor, overwrite: bool, x: Tensor, casts: CastCache) -> Tensor:
         """Return the layer's output, from the base's output ``y`` for ``inner * x``.
 
         Args:
             y: shape ``(..., out)``.
-            own: whether ``y`` may be overwritten, since nobody else sees it.
+            overwrite: whether ``y`` may be overwritten, since nobody else sees it.
             x: the layer's input, shape ``(..., in)``.
             casts: casts it.
         """
-        y = y.contiguous() if own else y.clone(memory_format=torch.contiguous_format)
+        y = y.contiguous() if overwrite else y.clone(memory_format=torch.contiguous_format)
         flat = y.view(-1, y.shape[-1])
         if self.outer is None and self.shift is None:
             if self.down is None or self.up is None:
@@ -222,11 +222,11 @@ def _adding(base: nn.Linear, down: Tensor, up: Tensor, casts: CastCache) -> Call
     has been driven out of the processor's caches by the weights. Decoding went from 1.34 to 1.25 of merged:
     benchmarks/notes.md, Unmerged forward.
     """
-    parameters, own = base._parameters, base.__dict__
+    parameters, attributes = base._parameters, base.__dict__
     dtype, out = down.dtype, up.shape[1]
 
     def forward(x: Tensor) -> Tensor:
-        if base._forward_hooks or base._forward_pre_hooks or "forward" in own:
+        if base._forward_hooks or base._forward_pre_hooks or "forward" in attributes:
             y: Tensor = base(x).clone(memory_format=torch.contiguous_format)
         else:
             y = F.linear(x, parameters["weight"], parameters["bias"]).contiguous()  # type: ignore[arg-type]
@@ -241,17 +241,17 @@ def _adding(base: nn.Linear, down: Tensor, up: Tensor, casts: CastCache) -> Call
 
 
 def _scaling(base: nn.Linear, fused: FusedPatch) -> Callable[[Tensor], Tensor]:
-    """Return the same for factors alone, in the layer's own dtype where it holds them exactly: one rounding.
+    """Return the same for factors alone, in the layer's dtype where it holds them exactly: one rounding.
 
     Decoding went from 1.27 to 1.04 of the base: benchmarks/notes.md, Methods other than LoRA.
     """
     inner, outer = (_exactly(values, base.weight.dtype) for values in (fused.inner, fused.outer))
 
     def forward(x: Tensor) -> Tensor:
-        y, own = base_output(base, x if inner is None else (x * inner).to(x.dtype))
+        y, overwrite = base_output(base, x if inner is None else (x * inner).to(x.dtype))
         if outer is None:
             return y
-        return y.mul_(outer) if own and y.dtype is outer.dtype else (y * outer).to(y.dtype)
+        return y.mul_(outer) if overwrite and y.dtype is outer.dtype else (y * outer).to(y.dtype)
 
     return forward
 

@@ -1,4 +1,4 @@
-"""What a patch asks of the layer that it changes: how matrices and vectors act on its input and output."""
+"""The interface that a patch needs of a layer: how matrices and vectors act on its input and output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class LayerForm(Protocol):
-    """One kind of base layer, as far as a patch needs to know it; a ``Site`` satisfies it.
+    """One kind of base layer, as a patch sees it; a ``Site`` satisfies it.
 
     Attributes:
         channel: the dimension of the layer's output that has ``out`` entries.
@@ -27,7 +27,7 @@ class LayerForm(Protocol):
         ...
 
     def mix(self, hidden: Tensor, matrix: Tensor) -> Tensor:
-        """Apply ``matrix``, shape ``(out, rows)``, to what :meth:`product` gave."""
+        """Apply ``matrix``, shape ``(out, rows)``, to the result of :meth:`product`."""
         ...
 
     def vectors(self, places: Tensor, table: Tensor, padding: int | None) -> Tensor:

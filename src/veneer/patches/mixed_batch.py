@@ -43,16 +43,16 @@ class StackedPatches:
         """Return the base layer's input for the rows ``x``, shape ``(rows, ..., in)``."""
         return x if self.inner is None else (x * _of_rows(self.inner, order, x)).to(x.dtype)
 
-    def change(self, y: Tensor, x: Tensor, order: RowOrder, own: bool) -> Tensor:
+    def change(self, y: Tensor, x: Tensor, order: RowOrder, overwrite: bool) -> Tensor:
         """Return the layer's output, from the base's output ``y`` for :meth:`seen`.
 
         Args:
             y: shape ``(rows, ..., out)``.
             x: the layer's input, shape ``(rows, ..., in)``.
             order: the rows by adapter.
-            own: whether ``y`` may be overwritten, since nobody else sees it.
+            overwrite: whether ``y`` may be overwritten, since nobody else sees it.
         """
-        y = y.contiguous() if own else y.clone(memory_format=torch.contiguous_format)
+        y = y.contiguous() if overwrite else y.clone(memory_format=torch.contiguous_format)
         if self.outer is None and self.shift is None:
             return self._add(y, x, order)
         wide = y.float() if self.outer is None else y * _of_rows(self.outer, order, y)
@@ -163,5 +163,5 @@ class CachedMixedForward(TensorVersions):
 
     def forward(self, base: Callable[[Tensor], Tensor], x: Tensor, order: RowOrder) -> Tensor:
         """Return the output for rows ``x``, shape ``(rows, ..., in)``, of the adapters in :attr:`together`."""
-        y, own = base_output(base, self.stacked.seen(x, order))
-        return self.stacked.change(y, x, order, own)
+        y, overwrite = base_output(base, self.stacked.seen(x, order))
+        return self.stacked.change(y, x, order, overwrite)

@@ -1,4 +1,4 @@
-"""The multiplicative parts of a patch: ``I`` on a weight's input side, ``O`` on its output side."""
+"""Multipliers: the square matrices of a patch, ``I`` on a weight's input side and ``O`` on its output side."""
 
 from __future__ import annotations
 

@@ -260,8 +260,8 @@ def _tokens_output(tokens: Tokens, y: Tensor, x: Tensor, site: LayerForm) -> Ten
     if tokens.rows:
         return y.to(values.dtype).index_copy(-1, tokens.index, F.linear(x.to(values.dtype), values))
     place = torch.searchsorted(tokens.index, x).clamp(max=len(tokens.index) - 1)
-    found = (tokens.index[place] == x).unsqueeze(-1)
-    return torch.where(found, site.vectors(place, values, tokens.padding), y)
+    is_listed = (tokens.index[place] == x).unsqueeze(-1)
+    return torch.where(is_listed, site.vectors(place, values, tokens.padding), y)
 
 
 def for_training(patches: Sequence[Patch]) -> list[Patch]:
@@ -313,10 +313,10 @@ def apply(
         seen.append(x)
     y: Tensor = base(_as(seen.pop(), dtype), *args, **kwargs)
     needs_bias = any(p.outer is not None and not p.outer_on_bias for p in patches)
-    known = biases(bias, patches) if needs_bias else [None] * len(patches)
+    steps = biases(bias, patches) if needs_bias else [None] * len(patches)
     total = y
-    for patch, known_bias in zip(patches, known, strict=False):
-        total = patch.changed_output(total, seen.pop(), known_bias, site, training)
+    for patch, bias_before in zip(patches, steps, strict=False):
+        total = patch.changed_output(total, seen.pop(), bias_before, site, training)
     return total.to(y.dtype)
 
 

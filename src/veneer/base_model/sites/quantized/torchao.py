@@ -1,4 +1,4 @@
-"""``nn.Linear`` with a weight that is one of torchao's tensors: int8, int4, and others that multiply by themselves."""
+"""Sites of ``nn.Linear`` whose weight is a tensor of torchao: int8, int4, and others that multiply by themselves."""
 
 from __future__ import annotations
 
@@ -13,48 +13,48 @@ from veneer.errors import MergeError
 
 
 class TorchaoSite(PackedSite):
-    """A weight of torchao's, of any kind; packing again is known for int8, and for int4 as CPUs have it."""
+    """``nn.Linear`` with a weight of torchao; int8, and the int4 of CPUs, can be packed again."""
 
     def unpacked(self) -> Tensor:
-        held: Any = self.stored.detach()
-        if type(held).dequantize is not Tensor.dequantize:
-            return held.dequantize().float()  # type: ignore[no-any-return]
-        # Some layouts can only multiply: what they make of the identity is the matrix.
-        identity = torch.eye(self.shape[1], dtype=held.dtype, device=held.device)
-        return F.linear(identity, held).T.float().contiguous()
+        weight: Any = self.stored.detach()
+        if type(weight).dequantize is not Tensor.dequantize:
+            return weight.dequantize().float()  # type: ignore[no-any-return]
+        # Some layouts can only multiply: times the identity they give the matrix.
+        identity = torch.eye(self.shape[1], dtype=weight.dtype, device=weight.device)
+        return F.linear(identity, weight).T.float().contiguous()
 
     def packed(self, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
-        held: Any = self.stored
-        pack = _PACK.get(type(held).__name__)
+        old: Any = self.stored
+        pack = _PACK.get(type(old).__name__)
         if pack is None:
             raise MergeError(
-                f"{self.name}: weights of the kind {type(held).__name__} cannot be packed again here.",
+                f"{self.name}: weights of the kind {type(old).__name__} cannot be packed again here.",
                 hint='Merge with into="dequantized".',
             )
-        own = blank_copy(self.module, bias)
-        own.weight = nn.Parameter(pack(held, weight.to(held.dtype)), requires_grad=False)
-        return own
+        layer = blank_copy(self.module, bias)
+        layer.weight = nn.Parameter(pack(old, weight.to(old.dtype)), requires_grad=False)
+        return layer
 
 
-def _int8(held: Any, weight: Tensor) -> Any:
+def _int8(old: Any, weight: Tensor) -> Any:
     from torchao.quantization.granularity import PerGroup, PerRow
 
-    group = held.block_size[-1]
+    group = old.block_size[-1]
     granularity = PerRow() if group == weight.shape[1] else PerGroup(group)
-    kwargs = getattr(held, "act_quant_kwargs", None)
-    return type(held).from_hp(weight, granularity, act_quant_kwargs=kwargs)
+    kwargs = getattr(old, "act_quant_kwargs", None)
+    return type(old).from_hp(weight, granularity, act_quant_kwargs=kwargs)
 
 
-def _intx(held: Any, weight: Tensor) -> Any:
+def _intx(old: Any, weight: Tensor) -> Any:
     from torchao.quantization.quant_primitives import MappingType
 
-    kind = MappingType.ASYMMETRIC if bool(held.zero_point.any()) else MappingType.SYMMETRIC
-    options = {"mapping_type": kind, "activation_quantization": held.activation_quantization}
-    return type(held).from_hp(weight, tuple(held.block_size), held.target_dtype, **options)
+    kind = MappingType.ASYMMETRIC if bool(old.zero_point.any()) else MappingType.SYMMETRIC
+    options = {"mapping_type": kind, "activation_quantization": old.activation_quantization}
+    return type(old).from_hp(weight, tuple(old.block_size), old.target_dtype, **options)
 
 
-def _int4(held: Any, weight: Tensor) -> Any:
-    return type(held).from_hp(weight, list(held.block_size))
+def _int4(old: Any, weight: Tensor) -> Any:
+    return type(old).from_hp(weight, list(old.block_size))
 
 
 _PACK = {"Int8Tensor": _int8, "IntxUnpackedToInt8Tensor": _intx, "Int4OpaqueTensor": _int4}
