@@ -96,7 +96,7 @@ class Paused:
     def wait_for_change(self) -> None:
         """Wait until a change waits for the call."""
         until = time.monotonic() + SOON
-        while not self.model.adapters.switch.underway._waiting:
+        while not self.model.adapters.active_selection.underway._waiting:
             assert time.monotonic() < until
             time.sleep(0.001)
 
@@ -216,7 +216,7 @@ def test_an_adapter_that_was_chosen_and_is_gone_is_an_error() -> None:
         model.rename_adapter("b", "c")
         with pytest.raises(UnknownAdapterError, match="'b'"):
             logits(model, X)
-    assert not model.adapters.switch.underway._calls
+    assert not model.adapters.active_selection.underway._calls
 
 
 # -- changes by other threads ----------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def test_a_call_that_fails_has_ended(kind: type[BaseException]) -> None:
 
     with midway(model, fail), pytest.raises(kind):
         logits(model, X)
-    assert model.adapters.switch.calls() == []
+    assert model.adapters.active_selection.calls() == []
     model.merge_adapter()
     model.delete_adapter("default")
 
@@ -324,7 +324,7 @@ def test_a_thread_in_the_context_of_a_call_that_goes_on_does_not_wait_for_it() -
     pool = ThreadPoolExecutor(1)
 
     def ask_other() -> None:
-        if len(model.adapters.switch.calls()) > 1:
+        if len(model.adapters.active_selection.calls()) > 1:
             return
         context = contextvars.copy_context()
         pool.submit(context.run, under, model, "b").result(SOON)
@@ -441,7 +441,7 @@ def test_continuous_batching_uses_what_its_caller_has_chosen() -> None:
         while answer is None or not answer.is_finished():
             answer = manager.get_result(timeout=SOON)
         assert answer.generated_tokens == expect()
-    assert not model.adapters.switch.underway._calls
+    assert not model.adapters.active_selection.underway._calls
 
 
 def expect_default(model: veneer.PeftModel, expect: Callable[[], list[int]]) -> list[int]:

@@ -200,6 +200,6 @@ def test_saving_beside_a_thread_that_changes_the_set(
 def test_the_set_of_a_copy_has_a_lock_of_its_own() -> None:
     model = several({"default": 4}, seed=1)
     again = pickle.loads(pickle.dumps(model))
-    with model.adapters.switch.choosing, ThreadPoolExecutor(1) as pool:
+    with model.adapters.active_selection.choosing, ThreadPoolExecutor(1) as pool:
         pool.submit(again.rename_adapter, "default", "other").result(timeout=10)
     assert list(again.peft_config) == ["other"]

@@ -44,25 +44,25 @@ class Call:
         self._token: Token[ForwardCall] | None = None
 
     def __enter__(self) -> None:
-        switch = self.adapters.switch
+        active = self.adapters.active_selection
         selection = self._begin()
         try:
             for name in selection.applied:
                 self.adapters.get(name)
-            self._token = switch.push(selection.for_call(self.task_ids), self, self.prompt)
+            self._token = active.push(selection.for_call(self.task_ids), self, self.prompt)
         except BaseException:
-            switch.underway.end(self)
+            active.underway.end(self)
             raise
 
     def _begin(self) -> Selection:
         """Begin with the selection, and again if a change that had to be waited for made another."""
-        switch = self.adapters.switch
+        active = self.adapters.active_selection
         while True:
-            selection = self.chosen or switch.selection
-            switch.underway.begin(self, self._used(selection.applied), switch.calls)
-            if self.chosen is not None or switch.selection is selection:
+            selection = self.chosen or active.current
+            active.underway.begin(self, self._used(selection.applied), active.calls)
+            if self.chosen is not None or active.current is selection:
                 return selection
-            switch.underway.end(self)
+            active.underway.end(self)
 
     def _used(self, names: tuple[str, ...]) -> Collection[str]:
         """Return ``names``, and those of the adapters that they mix."""
@@ -71,12 +71,12 @@ class Call:
         return (*names, *mixed) if mixed else names
 
     def __exit__(self, *_: object) -> None:
-        switch = self.adapters.switch
+        active = self.adapters.active_selection
         try:
             if self._token is not None:
-                switch.pop(self._token)
+                active.pop(self._token)
         finally:
-            switch.underway.end(self)
+            active.underway.end(self)
 
 
 def call(
@@ -93,4 +93,4 @@ def call(
         return Call(adapters, chosen, task_ids, prompt)
     if chosen is None and task_ids is None:
         return nullcontext()
-    return adapters.using(dataclasses.replace(chosen or adapters.switch.selection, task_ids=task_ids))
+    return adapters.using(dataclasses.replace(chosen or adapters.active_selection.current, task_ids=task_ids))

@@ -59,7 +59,7 @@ class Adapters(LayerPlacement):
         self.asks_for_places = False
         # The outcome of the last merge into quantised weights.
         self.quantized_merge: QuantizedMerge | None = None
-        self.prompts = Prompts(self.switch)
+        self.prompts = Prompts(self.active_selection)
         self.layouts = Layouts()
         # The base's own parameters that wanted gradients before the first adapter came.
         self._was_trainable: list[tuple[nn.Module, str]] | None = None
@@ -77,7 +77,7 @@ class Adapters(LayerPlacement):
         """
         ranges = [list(pair) for pair in getattr(config, "layer_replication", None) or ()]
         # A new adapter disturbs no call; other blocks disturb all of them.
-        with self.switch.changing(lambda: () if ranges == self._ranges else None), self._with_blocks(ranges):
+        with self.active_selection.changing(lambda: () if ranges == self._ranges else None), self._with_blocks(ranges):
             yield
 
     @property
@@ -174,7 +174,7 @@ class Adapters(LayerPlacement):
     @property
     def active(self) -> list[str]:
         """The selected adapters, in the order in which they apply."""
-        return list(self.switch.selection.names)
+        return list(self.active_selection.current.names)
 
     @guarded
     def select(self, names: str | Sequence[str]) -> None:
@@ -183,8 +183,8 @@ class Adapters(LayerPlacement):
         Only where adapters are being trained are their tensors visited: those selected get gradients, the other
         trainable ones none.
         """
-        with self.switch.choosing:
-            selection = self.switch.default = self.selection(names)
+        with self.active_selection.choosing:
+            selection = self.active_selection.default = self.selection(names)
         if not self.trains:
             return
         used = {*selection.names}.union(*(self.by_name[name].config.experts for name in selection.names))
@@ -227,11 +227,11 @@ class Adapters(LayerPlacement):
 
     def using(self, selection: Selection) -> AbstractContextManager[None]:
         """Use ``selection`` inside a ``with`` block, in this thread or task only."""
-        return self.switch.using(selection)
+        return self.active_selection.using(selection)
 
     def disabled(self) -> AbstractContextManager[None]:
         """Use the base model alone inside a ``with`` block, in this thread or task only."""
-        return self.switch.using(NOTHING)
+        return self.active_selection.using(NOTHING)
 
     def get(self, name: str) -> Adapter:
         """Return an adapter by name, or raise ``UnknownAdapterError``."""
@@ -259,7 +259,7 @@ class Adapters(LayerPlacement):
 
     def delete(self, name: str) -> None:
         """Remove an adapter. If it was selected, the rest of the selection stays (the base alone if none)."""
-        with self.switch.changing(lambda: self.concerned(name)):
+        with self.active_selection.changing(lambda: self.concerned(name)):
             self._delete(name)
 
     @guarded
@@ -268,10 +268,10 @@ class Adapters(LayerPlacement):
         self.check_unused(name)
         for part in adapter.parts:
             part.remove(adapter, self)
-        with self.switch.choosing:
+        with self.active_selection.choosing:
             self.by_name = {other: entry for other, entry in self.by_name.items() if other != name}
-            kept = self.switch.default.names
-            self.switch.default = Selection(tuple(other for other in kept if other != name))
+            kept = self.active_selection.default.names
+            self.active_selection.default = Selection(tuple(other for other in kept if other != name))
         self.layouts.ready.clear()
         self._refresh_hooks()
 
@@ -289,11 +289,11 @@ class Adapters(LayerPlacement):
         Raises:
             AdapterError: this is asked for inside such a call.
         """
-        return self.switch.changing(lambda: concerned)
+        return self.active_selection.changing(lambda: concerned)
 
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name; it keeps its place in the order."""
-        with self.switch.changing(lambda: self.concerned(old)):
+        with self.active_selection.changing(lambda: self.concerned(old)):
             self._rename(old, new)
 
     @guarded
@@ -306,10 +306,10 @@ class Adapters(LayerPlacement):
         for part in adapter.parts:
             part.rename(old, new)
         adapter.name = new
-        with self.switch.choosing:
+        with self.active_selection.choosing:
             self.by_name = {entry.name: entry for entry in self.by_name.values()}
-            names = self.switch.default.names
-            self.switch.default = Selection(tuple(new if name == old else name for name in names))
+            names = self.active_selection.default.names
+            self.active_selection.default = Selection(tuple(new if name == old else name for name in names))
         self.layouts.ready.clear()
 
     # -- taking off ----------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ class Adapters(LayerPlacement):
             getattr(module, leaf).requires_grad_(True)
         self.by_name = {}
         self.layouts.ready.clear()
-        self.switch.default, self._was_trainable = NOTHING, None
+        self.active_selection.default, self._was_trainable = NOTHING, None
         self._refresh_hooks()
         if keep and self._replication is not None:  # what was merged into repeated blocks is theirs, and they stay
             self._replication.settle()

@@ -17,7 +17,7 @@ R = TypeVar("R")
 class Guarded(Protocol):
     """An object with a selection of adapters."""
 
-    switch: Any
+    active_selection: Any
 
 
 S = TypeVar("S", bound=Guarded)
@@ -27,7 +27,7 @@ def guarded(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P
     """Let one thread at a time be in this method, or in a block that holds the lock."""
 
     def held(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self.switch.choosing:
+        with self.active_selection.choosing:
             return method(self, *args, **kwargs)
 
     functools.update_wrapper(held, method)

@@ -56,7 +56,7 @@ class PassHook(ABC):
         """Return the adapters of the pass that is under way."""
         if not self._handles:  # the last one was deleted while this call, which does not use it, came here
             return {}
-        return {name: self.adapters.by_name[name] for name in self.adapters.switch.selection.applied}
+        return {name: self.adapters.by_name[name] for name in self.adapters.active_selection.current.applied}
 
 
 def own_cache(cache: Any, adapter: Adapter, module: nn.Module, decoder: nn.Module) -> Any:

@@ -44,12 +44,12 @@ class Prompts(AnyNames):
     """Holds the prompts on one model. Their tensors are named as in peft: ``<adapter>.embedding.weight``.
 
     Args:
-        switch: the selection, shared with the model's layers.
+        active_selection: the selection, shared with the model's layers.
     """
 
-    def __init__(self, switch: ActiveSelection) -> None:
+    def __init__(self, active_selection: ActiveSelection) -> None:
         super().__init__()
-        self.switch = switch
+        self.active_selection = active_selection
         self.methods: dict[str, AnyPrompt] = {}
         self.configs: dict[str, PromptConfig] = {}
         self._hooks: list[Any] = []
@@ -137,7 +137,7 @@ class Prompts(AnyNames):
         weighted = None if labels is None else self.methods[name].counted(self.configs[name], labels, types)
         if weighted is None:
             return
-        if self.switch.selection.rows is not None:
+        if self.active_selection.current.rows is not None:
             raise AdapterError(
                 f"{name!r} has a loss of its own, which is not defined for rows under several adapters.",
                 hint="Train it with set_adapter(...).",
@@ -207,12 +207,12 @@ class Prompts(AnyNames):
 
     def _active(self, fills_cache: bool) -> list[str]:
         """Return the selected prompts of one kind."""
-        names = self.switch.selection.applied
+        names = self.active_selection.current.applied
         return [n for n in names if n in self.methods and self.methods[n].fills_cache == fills_cache]
 
     def _rows(self, fills_cache: bool, rows: int, device: torch.device) -> dict[str, Tensor | None]:
         """Return the indices of each prompt's rows; ``None`` for all rows."""
-        selection, names = self.switch.selection, self._active(fills_cache)
+        selection, names = self.active_selection.current, self._active(fills_cache)
         if selection.rows is None:
             return dict.fromkeys(names)
         groups = selection.groups(rows, device)
@@ -238,7 +238,7 @@ class Prompts(AnyNames):
     def _values(self, fills_cache: bool, rows: int, tokens: int) -> Tensor:
         """Return the virtual tokens of each row, ``(rows, tokens, width)``."""
         device = next(self.parameters()).device
-        tasks = self.switch.selection.tasks(rows)
+        tasks = self.active_selection.current.tasks(rows)
         total: Tensor | None = None
         for name, index in self._rows(fills_cache, rows, device).items():
             own_tasks = tasks if tasks is None or index is None else tasks.to(device)[index]

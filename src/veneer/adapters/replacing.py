@@ -28,7 +28,7 @@ def replace(adapters: Adapters, name: str, fresh: str) -> Adapter:
             asked for inside a call that uses the old one. Then the old one is still there, and ``fresh`` is not.
     """
     try:
-        with adapters.switch.changing(lambda: adapters.concerned(name)):
+        with adapters.active_selection.changing(lambda: adapters.concerned(name)):
             old, new = adapters.get(name), adapters.get(fresh)
             return _filled(old, new) if _are_alike(old, new) else _put(adapters, name, fresh)
     finally:
@@ -69,7 +69,7 @@ def _filled(old: Adapter, new: Adapter) -> Adapter:
 def _put(adapters: Adapters, name: str, fresh: str) -> Adapter:
     """Put the new adapter under the old one's name, in its place among the others, selected if that was."""
     order = list(adapters.by_name)
-    active = tuple(fresh if other == name else other for other in adapters.switch.default.names)
+    active = tuple(fresh if other == name else other for other in adapters.active_selection.default.names)
     adapters.selection(active)
     adapters.delete(name)
     adapters.rename(fresh, name)

@@ -63,7 +63,7 @@ class ShadowPass(PassHook):
             note(first_shadow_states=None)
         if not names:
             return None
-        selection = self.adapters.switch.selection
+        selection = self.adapters.active_selection.current
         _check_alone(names[0], adapters.values(), selection)
         call = named_call(module, args, kwargs)
         if wants_cache(module, call):
@@ -140,7 +140,7 @@ class ShadowPass(PassHook):
         return _classification_loss(logits.float(), labels.to(logits.device))
 
     def _own_rows(self, name: str, value: Tensor) -> Tensor:
-        rows = self.adapters.switch.selection.rows_of(name, len(value), value.device)
+        rows = self.adapters.active_selection.current.rows_of(name, len(value), value.device)
         return value if rows is None else value[rows]
 
 

@@ -90,7 +90,7 @@ def _of_layer(adapters: Adapters, layer: AdaptedLayer) -> TunerLayerStatus:
     return TunerLayerStatus(
         name=layer.site.id,
         module_type=type(layer.site.module).__name__,
-        enabled=adapters.switch.enabled,
+        enabled=adapters.active_selection.enabled,
         active_adapters=adapters.active,
         merged_adapters=list(layer.merged),
         requires_grad={a: _trained(own) for a, own in trained.items()},
@@ -110,7 +110,7 @@ def model_status(model: nn.Module, adapters: Adapters) -> TunerModelStatus:
         trainable_params=sum(n for n, trained in parameters if trained),
         total_params=sum(n for n, _ in parameters),
         num_adapter_layers=len(layers),
-        enabled=adapters.switch.enabled,
+        enabled=adapters.active_selection.enabled,
         active_adapters=adapters.active,
         merged_adapters=_merged(adapters, layers),
         requires_grad={name: _trained(adapters.parameters(name)) for name in adapters.by_name},

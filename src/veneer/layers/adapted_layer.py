@@ -34,7 +34,7 @@ class AdaptedLayer(PeftLayerAttributes, LayerAdapters, nn.Module):
 
     Args:
         site: the base layer.
-        switch: the selection, shared by all layers of the model.
+        active_selection: the selection, shared by all layers of the model.
         inner: an adapted layer for another parameter of the base layer, which it wraps instead.
 
     Attributes:
@@ -43,7 +43,7 @@ class AdaptedLayer(PeftLayerAttributes, LayerAdapters, nn.Module):
 
     base_layer: Any
     layout: Layout = ROWS
-    switch: ActiveSelection
+    active_selection: ActiveSelection
     # Adapter's name -> tensors that lie here beside those of its shares: common ones, frozen ones.
     held: dict[str, Mapping[str, nn.Parameter]]
     # The adapters whose patches are in the base layer's weight now, and the parameters that it had before.
@@ -54,14 +54,14 @@ class AdaptedLayer(PeftLayerAttributes, LayerAdapters, nn.Module):
     # Whether the model calls the layer, and asks for its weight at most to learn of its dtype.
     _called: bool
 
-    def __init__(self, site: Site, switch: ActiveSelection, inner: AdaptedLayer | None = None) -> None:
+    def __init__(self, site: Site, active_selection: ActiveSelection, inner: AdaptedLayer | None = None) -> None:
         super().__init__()
         self._modules["base_layer"] = inner or site.module
         # Not one by one: nn.Module looks through its containers each time. 57 -> 52 ms for a model's first adapter:
         # benchmarks/notes.md, Attach.
         vars(self).update(
             site=site,
-            switch=switch,
+            active_selection=active_selection,
             bound={},
             held={},
             merged=(),
@@ -77,7 +77,7 @@ class AdaptedLayer(PeftLayerAttributes, LayerAdapters, nn.Module):
         except AttributeError:
             base_value = getattr(super().__getattr__("base_layer"), name)
         site = self.__dict__.get("site")
-        if site is None or name not in (site.parameter.partition(".")[0], "bias") or not self.switch.in_call:
+        if site is None or name not in (site.parameter.partition(".")[0], "bias") or not self.active_selection.in_call:
             return base_value
         return self._weight_in_call(name, base_value)
 
@@ -178,7 +178,7 @@ class AdaptedLayer(PeftLayerAttributes, LayerAdapters, nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the base layer under the selected adapters; arguments and shapes are the base layer's."""
-        selection = self.switch.selection
+        selection = self.active_selection.current
         if selection.rows is not None:
             return self._forward_rows(selection, x, *args, **kwargs)
         if not (self.training or args or kwargs or torch.compiler.is_compiling()):
@@ -208,7 +208,7 @@ class AdaptedLayer(PeftLayerAttributes, LayerAdapters, nn.Module):
     def _kept_forward(self, names: tuple[str, ...]) -> Callable[[Tensor], Any] | None:
         fused = self._fused_patch(names)
         if fused is not None:
-            return fused_forward(fused, self._base if self.merged else self.base_layer, self.switch.casts)
+            return fused_forward(fused, self._base if self.merged else self.base_layer, self.active_selection.casts)
         patches = self.patches(names)
         if self.site.stored.ndim == 1 and whole_weight(self.site, patches):
             return partial(self.call_with, *self._whole(patches))
@@ -300,7 +300,7 @@ class AdaptedLayer(PeftLayerAttributes, LayerAdapters, nn.Module):
         A layer that is never called gives the weight with its adapters. For a layer that is called, and in training,
         where a pass and its repetition on the way back must do the same, that weight is made when it is computed with.
         """
-        selection = self.switch.selection
+        selection = self.active_selection.current
         names = self.here(selection.applied)
         if names == (self.merged if selection.rows is None else ()):
             return base_value

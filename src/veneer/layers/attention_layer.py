@@ -25,7 +25,7 @@ class AdaptedAttention(AdaptedLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base module under the selected adapters; arguments and results are its own."""
         output = self.base_layer(*args, **kwargs)
-        selection = self.switch.selection
+        selection = self.active_selection.current
         names = self.here(selection.applied)
         if not names:
             return output
@@ -49,7 +49,7 @@ class AdaptedAttention(AdaptedLayer):
                 y = y + self.site.output(self._heads(name, query).to(y.dtype))
                 continue
             rows = groups[name]
-            with self.switch.using(Selection((name,))):
+            with self.active_selection.using(Selection((name,))):
                 heads_here = self._heads(name, query[rows]).to(y.dtype)
             heads = torch.zeros(query.shape[:2] + heads_here.shape[2:], dtype=y.dtype, device=y.device).index_copy(
                 0, rows, heads_here

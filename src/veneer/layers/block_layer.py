@@ -17,7 +17,7 @@ class AdaptedBlock(AdaptedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base block under the selected adapters; arguments and results are its own."""
-        selection = self.switch.selection
+        selection = self.active_selection.current
         names = self.here(selection.applied)
         if not names:
             return self.base_layer(*args, **kwargs)

@@ -31,11 +31,11 @@ class ModuleCopies(nn.Module):
 
     layout: Layout = ROWS
 
-    def __init__(self, module: nn.Module, switch: ActiveSelection) -> None:
+    def __init__(self, module: nn.Module, active_selection: ActiveSelection) -> None:
         super().__init__()
         self.original_module = module
         self.modules_to_save = Copies()
-        self.switch = switch
+        self.active_selection = active_selection
         self.training = module.training
 
     def __getattr__(self, name: str) -> Any:
@@ -43,7 +43,7 @@ class ModuleCopies(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             value = getattr(self.current, name)
-        selection = self.switch.selection
+        selection = self.active_selection.current
         if selection.rows is None or not isinstance(value, Tensor) or torch.compiler.is_compiling():
             return value
         return Unread(value, partial(_refuse_rows, name)) if self.here(selection.used) else value
@@ -51,7 +51,7 @@ class ModuleCopies(nn.Module):
     @property
     def current(self) -> nn.Module:
         """The copy of the selected adapter, or the original."""
-        names = self.here(self.switch.selection.names)
+        names = self.here(self.active_selection.current.names)
         return self.modules_to_save[names[0]] if names else self.original_module
 
     def here(self, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -93,7 +93,7 @@ class ModuleCopies(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the selected copy; arguments and results are the original module's."""
-        selection = self.switch.selection
+        selection = self.active_selection.current
         if selection.rows is None:
             return self._run(self.current, args, kwargs)
         return self._forward_rows(selection, *args, **kwargs)

@@ -23,7 +23,7 @@ class AdaptedParameter(AdaptedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base layer under the selected adapters."""
-        selection = self.switch.selection
+        selection = self.active_selection.current
         if selection.rows is None:
             return self._through({}, *args, **kwargs)
         return self._through_rows(selection, *args, **kwargs)
@@ -33,7 +33,7 @@ class AdaptedParameter(AdaptedLayer):
         return layout.dim == 0
 
     def _through(self, changed: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        names = self.here(self.switch.selection.names)
+        names = self.here(self.active_selection.current.names)
         if names != self.merged:
             changed = {**changed, self.site.parameter: self._changed(names)}
         inner = self.base_layer
@@ -55,11 +55,11 @@ class AdaptedParameter(AdaptedLayer):
         if selection.by_token and (selection.packed(x) or self.site.stored.ndim != 3):
             # Attention, and whatever else sees a sequence as a whole.
             raise unsupported(self.site, "one adapter for each token")
-        with self.switch.using(NOTHING):
+        with self.active_selection.using(NOTHING):
             y = self._through({}, *args, **kwargs)
 
         def run(name: str, _: Any, *args: Any, **kwargs: Any) -> Any:
-            with self.switch.using(Selection((name,))):
+            with self.active_selection.using(Selection((name,))):
                 return self._through({}, *args, **kwargs)
 
         groups = self.rows_in(selection, x) if self._uses(selection) else {}

@@ -43,7 +43,7 @@ class PeftLayerAttributes:
     @property
     def active_adapters(self: Any) -> list[str]:
         """The active adapters, whether they are on this layer or not."""
-        return list(self.switch.selection.names)
+        return list(self.active_selection.current.names)
 
     @property
     def merged_adapters(self: Any) -> list[str]:

@@ -24,8 +24,8 @@ class PackedLayer(AdaptedLayer):
 
     site: PackedSite
 
-    def __init__(self, site: PackedSite, switch: ActiveSelection) -> None:
-        super().__init__(site, switch)
+    def __init__(self, site: PackedSite, active_selection: ActiveSelection) -> None:
+        super().__init__(site, active_selection)
         self.into: Into | None = None
         self.error: LayerError | None = None
 

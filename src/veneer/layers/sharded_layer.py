@@ -19,14 +19,14 @@ class ShardedLayer(AdaptedLayer):
     tensors are therefore whole in every process, and the tensors stay equal.
     """
 
-    def __init__(self, site: Site, switch: ActiveSelection, inner: AdaptedLayer | None = None) -> None:
-        super().__init__(site, switch, inner)
+    def __init__(self, site: Site, active_selection: ActiveSelection, inner: AdaptedLayer | None = None) -> None:
+        super().__init__(site, active_selection, inner)
         # Found at the first call: whether the base layer takes, and gives, this process's part only.
         self.takes_part = self.gives_part = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the base layer under the selected adapters; arguments and shapes are the base layer's."""
-        selection = self.switch.selection
+        selection = self.active_selection.current
         if selection.rows is None and not self.here(selection.names):
             return self.base_layer(x, *args, **kwargs)
         mesh, columns = self._mesh, self.site.shape[1]

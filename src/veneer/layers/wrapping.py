@@ -50,7 +50,7 @@ class LayerPlacement:
     Attributes:
         model: the base model.
         catalog: its own modules.
-        switch: the selection that all of them share.
+        active_selection: the selection that all of them share.
         layers: a site's id -> the adapters on it, and, unless they are merged while loading, the layer in its place.
         module_copies: a module's name -> what holds the copies of it that adapters bring.
 
@@ -62,7 +62,7 @@ class LayerPlacement:
         check_untouched(model)
         self.model = model
         self.catalog = Catalog(model)
-        self.switch = ActiveSelection()
+        self.active_selection = ActiveSelection()
         self.layers: dict[str, LayerAdapters] = {}
         self.module_copies: dict[str, ModuleCopies] = {}
         # False while merging on load: layers are bound but not wrapped.
@@ -103,18 +103,18 @@ class LayerPlacement:
 
     def _wrapped(self, site: Site, there: AdaptedLayer | None) -> LayerAdapters:
         if isinstance(site, PackedSite):
-            return PackedLayer(site, self.switch)
+            return PackedLayer(site, self.active_selection)
         if sharding.is_tensor_parallel(site.module):
-            return ShardedLayer(site, self.switch, there)
+            return ShardedLayer(site, self.active_selection, there)
         if not self._wraps:
             overwrite = site.stored.dtype in self._overwritten and self.catalog.is_alone(site.stored)
             return MergeOnlyLayer(site, overwrite)
         if isinstance(site, AttentionSite):
-            return AdaptedAttention(site, self.switch)
+            return AdaptedAttention(site, self.active_selection)
         if isinstance(site, BlockSite):
-            return AdaptedBlock(site, self.switch)
+            return AdaptedBlock(site, self.active_selection)
         kind = AdaptedParameter if site.inside_layer else AdaptedLayer
-        return kind(site, self.switch, there)
+        return kind(site, self.active_selection, there)
 
     @property
     def is_spread(self) -> bool:
@@ -138,7 +138,7 @@ class LayerPlacement:
     def place_copies(self, root: str) -> ModuleCopies:
         """Return the wrapper that holds the copies of a module, put in its place if none was."""
         if root not in self.module_copies:
-            self.module_copies[root] = ModuleCopies(self.catalog.modules[root], self.switch)
+            self.module_copies[root] = ModuleCopies(self.catalog.modules[root], self.active_selection)
             if self._wraps:
                 self.place(root, self.module_copies[root])
         return self.module_copies[root]

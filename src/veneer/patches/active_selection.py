@@ -46,7 +46,7 @@ class ActiveSelection:
         self.__setstate__({"default": NOTHING, "enabled": True})
 
     @property
-    def selection(self) -> Selection:
+    def current(self) -> Selection:
         """The selection of a forward pass in this context."""
         chosen = self._thread.chosen if torch.compiler.is_compiling() else self._in_context()
         if chosen is not None:

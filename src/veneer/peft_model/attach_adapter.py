@@ -129,7 +129,7 @@ def create_adapter(
         attach.create(model.adapters, name, config, generator=generator, float32=float32)
     config.inference_mode = False
     # Selected again, the active adapters alone get gradients.
-    model.adapters.select(model.adapters.switch.default.names or name)
+    model.adapters.select(model.adapters.active_selection.default.names or name)
     model.load_log.sync()
 
 
@@ -166,7 +166,7 @@ def set_mode(model: AdaptedModel, trained: bool) -> None:
 def _experts(model: AdaptedModel, config: PeftConfig, beside: Source | None, trainable: bool) -> Iterator[None]:
     """Load the adapters that ``config`` mixes, unless they are here; take them off again if the block fails."""
     adapters = model.adapters
-    here, default = set(adapters.by_name), adapters.switch.default
+    here, default = set(adapters.by_name), adapters.active_selection.default
     options = AttachOptions(trainable=trainable and bool(getattr(config, "use_trainable_adapters", False)))
     try:
         for index, (name, path) in enumerate(config.expert_paths.items()):
@@ -178,12 +178,12 @@ def _experts(model: AdaptedModel, config: PeftConfig, beside: Source | None, tra
             if name not in here or adapters.get(name).origin != source.origin:
                 attach_adapter(model, open_adapter(source), name, options)
         if not default.names:  # the first of them was chosen for want of another
-            adapters.switch.default = default
+            adapters.active_selection.default = default
         yield
     except BaseException:
         for name in adapters.by_name.keys() - here:
             adapters.delete(name)
-        adapters.switch.default = default
+        adapters.active_selection.default = default
         raise
 
 
@@ -195,7 +195,7 @@ def _record(model: AdaptedModel, adapter: Adapter, checkpoint: Checkpoint, base_
 
 
 def _select_if_none(model: AdaptedModel, name: str) -> None:
-    if not model.adapters.switch.default.names:
+    if not model.adapters.active_selection.default.names:
         model.adapters.select(name)
 
 

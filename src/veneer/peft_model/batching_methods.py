@@ -44,7 +44,7 @@ class BatchingMethods:
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Make the base model's manager; all its steps run under the adapters that are chosen at its ``start()``."""
         manager = self._as_base("init_continuous_batching", kwargs)(*args, **kwargs)
-        _carry_choice(manager, self.adapters.switch)
+        _carry_choice(manager, self.adapters.active_selection)
         return manager
 
     def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
@@ -75,11 +75,11 @@ class BatchingMethods:
         return method
 
 
-def _carry_choice(manager: Any, switch: ActiveSelection) -> None:
+def _carry_choice(manager: Any, active_selection: ActiveSelection) -> None:
     """Let the thread that a manager starts run in a copy of the starter's context."""
 
     def in_context(loop: Callable[[], Any]) -> Callable[[], Any]:
         context = contextvars.copy_context()
-        return lambda: context.run(switch.run, loop)
+        return lambda: context.run(active_selection.run, loop)
 
     wrap_generation_loop(manager, in_context)

@@ -140,7 +140,7 @@ class LoadLog:
     def note_active(self) -> None:
         """Note which adapters are active."""
         if self.report is not None:
-            self.report.active = list(self._adapters.switch.default.names)
+            self.report.active = list(self._adapters.active_selection.default.names)
 
     def rename(self, old: str, new: str) -> None:
         """Follow an adapter that has got another name."""

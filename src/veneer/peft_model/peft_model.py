@@ -138,7 +138,7 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
     ) -> AbstractContextManager[None]:
         if names is None and task_ids is None and not self.adapters.asks_for_places:
             return call(self.adapters, prompt=prompt)
-        selection = self.adapters.switch.selection if names is None else self.adapters.rows(names)
+        selection = self.adapters.active_selection.current if names is None else self.adapters.rows(names)
         selection = dataclasses.replace(selection, task_ids=task_ids)
         return call(self.adapters, self._checked(selection, args, kwargs), task_ids, prompt)
 
@@ -373,11 +373,11 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
 
     def disable_adapters(self) -> None:
         """Run the base alone until :meth:`enable_adapters`."""
-        self.adapters.switch.enabled = False
+        self.adapters.active_selection.enabled = False
 
     def enable_adapters(self) -> None:
         """Undo :meth:`disable_adapters`."""
-        self.adapters.switch.enabled = True
+        self.adapters.active_selection.enabled = True
 
     # peft's names for the two, on its tuners.
     disable_adapter_layers = disable_adapters
@@ -394,7 +394,7 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
                 )
             adapter.trainable = requires_grad
             self.adapters.trains = self.adapters.trains or requires_grad
-            adapter.require_grad(requires_grad and name in self.adapters.switch.default.names)
+            adapter.require_grad(requires_grad and name in self.adapters.active_selection.default.names)
             adapter.watch()
 
     def delete_adapter(self, adapter_name: str) -> None:

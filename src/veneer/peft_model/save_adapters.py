@@ -81,7 +81,7 @@ class SavingMethods(AdaptedModel):
         self, adapter_name: str | None = None, save_embedding_layers: SaveEnds = "auto"
     ) -> dict[str, Tensor]:
         """Return checkpoint key -> tensor of one adapter (the active one when ``None``), as saving writes it."""
-        with self.adapters.switch.choosing:
+        with self.adapters.active_selection.choosing:
             name = adapter_name or self.active_adapter
             return _tensors_to_save(self, self.adapters.get(name), {}, save_embedding_layers)
 
@@ -161,10 +161,10 @@ def _save_adapters(
 ) -> None:
     """Save the adapters of these names, or all, in the PEFT format; see :meth:`PeftModel.save_pretrained`."""
     adapters = model.adapters
-    with adapters.switch.choosing:  # in another thread, none is renamed or deleted meanwhile
+    with adapters.active_selection.choosing:  # in another thread, none is renamed or deleted meanwhile
         entries = [adapters.get(name) for name in (adapters.by_name if names is None else names)]
         drafts = {entry.name: _draft(model, entry, folder, state, ends) for entry in entries}
-        active, modules = adapters.switch.default.names, list(model.modules())
+        active, modules = adapters.active_selection.default.names, list(model.modules())
     with sharding.one_writer(modules) as first:
         if first and is_main_process:
             save_set.save(folder, drafts, active)

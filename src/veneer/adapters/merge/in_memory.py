@@ -39,7 +39,7 @@ def merge(adapters: Adapters, names: Sequence[str] | None, *, check: bool = Fals
 
 
 def _merge(adapters: Adapters, names: Sequence[str] | None, check: bool, into: str | None) -> None:
-    to_merge = list(adapters.switch.default.names if names is None else names)
+    to_merge = list(adapters.active_selection.default.names if names is None else names)
     merged = [name for name in adapters.by_name if any(name in layer.merged for layer in adapters.layers.values())]
     selection = adapters.selection(list(dict.fromkeys([*merged, *to_merge])))
     check_mergeable(adapters, selection.names)
@@ -60,7 +60,7 @@ def merge_and_unload(
 
 
 def _merge_and_unload(adapters: Adapters, names: Sequence[str] | None, check: bool, into: str | None) -> nn.Module:
-    merged = adapters.selection(list(adapters.switch.default.names if names is None else names)).names
+    merged = adapters.selection(list(adapters.active_selection.default.names if names is None else names)).names
     check_mergeable(adapters, merged)
     packed = choose(adapters.layers.values(), merged, into, adapters.catalog.dtype)
     biases = new_biases(adapters.layers.values(), merged, adapters.catalog.model)
