@@ -17,7 +17,7 @@ def open_checkpoint(source: Source, *, strict: bool = True, config: PeftConfig |
 
     Raises:
         IncompleteCheckpointError: the config, the weights or every tensor is missing.
-        SourceError: a file cannot be read; ConfigError: the config cannot be honoured.
+        SourceError: a file cannot be read; ConfigError: the config is wrong, or not supported.
     """
     from veneer.checkpoints.spellings import as_peft_writes  # the methods that it asks are made of checkpoints
 
