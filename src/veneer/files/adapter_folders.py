@@ -81,7 +81,7 @@ def _read(source: Source) -> tuple[list[str], list[str]]:
     if values.get(SAVING):
         raise IncompleteCheckpointError(
             f"{source.origin}: saving the adapters here was cut off, so that files of two states may lie side by side.",
-            hint=f"Save them again. What is whole can be loaded by its own folder, or once {SET_FILE} is deleted.",
+            hint=f"Save them again. A whole adapter can be loaded by its own folder, or once {SET_FILE} is deleted.",
         )
     parts = values.get("adapters", []), values.get("active", [])
     if not all(isinstance(part, list) and all(isinstance(name, str) for name in part) for part in parts):

@@ -84,7 +84,7 @@ def _folder(folder: Path) -> Iterator[None]:
 
 
 def flush(path: Path) -> None:
-    """Wait until what was written to a file is on the disk."""
+    """Wait until a file's contents are on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

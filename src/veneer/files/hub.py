@@ -55,7 +55,7 @@ def _cached(repo: str, request: dict[str, Any]) -> str | None:
 
 
 def _fetch(repo: str, lookup: LookupOptions, what: str, request: dict[str, Any], cached: str | None) -> str | None:
-    """Fetch a repository from the hub and return its folder; where the hub fails, what is ``cached`` is used."""
+    """Fetch a repository from the hub and return its folder; where the hub fails, the ``cached`` one."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -71,7 +71,7 @@ def _fetch(repo: str, lookup: LookupOptions, what: str, request: dict[str, Any],
             hint="Check the spelling; for a private one pass token=.",
         ) from error
     except (OSError, ValueError) as error:
-        # Whatever needs more than the cache holds raises its own error.
+        # Code that needs more files than the cache has raises its own error.
         if cached is None:
             raise _unreachable(repo, what, error) from error
         return cached

@@ -1,4 +1,4 @@
-"""Reads a JSON file of a checkpoint, or tells what is wrong with it."""
+"""Reads a JSON file of a checkpoint, and names the fault of a damaged one."""
 
 from __future__ import annotations
 

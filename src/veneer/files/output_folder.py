@@ -16,7 +16,7 @@ def check_output(folder: Path, overwrite: bool | None = None) -> None:
 
     Args:
         folder: where an output is to go.
-        overwrite: whether what it holds may be replaced; ``None`` where a caller has no option for that.
+        overwrite: whether its contents may be replaced; ``None`` where a caller has no option for that.
 
     Raises:
         OutputError: it is a file, closed to writing, or not empty.
@@ -28,7 +28,7 @@ def check_output(folder: Path, overwrite: bool | None = None) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be written, whatever it holds.
+    """Refuse a folder that cannot be written, even an empty one.
 
     Raises:
         OutputError: it is a file, no name that the system takes, or closed to writing.

@@ -1,4 +1,4 @@
-"""Tells what lies at a path, and never raises, whatever the path is."""
+"""Looks at paths, and never raises, not even for text that can be no path."""
 
 from __future__ import annotations
 

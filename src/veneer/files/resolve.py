@@ -19,8 +19,8 @@ from veneer.files.paths import exists, is_folder, nearest_path
 from veneer.files.safetensors_header import read_header
 from veneer.files.source import PICKLES, Source
 
-# What is fetched from the hub: everything but other formats' weights.
-_WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*")
+# The files to fetch from the hub: all but weights in other formats.
+_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*")
 # As the hub has it: ``name`` or ``owner/name``, each beginning and ending with a letter, a digit or ``_``.
 _HUB_ID = re.compile(r"(\w([\w.-]{,94}\w)?/)?\w([\w.-]{,94}\w)?", re.ASCII)
 _NOT_IN_HUB_ID = ("..", "--")
@@ -28,15 +28,12 @@ _NOT_HUB_ENDINGS = (SAFETENSORS, ".git")
 _DEFAULT = LookupOptions()
 
 
-# -- finding -----------------------------------------------------------------------------------------------
-
-
 def resolve(
     path: str | os.PathLike[str],
     lookup: LookupOptions = _DEFAULT,
     *,
     what: str = "path",
-    patterns: Sequence[str] = _WANTED,
+    patterns: Sequence[str] = _PATTERNS,
 ) -> Source:
     """Find the files of a local folder, a single safetensors file, or a hub id.
 

@@ -53,16 +53,16 @@ def merge(
     Args:
         adapter: an adapter's folder or hub id; or several, merged in their order; or a mapping from each to the
             weight that its change is multiplied by, defined for those that add to the weights.
-        base: the base; by default what the (first) adapter's config names.
+        base: the base; by default the one that the (first) adapter's config names.
         out: the folder to write. It must not exist or be empty, unless ``overwrite``.
         dtype: of the merged weights; ``"auto"`` keeps the base's.
         max_shard_size: bytes in one weight file, as a number or such as ``"5GB"``; the base's division if ``None``.
         rounding: ``"nearest"``, or ``"stochastic"``: up or down so that the expected value is exact.
         seed: of the stochastic rounding.
-        dequantize: turn a base in float8 or of bitsandbytes into plain numbers: ``dtype``, or that of its
+        dequantize: turn a base in float8 or of bitsandbytes into plain numbers, of ``dtype`` or of the dtype of its
             other weights.
         reversible: keep, compressed beside the weights, what :func:`veneer.unmerge` needs to restore the base.
-        overwrite: replace what is at ``out``.
+        overwrite: replace the model at ``out``.
         resume: go on where a merge of the same inputs to ``out`` was killed; one that fails can be resumed too.
         task: what the model is for; by default the adapter's task.
         strict: raise when adapter and base do not fit; else merge what fits and warn.

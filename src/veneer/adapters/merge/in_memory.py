@@ -31,8 +31,8 @@ LayerT = TypeVar("LayerT", bound=LayerAdapters)
 def merge(adapters: Adapters, names: Sequence[str] | None, *, check: bool = False, into: str | None = None) -> None:
     """Put adapters into the base weights, to be undone by ``adapters.unmerge()``, and select them.
 
-    The original weights are kept, so this costs memory for a second copy of each adapted layer. What is
-    merged already stays merged. Any other selection is still right afterwards, only slower.
+    The original weights are kept, so this costs memory for a second copy of each adapted layer. Adapters
+    that are merged already stay merged. Any other selection is still right afterwards, only slower.
     """
     with adapters.changing():
         _merge(adapters, names, check, into)

@@ -43,7 +43,7 @@ def choose(
 
 
 def measured(packed: Sequence[PackedLayer]) -> QuantizedMerge | None:
-    """Return what the last merge lost in its packed layers, and warn when that is much."""
+    """Return the error that packing added to the last merge, and warn when it is large."""
     chosen = next((layer.into.choice for layer in packed if layer.into is not None), None)
     if chosen is None:
         return None

@@ -92,7 +92,7 @@ def _switches(config: Any, build: Build) -> dict[str, dict[str, tuple[int, ...]]
     for key in keys:
         try:
             after = _shapes(build(**{key: not getattr(config, key)}))
-        except Exception:  # whatever transformers makes of a config that no model can have
+        except Exception:  # transformers raises anything for a config that no model can have
             continue
         gained = {name: shape for name, shape in after.items() if name not in before}
         if gained and before.keys() <= after.keys() and all(name.endswith(".bias") for name in gained):

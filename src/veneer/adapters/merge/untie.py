@@ -1,8 +1,8 @@
 """Shares or parts the weights that several modules of a model shared before a merge changed some of them.
 
 Those that are equal are shared again. Those that are not must stay apart when the model is saved and read again:
-transformers ties by the config's ``tie_word_embeddings``, fills what a file lacks from what it is tied to, and keeps
-apart what the file holds twice with different values.
+transformers ties by the config's ``tie_word_embeddings``, fills a weight that a file lacks from the one that it is tied
+to, and keeps apart weights that the file holds with different values.
 """
 
 from __future__ import annotations

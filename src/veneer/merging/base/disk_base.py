@@ -69,7 +69,7 @@ class DiskBase:
         source: its folder.
         files: its weight files.
         checkpoints: the adapters.
-        task: what the output is for; by default what an adapter says.
+        task: what the output is for; by default an adapter's task.
         dequantize: whether a quantised base is turned into plain numbers.
         trust_remote_code: run code that comes with the base.
 

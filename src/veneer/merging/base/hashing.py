@@ -98,6 +98,6 @@ class Hashing:
         return {name: self._begun[path][1].result() for name, path in self._expected.items()}
 
     def close(self) -> None:
-        """Cancel what is not finished."""
+        """Stop hashing; files that are not finished are given up."""
         self._closed.set()
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -96,7 +96,7 @@ def _is_plain(family: Family, config: Mapping[str, Any]) -> bool:
 
 
 def _are_plain(checkpoints: Sequence[Checkpoint], task: str | None) -> bool:
-    """Tell whether adapters ask of the base only what a plain skeleton has."""
+    """Tell whether a plain skeleton has all that adapters ask of the base."""
     tasks = {task, *(checkpoint.config.task_type for checkpoint in checkpoints)}
     return tasks <= {None, TaskType.CAUSAL_LM} and all(_is_lora(checkpoint.config) for checkpoint in checkpoints)
 
@@ -151,7 +151,7 @@ def _module(name: str, shape: tuple[int, ...], dtype: torch.dtype, bias: bool) -
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module at its dotted name, with what is above it."""
+    """Put a module at its dotted name, and make the modules above it."""
     parent = model
     for part in name.split(".")[:-1]:
         if part not in parent._modules:

@@ -90,7 +90,7 @@ class Bits4(Packed):
     Attributes:
         kind: ``"nf4"`` or ``"fp4"``.
         block: values that share a scale.
-        nested: how many scales share one, and what is added to each; ``None`` where scales are plain.
+        nested: how many scales share one, and the offset added to each; ``None`` where scales are plain.
     """
 
     kind: str

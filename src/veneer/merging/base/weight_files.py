@@ -64,8 +64,8 @@ class WeightFiles:
         """Open a full model's weight files.
 
         Raises:
-            IncompleteCheckpointError: there are none. CorruptFileError: one is damaged, or the index names what is
-            none. SourceError: one cannot be read, or is a link that leaves the folder.
+            IncompleteCheckpointError: there are none. CorruptFileError: one is damaged, or is no safetensors file.
+            SourceError: one cannot be read, or is a link that leaves the folder.
         """
         check_inside(source.root, weight_files(source, MODEL_STEM))
         headers = read_checked_headers(source, MODEL_STEM)
@@ -139,7 +139,7 @@ class WeightFiles:
 
 
 def _check_text(file: str, header: Header) -> None:
-    """Raise ``CorruptFileError`` for a file that is no safetensors file, or whose header holds what is no text."""
+    """Raise ``CorruptFileError`` for a file that is no safetensors file, or whose header is no text."""
     texts = (*header.tensors, *header.metadata, *header.metadata.values())
     odd = next((text for text in texts if not _is_text(text)), None)
     if odd is not None or not file.endswith(SAFETENSORS):

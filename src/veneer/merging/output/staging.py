@@ -78,7 +78,7 @@ def staging_folder(
 
     Raises:
         OutputError: another process writes there, or the target is taken, then or when the output is to take its
-            place. MergeError: what was begun there was made from something else.
+            place. MergeError: the unfinished merge there was made from other inputs.
     """
     root = hidden_folder(target)
     _check_is_ours(root)
@@ -104,7 +104,7 @@ def staging_folder(
 @contextmanager
 def _locked(root: Path, target: Path) -> Iterator[None]:
     """Hold the lock of a hidden folder, or raise ``OutputError`` where another process holds it."""
-    # Neither through a link nor emptied: whoever may write beside the target can have put anything there.
+    # The lock is not opened through a link, and not emptied: others may be able to write beside the target.
     lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

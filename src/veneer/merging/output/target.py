@@ -1,4 +1,4 @@
-"""Checks the folder to which a merge writes: what it holds, where it lies, and the space that is left."""
+"""Checks the folder to which a merge writes: its contents, its place, and the space that is left."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def _check_is_model(target: Path) -> None:
     foreign = _foreign(target)
     if foreign:
         raise OutputError(
-            f"{target} holds what is no part of a plain model, and would be lost: {', '.join(foreign[:3])}"
-            f"{f' and {len(foreign) - 3} more' if len(foreign) > 3 else ''}.",
+            f"{target} holds files or folders that are no part of a plain model and would be lost: "
+            f"{', '.join(foreign[:3])}{f' and {len(foreign) - 3} more' if len(foreign) > 3 else ''}.",
             hint="Move it away, or choose another folder.",
         )
 
@@ -93,7 +93,7 @@ def written_to(out: str | Path) -> Path:
 
 
 def _foreign(target: Path) -> list[str]:
-    """List what a folder holds that is no part of a plain model, by its path from there."""
+    """List the files and folders that are no part of a plain model, by their paths from the target."""
     recorded = _recorded(target)
     in_folders: list[str] = []
     for path in sorted(target.iterdir()):
@@ -103,7 +103,7 @@ def _foreign(target: Path) -> list[str]:
 
 
 def _unlike(folder: Path, patterns: Collection[str], recorded: Collection[str] = ()) -> list[str]:
-    """List what a folder holds that is neither recorded nor of any of these patterns, by name."""
+    """List the files and folders that are neither recorded nor of any of these patterns, by name."""
     return [
         path.name
         for path in sorted(folder.iterdir())
@@ -141,7 +141,7 @@ def check_apart(target: Path, inputs: Iterable[tuple[str, Path]]) -> None:
 
 
 def _identity(place: Path) -> tuple[int, int] | None:
-    """Return what identifies a folder, whatever path leads to it; ``None`` where there is none."""
+    """Return the device and inode of a folder; ``None`` where there is none."""
     try:
         stat = place.stat()
     except OSError:

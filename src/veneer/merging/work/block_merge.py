@@ -11,7 +11,7 @@ from veneer.merging.work.rounding import Rounder, RoundingTally
 from veneer.patches.patch import Patch
 from veneer.patches.weight_arithmetic import added_square, changed_into, patches_by_matrix, row_blocks
 
-# Values that are worked on at a time: a megabyte in float32, about what a core's cache holds.
+# Values of a block: a megabyte in float32, about the size of a core's cache.
 BLOCK_VALUES = 1 << 18
 
 

@@ -28,7 +28,7 @@ class MergeOptions(AsJson):
         rounding: ``"nearest"`` or ``"stochastic"``.
         seed: of the stochastic rounding.
         dequantize: whether a quantised base is turned into plain numbers first.
-        task: what the model is for; by default what the adapter says.
+        task: what the model is for; by default the adapter's task.
         strict: refuse adapters that do not fit.
     """
 

@@ -150,7 +150,7 @@ class Planner:
                 hint="Use another copy of the base.",
             )
 
-    # -- what is changed -----------------------------------------------------------------------------------
+    # -- changes -------------------------------------------------------------------------------------------
 
     def _layers(self) -> dict[str, ChangedLayer]:
         """Map each parameter to the layer that changes it; a bias is reached through the weight beside it."""

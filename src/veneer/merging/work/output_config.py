@@ -31,7 +31,7 @@ def output_config(base: DiskBase, plan: MergePlan, biases: NewBiases, dtype: tor
 
 
 def _class_head_and_dtype(base: DiskBase, dtype: torch.dtype | None) -> dict[str, Any]:
-    """Return what the output's class, head, dtype and form ask of its config."""
+    """Return the keys for the output's class, head, dtype and form."""
     model: Any = base.model
     values, changed = base.source.json(MODEL_CONFIG), dict[str, Any]()
     kind = type(model).__name__
@@ -55,14 +55,14 @@ def _labels(config: Mapping[str, Any], origin: str) -> int:
 
 
 def _untied(base: DiskBase, plan: MergePlan) -> dict[str, Any]:
-    """Return what says that weights which the base shares differ in the output."""
+    """Return the key which says that weights which the base shares differ in the output."""
     model: Any = base.model
     if not plan.untied or not getattr(model.config, FLAG, False) or asks_for_ties(model):
         return {}
     parameters = dict(base.build(**{FLAG: False}).named_parameters(remove_duplicate=False))
     others = [group for group in tie_groups(model) if not set(group) <= set(plan.untied)]
-    # Some families (T5) tie whatever their config says, and others tie more than was parted: what the file then lacks
-    # would be lost. Their reader keeps apart what is stored apart.
+    # Some families (T5) tie against their config, and others tie more weights than the merge parted: those that the
+    # file then lacks would be lost. Without the key their reader keeps apart what is stored apart.
     says_so = len({id(parameters[name]) for name in plan.untied}) > 1
     lost = any(len({id(parameters[name]) for name in group}) > 1 for group in others)
     return {FLAG: False} if says_so and not lost else {}

@@ -65,7 +65,7 @@ class PreparedMerge:
     warnings: list[str] = field(default_factory=list)
 
     def check_unchanged(self) -> None:
-        """Raise ``MergeError`` when the base or an adapter is no longer what it was at the start."""
+        """Raise ``MergeError`` when the base or an adapter has changed since the start."""
         self.files.check_unchanged()
         check_unchanged(self.stamps)
 
@@ -164,7 +164,7 @@ def _companions(base: Source) -> dict[str, Path]:
 
 
 def _files_of_adapters(sources: Sequence[Source]) -> list[Path]:
-    """Return the files that adapters bring, what lies beside their weights among them."""
+    """List the files of adapters, their companion files included."""
     return [path for s in sources for path in (*files_of_adapter(s).values(), *companions_of(s.root).values())]
 
 
