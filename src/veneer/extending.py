@@ -35,8 +35,7 @@ from veneer.methods.base.abilities import (
     TiesEmbeddings,
     VariesWithConfig,
 )
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, MethodOnSites, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, MethodOnSites, NewLayer, UniformMethod
 from veneer.methods.base.prompt_method import EmbeddingTable, PromptEncoder, PromptMethod
 from veneer.methods.base.routed_method import RoutedMethod
 from veneer.patches.multipliers import BlockDiagonal, Diagonal, FullMatrix, IdentityPlusLowRank, Multiplier
@@ -97,6 +96,7 @@ __all__ = [
     "TargetedConfig",
     "TiesEmbeddings",
     "Tokens",
+    "UniformMethod",
     "VariesWithConfig",
     "VectorSite",
     "register_config",

@@ -9,7 +9,7 @@ import pytest
 
 from tests.methods.document import names
 from veneer.methods.base.abilities import ChangesWhenSaved, StoresShared
-from veneer.methods.base.leaf import Leaf
+from veneer.methods.base.method import Leaf
 from veneer.methods.base.prompt_method import PromptMethod
 
 

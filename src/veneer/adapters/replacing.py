@@ -8,7 +8,7 @@ import torch
 
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.collection import Adapters
-from veneer.methods.base.leaf import Leaf
+from veneer.methods.base.method import Leaf
 
 
 def spare(adapters: Adapters, name: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from veneer.base_model.sites.site import Site
 from veneer.methods import AnyMethod
-from veneer.methods.base.leaf import Leaf
+from veneer.methods.base.method import Leaf
 from veneer.patches.patch import Patch
 from veneer.patches.weight_arithmetic import merged, merged_bias
 

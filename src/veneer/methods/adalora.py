@@ -19,8 +19,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.adalora import AdaLoraConfig
 from veneer.methods.base.abilities import Allocates, Penalised
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.methods.shared.rank_allocation import A, B, E, RankAllocation
 from veneer.methods.shared.rotation import check_groups
 from veneer.patches.patch import Patch

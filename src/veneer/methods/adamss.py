@@ -23,8 +23,7 @@ from veneer.base_model.sites.site import Site
 from veneer.configs.methods.adamss import AdamssConfig
 from veneer.errors import BaseMismatchError, UnsupportedError
 from veneer.methods.base.abilities import Allocates, ChangesWhenSaved, SettledByCheckpoint, VariesWithConfig
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.methods.shared.group_allocation import A, B, GroupAllocation
 from veneer.packages import require
 from veneer.patches.patch import Patch

@@ -24,8 +24,7 @@ from veneer.base_model.sites.site import Site
 from veneer.configs.methods.adaption_prompt import AdaptionPromptConfig
 from veneer.errors import TargetError
 from veneer.methods.base.abilities import ChoosesLayers, CompletesConfig
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, MethodOnSites, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, MethodOnSites, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
 from veneer.patches.patch import Patch
 

@@ -20,8 +20,7 @@ from veneer.base_model.sites.site import Site
 from veneer.configs.methods.boft import BOFTConfig
 from veneer.errors import UnsupportedError
 from veneer.methods.base.abilities import SettledByCheckpoint
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.methods.shared.patch_dropout import of_blocks
 from veneer.methods.shared.rotation import cayley, check_groups
 from veneer.patches.multipliers import BlockDiagonal, Diagonal, FullMatrix, Multiplier

@@ -16,8 +16,7 @@ from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.c3a import C3AConfig
 from veneer.errors import UnsupportedError
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.patches.operators import Circulant
 from veneer.patches.patch import Patch
 

@@ -16,21 +16,17 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.deft import DeftConfig
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, NewLayer, UniformMethod
 from veneer.patches.patch import Patch
 
 P, R = "deft_P", "deft_R"
 
 
-class Deft(Method[DeftConfig, DeftConfig]):
+class Deft(UniformMethod[DeftConfig]):
     """Adapts linear layers, by PaRa too."""
 
     kinds = (LinearSite,)
     leaves = (Leaf(P), Leaf(R))
-
-    def settings(self, config: DeftConfig, site: Site) -> DeftConfig:
-        return config
 
     def shapes(self, settings: DeftConfig, site: Site) -> dict[str, tuple[int, ...]]:
         out, inner = site.shape

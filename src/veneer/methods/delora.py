@@ -18,8 +18,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.delora import DeloraConfig
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.patches.patch import Patch
 
 A, B, LAMBDA, NORM = "delora_A", "delora_B", "delora_lambda", "delora_w_norm"

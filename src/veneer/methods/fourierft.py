@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from veneer.configs.methods.fourierft import FourierFTConfig
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer
+from veneer.methods.base.method import BaseLayer, Leaf
 from veneer.methods.shared.sparse_spectrum import SparseSpectrum, SpectrumSettings
 from veneer.patches.operators import SparseInTransform
 from veneer.patches.patch import Patch

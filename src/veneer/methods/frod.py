@@ -21,8 +21,7 @@ from veneer.base_model.sites.site import Site
 from veneer.configs.methods.frod import FrodConfig
 from veneer.errors import UnsupportedError
 from veneer.methods.base.abilities import DerivesTensors
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, NewLayer, UniformMethod
 from veneer.methods.shared.random_projection import SharesProjection
 from veneer.patches.patch import Patch
 
@@ -31,7 +30,7 @@ V, PLACES, SIZE = "frod_V", "frod_s_indices", "frod_s_size"
 U = "frod_U"
 
 
-class Frod(Method[FrodConfig, FrodConfig], SharesProjection, DerivesTensors):
+class Frod(UniformMethod[FrodConfig], SharesProjection, DerivesTensors):
     """Adapts linear layers."""
 
     kinds = (LinearSite,)
@@ -41,9 +40,6 @@ class Frod(Method[FrodConfig, FrodConfig], SharesProjection, DerivesTensors):
         Leaf(PLACES, trained=False, integer=True),
         Leaf(SIZE, trained=False, integer=True),
     )
-
-    def settings(self, config: FrodConfig, site: Site) -> FrodConfig:
-        return config
 
     def shapes(self, settings: FrodConfig, site: Site) -> dict[str, tuple[int, ...]]:
         return {LENGTHS: (site.shape[1],), ENTRIES: (_count(settings, site.shape[1]),)}

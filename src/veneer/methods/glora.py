@@ -19,8 +19,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.glora import GloraConfig
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, NewLayer, UniformMethod
 from veneer.patches.operators import HadamardLowRank
 from veneer.patches.patch import Patch
 
@@ -28,7 +27,7 @@ A, B, C, D, E = (f"glora_{part}" for part in "ABCDE")
 DOWN, UP, PLAIN = ".Xd", ".Xu", ".X"
 
 
-class Glora(Method[GloraConfig, GloraConfig]):
+class Glora(UniformMethod[GloraConfig]):
     """Adapts linear layers."""
 
     kinds = (LinearSite,)
@@ -37,9 +36,6 @@ class Glora(Method[GloraConfig, GloraConfig]):
         # What is "none" stands in peft's checkpoints as zeros.
         *(Leaf(part + ".zeros", loaded=False) for part in (A, B, C, D, E)),
     )
-
-    def settings(self, config: GloraConfig, site: Site) -> GloraConfig:
-        return config
 
     def shapes(self, settings: GloraConfig, site: Site) -> dict[str, tuple[int, ...]]:
         (out, inner), r = site.shape, settings.r

@@ -18,8 +18,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site, unsupported
 from veneer.configs.methods.gralora import GraloraConfig
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.patches.patch import Patch
 
 A, B = "gralora_A", "gralora_B"

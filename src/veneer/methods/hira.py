@@ -21,8 +21,7 @@ from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.hira import HiraConfig
 from veneer.methods.base.abilities import SettledByCheckpoint
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.methods.shared.rotation import check_groups
 from veneer.patches.operators import HadamardLowRank
 from veneer.patches.patch import Patch

@@ -17,8 +17,7 @@ from veneer.base_model.sites.conv import ConvSite
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.hra import HRAConfig
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.methods.shared.rotation import check_groups
 from veneer.patches.multipliers import IdentityPlusLowRank
 from veneer.patches.patch import Patch

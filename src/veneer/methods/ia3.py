@@ -17,8 +17,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import names_match
 from veneer.configs.methods.ia3 import IA3Config
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.patches.multipliers import Diagonal
 from veneer.patches.patch import Patch
 

@@ -21,8 +21,7 @@ from torch.nn import functional as F
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.lily import LilyConfig
 from veneer.methods.base.abilities import SharesBetweenLayers
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
 from veneer.patches.patch import Patch
 from veneer.patches.route import CacheableRoute

@@ -22,8 +22,7 @@ from veneer.base_model.sites.whole_layer import WholeSite
 from veneer.base_model.targets import shortest
 from veneer.configs.methods.ln_tuning import LNTuningConfig
 from veneer.methods.base.abilities import ChoosesLayers, CompletesConfig
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, MethodOnSites, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, MethodOnSites, NewLayer
 from veneer.patches.patch import Patch
 
 if TYPE_CHECKING:

@@ -21,8 +21,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.loha import LoHaConfig
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.methods.shared.patch_dropout import Drop, of_delta
 from veneer.methods.shared.tucker import as_low_rank, core_kernel, tucker
 from veneer.patches.patch import Patch

@@ -23,8 +23,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.lokr import LoKrConfig
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.methods.shared.patch_dropout import Drop, of_delta
 from veneer.methods.shared.tucker import core_kernel, tucker
 from veneer.patches.operators import Kronecker

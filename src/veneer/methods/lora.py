@@ -46,8 +46,7 @@ from veneer.methods.base.abilities import (
     SureToChange,
     TiesEmbeddings,
 )
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, MethodOnSites, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, MethodOnSites, NewLayer
 from veneer.methods.base.replaced_weight import TOKEN_BASE
 from veneer.methods.lora_starts import begin, is_moved, repeats
 from veneer.methods.lora_starts.start import StartLayer

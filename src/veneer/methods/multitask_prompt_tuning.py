@@ -17,7 +17,7 @@ from veneer.base_model.sites.site import Site
 from veneer.configs.methods.multitask_prompt_tuning import FROM_SOURCE, MultitaskPromptTuningConfig
 from veneer.errors import AdapterError, ConfigError
 from veneer.files.resolve import resolve
-from veneer.methods.base.leaf import Leaf
+from veneer.methods.base.method import Leaf
 from veneer.methods.base.prompt_method import PROMPT, PromptEncoder, PromptMethod
 from veneer.methods.prompt_tuning import start
 

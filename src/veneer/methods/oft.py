@@ -20,8 +20,7 @@ from veneer.base_model.sites.embedding import EmbeddingSite
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.oft import OFTConfig
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.methods.shared.patch_dropout import of_blocks
 from veneer.methods.shared.rotation import cayley, check_groups, neumann, skew_of
 from veneer.patches.multipliers import BlockDiagonal

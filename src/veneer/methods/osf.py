@@ -19,8 +19,7 @@ from veneer.base_model.sites.site import Site
 from veneer.configs.methods.osf import OSFConfig
 from veneer.configs.patterns import PART, match
 from veneer.methods.base.abilities import DerivesTensors
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.patches.patch import Patch
 
 U, S, V = (f"osf_svd_params.{part}_low" for part in "USV")

@@ -18,8 +18,7 @@ from veneer.base_model.sites.site import Site
 from veneer.configs.methods.peanut import PeanutConfig
 from veneer.errors import ConfigError
 from veneer.methods.base.abilities import VariesWithConfig
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.patches.patch import Patch
 
 A, B = "peanut_A.weight", "peanut_B.weight"

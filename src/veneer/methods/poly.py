@@ -22,8 +22,7 @@ from torch.distributions import RelaxedBernoulli
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.poly import PolyConfig
 from veneer.errors import AdapterError, UnsupportedError
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
 from veneer.patches.forward_call import selected_tasks
 from veneer.patches.patch import Patch

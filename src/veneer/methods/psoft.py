@@ -18,8 +18,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site, unsupported
 from veneer.configs.methods.psoft import PsoftConfig
 from veneer.methods.base.abilities import DerivesTensors
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.methods.shared.rotation import cayley, neumann, skew_of
 from veneer.patches.low_rank import balanced
 from veneer.patches.patch import Patch

@@ -23,8 +23,7 @@ from veneer.base_model.sites.site import Site
 from veneer.configs.methods.pvera import PveraConfig
 from veneer.errors import MergeError
 from veneer.methods.base.abilities import RefusesMerge
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.methods.shared.random_projection import SharesProjection, largest
 from veneer.patches.patch import Patch
 

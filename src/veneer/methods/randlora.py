@@ -21,8 +21,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.randlora import RandLoraConfig
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, NewLayer, UniformMethod
 from veneer.methods.shared.random_projection import SharesProjection
 from veneer.patches.patch import Patch
 
@@ -32,16 +31,13 @@ SHARED_A = "randlora_A"
 SHARED_B = "randlora_B"
 
 
-class RandLora(Method[RandLoraConfig, RandLoraConfig], SharesProjection):
+class RandLora(UniformMethod[RandLoraConfig], SharesProjection):
     """Adapts linear layers."""
 
     kinds = (LinearSite,)
     # peft writes the shared tensors once more for every layer.
     leaves = (Leaf(LAMBDA), Leaf(GAMMA), Leaf(SHARED_A, loaded=False), Leaf(SHARED_B, loaded=False))
     shared = (Leaf(SHARED_A, trained=False), Leaf(SHARED_B, trained=False))
-
-    def settings(self, config: RandLoraConfig, site: Site) -> RandLoraConfig:
-        return config
 
     def shapes(self, settings: RandLoraConfig, site: Site) -> dict[str, tuple[int, ...]]:
         small, bases = min(site.shape), math.ceil(min(site.shape) / settings.r)

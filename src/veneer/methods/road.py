@@ -18,8 +18,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.road import VARIANTS, RoadConfig
 from veneer.errors import UnsupportedError
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.patches.multipliers import BlockDiagonal
 from veneer.patches.patch import Patch
 

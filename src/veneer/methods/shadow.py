@@ -32,8 +32,7 @@ from veneer.configs.methods.shadow import MIRROR, ShadowConfig
 from veneer.configs.names import HEADS, TaskType
 from veneer.errors import AdapterError, TargetError, UnsupportedError
 from veneer.methods.base.abilities import ChoosesLayers, CompletesConfig, SharesTensors
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, MethodOnSites, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, MethodOnSites, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
 from veneer.methods.shared.shadow_decoder_files import embedding_leaves, shadow_source
 from veneer.patches.forward_call import current

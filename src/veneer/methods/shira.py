@@ -16,8 +16,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.shira import ShiraConfig
 from veneer.errors import UnsupportedError
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.methods.shared.random_entries import random_places
 from veneer.patches.operators import Sparse
 from veneer.patches.patch import Patch

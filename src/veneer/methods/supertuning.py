@@ -18,8 +18,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site, unsupported
 from veneer.configs.methods.supertuning import SupertuningConfig
 from veneer.methods.base.abilities import DerivesTensors
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.patches.operators import Sparse
 from veneer.patches.patch import Patch
 

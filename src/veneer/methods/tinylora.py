@@ -20,8 +20,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.tinylora import TinyLoraConfig
 from veneer.methods.base.abilities import DerivesTensors, SharesTensors
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, NewLayer, UniformMethod
 from veneer.patches.low_rank import truncated
 from veneer.patches.patch import Patch
 
@@ -31,15 +30,12 @@ P = "tinylora_P"
 V = "tinylora_v"
 
 
-class TinyLora(Method[TinyLoraConfig, TinyLoraConfig], SharesTensors, DerivesTensors):
+class TinyLora(UniformMethod[TinyLoraConfig], SharesTensors, DerivesTensors):
     """Adapts linear layers and embeddings."""
 
     kinds = (LinearSite, EmbeddingSite)
     leaves = (Leaf(A, trained=False), Leaf(B, trained=False), Leaf(P, trained=False))
     shared = (Leaf(V),)
-
-    def settings(self, config: TinyLoraConfig, site: Site) -> TinyLoraConfig:
-        return config
 
     def shapes(self, settings: TinyLoraConfig, site: Site) -> dict[str, tuple[int, ...]]:
         out, inner = _stored_shape(site)

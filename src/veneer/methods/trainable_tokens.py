@@ -18,8 +18,7 @@ from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import shortest
 from veneer.configs.methods.trainable_tokens import TrainableTokensConfig
 from veneer.methods.base.abilities import ChoosesLayers, CompletesConfig
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import MethodOnSites, NewLayer
+from veneer.methods.base.method import Leaf, MethodOnSites, NewLayer
 from veneer.methods.base.replaced_weight import SAVED_WEIGHT
 from veneer.methods.shared.token_rows import TokenRows, TokenSettings
 

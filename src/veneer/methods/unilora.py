@@ -19,8 +19,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.unilora import UniLoraConfig
 from veneer.methods.base.abilities import DerivesTensors, SharesTensors
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, NewLayer, UniformMethod
 from veneer.patches.patch import Patch
 
 INDICES_A, INDICES_B = "unilora_indices_A", "unilora_indices_B"
@@ -28,7 +27,7 @@ SCALES_A, SCALES_B = "unilora_scales_A", "unilora_scales_B"
 THETA = "unilora_theta_d"
 
 
-class UniLora(Method[UniLoraConfig, UniLoraConfig], SharesTensors, DerivesTensors):
+class UniLora(UniformMethod[UniLoraConfig], SharesTensors, DerivesTensors):
     """Adapts linear layers."""
 
     kinds = (LinearSite,)
@@ -39,9 +38,6 @@ class UniLora(Method[UniLoraConfig, UniLoraConfig], SharesTensors, DerivesTensor
         Leaf(SCALES_B, trained=False),
     )
     shared = (Leaf(THETA),)
-
-    def settings(self, config: UniLoraConfig, site: Site) -> UniLoraConfig:
-        return config
 
     def shapes(self, settings: UniLoraConfig, site: Site) -> dict[str, tuple[int, ...]]:
         if not settings.save_indices:

@@ -19,8 +19,7 @@ from veneer.base_model.sites.site import Site
 from veneer.configs.methods.vblora import VBLoRAConfig
 from veneer.errors import UnsupportedError
 from veneer.methods.base.abilities import ChangesWhenSaved, SharesTensors
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.patches.patch import Patch
 
 LOGITS_A = "vblora_logits_A"

@@ -16,8 +16,7 @@ from torch import Tensor
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.vera import VeraConfig
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, NewLayer, UniformMethod
 from veneer.methods.shared.random_projection import SharesProjection, largest
 from veneer.patches.patch import Patch
 
@@ -27,15 +26,12 @@ SHARED_A = "vera_A"
 SHARED_B = "vera_B"
 
 
-class Vera(Method[VeraConfig, VeraConfig], SharesProjection):
+class Vera(UniformMethod[VeraConfig], SharesProjection):
     """Adapts linear layers."""
 
     leaves = (Leaf(B), Leaf(D))
     kinds = (LinearSite,)
     shared = (Leaf(SHARED_A, trained=False), Leaf(SHARED_B, trained=False))
-
-    def settings(self, config: VeraConfig, site: Site) -> VeraConfig:
-        return config
 
     def shapes(self, settings: VeraConfig, site: Site) -> dict[str, tuple[int, ...]]:
         return {B: (site.shape[0],), D: (settings.r,)}

@@ -16,8 +16,7 @@ from torch import Tensor
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.waveft import WaveFTConfig
 from veneer.methods.base.abilities import ChoosesLayers
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, MethodOnSites
+from veneer.methods.base.method import BaseLayer, Leaf, MethodOnSites
 from veneer.methods.shared.sparse_spectrum import SparseSpectrum, SpectrumSettings
 from veneer.methods.shared.wavelets import between, low_pass
 from veneer.patches.patch import Patch

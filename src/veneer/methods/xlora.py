@@ -25,8 +25,7 @@ from veneer.base_model.sites.site import Site
 from veneer.configs.methods.xlora import XLoraConfig
 from veneer.errors import AdapterError, UnsupportedError
 from veneer.methods.base.abilities import ChoosesLayers, CompletesConfig, SharesTensors
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, MethodOnSites, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, MethodOnSites, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
 from veneer.methods.shared.expert_mixture import LiveLayer, low_rank_patches, weighted_sum
 from veneer.patches.forward_call import current

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from veneer.base_model.sites.site import Site
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import AnyMethod, BaseLayer, MethodOnSites
+from veneer.methods.base.method import AnyMethod, BaseLayer, Leaf, MethodOnSites
 
 if TYPE_CHECKING:
     from veneer.base_model.catalog import Catalog

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -15,11 +15,37 @@ from torch import Tensor
 from veneer.base_model.sites.site import Site, unsupported
 from veneer.configs.base import TargetedConfig
 from veneer.files.tensor_keys import PREFIX
-from veneer.methods.base.leaf import Leaf
 from veneer.patches.patch import Patch
 
 ConfigT = TypeVar("ConfigT", bound=TargetedConfig)
 SettingsT = TypeVar("SettingsT")
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Names one tensor of a method, and says how it is trained, saved and loaded.
+
+    Attributes:
+        name: its name in a checkpoint, behind its layer's.
+        trained: whether training changes it.
+        saved: whether a checkpoint holds it; one that it does not hold is worked out again when it is loaded.
+        loaded: whether it is read from a checkpoint; peft writes some that say nothing.
+        moves_bias: whether it moves a layer's output as a bias does, even where the layer has none.
+        integer: whether it holds whole numbers, such as the places of values.
+        memory_name: its name in memory, where the adapter's name follows its first part; by default its name.
+    """
+
+    name: str
+    _: KW_ONLY
+    trained: bool = True
+    saved: bool = True
+    loaded: bool = True
+    moves_bias: bool = False
+    integer: bool = False
+    memory_name: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "memory_name", self.memory_name or self.name)
 
 
 class BaseLayer(Protocol):
@@ -148,6 +174,13 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
     @abstractmethod
     def lower(self, settings: SettingsT, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         """Return what the tensors mean for the layer. Pure and differentiable."""
+
+
+class UniformMethod(Method[ConfigT, ConfigT]):
+    """Takes the config itself for the settings of every layer."""
+
+    def settings(self, config: ConfigT, site: Site) -> ConfigT:
+        return config
 
 
 AnyMethod = Method[Any, Any]

@@ -16,7 +16,7 @@ from veneer.base_model.sites.site import Site
 from veneer.configs.base import PromptConfig
 from veneer.files.tensor_keys import SHARED_PREFIX
 from veneer.methods.base.abilities import StoresShared
-from veneer.methods.base.leaf import Leaf
+from veneer.methods.base.method import Leaf
 
 ConfigT = TypeVar("ConfigT", bound=PromptConfig)
 

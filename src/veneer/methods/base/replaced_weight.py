@@ -14,8 +14,7 @@ from torch import Tensor
 from veneer.base_model.sites.site import Site
 from veneer.configs.base import TargetedConfig
 from veneer.methods.base.abilities import AdaptsTwins, SettledByCheckpoint
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.methods.base.trained_bias import ADAPTED_BIAS, Bias
 from veneer.patches.patch import Patch, Tokens
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from veneer.base_model.sites.parameter import VectorSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.base import TargetedConfig
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.patches.patch import Patch
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from veneer.base_model.sites.site import Site, unsupported
 from veneer.configs.lora_variant_options import KasaConfig
-from veneer.methods.base.leaf import Leaf
+from veneer.methods.base.method import Leaf
 from veneer.methods.lora_variants.variant import LORA_A, LORA_B, Variant
 from veneer.patches.multipliers import IdentityPlusLowRank
 from veneer.patches.patch import Patch

@@ -21,7 +21,7 @@ from torch.distributions import Dirichlet, kl_divergence
 
 from veneer.base_model.sites.site import Site
 from veneer.configs.lora_variant_options import MontecloraConfig
-from veneer.methods.base.leaf import Leaf
+from veneer.methods.base.method import Leaf
 from veneer.methods.lora_variants.variant import Variant
 from veneer.patches.patch import Patch
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from veneer.base_model.sites.site import Site
-from veneer.methods.base.leaf import Leaf
+from veneer.methods.base.method import Leaf
 from veneer.patches.patch import Patch
 
 if TYPE_CHECKING:

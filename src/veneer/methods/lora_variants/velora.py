@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from veneer.base_model.sites.site import Site
 from veneer.configs.lora_variant_options import VeloraConfig
-from veneer.methods.base.leaf import Leaf
+from veneer.methods.base.method import Leaf
 from veneer.methods.lora_variants.variant import Variant
 from veneer.patches.patch import Patch
 

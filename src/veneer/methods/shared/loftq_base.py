@@ -14,8 +14,7 @@ from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.lora import LoraConfig
 from veneer.methods.base.abilities import ChangesWhenSaved, Exclusive
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, Method, NewLayer
+from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.methods.lora_starts.loftq import quantised
 from veneer.patches.patch import Patch
 

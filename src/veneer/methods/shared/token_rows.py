@@ -19,8 +19,7 @@ from veneer.base_model.targets import names_match
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import ConfigError
 from veneer.methods.base.abilities import AdaptsTwins
-from veneer.methods.base.leaf import Leaf
-from veneer.methods.base.method import BaseLayer, ConfigT, Method, MethodOnSites, NewLayer
+from veneer.methods.base.method import BaseLayer, ConfigT, Leaf, Method, MethodOnSites, NewLayer
 from veneer.patches.patch import Patch, Tokens
 
 if TYPE_CHECKING:
