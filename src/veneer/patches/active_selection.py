@@ -39,7 +39,7 @@ class ActiveSelection:
         enabled: False makes the default one empty.
         choosing: the lock that is held while the default one, or the set of adapters, changes.
         underway: the calls of the model, and the changes that wait for them.
-        widened: values of tensors in wider dtypes, which layers share.
+        casts: inputs of layers, cast to the dtype of their adapters; layers share them.
     """
 
     def __init__(self) -> None:

@@ -83,3 +83,5 @@ class ParameterSite(Site):
 
 class VectorSite(ColumnSite, ParameterSite):
     """A bias that a larger layer uses itself, as a matrix of one column."""
+
+    is_bias = True

@@ -38,6 +38,7 @@ class Site(ABC):
         shift_only: whether a patch can only move the bias here.
         looks_up: whether the layer looks rows of its stored weight up, as an embedding does.
         inside_layer: whether the weight is one of several in a larger layer, which uses it in its own ``forward``.
+        is_bias: whether the parameter is a bias that a larger layer uses itself.
         is_packed: whether another library has packed (quantised) the weight.
         low_rank_names: the names of a LoRA's ``A`` and ``B`` on this kind of layer in a checkpoint.
         low_rank_gain: the factor by which the layer multiplies a LoRA.
@@ -49,6 +50,7 @@ class Site(ABC):
     shift_only: ClassVar[bool] = False
     looks_up: ClassVar[bool] = False
     inside_layer: ClassVar[bool] = False
+    is_bias: ClassVar[bool] = False
     is_packed: ClassVar[bool] = False
     low_rank_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
     low_rank_gain: float = 1.0

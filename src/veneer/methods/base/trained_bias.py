@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from veneer.base_model.sites.parameter import VectorSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.base import TargetedConfig
 from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
@@ -31,20 +30,20 @@ class Bias(Method[TargetedConfig, None]):
         return None
 
     def shapes(self, settings: None, site: Site) -> dict[str, tuple[int, ...]]:
-        has = isinstance(site, VectorSite) or site.bias is not None
-        return {self.name: site.shape[:1]} if has else {}
+        has_bias = site.is_bias or site.bias is not None
+        return {self.name: site.shape[:1]} if has_bias else {}
 
     def init(self, new: NewLayer[TargetedConfig, None]) -> dict[str, Tensor]:
         return {self.name: base_bias(new.base).float().clone()}
 
     def lower(self, settings: None, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         shift = tensors[self.name].float() - base_bias(base).float()
-        return Patch(dense=shift.unsqueeze(1)) if isinstance(base.site, VectorSite) else Patch(shift=shift)
+        return Patch(dense=shift.unsqueeze(1)) if base.site.is_bias else Patch(shift=shift)
 
 
 def base_bias(base: BaseLayer) -> Tensor:
     """Return the bias of the base that a trained one takes the place of."""
-    if isinstance(base.site, VectorSite):
+    if base.site.is_bias:
         return base.base_weight().squeeze(1)
     assert base.base_bias is not None
     return base.base_bias.detach()
