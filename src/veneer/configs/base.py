@@ -98,7 +98,7 @@ class PeftConfig(Fields):
 
     @property
     def expert_paths(self) -> Mapping[str, str]:
-        """Where those of :attr:`experts` are that come with it: name -> folder or hub id."""
+        """The folders or hub ids, by name, of the :attr:`experts` that come with the config."""
         return {}
 
     @classmethod

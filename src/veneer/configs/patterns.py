@@ -33,7 +33,7 @@ _TOKENS = re.compile(r"\\N\{[^}]*\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(?:(\d*)(,?
 
 
 class Form(NamedTuple):
-    """How an expression is matched with a name: a template around it, and the method of ``re`` that matches."""
+    """A way of matching an expression with a name: a template around it, and the method of ``re``."""
 
     around: str
     method: str

@@ -27,7 +27,7 @@ _FIRST_ID = 3
 
 @dataclass(frozen=True)
 class Workload:
-    """How a model is run: its kind, and inputs for it.
+    """A way of running a model: its kind, and inputs for it.
 
     Attributes:
         kind: "causal" and "seq2seq" generate; "forward" runs once.
@@ -133,7 +133,7 @@ def _generated(model: Any, inputs: Inputs, new_tokens: int, choice: Mapping[str,
 
 
 def workload_of(model: Any, tokens: Tensor | None = None) -> Workload:
-    """Choose how a model is run, by its class and config.
+    """Choose the way of running a model, by its class and config.
 
     Args:
         model: a plain transformers model.
