@@ -98,6 +98,13 @@ def check_at_least(config: object, least: int, *names: str) -> None:
             raise ConfigError(f"{name}={value!r} is too small.", hint=f"It is at least {least}.")
 
 
+def check_choice(config: object, name: str, *choices: Any) -> None:
+    """Raise ``ConfigError`` when a field is none of its choices."""
+    value = getattr(config, name)
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is unknown.", hint=f"Known: {', '.join(map(repr, choices))}.")
+
+
 def check_share(config: object, *names: str) -> None:
     """Raise ``ConfigError`` when a field is no share from 0 up to 1."""
     for name in names:

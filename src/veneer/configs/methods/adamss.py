@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from veneer.configs.base import TargetedConfig
 from veneer.configs.names import PeftType
-from veneer.configs.value_checks import check_at_least_one
+from veneer.configs.value_checks import check_at_least_one, check_choice
 from veneer.errors import ConfigError
 
 
@@ -55,8 +55,7 @@ class AdamssConfig(TargetedConfig, peft_type=PeftType.ADAMSS):
         check_at_least_one(self, "r", "num_subspaces", "subspace_rank")
         if self.init_weights is False:
             self.init_weights = None
-        if self.init_weights not in ("orthogonal", None):
-            raise ConfigError(f"init_weights={self.init_weights!r} is no start.", hint='Known: "orthogonal", None.')
+        check_choice(self, "init_weights", "orthogonal", None)
         if self.use_asa:
             self._check_schedule()
 

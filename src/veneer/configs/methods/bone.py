@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from veneer.configs.base import TargetedConfig
 from veneer.configs.names import PeftType
-from veneer.configs.value_checks import check_at_least_one
-from veneer.errors import ConfigError
+from veneer.configs.value_checks import check_at_least_one, check_choice
 
 
 @dataclass
@@ -27,5 +26,4 @@ class BoneConfig(TargetedConfig, peft_type=PeftType.BONE):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least_one(self, "r")
-        if self.init_weights not in (True, False, "bat"):
-            raise ConfigError(f"init_weights={self.init_weights!r} is none.", hint='Use True, False or "bat".')
+        check_choice(self, "init_weights", True, False, "bat")

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 from veneer.configs.base import TargetedConfig
 from veneer.configs.names import PeftType
-from veneer.configs.value_checks import check_at_least_one
-from veneer.errors import ConfigError
+from veneer.configs.value_checks import check_at_least_one, check_choice
 
 
 @dataclass
@@ -29,8 +28,4 @@ class C3AConfig(TargetedConfig, peft_type=PeftType.C3A):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least_one(self, "block_size", "block_size_pattern")
-        starts = (True, False, None, "xavier_uniform", "kaiming_uniform", "gaussian")
-        if self.init_weights not in starts:
-            raise ConfigError(
-                f"init_weights={self.init_weights!r} is none.", hint=f"Use one of {', '.join(map(repr, starts))}."
-            )
+        check_choice(self, "init_weights", True, False, None, "xavier_uniform", "kaiming_uniform", "gaussian")

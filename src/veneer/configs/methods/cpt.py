@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from veneer.configs.base import PromptConfig
 from veneer.configs.names import PeftType, TaskType
-from veneer.configs.value_checks import check_not_negative
+from veneer.configs.value_checks import check_choice, check_not_negative
 from veneer.errors import ConfigError
 
 
@@ -51,7 +51,4 @@ class CPTConfig(PromptConfig, peft_type=PeftType.CPT):
             raise ConfigError(
                 "cpt_token_ids, cpt_mask and cpt_tokens_type_mask differ in length.", hint="Give one entry a token."
             )
-        if self.opt_weighted_loss_type not in ("none", "decay"):
-            raise ConfigError(
-                f"opt_weighted_loss_type={self.opt_weighted_loss_type!r} is unknown.", hint="Known: none, decay."
-            )
+        check_choice(self, "opt_weighted_loss_type", "none", "decay")

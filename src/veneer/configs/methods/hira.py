@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 from veneer.configs.base import TargetedConfig
 from veneer.configs.names import PeftType
-from veneer.configs.value_checks import check_at_least_one, check_share
-from veneer.errors import ConfigError
+from veneer.configs.value_checks import check_at_least_one, check_choice, check_share
 
 
 @dataclass
@@ -32,5 +31,4 @@ class HiraConfig(TargetedConfig, peft_type=PeftType.HIRA):
         super().__post_init__()
         check_at_least_one(self, "r", "rank_pattern")
         check_share(self, "hira_dropout")
-        if self.init_weights not in (True, False, None, "gaussian"):
-            raise ConfigError(f"init_weights={self.init_weights!r} is none.", hint='Use True, "gaussian" or False.')
+        check_choice(self, "init_weights", True, False, None, "gaussian")

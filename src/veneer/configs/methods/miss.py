@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from veneer.configs.base import TargetedConfig
 from veneer.configs.names import PeftType
-from veneer.configs.value_checks import check_at_least_one, check_share
-from veneer.errors import ConfigError
+from veneer.configs.value_checks import check_at_least_one, check_choice, check_share
 
 
 @dataclass
@@ -33,5 +32,4 @@ class MissConfig(TargetedConfig, peft_type=PeftType.MISS):
         super().__post_init__()
         check_at_least_one(self, "r", "mini_r")
         check_share(self, "miss_dropout")
-        if self.init_weights not in (True, False, "bat", "mini"):
-            raise ConfigError(f"init_weights={self.init_weights!r} is none.", hint='Use True, False, "bat" or "mini".')
+        check_choice(self, "init_weights", True, False, "bat", "mini")

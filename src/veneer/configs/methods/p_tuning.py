@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from veneer.configs.base import PromptConfig
 from veneer.configs.names import PeftType
-from veneer.configs.value_checks import check_at_least_one, check_share
-from veneer.errors import ConfigError
+from veneer.configs.value_checks import check_at_least_one, check_choice, check_share
 
 
 @dataclass
@@ -30,8 +29,4 @@ class PromptEncoderConfig(PromptConfig, peft_type=PeftType.P_TUNING):
         super().__post_init__()
         check_at_least_one(self, "encoder_hidden_size", "encoder_num_layers")
         check_share(self, "encoder_dropout")
-        if self.encoder_reparameterization_type not in ("MLP", "LSTM"):
-            raise ConfigError(
-                f"encoder_reparameterization_type={self.encoder_reparameterization_type!r} is unknown.",
-                hint="Known: MLP, LSTM.",
-            )
+        check_choice(self, "encoder_reparameterization_type", "MLP", "LSTM")

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from veneer.configs.base import PromptConfig
 from veneer.configs.names import PeftType
-from veneer.configs.value_checks import check_at_least_one
-from veneer.errors import ConfigError
+from veneer.configs.value_checks import check_at_least_one, check_choice
 
 
 @dataclass
@@ -27,5 +26,4 @@ class PrefixTuningConfig(PromptConfig, peft_type=PeftType.PREFIX_TUNING):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least_one(self, "encoder_hidden_size")
-        if self.init_weights not in (None, "zero"):
-            raise ConfigError(f"init_weights={self.init_weights!r} is unknown.", hint='Known: None, "zero".')
+        check_choice(self, "init_weights", None, "zero")

@@ -7,6 +7,7 @@ from typing import Any
 
 from veneer.configs.base import PromptConfig
 from veneer.configs.names import PeftType
+from veneer.configs.value_checks import check_choice
 from veneer.errors import ConfigError
 
 INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
@@ -35,10 +36,7 @@ class PromptTuningConfig(PromptConfig, peft_type=PeftType.PROMPT_TUNING):
 
     def _check_init(self, known: tuple[str, ...]) -> None:
         text = self.prompt_tuning_init == "TEXT"
-        if self.prompt_tuning_init not in known:
-            raise ConfigError(
-                f"prompt_tuning_init={self.prompt_tuning_init!r} is unknown.", hint=f"Known: {', '.join(known)}."
-            )
+        check_choice(self, "prompt_tuning_init", *known)
         if text and (self.prompt_tuning_init_text is None or not self.tokenizer_name_or_path):
             raise ConfigError(
                 'prompt_tuning_init="TEXT" has no text or no tokenizer.',

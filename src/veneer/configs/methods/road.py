@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from veneer.configs.base import TargetedConfig
 from veneer.configs.names import PeftType
+from veneer.configs.value_checks import check_choice
 from veneer.errors import ConfigError
 
 # How many numbers of each of its two tensors a variant has for two outputs.
@@ -30,7 +31,6 @@ class RoadConfig(TargetedConfig, peft_type=PeftType.ROAD):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.variant = str(getattr(self.variant, "value", self.variant))
-        if self.variant not in VARIANTS:
-            raise ConfigError(f"variant={self.variant!r} is none.", hint=f"Use one of {', '.join(VARIANTS)}.")
+        check_choice(self, "variant", *VARIANTS)
         if self.group_size < 2 or self.group_size % 2:
             raise ConfigError(f"group_size={self.group_size} has no halves.", hint="It is an even number.")
