@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# The matrices of an expert, by the names that older versions give them.
 GATE, UP, DOWN = "gate", "up", "down"
 _ROLES = {"w1": GATE, "w3": UP, "w2": DOWN, "gate_proj": GATE, "up_proj": UP, "down_proj": DOWN}
 _EXPERT = re.compile(rf"(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<role>{'|'.join(_ROLES)})")
@@ -42,9 +43,9 @@ class ExpertFactor:
     Attributes:
         key: the checkpoint's key.
         expert: the expert's index.
-        rows: where its rank begins in the stack's.
-        out: where its outputs begin in the stack's (``B``).
-        gain: multiplies it (``B``).
+        rows: the index of its first rank among the stack's.
+        out: the index of its first output among the stack's (``B``).
+        gain: a factor (``B``).
     """
 
     key: str
@@ -55,11 +56,11 @@ class ExpertFactor:
 
 
 @dataclass(frozen=True)
-class Stack:
+class StackedTensor:
     """Describes a tensor of the new layout, put together from those of the old.
 
     Attributes:
-        shape: of the stack of matrices, ``(experts, r, in)`` or ``(experts, out, r)``.
+        shape: the shape of the stack of matrices, ``(experts, r, in)`` or ``(experts, out, r)``.
         factors: the tensors in it; the rest is zero.
         is_down: it is ``A``.
     """
@@ -104,7 +105,7 @@ class RestackedCheckpoint(RenamedCheckpoint):
         stacks: key here -> how its tensor is put together.
     """
 
-    stacks: Mapping[str, Stack] = field(default_factory=dict)
+    stacks: Mapping[str, StackedTensor] = field(default_factory=dict)
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors by their keys here, and put together those that are stacks."""
@@ -216,21 +217,21 @@ class _StackedLora:
     def _gain(self, role: str, expert: int) -> float:
         return self.ranks_and_scales[role, expert][1] / self.scale if self.scale else 1.0
 
-    def down(self) -> Stack:
+    def down(self) -> StackedTensor:
         """Return the stack of all ``A``."""
         parts = [
             ExpertFactor(key, e, self._begin(role)) for role, lora in self.roles.items() for e, key in lora.down.items()
         ]
-        return Stack((self.experts, self.rank, self.inner), tuple(parts), True)
+        return StackedTensor((self.experts, self.rank, self.inner), tuple(parts), True)
 
-    def up(self) -> Stack:
+    def up(self) -> StackedTensor:
         """Return the stack of all ``B``."""
         parts = [
             ExpertFactor(key, e, self._begin(role), self._height(role) if role == UP else 0, self._gain(role, e))
             for role, lora in self.roles.items()
             for e, key in lora.up.items()
         ]
-        return Stack((self.experts, self.out, self.rank), tuple(parts), False)
+        return StackedTensor((self.experts, self.out, self.rank), tuple(parts), False)
 
 
 def _experts(unknown: Iterable[str], keys: Mapping[str, list[str]], catalog: Catalog) -> dict[str, dict[str, _Role]]:
@@ -314,7 +315,7 @@ def _still_there(config: LoraConfig, catalog: Catalog) -> list[str] | str | None
     return targets
 
 
-def _info(key: str, stack: Stack, tensors: Mapping[str, TensorInfo]) -> TensorInfo:
+def _info(key: str, stack: StackedTensor, tensors: Mapping[str, TensorInfo]) -> TensorInfo:
     """Describe a stack as a header would."""
     dtypes = {tensors[factor.key].dtype for factor in stack.factors}
     first = tensors[stack.factors[0].key]
