@@ -146,6 +146,7 @@ def test_a_set_comes_back_whole(base: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(again, batch), expected)
     assert again.load_report is not None
     assert again.load_report.kind == "set of adapters"
+    assert again.load_report.active == ["german", "french"]
     onto = veneer.PeftModel.from_pretrained(build("llama"), tmp_path / "set")
     assert torch.equal(logits(onto, batch), expected)
     model.save_pretrained(tmp_path / "one", selected_adapters=["french"])

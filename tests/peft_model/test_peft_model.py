@@ -286,6 +286,32 @@ def test_it_stands_for_its_base() -> None:
         _ = model.no_such_thing
 
 
+@pytest.mark.parametrize(
+    ("arch", "kind"),
+    [
+        ("gpt2", veneer.PeftModelForCausalLM),
+        ("bert", veneer.PeftModelForSequenceClassification),
+        ("t5", veneer.PeftModelForSeq2SeqLM),
+        ("vit", veneer.PeftModel),
+    ],
+)
+def test_without_a_task_the_bases_class_chooses_that_of_the_model(arch: str, kind: type[veneer.PeftModel]) -> None:
+    made = veneer.get_peft_model(build(arch), config(arch, task_type=None))
+    assert type(made).__mro__[1] is kind
+
+
+def test_a_class_of_somebody_elses_is_kept_and_takes_no_ones_place(tmp_path: Path) -> None:
+    class Mine(veneer.PeftModelForCausalLM):
+        task = veneer.TaskType.CAUSAL_LM
+
+    assert not isinstance(adapted(), Mine)
+    mine = Mine.from_pretrained(build("llama"), saved(tmp_path))
+    assert not isinstance(mine, Mine)  # as in peft, the task chooses
+    made = Mine(build("llama"), config())
+    assert isinstance(made, Mine)
+    assert isinstance(copy.deepcopy(made), Mine)
+
+
 def test_parameters_are_named_as_people_expect() -> None:
     names = set(adapted("bert").state_dict())
     stem = "base_model.model.bert.encoder.layer.0.attention.self.query"
@@ -306,6 +332,16 @@ def test_copies_and_pickles_are_models_of_their_own() -> None:
         other.set_adapter("second")
         assert torch.equal(logits(model, batch), expected)
         assert gap(logits(other, batch), expected) > VISIBLE
+
+
+def test_a_copy_has_a_report_of_its_own(tmp_path: Path) -> None:
+    model = veneer.PeftModel.from_pretrained(build("llama"), saved(tmp_path), adapter_name="first")
+    other = copy.deepcopy(model)
+    other.rename_adapter("first", "second")
+    assert [(m.load_report.active, m.load_report.adapters[0].name) for m in (model, other) if m.load_report] == [
+        (["first"], "first"),
+        (["second"], "second"),
+    ]
 
 
 def test_a_plain_torch_module_can_be_a_base() -> None:
