@@ -14,6 +14,9 @@ from torch.nn import functional as F
 
 from veneer.patches.layer_form import LayerForm
 
+# The rows of an input for which HadamardLowRank needs no matrix; with more the matrix is cheaper.
+_FEW_ROWS = 2
+
 
 class LinearOperator(ABC):
     """A matrix ``(out, in)`` of a layer, built only where it is merged."""
@@ -99,7 +102,7 @@ class DenseMatrix(LinearOperator):
 
 
 def _wide(x: Tensor) -> Tensor:
-    """``x`` in a dtype that products are exact and, of this size, quick in."""
+    """Return ``x`` in a dtype whose products are exact and, at this size, quick."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -117,8 +120,8 @@ class Kronecker(LinearOperator):
     def apply(self, x: Tensor) -> Tensor:
         x = _wide(x)
         parts = x.unflatten(-1, (self.first.shape[1], self.second.shape[1]))
-        found: Tensor = self.first.to(x.dtype) @ (parts @ self.second.to(x.dtype).mT)
-        return found.flatten(-2)
+        product: Tensor = self.first.to(x.dtype) @ (parts @ self.second.to(x.dtype).mT)
+        return product.flatten(-2)
 
     def dense(self) -> Tensor:
         return torch.kron(self.first, self.second.contiguous())
@@ -145,16 +148,16 @@ class Circulant(LinearOperator):
 
     @cached_property
     def _spectrum(self) -> Tensor:
-        """Shape ``(frequencies, in / s, out / s)``."""
-        found: Tensor = torch.fft.rfft(_wide(self.kernel)).conj().permute(2, 1, 0)
-        return found.resolve_conj().contiguous()
+        """The kernel's Fourier transform, shape ``(frequencies, in / s, out / s)``."""
+        spectrum: Tensor = torch.fft.rfft(_wide(self.kernel)).conj().permute(2, 1, 0)
+        return spectrum.resolve_conj().contiguous()
 
     def apply(self, x: Tensor) -> Tensor:
         size = self.kernel.shape[2]
         parts = _wide(x).reshape(-1, self.kernel.shape[1], size)
-        seen = torch.fft.rfft(parts).permute(2, 0, 1)  # (frequencies, rows, in / s)
-        found: Tensor = torch.fft.irfft((seen @ self._spectrum).permute(1, 2, 0), n=size)
-        return found.flatten(1).view(*x.shape[:-1], -1)
+        transformed = torch.fft.rfft(parts).permute(2, 0, 1)  # (frequencies, rows, in / s)
+        product: Tensor = torch.fft.irfft((transformed @ self._spectrum).permute(1, 2, 0), n=size)
+        return product.flatten(1).view(*x.shape[:-1], -1)
 
     def dense(self) -> Tensor:
         size = self.kernel.shape[2]
@@ -173,7 +176,7 @@ class Circulant(LinearOperator):
 class Sparse(LinearOperator):
     """``values`` at ``row`` and ``column``, each of shape ``(n,)``, in a matrix of ``shape``; indices are int32.
 
-    Several at one place add up.
+    Several values at one place add up.
     """
 
     values: Tensor
@@ -191,14 +194,14 @@ class Sparse(LinearOperator):
         flat = _wide(x).reshape(-1, self.shape[1])
         wants_grad = torch.is_grad_enabled() and (self.values.requires_grad or x.requires_grad)
         if wants_grad or torch.compiler.is_compiling():
-            found = flat @ self.dense().to(flat.dtype).mT
+            product = flat @ self.dense().to(flat.dtype).mT
         else:
-            found = (self._compressed.to(flat.dtype) @ flat.mT).mT
-        return found.reshape(*x.shape[:-1], -1)
+            product = (self._compressed.to(flat.dtype) @ flat.mT).mT
+        return product.reshape(*x.shape[:-1], -1)
 
     @cached_property
     def _compressed(self) -> Tensor:
-        """By rows, the form that multiplies fastest; made on first use."""
+        """The matrix compressed by rows, the form that multiplies fastest."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
             places = torch.stack([self.row, self.column])
@@ -258,7 +261,7 @@ class SparseInTransform(LinearOperator):
 class HadamardLowRank(LinearOperator):
     """``weight * (up @ down)``, entry by entry, of a base's ``weight``: (out, in), ``up``: (out, r), ``down``: (r, in).
 
-    Few rows of an input are served by r products with the weight itself, many by the matrix.
+    Few rows of an input take r products with the weight itself, many take the matrix.
     """
 
     weight: Tensor
@@ -278,8 +281,8 @@ class HadamardLowRank(LinearOperator):
         if len(flat) > _FEW_ROWS:
             return F.linear(flat, self.dense().to(flat.dtype)).view(*x.shape[:-1], -1)
         scaled = flat.unsqueeze(1) * self.down.to(flat.dtype)  # (rows, r, in)
-        found = F.linear(scaled, self.weight.to(flat.dtype)) * self.up.mT.to(flat.dtype)
-        return found.sum(1).view(*x.shape[:-1], -1)
+        products = F.linear(scaled, self.weight.to(flat.dtype)) * self.up.mT.to(flat.dtype)
+        return products.sum(1).view(*x.shape[:-1], -1)
 
     def dense(self) -> Tensor:
         return self.rows(0, len(self.weight))
@@ -292,7 +295,3 @@ class HadamardLowRank(LinearOperator):
 
     def changes(self) -> bool:
         return bool(self.up.count_nonzero()) and bool(self.down.count_nonzero())
-
-
-# From here on the matrix is cheaper.
-_FEW_ROWS = 2
