@@ -72,6 +72,17 @@ def test_a_failure_leaves_nothing(world: Path, monkeypatch: pytest.MonkeyPatch) 
     assert hidden(world) == []
 
 
+def test_a_merge_that_is_refused_closes_the_base(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise MergeError("refused")
+
+    monkeypatch.setattr("veneer.merging.work.prepare.bind_adapters", refuse)
+    with pytest.raises(MergeError, match="refused"):
+        merge(world)
+    open_files = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert not [path for path in open_files if path.startswith(str(world / "base"))]
+
+
 def test_it_goes_on_from_the_files_that_are_finished(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         die_after(patch, 4, KeyboardInterrupt())

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from veneer.errors import OutputError, PathNotFoundError, VeneerError
+from veneer.errors import OutputError, PathNotFoundError, SourceError, VeneerError
 from veneer.files.paths import exists
 
 _FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
@@ -39,8 +39,12 @@ def atomic_write(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def writing(target: Path) -> Iterator[None]:
-    """Turn what keeps the block from writing ``target`` into an error of Veneer's.
+def writing(target: Path, missing: type[SourceError] = PathNotFoundError) -> Iterator[None]:
+    """Turn the system's refusal to write ``target`` inside the block into an error of Veneer's.
+
+    Args:
+        target: the file or folder.
+        missing: the error where a folder above it is missing.
 
     Raises:
         OutputError: the system refuses, or safetensors does in its place.
@@ -53,7 +57,7 @@ def writing(target: Path) -> Iterator[None]:
         reason = _refusal(error)
         if reason is None:
             raise
-        kind = PathNotFoundError if isinstance(error, FileNotFoundError) else OutputError
+        kind = missing if isinstance(error, FileNotFoundError) else OutputError
         is_full = any(text in reason for text in _FULL)
         hint = "Make room there, or choose another place." if is_full else "Choose another place."
         raise kind(f"{target} cannot be written: {reason}.", hint=hint) from error

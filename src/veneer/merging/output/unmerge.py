@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.merge.cores import cores
-from veneer.errors import CorruptFileError, MergeError, VeneerError
+from veneer.errors import CorruptFileError, MergeError, OutputError, VeneerError
 from veneer.files.atomic_write import writing
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import DTYPE_BITS
@@ -112,7 +112,7 @@ def unmerge(
         )
     check_apart(target, [("merged folder", folder), *([] if origin is None else [("base", origin.root)])])
     on_step("restoring")
-    with writing(target), staging_folder(target, {}, False, overwrite) as staging:
+    with writing(target, missing=OutputError), staging_folder(target, {}, False, overwrite) as staging:
         if origin is not None:
             _copy(origin, staging.model, digests)
         else:

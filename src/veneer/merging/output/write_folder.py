@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.checkpoints.torch_dtypes import DTYPES
+from veneer.errors import OutputError
 from veneer.files.atomic_write import writing
 from veneer.files.names import INDEX, MODEL_CONFIG, MODEL_STEM
 from veneer.files.source import Source
@@ -51,7 +52,10 @@ def write_folder(
         OutputError, MergeError: as :func:`veneer.merge` raises it.
     """
     check_apart(target, [("base", prepared.base.root), *(("adapter", source.root) for source in prepared.sources)])
-    with writing(target), staging_folder(target, _made_from(prepared), resume, overwrite) as staging:
+    with (
+        writing(target, missing=OutputError),
+        staging_folder(target, _made_from(prepared), resume, overwrite) as staging,
+    ):
         manifest = _write(prepared, staging, hashing, reversible, on_step)
         prepared.check_unchanged()
         staging.commit()
