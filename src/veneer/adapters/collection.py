@@ -270,8 +270,8 @@ class Adapters(LayerPlacement):
             part.remove(adapter, self)
         with self.active_selection.choosing:
             self.by_name = {other: entry for other, entry in self.by_name.items() if other != name}
-            kept = self.active_selection.default.names
-            self.active_selection.default = Selection(tuple(other for other in kept if other != name))
+            names = self.active_selection.default.names
+            self.active_selection.default = Selection(tuple(other for other in names if other != name))
         self.layouts.ready.clear()
         self._refresh_hooks()
 

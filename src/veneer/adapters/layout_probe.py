@@ -154,7 +154,7 @@ def own_calls(model: nn.Module, call: Call, spans: Sequence[Mapping[str, slice]]
         usual = {"decoder_input_ids": _start(model, call), **usual}
     marks = special_tokens(model.config) if hasattr(model, "config") else set()
     changed = ({name: _noisy(call[name], part, marks) for name, part in span.items()} for span in spans)
-    return [usual, *({**usual, **own} for own in changed)]
+    return [usual, *({**usual, **noisy} for noisy in changed)]
 
 
 def _start(model: nn.Module, call: Call) -> Tensor:
@@ -168,15 +168,15 @@ def _noisy(value: Tensor, part: slice, marks: set[int]) -> Tensor:
     """Return ``value`` with noise in one part, or with other tokens in the place of ordinary ones."""
     value, generator = value.clone(), torch.Generator().manual_seed(0)
     if not value.is_floating_point():
-        own, last = value[part], max(int(value.max()) + 1, FIRST + 1)
-        other = torch.randint(FIRST, last, own.shape, generator=generator).to(own)
-        value[part] = torch.where(torch.isin(own, torch.tensor(sorted(marks)).to(own)), own, other)
+        ids, last = value[part], max(int(value.max()) + 1, FIRST + 1)
+        others = torch.randint(FIRST, last, ids.shape, generator=generator).to(ids)
+        value[part] = torch.where(torch.isin(ids, torch.tensor(sorted(marks)).to(ids)), ids, others)
         return value
-    own = value[part].float()
-    size = own.std() if own.numel() > 1 and bool(own.std() > 0) else torch.ones((), device=own.device)
-    noise = size * torch.randn(own.shape, generator=generator).to(own.device)
+    pixels = value[part].float()
+    size = pixels.std() if pixels.numel() > 1 and bool(pixels.std() > 0) else torch.ones((), device=pixels.device)
+    noise = size * torch.randn(pixels.shape, generator=generator).to(pixels.device)
     # An image of zeros only fills a place, and some models leave it out.
-    value[part] = (own + noise * (own != 0) if bool(own.any()) else noise).to(value.dtype)
+    value[part] = (pixels + noise * (pixels != 0) if bool(pixels.any()) else noise).to(value.dtype)
     return value
 
 

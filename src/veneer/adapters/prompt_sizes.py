@@ -43,8 +43,8 @@ def complete(config: PromptConfig, method: AnyPrompt, model: nn.Module) -> None:
         UnsupportedError: the model's config does not give them, or it takes no such prompt.
         BindError: the config names other sizes than the model has.
     """
-    own = asdict(_of_keys(model) if method.fills_cache else _of_words(model))
-    needed = own if method.fills_cache else {"token_dim": own["token_dim"]}
+    sizes = asdict(_of_keys(model) if method.fills_cache else _of_words(model))
+    needed = sizes if method.fills_cache else {"token_dim": sizes["token_dim"]}
     wrong = [
         f"{name} is {getattr(config, name)}, and the model's is {value}"
         for name, value in needed.items()
@@ -56,7 +56,7 @@ def complete(config: PromptConfig, method: AnyPrompt, model: nn.Module) -> None:
             problems=wrong,
             hint=f"It names {config.base_model_name_or_path or 'no model'} as its base; load it on that one.",
         )
-    for name, value in own.items():
+    for name, value in sizes.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
     if config.num_transformer_submodules is None:
@@ -90,8 +90,8 @@ def _of_keys(model: nn.Module) -> Sizes:
         raise unsupported_prompt(model, "has layers that use the keys and values of others", "keys and values")
     if not all(hasattr(layer, "update") for layer in _cache_layers(new_cache(model))):
         raise unsupported_prompt(model, "has layers without keys and values", "keys and values")
-    one = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
-    heads = 1 if one else getattr(config, "num_key_value_heads", None) or sizes.num_attention_heads
+    multi_query = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
+    heads = 1 if multi_query else getattr(config, "num_key_value_heads", None) or sizes.num_attention_heads
     width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
     return Sizes(heads * (width or config.hidden_size // sizes.num_attention_heads), sizes.num_layers, heads)
 

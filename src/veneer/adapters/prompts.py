@@ -156,16 +156,16 @@ class Prompts(AnyNames):
         if not self._active(fills_cache=False):
             return None
         call = named_call(module, args, kwargs)
-        made = call.get("encoder_outputs")
-        if made is None:
+        encoded = call.get("encoder_outputs")
+        if encoded is None:
             rows, length, device = call_size(call)
         else:
-            (rows, length), device = made[0].shape[:2], made[0].device
+            (rows, length), device = encoded[0].shape[:2], encoded[0].device
         mask = self._mask(False, rows, device)
         if mask is None:
             return None
-        own = length if made is None else length - mask.shape[1]
-        call["attention_mask"] = joined_mask(mask, call.get("attention_mask"), own)
+        others = length if encoded is None else length - mask.shape[1]
+        call["attention_mask"] = joined_mask(mask, call.get("attention_mask"), others)
         return (), call
 
     def _fill(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -196,12 +196,12 @@ class Prompts(AnyNames):
         values = self._values(True, rows, tokens).to(reference)
         # (rows, tokens, layers * (keys, values) * heads * dim) -> for each of them (rows, heads, tokens, dim)
         values = values.view(rows, tokens, layers * 2, heads, -1).permute(2, 0, 3, 1, 4)
-        own = getattr(cache, "self_attention_cache", cache)
+        decoder_cache = getattr(cache, "self_attention_cache", cache)
         # With two submodules peft deals the pairs out in fours, and checkpoints are trained that way.
         step = 2 if config.num_transformer_submodules == 2 else 1
         for layer in range(layers):
             pair = layer * step % layers
-            own.update(values[2 * pair], values[2 * pair + 1], layer)
+            decoder_cache.update(values[2 * pair], values[2 * pair + 1], layer)
 
     # -- what the selection means --------------------------------------------------------------------------
 
@@ -242,13 +242,13 @@ class Prompts(AnyNames):
         total: Tensor | None = None
         for name, index in self._rows(fills_cache, rows, device).items():
             own_tasks = tasks if tasks is None or index is None else tasks.to(device)[index]
-            own = self.encoder(name)(own_tasks)[..., : self.tokens(name), :]
-            own = F.pad(own, (0, 0, tokens - own.shape[-2], 0))
-            own = own.expand(rows if index is None else len(index), -1, -1)
+            values = self.encoder(name)(own_tasks)[..., : self.tokens(name), :]
+            values = F.pad(values, (0, 0, tokens - values.shape[-2], 0))
+            values = values.expand(rows if index is None else len(index), -1, -1)
             if index is not None:
-                empty = own.new_zeros(rows, *own.shape[1:]) if total is None else total
-                own = empty.index_copy(0, index, own.to(empty.dtype))
-            total = own
+                empty = values.new_zeros(rows, *values.shape[1:]) if total is None else total
+                values = empty.index_copy(0, index, values.to(empty.dtype))
+            total = values
         assert total is not None
         return total
 

@@ -20,8 +20,8 @@ def rejoin(adapters: Adapters) -> None:
     """Let all layers use the tensors that are held now."""
     current: dict[int, nn.Parameter] = {}
     for layer in adapters.adapted_layers:
-        for adapter, kept in layer.held.items():
-            current |= {id(old): layer.placed(adapter, leaf) for leaf, old in kept.items()}
+        for adapter, tensors in layer.held.items():
+            current |= {id(old): layer.placed(adapter, leaf) for leaf, old in tensors.items()}
     if all(id(new) == old for old, new in current.items()):
         return
 
@@ -29,7 +29,7 @@ def rejoin(adapters: Adapters) -> None:
         return {leaf: current.get(id(tensor), tensor) for leaf, tensor in tensors.items()}
 
     for layer in adapters.adapted_layers:
-        layer.held = {adapter: now(kept) for adapter, kept in layer.held.items()}
+        layer.held = {adapter: now(tensors) for adapter, tensors in layer.held.items()}
         for adapter, shares in layer.bound.items():
             layer.bound[adapter] = [replace(share, shared=now(share.shared)) for share in shares]
         layer.forget_cached()

@@ -199,8 +199,8 @@ class RowCheck:
         names: Collection[str],
     ) -> None:
         for name in names:
-            prints = [other.get(name, []) for other in others]
-            self.layouts.known[name] = layout_of(usual[name], prints, changed, shares, images)
+            fingerprints = [other.get(name, []) for other in others]
+            self.layouts.known[name] = layout_of(usual[name], fingerprints, changed, shares, images)
 
     def _modules(self) -> dict[str, nn.Module]:
         """Return the wrappers of adapted modules of which nothing is known, by name."""

@@ -53,7 +53,7 @@ class ShadowPass(PassHook):
         ]
 
     def refresh(self, adapters: Adapters) -> None:
-        self._decoders = {name: made for name, made in self._decoders.items() if name in adapters.by_name}
+        self._decoders = {name: known for name, known in self._decoders.items() if name in adapters.by_name}
         super().refresh(adapters)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -92,28 +92,28 @@ class ShadowPass(PassHook):
                 f"{name!r} (SHADOW) has embeddings of its own and reads tokens, and the call has embeddings.",
                 hint="Give input_ids, without a prompt beside it; or train it with the base's (share_embeddings=True).",
             )
-        own = {key: call[key] for key in ("attention_mask", "position_ids") if call.get(key) is not None}
-        own |= {"input_ids": call["input_ids"]} if given is None else {"inputs_embeds": given.to(like)}
+        arguments = {key: call[key] for key in ("attention_mask", "position_ids") if call.get(key) is not None}
+        arguments |= {"input_ids": call["input_ids"]} if given is None else {"inputs_embeds": given.to(like)}
         cache = call.get("past_key_values")
         if cache is not None:
-            own["past_key_values"] = own_cache(cache, adapter, stack, decoder)
-        output = call_with(decoder, tensors, **own, use_cache=cache is not None, return_dict=True)
+            arguments["past_key_values"] = own_cache(cache, adapter, stack, decoder)
+        output = call_with(decoder, tensors, **arguments, use_cache=cache is not None, return_dict=True)
         return projected(output.last_hidden_state, shared)
 
     def _decoder(self, name: str, config: ShadowConfig, stack: nn.Module) -> nn.Module:
         """Return the small decoder without values, which are given with each call."""
-        kept = self._decoders.get(name)
-        if kept is not None and kept[0] is config:
-            return kept[1]
+        known = self._decoders.get(name)
+        if known is not None and known[0] is config:
+            return known[1]
         # Made on a real device, for its buffers are worked out then.
         with torch.random.fork_rng(devices=[]):
-            made = small_decoder(config, stack)
-        for module in made.modules():
+            decoder = small_decoder(config, stack)
+        for module in decoder.modules():
             for leaf, parameter in list(module._parameters.items()):
                 if parameter is not None:
                     module._parameters[leaf] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-        self._decoders[name] = config, made
-        return made
+        self._decoders[name] = config, decoder
+        return decoder
 
     def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         first, loss = current().first_shadow_states, getattr(output, "loss", None)
@@ -122,9 +122,9 @@ class ShadowPass(PassHook):
             return
         for name, state in first.items():
             config = _config_of(self.adapters.by_name[name])
-            own = self._own_loss(name, config, state, call) if config.auxiliary_loss_weight > 0 else None
-            if own is not None:
-                loss = loss + config.auxiliary_loss_weight * own.to(loss.device)
+            auxiliary = self._own_loss(name, config, state, call) if config.auxiliary_loss_weight > 0 else None
+            if auxiliary is not None:
+                loss = loss + config.auxiliary_loss_weight * auxiliary.to(loss.device)
         output.loss = loss
 
     def _own_loss(self, name: str, config: ShadowConfig, state: Tensor, call: Mapping[str, Any]) -> Tensor | None:

@@ -93,9 +93,9 @@ def _of_layer(adapters: Adapters, layer: AdaptedLayer) -> TunerLayerStatus:
         enabled=adapters.active_selection.enabled,
         active_adapters=adapters.active,
         merged_adapters=list(layer.merged),
-        requires_grad={a: _trained(own) for a, own in trained.items()},
+        requires_grad={name: _trained(parameters) for name, parameters in trained.items()},
         available_adapters=list(layer.bound),
-        devices={a: sorted({str(p.device) for p in own}) for a, own in tensors.items()},
+        devices={name: _devices(parameters) for name, parameters in tensors.items()},
     )
 
 
