@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
 import veneer
+from veneer.base_model.sites import offload
+from veneer.base_model.sites.offload import HOOKED
 
 SOURCE = Path(veneer.__file__).parent
 TEXTS = {path.relative_to(SOURCE).as_posix(): path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py")}
@@ -68,3 +71,13 @@ def test_one_file_knows_the_undocumented_parts_of_transformers() -> None:
         r"|\._(model_mapping|from_config|name_or_path|weight_conversions)\b"
     )
     assert [file for file, text in TEXTS.items() if private.search(text)] == [OWNER]
+
+
+def test_a_hook_of_accelerate_has_what_offloaded_weights_are_read_by() -> None:
+    module = add_hook_to_module(nn.Linear(2, 2), AlignDevicesHook(execution_device="cpu", offload=True))
+    missing = [name for name in HOOKED if name not in vars(module)]
+    assert not missing, f"accelerate puts no {missing} into a module: mend src/veneer/base_model/sites/offload.py"
+    hook = offload.offloading_hook(module)
+    assert hook is module._hf_hook
+    assert offload.execution_device(module) == torch.device("cpu")
+    assert {"weight", "bias"} <= set(hook.weights_map)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 # The attributes that a hook adds to a module.
-_HOOKED = ("forward", "_hf_hook", "_old_forward")
+HOOKED = ("forward", "_hf_hook", "_old_forward")
 
 
 class Overlay(Mapping[str, Tensor]):
@@ -127,7 +127,7 @@ def _folder(values: Any) -> str | None:
 
 def without_hook(module: nn.Module) -> nn.Module:
     """Remove the attributes that a hook has added to a module, usually a copy, and return it."""
-    for name in _HOOKED:
+    for name in HOOKED:
         module.__dict__.pop(name, None)
     return module
 
