@@ -122,8 +122,9 @@ class NewLayer(Generic[ConfigT, SettingsT]):
     def kaiming(self, shapes: Mapping[str, Sequence[int]], zero: Collection[str] = ()) -> dict[str, Tensor]:
         """Return tensors of given shapes: Kaiming-uniform (He et al. 2015), those in ``zero`` zero."""
         tensors = {name: torch.zeros(tuple(shape)) for name, shape in shapes.items()}
-        for name in (name for name in tensors if name not in zero):
-            torch.nn.init.kaiming_uniform_(tensors[name], a=math.sqrt(5), generator=self.generator)
+        for name, tensor in tensors.items():
+            if name not in zero:
+                torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=self.generator)
         return tensors
 
 
@@ -142,7 +143,7 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
 
     @cached_property
     def by_name(self) -> Mapping[str, Leaf]:
-        """Name -> leaf of a layer."""
+        """The leaves by their names."""
         return {leaf.name: leaf for leaf in self.leaves}
 
     @cached_property

@@ -30,9 +30,3 @@ def random_places(site: Site, count: int, seed: int | None) -> Tensor:
     if seed is not None:
         generator.manual_seed(seed)
     return torch.randperm(size, generator=generator)[:count]
-
-
-def spread(values: Tensor, places: Tensor, rows: int, columns: int) -> Tensor:
-    """Return a matrix ``(rows, columns)`` of zeros with ``values`` at ``places``."""
-    empty = values.new_zeros(rows * columns)
-    return empty.index_put((places.to(values.device),), values).view(rows, columns)
