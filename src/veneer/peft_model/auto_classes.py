@@ -1,4 +1,4 @@
-"""The Auto classes: transformers' names, for any path. Each fixes the task and loads as :func:`veneer.load` does."""
+"""Gives transformers' Auto classes for any path: each fixes a task, and loads as :func:`veneer.load` does."""
 
 from __future__ import annotations
 
@@ -30,55 +30,55 @@ class AutoPeftModel:
 
 
 class AutoModelForCausalLM(AutoPeftModel):
-    """A causal language model from any path."""
+    """Loads a causal language model from any path."""
 
     task = TaskType.CAUSAL_LM.value
 
 
 class AutoModelForSeq2SeqLM(AutoPeftModel):
-    """An encoder-decoder language model from any path."""
+    """Loads an encoder-decoder language model from any path."""
 
     task = TaskType.SEQ_2_SEQ_LM.value
 
 
 class AutoModelForSequenceClassification(AutoPeftModel):
-    """A sequence classifier from any path."""
+    """Loads a sequence classifier from any path."""
 
     task = TaskType.SEQ_CLS.value
 
 
 class AutoModelForTokenClassification(AutoPeftModel):
-    """A token classifier from any path."""
+    """Loads a token classifier from any path."""
 
     task = TaskType.TOKEN_CLS.value
 
 
 class AutoModelForQuestionAnswering(AutoPeftModel):
-    """A model for extractive question answering from any path."""
+    """Loads a model for extractive question answering from any path."""
 
     task = TaskType.QUESTION_ANS.value
 
 
 class AutoModelForFeatureExtraction(AutoPeftModel):
-    """A model without a head from any path."""
+    """Loads a model without a head from any path."""
 
     task = TaskType.FEATURE_EXTRACTION.value
 
 
 class AutoModelForImageClassification(AutoPeftModel):
-    """An image classifier from any path."""
+    """Loads an image classifier from any path."""
 
     task = "IMAGE_CLASSIFICATION"
 
 
 class AutoModelForSpeechSeq2Seq(AutoPeftModel):
-    """A speech recogniser from any path."""
+    """Loads a speech recogniser from any path."""
 
     task = "SPEECH_SEQ_2_SEQ"
 
 
 class AutoModelForImageTextToText(AutoPeftModel):
-    """A vision-language model from any path."""
+    """Loads a vision-language model from any path."""
 
     task = "IMAGE_TEXT_TO_TEXT"
 

@@ -23,16 +23,15 @@ from veneer.checkpoints.older_layouts import in_current_layout
 from veneer.checkpoints.open_checkpoint import open_checkpoint
 from veneer.configs.base import targeted
 from veneer.errors import AdapterError, MergeError, UnsupportedError
-from veneer.files.lookup_options import LookupOptions
-from veneer.files.resolve import resolve
 from veneer.files.source import Source
-from veneer.keywords import IGNORED, SOURCE, TOKEN, subset, takes
+from veneer.keywords import IGNORED, SOURCE, TOKEN, takes
 from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters
 from veneer.methods import method_of
 from veneer.methods.base.abilities import settings_by_tensors
 from veneer.methods.base.trained_bias import Bias, base_bias
 from veneer.methods.lora import RANK_DIMS, Lora, LoraSettings
 from veneer.peft_model.attach_adapter import note_swapped
+from veneer.peft_model.open_adapter import find_adapter
 from veneer.peft_model.peft_model import PeftModel
 
 
@@ -137,7 +136,7 @@ def hotswap_adapter(
         torch_device: accepted for peft's sake; weights go where the old ones are.
         strict: as for ``load_adapter``.
         **source_options: ``revision``, ``subfolder``, ``token``, ``local_files_only``, ``cache_dir``,
-            ``force_download``; what else peft takes here is settled by the adapter that is there.
+            ``force_download``; and keywords of peft without effect here.
 
     Raises:
         BindError: the new adapter does not fit the model. AdapterError: it adapts layers that the old one does not, or
@@ -145,7 +144,7 @@ def hotswap_adapter(
     """
     model = getattr(model, "_orig_mod", model)
     model.adapters.get(adapter_name)
-    source = resolve(model_name_or_path, LookupOptions(**subset(source_options, SOURCE)), what="adapter")
+    source = find_adapter(model_name_or_path, source_options)
     with model.adapters.changing((adapter_name,)):
         _hotswap(model, source, adapter_name, strict)
 

@@ -1,9 +1,11 @@
-"""Opens adapters, each once, and refuses full models."""
+"""Finds and opens adapters, each once, and refuses full models."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.checkpoints.open_checkpoint import open_checkpoint
@@ -12,8 +14,16 @@ from veneer.configs.names import PeftType
 from veneer.errors import NotACheckpointError
 from veneer.files import adapter_folders
 from veneer.files.adapter_folders import Member
+from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_CONFIG, MODEL_CONFIG
+from veneer.files.resolve import resolve
 from veneer.files.source import Source
+from veneer.keywords import SOURCE, subset
+
+
+def find_adapter(path: str | Path, options: Mapping[str, Any]) -> Source:
+    """Find an adapter's files; of the keywords of a public call, those are heeded that say how."""
+    return resolve(path, LookupOptions(**subset(options, SOURCE)), what="adapter")
 
 
 def open_adapter(source: Source, strict: bool = True, config: PeftConfig | None = None) -> Checkpoint:
@@ -56,7 +66,7 @@ class OpenedAdapters:
 def open_adapters(
     source: Source, members: Sequence[Member], name: str, strict: bool, config: PeftConfig | None = None
 ) -> OpenedAdapters:
-    """Open a set of adapters; or the single adapter at ``source``, which is to be ``name``, where there is no set."""
+    """Open the members of a set; or the single adapter at ``source``, to be called ``name``, where there are none."""
     if not members:
         return OpenedAdapters({name: open_adapter(source, strict, config)})
     opened = {member.name: open_adapter(member.source, strict) for member in members}

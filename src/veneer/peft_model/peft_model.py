@@ -21,9 +21,7 @@ from veneer.configs.base import PeftConfig
 from veneer.configs.names import TaskType
 from veneer.errors import AdapterError, UnsupportedError
 from veneer.files import adapter_folders
-from veneer.files.lookup_options import LookupOptions
-from veneer.files.resolve import resolve
-from veneer.keywords import IGNORED, READING, SOURCE, TOKEN, strict, subset, takes
+from veneer.keywords import IGNORED, READING, SOURCE, TOKEN, strict, takes
 from veneer.patches.selection import Selection
 from veneer.peft_model.attach_adapter import (
     AttachOptions,
@@ -36,7 +34,7 @@ from veneer.peft_model.attach_adapter import (
 from veneer.peft_model.base_checks import check_base, note_changed
 from veneer.peft_model.batching_methods import BatchingMethods
 from veneer.peft_model.load_report import AdapterReport, LoadReport
-from veneer.peft_model.open_adapter import open_adapter, open_adapters
+from veneer.peft_model.open_adapter import find_adapter, open_adapter, open_adapters
 from veneer.peft_model.save_adapters import SavingMethods
 from veneer.peft_model.xlora_methods import XLoraMethods
 
@@ -179,18 +177,17 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
             model: the base model. Its layers are wrapped in place; ``unload()`` undoes it.
             model_id: the adapter's folder or hub id.
             adapter_name: its name on the model; the adapters of a set keep their own.
-            is_trainable: whether it is loaded to be trained further: the model is then in training mode, and else in
-                eval mode.
+            is_trainable: load it to train it further, with the model in training mode; else it is in eval mode.
             config: used in place of the adapter's own config.
             **options: as for :meth:`load_adapter`.
 
         Raises:
             BindError: adapter and model do not fit. SourceError, ConfigError: the adapter cannot be read.
-            UnknownKeywordError: an option is none of those.
+            UnknownKeywordError: an option is unknown.
         """
         started = time.perf_counter()
         model = _plain_base(model)
-        source = resolve(model_id, LookupOptions(**subset(options, SOURCE)), what="adapter")
+        source = find_adapter(model_id, options)
         how = AttachOptions.of(is_trainable, options)
         opened = open_adapters(source, adapter_folders.members(source), adapter_name, how.strict, config)
         peft_model = wrap(model, (config or opened.checkpoints[0].config).task_type)
@@ -226,27 +223,27 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
         Args:
             model_id: the adapter's folder or hub id.
             adapter_name: its name on the model.
-            is_trainable: whether it is loaded to be trained further. If not, the model is put into eval mode.
+            is_trainable: load it to train it further. If not, the model is put into eval mode.
             torch_device: accepted for peft's sake: weights come straight from the file to their layer's device.
             config: used in place of the adapter's own config.
             strict: raise when adapter and model do not fit; else use what fits and warn.
             strict_base: raise when the base is not the one that the adapter records; else warn.
             autocast_adapter_dtype: give a half-precision adapter that is to be trained float32 weights.
                 An adapter for inference keeps its dtype.
-            key_mapping: regular expressions and what to put in the place of what they find in the checkpoint's keys,
-                which are seen without ``base_model.model.``; the first that finds something counts.
+            key_mapping: regular expression -> replacement for its matches in the checkpoint's keys, taken without
+                ``base_model.model.``; the first that matches counts.
             ignore_mismatched_sizes: peft's name for ``strict=False``.
             **options: ``revision``, ``subfolder``, ``token``, ``local_files_only``, ``cache_dir``,
-                ``force_download``; and what peft takes and is settled here (``device_map``, ``low_cpu_mem_usage`` ...).
+                ``force_download``; and keywords of peft without effect here (``device_map`` ...).
 
         Returns:
             What was bound; also kept in ``load_report``.
 
         Raises:
             BindError: adapter and model do not fit. SourceError, ConfigError: the adapter cannot be read.
-            UnknownKeywordError: an option is none of those.
+            UnknownKeywordError: an option is unknown.
         """
-        source = resolve(model_id, LookupOptions(**subset(options, SOURCE)), what="adapter")
+        source = find_adapter(model_id, options)
         here = self.adapters.by_name.get(adapter_name)
         how = AttachOptions(
             trainable=is_trainable or (here is not None and here.trainable),
@@ -418,7 +415,7 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
         Another selection still gives its right result while merged, at the speed of unmerged adapters.
 
         Args:
-            adapter_names: which; the active ones when ``None``.
+            adapter_names: the adapters to merge; the active ones when ``None``.
             safe_merge: check first that every merged weight is finite (``MergeError`` if not).
             into: required where the base is quantised, see :meth:`merge_and_unload`; only the adapted layers are
                 dequantised, until they are unmerged.
@@ -442,7 +439,7 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
         Args:
             progressbar: show progress on the terminal.
             safe_merge: check first that every merged weight is finite (``MergeError`` if not).
-            adapter_names: which; the active ones when ``None``.
+            adapter_names: the adapters to merge; the active ones when ``None``.
             into: required where the base is quantised: ``"dequantized"`` makes the whole model a plain one in its
                 floating dtype; ``"requantized"`` packs the sums as the weights were packed, which can round much of
                 the adapter away. :attr:`quantized_merge` says what was lost.
@@ -462,14 +459,14 @@ PeftModel.kind = PeftModel
 
 
 class PeftModelForCausalLM(PeftModel):
-    """A causal language model with adapters."""
+    """Holds a causal language model with adapters."""
 
     task = TaskType.CAUSAL_LM
     endings = ("ForCausalLM", "LMHeadModel")
 
 
 class PeftModelForSeq2SeqLM(PeftModel):
-    """An encoder-decoder model with adapters."""
+    """Holds an encoder-decoder model with adapters."""
 
     task = TaskType.SEQ_2_SEQ_LM
 
@@ -481,28 +478,28 @@ class PeftModelForSeq2SeqLM(PeftModel):
 
 
 class PeftModelForSequenceClassification(PeftModel):
-    """A sequence classifier with adapters; a new adapter brings its own head."""
+    """Holds a sequence classifier with adapters; a new adapter brings its own head."""
 
     task = TaskType.SEQ_CLS
     endings = ("ForSequenceClassification",)
 
 
 class PeftModelForTokenClassification(PeftModel):
-    """A token classifier with adapters; a new adapter brings its own head."""
+    """Holds a token classifier with adapters; a new adapter brings its own head."""
 
     task = TaskType.TOKEN_CLS
     endings = ("ForTokenClassification",)
 
 
 class PeftModelForQuestionAnswering(PeftModel):
-    """A model for extractive question answering with adapters; a new adapter brings its own head."""
+    """Holds a model for extractive question answering with adapters; a new adapter brings its own head."""
 
     task = TaskType.QUESTION_ANS
     endings = ("ForQuestionAnswering",)
 
 
 class PeftModelForFeatureExtraction(PeftModel):
-    """A model without a head, with adapters."""
+    """Holds a model without a head, with adapters."""
 
     task = TaskType.FEATURE_EXTRACTION
 

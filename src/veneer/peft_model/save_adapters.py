@@ -26,7 +26,7 @@ from veneer.peft_model.adapted_model import AdaptedModel
 from veneer.peft_model.model_card import fetch_card, write_card
 from veneer.peft_model.trainer_state import write_state
 
-# What peft, transformers and accelerate hand to save_pretrained, and saving an adapter has no use for.
+# Keywords that peft, transformers and accelerate hand to save_pretrained, without effect on adapters.
 _UNUSED = (
     *("path_initial_model_for_weight_conversion", "save_function", "max_shard_size", "save_peft_format"),
     *("push_to_hub", "token"),
@@ -55,17 +55,17 @@ class SavingMethods(AdaptedModel):
         Args:
             save_directory: the folder.
             safe_serialization: must be true; pickles are not written.
-            selected_adapters: which; all when ``None``.
-            save_embedding_layers: save the rows of the embedding and of the output layer too; ``"auto"`` does where
-                the vocabulary is another than in the base's files, and where an adapter is on one of them.
+            selected_adapters: the adapters to save; all when ``None``.
+            save_embedding_layers: save the rows of the embedding and of the output layer too; ``"auto"`` does so if
+                the vocabulary differs from that of the base's files, or an adapter is on one of them.
             is_main_process: write nothing in other processes. Of a model that is spread over processes the first
                 writes, and all of them have to call this: they gather the tensors together.
             state_dict: take the tensors from here (as named by ``state_dict()``) where it has them.
-            **kwargs: for a model without adapters, passed on to transformers. With adapters, what accelerate and
-                transformers pass along and is settled here: ``save_function``, ``max_shard_size`` ...
+            **kwargs: passed on to transformers for a model without adapters. With adapters, keywords that accelerate
+                and transformers pass along, and that have no effect: ``save_function``, ``max_shard_size`` ...
 
         Raises:
-            UnknownKeywordError: one of ``kwargs`` is none of those. UnsupportedError: it asks for something else.
+            UnknownKeywordError: one of ``kwargs`` is unknown. UnsupportedError: one asks for what is not available.
         """
         if not self.adapters.by_name:
             with writing(Path(save_directory)):
@@ -105,7 +105,7 @@ class SavingMethods(AdaptedModel):
         Args:
             repo_id: ``owner/name``.
             save_embedding_layers: as for :meth:`save_pretrained`.
-            private: whether a repository that is made is private.
+            private: make a missing repository private.
             token: for the hub.
             tags: more tags for the model card.
             max_shard_size: accepted for peft's sake; an adapter is one file.
