@@ -17,8 +17,6 @@ from veneer.adapters.guard import guarded
 from veneer.adapters.known_layouts import Layouts
 from veneer.adapters.prompts import Prompts
 from veneer.base_model import sharding
-from veneer.base_model.catalog import Catalog
-from veneer.base_model.repeated_blocks import Replication
 from veneer.configs.base import PeftConfig
 from veneer.errors import AdapterError, DuplicateAdapterError, UnknownAdapterError, did_you_mean
 from veneer.layers.quantized_merge import QuantizedMerge
@@ -63,8 +61,6 @@ class Adapters(LayerPlacement):
         self.layouts = Layouts()
         # The base's own parameters that wanted gradients before the first adapter came.
         self._was_trainable: list[tuple[nn.Module, str]] | None = None
-        # The blocks that the model has several times.
-        self._replication: Replication | None = None
 
     # -- adding --------------------------------------------------------------------------------------------
 
@@ -77,39 +73,22 @@ class Adapters(LayerPlacement):
         """
         ranges = [list(pair) for pair in getattr(config, "layer_replication", None) or ()]
         # A new adapter disturbs no call; other blocks disturb all of them.
-        with self.active_selection.changing(lambda: () if ranges == self._ranges else None), self._with_blocks(ranges):
-            yield
-
-    @property
-    def _ranges(self) -> list[list[int]]:
-        return [] if self._replication is None else self._replication.ranges
-
-    @contextmanager
-    def _with_blocks(self, ranges: list[list[int]]) -> Iterator[None]:
-        present = self._ranges
-        if ranges == present:
-            yield
-            return
-        if self.by_name:
-            raise AdapterError(
-                f"The adapter has layer_replication={ranges or None}, and this model's adapters {present or None}.",
-                hint="Load it on another copy of the base.",
-            )
-        self._undo_replication()
-        self._replication = Replication(self.model, ranges) if ranges else None
-        self.catalog = Catalog(self.model)
-        try:
-            yield
-        except BaseException:
-            self._undo_replication()
-            raise
-
-    def _undo_replication(self) -> None:
-        """Give the model its own blocks again."""
-        if self._replication is not None:
-            self._replication.undo()
-            self._replication = None
-            self.catalog = Catalog(self.model)
+        with self.active_selection.changing(lambda: () if ranges == self.block_ranges else None):
+            if ranges == self.block_ranges:
+                yield
+                return
+            if self.by_name:
+                present = self.block_ranges or None
+                raise AdapterError(
+                    f"The adapter has layer_replication={ranges or None}, and this model's adapters {present}.",
+                    hint="Load it on another copy of the base.",
+                )
+            self.repeat_blocks(ranges)
+            try:
+                yield
+            except BaseException:
+                self.repeat_blocks([])
+                raise
 
     def check_new(self, name: str) -> None:
         """Raise ``DuplicateAdapterError`` unless ``name`` can be a new adapter's."""
@@ -344,10 +323,9 @@ class Adapters(LayerPlacement):
         self.layouts.ready.clear()
         self.active_selection.default, self._was_trainable = NOTHING, None
         self._refresh_hooks()
-        if keep and self._replication is not None:  # what was merged into repeated blocks is theirs, and they stay
-            self._replication.settle()
-            self._replication = None
-        self._undo_replication()
+        if keep:
+            self.settle_blocks()
+        self.repeat_blocks([])
         return self.model
 
 

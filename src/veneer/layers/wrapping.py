@@ -14,6 +14,7 @@ from torch import nn
 
 from veneer.base_model import sharding
 from veneer.base_model.catalog import Catalog
+from veneer.base_model.repeated_blocks import Replication
 from veneer.base_model.sites.attention import AttentionSite
 from veneer.base_model.sites.block import BlockSite
 from veneer.base_model.sites.quantized.packed import PackedSite
@@ -65,10 +66,33 @@ class LayerPlacement:
         self.active_selection = ActiveSelection()
         self.layers: dict[str, LayerAdapters] = {}
         self.module_copies: dict[str, ModuleCopies] = {}
+        self._replication: Replication | None = None
         # False while merging on load: layers are bound but not wrapped.
         self._wraps = True
         # Weight dtypes whose memory a merge on load may overwrite: those that nobody else holds.
         self._overwritten: Collection[torch.dtype] = ()
+
+    @property
+    def block_ranges(self) -> list[list[int]]:
+        """The ranges of blocks that the model is made of; empty for its own blocks."""
+        return [] if self._replication is None else self._replication.ranges
+
+    def repeat_blocks(self, ranges: list[list[int]]) -> None:
+        """Make the model of the blocks of ``ranges``; of its own blocks where there are none."""
+        if ranges == self.block_ranges:
+            return
+        if self._replication is not None:
+            self._replication.undo()
+            self._replication = None
+        if ranges:
+            self._replication = Replication(self.model, ranges)
+        self.catalog = Catalog(self.model)
+
+    def settle_blocks(self) -> None:
+        """Give repeated blocks weights of their own for good, because different ones were merged into them."""
+        if self._replication is not None:
+            self._replication.settle()
+            self._replication = None
 
     @contextmanager
     def merging_on_load(self, overwritten: Collection[torch.dtype] = ()) -> Iterator[None]:
