@@ -49,7 +49,7 @@ class Attaching(ABC):
         named = catalog.whole_modules(adapter.config) if plan.whole_modules else []
         values = {root: {leaf: tensors[key] for leaf, key in keys.items()} for root, keys in plan.whole_modules.items()}
         for root in plan.whole_modules.keys() - named:
-            # The base's own rows, so those of all that shares them.
+            # These are the base's own rows, so all layers that share them get them.
             sharing = [site.name for site in catalog.sharing(root) if site.id not in adapter.layers.by_id]
             values.update({name: {"weight": values[root]["weight"]} for name in sharing if name not in values})
         adapter.whole_modules.untrained = values.keys() - named

@@ -27,11 +27,11 @@ from veneer.methods.base.method import MethodOnSites, leaves_of
 from veneer.methods.base.parts import parts_of
 from veneer.methods.base.prompt_method import AnyPrompt
 
-# How many problems an error's text spells out; the error object holds them all.
+# The number of problems that an error's text spells out; the error object holds them all.
 MAX_PROBLEMS_SHOWN = 4
 
-# peft writes these beside the others when it saves embeddings of its own accord: a module's copy under its name in
-# memory, and the base's module under it.
+# Parts of keys that peft writes beside the others when it saves embeddings of its own accord: of a module's copy under
+# its name in memory, and of the base's module under it.
 _SPARE = (".modules_to_save.", ".original_module.")
 
 
@@ -312,7 +312,7 @@ class _Planner:
         readings = method.settings_from_shapes(self.config, settings, site, shapes)
         return next((reading for reading in readings if shapes == method.shapes(reading, site)), readings[0])
 
-    # -- what is no layer's --------------------------------------------------------------------------------
+    # -- whole modules and shared tensors ------------------------------------------------------------------
 
     def _plan_whole_module(self, key: str, slot: Slot) -> None:
         catalog, tensor = self.catalog, self.tensors[key]

@@ -48,7 +48,7 @@ class AdaLora(Method[AdaLoraConfig, AdaLoraSettings], Penalised, Allocates):
         remaining = (config.rank_pattern or {}).get(f"{site.name}.{E}")
         r = config.init_r if remaining is None else sum(remaining)
         alpha = config.lora_alpha if config.lora_alpha > 0 else r
-        # The denominator is not quite init_r in peft, and was not in training.
+        # peft's denominator is not quite init_r, and checkpoints were trained with it.
         return AdaLoraSettings(r, alpha / (config.init_r + 1e-5), config.lora_dropout)
 
     def shapes(self, settings: AdaLoraSettings, site: Site) -> dict[str, tuple[int, ...]]:

@@ -62,7 +62,7 @@ class Adamss(Method[AdamssConfig, AdamssSettings], VariesWithConfig, SettledByCh
         return GroupAllocation() if config.use_asa else None
 
     def settings(self, config: AdamssConfig, site: Site) -> AdamssSettings:
-        # Groups of one size, until a decomposition or a checkpoint tells.
+        # Groups of one size, until a decomposition or a checkpoint gives the true sizes.
         out, count = site.shape[0], min(config.num_subspaces, site.shape[0])
         rows = [out // count + (index < out % count) for index in range(count)]
         return AdamssSettings(config, tuple((size, min(size, config.subspace_rank)) for size in rows))

@@ -148,7 +148,7 @@ class Arrow(Lora):
 
     def lower(self, settings: LoraSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         assert isinstance(settings, ArrowSettings)
-        # No merge from disk comes here: it is refused before.
+        # A layer on disk does not come here: merging is refused before.
         layer, arrow = cast(LiveLayer, base), settings.arrow
         experts = low_rank_patches(layer, layer.here(tuple(arrow.task_adapter_names or ())))
         general = low_rank_patches(layer, layer.here(tuple(arrow.gks_adapter_names or ()))) if arrow.use_gks else []

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from veneer.configs.methods.cpt import CPTConfig
 from veneer.methods.base.prompt_method import IGNORED, PROMPT, EmbeddingTable, PromptEncoder, PromptMethod
 
-# How far a token may move that is neither input nor template.
+# The bound of the movement of a token that is neither input nor template.
 STILL = 1e-10
 # The width for which the config's epsilons are given.
 WIDTH = 2048
@@ -78,7 +78,7 @@ class CPT(PromptMethod[CPTConfig]):
     def counted(self, config: CPTConfig, labels: Tensor, types: Tensor | None) -> tuple[Tensor, Tensor]:
         types_of_prompt = torch.tensor(config.cpt_tokens_type_mask, device=labels.device).expand(len(labels), -1)
         given = torch.full_like(labels, 4) if types is None else types.to(types_of_prompt)
-        # The input counts on from the last whole example.
+        # The input's types continue those of the last whole example.
         last = -(-int(types_of_prompt.max()) // 4) * 4
         kinds = torch.cat([types_of_prompt, torch.where(given > 0, given + last, given)], dim=1)
         ids = torch.tensor(config.cpt_token_ids, device=labels.device).expand(len(labels), -1)

@@ -22,7 +22,7 @@ from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.patches.patch import Patch
 
 A, B, LAMBDA, NORM = "delora_A", "delora_B", "delora_lambda", "delora_w_norm"
-# No row or column counts as shorter.
+# The least length of a row or column.
 SHORTEST = 1e-4
 
 

@@ -90,6 +90,6 @@ def _orthogonal(settings: PsoftConfig, skew: Tensor) -> Tensor:
     if not settings.use_cayley_neumann:
         return cayley(-skew)
     if settings.cayley_neumann_eps is not None:
-        # No longer than that; written so that zeros, from which training starts, have a gradient.
+        # At most that long; written so that zeros, from which training starts, have a gradient.
         skew = skew * (settings.cayley_neumann_eps / skew.norm().clamp_min(settings.cayley_neumann_eps))
     return neumann(skew, settings.num_cayley_neumann_terms)

@@ -45,14 +45,14 @@ if TYPE_CHECKING:
 BACKBONE = "shadow_backbone"
 PROJECTION = "shadow_projection"
 HEAD = "shadow_head"
-# peft writes this name for every adapter's.
+# The adapter's name in peft's keys, whatever the adapter is called.
 _NAMED = ".default."
 DOWN, UP = (f"shadow_{end}{_NAMED}weight" for end in ("down", "up"))
 TRANSFORM, GATE = (f"shadow_update_{kind}{_NAMED}" for kind in ("transform", "gate"))
 _WIDENING = f"{PROJECTION}{_NAMED}weight"
 _UPDATES = tuple(f"{net}{place}.{leaf}" for net in (TRANSFORM, GATE) for place in (0, 2) for leaf in ("weight", "bias"))
 
-# What a size is called in the configs of transformers.
+# The names of each size in the configs of transformers.
 _SIZES: Mapping[str, tuple[str, ...]] = {
     "shadow_num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers"),
     "shadow_hidden_size": ("hidden_size", "n_embd", "d_model"),
@@ -101,7 +101,7 @@ class Shadow(RoutedMethod[ShadowConfig, ShadowConfig], SharesTensors, ChoosesLay
     def trains_shared(self, config: ShadowConfig, name: str) -> bool:
         if config.shadow_model == MIRROR:
             return True
-        # As in peft: they may be most of what a model of its own has.
+        # As in peft: embeddings may be most of a model of its own.
         return name.removeprefix(f"{BACKBONE}{_NAMED}") not in embedding_leaves(config.shadow_model)
 
     def complete(self, config: ShadowConfig, catalog: Catalog) -> None:
@@ -160,7 +160,7 @@ class Shadow(RoutedMethod[ShadowConfig, ShadowConfig], SharesTensors, ChoosesLay
         if shape is not None:
             tensors[_WIDENING] = _uniform(shape, shape[1], generator) if projection is None else projection
             _check_widening(tensors[_WIDENING], shape, config)
-        # Of their own memory: the classifier stays the base's.
+        # Copies, since the classifier stays the base's.
         return {leaf: tensor.detach().float().clone() for leaf, tensor in tensors.items()}
 
     def init(self, new: NewLayer[ShadowConfig, ShadowConfig]) -> dict[str, Tensor]:
@@ -282,7 +282,7 @@ def _blocks(catalog: Catalog) -> dict[str, BlockSite]:
         )
     head = classifier(catalog)
     names = [f"{decoder.name}.{index}" for index in range(len(decoder.blocks))]
-    # Not those in the list, which may carry an adapter.
+    # The base's own modules, as in the catalog: those in the list may be adapted layers.
     return {name: BlockSite(name, catalog.modules[name], decoder.stack, head) for name in names}
 
 

@@ -144,7 +144,7 @@ class XLora(RoutedMethod[XLoraConfig, XLoraSettings], SharesTensors, ChoosesLaye
         return {}
 
     def lower(self, settings: XLoraSettings, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
-        # No merge from disk comes here: it is refused before.
+        # A layer on disk does not come here: merging is refused before.
         layer, experts = cast(LiveLayer, base), settings.config.experts
         here = layer.here(experts)
         return Patch(

@@ -47,7 +47,7 @@ def _with_companions(part: MethodOnSites, config: TargetedConfig, catalog: Catal
         ConfigError: ``bias`` is neither ``"none"``, ``"all"`` nor ``"<method>_only"``.
     """
     ends = [site for site in part.sites if catalog.is_embedding(site.name)]
-    # The base's own rows, so those of all that shares them.
+    # These are the base's own rows, so all layers that share them get them.
     parts = [
         MethodOnSites(SAVED_WEIGHT, ends, {site.id: catalog.sharing(site.name) for site in ends}, optional=True),
         part,

@@ -21,7 +21,7 @@ from veneer.methods.base.method import Leaf
 ConfigT = TypeVar("ConfigT", bound=PromptConfig)
 
 PROMPT = "prompt_embeddings"
-# Of a token's label: no loss is taken there.
+# The label of a token that no loss is taken of.
 IGNORED = -100
 
 

@@ -43,7 +43,7 @@ class SavedWeight(Method[TargetedConfig, SavedWeightSettings], AdaptsTwins, Sett
     ) -> SavedWeightSettings:
         saved, stored = tensors[self.leaves[0].name], base.base_weight()
         stored = stored if settings.rows else stored.T
-        # One that was saved in a narrower dtype than the base is loaded in is the base's own too.
+        # The base's own weight may have been saved in a narrower dtype than the base is loaded in.
         alike = torch.equal(saved.to(stored.dtype), stored) or torch.equal(saved, stored.to(saved.dtype))
         return replace(settings, differs=not alike)
 

@@ -49,6 +49,6 @@ def base_bias(base: BaseLayer) -> Tensor:
     return base.base_bias.detach()
 
 
-# On a layer that the adapter changes otherwise too, and on any other.
+# The bias of a layer that the adapter changes otherwise too, and of any other layer.
 ADAPTED_BIAS = Bias(Leaf("base_layer.bias", memory_name="trained_bias"))
 OTHER_BIAS = Bias(Leaf("bias", memory_name="trained_bias"))

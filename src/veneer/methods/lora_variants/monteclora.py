@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _HEAD = "lora_monteclora_sampler"
 SPREAD, SHARES = f"{_HEAD}.std_prior", f"{_HEAD}.expert_weights_prior"
 LAST_VARIANCES, LAST_WEIGHTS = f"{_HEAD}.gaussian_var_prior", f"{_HEAD}.expert_weights"
-# Smaller variances are this.
+# The least variance.
 FLOOR = 1e-3
 
 

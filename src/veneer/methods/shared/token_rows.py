@@ -125,7 +125,7 @@ class LoraTokens(TokenRows[LoraConfig]):
         return next(tokens for name, tokens in wanted.items() if names_match(site.name, [name]))
 
     def follows(self, config: LoraConfig, twin: Site) -> bool:
-        # As in peft: one that is meant by its name's ending has rows of its own.
+        # As in peft: a layer that the config names by its ending only has rows of its own.
         return twin.name in (config.trainable_token_indices or ())
 
 
