@@ -49,7 +49,7 @@ class Adapter(AdapterRecord):
         return self.layers.bound(self.name)
 
     def wrappers(self) -> Iterator[tuple[str, AdaptedLayer | ModuleCopies]]:
-        """Yield the modules that it changes: their names, and what stands in their places."""
+        """Yield the names of the modules that it changes, with their wrappers."""
         yield from ((layer.site.name, layer) for layer in self.layers.adapted)
         yield from self.whole_modules.copies.items()
 
@@ -80,7 +80,7 @@ class Adapter(AdapterRecord):
         return config
 
     def claims(self) -> Iterator[Claim]:
-        """Yield what no other adapter can have while this one is active."""
+        """Yield the claims that no other adapter can have while this one is active."""
         return (claim for part in self.parts for claim in part.claims())
 
     def check_mergeable(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from veneer.configs.base import AnyConfig
 from veneer.layers.wrapping import LayerPlacement
 from veneer.methods import method_of
+from veneer.methods.base.abilities import Allocation
 
 if TYPE_CHECKING:
     from typing import Self
@@ -24,15 +25,15 @@ class AdapterRecord:
     """The facts about an adapter that are no tensors on the model.
 
     Attributes:
-        name: its name here.
-        config: its config.
-        origin: where it came from; ``None`` for one made here.
-        trainable: whether its tensors are to be trained while it is selected.
-        tensors_bound: how many of its checkpoint's tensors are in use.
+        name: its name on the model.
+        config: its config, completed with what the model says.
+        origin: its folder or hub id; ``None`` for one made here.
+        trainable: True where its tensors are to be trained while it is selected.
+        tensors_bound: the number of its checkpoint's tensors that are in use.
         base_digest: the digest of the base it was trained on, where the checkpoint records it.
-        notes: what was odd about it.
-        unpadded: checkpoint key -> tensor, where what is in memory is padded and this is to be saved.
-        allocation: what training has learned of an AdaLoRA's ranks, or of an AdaMSS's groups.
+        notes: oddities of its checkpoint, for the load report.
+        unpadded: checkpoint key -> tensor to be saved, where the one in memory is padded.
+        allocation: the allocation of an AdaLoRA's ranks, or of an AdaMSS's groups, once training has begun one.
         saved_dtypes: checkpoint key -> dtype on disk, for tensors that are wider in memory and saved as they were.
     """
 
@@ -44,7 +45,7 @@ class AdapterRecord:
     base_digest: str | None = None
     notes: list[str] = field(default_factory=list)
     unpadded: dict[str, Tensor] = field(default_factory=dict)
-    allocation: Any = None
+    allocation: Allocation | None = None
     saved_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
     @property
@@ -85,7 +86,7 @@ class AdapterPart(Protocol):
         ...
 
     def claims(self) -> Iterable[Claim]:
-        """Return what no other active adapter can have beside this one."""
+        """Return the claims that no other active adapter can have beside this one."""
         ...
 
     def check_mergeable(self, adapter: AdapterRecord) -> None:

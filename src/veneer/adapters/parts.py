@@ -35,7 +35,7 @@ class LayerParts:
         by_id: a site's id -> the adapters on it, in the model's order.
         zero: the ids of those in which the adapter changes nothing, known when it was loaded.
         shared: the tensors that all of its layers use.
-        exclusive: whether no other such adapter can be active beside it.
+        exclusive: True where no other such adapter can be active beside it.
     """
 
     by_id: dict[str, LayerAdapters] = field(default_factory=dict)

@@ -23,7 +23,7 @@ class PassHook(ABC):
     """Watches the passes of a base model while adapters are there that need it.
 
     Attributes:
-        by_place: whether these adapters act by the place that an entry has in its row, whichever a call names.
+        by_place: True where these adapters act by the place that an entry has in its row, whichever a call names.
     """
 
     by_place: ClassVar[bool] = False

@@ -60,7 +60,7 @@ class LayerAdapters:
         bound: adapter's name -> its shares of this layer, in the order in which they apply.
         merged: the adapters whose patches are in the base layer's weight now.
         original: the parameters that the base layer had before a merge that can be undone; empty when none is made.
-        overwrite: whether a merge may take the memory of the weight.
+        overwrite: True where a merge may take the memory of the weight.
     """
 
     site: Site

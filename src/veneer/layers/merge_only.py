@@ -17,7 +17,7 @@ class MergeOnlyLayer(LayerAdapters):
 
     Args:
         site: the base layer.
-        overwrite: whether what is merged may take the memory of the layer's weight.
+        overwrite: let the merged weight take the memory of the layer's.
     """
 
     def __init__(self, site: Site, overwrite: bool) -> None:

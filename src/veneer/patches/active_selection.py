@@ -69,7 +69,13 @@ class ActiveSelection:
 
     def calls(self) -> list[object]:
         """Return the calls of the model that this context is, or was, inside of."""
-        return [state.call for state in current().chain() if state.owner is self and state.call is not None]
+        calls: list[object] = []
+        state: ForwardCall | None = current()
+        while state is not None:
+            if state.owner is self and state.call is not None:
+                calls.append(state.call)
+            state = state.outer
+        return calls
 
     def push(self, selection: Selection, call: object = None, prompt: Tensor | None = None) -> Token[ForwardCall]:
         """Use ``selection`` from now on in this thread or task, until :meth:`pop` is given what this returns."""

@@ -11,7 +11,7 @@ takes its place, which does not reach the contexts that were copied before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,13 +53,6 @@ class ForwardCall:
     xlora_weights: Mapping[int, Tensor] | None = None
     shadow_states: dict[str, Tensor] | None = None
     first_shadow_states: Mapping[str, Tensor] | None = None
-
-    def chain(self) -> Iterator[ForwardCall]:
-        """Yield this state and those that it is inside of, innermost first."""
-        state: ForwardCall | None = self
-        while state is not None:
-            yield state
-            state = state.outer
 
 
 _IDLE = ForwardCall()
