@@ -40,12 +40,12 @@ class PreparedMerge:
         adapters: the adapters, in order.
         sources: the adapters' folders.
         base: the base's folder.
-        base_text: which base, and why.
+        base_text: the base's origin, and how it was found.
         files: the base's weight files, open.
         changes: the adapters' changes.
-        plan: the work.
+        plan: the pieces of work and the output's files.
         config: keys of the base's config that the output has otherwise; ``...`` removes one.
-        options: the options.
+        options: the merge's options.
         companions: the base's files that are no weights: name -> path.
         stamps: file that is read beside the base's weights -> its stamp at the start.
         warnings: for the user.
@@ -101,8 +101,8 @@ def prepare(
     """Find and plan everything for the ``with`` block, in which the base's files are open; no weight is read before.
 
     Raises:
-        SourceError, ConfigError: something cannot be read. BaseModelError: no usable base. BindError: they do not
-        fit. MergeError: they cannot be merged.
+        SourceError, ConfigError: an adapter or the base cannot be read. BaseModelError: there is no usable base.
+        BindError: adapters and base do not fit. MergeError: they cannot be merged.
     """
     sources, weights = find_adapters(adapters, lookup)
     checkpoints = [open_checkpoint(source, strict=options.strict) for source in sources]
@@ -121,23 +121,23 @@ def prepare(
             plan, config = _plan(disk_base, changes, options)
         warnings += [*disk_base.notes, *_missing(disk_base, plan), *changes.notes]
         yield PreparedMerge(
-            weighted_adapters,
-            sources,
-            found_base.source,
-            f"{found_base.source.origin}, {found_base.why}",
-            files,
-            changes,
-            plan,
-            config,
-            options,
-            companions,
-            stamps,
-            warnings,
+            adapters=weighted_adapters,
+            sources=sources,
+            base=found_base.source,
+            base_text=f"{found_base.source.origin}, {found_base.why}",
+            files=files,
+            changes=changes,
+            plan=plan,
+            config=config,
+            options=options,
+            companions=companions,
+            stamps=stamps,
+            warnings=warnings,
         )
 
 
 def _plan(base: DiskBase, changes: AdapterChanges, options: MergeOptions) -> tuple[MergePlan, dict[str, Any]]:
-    """Plan a merge; the keys of the base's config that the output has otherwise are returned too."""
+    """Plan a merge, and return the plan and the keys of the base's config that the output has otherwise."""
     biases = new_biases(changes.layers.values(), list(changes.weights), base.model, base.build)
     dtype = options.torch_dtype
     planner = Planner(base, changes, dtype, Rounding(options.rounding, options.seed), biases)
