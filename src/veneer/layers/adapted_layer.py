@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from veneer.base_model.sites.site import Site, copy_with, unsupported
 from veneer.errors import MergeError, UnsupportedError
-from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters, parameter_like
+from veneer.layers.adapter_shares import parameter_like
+from veneer.layers.held_tensors import HeldTensors
 from veneer.layers.inference_cache import InferenceCache, are_small, for_inference
-from veneer.layers.parameter_holder import ParameterHolder
 from veneer.layers.peft_attributes import PeftLayerAttributes
 from veneer.layers.read_weight import Unread
 from veneer.patches.active_selection import ActiveSelection
@@ -22,11 +22,10 @@ from veneer.patches.fused import CachedForward, FusedPatch, can_fuse, fuse, fuse
 from veneer.patches.patch import Patch, apply, apply_rows, biases, for_training, whole_weight
 from veneer.patches.row_layout import ROWS, Layout, refused
 from veneer.patches.selection import Selection
-from veneer.patches.watched_parameters import watch
 from veneer.patches.weight_arithmetic import composed
 
 
-class AdaptedLayer(PeftLayerAttributes, LayerAdapters, nn.Module):
+class AdaptedLayer(PeftLayerAttributes, HeldTensors):
     """Stands in the place of a base layer that carries adapters.
 
     Its parameters are named as in peft: ``base_layer.weight``, ``lora_A.<adapter>.weight``. Attributes that it
@@ -44,8 +43,6 @@ class AdaptedLayer(PeftLayerAttributes, LayerAdapters, nn.Module):
     base_layer: Any
     layout: Layout = ROWS
     active_selection: ActiveSelection
-    # Adapter's name -> tensors that lie here beside those of its shares: common ones, frozen ones.
-    held: dict[str, Mapping[str, nn.Parameter]]
     # The adapters whose patches are in the base layer's weight now, and the parameters that it had before.
     merged: tuple[str, ...]
     original: list[nn.Parameter | None]
@@ -80,82 +77,6 @@ class AdaptedLayer(PeftLayerAttributes, LayerAdapters, nn.Module):
         if site is None or name not in (site.parameter.partition(".")[0], "bias") or not self.active_selection.in_call:
             return base_value
         return self._weight_in_call(name, base_value)
-
-    # -- the adapters' tensors -----------------------------------------------------------------------------
-
-    def bind(self, adapter: str, share: BoundAdapter, tensors: Mapping[str, nn.Parameter]) -> None:
-        """Add an adapter's tensors (leaf -> parameter), used as they are."""
-        for leaf in share.leaves:
-            self._place(adapter, leaf.memory_name, tensors[leaf.name])
-        watch([*tensors.values(), *share.shared.values()])
-        self.bound.setdefault(adapter, []).append(share)
-        self.forget_cached()
-
-    def _place(self, adapter: str, name: str, parameter: nn.Parameter) -> None:
-        """Put a tensor among the layer's own, the adapter's name after its head."""
-        # "lora_embedding_A" has no tail: the parameter itself is named by the adapter.
-        head, _, tail = name.partition(".")
-        if not tail:
-            self._holder(head)._parameters[adapter] = parameter
-            return
-        leaves = self._holder(head)._modules
-        if adapter not in leaves:
-            leaves[adapter] = ParameterHolder(self.training)
-        # Not register_parameter, which allows no dots: "encoders.0.weight" has the tail "0.weight".
-        leaves[adapter]._parameters[tail] = parameter  # type: ignore[union-attr]
-
-    def hold(self, adapter: str, tensors: Mapping[str, nn.Parameter]) -> None:
-        """Keep tensors that are not this layer's own share among its own, so that they move with the model."""
-        if not tensors:
-            return
-        for leaf, parameter in tensors.items():
-            self._place(adapter, leaf, parameter)
-        self.held[adapter] = {**self.held.get(adapter, {}), **tensors}
-
-    def unbind(self, adapter: str) -> None:
-        """Remove an adapter's tensors; the heads that are empty then go too."""
-        shares = self.bound.pop(adapter)
-        self.forget_cached()
-        names = [leaf.memory_name for share in shares for leaf in share.leaves] + [*self.held.pop(adapter, ())]
-        for head in {name.partition(".")[0] for name in names} & self._modules.keys():
-            holder = self._holder(head)
-            holder._parameters.pop(adapter, None)
-            holder._modules.pop(adapter, None)
-            if not holder._modules and not holder._parameters:
-                del self._modules[head]
-
-    def rename(self, old: str, new: str) -> None:
-        """Give an adapter another name; its tensors stay the same objects."""
-        shares = [(share, self.tensors(old, share)) for share in self.bound[old]]
-        held = self.held.get(old, {})
-        self.unbind(old)
-        self.hold(new, held)
-        for share, tensors in shares:
-            self.bind(new, share, tensors)
-        self.merged = tuple(new if name == old else name for name in self.merged)
-
-    def reset(self, adapter: str, share: BoundAdapter, settings: Any) -> None:
-        super().reset(adapter, share, settings)
-        self.forget_cached()
-
-    def tensors(self, adapter: str, share: BoundAdapter) -> dict[str, nn.Parameter]:
-        """Leaf -> the parameter of an adapter's share of this layer."""
-        return {leaf.name: self.placed(adapter, leaf.memory_name) for leaf in share.leaves}
-
-    def placed(self, adapter: str, name: str) -> nn.Parameter:
-        """Return a tensor by its adapter and its name: see :meth:`_place`."""
-        head, _, tail = name.partition(".")
-        holder = self._holder(head)
-        tensors = holder._modules[adapter]._parameters if tail else holder._parameters  # type: ignore[union-attr]
-        return tensors[tail or adapter]  # type: ignore[return-value]
-
-    def _holder(self, head: str) -> nn.Module:
-        """Return the module that holds each adapter's tensors under ``head``; made if there was none."""
-        # Not ModuleDict's own methods: those forbid names such as "keys" or "forward".
-        holder = self._modules.get(head)
-        if holder is None:
-            holder = self._modules[head] = ParameterHolder(self.training)
-        return holder
 
     def patches_now(self, names: Sequence[str]) -> list[Patch]:
         """Return the patches of adapters for one forward pass, with dropout while training."""
@@ -385,12 +306,6 @@ class AdaptedLayer(PeftLayerAttributes, LayerAdapters, nn.Module):
         self.watch()
         self.forget_cached()
         return self
-
-    def watch(self) -> None:
-        """Watch those tensors of the adapters that are not trained, which may be other objects than before."""
-        for name, module in self._modules.items():
-            if name != "base_layer" and module is not None:
-                watch(module.parameters())
 
     def train(self, mode: bool = True) -> AdaptedLayer:
         """Set the mode of this layer and of all in it."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class PeftLayerAttributes:
@@ -49,27 +48,6 @@ class PeftLayerAttributes:
     def merged_adapters(self: Any) -> list[str]:
         """The adapters that are in the base layer's weight."""
         return list(self.merged)
-
-    def own_tensors(self: Any, adapter: str) -> dict[str, Tensor]:
-        """Return every tensor of an adapter that lies at this layer, frozen and common ones included, by its place."""
-        tensors: dict[str, Tensor] = {}
-        for head, holder in self._holders():
-            if adapter in holder._parameters:
-                tensors[head] = holder._parameters[adapter]
-            elif adapter in holder._modules:
-                own = holder._modules[adapter]
-                tensors.update((f"{head}.{leaf}", p) for leaf, p in own._parameters.items() if p is not None)
-        return tensors
-
-    def train_adapters(self: Any) -> None:
-        """Put the layer and its adapters into training mode, and leave the base layer's as it is."""
-        self.training = True
-        for _, holder in self._holders():
-            holder.train()
-
-    def _holders(self: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Return the modules that hold the adapters' tensors, by their names."""
-        return ((head, module) for head, module in self._modules.items() if head != "base_layer" and module is not None)
 
 
 def _lora(layer: Any, asked: str) -> list[tuple[str, Any]]:

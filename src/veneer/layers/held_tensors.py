@@ -1,0 +1,126 @@
+"""The adapters' tensors of a layer, held as its submodules under peft's names: ``lora_A.<adapter>.weight``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters
+from veneer.layers.parameter_holder import ParameterHolder
+from veneer.patches.watched_parameters import watch
+
+
+class HeldTensors(LayerAdapters, nn.Module):
+    """A module that holds the tensors of the adapters bound to its base layer.
+
+    Attributes:
+        held: adapter's name -> its tensors here beside those of its shares: common ones, frozen ones.
+    """
+
+    held: dict[str, Mapping[str, nn.Parameter]]
+
+    def forget_cached(self) -> None:
+        """Drop what inference keeps, because the layer is in another state now."""
+        raise NotImplementedError
+
+    def bind(self, adapter: str, share: BoundAdapter, tensors: Mapping[str, nn.Parameter]) -> None:
+        """Add an adapter's tensors (leaf -> parameter), used as they are."""
+        for leaf in share.leaves:
+            self._place(adapter, leaf.memory_name, tensors[leaf.name])
+        watch([*tensors.values(), *share.shared.values()])
+        self.bound.setdefault(adapter, []).append(share)
+        self.forget_cached()
+
+    def _place(self, adapter: str, name: str, parameter: nn.Parameter) -> None:
+        """Put a tensor among the layer's own, the adapter's name after its head."""
+        # "lora_embedding_A" has no tail: the parameter itself is named by the adapter.
+        head, _, tail = name.partition(".")
+        if not tail:
+            self._holder(head)._parameters[adapter] = parameter
+            return
+        leaves = self._holder(head)._modules
+        if adapter not in leaves:
+            leaves[adapter] = ParameterHolder(self.training)
+        # Not register_parameter, which allows no dots: "encoders.0.weight" has the tail "0.weight".
+        leaves[adapter]._parameters[tail] = parameter  # type: ignore[union-attr]
+
+    def hold(self, adapter: str, tensors: Mapping[str, nn.Parameter]) -> None:
+        """Keep tensors that are not this layer's own share among its own, so that they move with the model."""
+        if not tensors:
+            return
+        for leaf, parameter in tensors.items():
+            self._place(adapter, leaf, parameter)
+        self.held[adapter] = {**self.held.get(adapter, {}), **tensors}
+
+    def unbind(self, adapter: str) -> None:
+        """Remove an adapter's tensors; the heads that are empty then go too."""
+        shares = self.bound.pop(adapter)
+        self.forget_cached()
+        names = [leaf.memory_name for share in shares for leaf in share.leaves] + [*self.held.pop(adapter, ())]
+        for head in {name.partition(".")[0] for name in names} & self._modules.keys():
+            holder = self._holder(head)
+            holder._parameters.pop(adapter, None)
+            holder._modules.pop(adapter, None)
+            if not holder._modules and not holder._parameters:
+                del self._modules[head]
+
+    def rename(self, old: str, new: str) -> None:
+        """Give an adapter another name; its tensors stay the same objects."""
+        shares = [(share, self.tensors(old, share)) for share in self.bound[old]]
+        held = self.held.get(old, {})
+        self.unbind(old)
+        self.hold(new, held)
+        for share, tensors in shares:
+            self.bind(new, share, tensors)
+        self.merged = tuple(new if name == old else name for name in self.merged)
+
+    def reset(self, adapter: str, share: BoundAdapter, settings: Any) -> None:
+        super().reset(adapter, share, settings)
+        self.forget_cached()
+
+    def tensors(self, adapter: str, share: BoundAdapter) -> dict[str, nn.Parameter]:
+        """Return the parameter of each leaf of an adapter's share of this layer."""
+        return {leaf.name: self.placed(adapter, leaf.memory_name) for leaf in share.leaves}
+
+    def placed(self, adapter: str, name: str) -> nn.Parameter:
+        """Return a tensor by its adapter and its name: see :meth:`_place`."""
+        head, _, tail = name.partition(".")
+        holder = self._holder(head)
+        tensors = holder._modules[adapter]._parameters if tail else holder._parameters  # type: ignore[union-attr]
+        return tensors[tail or adapter]  # type: ignore[return-value]
+
+    def _holder(self, head: str) -> nn.Module:
+        """Return the module that holds each adapter's tensors under ``head``; made if there was none."""
+        # Not ModuleDict's own methods: those forbid names such as "keys" or "forward".
+        holder = self._modules.get(head)
+        if holder is None:
+            holder = self._modules[head] = ParameterHolder(self.training)
+        return holder
+
+    def own_tensors(self, adapter: str) -> dict[str, Tensor]:
+        """Return every tensor of an adapter that lies at this layer, frozen and common ones included, by its place."""
+        tensors: dict[str, Tensor] = {}
+        for head, holder in self._holders():
+            leaves, parameter = holder._modules.get(adapter), holder._parameters.get(adapter)
+            if parameter is not None:
+                tensors[head] = parameter
+            elif leaves is not None:
+                tensors.update((f"{head}.{leaf}", p) for leaf, p in leaves._parameters.items() if p is not None)
+        return tensors
+
+    def train_adapters(self) -> None:
+        """Put the layer and its adapters into training mode, and leave the base layer's as it is."""
+        self.training = True
+        for _, holder in self._holders():
+            holder.train()
+
+    def _holders(self) -> Iterator[tuple[str, nn.Module]]:
+        """Return the modules that hold the adapters' tensors, by their names."""
+        return ((head, module) for head, module in self._modules.items() if head != "base_layer" and module is not None)
+
+    def watch(self) -> None:
+        """Watch those tensors of the adapters that are not trained, which may be other objects than before."""
+        for _, holder in self._holders():
+            watch(holder.parameters())
