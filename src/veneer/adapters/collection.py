@@ -136,7 +136,7 @@ class Adapters(LayerPlacement):
             self._was_trainable = _trainable(self.catalog.modules.values())
             for module, leaf in self._was_trainable:
                 getattr(module, leaf).requires_grad_(False)
-        # Another thread may be going through them.
+        # A new dict, for another thread may be going through the old one.
         self.by_name = {**self.by_name, adapter.name: adapter}
         self.layouts.ready.clear()
         self.trains = self.trains or adapter.trainable

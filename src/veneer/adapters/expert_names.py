@@ -17,7 +17,7 @@ from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import TargetError, VeneerError, did_you_mean
 from veneer.printing import warn
 
-# Parameter -> the layers of one expert that it holds, by each of their names.
+# Parameter -> the layers of one expert whose weights it holds, each with all its names.
 HELD: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "gate_up_proj": (("gate_proj", "w1"), ("up_proj", "w3")),
     "down_proj": (("down_proj", "w2"),),

@@ -23,7 +23,7 @@ ROWS = 3
 CHANGED_ROWS = (0, 1, 2)
 # Tokens a row, of the input and of a decoder beside it. No multiples of the rows, nor of each other.
 LENGTH, DECODER_LENGTH = 11, 7
-# Tokens below are the usual marks of beginnings, ends and gaps; those above are many enough.
+# Tokens below the first are the usual marks of beginnings, ends and gaps; up to the last there are enough.
 FIRST, LAST = 3, 1000
 
 Call = dict[str, Any]

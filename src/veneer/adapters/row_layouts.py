@@ -184,7 +184,7 @@ class RowCheck:
         self._note(usual, [*by_text, *by_image], [*text, *images], (1,) * rows, images=False, names=of_text)
         self._note(usual, by_image, list(images), shares or (1,) * rows, shares is not None, usual.keys() - of_text)
         lost = [name for name in missing if self.layouts.known.get(name) == UNKNOWN]
-        for name in lost:  # another call may have it in order
+        for name in lost:  # another call may have its rows in order
             del self.layouts.known[name]
         if lost:
             raise refused(lost[0])

@@ -24,13 +24,13 @@ from veneer.files.tensor_keys import encode
 from veneer.methods.base.replaced_weight import TOKEN_BASE, WEIGHT, SavedWeight
 from veneer.methods.shared.token_rows import TOKENS, TokenRows
 
-SaveEnds = bool | Literal["auto"]
+SaveEmbeddings = bool | Literal["auto"]
 
 # The modules whose rows peft saves of its own accord when a config targets them.
 _KNOWN = ("embed_tokens", "lm_head")
 
 
-def ends_to_save(adapters: Adapters, adapter: Adapter, choice: SaveEnds) -> dict[str, Tensor]:
+def embeddings_to_save(adapters: Adapters, adapter: Adapter, choice: SaveEmbeddings) -> dict[str, Tensor]:
     """Return the weights and biases of embeddings and output layers to be saved with an adapter, by checkpoint key.
 
     Args:
@@ -44,24 +44,24 @@ def ends_to_save(adapters: Adapters, adapter: Adapter, choice: SaveEnds) -> dict
     if choice not in (True, False, "auto"):
         raise UsageError(f"save_embedding_layers={choice!r} is none of the choices.", hint='True, False or "auto".')
     catalog, grown = adapters.catalog, vocabulary_differs(adapters, adapter)
-    ends = [
+    layers = [
         name
         for name in dict.fromkeys([*catalog.input_embeddings, *catalog.output_embeddings])
         if name not in adapter.whole_modules.copies
     ]
-    methods = {name: _methods(adapters, adapter, name) for name in ends}
-    by_token = any(isinstance(method, TokenRows) for name in ends for method in methods[name])
+    methods = {name: _methods(adapters, adapter, name) for name in layers}
+    by_token = any(isinstance(method, TokenRows) for name in layers for method in methods[name])
     if choice == "auto":
-        choice = grown or (not by_token and _names_an_end(adapter.config, catalog))
+        choice = grown or (not by_token and _targets_embeddings(adapter.config, catalog))
     if not choice:
         return {}
-    # Rows under an adapted end are the base's, so those of an end that shares them.
-    adapted = [name for name in ends if methods[name] and methods[name] != [TOKENS]]
-    names = adapted if adapted and (catalog.tied_embeddings or not grown) else ends
+    # The rows under an adapted layer are the base's own, and so are those of a layer that shares them.
+    adapted = [name for name in layers if methods[name] and methods[name] != [TOKENS]]
+    names = adapted if adapted and (catalog.tied_embeddings or not grown) else layers
     return {key: t for name in names for key, t in _tensors(adapters, adapter, name, methods[name])}
 
 
-def _names_an_end(config: AnyConfig, catalog: Catalog) -> bool:
+def _targets_embeddings(config: AnyConfig, catalog: Catalog) -> bool:
     """Tell whether a config's targets name an embedding or output layer that peft knows."""
     targets = getattr(config, "target_modules", None)
     if isinstance(targets, str):

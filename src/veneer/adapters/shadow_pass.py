@@ -36,7 +36,7 @@ class ShadowPass(PassHook):
 
     def __init__(self) -> None:
         super().__init__()
-        # Adapter's name -> its config, and the decoder that it means, without values.
+        # Adapter's name -> its config, and the decoder of that config, without values.
         self._decoders: dict[str, tuple[ShadowConfig, nn.Module]] = {}
 
     def is_for(self, adapter: Adapter) -> bool:
@@ -59,7 +59,7 @@ class ShadowPass(PassHook):
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         adapters = self.selected()
         names = [name for name, adapter in adapters.items() if self.is_for(adapter)]
-        if current().first_shadow_states is not None:  # of a pass of the stack alone
+        if current().first_shadow_states is not None:  # left by a pass of the stack alone
             note(first_shadow_states=None)
         if not names:
             return None
@@ -105,7 +105,7 @@ class ShadowPass(PassHook):
         known = self._decoders.get(name)
         if known is not None and known[0] is config:
             return known[1]
-        # Made on a real device, for its buffers are worked out then.
+        # Made on a real device, because its buffers are computed when it is made.
         with torch.random.fork_rng(devices=[]):
             decoder = small_decoder(config, stack)
         for module in decoder.modules():

@@ -48,7 +48,7 @@ class AdaptedLayer(PeftLayerAttributes, HeldTensors):
     original: list[nn.Parameter | None]
     # Replaced when tensors were added, moved, or are about to be trained.
     _inference_cache: InferenceCache
-    # Whether the model calls the layer, and asks for its weight at most to learn of its dtype.
+    # True once the model has called the layer; it then reads the weight at most for its dtype.
     _called: bool
 
     def __init__(self, site: Site, active_selection: ActiveSelection, inner: AdaptedLayer | None = None) -> None:
@@ -175,7 +175,7 @@ class AdaptedLayer(PeftLayerAttributes, HeldTensors):
         if not self.here(selection.used):
             return self._base(x, *args, **kwargs)
         if self.layout.dim > 0 and x.ndim > 1:
-            # Whole again, for models take views of what a layer gives.
+            # Contiguous again, for models take views of a layer's output.
             return self._forward_rows_first(selection, x.transpose(0, 1), *args, **kwargs).transpose(0, 1).contiguous()
         return self._forward_rows_first(selection, x, *args, **kwargs)
 
@@ -205,7 +205,7 @@ class AdaptedLayer(PeftLayerAttributes, HeldTensors):
     def _for_rows(self, patch: Patch, selection: Selection, rows: Tensor, x: Tensor) -> Patch:
         """Return a patch for some rows of ``x``."""
         if selection.by_token and (patch.gate is not None or patch.route is not None):
-            # It looks at rows as a whole, and a packed row holds several sequences.
+            # Such an adapter looks at whole rows, and a packed row holds several sequences.
             raise unsupported(self.site, "an adapter that acts by whole sequences, in a packed one,")
         return patch.take(rows, x.shape[:-1])
 

@@ -21,7 +21,7 @@ class ShardedLayer(AdaptedLayer):
 
     def __init__(self, site: Site, active_selection: ActiveSelection, inner: AdaptedLayer | None = None) -> None:
         super().__init__(site, active_selection, inner)
-        # Found at the first call: whether the base layer takes, and gives, this process's part only.
+        # Found at the first call: True where the base layer takes, or gives, this process's part only.
         self.takes_part = self.gives_part = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:

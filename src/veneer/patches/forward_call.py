@@ -55,6 +55,7 @@ class ForwardCall:
     first_shadow_states: Mapping[str, Tensor] | None = None
 
 
+# The state outside of any call.
 _IDLE = ForwardCall()
 _CURRENT: ContextVar[ForwardCall] = ContextVar("veneer_forward_call", default=_IDLE)
 

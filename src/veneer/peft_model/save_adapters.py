@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from veneer.adapters.adapter import Adapter
-from veneer.adapters.saved_embeddings import SaveEnds, ends_to_save
+from veneer.adapters.saved_embeddings import SaveEmbeddings, embeddings_to_save
 from veneer.base_model import sharding
 from veneer.checkpoints import save_set
 from veneer.checkpoints.checkpoint import Draft
@@ -41,7 +41,7 @@ class SavingMethods(AdaptedModel):
         save_directory: str | Path,
         safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
-        save_embedding_layers: SaveEnds = "auto",
+        save_embedding_layers: SaveEmbeddings = "auto",
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
@@ -78,7 +78,7 @@ class SavingMethods(AdaptedModel):
         _save_adapters(self, folder, selected_adapters, state_dict or {}, save_embedding_layers, is_main_process)
 
     def get_adapter_state_dict(
-        self, adapter_name: str | None = None, save_embedding_layers: SaveEnds = "auto"
+        self, adapter_name: str | None = None, save_embedding_layers: SaveEmbeddings = "auto"
     ) -> dict[str, Tensor]:
         """Return checkpoint key -> tensor of one adapter (the active one when ``None``), as saving writes it."""
         with self.adapters.active_selection.choosing:
@@ -89,7 +89,7 @@ class SavingMethods(AdaptedModel):
     def push_to_hub(
         self,
         repo_id: str,
-        save_embedding_layers: SaveEnds = "auto",
+        save_embedding_layers: SaveEmbeddings = "auto",
         *,
         private: bool | None = None,
         token: str | None = None,
@@ -156,7 +156,7 @@ def _save_adapters(
     folder: Path,
     names: Sequence[str] | None,
     state: Mapping[str, Tensor],
-    ends: SaveEnds,
+    ends: SaveEmbeddings,
     is_main_process: bool,
 ) -> None:
     """Save the adapters of these names, or all, in the PEFT format; see :meth:`PeftModel.save_pretrained`."""
@@ -173,10 +173,10 @@ def _save_adapters(
 
 
 def _tensors_to_save(
-    model: AdaptedModel, adapter: Adapter, state: Mapping[str, Tensor], ends: SaveEnds
+    model: AdaptedModel, adapter: Adapter, state: Mapping[str, Tensor], ends: SaveEmbeddings
 ) -> dict[str, Tensor]:
     """Return checkpoint key -> tensor, in the dtype that it had on disk; from ``state`` where that has it."""
-    embeddings = ends_to_save(model.adapters, adapter, ends)
+    embeddings = embeddings_to_save(model.adapters, adapter, ends)
     if adapter.unpadded:
         return {**embeddings, **adapter.unpadded}
     names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()} if state else {}
@@ -195,7 +195,9 @@ def _tensors_to_save(
     return {**{key: value(tensor) for key, tensor in embeddings.items() if key not in tensors}, **tensors}
 
 
-def _draft(model: AdaptedModel, adapter: Adapter, folder: Path, state: Mapping[str, Tensor], ends: SaveEnds) -> Draft:
+def _draft(
+    model: AdaptedModel, adapter: Adapter, folder: Path, state: Mapping[str, Tensor], ends: SaveEmbeddings
+) -> Draft:
     digest = adapter.base_digest or model.base_digest
     return Draft(
         adapter_folders.place(folder, adapter.name),
