@@ -55,3 +55,17 @@ def test_a_module_to_save_must_be_there() -> None:
     config = veneer.LoraConfig(target_modules=["q_proj"], modules_to_save=["nothere"])
     with pytest.raises(TargetError, match=r"'nothere'.*no such module.*lm_head"):
         veneer.get_peft_model(build("llama"), config)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: veneer.ArrowConfig(top_k="3"), "ArrowConfig: top_k='3' is not of the type int. The default is 3."),  # type: ignore[arg-type]
+        (lambda: veneer.LoftQConfig(loftq_bits=5), r"loftq_bits=5 is not of the type Literal\[4, 8\]"),  # type: ignore[arg-type]
+        (lambda: veneer.KasaConfig(beta=float("inf")), "beta=inf is no number that float32 holds"),
+        (lambda: veneer.RoadConfig(variant="road_3"), "variant='road_3' is unknown. Known: 'road_1', 'road_2'"),
+    ],
+)
+def test_options_are_checked_too(make: Any, words: str) -> None:
+    with pytest.raises(veneer.ConfigError, match=words):
+        make()

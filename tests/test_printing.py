@@ -1,4 +1,4 @@
-"""Text from a checkpoint cannot steer the terminal that shows it."""
+"""Printable text, which cannot steer a terminal; sizes; warnings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import veneer
 from veneer.configs.methods.lora import LoraConfig
-from veneer.printing import one_line, printable, quiet, warn
+from veneer.printing import nbytes, one_line, parse_bytes, printable, quiet, warn
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,27 @@ def test_quiet_collects_veneers_warnings_alone() -> None:
         assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.CRITICAL, False)
     assert texts == ["ours"]
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (270_900_000, "270.9 MB"),
+        (5 * 10**9, "5.0 GB"),
+        (10**16, "10000.0 TB"),
+    ],
+)
+def test_sizes_are_written(value: int, text: str) -> None:
+    assert nbytes(value) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("5GB", 5 * 10**9), ("5.GB", 5 * 10**9), (" 512 MiB ", 512 * 2**20), (".5kb", 500), ("1TB", 10**12), ("7", 7)]
+    + [(text, None) for text in ("", "GB", "0", "0.4", "-1", "1e3", "5 G B", "5PB", "nan", "\u0665GB", "9" * 400)],
+)
+def test_sizes_are_read(text: str, value: int | None) -> None:
+    assert parse_bytes(text) == value
