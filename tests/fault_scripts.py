@@ -8,27 +8,40 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import runpy
+import re
 import signal
 import sys
 import tempfile
 import traceback
 from pathlib import Path
+from types import ModuleType
 
 SECONDS = 240
 # What the scripts import, which takes longer than what they do.
 LIBRARIES = ("torch", "transformers", "peft", "veneer", "safetensors.torch", "transformers.trainer")
-# What they import of veneer by a path of before its rooms -> the module that has it now.
-FORMER = {"config": "configs.base", "layer": "layers.adapted_layer"}
+# Two of them reach into the package, by names of before -> the names of today.
+FORMER = {
+    r"\bveneer\.config\b": "veneer.configs.base",
+    r"\bveneer\.layer\b": "veneer.layers.adapted_layer",
+    r"AdaptedLayer\._fold\b": "AdaptedLayer._fuse",
+    r"layer\._forget\b": "layer.forget_cached",
+}
 
 
 def import_libraries() -> None:
-    """Import what the scripts import, and let former paths lead to the modules of today."""
+    """Import what the scripts import."""
     for name in LIBRARIES:
         importlib.import_module(name)
-    for former, path in FORMER.items():
-        module = sys.modules[f"veneer.{former}"] = importlib.import_module(f"veneer.{path}")
-        setattr(sys.modules["veneer"], former, module)
+
+
+def _execute(script: Path) -> None:
+    """Run a script as ``__main__``, with the names of today in place of former ones."""
+    text = script.read_text(encoding="utf-8")
+    for former, name in FORMER.items():
+        text = re.sub(former, name, text)
+    main_module = sys.modules["__main__"] = ModuleType("__main__")
+    main_module.__file__ = str(script)
+    exec(compile(text, script, "exec"), main_module.__dict__)
 
 
 def run(script: Path, log: Path) -> int:
@@ -53,7 +66,7 @@ def _become(script: Path, log: Path) -> None:
         with tempfile.TemporaryDirectory() as place:
             os.chdir(place)
             tempfile.tempdir = place
-            runpy.run_path(str(script), run_name="__main__")
+            _execute(script)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
