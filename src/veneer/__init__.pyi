@@ -9,13 +9,13 @@ from veneer.adapters.status import (
 )
 from veneer.benching.bench_report import BenchReport as BenchReport
 from veneer.benching.run import bench as bench
-from veneer.checkpoints.inspection import (
+from veneer.checkpoints.inspection.facts import Problem as Problem
+from veneer.checkpoints.inspection.inspect_path import (
     Inspection as Inspection,
 )
-from veneer.checkpoints.inspection import (
+from veneer.checkpoints.inspection.inspect_path import (
     inspect as inspect,
 )
-from veneer.checkpoints.inspection_facts import Problem as Problem
 from veneer.configs.arrow_options import ArrowConfig as ArrowConfig
 from veneer.configs.base import PeftConfig as PeftConfig
 from veneer.configs.lora_start_options import (

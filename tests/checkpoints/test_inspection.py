@@ -71,7 +71,7 @@ def test_what_an_adapter_of_any_method_sits_on_is_counted(made: Any, layers: int
 
 def test_every_methods_tensors_are_told_by_their_names() -> None:
     from tests.methods.document import names
-    from veneer.checkpoints.inspection import _layers
+    from veneer.checkpoints.inspection.inspect_path import _layers
     from veneer.files.safetensors_header import TensorInfo
 
     for name in names():
@@ -409,7 +409,7 @@ def test_a_base_that_is_there_is_no_problem(adapter: Path, place: Any) -> None:
 
 def test_the_documentation_has_a_line_for_each_problem() -> None:
     root = Path(__file__).parents[2]
-    source = "".join(path.read_text() for path in (root / "src/veneer/checkpoints").glob("inspection*.py"))
+    source = "".join(path.read_text() for path in (root / "src/veneer/checkpoints/inspection").glob("*.py"))
     page = (root / "docs/inspect.md").read_text().partition("## Problems")[2]
     documented = set(re.findall(r"^\| `([a-z-]+)` \| [^`]", page, re.MULTILINE)) - {"code"}
     named = set(re.findall(r'roblem(?:_of)?\(\s*"([a-z-]+)"', source))

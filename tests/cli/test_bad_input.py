@@ -115,7 +115,7 @@ def test_a_fault_of_ours_is_said_to_be_ours(run: Run, made: Path, monkeypatch: p
     def fail(*args: Any, **kwargs: Any) -> None:
         raise ZeroDivisionError("oh\nno")
 
-    monkeypatch.setattr("veneer.checkpoints.inspection.inspect", fail)
+    monkeypatch.setattr("veneer.checkpoints.inspection.inspect_path.inspect", fail)
     result = run("inspect", made / "adapter")
     assert (result.code, result.err.strip()) == (
         1,
@@ -130,7 +130,7 @@ def test_an_interruption(run: Run, made: Path, monkeypatch: pytest.MonkeyPatch) 
     def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("veneer.checkpoints.inspection.inspect", interrupt)
+    monkeypatch.setattr("veneer.checkpoints.inspection.inspect_path.inspect", interrupt)
     result = run("inspect", made / "adapter")
     assert (result.code, result.err.strip()) == (130, "interrupted")
 
@@ -268,9 +268,9 @@ def test_a_merge_that_fails_late_leaves_nothing(
 
 def test_the_debug_switch_shows_the_traceback(made: Path) -> None:
     code = (
-        "import veneer.checkpoints.inspection, veneer.cli, sys\n"
+        "import veneer.checkpoints.inspection.inspect_path, veneer.cli, sys\n"
         "def fail(*a, **k): raise ZeroDivisionError('on purpose')\n"
-        "veneer.checkpoints.inspection.inspect = fail\n"
+        "veneer.checkpoints.inspection.inspect_path.inspect = fail\n"
         "sys.exit(veneer.cli.main(['inspect', '.']))"
     )
     for switch, wanted in (("", "internal error: ZeroDivisionError: on purpose"), ("1", "Traceback (most recent")):

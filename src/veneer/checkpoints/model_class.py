@@ -11,8 +11,8 @@ from veneer.base_model.catalog import Catalog
 from veneer.base_model.meta_model import meta_model
 from veneer.base_model.transformers_internals import classes_for
 from veneer.checkpoints.checkpoint import Checkpoint
-from veneer.checkpoints.closeness import Closeness
-from veneer.checkpoints.older_layouts import closeness
+from veneer.checkpoints.layouts.closeness import Closeness
+from veneer.checkpoints.layouts.older_layouts import closeness
 from veneer.configs.names import HEADS, TaskType
 from veneer.errors import BaseModelError, UsageError, VeneerError
 from veneer.files.names import MODEL_CONFIG

@@ -19,7 +19,7 @@ def open_checkpoint(source: Source, *, strict: bool = True, config: PeftConfig |
         IncompleteCheckpointError: the config, the weights or every tensor is missing.
         SourceError: a file cannot be read; ConfigError: the config is wrong, or not supported.
     """
-    from veneer.checkpoints.spellings import as_peft_writes  # the methods that it asks are made of checkpoints
+    from veneer.checkpoints.layouts.spellings import as_peft_writes  # the methods that it asks are made of checkpoints
 
     if not source.has(ADAPTER_CONFIG):
         raise IncompleteCheckpointError(

@@ -18,7 +18,7 @@ def inspect(
     local_files_only: Local = False,
 ) -> None:
     """Tell what is at a path: model or adapter, method, base, rank, size, problems."""
-    from veneer.checkpoints import inspection
+    from veneer.checkpoints.inspection import inspect_path
 
-    facts = inspection.inspect(path, revision=revision, subfolder=subfolder, local_files_only=local_files_only)
+    facts = inspect_path.inspect(path, revision=revision, subfolder=subfolder, local_files_only=local_files_only)
     show(facts, json)

@@ -13,8 +13,8 @@ import torch
 from veneer.adapters import attach, replacing
 from veneer.adapters.adapter import Adapter
 from veneer.checkpoints.checkpoint import Checkpoint, in_memory_checkpoint
-from veneer.checkpoints.key_mapping import with_keys
-from veneer.checkpoints.older_layouts import in_current_layout
+from veneer.checkpoints.layouts.key_mapping import with_keys
+from veneer.checkpoints.layouts.older_layouts import in_current_layout
 from veneer.configs.base import PeftConfig, PromptConfig, TargetedConfig
 from veneer.configs.names import HEADS
 from veneer.configs.patterns import matching

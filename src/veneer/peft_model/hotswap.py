@@ -19,7 +19,7 @@ from veneer.adapters.adapter import Adapter
 from veneer.adapters.attach import check_finite
 from veneer.checkpoints.binding_plan import Binding, Plan, bind_error, make_plan
 from veneer.checkpoints.checkpoint import Checkpoint
-from veneer.checkpoints.older_layouts import in_current_layout
+from veneer.checkpoints.layouts.older_layouts import in_current_layout
 from veneer.checkpoints.open_checkpoint import open_checkpoint
 from veneer.configs.base import targeted
 from veneer.errors import AdapterError, MergeError, UnsupportedError

@@ -14,7 +14,7 @@ from veneer.adapters.merge.in_memory import check_mergeable
 from veneer.base_model.catalog import Catalog
 from veneer.base_model.sites.parameter_reader import ParameterReader
 from veneer.checkpoints.checkpoint import Checkpoint
-from veneer.checkpoints.older_layouts import in_current_layout
+from veneer.checkpoints.layouts.older_layouts import in_current_layout
 from veneer.errors import MergeError
 from veneer.files.tensor_keys import encode
 from veneer.layers.adapter_shares import LayerAdapters

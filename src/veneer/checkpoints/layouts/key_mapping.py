@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from veneer.checkpoints.checkpoint import Checkpoint
-from veneer.checkpoints.renamed_checkpoint import RenamedCheckpoint
+from veneer.checkpoints.layouts.renamed_checkpoint import RenamedCheckpoint
 from veneer.configs import patterns
 from veneer.errors import ConfigError
 from veneer.files.tensor_keys import PREFIX, SHARED_PREFIX

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from veneer.base_model.catalog import Catalog
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import names_match, pattern_value
-from veneer.checkpoints.renamed_checkpoint import RenamedCheckpoint
+from veneer.checkpoints.layouts.renamed_checkpoint import RenamedCheckpoint
 from veneer.configs.methods.lora import LoraConfig
 from veneer.files.safetensors_header import TensorInfo
 from veneer.files.tensor_keys import PREFIX

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from rich.console import RenderableType
 from rich.text import Text
 
-from veneer.checkpoints.inspection_facts import AdapterFacts, ModelFacts, PathFacts, Weights
+from veneer.checkpoints.inspection.facts import AdapterFacts, ModelFacts, PathFacts, Weights
 from veneer.printing import nbytes, panel, printable
 
 _TITLES = {"model": "full model", "adapter": "adapter", "model+adapter": "full model and adapter", "unknown": "unknown"}

@@ -27,10 +27,10 @@ from torch import nn
 from veneer.base_model.catalog import Catalog
 from veneer.base_model.targets import names_match
 from veneer.checkpoints.checkpoint import Checkpoint
-from veneer.checkpoints.closeness import Closeness
-from veneer.checkpoints.current_names import current_names
-from veneer.checkpoints.old_names import OldNames, as_named_now, kinds_of
-from veneer.checkpoints.stacked_experts import RestackedCheckpoint, stack_experts
+from veneer.checkpoints.layouts.closeness import Closeness
+from veneer.checkpoints.layouts.current_names import current_names
+from veneer.checkpoints.layouts.old_names import OldNames, as_named_now, kinds_of
+from veneer.checkpoints.layouts.stacked_experts import RestackedCheckpoint, stack_experts
 from veneer.configs.base import TargetedConfig
 from veneer.configs.methods.lora import LoraConfig
 from veneer.files.tensor_keys import PREFIX

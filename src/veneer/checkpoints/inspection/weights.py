@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from veneer.checkpoints.inspection_facts import Problem, Weights
-from veneer.checkpoints.inspection_problems import problem_of
+from veneer.checkpoints.inspection.facts import Problem, Weights
+from veneer.checkpoints.inspection.problems import problem_of
 from veneer.errors import SourceError, VeneerError
 from veneer.files.names import INDEX, SAFETENSORS
 from veneer.files.safetensors_header import Header, TensorInfo, read_header

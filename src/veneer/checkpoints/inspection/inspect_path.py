@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from veneer.checkpoints.inspection_facts import AdapterFacts, ModelFacts, PathFacts, Problem
-from veneer.checkpoints.inspection_problems import (
+from veneer.checkpoints.inspection.facts import AdapterFacts, ModelFacts, PathFacts, Problem
+from veneer.checkpoints.inspection.problems import (
     base_problems,
     empty_checkpoint,
     model_and_adapter,
@@ -22,7 +22,7 @@ from veneer.checkpoints.inspection_problems import (
     no_checkpoint,
     problem_of,
 )
-from veneer.checkpoints.inspection_weights import headers_of, remote_headers, weights_of
+from veneer.checkpoints.inspection.weights import headers_of, remote_headers, weights_of
 from veneer.configs.base import PeftConfig, config_class, is_of_mlx
 from veneer.configs.names import HEADS
 from veneer.configs.value_checks import matches_type
@@ -78,7 +78,7 @@ class Inspection(PathFacts):
 
     def __rich__(self) -> RenderableType:
         """Return a panel: the facts, a line for each member of a set, then the problems."""
-        from veneer.checkpoints.inspection_text import as_panel
+        from veneer.checkpoints.inspection.text import as_panel
 
         return as_panel(self)
 

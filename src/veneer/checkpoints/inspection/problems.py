@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from veneer.checkpoints.inspection_facts import Problem
+from veneer.checkpoints.inspection.facts import Problem
 from veneer.errors import ConfigError, VeneerError
 from veneer.files import adapter_folders
 from veneer.files.base_map import look_up

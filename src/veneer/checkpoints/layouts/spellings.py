@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from veneer.checkpoints.checkpoint import Checkpoint
-from veneer.checkpoints.renamed_checkpoint import RenamedCheckpoint
+from veneer.checkpoints.layouts.renamed_checkpoint import RenamedCheckpoint
 from veneer.configs.base import PeftConfig, PromptConfig, TargetedConfig
 from veneer.configs.methods.lora import LoraConfig
 from veneer.configs.names import HEADS
