@@ -170,34 +170,34 @@ class AttachingLayers(Attaching):
     # -- tensors of several layers -------------------------------------------------------------------------
 
     @property
-    def _own(self) -> list[PendingLayer]:
+    def _own_layers(self) -> list[PendingLayer]:
         """The layers of the adapter's own method."""
         return [layer for layer in self.pending if layer.method is self.method]
 
     def _share(self, stored: Mapping[str, Tensor], generator: torch.Generator | None) -> None:
         """Take the tensors that all layers use from the checkpoint, or make them; then derive what joins each layer."""
-        method, own = self.method, self._own
-        if not own or not isinstance(method, (SharesTensors, DerivesTensors)):
+        method, layers = self.method, self._own_layers
+        if not layers or not isinstance(method, (SharesTensors, DerivesTensors)):
             return
-        bases = [self.adapters.base(layer.site) for layer in own]
+        bases = [self.adapters.base(layer.site) for layer in layers]
         if isinstance(method, SharesTensors):
-            missing = method.shared_shapes(self.config, [layer.site for layer in own]).keys() - stored.keys()
+            missing = method.shared_shapes(self.config, [layer.site for layer in layers]).keys() - stored.keys()
             fresh = method.make_shared(self.config, bases, generator) if missing else {}
             self.shared = {
-                name: as_parameter(tensor, own[0].site.device, self.float32, self._trains_shared(method, name))
+                name: as_parameter(tensor, layers[0].site.device, self.float32, self._trains_shared(method, name))
                 for name, tensor in {**fresh, **stored}.items()
             }
-        extra: Sequence[Mapping[str, Tensor]] = [self.shared] * len(own)
+        extra: Sequence[Mapping[str, Tensor]] = [self.shared] * len(layers)
         if isinstance(method, DerivesTensors):
             extra = method.extra_tensors(self.config, bases, self.shared)
-        self._extra = {layer.site.id: tensors for layer, tensors in zip(own, extra, strict=True)}
+        self._extra = {layer.site.id: tensors for layer, tensors in zip(layers, extra, strict=True)}
 
     def _trains_shared(self, method: SharesTensors, name: str) -> bool:
         return self.adapter.trainable and method.trains_shared(self.config, name)
 
     def _take_extra_tensors(self) -> None:
         """Give new layers those of their tensors that their method derives instead of making them."""
-        for layer in self._own:
+        for layer in self._own_layers:
             extra = self._extra.get(layer.site.id, {})
             needed = layer.method.shapes(layer.settings, layer.site).keys() - layer.tensors.keys()
             layer.tensors.update(
@@ -210,10 +210,10 @@ class AttachingLayers(Attaching):
         """Let layers use another's tensor where their method shares it."""
         if not isinstance(self.method, SharesBetweenLayers):
             return
-        own = self._own
-        for name, leaders in self.method.shared_between_layers(self.config, [layer.site for layer in own]).items():
-            for layer, leader in zip(own, leaders, strict=True):
-                layer.tensors[name] = own[leader].tensors[name]
+        layers = self._own_layers
+        for name, leaders in self.method.shared_between_layers(self.config, [layer.site for layer in layers]).items():
+            for layer, leader in zip(layers, leaders, strict=True):
+                layer.tensors[name] = layers[leader].tensors[name]
 
     def _tie_outputs(self, *, new: bool) -> None:
         """Let output layers use the tensors of the embeddings that they are to stay like; loaded ones if equal.
@@ -278,10 +278,10 @@ def _saves_as(layer: PendingLayer, stored: PendingLayer) -> bool:
     return saved.keys() == stored.tensors.keys() and all(same_values(saved[k], t) for k, t in stored.tensors.items())
 
 
-def _frozen(extra: Mapping[str, Tensor], own: Mapping[str, Tensor], site: Site) -> dict[str, nn.Parameter]:
+def _frozen(extra: Mapping[str, Tensor], tensors: Mapping[str, Tensor], site: Site) -> dict[str, nn.Parameter]:
     """Return what joins a layer's own tensors, as parameters; those that are some already are used as they are."""
     return {
         name: tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.to(site.device), requires_grad=False)
         for name, tensor in extra.items()
-        if name not in own
+        if name not in tensors
     }

@@ -73,7 +73,7 @@ class Plan:
         shared: tensor that all layers use -> the checkpoint's key.
         repeated_keys: the keys of tensors that another layer has too.
         problems: each reason why it does not fit, a line apiece.
-        notes: what is odd and harmless.
+        notes: oddities that do no harm.
     """
 
     bindings: list[Binding] = field(default_factory=list)
@@ -373,8 +373,8 @@ def _of_wrong_kind(what: str, tensor: HasShape, floating: bool) -> list[str]:
     """Return a problem where whole numbers are in the place of weights, or the other way round."""
     if _is_floating(tensor) == floating:
         return []
-    wanted = "floating-point numbers" if floating else "whole numbers"
-    return [f"{what} is of dtype {str(tensor.dtype).removeprefix('torch.')}, and {wanted} belong there"]
+    numbers = "floating-point numbers" if floating else "whole numbers"
+    return [f"{what} is of dtype {str(tensor.dtype).removeprefix('torch.')}, and {numbers} belong there"]
 
 
 def _is_floating(tensor: HasShape) -> bool:

@@ -52,8 +52,8 @@ class Context(PromptEncoder):
         else:
             delta = delta + (near - delta).detach()
         moves = torch.tensor(self.moves, device=delta.device).unsqueeze(1)
-        made: Tensor = self.embedding.weight + torch.where(moves, delta, delta.detach())
-        return made
+        moved: Tensor = self.embedding.weight + torch.where(moves, delta, delta.detach())
+        return moved
 
     @torch.no_grad()
     def _projected(self, delta: Tensor) -> Tensor:

@@ -29,12 +29,12 @@ class FourierFT(SparseSpectrum[FourierFTConfig]):
         spectrum = settings.spectrum(tensors[SPECTRUM].float(), base.site.shape)
 
         def outer(part: Tensor) -> Tensor:
-            found: Tensor = torch.fft.ifft(part)
-            return found.real * settings.scale
+            transformed: Tensor = torch.fft.ifft(part)
+            return transformed.real * settings.scale
 
         def matrix(part: Tensor) -> Tensor:
-            found: Tensor = torch.fft.ifft2(part)
-            return found.real * settings.scale
+            transformed: Tensor = torch.fft.ifft2(part)
+            return transformed.real * settings.scale
 
         return Patch(dense=SparseInTransform(spectrum, torch.fft.ifft, outer, matrix))
 

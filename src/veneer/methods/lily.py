@@ -67,7 +67,7 @@ class LilyInferenceRoute:
     Attributes:
         down: ``A`` and ``A R`` side by side, shape ``(in, r + experts)``.
         up: ``scaling * B``, shape ``(experts * r, out)``.
-        experts: how many.
+        experts: their number.
     """
 
     down: Tensor

@@ -49,8 +49,8 @@ class TaskTable(PromptEncoder):
                 f"task_ids={tasks.tolist()} names a task that is not there.", hint=f"There are {count}, from 0."
             )
         tasks = tasks.to(self.prefix_task_cols.device)
-        made: Tensor = self.embedding.weight * (self.prefix_task_cols[tasks] @ self.prefix_task_rows[tasks])
-        return made
+        tokens: Tensor = self.embedding.weight * (self.prefix_task_cols[tasks] @ self.prefix_task_rows[tasks])
+        return tokens
 
     def tensors(self) -> dict[str, Tensor]:
         return {COLS: self.prefix_task_cols, ROWS: self.prefix_task_rows, PROMPT: self.embedding.weight}

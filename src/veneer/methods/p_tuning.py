@@ -46,8 +46,8 @@ class Network(PromptEncoder):
         values: Tensor = self.embedding.weight
         if self.lstm_head is not None:
             values = self.lstm_head(values.unsqueeze(0))[0].squeeze(0)
-        made: Tensor = self.mlp_head(values)
-        return made
+        tokens: Tensor = self.mlp_head(values)
+        return tokens
 
 
 class PTuning(PromptMethod[PromptEncoderConfig]):

@@ -42,7 +42,7 @@ class PolyRoute:
         a: ``A``.
         b: ``B``.
         logits: ``Z``.
-        rows: which rows of the batch the layer is given; all when ``None``.
+        rows: the rows of the batch that the layer is given; all when ``None``.
         length: rows of the whole batch, where only some are given.
     """
 

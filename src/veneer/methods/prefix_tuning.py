@@ -30,8 +30,8 @@ class Projection(PromptEncoder):
         self.transform = nn.Sequential(nn.Linear(dim, hidden), nn.Tanh(), last)
 
     def forward(self, tasks: Tensor | None) -> Tensor:
-        made: Tensor = self.transform(self.embedding.weight)
-        return made
+        prefix: Tensor = self.transform(self.embedding.weight)
+        return prefix
 
 
 class PrefixTuning(PromptMethod[PrefixTuningConfig]):

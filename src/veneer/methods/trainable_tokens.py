@@ -43,7 +43,7 @@ class TrainableTokens(TokenRows[TrainableTokensConfig], ChoosesLayers, Completes
         tokens = self.part(config, catalog, catalog.sites(config))
         return [MethodOnSites(SAVED_WEIGHT, tokens.everywhere, optional=True), tokens]
 
-    def wanted(self, config: TrainableTokensConfig, site: Site) -> Sequence[int]:
+    def tokens(self, config: TrainableTokensConfig, site: Site) -> Sequence[int]:
         return config.token_indices
 
     def init(self, new: NewLayer[TrainableTokensConfig, TokenSettings]) -> dict[str, Tensor]:

@@ -52,10 +52,10 @@ class XLoraRoute:
 
     Attributes:
         site: the layer.
-        place: which of the adapted layers it is.
+        place: its place among the adapted layers.
         experts: the LoRAs that are on it.
-        columns: which of all LoRAs they are.
-        rows: which rows of the batch the layer is given; all when ``None``.
+        columns: their places among all LoRAs.
+        rows: the rows of the batch that the layer is given; all when ``None``.
     """
 
     site: Site

@@ -134,7 +134,7 @@ class Method(ABC, Generic[ConfigT, SettingsT]):
     Attributes:
         leaves: the tensors that an adapted layer may have.
         kinds: the kinds of layer that it can adapt.
-        prefix: what begins the checkpoint key of a module that is saved whole.
+        prefix: the beginning of the checkpoint key of a module that is saved whole.
     """
 
     leaves: tuple[Leaf, ...]

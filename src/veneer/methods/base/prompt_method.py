@@ -83,7 +83,7 @@ class PromptMethod(StoresShared, Generic[ConfigT]):
     Attributes:
         fills_cache: whether its tokens are keys and values in the cache; else they are embeddings before the input's.
         shared: the tensors that a checkpoint holds.
-        prefix: what begins the checkpoint key of a module that is saved whole.
+        prefix: the beginning of the checkpoint key of a module that is saved whole.
     """
 
     fills_cache: ClassVar[bool] = False

@@ -87,8 +87,8 @@ class ShadowSource:
                 f"{missing[0]}.",
                 hint=_AGAIN,
             )
-        found: dict[str, Tensor] = model.state_dict()
-        return found
+        values: dict[str, Tensor] = model.state_dict()
+        return values
 
     def _projected_values(self, files: Sequence[Path]) -> tuple[dict[str, Tensor], Tensor]:
         from safetensors.torch import load_file

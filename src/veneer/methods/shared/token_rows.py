@@ -44,11 +44,11 @@ class TokenRows(Method[ConfigT, TokenSettings], AdaptsTwins):
     """Puts trained rows in the place of an embedding's; its one leaf holds them."""
 
     @abstractmethod
-    def wanted(self, config: ConfigT, site: Site) -> Sequence[int]:
+    def tokens(self, config: ConfigT, site: Site) -> Sequence[int]:
         """Return the tokens that the config means on a layer."""
 
     def settings(self, config: ConfigT, site: Site) -> TokenSettings:
-        return self._settings(list(self.wanted(config, site)), site)
+        return self._settings(list(self.tokens(config, site)), site)
 
     def _settings(self, tokens: list[int], site: Site) -> TokenSettings:
         vocabulary = site.shape[1 if site.looks_up else 0]
@@ -82,8 +82,8 @@ class TokenRows(Method[ConfigT, TokenSettings], AdaptsTwins):
 
     def _are_alike(self, config: ConfigT, site: Site, twins: Sequence[Site]) -> bool:
         """Tell whether the config means the same tokens on a layer and on others."""
-        tokens = self.wanted(config, site)
-        apart = next((twin.name for twin in twins if self.wanted(config, twin) != tokens), None)
+        tokens = self.tokens(config, site)
+        apart = next((twin.name for twin in twins if self.tokens(config, twin) != tokens), None)
         if apart is not None and getattr(config, "ensure_weight_tying", False):
             raise ConfigError(
                 f"ensure_weight_tying=True: {site.name} and {apart} share a weight, and other tokens are to be trained "
@@ -118,11 +118,11 @@ class LoraTokens(TokenRows[LoraConfig]):
 
     leaves = (Leaf("token_adapter.trainable_tokens_delta"),)
 
-    def wanted(self, config: LoraConfig, site: Site) -> Sequence[int]:
-        wanted = config.trainable_token_indices or []
-        if not isinstance(wanted, dict):
-            return wanted
-        return next(tokens for name, tokens in wanted.items() if names_match(site.name, [name]))
+    def tokens(self, config: LoraConfig, site: Site) -> Sequence[int]:
+        indices = config.trainable_token_indices or []
+        if not isinstance(indices, dict):
+            return indices
+        return next(tokens for name, tokens in indices.items() if names_match(site.name, [name]))
 
     def follows(self, config: LoraConfig, twin: Site) -> bool:
         # As in peft: a layer that the config names by its ending only has rows of its own.
