@@ -1,4 +1,4 @@
-"""Re-exports what a method of your own is made of; all other modules may move.
+"""Re-exports the names that a method in another package imports; all other modules may move.
 
 CONTRIBUTING.md has a whole method as an example.
 """

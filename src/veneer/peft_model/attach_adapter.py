@@ -62,7 +62,7 @@ class AttachOptions:
 
 
 def attach_all(model: AdaptedModel, opened: OpenedAdapters, options: AttachOptions) -> None:
-    """Put all adapters that were opened together on a model; of a set, those are active that were when it was saved."""
+    """Put all adapters of one path on a model; those of a set are active that were when it was saved."""
     if opened.active is None:
         for name, checkpoint in opened.by_name.items():
             attach_adapter(model, checkpoint, name, options)
