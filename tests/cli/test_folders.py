@@ -43,7 +43,7 @@ def test_a_merge(run: Run, world: Path) -> None:
     shutil.copytree(world / "base", world / "out")
     (world / "out" / "notes").mkdir()
     (world / "out" / "notes" / "mine").touch()
-    assert "plain model, and would be lost: notes" in refused(run, world, *merge, world / "out")
+    assert "plain model and would be lost: notes" in refused(run, world, *merge, world / "out")
     (world / "secret").touch()
     (world / "adapter" / "notes.txt").symlink_to("../secret")
     assert "notes.txt is a link" in refused(run, world, *merge, world / "new")
