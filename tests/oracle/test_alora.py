@@ -42,6 +42,7 @@ IDS = torch.tensor(
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An aLoRA that peft made, and beside it a LoRA in ``plain``."""
     place = tmp_path_factory.mktemp("alora")
+    torch.manual_seed(0)  # peft's starting values, whatever ran before
     config = peft.LoraConfig(**OPTIONS, alora_invocation_tokens=CALL)
     scramble(peft.get_peft_model(build("llama"), config)).save_pretrained(place / "alora")
     scramble(peft.get_peft_model(build("llama"), peft.LoraConfig(**OPTIONS)), 5).save_pretrained(place / "plain")
