@@ -163,25 +163,25 @@ def set_mode(model: AdaptedModel, trained: bool) -> None:
 
 
 @contextmanager
-def _experts(model: AdaptedModel, config: PeftConfig, beside: Source | None, trainable: bool) -> Iterator[None]:
-    """Load the adapters that ``config`` mixes, unless they are here; take them off again if the block fails."""
+def _experts(model: AdaptedModel, config: PeftConfig, adapter_source: Source | None, trainable: bool) -> Iterator[None]:
+    """Load the adapters that ``config`` mixes, unless they are on the model; take them off again if the block fails."""
     adapters = model.adapters
-    here, default = set(adapters.by_name), adapters.active_selection.default
+    present, default = set(adapters.by_name), adapters.active_selection.default
     options = AttachOptions(trainable=trainable and bool(getattr(config, "use_trainable_adapters", False)))
     try:
         for index, (name, path) in enumerate(config.expert_paths.items()):
-            source = expert_source(name, index, path, beside)
+            source = expert_source(name, index, path, adapter_source)
             if mixes_others(source):  # or even itself, without end
                 raise UnsupportedError(
                     f"{source.origin}, to be mixed as {name!r}, mixes adapters itself.", hint="Mix plain LoRA adapters."
                 )
-            if name not in here or adapters.get(name).origin != source.origin:
+            if name not in present or adapters.get(name).origin != source.origin:
                 attach_adapter(model, open_adapter(source), name, options)
         if not default.names:  # the first of them was chosen for want of another
             adapters.active_selection.default = default
         yield
     except BaseException:
-        for name in adapters.by_name.keys() - here:
+        for name in adapters.by_name.keys() - present:
             adapters.delete(name)
         adapters.active_selection.default = default
         raise

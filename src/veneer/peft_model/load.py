@@ -124,9 +124,15 @@ def load(
     model = wrap(built, wanted_task(task, checkpoints))
     report.seconds["base"] = time.perf_counter() - started
     model.load_log.report = report
-    how = AttachOptions(is_trainable, strict, strict_base, autocast_adapter_dtype, key_mapping)
+    attaching = AttachOptions(
+        trainable=is_trainable,
+        strict=strict,
+        strict_base=strict_base,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        key_mapping=key_mapping,
+    )
     with model.adapters.merging_on_load(copied) if merge else contextlib.nullcontext():
-        attach_all(model, opened, how)
+        attach_all(model, opened, attaching)
         report.seconds["adapters"] = time.perf_counter() - started - report.seconds["base"]
         if merge and model.adapters.by_name:
             model.merge_and_unload(into=into)

@@ -188,12 +188,12 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
         started = time.perf_counter()
         model = _plain_base(model)
         source = find_adapter(model_id, options)
-        how = AttachOptions.of(is_trainable, options)
-        opened = open_adapters(source, adapter_folders.members(source), adapter_name, how.strict, config)
+        attaching = AttachOptions.of(is_trainable, options)
+        opened = open_adapters(source, adapter_folders.members(source), adapter_name, attaching.strict, config)
         peft_model = wrap(model, (config or opened.checkpoints[0].config).task_type)
         kind = "adapter" if opened.active is None else "set of adapters"
         peft_model.load_log.report = LoadReport(path=str(model_id), kind=kind)
-        attach_all(peft_model, opened, how)
+        attach_all(peft_model, opened, attaching)
         set_mode(peft_model, is_trainable)
         peft_model.load_log.finish(started)
         return peft_model
@@ -244,16 +244,16 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
             UnknownKeywordError: an option is unknown.
         """
         source = find_adapter(model_id, options)
-        here = self.adapters.by_name.get(adapter_name)
-        how = AttachOptions(
-            trainable=is_trainable or (here is not None and here.trainable),
+        present = self.adapters.by_name.get(adapter_name)
+        attaching = AttachOptions(
+            trainable=is_trainable or (present is not None and present.trainable),
             strict=strict and not ignore_mismatched_sizes,
             strict_base=strict_base,
             autocast_adapter_dtype=autocast_adapter_dtype,
             key_mapping=key_mapping,
             replace=True,
         )
-        report = attach_adapter(self, open_adapter(source, how.strict, config), adapter_name, how)
+        report = attach_adapter(self, open_adapter(source, attaching.strict, config), adapter_name, attaching)
         if self.training and not is_trainable:
             self.eval()
         return report
