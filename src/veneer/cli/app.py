@@ -78,7 +78,7 @@ def run(arguments: list[str]) -> int:
     except typer.Abort:
         raise KeyboardInterrupt from None
     except Exception as error:
-        # What typer raises for bad usage; its class moved between versions, its method did not.
+        # An error of usage from typer: its class moved between versions, its method did not.
         if not hasattr(error, "format_message"):
             raise
         command_line = f"veneer {name}" if name in COMMANDS else "veneer"

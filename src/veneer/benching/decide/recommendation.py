@@ -261,10 +261,10 @@ def _request(setup: Setup, requirements: Requirements) -> str:
 
 def _cautions(setup: Setup, fidelities: Sequence[Fidelity], margin: float) -> list[str]:
     cautions = [
-        f"{one.adapter}: merged, {formats.listed(_differences(one))} as unmerged; {setup.dtype} rounds the merged "
-        f"weights."
-        for one in fidelities
-        if _differences(one)
+        f"{fidelity.adapter}: merged, {formats.listed(_differences(fidelity))} as unmerged; {setup.dtype} rounds the "
+        f"merged weights."
+        for fidelity in fidelities
+        if _differences(fidelity)
     ]
     if setup.repeats < ENOUGH:
         cautions.append(f"Measured {formats.count(setup.repeats, 'time')}: too few to tell noise. --repeats 5 or more.")
