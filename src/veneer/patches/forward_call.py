@@ -83,7 +83,8 @@ def forget_after(module: nn.Module, *fields: str) -> RemovableHandle:
 
 
 def _forget(fields: tuple[str, ...], *_: Any) -> None:
-    note(**dict.fromkeys(fields))
+    if any(getattr(current(), field) is not None for field in fields):
+        note(**dict.fromkeys(fields))
 
 
 def selected_tasks(length: int) -> Tensor | None:
