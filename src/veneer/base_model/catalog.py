@@ -151,10 +151,10 @@ class Catalog:
         # A merge may have put a module or a weight of another kind there.
         key = (name, whole, id(module), type(weight), None if weight is None else weight.dtype)
         if key not in self._sites:
-            self._sites[key] = self._reading((whole_sites if whole else sites_for)(name, module))
+            self._sites[key] = self._with_reader((whole_sites if whole else sites_for)(name, module))
         return list(self._sites[key])
 
-    def _reading(self, sites: list[Site]) -> list[Site]:
+    def _with_reader(self, sites: list[Site]) -> list[Site]:
         """Give sites the catalog's reader."""
         for site in sites:
             site.reader = self.reader
@@ -199,7 +199,7 @@ class Catalog:
                 f"target_parameters={list(targets)!r} {what}.",
                 hint=f"Fused experts here: {', '.join(experts)}." if experts else "Use target_modules for layers.",
             )
-        return self._reading(sites)
+        return self._with_reader(sites)
 
     def bias_sites(self, config: TargetedConfig, without: Iterable[Site]) -> list[Site]:
         """Return the sites of the biases of layers that are neither among ``without`` nor saved whole."""
@@ -210,7 +210,7 @@ class Catalog:
             for name, module in self.modules.items()
             if module._parameters.get("bias") is not None and name not in taken and not is_inside(name, saved)
         ]
-        return self._reading(sites)
+        return self._with_reader(sites)
 
     def token_sites(self, tokens: Iterable[int] | Mapping[str, Iterable[int]]) -> list[Site]:
         """Return the sites of the embeddings that ``trainable_token_indices`` means: tokens, or tokens by module."""
