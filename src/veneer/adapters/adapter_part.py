@@ -71,36 +71,27 @@ class AdapterPart(Protocol):
 
     def parameters(self, adapter: AdapterRecord) -> Iterable[nn.Parameter]:
         """Return the parameters that are trained."""
-        ...
 
     def named_tensors(self, adapter: AdapterRecord, value: Callable[[Tensor], Tensor]) -> NamedTensors:
         """Return the tensors to be saved, made from what ``value`` gives for those in memory, by checkpoint key."""
-        ...
 
     def tensors(self, adapter: AdapterRecord) -> Iterable[Tensor]:
         """Return the tensors in memory that a checkpoint holds."""
-        ...
 
     def tensors_by_place(self, adapter: AdapterRecord) -> NamedTensors:
         """Return every tensor on the model, frozen ones included, by the name of its place."""
-        ...
 
     def claims(self) -> Iterable[Claim]:
         """Return the claims that no other active adapter can have beside this one."""
-        ...
 
     def check_mergeable(self, adapter: AdapterRecord) -> None:
         """Raise ``MergeError`` when the base's weights cannot hold it."""
-        ...
 
     def take_settings(self, name: str, other: Self, other_name: str) -> None:
         """Take the settings of another adapter's part, which is of the same method and in the same places."""
-        ...
 
     def rename(self, old: str, new: str) -> None:
         """Give the tensors of the adapter ``old`` to the name ``new``."""
-        ...
 
     def remove(self, adapter: AdapterRecord, placement: LayerPlacement) -> None:
         """Take the tensors off the model, and the modules that then hold none."""
-        ...

@@ -32,11 +32,9 @@ class ModelHook(Protocol):
 
     def is_for(self, adapter: Adapter) -> bool:
         """Tell whether an adapter needs it."""
-        ...
 
     def refresh(self, adapters: Adapters) -> None:
         """Begin to watch, or stop, as the adapters on the model now need it."""
-        ...
 
 
 class Adapters(LayerPlacement):
