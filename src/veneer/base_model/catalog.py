@@ -50,7 +50,7 @@ class Catalog:
 
     @cached_property
     def linear(self) -> dict[str, bool]:
-        """Whether "all-linear" means a module, by its name; for every module."""
+        """Each module's name -> True if "all-linear" means it."""
         return {name: is_linear(module) for name, module in self.modules.items()}
 
     @cached_property

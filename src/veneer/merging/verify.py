@@ -81,7 +81,7 @@ class VerifyReport(Report):
 
     @property
     def passed(self) -> bool:
-        """Whether tensors, files and answers are all right."""
+        """True if tensors, files and answers are all right."""
         return not self.different and not self.altered and (self.answers is None or self.answers.kl <= self.max_kl)
 
     def to_dict(self) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class FusedPatch:
 
     @property
     def only_adds(self) -> bool:
-        """Whether it adds ``A B`` and nothing else."""
+        """True if the patch only adds ``A B``."""
         return self.inner is None and self.outer is None and self.shift is None
 
     def change(self, y: Tensor, overwrite: bool, x: Tensor, casts: CastCache) -> Tensor:
@@ -158,7 +158,7 @@ class TensorVersions:
 
     @property
     def lasts(self) -> bool:
-        """Whether the result can be used again at all, in this call or in later ones."""
+        """True if the result can be used again, in this call or in later ones."""
         return self._call is None or self._call.for_one_call
 
     def is_current(self, selection: Selection) -> bool:

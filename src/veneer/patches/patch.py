@@ -105,7 +105,7 @@ class Patch:
 
     @property
     def low_rank(self) -> bool:
-        """Whether it has a part ``U V``."""
+        """True if the patch has a part ``U V``."""
         return self.up is not None
 
     @property
@@ -115,12 +115,12 @@ class Patch:
 
     @property
     def only_adds(self) -> bool:
-        """Whether it is no more than ``U V`` and ``c``, so that several patches add up."""
+        """True if the patch is only ``U V`` and ``c``, so that several patches add up."""
         return all(part is None for part in (self.dense, self.inner, self.outer, self.tokens, self.gate, self.route))
 
     @property
     def by_rows(self) -> bool:
-        """Whether a block of the weight's rows changes without knowledge of the others."""
+        """True if each block of the weight's rows can be changed without the others."""
         return self.outer is None or self.outer.is_diagonal
 
     def at(self, index: int) -> Patch:

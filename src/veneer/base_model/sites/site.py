@@ -144,7 +144,7 @@ class Site(ABC):
 
     @property
     def has_low_rank_form(self) -> bool:
-        """Whether there is a LoRA for every low-rank change of the weight."""
+        """True if every low-rank change of the weight has a LoRA."""
         return True
 
     def low_rank_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

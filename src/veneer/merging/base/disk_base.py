@@ -46,7 +46,7 @@ class StoredTensor:
 
     @property
     def as_stored(self) -> bool:
-        """Whether its values lie in the file, each in its place."""
+        """True if the tensor's values lie in the file as they are."""
         return self.packed is None and self.length is None
 
     def whole(self) -> Tensor:

@@ -101,7 +101,7 @@ def _not_invertible(name: str) -> MergeError:
 
 @dataclass(frozen=True)
 class StoredNames:
-    """Where a model's parameters lie in its checkpoint.
+    """The stored tensors of a model's parameters.
 
     Attributes:
         direct: parameter -> the stored tensor that is its value.
