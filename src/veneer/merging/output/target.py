@@ -78,7 +78,7 @@ def _check_is_model(target: Path) -> None:
     foreign = _foreign(target)
     if foreign:
         raise OutputError(
-            f"{target} holds files or folders that are no part of a plain model, and would be lost: "
+            f"{target} holds files or folders that are no part of a plain model and would be lost: "
             f"{', '.join(foreign[:3])}{f' and {len(foreign) - 3} more' if len(foreign) > 3 else ''}.",
             hint="Move it away, or choose another folder.",
         )
