@@ -115,13 +115,14 @@ class AttachingLayers(Attaching):
 
     def _restored(self, binding: Binding, tensors: Mapping[str, Tensor]) -> PendingLayer:
         site, method, trainable = binding.site, binding.method, self.adapter.trainable
+        device = site.device
         parameters = {
-            name: as_parameter(tensors[key], site.device, self.float32, trainable and method.leaf(name).trained)
+            name: as_parameter(tensors[key], device, self.float32, trainable and method.leaf(name).trained)
             for name, key in binding.keys.items()
         }
         if isinstance(method, ChangesWhenSaved):
             recomputed = method.recomputed(self.config, binding.settings, lambda: self.adapters.base(site))
-            parameters.update((n, as_parameter(tensor, site.device, True, False)) for n, tensor in recomputed.items())
+            parameters.update((n, as_parameter(tensor, device, True, False)) for n, tensor in recomputed.items())
         return PendingLayer(site, method, binding.settings, parameters, binding.twins)
 
     def _new_parts(self, roots: list[str]) -> list[MethodOnSites]:

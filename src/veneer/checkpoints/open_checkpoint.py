@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from veneer.checkpoints.checkpoint import Checkpoint
+from veneer.checkpoints.layouts.spellings import as_peft_writes
 from veneer.configs.base import PeftConfig
 from veneer.errors import IncompleteCheckpointError
 from veneer.files.names import ADAPTER_CONFIG, ADAPTER_STEM, ADAPTER_WEIGHTS
@@ -19,8 +20,6 @@ def open_checkpoint(source: Source, *, strict: bool = True, config: PeftConfig |
         IncompleteCheckpointError: the config, the weights or every tensor is missing.
         SourceError: a file cannot be read; ConfigError: the config is wrong, or not supported.
     """
-    from veneer.checkpoints.layouts.spellings import as_peft_writes  # the methods that it asks are made of checkpoints
-
     if not source.has(ADAPTER_CONFIG):
         raise IncompleteCheckpointError(
             f"{source.origin}: there is no {ADAPTER_CONFIG}, so this is no adapter.",

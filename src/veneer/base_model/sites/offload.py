@@ -51,7 +51,8 @@ def offloading_hook(module: nn.Module) -> Any:
 
 def execution_device(module: nn.Module) -> torch.device | None:
     """Return the device that a hook lets a module compute on; ``None`` for a module without a hook."""
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    # Not getattr, whose failure costs a module more than the look-up.
+    device = getattr(module.__dict__.get("_hf_hook"), "execution_device", None)
     return None if device is None else torch.device(device)
 
 
