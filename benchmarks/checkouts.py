@@ -10,6 +10,7 @@ goes first in every other round, and a figure is the median over the rounds.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -58,6 +59,7 @@ def commands(bench: workloads.Bench) -> Figures:
 def measure(section: str, dtype: str) -> Figures:
     """Measure a section in this process."""
     workloads.LAST = {**workloads.LAST, **LAST}
+    gc.disable()  # else it falls on one figure or another, by chance
     bench = workloads.Bench("veneer", "135M", dtype)
     return commands(bench) if section == "commands" else workloads.SECTIONS[section](bench)
 

@@ -7,19 +7,19 @@ feature. Importing this module imports no torch; each name is fetched when it is
 
 from __future__ import annotations
 
-import ast
 import importlib
-from pathlib import Path
+import re
 from typing import Any
 
 from veneer._version import __version__ as __version__
 
 
 def _homes() -> dict[str, str]:
-    """Return public name -> the module that defines it."""
-    stub = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
-    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
-    return {alias.name: str(node.module) for node in imports for alias in node.names if alias.name != "__version__"}
+    """Return each public name with the module that it lives in."""
+    # Not ast, pathlib: with them `import veneer` takes 12 ms instead of 9.
+    with open(f"{__file__}i", encoding="utf-8") as stub:  # noqa: PTH123
+        imports = re.findall(r"^from (\S+) import \(?\s*(\w+) as ", stub.read(), re.MULTILINE)
+    return {name: home for home, name in imports if name != "__version__"}
 
 
 _HOMES = _homes()
