@@ -20,8 +20,16 @@ from safetensors.torch import load_file
 import veneer
 from tests.models import gap, inputs, logits
 from tests.random_adapters import WEIGHTS, edit_tensors
+from veneer.checkpoints.model_class import dtype_of
+from veneer.cli.app import COMMANDS
 
 Run = Callable[..., Any]
+WITHOUT_TORCH = [
+    *(["--help"], ["inspect", "--help"], ["generate"], ["inspct"], ["--version"]),
+    *([command, ".", "--dtype", "int8", "--out", "out"] for command in ("merge", "bench")),
+    ["extract", "--tuned", ".", "--base", ".", "--out", "out", "--dtype", "auto"],
+    ["generate", ".", "--prompt", "w5", "--dtype", "fp18"],
+]
 SHORT = ("--max-new-tokens", "5")
 
 
@@ -136,10 +144,24 @@ def test_digest(run: Run, made: Path) -> None:
 
 def test_version_and_help(run: Run) -> None:
     assert run("--version").out.strip() == f"veneer {veneer.__version__}"
-    for arguments in ([], ["--help"]):
+    for arguments in ([], ["--help"], ["-h"]):
         result = run(*arguments)
         assert (result.code, "convert-pickle" in result.out) == (0, True)
-    assert "--max-new-tokens" in run("generate", "--help").out
+    for option in ("--help", "-h"):
+        assert "--max-new-tokens" in run("generate", option).out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_both_names_of_help(run: Run, command: str) -> None:
+    assert run(command, "-h").out == run(command, "--help").out != ""
+
+
+def test_short_names_of_dtypes(run: Run, made: Path, tmp_path: Path) -> None:
+    report = told(run, "merge", made / "adapter", "--out", tmp_path / "out", "--dtype", "bf16")
+    assert report["dtype"] == "bfloat16"
+    assert veneer.load(made / "adapter", dtype="fp16").dtype == torch.float16
+    for name, dtype in (("half", torch.float16), ("float", torch.float32), ("fp32", torch.float32)):
+        assert dtype_of(name) is dtype
 
 
 def test_the_module_is_the_command(made: Path) -> None:
@@ -235,7 +257,7 @@ def test_an_adapter_once_converted_answers_the_same(run: Run, made: Path, tmp_pa
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "--help"], ["generate"], ["inspct"], ["--version"]])
+@pytest.mark.parametrize("arguments", WITHOUT_TORCH)
 def test_help_and_wrong_usage_import_nothing_heavy(arguments: list[str]) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "veneer", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -13,6 +13,7 @@ from veneer.base_model.transformers_internals import classes_for
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.checkpoints.layouts.closeness import Closeness
 from veneer.checkpoints.layouts.older_layouts import closeness
+from veneer.configs.dtype_names import torch_name, unknown_dtype
 from veneer.configs.names import HEADS, TaskType
 from veneer.errors import BaseModelError, UsageError, VeneerError
 from veneer.files.names import MODEL_CONFIG
@@ -153,9 +154,9 @@ def dtype_of(dtype: Any) -> Any:
     """Return a dtype by its name; ``"auto"`` and anything but a string is left to transformers."""
     if not isinstance(dtype, str) or dtype == "auto":
         return dtype
-    named = getattr(torch, dtype, None)
-    if not isinstance(named, torch.dtype) or not named.is_floating_point:
-        raise UsageError(f"Unknown dtype {dtype!r}.", hint="Known: auto, float32, bfloat16, float16.")
+    named = getattr(torch, torch_name(dtype), None)
+    if not isinstance(named, torch.dtype):
+        raise unknown_dtype(dtype)
     return named
 
 

@@ -9,7 +9,15 @@ import typer
 
 from veneer.cli.options import Json, Local
 from veneer.cli.terminal import print_warnings, progress, show
+from veneer.configs.dtype_names import torch_name
+from veneer.errors import UsageError
 from veneer.printing import quiet
+
+
+def _dtype(name: str) -> str:
+    if name == "auto":
+        raise UsageError("--dtype auto says nothing of a new adapter.", hint="Name one: float32, bfloat16 or float16.")
+    return torch_name(name)
 
 
 def extract(
@@ -18,7 +26,9 @@ def extract(
     out: Annotated[Path, typer.Option(help="The adapter's folder.")],
     rank: Annotated[int, typer.Option(help="Of each layer, at most.")] = 16,
     energy: Annotated[float | None, typer.Option(help="Share of a layer's change that suffices, such as 0.95.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the adapter: float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(callback=_dtype, help="Of the adapter: float32 (fp32), bfloat16 (bf16), float16 (fp16).")
+    ] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is at OUT.")] = False,
     json: Json = False,
     local_files_only: Local = False,

@@ -8,12 +8,16 @@ from typing import Annotated
 
 import typer
 
+from veneer.configs.dtype_names import torch_name
 from veneer.errors import UsageError
 from veneer.files.paths import exists
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Base = Annotated[str | None, typer.Option(help="The base: a folder or hub id. By default what the adapter names.")]
-Dtype = Annotated[str, typer.Option(help="auto (as on disk), bfloat16, float16 or float32.")]
+Dtype = Annotated[
+    str,
+    typer.Option(callback=torch_name, help="auto (as on disk), bfloat16 (bf16), float16 (fp16), float32 (fp32)."),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Local = Annotated[bool, typer.Option("--local-files-only", help="Use no network.")]
 
