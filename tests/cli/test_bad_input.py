@@ -208,6 +208,12 @@ def test_what_is_said_cannot_steer_the_terminal(run: Run, tmp_path: Path) -> Non
         (["--prompt", "w5", "--temperature", "-1"], "--temperature"),
         (["--prompt", "w5", "--temperature", "nan"], "--temperature"),
         (["--prompt", "w5", "--dtype", "int8"], "Unknown dtype 'int8'"),
+        (["--prompt", "w5", "--top-p", "1.5"], "--top-p"),
+        (["--prompt", "w5", "--top-p", "nan"], "--top-p"),
+        (["--prompt", "w5", "--top-k", "-1"], "--top-k"),
+        (["--prompt", "w5", "--top-k", "3", "--temperature", "0"], "Leave out one of them"),
+        (["--prompt", "w5", "--stop", ""], "--stop is an empty string"),
+        (["--prompt", "w5", "--device", "gpu"], "The device 'gpu' cannot be used"),
     ],
 )
 def test_options_of_generate(run: Run, made: Path, options: list[str], words: str) -> None:

@@ -22,6 +22,7 @@ from tests.models import gap, inputs, logits
 from tests.random_adapters import WEIGHTS, edit_tensors
 from veneer.checkpoints.model_class import dtype_of
 from veneer.cli.app import COMMANDS
+from veneer.cli.stop_strings import before_stop, settled
 
 Run = Callable[..., Any]
 WITHOUT_TORCH = [
@@ -90,6 +91,34 @@ def test_generate_reads_standard_input_and_samples(run: Run, made: Path, monkeyp
     one, two = (told(run, "generate", made / "adapter", "--prompt", "w5", *options)["answer"] for _ in range(2))
     assert one == two
     assert one != told(run, "generate", made / "adapter", "--prompt", "w5", "--max-new-tokens", "12")["answer"]
+
+
+def test_generate_samples_from_the_likeliest(run: Run, made: Path) -> None:
+    ask = ("generate", made / "adapter", "--prompt", "w5", "--max-tokens", "12", "--seed", "1")
+    greedy = told(run, *ask)["answer"]
+    assert told(run, *ask, "--top-k", "1")["answer"] == told(run, *ask, "--top-p", "0")["answer"] == greedy
+    wide = [told(run, *ask, "--temperature", "5", *options)["answer"] for options in ((), ("--top-k", "0"))]
+    assert greedy not in wide
+    assert told(run, *ask, "--top-p", "0.9", "--device", "cpu")["answer"] != greedy
+
+
+def test_generate_stops_before_a_text(run: Run, made: Path) -> None:
+    ask = ("generate", made / "adapter", "--prompt", "w5 w6", "--max-new-tokens", "12")
+    whole = told(run, *ask)
+    words = ["w" + word for word in whole["answer"].split("w")[1:]]
+    stops = ("--stop", "w5000", "--stop", "".join(words[3:5]))
+    cut = told(run, *ask, *stops)
+    assert cut["answer"] == whole["answer"].partition("".join(words[3:5]))[0] != whole["answer"]
+    assert cut["new_tokens"] < whole["new_tokens"]
+    assert run(*ask, *stops).out == cut["answer"] + "\n"
+    assert told(run, *ask, "--stop", "none")["answer"] == whole["answer"]
+
+
+def test_an_answer_is_held_back_where_it_may_be_the_beginning_of_a_stop_string() -> None:
+    stops = ["END", "aa"]
+    texts = ("one E", "one EN", "one ENx", "xa", "xaa", "x aab", "one ENDEN")
+    assert [settled(text, stops) for text in texts] == ["one ", "one ", "one ENx", "x", "x", "x ", "one "]
+    assert before_stop("one EN", stops) == "one EN"
 
 
 def test_merge(run: Run, made: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli.options import Base, Dtype, Json, Local
+from veneer.cli.options import Base, Device, Dtype, Json, Local
 from veneer.cli.terminal import for_stdout, print_warnings, show
 from veneer.errors import PathNotFoundError, UsageError
 from veneer.files.paths import exists
@@ -31,7 +31,7 @@ def bench(
     prompt_tokens: Annotated[str | None, typer.Option(help="Tokens of a row; 128,512 if they fit.")] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 32,
     dtype: Dtype = "auto",
-    device: Annotated[str | None, typer.Option(help="Such as cuda; by default the CPU.")] = None,
+    device: Device = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file, a prompt on each line.")] = None,
     traffic: Annotated[str | None, typer.Option(help='How requests spread over the adapters: "a=80,b=20".')] = None,
     memory: Annotated[str | None, typer.Option(help="What serving may take, such as 16GB; by default all.")] = None,

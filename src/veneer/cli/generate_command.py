@@ -6,12 +6,14 @@ import json as json_module
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from veneer.base_model.transformers_errors import transformers_errors_as
-from veneer.cli.options import Base, Dtype, Json, Local, Revision
+from veneer.cli.options import Base, Device, Dtype, Json, Local, Revision
+from veneer.cli.stop_strings import before_stop, settled, stopping_criterion
 from veneer.cli.terminal import print_warnings, progress
 from veneer.errors import ConfigError, UsageError, VeneerError
 from veneer.printing import first_line, printable_prose, quiet
@@ -30,23 +32,39 @@ def generate(
     base: Base = None,
     adapter: Annotated[str | None, typer.Option(help='Which adapter of a set; "__base__" is the base alone.')] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base first.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most this many tokens.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="At most this many tokens.")
+    ] = 128,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the answer before this text; may be given several times.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="The system message of the chat.")] = None,
     chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template, if it has one.")] = True,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 takes the likeliest token; by default 1 with --top-p or --top-k.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens with this probability.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Sample from this many tokens; 0: from all.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = None,
     dtype: Dtype = "auto",
+    device: Device = None,
     revision: Revision = None,
     json: Json = False,
     local_files_only: Local = False,
 ) -> None:
     """Answer a prompt, word by word."""
+    options = {"max_new_tokens": max_new_tokens, **_sampling(temperature, top_p, top_k)}
+    stops = _checked(stop or [])
     text = _read_prompt() if prompt == "-" else prompt
     with quiet() as warnings:
         with progress("loading"):
+            from veneer.benching.measure.machine import device_of
             from veneer.peft_model.load import load
             from veneer.peft_model.tokenizer import load_tokenizer
 
+            torch_device = device_of(device)
             model = load(
                 path,
                 base=base,
@@ -57,16 +75,15 @@ def generate(
             )
             if merge and adapter is not None:
                 _merge(model, adapter)
+            if device is not None:
+                model.to(torch_device)
             tokenizer = load_tokenizer(model)
             inputs = _inputs(tokenizer, text, system, chat)
         print_warnings([*warnings, *(model.load_report.warnings if model.load_report else ())])
         warnings.clear()
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         started = time.perf_counter()
         with _chosen(model, None if merge else adapter):
-            answer, tokens = _answer(
-                model, tokenizer, inputs, not json, seed, max_new_tokens=max_new_tokens, **sampling
-            )
+            answer, tokens = _answer(model, tokenizer, inputs, not json, seed, stops, **options)
         seconds = time.perf_counter() - started
         active = model.active_adapters if adapter is None else [adapter]
     print_warnings(warnings)
@@ -74,6 +91,27 @@ def generate(
         report = model.load_report.to_dict() if model.load_report else {}
         result = {"prompt": text, "answer": answer, "adapters": active, "new_tokens": tokens, "seconds": seconds}
         print(json_module.dumps({**result, "load_report": report}, indent=2))
+
+
+def _sampling(temperature: float | None, top_p: float | None, top_k: int | None) -> dict[str, Any]:
+    """Return the sampling options of ``generate``; without any, the likeliest token is taken."""
+    limits = {name: limit for name, limit in (("top_p", top_p), ("top_k", top_k)) if limit is not None}
+    if temperature is None:
+        temperature = 1.0 if limits else 0.0
+    if temperature:
+        return {"do_sample": True, "temperature": temperature, **limits}
+    if limits:
+        raise UsageError(
+            "--temperature 0 takes the likeliest token, and --top-p and --top-k are for sampling.",
+            hint="Leave out one of them.",
+        )
+    return {"do_sample": False}
+
+
+def _checked(stops: list[str]) -> list[str]:
+    if "" in stops:
+        raise UsageError("--stop is an empty string.", hint="Give the text that ends the answer.")
+    return stops
 
 
 def _read_prompt() -> str:
@@ -152,7 +190,7 @@ def _check_tokens(tokens: Tensor, model: PeftModel) -> None:
 
 
 def _answer(
-    model: PeftModel, tokenizer: Any, inputs: Any, stream: bool, seed: int | None, **options: Any
+    model: PeftModel, tokenizer: Any, inputs: Any, stream: bool, seed: int | None, stops: list[str], **options: Any
 ) -> tuple[str, int]:
     import torch
 
@@ -164,9 +202,11 @@ def _answer(
     if seed is not None:
         torch.manual_seed(seed)
     _check_tokens(inputs["input_ids"], model)
-    streamer = _streamer(tokenizer) if stream else None
+    streamer = _streamer(tokenizer, stops) if stream else None
     # An encoder-decoder's output does not begin with the prompt.
     prompt_length = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    if stops:
+        options["stopping_criteria"] = [stopping_criterion(partial(_decoded, tokenizer), prompt_length, stops)]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.inference_mode():
         try:
@@ -178,16 +218,21 @@ def _answer(
                 f"transformers refuses to generate: {first_line(error)}.", hint="See the base's generation_config.json."
             ) from error
     new = ids[prompt_length:]
+    return before_stop(_decoded(tokenizer, new, skip_special_tokens=True), stops), len(new)
+
+
+def _decoded(tokenizer: Any, tokens: Tensor, **options: Any) -> str:
     with _by_tokenizer("put the answer together"):
-        return tokenizer.decode(new, skip_special_tokens=True), len(new)
+        return str(tokenizer.decode(tokens, **options))
 
 
-def _streamer(tokenizer: Any) -> Any:
+def _streamer(tokenizer: Any, stops: list[str]) -> Any:
     """Make a streamer that prints each word of the answer as it comes, in a form that cannot steer the terminal."""
     from transformers import TextStreamer
 
     class Printed(TextStreamer):
-        ready = ""
+        text = ready = ""
+        printed = 0
 
         def put(self, value: Any) -> None:
             self._print(super().put, value)
@@ -196,7 +241,10 @@ def _streamer(tokenizer: Any) -> Any:
             self._print(super().end)
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            self.ready = text + "\n" * stream_end
+            self.text += text
+            shown = before_stop(self.text, stops) if stream_end else settled(self.text, stops)
+            self.ready = shown[self.printed :] + "\n" * stream_end
+            self.printed = len(shown)
 
         def _print(self, decode: Any, *tokens: Any) -> None:
             with _by_tokenizer("put the answer together"):

@@ -18,6 +18,7 @@ Dtype = Annotated[
     str,
     typer.Option(callback=torch_name, help="auto (as on disk), bfloat16 (bf16), float16 (fp16), float32 (fp32)."),
 ]
+Device = Annotated[str | None, typer.Option(help="Such as cuda; by default the CPU.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Local = Annotated[bool, typer.Option("--local-files-only", help="Use no network.")]
 
