@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import veneer
 from tests.models import gap, inputs, logits
-from tests.random_adapters import WEIGHTS, edit_tensors
+from tests.random_adapters import WEIGHTS, edit_config, edit_tensors
 from veneer.checkpoints.model_class import dtype_of
 from veneer.cli.app import COMMANDS
 from veneer.cli.stop_strings import before_stop, settled
@@ -119,6 +119,24 @@ def test_an_answer_is_held_back_where_it_may_be_the_beginning_of_a_stop_string()
     texts = ("one E", "one EN", "one ENx", "xa", "xaa", "x aab", "one ENDEN")
     assert [settled(text, stops) for text in texts] == ["one ", "one ", "one ENx", "x", "x", "x ", "one "]
     assert before_stop("one EN", stops) == "one EN"
+
+
+def test_the_base_as_second_argument(run: Run, made: Path, tmp_path: Path) -> None:
+    adapter, base = shutil.copytree(made / "adapter", tmp_path / "adapter"), made / "base"
+    edit_config(adapter, base_model_name_or_path=None)
+    out = ("--out", tmp_path / "out")
+    for command in (
+        ("generate", adapter, base, "--prompt", "w5", *SHORT),
+        ("merge", adapter, base, *out),
+        ("verify", tmp_path / "out", base),
+        ("unmerge", tmp_path / "out", base, "--out", tmp_path / "restored"),
+        ("convert", adapter, base, "--out", tmp_path / "lora"),
+    ):
+        result = run(*command)
+        assert result.code == 0, result.err
+        twice = run(*command, "--base", base)
+        assert (twice.code, twice.out) == (2, "")
+        assert twice.err == f"error: The base is given twice: {base} and --base {base}. Leave out one of the two.\n"
 
 
 def test_merge(run: Run, made: Path, tmp_path: Path) -> None:

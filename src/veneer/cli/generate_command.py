@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from veneer.base_model.transformers_errors import transformers_errors_as
-from veneer.cli.options import Base, Device, Dtype, Json, Local, Revision
+from veneer.cli.options import Base, BaseArgument, Device, Dtype, Json, Local, Revision, given_base
 from veneer.cli.stop_strings import before_stop, settled, stopping_criterion
 from veneer.cli.terminal import print_warnings, progress
 from veneer.errors import ConfigError, UsageError, VeneerError
@@ -29,6 +29,7 @@ _OTHER_TOKENIZER = "Is it this model's? An adapter's own tokenizer comes before 
 def generate(
     path: Annotated[str, typer.Argument(help="An adapter, a set of adapters or a model.")],
     prompt: Annotated[str, typer.Option(help="What to say to it; - reads standard input.")],
+    base_argument: BaseArgument = None,
     base: Base = None,
     adapter: Annotated[str | None, typer.Option(help='Which adapter of a set; "__base__" is the base alone.')] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base first.")] = False,
@@ -55,6 +56,7 @@ def generate(
     local_files_only: Local = False,
 ) -> None:
     """Answer a prompt, word by word."""
+    base = given_base(base_argument, base)
     options = {"max_new_tokens": max_new_tokens, **_sampling(temperature, top_p, top_k)}
     stops = _checked(stop or [])
     text = _read_prompt() if prompt == "-" else prompt

@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.options import Base, Dtype, Json, Local, Revision, weighted
+from veneer.cli.options import Base, BaseArgument, Dtype, Json, Local, Revision, given_base, weighted
 from veneer.cli.terminal import print_warnings, progress, show
 from veneer.printing import quiet
 
 
 def merge(
-    path: Annotated[str | None, typer.Argument(metavar="[ADAPTER]", help="The adapter's folder or hub id.")] = None,
+    path: Annotated[str | None, typer.Argument(metavar="ADAPTER", help="The adapter's folder or hub id.")] = None,
+    base_argument: BaseArgument = None,
     out: Annotated[Path, typer.Option(help="The folder to write.")] = ...,  # type: ignore[assignment]
     adapter: Annotated[
         list[str] | None, typer.Option(help="PATH or PATH=WEIGHT; several are merged in their order.")
@@ -38,6 +39,7 @@ def merge(
     local_files_only: Local = False,
 ) -> int:
     """Merge adapters into their base: a plain model folder that needs neither."""
+    base = given_base(base_argument, base)
     with quiet() as warnings, progress("loading") as on_step:
         from veneer.merging import merge_folder
 

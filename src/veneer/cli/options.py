@@ -18,9 +18,17 @@ Dtype = Annotated[
     str,
     typer.Option(callback=torch_name, help="auto (as on disk), bfloat16 (bf16), float16 (fp16), float32 (fp32)."),
 ]
+BaseArgument = Annotated[str | None, typer.Argument(metavar="BASE", help="The base, as --base has it.")]
 Device = Annotated[str | None, typer.Option(help="Such as cuda; by default the CPU.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Local = Annotated[bool, typer.Option("--local-files-only", help="Use no network.")]
+
+
+def given_base(argument: str | None, option: str | None) -> str | None:
+    """Return the base that is given as an argument or as ``--base``."""
+    if argument is not None and option is not None:
+        raise UsageError(f"The base is given twice: {argument} and --base {option}.", hint="Leave out one of the two.")
+    return option if argument is None else argument
 
 
 def weighted(path: str | None, adapters: list[str]) -> dict[str | Path, float]:

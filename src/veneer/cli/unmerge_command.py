@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.options import Json, Local
+from veneer.cli.options import BaseArgument, Json, Local, given_base
 from veneer.cli.terminal import progress, show
 
 
 def unmerge(
     merged: Annotated[Path, typer.Argument(help="The merged folder.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
+    base_argument: BaseArgument = None,
     base: Annotated[
         str | None, typer.Option(help="The base to copy; without it, the delta of a reversible merge is used.")
     ] = None,
@@ -22,6 +23,7 @@ def unmerge(
     local_files_only: Local = False,
 ) -> None:
     """Restore the base that a merged folder was made from, byte for byte."""
+    base = given_base(base_argument, base)
     with progress("restoring") as on_step:
         from veneer.merging.output import unmerge
 

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.options import Base, Json, Local
+from veneer.cli.options import Base, BaseArgument, Json, Local, given_base
 from veneer.cli.terminal import print_warnings, progress, show
 from veneer.printing import quiet
 
 
 def verify(
     out: Annotated[Path, typer.Argument(help="The merged folder.")],
+    base_argument: BaseArgument = None,
     adapter: Annotated[
         list[str] | None, typer.Option(help="The adapters, in their order; by default as the manifest says.")
     ] = None,
@@ -28,6 +29,7 @@ def verify(
     local_files_only: Local = False,
 ) -> int:
     """Prove that a merged folder is what its manifest says. Exit code 0: it passes; 2: it does not."""
+    base = given_base(base_argument, base)
     with quiet() as warnings, progress("loading") as on_step:
         from veneer.merging import verify as room
 
