@@ -435,6 +435,7 @@ def test_every_writer_tells_what_cannot_be_written(out: str, adapter: Path, base
     torch.save({"x": torch.ones(1)}, pickle)
     writers: list[Callable[[], Any]] = [
         lambda: veneer.convert_to_lora(adapter, out=target),
+        lambda: veneer.combine(adapter, out=target),
         lambda: veneer.extract(tuned, base, out=target, rank=2),
         lambda: veneer.merge(adapter, out=target),
         lambda: veneer.unmerge(tuned, out=target, base=base),

@@ -164,6 +164,12 @@ from veneer.errors import (
     VeneerError as VeneerError,
 )
 from veneer.layers.quantized_merge import QuantizedMerge as QuantizedMerge
+from veneer.merging.combine_folders import (
+    CombineReport as CombineReport,
+)
+from veneer.merging.combine_folders import (
+    combine as combine,
+)
 from veneer.merging.extract_lora import (
     ExtractReport as ExtractReport,
 )

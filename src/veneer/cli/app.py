@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": "generate_command",
     "merge": "merge_command",
     "convert": "convert_command",
+    "combine": "combine_command",
     "verify": "verify_command",
     "unmerge": "unmerge_command",
     "extract": "extract_command",

@@ -37,7 +37,7 @@ def weighted(path: str | None, adapters: list[str]) -> dict[str | Path, float]:
     for text in adapters:
         name, weight = _split(text)
         if name in weights:
-            raise UsageError(f"--adapter {name} is given twice.", hint="Give each once, with one weight.")
+            raise UsageError(f"{name} is given twice.", hint="Give each once, with one weight.")
         weights[name] = weight
     return weights
 
@@ -51,5 +51,5 @@ def _split(text: str) -> tuple[str, float]:
     except ValueError:
         value = math.nan
     if not name or not math.isfinite(value):
-        raise UsageError(f"--adapter {text!r}: {weight!r} is no weight.", hint="Give PATH or PATH=0.7.")
+        raise UsageError(f"{text!r}: {weight!r} is no weight.", hint="Give PATH or PATH=0.7.")
     return name, value

@@ -24,19 +24,17 @@ from veneer.checkpoints.checkpoint import write_checkpoint
 from veneer.checkpoints.model_class import dtype_of
 from veneer.configs.methods.lora import LoraConfig
 from veneer.configs.names import TaskType
-from veneer.errors import BaseModelError, MergeError, OutputError, UsageError
+from veneer.errors import BaseModelError, MergeError, UsageError
 from veneer.files.base_digest import BASE_DIGEST_KEY, base_digest
 from veneer.files.lookup_options import LookupOptions
-from veneer.files.names import ADAPTER_CONFIG, MODEL_CONFIG
-from veneer.files.output_folder import check_output
-from veneer.files.paths import is_file, is_folder
+from veneer.files.names import MODEL_CONFIG
 from veneer.files.resolve import resolve
 from veneer.files.source import Source
 from veneer.files.tensor_keys import encode
 from veneer.keywords import DTYPE, takes
 from veneer.merging.base.skeleton import DiskReader, build_skeleton, stored_names
 from veneer.merging.base.weight_files import WeightFiles
-from veneer.merging.output.target import check_apart
+from veneer.merging.output.target import check_adapter_target, check_apart
 from veneer.merging.work.adapter_changes import tie_groups
 from veneer.patches.low_rank import balanced
 from veneer.patches.weight_arithmetic import check_kept
@@ -123,7 +121,7 @@ def extract(
     """
     _check(rank, energy)
     folder = Path(out)
-    _check_out(folder, overwrite)
+    check_adapter_target(folder, overwrite)
     lookup = LookupOptions(local_files_only=local_files_only)
     sources = resolve(tuned, lookup, what="tuned model"), resolve(base, lookup, what="base")
     check_apart(folder, [("tuned model", sources[0].root), ("base", sources[1].root)])
@@ -151,13 +149,6 @@ def extract(
         extraction.errors,
         sum(tensor.nbytes for tensor in tensors.values()),
     )
-
-
-def _check_out(folder: Path, overwrite: bool) -> None:
-    """Raise ``OutputError`` unless an adapter can be written to a folder."""
-    check_output(folder, overwrite)
-    if is_folder(folder) and any(folder.iterdir()) and not is_file(folder / ADAPTER_CONFIG):
-        raise OutputError(f"{folder} holds no adapter; it is not replaced.", hint="Choose another folder.")
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

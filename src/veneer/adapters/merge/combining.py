@@ -36,7 +36,9 @@ from veneer.patches.low_rank import truncated, truncated_product
 
 EXACT = ("cat", "linear")
 ON_FACTORS = (*EXACT, "svd")
-ON_CHANGES = ("magnitude_prune", "dare_linear", "ties", "dare_ties")
+RANDOM = ("dare_linear", "dare_ties")
+ELECTING = ("ties", "dare_ties")
+ON_CHANGES = ("magnitude_prune", "dare_linear", *ELECTING)
 
 
 @dataclass(frozen=True)

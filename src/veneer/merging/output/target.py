@@ -12,7 +12,7 @@ from veneer.errors import OutputError, VeneerError
 from veneer.files.json_file import read_json
 from veneer.files.names import ADAPTER_CONFIG, MODEL_CONFIG
 from veneer.files.output_folder import check_output
-from veneer.files.paths import nearest_existing
+from veneer.files.paths import is_file, is_folder, nearest_existing
 from veneer.merging.base.companion_files import MANIFEST, TEMPLATES
 from veneer.printing import nbytes
 
@@ -66,6 +66,13 @@ def check_target(target: Path, overwrite: bool) -> None:
     check_output(target, overwrite)
     if target.is_dir() and any(target.iterdir()):
         _check_is_model(target)
+
+
+def check_adapter_target(folder: Path, overwrite: bool) -> None:
+    """Raise ``OutputError`` unless an adapter can be written: the folder holds nothing, or one to be replaced."""
+    check_output(folder, overwrite)
+    if is_folder(folder) and any(folder.iterdir()) and not is_file(folder / ADAPTER_CONFIG):
+        raise OutputError(f"{folder} holds no adapter; it is not replaced.", hint="Choose another folder.")
 
 
 def _check_is_model(target: Path) -> None:
