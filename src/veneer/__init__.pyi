@@ -287,6 +287,15 @@ from veneer.peft_model.peft_model import (
 from veneer.peft_model.peft_model import (
     get_peft_model as get_peft_model,
 )
+from veneer.peft_model.state_dict import (
+    get_peft_model_state_dict as get_peft_model_state_dict,
+)
+from veneer.peft_model.state_dict import (
+    load_peft_weights as load_peft_weights,
+)
+from veneer.peft_model.state_dict import (
+    set_peft_model_state_dict as set_peft_model_state_dict,
+)
 from veneer.peft_model.tokenizer import load_tokenizer as load_tokenizer
 from veneer.printing import VeneerWarning as VeneerWarning
 from veneer.training.eva import (

@@ -307,3 +307,20 @@ def test_a_wrong_shape_and_a_missing_tensor_are_named(made: Made, tmp_path: Path
     save_file({k: t for k, t in tensors.items() if k != key}, tmp_path / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises((BindError, IncompleteCheckpointError), match=r"missing|holds nothing|not fill|empty"):
         veneer.PeftModel.from_pretrained(made.bare(), tmp_path)
+
+
+def test_the_state_dict_of_one_model_fits_another(made: Made) -> None:
+    weights = veneer.load_peft_weights(made.folder)
+    loaded = made.load()
+    state = veneer.get_peft_model_state_dict(loaded)
+    assert made.tensors().keys() <= state.keys()
+    for key, tensor in made.tensors().items():
+        assert torch.equal(state[key], tensor), key
+    with torch.no_grad():
+        for parameter in loaded.adapters.parameters("default"):
+            parameter.mul_(0.5)
+    assert gap(made.read(loaded), made.unmerged) > 0
+    result = veneer.set_peft_model_state_dict(loaded, weights)
+    assert result.missing_keys == []
+    assert {key for key in result.unexpected_keys if key in made.tensors()} == set()
+    assert gap(made.read(loaded), made.unmerged) < max(made.case.close, FLOAT32) or made.case.ours_differs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,14 @@ def _tensors_to_save(
     embeddings = embeddings_to_save(model.adapters, adapter, ends)
     if adapter.unpadded:
         return {**embeddings, **adapter.unpadded}
+    value = value_of(model, adapter, state)
+    named = adapter.named_tensors(value)
+    tensors = {key: tensor.to(adapter.saved_dtypes.get(key, tensor.dtype)) for key, tensor in named}
+    return {**{key: value(tensor) for key, tensor in embeddings.items() if key not in tensors}, **tensors}
+
+
+def value_of(model: AdaptedModel, adapter: Adapter, state: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return the function that gives an adapter's tensor whole, from ``state`` where that has it."""
     names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()} if state else {}
 
     def value(live: Tensor) -> Tensor:
@@ -190,9 +198,7 @@ def _tensors_to_save(
             )
         return tensor
 
-    named = adapter.named_tensors(value)
-    tensors = {key: tensor.to(adapter.saved_dtypes.get(key, tensor.dtype)) for key, tensor in named}
-    return {**{key: value(tensor) for key, tensor in embeddings.items() if key not in tensors}, **tensors}
+    return value
 
 
 def _draft(

@@ -1,0 +1,235 @@
+"""Reads and replaces the tensors of one adapter as a dictionary with a checkpoint's keys."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys
+
+from veneer.adapters import attach, replacing
+from veneer.adapters.adapter import Adapter
+from veneer.adapters.saved_embeddings import SaveEmbeddings, embeddings_to_save
+from veneer.checkpoints.checkpoint import in_memory_checkpoint
+from veneer.checkpoints.layouts.key_mapping import with_keys
+from veneer.checkpoints.layouts.older_layouts import in_current_layout
+from veneer.errors import AdapterError, BaseModelError, BindError, MergeError, UnsupportedError
+from veneer.files.tensor_keys import encode
+from veneer.keywords import IGNORED, SOURCE, TOKEN, takes
+from veneer.peft_model.adapted_model import AdaptedModel
+from veneer.peft_model.base_checks import note_changed
+from veneer.peft_model.open_adapter import find_adapter, open_adapter
+from veneer.peft_model.save_adapters import value_of
+from veneer.peft_model.trainer_state import adapter_state
+from veneer.printing import warn
+
+# The beginning of the names in the state of a compiled model.
+_COMPILED = "_orig_mod."
+
+
+@takes()
+def get_peft_model_state_dict(
+    model: Any,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: SaveEmbeddings = "auto",
+) -> dict[str, Tensor]:
+    """Return checkpoint key -> tensor of one adapter, in the dtype that it has in memory.
+
+    The tensors share the memory of the model's where both hold the same values.
+
+    Args:
+        model: the model with adapters, compiled or not.
+        state_dict: take the tensors from here, as named by ``model.state_dict()``.
+        adapter_name: the adapter.
+        unwrap_compiled: accepted for peft's sake; a compiled model is always unwrapped.
+        save_embedding_layers: as for ``save_pretrained``.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter. AdapterError: ``state_dict`` has none of its tensors.
+    """
+    model = adapted_model(model)
+    state = {name.removeprefix(_COMPILED): tensor for name, tensor in (state_dict or {}).items()}
+    if state_dict is not None and adapter_state(model).keys().isdisjoint(state):
+        raise AdapterError(
+            "state_dict holds no tensor of the model's adapters.",
+            hint="Give the state of the PeftModel itself, with its names, or leave state_dict out.",
+        )
+    with model.adapters.active_selection.choosing:
+        adapter = model.adapters.get(adapter_name)
+        value = value_of(model, adapter, state)
+        tensors = adapter.unpadded or _tensors_by_key(adapter, value)
+        embeddings = embeddings_to_save(model.adapters, adapter, save_embedding_layers)
+        return {**{key: value(t) for key, t in embeddings.items() if key not in tensors}, **tensors}
+
+
+@torch.no_grad()
+@takes()
+def set_peft_model_state_dict(
+    model: Any,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> _IncompatibleKeys:
+    """Give an adapter on a model the values of a dictionary with a checkpoint's keys.
+
+    The values are copied into the adapter's tensors, so that an optimizer goes on with them. Where memory holds
+    other tensors than a checkpoint (a prompt's encoder, VB-LoRA's logits), the adapter is put in place anew.
+
+    Args:
+        model: the model with adapters, compiled or not.
+        peft_model_state_dict: as :func:`get_peft_model_state_dict` or :func:`load_peft_weights` returns it.
+        adapter_name: the adapter.
+        ignore_mismatched_sizes: leave out tensors of other shapes, with a warning.
+        low_cpu_mem_usage: accepted for peft's sake.
+
+    Returns:
+        ``missing_keys``, the adapter's tensors that got no value, by their names in ``model.state_dict()``; and
+        ``unexpected_keys``, the keys that the adapter does not have.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter. BindError: a shape is another.
+        NonFiniteError: a value is not finite. MergeError: the adapter is merged.
+    """
+    model = adapted_model(model)
+    adapters = model.adapters
+    adapter = adapters.get(adapter_name)
+    _check_can_be_set(model, adapter)
+    origin = f"the state dict for {adapter_name!r}"
+    checkpoint = in_current_layout(
+        in_memory_checkpoint(adapter.config, peft_model_state_dict, origin), adapters.catalog
+    )
+    current = _tensors_by_key(adapter)
+    rows = {k: t for k, t in embeddings_to_save(adapters, adapter, True).items() if k not in current}
+    known = {**rows, **current}
+    tensors = checkpoint.read(key for key in checkpoint.tensors if key in known)
+    unfit = [key for key, tensor in tensors.items() if tensor.shape != known[key].shape]
+    if unfit:
+        mismatch = _mismatch(origin, unfit, tensors, known)
+        if not ignore_mismatched_sizes:
+            raise mismatch
+        warn(mismatch.message + " What fits is used (ignore_mismatched_sizes=True).")
+    fitting = {key: tensor for key, tensor in tensors.items() if key not in unfit}
+    attach.check_finite(fitting, origin)
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    missing = [names.get(id(tensor), key) for key, tensor in current.items() if key not in fitting]
+    _set_values(model, adapter, current, rows, fitting)
+    return _IncompatibleKeys(missing, [key for key in checkpoint.tensors if key not in known])
+
+
+@takes(*SOURCE, *IGNORED, renamed=TOKEN)
+def load_peft_weights(
+    model_id: str | Path,
+    device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hf_hub_download_kwargs: Any,
+) -> dict[str, Tensor]:
+    """Read the tensors of the adapter at a path or hub id: checkpoint key -> tensor.
+
+    Args:
+        model_id: the adapter's folder or hub id.
+        device: the device to put them on; the CPU when ``None``.
+        key_mapping: regular expression -> replacement for its matches in the keys.
+        **hf_hub_download_kwargs: ``revision``, ``subfolder``, ``token``, ``local_files_only``, ``cache_dir``,
+            ``force_download``; and keywords of peft without effect here.
+
+    Raises:
+        SourceError: there is no adapter, or it cannot be read.
+    """
+    checkpoint = open_adapter(find_adapter(model_id, hf_hub_download_kwargs), strict=False)
+    if key_mapping:
+        checkpoint = with_keys(checkpoint, key_mapping)
+    tensors = checkpoint.read(checkpoint.tensors)
+    return {key: tensors[key].to(device or "cpu", copy=True) for key in checkpoint.tensors}
+
+
+def adapted_model(model: Any) -> AdaptedModel:
+    """Return the model with adapters that was given, compiled or not; raise ``BaseModelError`` for any other."""
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, AdaptedModel):
+        raise BaseModelError(
+            f"{type(model).__name__} is no model with adapters.",
+            hint="Give what veneer.load(...) or get_peft_model(...) returned; of a wrapper such as DDP its .module.",
+        )
+    return model
+
+
+def _tensors_by_key(adapter: Adapter, value: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, Tensor]:
+    """Return the tensors that are saved; in place of those that change when they are saved, those in memory."""
+    tensors = dict(adapter.named_tensors(value))
+    for layer, share in adapter.bound_layers():
+        if share.key is not None and not all(leaf.saved for leaf in share.leaves):
+            for leaf, tensor in layer.tensors(adapter.name, share).items():
+                if share.method.leaf(leaf).saved:
+                    tensors[encode(share.key, leaf)] = value(tensor)
+    return tensors
+
+
+def _check_can_be_set(model: AdaptedModel, adapter: Adapter) -> None:
+    if adapter.layers.merged(adapter.name):
+        raise MergeError(
+            f"{adapter.name!r} is merged; the base's weights would keep the old values.",
+            hint="Call unmerge_adapter() first.",
+        )
+    if adapter.unpadded:
+        raise UnsupportedError(f"{adapter.name!r} is prepared for hot-swapping.", hint="Use hotswap_adapter(...).")
+    if model.adapters.is_spread:
+        raise UnsupportedError(
+            "This model is spread over processes; a state dict cannot be set on it.",
+            hint="Load the adapter from its folder with load_adapter(...).",
+        )
+
+
+def _mismatch(origin: str, unfit: list[str], given: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> BindError:
+    key = unfit[0]
+    return BindError(
+        f"{origin}: {len(unfit)} tensors have another shape than the adapter's; size mismatch for {key}: "
+        f"{tuple(given[key].shape)}, where the adapter has {tuple(known[key].shape)}.",
+        hint="Give the adapter the config that they were trained with, or pass ignore_mismatched_sizes=True.",
+    )
+
+
+def _set_values(
+    model: AdaptedModel,
+    adapter: Adapter,
+    current: Mapping[str, Tensor],
+    rows: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+) -> None:
+    """Copy values into an adapter's tensors and the base's embeddings; put the adapter anew where it has no such."""
+    adapters = model.adapters
+    places = {id(tensor) for tensor in adapter.tensors_by_place().values()}
+    with adapters.changing():
+        if any(id(tensor) not in places for key, tensor in current.items() if key in values):
+            _replace(model, adapter, {**current, **{k: t.to(current[k]) for k, t in values.items() if k in current}})
+        else:
+            for key in values.keys() & current.keys():
+                current[key].copy_(values[key])
+            adapter.note_zero_layers()
+        _set_rows(model, rows, values)
+
+
+def _set_rows(model: AdaptedModel, rows: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Give the base's embeddings the rows that were saved with an adapter."""
+    for key in values.keys() & rows.keys():
+        if not torch.equal(rows[key], values[key].to(rows[key])):
+            rows[key].copy_(values[key])
+            note_changed(model.get_base_model())
+
+
+def _replace(model: AdaptedModel, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    """Put an adapter with these tensors in the place of one on the model."""
+    adapters, name = model.adapters, adapter.name
+    origin, digest = adapter.origin, adapter.base_digest
+    values = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+    checkpoint = in_memory_checkpoint(copy.deepcopy(adapter.config), values, f"the state dict for {name!r}")
+    fresh = attach.load(adapters, replacing.spare(adapters, name), checkpoint, trainable=adapter.trainable)
+    new = replacing.replace(adapters, name, fresh.name)
+    new.origin, new.base_digest = origin, digest
+    model.load_log.sync()
