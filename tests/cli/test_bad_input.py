@@ -160,6 +160,7 @@ def refused(result: Any) -> str:
         ("{made}/adaptr", "Did you mean"),
         ("{made}/adapter/adapter_config.json", "no safetensors file"),
         ("/dev/null", "neither a file nor a folder"),
+        ("s3://bucket/model", "is a URL, and only a model's page"),
     ],
 )
 @pytest.mark.parametrize("command", ["inspect", "generate", "merge", "convert-pickle", "digest"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,15 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from veneer.errors import CorruptFileError, NotACheckpointError, PathNotFoundError, PickleRefusedError, SourceError
+from veneer.errors import (
+    CorruptFileError,
+    NotACheckpointError,
+    PathNotFoundError,
+    PickleRefusedError,
+    SourceError,
+    UsageError,
+)
+from veneer.files.hub_page import is_hub_page, read_hub_page
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.resolve import resolve
 from veneer.files.weight_files import weight_files
@@ -174,6 +183,52 @@ def test_a_cached_revision_and_subfolder(cache: Path) -> None:
     source = resolve("owner/name", LookupOptions("v2", "fr"))
     assert source.root.samefile(other / "fr")
     assert (source.origin, source.revision, source.commit) == ("owner/name/fr", "v2", "f" * 40)
+
+
+@pytest.mark.parametrize(
+    ("page", "repo", "revision"),
+    [
+        ("https://huggingface.co/owner/name", "owner/name", None),
+        ("http://hf.co/owner/name/?x=1#top", "owner/name", None),
+        ("https://huggingface.co/name/tree/v2", "name", "v2"),
+        ("https://www.huggingface.co/owner/name/tree/a%2Fb", "owner/name", "a/b"),
+    ],
+)
+def test_the_page_of_a_model(page: str, repo: str, revision: str | None) -> None:
+    assert is_hub_page(page)
+    given = LookupOptions(subfolder="fr")
+    assert read_hub_page(page, given, "path") == (repo, replace(given, revision=revision))
+    assert read_hub_page(page, LookupOptions("v1"), "base") == (repo, LookupOptions(revision or "v1"))
+    if revision is not None:
+        for what, other in (("adapter", LookupOptions("v1")), ("base", LookupOptions(base_revision="v1"))):
+            with pytest.raises(UsageError, match=f"at revision {revision!r}, and 'v1' is asked for"):
+                read_hub_page(page, other, what)
+
+
+def test_a_page_is_found_as_its_id(cache: Path) -> None:
+    cached(cache, "owner/name", "config.json", "model.safetensors")
+    other = cached(cache, "owner/name", "x.json", "x.safetensors", commit="f" * 40, ref="v2")
+    source = resolve("https://huggingface.co/owner/name/tree/v2")
+    assert source.root.samefile(other)
+    assert (source.origin, source.revision) == ("owner/name", "v2")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://bucket/model",
+        "hf://owner/name",
+        "https://example.org/owner/name",
+        "https://huggingface.co/owner/name/blob/main/config.json",
+        "https://huggingface.co/datasets/squad",
+        "https://huggingface.co/",
+    ],
+)
+def test_other_urls_are_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(PathNotFoundError, match="is a URL, and only a model's page") as caught:
+        resolve(url)
+    assert "give their folder" in (caught.value.hint or "")
 
 
 def test_a_local_folder_comes_before_the_hub(cache: Path) -> None:

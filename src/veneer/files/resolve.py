@@ -13,6 +13,7 @@ from pathlib import Path
 
 from veneer.errors import NotACheckpointError, PathNotFoundError, PickleRefusedError, SourceError
 from veneer.files.hub import from_hub
+from veneer.files.hub_page import is_url, read_hub_page
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import SAFETENSORS
 from veneer.files.paths import exists, is_folder, nearest_path
@@ -35,7 +36,7 @@ def resolve(
     what: str = "path",
     patterns: Sequence[str] = _PATTERNS,
 ) -> Source:
-    """Find the files of a local folder, a single safetensors file, or a hub id.
+    """Find the files of a local folder, a single safetensors file, a hub id, or a model's page on the hub.
 
     Args:
         path: what to find.
@@ -56,6 +57,8 @@ def resolve(
             raise PathNotFoundError(f"{text} is a file; it has no subfolder {subfolder!r}.", hint=f"Give {text} alone.")
         return _single_file(local, text)
     if not is_a_folder:
+        if is_url(text):
+            return from_hub(*read_hub_page(text, lookup, what), what, patterns)
         if isinstance(path, Path) or os.path.lexists(local) or not looks_like_hub_id(text):
             raise _missing(local, what)
         return from_hub(text, lookup, what, patterns)

@@ -10,6 +10,7 @@ from veneer.checkpoints.inspection.facts import Problem
 from veneer.errors import ConfigError, VeneerError
 from veneer.files import adapter_folders
 from veneer.files.base_map import look_up
+from veneer.files.hub_page import is_hub_page
 from veneer.files.names import ADAPTER_CONFIG, ADAPTER_STEM, ADAPTER_WEIGHTS, MODEL_CONFIG, SAFETENSORS
 from veneer.files.paths import exists
 from veneer.files.resolve import looks_like_hub_id
@@ -97,7 +98,7 @@ def base_problems(base: Any, source: Source) -> list[Problem]:
         place = look_up(base) or base
     except ConfigError as error:
         return [problem_of("base-map", error)]
-    if looks_like_hub_id(place) or exists(Path(place)) or exists(source.root / place):
+    if looks_like_hub_id(place) or is_hub_page(place) or exists(Path(place)) or exists(source.root / place):
         return []
     moved = "" if place == base else f" (the base map says {place})"
     return [Problem("base-not-found", f"The base model {base}{moved} does not exist here.", hint)]
