@@ -232,6 +232,38 @@ def test_folders_that_are_neither(tmp_path: Path) -> None:
     assert codes(lone) == ["no-config"]
 
 
+def test_a_healthy_report_tells_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, folder = saved_base(tmp_path / "base"), saved(tmp_path / "my adapter")
+    (weights,) = base.glob("*.safetensors")
+    edit_config(folder, base_model_name_or_path="../base")
+    size, own = weights.stat().st_size, veneer.inspect(folder).adapter.weights.nbytes
+    found = veneer.inspect(folder)
+    assert (found.memory, found.next_command) == (size + own, f"veneer generate '{folder}' --prompt \"Hello\"")
+    assert veneer.inspect(base).next_command == f'veneer generate {base} --prompt "Hello"'
+    assert veneer.inspect(tmp_path, subfolder="my adapter").next_command == found.next_command
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    named(folder)
+    assert (veneer.inspect(folder).memory, "not on this machine" in panel_of(folder)) == (None, True)
+    cached = tmp_path / "hub" / "models--owner--base"
+    shutil.copytree(base, cached / "snapshots" / "c0ffee")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("c0ffee")
+    assert veneer.inspect(folder).memory == size + own
+    assert "veneer generate" in panel_of(folder)
+    edit_config(folder, revision="/dev/zero")
+    assert veneer.inspect(folder).memory is None
+    edit_config(folder, task_type="SEQ_CLS")
+    assert veneer.inspect(folder).next_command is None
+    (folder / WEIGHTS).unlink()
+    assert (veneer.inspect(folder).memory, veneer.inspect(folder).next_command) == (None, None)
+
+
+def panel_of(path: Path) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(veneer.inspect(path))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_it_is_json_and_a_panel(adapter: Path) -> None:
     found = veneer.inspect(adapter)
     assert json.loads(json.dumps(found.to_dict()))["adapter"]["peft_type"] == "LORA"

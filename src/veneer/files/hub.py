@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,20 @@ def from_hub(repo: str, lookup: LookupOptions, what: str, patterns: Sequence[str
     if not is_folder(root):
         raise PathNotFoundError(f"{repo} has no subfolder {subfolder!r}.", hint="Check its spelling.")
     return Source(root, repo + (f"/{subfolder}" if subfolder else ""), revision=revision, commit=Path(folder).name)
+
+
+def cached_snapshot(repo: str, revision: str | None) -> Path | None:
+    """Return where the cache has a repository, without huggingface_hub, whose import takes long; it may be nowhere."""
+    commit = revision or "main"
+    if Path(commit).is_absolute() or ".." in Path(commit).parts:  # of a config that leads elsewhere
+        return None
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    folder = cache / f"models--{repo.replace('/', '--')}"
+    with contextlib.suppress(OSError, ValueError):
+        commit = (folder / "refs" / commit).read_text(encoding="utf-8").strip()
+    snapshot = folder / "snapshots" / commit
+    return snapshot if is_folder(snapshot) else None
 
 
 def _cached(repo: str, request: dict[str, Any]) -> str | None:

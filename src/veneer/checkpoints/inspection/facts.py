@@ -106,6 +106,9 @@ class PathFacts(AsJson):
         adapters: the adapters of a set: name -> the same for each.
         commit: the hub commit.
         problems: the faults that were found.
+        memory: the bytes of all weights that loading it needs, as they are on disk; ``None`` where the base is not on
+            this machine, or there are problems.
+        next_command: the command that runs it; ``None`` where it writes no text, or there are problems.
     """
 
     path: str
@@ -115,3 +118,5 @@ class PathFacts(AsJson):
     adapters: Mapping[str, PathFacts] = field(default_factory=dict)
     commit: str | None = None
     problems: tuple[Problem, ...] = ()
+    memory: int | None = None
+    next_command: str | None = None

@@ -10,10 +10,11 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from veneer.checkpoints.inspection.facts import AdapterFacts, ModelFacts, PathFacts, Problem
+from veneer.checkpoints.inspection.next_step import generate_command, weights_in_memory
 from veneer.checkpoints.inspection.problems import (
     base_problems,
     empty_checkpoint,
@@ -110,7 +111,15 @@ def inspect(
         source = resolve(path, lookup)
     # Headers of weights that are not in the cache are asked for at the hub's root, and only where it may be asked.
     ask = source.commit is not None and not (subfolder or local_files_only or is_offline())
-    return _inspect(source, os.fspath(path), token, ask)
+    inspection = _inspect(source, os.fspath(path), token, ask)
+    if inspection.problems or source.file is not None:
+        return inspection
+    place = f"{source.root}" if subfolder and source.commit is None else os.fspath(path)
+    return replace(
+        inspection,
+        memory=weights_in_memory(inspection, source),
+        next_command=None if subfolder and source.commit else generate_command(inspection, place, revision),
+    )
 
 
 def _inspect(

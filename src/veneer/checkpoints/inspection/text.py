@@ -34,6 +34,12 @@ def _facts(inspection: PathFacts) -> Iterable[tuple[str, str]]:
         yield f"in {name}/", _one_line(member)
     if inspection.commit:
         yield "commit", inspection.commit
+    if inspection.memory is not None:
+        yield "memory", f"{nbytes(inspection.memory)} to load it" + (" with its base" if inspection.adapter else "")
+    elif inspection.next_command and inspection.kind == "adapter":
+        yield "memory", "its base is not on this machine"
+    if inspection.next_command:
+        yield "next", inspection.next_command
 
 
 def _adapter(facts: AdapterFacts) -> Iterable[tuple[str, str]]:
