@@ -304,6 +304,28 @@ def test_an_adapter_once_converted_answers_the_same(run: Run, made: Path, tmp_pa
     assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize(
+    ("line", "completions"), [("veneer ins", ["inspect"]), ("veneer generate --top", ["--top-p", "--top-k"])]
+)
+def test_the_shell_completes_commands_and_options(line: str, completions: list[str]) -> None:
+    words = line.split()
+    environment = {
+        **os.environ,
+        **{"_VENEER_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)},
+    }
+    command = [sys.executable, "-X", "importtime", "-m", "veneer"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert result.stdout.split() == completions
+    assert "| torch" not in result.stderr
+
+
+def test_the_completion_of_a_shell_is_shown() -> None:
+    environment = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    command = [sys.executable, "-m", "veneer", "--show-completion", "bash"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert "_VENEER_COMPLETE=complete_bash" in result.stdout
+
+
 @pytest.mark.parametrize("arguments", WITHOUT_TORCH)
 def test_help_and_wrong_usage_import_nothing_heavy(arguments: list[str]) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "veneer", *arguments]

@@ -42,7 +42,8 @@ def build(names: list[str]) -> typer.Typer:
         name="veneer",
         help="Load, inspect, run and merge fine-tuned adapters.",
         no_args_is_help=True,
-        add_completion=False,
+        # Its options are the application's: a command that is called alone need not prepare them.
+        add_completion=len(names) > 1,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
