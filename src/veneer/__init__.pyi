@@ -311,3 +311,9 @@ from veneer.training.optimizers import (
 from veneer.training.optimizers import (
     create_loraplus_optimizer as create_loraplus_optimizer,
 )
+from veneer.training.precision import (
+    cast_mixed_precision_params as cast_mixed_precision_params,
+)
+from veneer.training.precision import (
+    prepare_model_for_kbit_training as prepare_model_for_kbit_training,
+)

@@ -355,3 +355,28 @@ def test_as_the_peer_has_it(form: str, options: dict[str, Any], tmp_path: Path) 
     ours = logits(veneer.PeftModel.from_pretrained(quantized(form, "llama"), folder), BATCH)
     # The base's own product is the same; quantisation itself moves these outputs by a hundred times this and more.
     assert gap(ours, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_an_adapter_learns_on_a_packed_base(form: str, reentrant: bool) -> None:
+    base = quantized(form)
+    before = logits(base, BATCH)
+    options = {"use_reentrant": reentrant}
+    base = veneer.prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs=options)
+    assert gap(logits(base, BATCH), before) < 1e-5
+    model = veneer.get_peft_model(base, config()).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model(**BATCH, labels=BATCH["input_ids"]).loss.backward()
+    parameters = model.adapters.parameters("default")
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters)
+    assert any(p.grad.any() for p in parameters if p.grad is not None)
+
+
+def test_packed_weights_are_not_cast(form: str) -> None:
+    model = veneer.get_peft_model(quantized(form), config())
+    weights = {name: p.dtype for name, p in model.named_parameters() if "_proj" in name and "lora" not in name}
+    veneer.cast_mixed_precision_params(model, torch.bfloat16)
+    now = {name: p.dtype for name, p in model.named_parameters()}
+    assert {name: now[name] for name in weights} == weights
+    assert now["base_model.model.model.norm.weight"] == torch.bfloat16
