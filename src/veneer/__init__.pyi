@@ -16,6 +16,12 @@ from veneer.checkpoints.inspection.inspect_path import (
 from veneer.checkpoints.inspection.inspect_path import (
     inspect as inspect,
 )
+from veneer.checkpoints.inspection.serving import (
+    ServingReport as ServingReport,
+)
+from veneer.checkpoints.inspection.serving import (
+    check_serving as check_serving,
+)
 from veneer.configs.arrow_options import ArrowConfig as ArrowConfig
 from veneer.configs.base import PeftConfig as PeftConfig
 from veneer.configs.lora_start_options import (

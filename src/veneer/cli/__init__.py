@@ -1,6 +1,6 @@
 """The command line: a module a command, imported when it is called.
 
-Exit codes: 0 done, 1 our fault, 2 the input's fault, 130 interrupted.
+Exit codes: 0 done, 1 our fault (or a `veneer check` that says no), 2 the input's fault, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ COMMANDS = {
     "merge": "merge_command",
     "convert": "convert_command",
     "combine": "combine_command",
+    "check": "check_command",
     "verify": "verify_command",
     "unmerge": "unmerge_command",
     "extract": "extract_command",
