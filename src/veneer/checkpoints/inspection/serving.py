@@ -177,8 +177,9 @@ def _rank_problems(rank: int, limit: int | None, path: str) -> list[Problem]:
 
 
 def _convert(path: str, rank: int | None = None) -> str:
-    option = "" if rank is None else f" --rank {rank}"
-    return f"Make a plain LoRA of it: veneer convert {path}{option} --out NEW."
+    if rank is None:
+        return f"Make a plain LoRA of it: veneer convert {path} --out NEW."
+    return f"Make a plain LoRA of it, and see what error that leaves: veneer convert {path} --rank {rank} --out NEW."
 
 
 def _merge(path: str) -> str:
