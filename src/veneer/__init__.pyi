@@ -100,6 +100,12 @@ from veneer.configs.names import (
 from veneer.configs.names import (
     TaskType as TaskType,
 )
+from veneer.configs.type_mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING,
+)
+from veneer.configs.type_mapping import (
+    get_peft_config as get_peft_config,
+)
 from veneer.errors import (
     AdapterError as AdapterError,
 )
@@ -301,6 +307,12 @@ from veneer.peft_model.state_dict import (
 )
 from veneer.peft_model.state_dict import (
     set_peft_model_state_dict as set_peft_model_state_dict,
+)
+from veneer.peft_model.status import (
+    get_layer_status as get_layer_status,
+)
+from veneer.peft_model.status import (
+    get_model_status as get_model_status,
 )
 from veneer.peft_model.tokenizer import load_tokenizer as load_tokenizer
 from veneer.printing import VeneerWarning as VeneerWarning

@@ -16,7 +16,7 @@ from veneer.adapters.status import TunerLayerStatus, TunerModelStatus, layer_sta
 from veneer.adapters.xlora_pass import XLoraPass
 from veneer.configs.base import PeftConfig
 from veneer.configs.names import PeftType
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, BaseModelError
 from veneer.layers.quantized_merge import QuantizedMerge
 from veneer.peft_model.base_checks import check_base, digest_of
 from veneer.peft_model.delegation import fitted_class
@@ -200,6 +200,17 @@ class AdaptedModel(nn.Module):
             return mismatch
         missing = [name for name in mismatch.missing_keys if name in adapter_keys]
         return type(mismatch)(missing, mismatch.unexpected_keys)
+
+
+def adapted_model(model: Any) -> AdaptedModel:
+    """Return the model with adapters that was given, compiled or not; raise ``BaseModelError`` for any other."""
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, AdaptedModel):
+        raise BaseModelError(
+            f"{type(model).__name__} is no model with adapters.",
+            hint="Give what veneer.load(...) or get_peft_model(...) returned; of a wrapper such as DDP its .module.",
+        )
+    return model
 
 
 def _blank(kind: type[AdaptedModel], base_class: type[nn.Module]) -> AdaptedModel:

@@ -17,10 +17,10 @@ from veneer.adapters.saved_embeddings import SaveEmbeddings, embeddings_to_save
 from veneer.checkpoints.checkpoint import in_memory_checkpoint
 from veneer.checkpoints.layouts.key_mapping import with_keys
 from veneer.checkpoints.layouts.older_layouts import in_current_layout
-from veneer.errors import AdapterError, BaseModelError, BindError, MergeError, UnsupportedError
+from veneer.errors import AdapterError, BindError, MergeError, UnsupportedError
 from veneer.files.tensor_keys import encode
 from veneer.keywords import IGNORED, SOURCE, TOKEN, takes
-from veneer.peft_model.adapted_model import AdaptedModel
+from veneer.peft_model.adapted_model import AdaptedModel, adapted_model
 from veneer.peft_model.base_checks import note_changed
 from veneer.peft_model.open_adapter import find_adapter, open_adapter
 from veneer.peft_model.save_adapters import value_of
@@ -147,17 +147,6 @@ def load_peft_weights(
         checkpoint = with_keys(checkpoint, key_mapping)
     tensors = checkpoint.read(checkpoint.tensors)
     return {key: tensors[key].to(device or "cpu", copy=True) for key in checkpoint.tensors}
-
-
-def adapted_model(model: Any) -> AdaptedModel:
-    """Return the model with adapters that was given, compiled or not; raise ``BaseModelError`` for any other."""
-    model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, AdaptedModel):
-        raise BaseModelError(
-            f"{type(model).__name__} is no model with adapters.",
-            hint="Give what veneer.load(...) or get_peft_model(...) returned; of a wrapper such as DDP its .module.",
-        )
-    return model
 
 
 def _tensors_by_key(adapter: Adapter, value: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, Tensor]:

@@ -1,0 +1,41 @@
+"""The status of a model, asked of functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+import veneer
+from tests.models import build
+from tests.random_adapters import adapted
+from veneer.errors import BaseModelError
+
+SHARED = ("trainable_params", "total_params", "num_adapter_layers", "enabled", "active_adapters", "merged_adapters")
+
+
+def test_they_answer_as_the_methods_do() -> None:
+    model = adapted()
+    compiled: Any = torch.compile(model, backend="eager")
+    for asked in (model, compiled):
+        assert veneer.get_layer_status(asked) == model.get_layer_status()
+        assert veneer.get_model_status(asked) == model.get_model_status()
+
+
+@pytest.mark.oracle
+def test_they_answer_as_those_of_peft() -> None:
+    options: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    ours = veneer.get_peft_model(build("llama"), veneer.LoraConfig(**options))
+    theirs: Any = peft.get_peft_model(build("llama"), peft.LoraConfig(**options))
+    status, expected = veneer.get_model_status(ours), peft.get_model_status(theirs)
+    assert {name: getattr(status, name) for name in SHARED} == {name: getattr(expected, name) for name in SHARED}
+    names = [layer.name for layer in veneer.get_layer_status(ours)]
+    assert names == [layer.name.removeprefix("model.") for layer in peft.get_layer_status(theirs)]
+
+
+def test_a_model_without_adapters_is_refused() -> None:
+    for ask in (veneer.get_layer_status, veneer.get_model_status):
+        with pytest.raises(BaseModelError, match="no model with adapters"):
+            ask(build("llama"))
