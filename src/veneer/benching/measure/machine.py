@@ -43,9 +43,11 @@ def device_of(name: str | None) -> torch.device:
         torch.zeros(1, device=device) + 1
     except Exception as error:  # each backend has its own
         reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
-        raise UsageError(f"The device {name!r} cannot be used: {reason}.", hint="Such as cpu or cuda.") from error
+        raise UsageError(
+            f"The device {name!r} cannot be used: {reason}.", hint="Give another, such as cpu or cuda:0."
+        ) from error
     if device.type == "meta":
-        raise UsageError("The device 'meta' computes nothing.", hint="Such as cpu or cuda.")
+        raise UsageError("The device 'meta' computes nothing.", hint="Give another, such as cpu or cuda:0.")
     return device
 
 
