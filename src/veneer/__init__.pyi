@@ -16,10 +16,10 @@ from veneer.checkpoints.inspection.inspect_path import (
 from veneer.checkpoints.inspection.inspect_path import (
     inspect as inspect,
 )
-from veneer.checkpoints.inspection.serving import (
+from veneer.checkpoints.serving import (
     ServingReport as ServingReport,
 )
-from veneer.checkpoints.inspection.serving import (
+from veneer.checkpoints.serving import (
     check_serving as check_serving,
 )
 from veneer.configs.arrow_options import ArrowConfig as ArrowConfig

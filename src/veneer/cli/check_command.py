@@ -18,7 +18,7 @@ def check(
     local_files_only: Local = False,
 ) -> int:
     """Tell whether a server takes an adapter as it is, and what to do where not (exit code 1)."""
-    from veneer.checkpoints.inspection.serving import check_serving
+    from veneer.checkpoints.serving import check_serving
 
     report = check_serving(path, server, revision=revision, local_files_only=local_files_only)
     show(report, json)
