@@ -9,7 +9,7 @@ from pathlib import Path
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.errors import BaseModelError, IncompleteCheckpointError, NotACheckpointError, PathNotFoundError, SourceError
 from veneer.files import adapter_folders
-from veneer.files.base_map import look_up
+from veneer.files.base_map import places_of
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, MODEL_STEM
 from veneer.files.paths import exists, is_file
@@ -114,12 +114,7 @@ def _named_base(source: Source, checkpoints: list[Checkpoint], lookup: LookupOpt
         raise BaseModelError(f"{source.origin}/{ADAPTER_CONFIG} names no base model.", hint=hint)
     name = names[0]
     tried = []
-    # Joining an absolute name to the folder gives the name itself, so that a path is never tried twice.
-    places = {str(source.root / name): "relative to the adapter's folder"}
-    places[name] = "named by the adapter's config"
-    moved = look_up(name)
-    if moved is not None:
-        places = {moved: f"where the base map says that {name} is"}
+    places = places_of(name, source.root)
     for place, why in sorted(places.items(), key=lambda item: not exists(Path(item[0]))):
         try:
             folder = resolve(place, lookup, what="base")

@@ -66,7 +66,7 @@ def generate(
             from veneer.peft_model.load import load
             from veneer.peft_model.tokenizer import load_tokenizer
 
-            torch_device = device_of(device)
+            torch_device = None if device is None else device_of(device)
             model = load(
                 path,
                 base=base,
@@ -77,7 +77,7 @@ def generate(
             )
             if merge and adapter is not None:
                 _merge(model, adapter)
-            if device is not None:
+            if torch_device is not None:
                 model.to(torch_device)
             tokenizer = load_tokenizer(model)
             inputs = _inputs(tokenizer, text, system, chat)

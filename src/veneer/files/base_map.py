@@ -34,6 +34,23 @@ def look_up(name: str) -> str | None:
     return str(Path(places[longest]) / name[len(longest) :])
 
 
+def places_of(name: str, beside: Path) -> dict[str, str]:
+    """Return each place where a base may be that an adapter's config names, and why there, in the order to look.
+
+    Args:
+        name: the base's name in the config.
+        beside: the adapter's folder.
+
+    Raises:
+        ConfigError: the base map cannot be read.
+    """
+    moved = look_up(name)
+    if moved is not None:
+        return {moved: f"where the base map says that {name} is"}
+    # Joining an absolute name to the folder gives the name itself, so that a path is never tried twice.
+    return {str(beside / name): "relative to the adapter's folder", name: "named by the adapter's config"}
+
+
 def _read() -> dict[str, str]:
     setting = os.environ.get(VARIABLE)
     if setting is None:

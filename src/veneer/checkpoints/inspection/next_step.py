@@ -9,7 +9,7 @@ from pathlib import Path
 from veneer.checkpoints.inspection.facts import AdapterFacts, PathFacts
 from veneer.configs.names import TaskType
 from veneer.errors import SourceError
-from veneer.files.base_map import look_up
+from veneer.files.base_map import places_of
 from veneer.files.hub import cached_snapshot
 from veneer.files.names import MODEL_STEM
 from veneer.files.paths import is_folder
@@ -51,9 +51,9 @@ def _adapters(facts: PathFacts) -> list[AdapterFacts]:
 def _base_bytes(name: str | None, revision: str | None, source: Source) -> int | None:
     if not name:
         return None
-    moved = look_up(name)
-    places = [Path(moved)] if moved else [source.root / name, Path(name)]
-    cached = cached_snapshot(moved or name, revision)
+    *before, last = places_of(name, source.root)
+    places = [Path(place) for place in (*before, last)]
+    cached = cached_snapshot(last, revision)
     for folder in [*places, *([] if cached is None else [cached])]:
         if is_folder(folder):
             with suppress(SourceError, OSError):

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from veneer.files.base_map import look_up
+from veneer.files.base_map import places_of
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_CONFIG, MODEL_STEM
 from veneer.files.resolve import resolve
@@ -47,6 +47,4 @@ def _named(adapters: AdapterPaths, lookup: LookupOptions) -> tuple[list[str | Pa
     source = resolve(weighted(adapters)[0][0], lookup)
     config = source.json(ADAPTER_CONFIG)
     name = str(config["base_model_name_or_path"])
-    mapped = look_up(name)
-    places: list[str | Path] = [source.root / name, name] if mapped is None else [mapped]
-    return places, config.get("revision")
+    return list(places_of(name, source.root)), config.get("revision")
