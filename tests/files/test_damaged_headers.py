@@ -11,21 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from tests.files.headers import described, written
 from veneer.errors import CorruptFileError, PathNotFoundError, SourceError
 from veneer.files.json_file import read_json
 from veneer.files.safetensors_header import read_header
-
-
-def described(shape: Any = (2, 2), offsets: Any = (0, 16), dtype: Any = "F32") -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-
-
-def written(path: Path, header: Any, data: int = 16) -> Path:
-    """A safetensors file with any header, valid or not: an object, or its raw bytes."""
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(data))
-    return path
-
 
 # -- headers -------------------------------------------------------------------------------------------------
 

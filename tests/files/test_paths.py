@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +14,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+from tests.files.headers import described, written
 from veneer.errors import (
     CorruptFileError,
     NotACheckpointError,
@@ -29,17 +29,6 @@ from veneer.files.resolve import resolve
 from veneer.files.weight_files import weight_files
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-def described(shape: Any = (2, 2), offsets: Any = (0, 16), dtype: Any = "F32") -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-
-
-def written(path: Path, header: Any, data: int = 16) -> Path:
-    """A safetensors file with any header, valid or not: an object, or its raw bytes."""
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(data))
-    return path
 
 
 # -- finding a local path ------------------------------------------------------------------------------------
