@@ -111,16 +111,45 @@ def test_a_deleted_adapter_is_gone_and_the_rest_stays() -> None:
     model, batch = pair(), inputs("llama")
     with model.using("second"):
         second = logits(model, batch)
-    with model.disable_adapter():
-        base = logits(model, batch)
     model.delete_adapter("default")
-    assert model.active_adapters == []
-    assert torch.equal(logits(model, batch), base)
-    model.set_adapter("second")
+    assert model.active_adapters == ["second"]
     assert torch.equal(logits(model, batch), second)
     assert not any("default" in name for name in model.state_dict())
     model.delete_adapter("second")
+    assert model.active_adapters == []
     assert not any("lora" in name or "base_layer" in name for name in model.state_dict())
+
+
+def test_the_first_that_remains_takes_the_place_of_a_deleted_one_that_alone_was_active() -> None:
+    model = veneer.get_peft_model(build("llama"), veneer.LoraConfig(target_modules=["q_proj"]), "a")
+    for name in "bcd":
+        model.add_adapter(name, veneer.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    model.set_adapter(["b", "c"])
+    model.delete_adapter("c")
+    assert model.active_adapters == ["b"]
+    model.delete_adapter("d")
+    assert model.active_adapters == ["b"]
+    model.delete_adapter("b")
+    assert model.active_adapters == ["a"]
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {"a"}
+
+
+@pytest.mark.parametrize("names", [["default", "second"], ["second", "second"], ["default", "__base__"]])
+def test_rows_are_the_base_while_adapters_are_disabled(names: list[str]) -> None:
+    model, batch = pair(), inputs("llama")
+    batch = {key: value.expand(2, *value.shape[1:]) for key, value in batch.items()}
+    mixed = logits(model, {**batch, "adapter_names": names})
+    with model.disable_adapter():
+        base = logits(model, batch)
+        assert torch.equal(logits(model, {**batch, "adapter_names": names}), base)
+        with model.using("second"):
+            assert torch.equal(logits(model, {**batch, "adapter_names": names}), mixed)
+        with pytest.raises(veneer.UnknownAdapterError):
+            model(**batch, adapter_names=["nobody", "second"])
+    model.disable_adapters()
+    assert torch.equal(logits(model, {**batch, "adapter_names": names}), base)
+    model.enable_adapters()
+    assert gap(logits(model, {**batch, "adapter_names": names}), base) > VISIBLE
 
 
 def test_deleting_a_merged_adapter_takes_it_out_of_the_weights() -> None:
@@ -130,8 +159,7 @@ def test_deleting_a_merged_adapter_takes_it_out_of_the_weights() -> None:
     model.merge_adapter(["default"])
     assert model.active_adapters == ["default"]
     model.delete_adapter("default")
-    assert model.active_adapters == []
-    model.set_adapter("second")
+    assert model.active_adapters == ["second"]
     assert gap(logits(model, batch), second) < 1e-5
 
 

@@ -21,7 +21,7 @@ from veneer.configs.base import PeftConfig
 from veneer.errors import AdapterError, DuplicateAdapterError, UnknownAdapterError, did_you_mean
 from veneer.layers.quantized_merge import QuantizedMerge
 from veneer.layers.wrapping import LayerPlacement
-from veneer.patches.selection import BASE, NOTHING, Selection
+from veneer.patches.selection import BASE, DISABLED, NOTHING, Selection
 from veneer.patches.underway import Concerned
 
 
@@ -208,7 +208,7 @@ class Adapters(LayerPlacement):
 
     def disabled(self) -> AbstractContextManager[None]:
         """Use the base model alone inside a ``with`` block, in this thread or task only."""
-        return self.active_selection.using(NOTHING)
+        return self.active_selection.using(DISABLED)
 
     def get(self, name: str) -> Adapter:
         """Return an adapter by name, or raise ``UnknownAdapterError``."""
@@ -235,7 +235,7 @@ class Adapters(LayerPlacement):
     # -- changing the set ----------------------------------------------------------------------------------
 
     def delete(self, name: str) -> None:
-        """Remove an adapter. If it was selected, the rest of the selection stays (the base alone if none)."""
+        """Remove an adapter. If it alone was selected, the first that remains takes its place."""
         with self.active_selection.changing(lambda: self.concerned(name)):
             self._delete(name)
 
@@ -245,10 +245,10 @@ class Adapters(LayerPlacement):
         self.check_unused(name)
         for part in adapter.parts:
             part.remove(adapter, self)
-        with self.active_selection.choosing:
-            self.by_name = {other: entry for other, entry in self.by_name.items() if other != name}
-            names = self.active_selection.default.names
-            self.active_selection.default = Selection(tuple(other for other in names if other != name))
+        self.by_name = {other: entry for other, entry in self.by_name.items() if other != name}
+        active = self.active_selection.default.names
+        if name in active:
+            self.select([other for other in active if other != name] or list(self.by_name)[:1])
         self.layouts.ready.clear()
         self._refresh_hooks()
 

@@ -68,11 +68,11 @@ def _filled(old: Adapter, new: Adapter) -> Adapter:
 
 def _put(adapters: Adapters, name: str, fresh: str) -> Adapter:
     """Put the new adapter under the old one's name, in its place among the others, selected if that was."""
+    adapters.check_unused(name)
     order = list(adapters.by_name)
     active = tuple(fresh if other == name else other for other in adapters.active_selection.default.names)
-    adapters.selection(active)
+    adapters.select(active)
     adapters.delete(name)
     adapters.rename(fresh, name)
     adapters.by_name = {other: adapters.by_name[other] for other in order if other != fresh}
-    adapters.select(tuple(name if other == fresh else other for other in active))
     return adapters.get(name)

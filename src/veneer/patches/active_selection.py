@@ -19,7 +19,7 @@ from torch import Tensor
 
 from veneer.patches.cast_cache import CastCache
 from veneer.patches.forward_call import ForwardCall, begin, current, end
-from veneer.patches.selection import NOTHING, Selection
+from veneer.patches.selection import DISABLED, NOTHING, Selection
 from veneer.patches.underway import Concerned, Underway
 
 
@@ -51,7 +51,7 @@ class ActiveSelection:
         chosen = self._thread.chosen if torch.compiler.is_compiling() else self._in_context()
         if chosen is not None:
             return chosen
-        return self.default if self.enabled else NOTHING
+        return self.default if self.enabled else DISABLED
 
     def _in_context(self) -> Selection | None:
         """Return the selection of the call or block that this context is inside of, if it is."""

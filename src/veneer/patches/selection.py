@@ -28,6 +28,7 @@ class Selection:
         by_token: True where ``rows`` are the tokens of one packed sequence, a batch of ``(1, tokens, ...)``.
         shares: the rows' shares of the images of the call, for layers that see those; ``None`` without any.
         for_one_call: True where it was made for one call of the model, and is no other's.
+        disabled: True where adapters are switched off, which rows of a call do not change.
     """
 
     names: tuple[str, ...] = ()
@@ -40,11 +41,13 @@ class Selection:
     )
     _orders: dict[Any, RowOrder] = field(default_factory=dict, repr=False, compare=False)
     for_one_call: bool = field(default=False, repr=False, compare=False)
+    disabled: bool = field(default=False, compare=False)
 
     def for_call(self, task_ids: Tensor | None) -> Selection:
         """Return the same for one call, with the call's tasks if it names any."""
         tasks = self.task_ids if task_ids is None else task_ids
-        return Selection(self.names, self.rows, tasks, self.by_token, self.shares, self._groups, self._orders, True)
+        shared = (self.by_token, self.shares, self._groups, self._orders)
+        return Selection(self.names, self.rows, tasks, *shared, True, self.disabled)
 
     @property
     def used(self) -> tuple[str, ...]:
@@ -127,3 +130,4 @@ class Selection:
 
 
 NOTHING = Selection()
+DISABLED = Selection(disabled=True)

@@ -97,6 +97,7 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
             *args: as the base model takes them.
             adapter_names: instead of the active adapters, one name for each row of the batch; ``"__base__"`` is
                 the base model alone. For several sequences packed into one row, ``(name, tokens)`` for each of them.
+                While adapters are disabled all rows are the base's.
             task_ids: the task of each row, shape ``(rows,)``, for methods that keep several tasks in one adapter.
             **kwargs: as the base model takes them.
         """
@@ -136,7 +137,10 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
     ) -> AbstractContextManager[None]:
         if names is None and task_ids is None and not self.adapters.asks_for_places:
             return call(self.adapters, prompt=prompt)
-        selection = self.adapters.active_selection.current if names is None else self.adapters.rows(names)
+        selection = self.adapters.active_selection.current
+        if names is not None:
+            rows = self.adapters.rows(names)
+            selection = selection if selection.disabled else rows
         selection = dataclasses.replace(selection, task_ids=task_ids)
         return call(self.adapters, self._checked(selection, args, kwargs), task_ids, prompt)
 
@@ -395,7 +399,7 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
             adapter.watch()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was the only active one, the base runs alone until another is chosen."""
+        """Remove an adapter. If it was the only active one, the first that remains becomes active."""
         self.adapters.delete(adapter_name)
         self.load_log.sync()
 
