@@ -22,7 +22,7 @@ from tests.models import gap, inputs, logits
 from tests.random_adapters import WEIGHTS, edit_config, edit_tensors
 from veneer.checkpoints.model_class import dtype_of
 from veneer.cli.app import COMMANDS
-from veneer.cli.stop_strings import before_stop, settled
+from veneer.cli.stop_strings import before_stop, settled, stopping_criterion
 
 Run = Callable[..., Any]
 WITHOUT_TORCH = [
@@ -119,6 +119,21 @@ def test_an_answer_is_held_back_where_it_may_be_the_beginning_of_a_stop_string()
     texts = ("one E", "one EN", "one ENx", "xa", "xaa", "x aab", "one ENDEN")
     assert [settled(text, stops) for text in texts] == ["one ", "one ", "one ENx", "x", "x", "x ", "one "]
     assert before_stop("one EN", stops) == "one EN"
+
+
+def test_a_stop_string_is_looked_for_at_the_end_alone() -> None:
+    lengths: list[int] = []
+
+    def decode(tokens: torch.Tensor) -> str:
+        lengths.append(len(tokens))
+        return "".join(map(chr, tokens.tolist()))
+
+    is_done = stopping_criterion(decode, 2, ["END"])
+    texts = ["END" + "x" * 500, "END" + "x" * 497 + "END", "EN" + "x" * 498 + "END", "x" * 500 + "END"]
+    rows = torch.tensor([list(text.encode()) for text in texts])
+    assert is_done(rows, None).tolist() == [False, True, True, True]
+    assert max(lengths) < 50
+    assert is_done(rows[:, :5], None).tolist() == [False] * 4
 
 
 def test_the_base_as_second_argument(run: Run, made: Path, tmp_path: Path) -> None:

@@ -20,6 +20,18 @@ Dtype = Annotated[
 ]
 BaseArgument = Annotated[str | None, typer.Argument(metavar="BASE", help="The base, as --base has it.")]
 Device = Annotated[str | None, typer.Option(help="Such as cuda; by default the CPU.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="At most this many tokens.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be given several times.")]
+System = Annotated[str | None, typer.Option(help="The system message of the chat.")]
+Template = Annotated[bool, typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template, if it has one.")]
+Temperature = Annotated[
+    float | None, typer.Option(min=0.0, help="0 takes the likeliest token; by default 1 with --top-p or --top-k.")
+]
+TopP = Annotated[
+    float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens with this probability.")
+]
+TopK = Annotated[int | None, typer.Option(min=0, help="Sample from this many tokens; 0: from all.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Local = Annotated[bool, typer.Option("--local-files-only", help="Use no network.")]
 

@@ -26,10 +26,16 @@ def settled(text: str, stops: Sequence[str]) -> str:
 def stopping_criterion(
     decode: Callable[[Tensor], str], prompt_length: int, stops: Sequence[str]
 ) -> Callable[..., Tensor]:
-    """Return what ``generate`` asks after each token: which rows hold a stop string behind the prompt."""
+    """Return what ``generate`` asks after each token: which rows hold a stop string behind the prompt.
+
+    It has looked at all earlier tokens before, and decodes as many of the last as a stop string can span.
+    """
+    # A token is a byte at least; as many again for tokens that mean no text where they stand.
+    span = 2 * max(len(stop.encode(errors="surrogatepass")) for stop in stops) + 16
 
     def is_done(ids: Tensor, scores: Any, **options: Any) -> Tensor:
-        texts = [decode(row[prompt_length:]) for row in ids]
+        start = max(prompt_length, ids.shape[1] - span)
+        texts = [decode(row[start:]) for row in ids]
         return ids.new_tensor([before_stop(text, stops) != text for text in texts]).bool()
 
     return is_done

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from veneer.errors import UsageError
 from veneer.printing import one_line, printable_prose
 
 
@@ -45,3 +46,12 @@ def print_warnings(warnings: list[str]) -> None:
     """Print warnings on standard error, each once."""
     for text in dict.fromkeys(warnings):
         print(f"warning: {one_line(text)}", file=sys.stderr)
+
+
+@contextmanager
+def decoding_stdin() -> Iterator[None]:
+    """Turn the failure to decode standard input inside the block into ``UsageError``."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UsageError("Standard input is no text in this terminal's encoding.", hint="Give it as UTF-8.") from error
