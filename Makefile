@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs methods architecture checks adapters clean
+.PHONY: help demo test lint format bench docs examples methods architecture checks adapters clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,7 +31,11 @@ format: $(VENV)/.dev  ## Put the code into its format
 bench: $(VENV)/.dev  ## Measure Veneer beside peft (under an hour; ARGS=--quick for a look; leave the machine alone)
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-docs: $(VENV)/.dev  ## Run every example in the documentation and check its links
+docs: $(VENV)/.dev  ## Build the site of the documentation, with the reference of all public names
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs/reference -d build/doctrees . build/site $(ARGS)
+	@echo "build/site/index.html is its first page."
+
+examples: $(VENV)/.dev  ## Run every example in the documentation and check its links
 	$(BIN)/python -m pytest tests/test_docs.py $(ARGS)
 
 methods: $(VENV)/.dev  ## Write docs/methods.md from the methods' own files
