@@ -147,11 +147,41 @@ def test_a_set_comes_back_whole(base: Path, tmp_path: Path) -> None:
     assert again.load_report is not None
     assert again.load_report.kind == "set of adapters"
     assert again.load_report.active == ["german", "french"]
-    onto = veneer.PeftModel.from_pretrained(build("llama"), tmp_path / "set")
-    assert torch.equal(logits(onto, batch), expected)
+    assert torch.equal(logits(veneer.load(tmp_path / "set", base=build("llama")), batch), expected)
     model.save_pretrained(tmp_path / "one", selected_adapters=["french"])
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["README.md", "adapter_set.json", "french"]
     assert list(veneer.load(tmp_path / "one").peft_config) == ["french"]
+
+
+def test_one_adapter_of_a_set_and_then_another_as_with_peft(tmp_path: Path) -> None:
+    model, batch = veneer.get_peft_model(build("llama"), config(r=2), seed=0).eval(), inputs("llama")
+    model.add_adapter("other", config(r=3), seed=1)
+    expected = {}
+    for name in ("default", "other"):
+        enlarge(model, name)
+        model.set_adapter(name)
+        expected[name] = logits(model, batch)
+    model.save_pretrained(tmp_path / "set")
+    for folder in (tmp_path / "set", tmp_path / "set" / "other"):
+        again = veneer.PeftModel.from_pretrained(build("llama"), folder, "mine")
+        assert list(again.peft_config) == again.active_adapters == ["mine"]
+        assert again.load_report is not None
+        assert again.load_report.kind == "adapter"
+    assert torch.equal(logits(again, batch), expected["other"])
+    again = veneer.PeftModel.from_pretrained(build("llama"), tmp_path / "set")
+    assert torch.equal(logits(again, batch), expected["default"])
+    again.load_adapter(tmp_path / "set" / "other", "other")
+    again.set_adapter("other")
+    assert torch.equal(logits(again, batch), expected["other"])
+
+
+def test_a_set_without_an_adapter_at_its_root_is_no_single_adapter(tmp_path: Path) -> None:
+    model = veneer.get_peft_model(build("llama"), config(), "french")
+    model.add_adapter("german", config())
+    model.save_pretrained(tmp_path)
+    for load in (model.load_adapter, lambda path: veneer.PeftModel.from_pretrained(build("llama"), path)):
+        with pytest.raises(NotACheckpointError, match=r"set of adapters.*/french, .*/german.*veneer\.load\("):
+            load(tmp_path)
 
 
 def test_a_trainers_checkpoints_below_an_adapter_are_no_set(adapter: Path) -> None:

@@ -35,14 +35,27 @@ def open_adapter(source: Source, strict: bool = True, config: PeftConfig | None 
         config: used in place of its own.
 
     Raises:
-        NotACheckpointError: it is a full model. SourceError, ConfigError: it cannot be read.
+        NotACheckpointError: it is a full model, or a set of adapters without one at its root.
+        SourceError, ConfigError: it cannot be read.
     """
-    if source.has(MODEL_CONFIG) and not source.has(ADAPTER_CONFIG):
+    _check_single(source)
+    return open_checkpoint(source, strict=strict, config=config)
+
+
+def _check_single(source: Source) -> None:
+    if source.has(ADAPTER_CONFIG):
+        return
+    if source.has(MODEL_CONFIG):
         raise NotACheckpointError(
             f"{source.origin} is a full model, not an adapter.",
             hint=f"Load it with veneer.load({source.origin!r}).",
         )
-    return open_checkpoint(source, strict=strict, config=config)
+    members = [member.source.origin for member in adapter_folders.members(source)]
+    if members:
+        raise NotACheckpointError(
+            f"{source.origin} is a set of adapters, with none at its root.",
+            hint=f"Load one of them ({', '.join(members)}), or all with veneer.load({source.origin!r}, base=model).",
+        )
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,11 @@ from veneer.adapters.training_step import allocate, with_penalty
 from veneer.configs.base import PeftConfig
 from veneer.configs.names import TaskType
 from veneer.errors import AdapterError, UnsupportedError
-from veneer.files import adapter_folders
 from veneer.keywords import IGNORED, READING, SOURCE, TOKEN, strict, takes
 from veneer.patches.selection import Selection
 from veneer.peft_model.attach_adapter import (
     AttachOptions,
     attach_adapter,
-    attach_all,
     combine_adapters,
     create_adapter,
     set_mode,
@@ -34,7 +32,7 @@ from veneer.peft_model.attach_adapter import (
 from veneer.peft_model.base_checks import check_base, note_changed
 from veneer.peft_model.batching_methods import BatchingMethods
 from veneer.peft_model.load_report import AdapterReport, LoadReport
-from veneer.peft_model.open_adapter import find_adapter, open_adapter, open_adapters
+from veneer.peft_model.open_adapter import find_adapter, open_adapter
 from veneer.peft_model.save_adapters import SavingMethods
 from veneer.peft_model.xlora_methods import XLoraMethods
 
@@ -175,12 +173,12 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
         config: PeftConfig | None = None,
         **options: Any,
     ) -> PeftModel:
-        """Load an adapter, or a set of them, onto a base model that is in memory.
+        """Load an adapter onto a base model that is in memory; :func:`veneer.load` loads a whole set of them.
 
         Args:
             model: the base model. Its layers are wrapped in place; ``unload()`` undoes it.
-            model_id: the adapter's folder or hub id.
-            adapter_name: its name on the model; the adapters of a set keep their own.
+            model_id: the adapter's folder or hub id. Of a set of adapters the one at the folder's root is loaded.
+            adapter_name: its name on the model.
             is_trainable: load it to train it further, with the model in training mode; else it is in eval mode.
             config: used in place of the adapter's own config.
             **options: as for :meth:`load_adapter`.
@@ -193,11 +191,10 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
         model = _plain_base(model)
         source = find_adapter(model_id, options)
         attaching = AttachOptions.of(is_trainable, options)
-        opened = open_adapters(source, adapter_folders.members(source), adapter_name, attaching.strict, config)
-        peft_model = wrap(model, (config or opened.checkpoints[0].config).task_type)
-        kind = "adapter" if opened.active is None else "set of adapters"
-        peft_model.load_log.report = LoadReport(path=str(model_id), kind=kind)
-        attach_all(peft_model, opened, attaching)
+        checkpoint = open_adapter(source, attaching.strict, config)
+        peft_model = wrap(model, checkpoint.config.task_type)
+        peft_model.load_log.report = LoadReport(path=str(model_id))
+        attach_adapter(peft_model, checkpoint, adapter_name, attaching)
         set_mode(peft_model, is_trainable)
         peft_model.load_log.finish(started)
         return peft_model
