@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,16 @@ def test_generate_chooses_from_a_set(run: Run, made: Path) -> None:
     }
     assert len(set(answers.values())) == 3
     assert told(run, "generate", made / "set", "--prompt", "w5 w6", *SHORT)["adapters"] == ["default"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_speaks_to_users(run: Run, command: str) -> None:
+    """It has an example whose options exist, and a word for each value where typer has the Python type."""
+    text = run(command, "--help").out
+    assert not re.search(r"<[a-z]", text)
+    [example] = re.findall(r"Example: veneer ([^╭]*)", text)
+    assert example.split()[0] == command
+    assert set(re.findall(r"--[\w-]+", example)) <= set(re.findall(r"--[\w-]+", text[text.index("╭") :]))
 
 
 def test_generate_uses_the_chat_template(run: Run, chat: Path, made: Path) -> None:

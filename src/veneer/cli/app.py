@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from veneer._version import __version__
 from veneer.errors import did_you_mean
@@ -37,10 +38,31 @@ COMMANDS = {
 _INTERRUPTED = 130
 
 
+def _with_words(parameters: list[Any]) -> list[Any]:
+    """Let help name a value by a word such as ``RANK`` in place of its Python type; a switch has none."""
+    for parameter in parameters:
+        if parameter.metavar is None:
+            parameter.metavar = "" if getattr(parameter, "is_flag", False) else parameter.name.split("_")[-1].upper()
+        if parameter.param_type_name == "argument":
+            parameter.display_type_rich = lambda ctx: None  # beside its name, which typer shows anyway
+    return parameters
+
+
+class _Command(TyperCommand):
+    def get_params(self, ctx: Any) -> Any:
+        return _with_words(super().get_params(ctx))
+
+
+class _Group(TyperGroup):
+    def get_params(self, ctx: Any) -> Any:
+        return _with_words(super().get_params(ctx))
+
+
 def build(names: list[str]) -> typer.Typer:
     """Build the application with these commands."""
     app = typer.Typer(
         name="veneer",
+        cls=_Group,
         help="Load, inspect, run and merge fine-tuned adapters.",
         no_args_is_help=True,
         # Its options are the application's: a command that is called alone need not prepare them.
@@ -51,7 +73,7 @@ def build(names: list[str]) -> typer.Typer:
     app.callback()(_options)
     for name in names:
         module = importlib.import_module(f"veneer.cli.{COMMANDS[name]}")
-        app.command(name)(getattr(module, name.replace("-", "_")))
+        app.command(name, cls=_Command)(getattr(module, name.replace("-", "_")))
     return app
 
 

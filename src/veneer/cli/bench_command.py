@@ -22,12 +22,12 @@ _PATHS = "An adapter, a set of adapters, or a base model; then further adapters 
 
 
 def bench(
-    paths: Annotated[list[str] | None, typer.Argument(metavar="PATH [ADAPTER]...", help=_PATHS)] = None,
+    paths: Annotated[list[str] | None, typer.Argument(metavar="PATH", help=_PATHS)] = None,
     base: Base = None,
     adapters: Annotated[
         list[str] | None, typer.Option(help="Further adapters, or some of a set by name; others may follow it.")
     ] = None,
-    batch: Annotated[str, typer.Option(help="Rows of the inputs.")] = "1,8",
+    batch: Annotated[str, typer.Option(help="Rows of the inputs, with commas.")] = "1,8",
     prompt_tokens: Annotated[str | None, typer.Option(help="Tokens of a row; 128,512 if they fit.")] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 32,
     dtype: Dtype = "auto",
@@ -36,10 +36,12 @@ def bench(
     traffic: Annotated[str | None, typer.Option(help='How requests spread over the adapters: "a=80,b=20".')] = None,
     memory: Annotated[str | None, typer.Option(help="What serving may take, such as 16GB; by default all.")] = None,
     change_every: Annotated[
-        float | None, typer.Option(min=1, help="Requests between two changes of the adapters; by default never.")
+        float | None,
+        typer.Option(min=1, metavar="REQUESTS", help="Requests between two changes of the adapters; by default never."),
     ] = None,
     in_flight: Annotated[
-        int | None, typer.Option(min=1, help="Requests at the same time; by default the largest batch.")
+        int | None,
+        typer.Option(min=1, metavar="REQUESTS", help="Requests at the same time; by default the largest batch."),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
     out: Annotated[Path, typer.Option(help="The folder for the report.")] = Path("report"),
@@ -47,7 +49,10 @@ def bench(
     compare: Annotated[bool, typer.Option("--compare", help="Compare two reports: --compare OLD NEW.")] = False,
     local_files_only: Local = False,
 ) -> None:
-    """Measure merged against unmerged on this machine, and say whether to merge."""
+    """Measure merged against unmerged on this machine, and say whether to merge.
+
+    Example: veneer bench path/to/adapter path/to/another --base path/to/base
+    """
     paths = paths or []
     if compare:
         _compare(paths, json)

@@ -17,7 +17,10 @@ def check(
     revision: Revision = None,
     local_files_only: Local = False,
 ) -> int:
-    """Tell whether a server takes an adapter as it is, and what to do where not (exit code 1)."""
+    """Tell whether a server takes an adapter as it is, and what to do where not (exit code 1).
+
+    Example: veneer check path/to/adapter --for vllm
+    """
     from veneer.checkpoints.serving import check_serving
 
     report = check_serving(path, server, revision=revision, local_files_only=local_files_only)

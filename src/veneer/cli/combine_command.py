@@ -13,7 +13,7 @@ from veneer.printing import quiet
 
 
 def combine(
-    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="PATH or PATH=WEIGHT, several.")],
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER", help="PATH or PATH=WEIGHT, several.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     type: Annotated[
         str, typer.Option(help="cat, linear, svd, ties, dare_linear, dare_ties or magnitude_prune.")
@@ -32,7 +32,10 @@ def combine(
     json: Json = False,
     local_files_only: Local = False,
 ) -> None:
-    """Combine adapters, each with its weight, into one plain LoRA adapter."""
+    """Combine adapters, each with its weight, into one plain LoRA adapter.
+
+    Example: veneer combine adapters/pirate=0.7 adapters/json=0.3 --type ties --density 0.5 --out both
+    """
     with quiet() as warnings, progress("loading") as on_step:
         from veneer.merging import combine_folders as room
 

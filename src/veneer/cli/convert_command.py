@@ -24,7 +24,10 @@ def convert(
     json: Json = False,
     local_files_only: Local = False,
 ) -> None:
-    """Write an adapter of any method as a plain LoRA, and say what error that leaves."""
+    """Write an adapter of any method as a plain LoRA, and say what error that leaves.
+
+    Example: veneer convert path/to/adapter path/to/base --rank 16 --out as-lora
+    """
     base = given_base(base_argument, base)
     if to != "lora":
         raise UsageError(f"--to {to!r} is none of the methods to convert to.", hint="There is: lora.")

@@ -14,7 +14,10 @@ def convert_pickle(
     path: Annotated[Path, typer.Argument(help="A pickled checkpoint, or its folder.")],
     out: Annotated[Path | None, typer.Option(help="The .safetensors file to write, or a folder for it.")] = None,
 ) -> None:
-    """Turn a pickled checkpoint into safetensors, reading plain tensors only."""
+    """Turn a pickled checkpoint into safetensors, reading plain tensors only.
+
+    Example: veneer convert-pickle path/to/adapter
+    """
     from veneer.files import convert_pickle
 
     print(for_stdout(str(convert_pickle.convert_pickle(path, out))))

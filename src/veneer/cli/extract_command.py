@@ -33,7 +33,10 @@ def extract(
     json: Json = False,
     local_files_only: Local = False,
 ) -> None:
-    """Make a LoRA adapter out of a tuned model and its base."""
+    """Make a LoRA adapter out of a tuned model and its base.
+
+    Example: veneer extract --tuned path/to/model --base path/to/base --rank 16 --out adapter
+    """
     with quiet() as warnings, progress("reading") as on_step:
         from veneer.merging import extract_lora as room
 

@@ -58,7 +58,10 @@ def generate(
     json: Json = False,
     local_files_only: Local = False,
 ) -> None:
-    """Answer a prompt, word by word."""
+    """Answer a prompt, word by word.
+
+    Example: veneer generate path/to/adapter path/to/base --prompt "Hello"
+    """
     base = given_base(base_argument, base)
     options = generation_options(max_new_tokens, stop, chat, temperature, top_p, top_k)
     text = _read_prompt() if prompt == "-" else prompt

@@ -17,7 +17,10 @@ def inspect(
     subfolder: Annotated[str | None, typer.Option(help="Where below PATH to look.")] = None,
     local_files_only: Local = False,
 ) -> None:
-    """Tell what is at a path: model or adapter, method, base, rank, size, problems."""
+    """Tell what is at a path: model or adapter, method, base, rank, size, problems.
+
+    Example: veneer inspect path/to/adapter
+    """
     from veneer.checkpoints.inspection import inspect_path
 
     facts = inspect_path.inspect(path, revision=revision, subfolder=subfolder, local_files_only=local_files_only)

@@ -38,7 +38,10 @@ def merge(
     json: Json = False,
     local_files_only: Local = False,
 ) -> int:
-    """Merge adapters into their base: a plain model folder that needs neither."""
+    """Merge adapters into their base: a plain model folder that needs neither.
+
+    Example: veneer merge path/to/adapter path/to/base --out merged
+    """
     base = given_base(base_argument, base)
     with quiet() as warnings, progress("loading") as on_step:
         from veneer.merging import merge_folder

@@ -12,6 +12,14 @@ from veneer.configs.dtype_names import torch_name
 from veneer.errors import UsageError
 from veneer.files.paths import exists
 
+
+def _seed(value: int | None) -> int | None:
+    """Check a seed as torch takes it; typer would print the limits in the help."""
+    if value is not None and not 0 <= value < 2**63:
+        raise UsageError(f"--seed {value} is out of range.", hint="Give a whole number from 0 to 2**63 - 1.")
+    return value
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Base = Annotated[str | None, typer.Option(help="The base: a folder or hub id. By default what the adapter names.")]
 Dtype = Annotated[
@@ -31,7 +39,7 @@ TopP = Annotated[
     float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens with this probability.")
 ]
 TopK = Annotated[int | None, typer.Option(min=0, help="Sample from this many tokens; 0: from all.")]
-Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")]
+Seed = Annotated[int | None, typer.Option(callback=_seed, help="Of the sampling; 0 or more.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Local = Annotated[bool, typer.Option("--local-files-only", help="Use no network.")]
 

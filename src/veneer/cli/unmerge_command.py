@@ -22,7 +22,10 @@ def unmerge(
     json: Json = False,
     local_files_only: Local = False,
 ) -> None:
-    """Restore the base that a merged folder was made from, byte for byte."""
+    """Restore the base that a merged folder was made from, byte for byte.
+
+    Example: veneer unmerge merged path/to/base --out restored
+    """
     base = given_base(base_argument, base)
     with progress("restoring") as on_step:
         from veneer.merging.output import unmerge

@@ -13,7 +13,7 @@ from veneer.printing import quiet
 
 
 def verify(
-    out: Annotated[Path, typer.Argument(help="The merged folder.")],
+    out: Annotated[Path, typer.Argument(metavar="MERGED", help="The merged folder.")],
     base_argument: BaseArgument = None,
     adapter: Annotated[
         list[str] | None, typer.Option(help="The adapters, in their order; by default as the manifest says.")
@@ -28,7 +28,10 @@ def verify(
     json: Json = False,
     local_files_only: Local = False,
 ) -> int:
-    """Prove that a merged folder is what its manifest says. Exit code 0: it passes; 2: it does not."""
+    """Prove that a merged folder is what its manifest says. Exit code 0: it passes; 2: it does not.
+
+    Example: veneer verify merged --adapter path/to/adapter --base path/to/base
+    """
     base = given_base(base_argument, base)
     with quiet() as warnings, progress("loading") as on_step:
         from veneer.merging import verify as room
