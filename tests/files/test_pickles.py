@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -36,6 +37,46 @@ class Trap:
 
     def __reduce__(self) -> Any:
         return Path.write_text, (self.path, "sprung")
+
+
+def test_a_pickle_is_written_when_asked_for_by_name(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "adapter")
+    model, tensors = veneer.PeftModel.from_pretrained(build("llama"), folder), load_file(folder / WEIGHTS)
+    expected = logits(model, inputs("llama"))
+    model.add_adapter("other", veneer.LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(folder, safe_serialization=False)
+    pickle_file = folder / "adapter_model.bin"
+    assert not [*folder.rglob("*.safetensors")]  # which every tool would read in its place
+    assert (folder / "other" / pickle_file.name).is_file()
+    written = torch.load(pickle_file, weights_only=True)
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[key], tensor) for key, tensor in tensors.items())
+    assert pickle_file.stat().st_size < 2 * sum(tensor.nbytes for tensor in tensors.values())
+    theirs = peft.PeftModel.from_pretrained(build("llama"), folder).eval()
+    assert torch.allclose(logits(theirs, inputs("llama")), expected, atol=1e-5)
+    with pytest.raises(PickleRefusedError, match=f"veneer convert-pickle {folder}"):
+        veneer.PeftModel.from_pretrained(build("llama"), folder)
+    convert_pickle(folder)
+    assert torch.equal(logits(veneer.PeftModel.from_pretrained(build("llama"), folder), inputs("llama")), expected)
+    model.save_pretrained(folder, selected_adapters=["default"])
+    assert not pickle_file.exists()
+
+
+def test_a_pickle_that_cannot_be_written_leaves_the_old_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path / "adapter")
+    model, before = veneer.PeftModel.from_pretrained(build("llama"), folder), (folder / WEIGHTS).read_bytes()
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(VeneerError, match="No space left"):
+        model.save_pretrained(folder, safe_serialization=False)
+    assert (folder / WEIGHTS).read_bytes() == before
+    assert not (folder / "adapter_model.bin").exists()
+    veneer.PeftModel.from_pretrained(build("llama"), folder)
 
 
 def test_a_converted_adapter_loads(tmp_path: Path) -> None:

@@ -184,6 +184,47 @@ def test_peft_converts_as_is_done_here(tmp_path: Path) -> None:
     assert gap(logits(here, inputs("llama")), expected) < CLOSE
 
 
+@pytest.mark.parametrize("how", MOVED)
+def test_saved_with_its_start_said_to_be_plain_it_stays_as_it_is(how: str, tmp_path: Path) -> None:
+    model = ours(build("llama"), how)
+    before = model.peft_config["default"]
+    start = {key: t.clone() for key, t in veneer.get_peft_model_state_dict(model).items()}
+    before.init_lora_weights = True
+    model.save_pretrained(tmp_path / "initial")
+    initial = load_file(tmp_path / "initial" / WEIGHTS)
+    assert (config_of(tmp_path / "initial")["r"], initial.keys()) == (4, start.keys())
+    assert all(torch.equal(initial[key], tensor) for key, tensor in start.items())
+    expected = logits(scramble(model), inputs("llama"))
+    options = {"path_initial_model_for_weight_conversion": tmp_path / "initial"}
+    model.save_pretrained(tmp_path / "converted", **options)  # peft's documents leave the config as it is now
+    before.init_lora_weights = how
+    model.save_pretrained(tmp_path / "again", **options)
+    for folder in (tmp_path / "converted", tmp_path / "again"):
+        assert config_of(folder)["r"] == 8
+        assert gap(logits(veneer.PeftModel.from_pretrained(build("llama"), folder), inputs("llama")), expected) < CLOSE
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"use_rslora": True, "rank_pattern": {"q_proj": 6}, "modules_to_save": ["lm_head"]}]
+)
+def test_an_adapter_of_a_changed_base_is_converted_by_its_initial_one(more: dict[str, Any], tmp_path: Path) -> None:
+    other = theirs(build("llama"), "pissa", **more)
+    other.peft_config["default"].init_lora_weights = True
+    other.save_pretrained(tmp_path / "initial")
+    scramble(other).save_pretrained(tmp_path / "trained")
+    expected = logits(other, inputs("llama"))
+    changed = other.unload()  # peft leaves the base without the start
+    model = veneer.PeftModel.from_pretrained(changed, tmp_path / "trained")
+    assert gap(logits(model, inputs("llama")), expected) < CLOSE
+    model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=tmp_path / "initial")
+    again = veneer.PeftModel.from_pretrained(build("llama"), tmp_path / "out")
+    assert gap(logits(again, inputs("llama")), expected) < CLOSE
+    ours(build("llama"), True, r=2).save_pretrained(tmp_path / "foreign")
+    with pytest.raises(veneer.UnsupportedError, match="not what the adapter began as"):
+        model.save_pretrained(tmp_path / "no", path_initial_model_for_weight_conversion=tmp_path / "foreign")
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize("how", ["corda", "lora_ga", "pissa_niter_4"])
 def test_what_cannot_be_worked_out_again_is_refused(how: str, tmp_path: Path) -> None:
     ours(build("llama"), True).save_pretrained(tmp_path)

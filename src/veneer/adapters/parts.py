@@ -24,7 +24,7 @@ from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters
 from veneer.layers.module_copies import ModuleCopies
 from veneer.layers.wrapping import LayerPlacement
 from veneer.methods import method_of
-from veneer.methods.base.abilities import RefusesMerge, SharesTensors, saved_tensors
+from veneer.methods.base.abilities import ChangesWhenSaved, RefusesMerge, SharesTensors, saved_tensors
 
 
 @dataclass
@@ -75,12 +75,14 @@ class LayerParts:
             yield from (p for name, p in self.shared.items() if method.trains_shared(adapter.config, name))
 
     def named_tensors(self, adapter: AdapterRecord, value: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        method = method_of(adapter.config)
+        as_it_is = isinstance(method, ChangesWhenSaved) and method.saves_as_it_is(adapter.config)
         for layer, share in self.bound(adapter.name):
             if share.key is not None:
-                tensors = {leaf: value(tensor) for leaf, tensor in layer.tensors(adapter.name, share).items()}
+                own = layer.tensors(adapter.name, share).items()
+                tensors = {leaf: value(t) for leaf, t in own if share.method.leaf(leaf).saved or not as_it_is}
                 saved = saved_tensors(share.method, share.settings, tensors)
                 yield from ((encode(share.key, leaf), tensor) for leaf, tensor in saved.items())
-        method = method_of(adapter.config)
         if isinstance(method, SharesTensors) and method.saves_shared(adapter.config):
             yield from ((SHARED_PREFIX + leaf, value(tensor)) for leaf, tensor in self.shared.items())
 

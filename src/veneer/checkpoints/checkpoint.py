@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from veneer.configs.base import PeftConfig
 from veneer.files.atomic_write import atomic_write, flush, writing
-from veneer.files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from veneer.files.names import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_STEM, ADAPTER_WEIGHTS, INDEX
 from veneer.files.safetensors_header import Header, TensorInfo
 from veneer.files.source import Source
 
@@ -87,12 +87,27 @@ class Draft:
         config: written as it is, with ``inference_mode`` on.
         tensors: checkpoint key -> tensor; written in its own dtype.
         metadata: strings for the safetensors header, beside ``format``.
+        as_pickle: write the tensors as a pickle, which has no header, instead of safetensors.
     """
 
     folder: Path
     config: PeftConfig
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
+    as_pickle: bool = False
+
+    @property
+    def weights(self) -> Path:
+        """The file that the tensors are written to."""
+        return self.folder / (ADAPTER_PICKLE if self.as_pickle else ADAPTER_WEIGHTS)
+
+    def remove_others(self) -> None:
+        """Remove the files that hold an older adapter's tensors in another format."""
+        for name in (ADAPTER_WEIGHTS, ADAPTER_STEM + INDEX, ADAPTER_PICKLE):
+            path = self.folder / name
+            if path != self.weights:
+                with writing(path):
+                    path.unlink(missing_ok=True)
 
 
 def write_checkpoint(
@@ -116,19 +131,25 @@ def replacing(drafts: Sequence[Draft]) -> Iterator[None]:
                 draft.config.to_json(), encoding="utf-8"
             )
         for draft in drafts:
-            weights = stack.enter_context(atomic_write(draft.folder / ADAPTER_WEIGHTS))
+            weights = stack.enter_context(atomic_write(draft.weights))
             _save_tensors(draft, weights)
             flush(weights)
         yield
         for draft in drafts:
             with writing(draft.folder / ADAPTER_CONFIG):
                 (draft.folder / ADAPTER_CONFIG).unlink(missing_ok=True)
+            draft.remove_others()
 
 
 def _save_tensors(draft: Draft, path: Path) -> None:
     from safetensors.torch import save_file
+    from torch import save
 
-    save_file(apart(draft.tensors), path, metadata={"format": "pt", **draft.metadata})
+    tensors = apart(draft.tensors)
+    if draft.as_pickle:
+        save({key: tensor.clone() for key, tensor in tensors.items()}, path)  # of a view all its memory would be saved
+        return
+    save_file(tensors, path, metadata={"format": "pt", **draft.metadata})
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_STEM = "adapter_model"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_PICKLE = "adapter_model.bin"
 MODEL_CONFIG = "config.json"
 MODEL_STEM = "model"
 SAFETENSORS = ".safetensors"

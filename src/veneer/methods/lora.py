@@ -273,6 +273,9 @@ class Lora(
             }
         return {**tensors, **_without_start(tensors)} if START_A in tensors else tensors
 
+    def saves_as_it_is(self, config: LoraConfig) -> bool:
+        return not is_moved(config.init_lora_weights)
+
     def config_on_disk(self, config: LoraConfig) -> LoraConfig:
         if not is_moved(config.init_lora_weights):
             return config

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from veneer.adapters.saved_embeddings import SaveEmbeddings, embeddings_to_save
 from veneer.base_model import sharding
 from veneer.checkpoints import save_set
 from veneer.checkpoints.checkpoint import Draft
+from veneer.configs.base import PeftConfig
+from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import AdapterError, UnsupportedError
 from veneer.files import adapter_folders
 from veneer.files.atomic_write import writing
@@ -23,14 +26,31 @@ from veneer.files.base_digest import BASE_DIGEST_KEY
 from veneer.files.paths import is_file
 from veneer.keywords import TOKEN, check_passed_on, keywords, takes, unknown_keywords
 from veneer.peft_model.adapted_model import AdaptedModel
+from veneer.peft_model.initial_adapter import converted, with_known_start
 from veneer.peft_model.model_card import fetch_card, write_card
 from veneer.peft_model.trainer_state import write_state
 
 # Keywords that peft, transformers and accelerate hand to save_pretrained, without effect on adapters.
-_UNUSED = (
-    *("path_initial_model_for_weight_conversion", "save_function", "max_shard_size", "save_peft_format"),
-    *("push_to_hub", "token"),
-)
+_UNUSED = ("save_function", "max_shard_size", "save_peft_format", "push_to_hub", "token")
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Says how adapters are saved.
+
+    Attributes:
+        folder: the folder of the default adapter, in which any other has one of its name.
+        state: the tensors to take instead of the model's, as named by ``state_dict()``.
+        ends: save the rows of the embedding and of the output layer too.
+        as_pickle: write a pickle instead of safetensors.
+        initial: the folder of a LoRA as it was before training, which the saved one is to be without.
+    """
+
+    folder: Path
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    ends: SaveEmbeddings = "auto"
+    as_pickle: bool = False
+    initial: str | Path | None = None
 
 
 class SavingMethods(AdaptedModel):
@@ -43,6 +63,7 @@ class SavingMethods(AdaptedModel):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: SaveEmbeddings = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | Path | None = None,
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -50,16 +71,19 @@ class SavingMethods(AdaptedModel):
 
         A model without adapters saves the base model instead, as transformers does. An adapter whose starting point
         takes a part of the base (``init_lora_weights="pissa"`` ...) is saved as a plain one of twice the rank, for the
-        untouched base; ``path_initial_model_for_weight_conversion``, by which peft is asked for that, changes nothing.
+        untouched base; with ``init_lora_weights`` set to ``True`` in its config before saving, as it is.
 
         Args:
             save_directory: the folder.
-            safe_serialization: must be true; pickles are not written.
+            safe_serialization: write safetensors; if not, a pickle (``adapter_model.bin``), which Veneer itself reads
+                only after :func:`veneer.convert_pickle`.
             selected_adapters: the adapters to save; all when ``None``.
             save_embedding_layers: save the rows of the embedding and of the output layer too; ``"auto"`` does so if
                 the vocabulary differs from that of the base's files, or an adapter is on one of them.
             is_main_process: write nothing in other processes. Of a model that is spread over processes the first
                 writes, and all of them have to call this: they gather the tensors together.
+            path_initial_model_for_weight_conversion: the folder of a LoRA as it was before training, where that was
+                taken off the base. The adapter is then saved for the base as it was, with twice the rank.
             state_dict: take the tensors from here (as named by ``state_dict()``) where it has them.
             **kwargs: passed on to transformers for a model without adapters. With adapters, keywords that accelerate
                 and transformers pass along, and that have no effect: ``save_function``, ``max_shard_size`` ...
@@ -73,9 +97,11 @@ class SavingMethods(AdaptedModel):
                     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
                 self.get_base_model().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
             return
-        _check_keywords(kwargs, safe_serialization)
-        folder = Path(save_directory)
-        _save_adapters(self, folder, selected_adapters, state_dict or {}, save_embedding_layers, is_main_process)
+        _check_keywords(kwargs)
+        chosen = self.adapters.by_name if selected_adapters is None else selected_adapters
+        initial, as_pickle = path_initial_model_for_weight_conversion, not safe_serialization
+        saving = Saving(Path(save_directory), state_dict or {}, save_embedding_layers, as_pickle, initial)
+        _save_adapters(self, saving, chosen, is_main_process)
 
     def get_adapter_state_dict(
         self, adapter_name: str | None = None, save_embedding_layers: SaveEmbeddings = "auto"
@@ -109,7 +135,7 @@ class SavingMethods(AdaptedModel):
             token: for the hub.
             tags: more tags for the model card.
             max_shard_size: accepted for peft's sake; an adapter is one file.
-            safe_serialization: must be true; pickles are not written.
+            safe_serialization: as for :meth:`save_pretrained`.
             **kwargs: as ``HfApi.upload_folder`` takes them: ``revision``, ``commit_message``, ``create_pr`` ...
 
         Raises:
@@ -133,7 +159,7 @@ class SavingMethods(AdaptedModel):
         write_card(self, Path(output_dir))
 
 
-def _check_keywords(given: Mapping[str, Any], safe_serialization: bool) -> None:
+def _check_keywords(given: Mapping[str, Any]) -> None:
     """Refuse keywords of ``save_pretrained`` that are unknown, or ask for what saving adapters cannot do."""
     unknown_names = given.keys() - set(_UNUSED)
     if unknown_names:
@@ -144,32 +170,24 @@ def _check_keywords(given: Mapping[str, Any], safe_serialization: bool) -> None:
         raise UnsupportedError(
             "save_pretrained(push_to_hub=True) would save without uploading.", hint="Call push_to_hub(repo_id) too."
         )
-    if not safe_serialization:
-        raise UnsupportedError(
-            "safe_serialization=False would write a pickle; Veneer writes safetensors only.",
-            hint="Leave it out: every current tool reads safetensors.",
-        )
 
 
 def _save_adapters(
     model: AdaptedModel,
-    folder: Path,
-    names: Sequence[str] | None,
-    state: Mapping[str, Tensor],
-    ends: SaveEmbeddings,
+    saving: Saving,
+    names: Iterable[str],
     is_main_process: bool,
 ) -> None:
-    """Save the adapters of these names, or all, in the PEFT format; see :meth:`PeftModel.save_pretrained`."""
+    """Save adapters in the PEFT format; see :meth:`PeftModel.save_pretrained`."""
     adapters = model.adapters
     with adapters.active_selection.choosing:  # in another thread, none is renamed or deleted meanwhile
-        entries = [adapters.get(name) for name in (adapters.by_name if names is None else names)]
-        drafts = {entry.name: _draft(model, entry, folder, state, ends) for entry in entries}
+        drafts = {name: _draft(model, adapters.get(name), saving) for name in names}
         active, modules = adapters.active_selection.default.names, list(model.modules())
     with sharding.one_writer(modules) as first:
         if first and is_main_process:
-            save_set.save(folder, drafts, active)
-            write_state(model, folder, state)
-            write_card(model, folder)
+            save_set.save(saving.folder, drafts, active)
+            write_state(model, saving.folder, saving.state)
+            write_card(model, saving.folder)
 
 
 def _tensors_to_save(
@@ -201,13 +219,12 @@ def value_of(model: AdaptedModel, adapter: Adapter, state: Mapping[str, Tensor])
     return value
 
 
-def _draft(
-    model: AdaptedModel, adapter: Adapter, folder: Path, state: Mapping[str, Tensor], ends: SaveEmbeddings
-) -> Draft:
-    digest = adapter.base_digest or model.base_digest
-    return Draft(
-        adapter_folders.place(folder, adapter.name),
-        adapter.config_on_disk(),
-        _tensors_to_save(model, adapter, state, ends),
-        {} if digest is None else {BASE_DIGEST_KEY: digest},
-    )
+def _draft(model: AdaptedModel, adapter: Adapter, saving: Saving) -> Draft:
+    folder, digest = adapter_folders.place(saving.folder, adapter.name), adapter.base_digest or model.base_digest
+    before, initial = adapter.config, saving.initial
+    known = with_known_start(adapter, before) if initial and isinstance(before, LoraConfig) else None
+    config: PeftConfig = (known or adapter).config_on_disk()
+    tensors = _tensors_to_save(model, known or adapter, saving.state, saving.ends)
+    if initial and known is None and isinstance(before, LoraConfig) and before.init_lora_weights is True:
+        (config, tensors), digest = converted(before, tensors, initial), None
+    return Draft(folder, config, tensors, {} if digest is None else {BASE_DIGEST_KEY: digest}, saving.as_pickle)

@@ -86,6 +86,10 @@ class ChangesWhenSaved:
         """Return the config that is saved with an adapter that has tensors in memory only."""
         return config
 
+    def saves_as_it_is(self, config: Any) -> bool:
+        """Tell whether a config asks to leave tensors that live in memory only out of what is saved."""
+        return False
+
     def recomputed(self, config: Any, settings: Any, base: Callable[[], BaseLayer]) -> dict[str, Tensor]:
         """Return the tensors of a loaded layer that live in memory only."""
         return {}
