@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -108,6 +109,14 @@ def test_a_spoiled_adapter(run: Run, here: Path, no_processes: list[Request], sp
     assert not (here / "report").exists()
 
 
-def test_without_matplotlib(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+def test_without_matplotlib(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch, no_processes: list[Request]) -> None:
+    """It is asked for after the arguments are checked and before anything is measured, and not for ``--json``."""
+    find = importlib.util.find_spec
+    for name in ("importlib.util.find_spec", "veneer.cli.bench_command.find_spec"):
+        monkeypatch.setattr(name, lambda name, *more: None if name == "matplotlib" else find(name, *more))
+    assert "none of the adapters" in refused(run("bench", "a", "--base", "base", "--traffic", "c=1"))
     assert "pip install '.[bench]'" in refused(run("bench", "a", "--base", "base"))
+    assert not no_processes
+    result = run("bench", "a", "--base", "base", *SHORT, "--json")
+    assert (result.code, result.err) == (0, "")
+    assert sorted(path.name for path in (here / "report").iterdir()) == ["report.json", "report.md", "runs"]

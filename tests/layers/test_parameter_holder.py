@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from veneer.layers.parameter_holder import ParameterHolder
@@ -20,6 +21,12 @@ def test_a_module_has_these_containers_and_no_other() -> None:
     fresh = vars(nn.Module())
     assert fresh.keys() - {"training", "_parameters"} == CONTAINERS, "see layers/parameter_holder.py"
     assert not any(fresh[name] for name in CONTAINERS)
+
+
+def test_a_print_out_tells_shape_and_dtype() -> None:
+    holder = ParameterHolder(training=True)
+    holder.weight = nn.Parameter(torch.zeros(8, 32))
+    assert repr(holder) == "ParameterHolder(weight: [8, 32], torch.float32)"
 
 
 def test_a_holder_begins_without_them_and_makes_each_as_a_module_has_it() -> None:

@@ -45,6 +45,7 @@ def test_a_low_rank_change_is_exact(config: Any, tmp_path: Path) -> None:
     report = veneer.convert_to_lora(model, out=tmp_path / "lora")
     assert report.method == str(config.peft_type)
     assert report.error < 1e-6
+    assert dict(report._facts())["left out"] == "nothing but rounding: the LoRA makes the same change"
     expected = logits(model, inputs("llama"))
     with model.disable_adapter():
         assert gap(logits(model, inputs("llama")), expected) > 0.02
@@ -59,6 +60,7 @@ def test_another_change_is_approached_and_the_error_said(tmp_path: Path) -> None
     few, all_of_it = (veneer.convert_to_lora(model, out=tmp_path / str(rank), rank=rank) for rank in (4, 32))
     assert 0.05 < few.error < 1
     assert all_of_it.error < 1e-5
+    assert f"{few.error:.2%} of the change" in dict(few._facts())["left out"]
     expected = logits(model, inputs("llama"))
     assert gap(_read(tmp_path / "32"), expected) < 1e-4 < gap(_read(tmp_path / "4"), expected)
     layer = model.adapters.layers[few.worst]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,7 +61,7 @@ def bench(
     if not paths:
         raise UsageError("There is nothing to measure.", hint="`veneer bench PATH`, an adapter's folder or hub id.")
     from veneer.benching import arguments
-    from veneer.benching.report.files import check
+    from veneer.benching.report.files import check, write
 
     parsed: dict[str, Any] = {
         "batch": arguments.counts(batch, "--batch"),
@@ -69,6 +70,7 @@ def bench(
         "memory": None if memory is None else arguments.size(memory, "--memory"),
     }
     check(out, [] if prompts is None else [prompts])
+    plots = not json or find_spec("matplotlib") is not None
     with quiet() as warnings, _bar() as on_progress:
         from veneer.benching.run import bench as measure
 
@@ -84,10 +86,10 @@ def bench(
             in_flight=in_flight,
             repeats=repeats,
             local_files_only=local_files_only,
-            on_progress=on_progress,
+            on_progress=_after_checking_plots(on_progress) if plots else on_progress,
             **parsed,
         )
-        page = report.save(out)
+        page = write(report, out, plots)
     print_warnings(warnings)
     show(report, json)
     if not json:
@@ -104,6 +106,18 @@ def _compare(paths: list[str], json: bool) -> None:
         if not exists(Path(path)):
             raise PathNotFoundError(f"{path} does not exist.", hint="Give a report's folder, or a run's JSON file.")
     show(compare(*(read(Path(path)) for path in paths)), json)
+
+
+def _after_checking_plots(on_progress: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    """Check for the first step that the plots can be drawn: after the arguments, before anything is measured."""
+    from veneer.benching.report.files import check_plots
+
+    def checked(progress: Progress) -> None:
+        if not progress.done:
+            check_plots()
+        on_progress(progress)
+
+    return checked
 
 
 @contextmanager

@@ -44,6 +44,11 @@ class ParameterHolder(AnyNames):
         watch(self._parameters.values())
         note_edit()
 
+    def extra_repr(self) -> str:
+        """Return shape and dtype of the tensors, for a model's print-out."""
+        shown = [f"{name}: {list(p.shape)}, {p.dtype}" for name, p in self._parameters.items() if p is not None]
+        return "; ".join(shown)
+
     def __getitem__(self, name: str) -> Any:
         return self._modules[name] if name in self._modules else self._parameters[name]
 

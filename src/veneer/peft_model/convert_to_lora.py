@@ -31,6 +31,9 @@ from veneer.peft_model.load import load
 from veneer.peft_model.peft_model import PeftModel
 from veneer.printing import Report
 
+# Errors up to this come from float32, not from the rank.
+_ROUNDING = 1e-5
+
 
 @dataclass(frozen=True)
 class ConversionReport(Report):
@@ -63,8 +66,13 @@ class ConversionReport(Report):
         return [
             ("adapter", f"{self.adapter} ({self.method})"),
             ("out", f"{self.out}: LoRA of rank {self.rank} on {len(self.errors)} layers"),
-            ("error", f"{self.error:.1e} of the change; the most is {self.errors[self.worst]:.1e}, in {self.worst}"),
+            ("left out", self._left_out()),
         ]
+
+    def _left_out(self) -> str:
+        if self.errors[self.worst] < _ROUNDING:
+            return "nothing but rounding: the LoRA makes the same change"
+        return f"{self.error:.2%} of the change; the most, {self.errors[self.worst]:.2%}, in {self.worst}"
 
 
 def convert_to_lora(

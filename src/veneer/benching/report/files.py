@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from veneer.benching.result import BenchData
@@ -22,29 +22,45 @@ from veneer.packages import require
 HTML, MARKDOWN, JSON, RUNS = "report.html", "report.md", "report.json", "runs"
 
 
-def write(report: BenchData, folder: Path) -> Path:
+def write(report: BenchData, folder: Path, plots: bool = True) -> Path:
     """Write all files, and return the HTML file's path.
+
+    Args:
+        report: the run.
+        folder: the folder for the files.
+        plots: write the HTML file too, for which matplotlib draws.
 
     Raises:
         UnsupportedError: matplotlib is not installed. OutputError: the folder cannot be written.
     """
     check(folder)
-    from veneer.benching.report.html import html
+    if plots:
+        check_plots()
     from veneer.benching.report.markdown import markdown
 
     data = json.dumps(report.to_dict(), indent=1) + "\n"
     # The time in a report that was read may hold anything: no path separator may stay.
     run = re.sub(r"[^\w.-]", "-", report.made.replace("+00:00", "Z")).lstrip(".")
-    contents: Mapping[str, str] = {
+    contents = {
         f"{RUNS}/{run}.json": data,
         JSON: data,
         MARKDOWN: markdown(report),
-        HTML: html(report),
     }
+    if plots:
+        from veneer.benching.report.html import html
+
+        contents[HTML] = html(report)
+    else:
+        (folder / HTML).unlink(missing_ok=True)  # of an earlier run, which report.json is not
     for name, text in contents.items():
         with atomic_write(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return folder / HTML
+
+
+def check_plots() -> None:
+    """Raise ``UnsupportedError`` where the plots cannot be drawn."""
+    require("The report with its plots", "matplotlib", extra="bench")
 
 
 def check(folder: Path, read_from: Iterable[Path] = ()) -> None:
@@ -54,7 +70,6 @@ def check(folder: Path, read_from: Iterable[Path] = ()) -> None:
         folder: of the report.
         read_from: files that the run reads, which the report must not replace.
     """
-    require("The report with its plots", "matplotlib", extra="bench")
     check_writable(folder)
     written = {(folder / name).resolve() for name in (HTML, MARKDOWN, JSON)} if exists(folder) else set()
     taken = next((path for path in read_from if path.resolve() in written), None)

@@ -106,15 +106,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Read a merged folder's manifest, and check the parts that are used.
 
     Raises:
-        IncompleteCheckpointError: there is no manifest of this version.
+        IncompleteCheckpointError: there is no manifest, or one of another version.
         CorruptFileError: no merge wrote this manifest, or it names a file outside of the folder.
     """
     path = folder / MANIFEST
-    values = read_json(path) if is_file(path) else {}
+    if not is_file(path):
+        raise IncompleteCheckpointError(
+            f"{folder} holds no {MANIFEST}: `veneer merge` has not written it, or that file was left behind.",
+            hint="Give the folder of a merge, or merge again.",
+        )
+    values = read_json(path)
     if values.get("manifest_version") != VERSION:
         raise IncompleteCheckpointError(
-            f"{folder}: there is no {MANIFEST} of this version, so nothing says how it was merged.",
-            hint="Merge it again with `veneer merge`.",
+            f"{path} was written by another version of Veneer.", hint="Merge again with `veneer merge`."
         )
     wrong = next((part for part, is_right in _PARTS.items() if not is_right(values.get(part))), None)
     if wrong is not None:
