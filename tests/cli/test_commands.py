@@ -376,3 +376,8 @@ def test_a_terminal_that_knows_ascii_alone(made: Path, tmp_path: Path, options: 
     assert (result.returncode, result.stderr) == (0, b"")
     assert rb"\u5b57" in result.stdout
     assert result.stdout.isascii()
+
+
+def test_inspect_of_neither_model_nor_adapter_exits_with_2(run: Run, tmp_path: Path) -> None:
+    result = run("inspect", tmp_path, "--json")
+    assert (result.code, json.loads(result.out)["kind"]) == (2, "unknown")

@@ -107,7 +107,10 @@ def _resolve_base(base: str | Path, lookup: LookupOptions) -> Source:
 def _named_base(source: Source, checkpoints: list[Checkpoint], lookup: LookupOptions) -> FoundBase:
     """Find the base that the adapters' configs name."""
     names = list(dict.fromkeys(c.config.base_model_name_or_path for c in checkpoints))
-    hint = f"Name it: veneer.load({source.origin!r}, base=...) or --base ..."
+    hint = (
+        f"Name it: --base BASE, in Python veneer.load({source.origin!r}, base=...), or for all adapters in "
+        "VENEER_BASE_MAP."
+    )
     if len(names) > 1:
         raise BaseModelError(f"{source.origin}: its adapters name different bases: {names}.", hint=hint)
     if not names[0]:
@@ -119,7 +122,7 @@ def _named_base(source: Source, checkpoints: list[Checkpoint], lookup: LookupOpt
         try:
             folder = resolve(place, lookup, what="base")
         except SourceError as error:
-            tried.append(f"{place} ({error.message.rstrip('.')})")
+            tried.append(f"{place} ({error.message.removeprefix(f'The base {place!r} ').rstrip('.')})")
             continue
         return _checked(FoundBase(folder, why))
     if source.has(MODEL_CONFIG):

@@ -34,6 +34,13 @@ COMMANDS = {
     "digest": "digest_command",
 }
 
+# What other tools have as a command -> what does it here.
+_ELSEWHERE = {
+    "serve": "Any server takes the folder that `veneer merge` writes; `veneer check ADAPTER --for vllm` tells whether "
+    "vLLM takes the adapter itself.",
+    "export": "`veneer merge` writes a plain model folder, and `veneer convert` a plain LoRA.",
+}
+
 # The exit code that typer returns when it caught the interruption itself.
 _INTERRUPTED = 130
 
@@ -96,7 +103,7 @@ def run(arguments: list[str]) -> int:
     name = arguments[0] if arguments else ""
     if name and not name.startswith("-") and name not in COMMANDS:
         question = did_you_mean(name, COMMANDS, lambda command: f"`veneer {command}`")
-        hint = question or f"There are: {', '.join(COMMANDS)}."
+        hint = _ELSEWHERE.get(name) or question or f"There are: {', '.join(COMMANDS)}."
         return _refuse(f"There is no command {name!r}. {hint}")
     command = typer.main.get_command(build([name] if name in COMMANDS else list(COMMANDS)))
     try:
@@ -108,7 +115,9 @@ def run(arguments: list[str]) -> int:
         if not hasattr(error, "format_message"):
             raise
         command_line = f"veneer {name}" if name in COMMANDS else "veneer"
-        return _refuse(f"{error.format_message().rstrip('.')}. `{command_line} --help` lists the options.")
+        message = error.format_message().rstrip(".")
+        meant = "Further adapters follow --adapter. " if name == "merge" and "extra argument" in message else ""
+        return _refuse(f"{message}. {meant}`{command_line} --help` lists the options.")
     if code == _INTERRUPTED:
         raise KeyboardInterrupt
     return code if isinstance(code, int) else 0

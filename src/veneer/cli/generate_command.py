@@ -65,6 +65,8 @@ def generate(
     base = given_base(base_argument, base)
     options = generation_options(max_new_tokens, stop, chat, temperature, top_p, top_k)
     text = _read_prompt() if prompt == "-" else prompt
+    if chat and not text.strip():
+        raise UsageError("The prompt is empty.", hint="Give a text, or --no-chat to go on from the first token.")
     with quiet() as warnings:
         with progress("loading"):
             from veneer.cli.load_generator import load_generator, seed_sampling

@@ -16,8 +16,8 @@ def inspect(
     revision: Revision = None,
     subfolder: Annotated[str | None, typer.Option(help="Where below PATH to look.")] = None,
     local_files_only: Local = False,
-) -> None:
-    """Tell what is at a path: model or adapter, method, base, rank, size, problems.
+) -> int:
+    """Tell what is at a path: model or adapter, method, base, rank, size, problems. Exit code 2: it is neither.
 
     Example: veneer inspect path/to/adapter
     """
@@ -25,3 +25,4 @@ def inspect(
 
     facts = inspect_path.inspect(path, revision=revision, subfolder=subfolder, local_files_only=local_files_only)
     show(facts, json)
+    return 2 if facts.kind == "unknown" else 0

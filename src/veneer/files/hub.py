@@ -113,7 +113,8 @@ def _not_cached(repo: str, revision: str | None, what: str, slip: bool) -> PathN
 
 def _unreachable(repo: str, what: str, error: Exception) -> SourceError:
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = reason.removeprefix("Got: ").rstrip(".")
     return PathNotFoundError(
-        f"The {what} {repo!r} is neither a local path nor in the hub's cache, and the hub did not answer: {reason}",
+        f"The {what} {repo!r} is neither a local path nor in the hub's cache, and the hub did not answer: {reason}.",
         hint="Check the spelling of the path, or the network.",
     )

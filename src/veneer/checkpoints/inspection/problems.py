@@ -91,7 +91,7 @@ def _by_step(name: str) -> list[tuple[int, str]]:
 
 def base_problems(base: Any, source: Source) -> list[Problem]:
     """Describe why the base that a config names is not found; whether a hub id exists is not known here."""
-    hint = f"Name it when loading: veneer.load({source.origin!r}, base=...)."
+    hint = f"Name it when loading: --base BASE, in Python veneer.load({source.origin!r}, base=...)."
     if not isinstance(base, str) or not base:
         return [Problem("base-not-named", f"{source.origin}/{ADAPTER_CONFIG} names no base model.", hint)]
     try:
