@@ -265,6 +265,9 @@ from veneer.peft_model.hotswap import (
 from veneer.peft_model.hotswap import (
     prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap,
 )
+from veneer.peft_model.inject import (
+    inject_adapter_in_model as inject_adapter_in_model,
+)
 from veneer.peft_model.load import load as load
 from veneer.peft_model.load_report import (
     AdapterReport as AdapterReport,

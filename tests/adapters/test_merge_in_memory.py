@@ -25,7 +25,7 @@ def test_layers_at_a_time_give_the_bits_of_one_after_the_other(dtype: torch.dtyp
     model = adapted("qwen2", target_modules="all-linear", bias="all").to(dtype)
     plain = bits(model)
     for layer in model.adapters.layers.values():
-        layer.merge(("default",))
+        layer.merge_adapters(("default",))
     expected = bits(model)
     for layer in model.adapters.layers.values():
         layer.unmerge()

@@ -331,8 +331,8 @@ def states() -> dict[str, tuple[Callable[[AdaptedLayer], Any], Callable[[Adapted
         pass
 
     return {
-        "merge": (nothing, lambda layer: layer.merge(one)),
-        "unmerge": (lambda layer: layer.merge(("other",)), lambda layer: layer.unmerge()),
+        "merge": (nothing, lambda layer: layer.merge_adapters(one)),
+        "unmerge": (lambda layer: layer.merge_adapters(("other",)), lambda layer: layer.unmerge()),
         "unbind": (nothing, lambda layer: layer.unbind("default")),
         "rename": (nothing, lambda layer: layer.rename("default", "new")),
         "move": (nothing, lambda layer: layer.double().float()),

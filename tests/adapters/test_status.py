@@ -50,7 +50,7 @@ def test_what_is_not_the_same_everywhere_is_irregular() -> None:
     layer = model.adapters.layers["model.layers.0.self_attn.q_proj"]
     next(iter(model.adapters.parameters("default"))).requires_grad_(False)
     assert model.get_model_status().requires_grad["default"] == "irregular"
-    layer.merge(("default",))
+    layer.merge_adapters(("default",))
     assert model.get_model_status().merged_adapters == "irregular"
 
 

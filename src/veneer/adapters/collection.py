@@ -55,10 +55,15 @@ class Adapters(LayerPlacement):
         self.asks_for_places = False
         # The outcome of the last merge into quantised weights.
         self.quantized_merge: QuantizedMerge | None = None
+        self.active_selection.belong_to(self)
         self.prompts = Prompts(self.active_selection)
         self.layouts = Layouts()
         # The base's own parameters that wanted gradients before the first adapter came.
         self._was_trainable: list[tuple[nn.Module, str]] | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.active_selection.belong_to(self)
 
     # -- adding --------------------------------------------------------------------------------------------
 
@@ -143,6 +148,19 @@ class Adapters(LayerPlacement):
             sharding.average_gradients(adapter.parameters())
 
     # -- selecting -----------------------------------------------------------------------------------------
+
+    def set_trainable(self, name: str, trainable: bool) -> None:
+        """Make an adapter trainable, or freeze it; one that is not active gets no gradients until it is."""
+        adapter = self.get(name)
+        if trainable and adapter.unpadded:
+            raise AdapterError(
+                f"{name!r} was prepared for hot-swapping, so its tensors hold more than is saved; it cannot train.",
+                hint="Load it again for training.",
+            )
+        adapter.trainable = trainable
+        self.trains = self.trains or trainable
+        adapter.require_grad(trainable and name in self.active_selection.default.names)
+        adapter.watch()
 
     def acts_by_place(self, adapter: Adapter) -> bool:
         """Tell whether an adapter acts by the place that an entry has in its row, whichever adapters a call names."""

@@ -125,7 +125,7 @@ class LayerParts:
         for site_id in site_ids:
             layer = self.by_id[site_id]
             if isinstance(layer, AdaptedLayer) and adapter.name in layer.merged:
-                layer.merge(tuple(name for name in layer.merged if name != adapter.name))
+                layer.merge_adapters(tuple(name for name in layer.merged if name != adapter.name))
             layer.unbind(adapter.name)
             if not layer.bound:
                 placement.remove_wrapper(site_id)

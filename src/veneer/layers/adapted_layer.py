@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from veneer.base_model.sites.site import Site, copy_with, unsupported
 from veneer.errors import MergeError, UnsupportedError
 from veneer.layers.adapter_shares import parameter_like
+from veneer.layers.base_tuner_layer import BaseTunerLayer
 from veneer.layers.held_tensors import HeldTensors
 from veneer.layers.inference_cache import InferenceCache, are_small, for_inference
-from veneer.layers.peft_attributes import PeftLayerAttributes
 from veneer.layers.read_weight import Unread
 from veneer.patches.active_selection import ActiveSelection
 from veneer.patches.fused import CachedForward, FusedPatch, can_fuse, fuse, fused_dtype, fused_forward
@@ -25,7 +25,7 @@ from veneer.patches.selection import Selection
 from veneer.patches.weight_arithmetic import composed
 
 
-class AdaptedLayer(PeftLayerAttributes, HeldTensors):
+class AdaptedLayer(BaseTunerLayer, HeldTensors):
     """Stands in the place of a base layer that carries adapters.
 
     Its parameters are named as in peft: ``base_layer.weight``, ``lora_A.<adapter>.weight``. Attributes that it
@@ -275,8 +275,8 @@ class AdaptedLayer(PeftLayerAttributes, HeldTensors):
 
     # -- merging -------------------------------------------------------------------------------------------
 
-    def merge(self, names: tuple[str, ...]) -> None:
-        """Put the patches of ``names`` into the base layer's parameters, from their original bytes."""
+    def merge_adapters(self, names: tuple[str, ...]) -> None:
+        """Put the patches of ``names`` alone into the base layer's parameters, from their original bytes."""
         self.unmerge()
         names = self.here(names)
         if names:

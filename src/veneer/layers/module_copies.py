@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from veneer.base_model.sites.offload import copy_resident
 from veneer.errors import AdapterError, UnsupportedError
 from veneer.layers.any_names import Copies
+from veneer.layers.base_tuner_layer import SelectsForModel
 from veneer.layers.read_weight import Unread
 from veneer.patches.active_selection import ActiveSelection
 from veneer.patches.row_layout import ROWS, Layout, refused
 from veneer.patches.selection import Selection
 
 
-class ModuleCopies(nn.Module):
+class ModuleCopies(SelectsForModel, nn.Module):
     """Stands in the place of a module; each adapter that trains it whole has a copy of its own.
 
     Its parameters are named as in peft: ``original_module.<p>``, ``modules_to_save.<adapter>.<p>``. Attributes
@@ -82,6 +83,12 @@ class ModuleCopies(nn.Module):
             copy.to(functools.reduce(torch.promote_types, _dtypes(copy)))
         self.copies[adapter] = copy
         return copy
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Return the name of each tensor of the module -> its name in an adapter's copy, as seen from this wrapper."""
+        copy = self.copies.get(adapter_name)
+        names = () if copy is None else copy.state_dict()
+        return {name: f"modules_to_save.{adapter_name}.{name}" for name in names}
 
     def remove(self, adapter: str) -> None:
         """Drop an adapter's copy."""

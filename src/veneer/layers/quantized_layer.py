@@ -35,7 +35,7 @@ class PackedLayer(AdaptedLayer):
     def _readable(self, names: tuple[str, ...]) -> None:
         """Return ``None``, for a packed weight holds no adapter without a merge."""
 
-    def merge(self, names: tuple[str, ...]) -> None:
+    def merge_adapters(self, names: tuple[str, ...]) -> None:
         self.unmerge()
         names = self.here(names)
         if names:

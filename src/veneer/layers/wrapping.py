@@ -37,6 +37,14 @@ def check_untouched(model: nn.Module) -> None:
     """Raise ``BaseModelError`` when a model carries adapters already."""
     wrapped = (AdaptedLayer, ModuleCopies)
     first = next((name for name, module in model.named_modules() if isinstance(module, wrapped)), None)
+    peers = [name for name, module in model.named_modules() if type(module).__module__.startswith("peft.tuners")]
+    if peers:
+        raise BaseModelError(
+            f"The base model carries an adapter of peft's already (at {peers[0]}).",
+            hint="Take it off with peft's unload() or transformers' delete_adapter(...), or load the base again. "
+            "veneer.load(path) loads an adapter with its base; `import veneer.as_peft` first lets transformers use "
+            "Veneer in the place of peft.",
+        )
     if first is not None:
         raise BaseModelError(
             f"The base model already carries adapters (first at {first}); wrapping it twice would stack them.",

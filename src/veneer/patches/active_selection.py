@@ -9,6 +9,7 @@ Compiled code cannot read that, and is guarded by a copy that belongs to the thr
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import Token
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.errors import BaseModelError
 from veneer.patches.cast_cache import CastCache
 from veneer.patches.forward_call import ForwardCall, begin, current, end
 from veneer.patches.selection import DISABLED, NOTHING, Selection
@@ -120,12 +122,32 @@ class ActiveSelection:
         finally:
             self.pop(token)
 
+    @property
+    def adapters(self) -> Any:
+        """The set of adapters that is selected from, for layers of the model.
+
+        Raises:
+            BaseModelError: it is gone.
+        """
+        adapters = None if self._adapters is None else self._adapters()
+        if adapters is None:
+            raise BaseModelError(
+                "The PeftModel that this layer belongs to is gone.", hint="Keep it as long as its layers are used."
+            )
+        return adapters
+
+    def belong_to(self, adapters: Any) -> None:
+        """Let layers find the set of adapters; by a weak reference, so that a dropped model is freed at once."""
+        self._adapters: weakref.ref[Any] | None = weakref.ref(adapters)
+
     def __getstate__(self) -> dict[str, Any]:
         return {"default": self.default, "enabled": self.enabled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.default: Selection = state["default"]
         self.enabled: bool = state["enabled"]
+        # The set of adapters makes it known, also to a copy of this.
+        self._adapters = None
         self.choosing = threading.RLock()
         self.underway = Underway()
         # A copy for compiled code, which cannot read the context variable.

@@ -202,9 +202,26 @@ class AdaptedModel(nn.Module):
         return type(mismatch)(missing, mismatch.unexpected_keys)
 
 
+# Where a base model keeps the PeftModel of the adapters that were put into it with no PeftModel around it.
+_INJECTED = "_veneer_injected"
+
+
+def injected_in(base: nn.Module) -> AdaptedModel | None:
+    """Return the PeftModel of the adapters that were injected into a base model; ``None`` if there are none."""
+    owner: AdaptedModel | None = getattr(base, "__dict__", {}).get(_INJECTED)
+    return owner
+
+
+def keep_injected(base: nn.Module, owner: AdaptedModel) -> None:
+    """Let a base model keep the PeftModel of the adapters that are injected into it, and not as one of its modules."""
+    vars(base)[_INJECTED] = owner
+
+
 def adapted_model(model: Any) -> AdaptedModel:
-    """Return the model with adapters that was given, compiled or not; raise ``BaseModelError`` for any other."""
+    """Return the PeftModel of a model with adapters, compiled or not; raise ``BaseModelError`` for any other model."""
     model = getattr(model, "_orig_mod", model)
+    if isinstance(model, nn.Module):
+        model = injected_in(model) or model
     if not isinstance(model, AdaptedModel):
         raise BaseModelError(
             f"{type(model).__name__} is no model with adapters.",

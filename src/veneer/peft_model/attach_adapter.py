@@ -117,13 +117,23 @@ def note_swapped(model: AdaptedModel, adapter: Adapter, checkpoint: Checkpoint) 
 
 
 def create_adapter(
-    model: AdaptedModel, name: str, config: PeftConfig, *, float32: bool = True, seed: int | None = None
+    model: AdaptedModel,
+    name: str,
+    config: PeftConfig,
+    *,
+    float32: bool = True,
+    seed: int | None = None,
+    heads: bool = True,
 ) -> None:
-    """Put a new, trainable adapter on a model; see :meth:`PeftModel.add_adapter`."""
+    """Put a new, trainable adapter on a model, and train the head that its task has too if ``heads``.
+
+    See :meth:`PeftModel.add_adapter`.
+    """
     config = copy.deepcopy(config)
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model.get_base_model(), "name_or_path", None) or None
-    _add_heads(config)
+    if heads:
+        _add_heads(config)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     with matching(config), model.adapters.replicated(config), _experts(model, config, None, True):
         attach.create(model.adapters, name, config, generator=generator, float32=float32)

@@ -19,7 +19,7 @@ from veneer.adapters.row_layouts import RowCheck
 from veneer.adapters.training_step import allocate, with_penalty
 from veneer.configs.base import PeftConfig
 from veneer.configs.names import TaskType
-from veneer.errors import AdapterError, UnsupportedError
+from veneer.errors import UnsupportedError
 from veneer.keywords import IGNORED, READING, SOURCE, TOKEN, strict, takes
 from veneer.patches.selection import Selection
 from veneer.peft_model.attach_adapter import (
@@ -384,16 +384,7 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make adapters trainable, or freeze them."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            adapter = self.adapters.get(name)
-            if requires_grad and adapter.unpadded:
-                raise AdapterError(
-                    f"{name!r} was prepared for hot-swapping, so its tensors hold more than is saved; it cannot train.",
-                    hint="Load it again for training.",
-                )
-            adapter.trainable = requires_grad
-            self.adapters.trains = self.adapters.trains or requires_grad
-            adapter.require_grad(requires_grad and name in self.adapters.active_selection.default.names)
-            adapter.watch()
+            self.adapters.set_trainable(name, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only active one, the first that remains becomes active."""

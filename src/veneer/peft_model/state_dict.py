@@ -18,9 +18,9 @@ from veneer.checkpoints.checkpoint import in_memory_checkpoint
 from veneer.checkpoints.layouts.key_mapping import with_keys
 from veneer.checkpoints.layouts.older_layouts import in_current_layout
 from veneer.errors import AdapterError, BindError, MergeError, UnsupportedError
-from veneer.files.tensor_keys import encode
+from veneer.files.tensor_keys import PREFIX, encode
 from veneer.keywords import IGNORED, SOURCE, TOKEN, takes
-from veneer.peft_model.adapted_model import AdaptedModel, adapted_model
+from veneer.peft_model.adapted_model import AdaptedModel, adapted_model, injected_in
 from veneer.peft_model.base_checks import note_changed
 from veneer.peft_model.open_adapter import find_adapter, open_adapter
 from veneer.peft_model.save_adapters import value_of
@@ -41,7 +41,8 @@ def get_peft_model_state_dict(
 ) -> dict[str, Tensor]:
     """Return checkpoint key -> tensor of one adapter, in the dtype that it has in memory.
 
-    The tensors share the memory of the model's where both hold the same values.
+    The tensors share the memory of the model's where both hold the same values. Of a base model that adapters were
+    injected into, the keys do not begin with ``base_model.model.``, as in peft.
 
     Args:
         model: the model with adapters, compiled or not.
@@ -53,8 +54,9 @@ def get_peft_model_state_dict(
     Raises:
         UnknownAdapterError: there is no such adapter. AdapterError: ``state_dict`` has none of its tensors.
     """
+    prefix = _prefix_of(model)
     model = adapted_model(model)
-    state = {name.removeprefix(_COMPILED): tensor for name, tensor in (state_dict or {}).items()}
+    state = {prefix + name.removeprefix(_COMPILED): tensor for name, tensor in (state_dict or {}).items()}
     if state_dict is not None and adapter_state(model).keys().isdisjoint(state):
         raise AdapterError(
             "state_dict holds no tensor of the model's adapters.",
@@ -65,7 +67,8 @@ def get_peft_model_state_dict(
         value = value_of(model, adapter, state)
         tensors = adapter.unpadded or _tensors_by_key(adapter, value)
         embeddings = embeddings_to_save(model.adapters, adapter, save_embedding_layers)
-        return {**{key: value(t) for key, t in embeddings.items() if key not in tensors}, **tensors}
+        tensors = {**{key: value(t) for key, t in embeddings.items() if key not in tensors}, **tensors}
+        return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -97,14 +100,14 @@ def set_peft_model_state_dict(
         UnknownAdapterError: there is no such adapter. BindError: a shape is another.
         NonFiniteError: a value is not finite. MergeError: the adapter is merged.
     """
+    prefix = _prefix_of(model)
     model = adapted_model(model)
     adapters = model.adapters
     adapter = adapters.get(adapter_name)
+    given = {key if key.startswith(prefix) else prefix + key: t for key, t in peft_model_state_dict.items()}
     _check_can_be_set(model, adapter)
     origin = f"the state dict for {adapter_name!r}"
-    checkpoint = in_current_layout(
-        in_memory_checkpoint(adapter.config, peft_model_state_dict, origin), adapters.catalog
-    )
+    checkpoint = in_current_layout(in_memory_checkpoint(adapter.config, given, origin), adapters.catalog)
     current = _tensors_by_key(adapter)
     rows = {k: t for k, t in embeddings_to_save(adapters, adapter, True).items() if k not in current}
     known = {**rows, **current}
@@ -120,7 +123,8 @@ def set_peft_model_state_dict(
     names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
     missing = [names.get(id(tensor), key) for key, tensor in current.items() if key not in fitting]
     _set_values(model, adapter, current, rows, fitting)
-    return _IncompatibleKeys(missing, [key for key in checkpoint.tensors if key not in known])
+    unexpected = [key for key in checkpoint.tensors if key not in known]
+    return _IncompatibleKeys(*([key.removeprefix(prefix) for key in keys] for keys in (missing, unexpected)))
 
 
 @takes(*SOURCE, *IGNORED, renamed=TOKEN)
@@ -147,6 +151,11 @@ def load_peft_weights(
         checkpoint = with_keys(checkpoint, key_mapping)
     tensors = checkpoint.read(checkpoint.tensors)
     return {key: tensors[key].to(device or "cpu", copy=True) for key in checkpoint.tensors}
+
+
+def _prefix_of(model: Any) -> str:
+    """Return the beginning of keys that the names in a model's own state lack: none for a PeftModel."""
+    return PREFIX if injected_in(getattr(model, "_orig_mod", model)) is not None else ""
 
 
 def _tensors_by_key(adapter: Adapter, value: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, Tensor]:

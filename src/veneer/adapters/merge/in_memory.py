@@ -46,7 +46,7 @@ def _merge(adapters: Adapters, names: Sequence[str] | None, check: bool, into: s
     packed = choose(adapters.layers.values(), selection.names, into, adapters.catalog.dtype)
     if check:
         _check_merge(adapters, selection.names)
-    _change(adapters.adapted_layers, lambda layer: layer.merge(selection.names))
+    _change(adapters.adapted_layers, lambda layer: layer.merge_adapters(selection.names))
     adapters.select(selection.names)
     adapters.quantized_merge = measured(packed) or adapters.quantized_merge
 

@@ -1,0 +1,226 @@
+"""Gives adapted layers the attributes and methods of peft's layers, for libraries that visit a model layer by layer.
+
+There is one selection for all layers of a model. So where peft chooses, disables or deletes adapters for one layer,
+this does so for the model that the layer belongs to; a library that visits all layers sees no difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import MergeError, UnknownAdapterError
+from veneer.printing import warn
+
+
+class SelectsForModel:
+    """A module of an adapted model through which the adapters of the whole model are chosen."""
+
+    @property
+    def active_adapters(self: Any) -> list[str]:
+        """The active adapters, whether they are on this module or not, and whether they are disabled or not."""
+        current = self.active_selection.current
+        return list((self.active_selection.default if current.disabled else current).names)
+
+    @property
+    def active_adapter(self: Any) -> list[str]:
+        """The active adapters: peft's other name for them."""
+        return list(self.active_adapters)
+
+    @property
+    def disable_adapters(self: Any) -> bool:
+        """True while the base runs alone."""
+        disabled: bool = self.active_selection.current.disabled
+        return disabled
+
+    def set_adapter(self: Any, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Choose the adapters of the model that this module belongs to; in ``inference_mode`` freeze them."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        adapters = self.active_selection.adapters
+        if names != list(self.active_selection.default.names):
+            adapters.select(names)
+        if inference_mode:
+            self.set_requires_grad(names, False)
+
+    def enable_adapters(self: Any, enabled: bool) -> None:
+        """Run the model's adapters from now on, or the base alone."""
+        self.active_selection.enabled = enabled
+
+    def set_requires_grad(self: Any, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters of the model trainable, or freeze them."""
+        adapters = self.active_selection.adapters
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            adapters.set_trainable(name, requires_grad)
+
+    def delete_adapter(self: Any, adapter_name: str, new_active_adapters: Sequence[str] | None = None) -> None:
+        """Delete an adapter of the model that this module belongs to; nothing happens when it is gone."""
+        adapters = self.active_selection.adapters
+        if adapter_name in adapters.by_name:
+            adapters.delete(adapter_name)
+        if new_active_adapters:
+            self.set_adapter(new_active_adapters)
+
+
+class BaseTunerLayer(SelectsForModel):
+    """Gives an adapted layer the attributes and methods of peft's layers."""
+
+    @property
+    def merged_adapters(self: Any) -> list[str]:
+        """The adapters that are in the base layer's weight."""
+        return list(self.merged)
+
+    def get_base_layer(self: Any) -> nn.Module:
+        """Return the base layer, below every wrapper of it."""
+        layer: nn.Module = self.site.module
+        return layer
+
+    def merge(self: Any, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Put adapters (the active ones when ``None``) into this layer's weight, beside those that are in it.
+
+        Raises:
+            MergeError: no weight can hold one of them; with ``safe_merge``, the merged weight is not finite.
+        """
+        wanted = self.active_adapters if adapter_names is None else list(adapter_names)
+        new = tuple(name for name in self.here(tuple(wanted)) if name not in self.merged)
+        if not new:
+            if self.merged:
+                warn(f"All adapters are already merged into {self.site.name}: nothing to do.")
+            return
+        with self.active_selection.changing(lambda: None):
+            names = (*self.merged, *new)
+            if safe_merge and not all(t is None or t.isfinite().all() for t in self.merged_parameters(names)):
+                raise MergeError(
+                    f"NaNs detected in the merged weights of {self.site.name}: {', '.join(new)} cannot be merged.",
+                    hint="Keep the adapter unmerged, or train it again.",
+                )
+            self.merge_adapters(names)
+
+    @torch.no_grad()
+    def get_delta_weight(self: Any, adapter: str) -> Tensor:
+        """Return the change that an adapter makes of this layer's weight, as the weight is stored and in its dtype.
+
+        Raises:
+            UnknownAdapterError: the adapter is not on this layer. MergeError: no weight can hold its change.
+        """
+        from veneer.layers.weight_change import change_of
+
+        if adapter not in self.bound:
+            raise UnknownAdapterError(
+                f"There is no adapter {adapter!r} on {self.site.name}.", hint=f"Present: {', '.join(self.bound)}."
+            )
+        change = change_of(self, self.weight_patches([adapter])).whole()
+        delta: Tensor = self.site.as_stored(change).to(self.base_stored.dtype)
+        return delta
+
+    @property
+    def peft_types(self: Any) -> dict[str, str]:
+        """The method of each adapter on this layer, as its config's ``peft_type``."""
+        configs = self.active_selection.adapters.by_name
+        return {name: str(configs[name].config.peft_type) for name in self.bound if name in configs}
+
+    # -- LoRA's --------------------------------------------------------------------------------------------
+
+    @property
+    def r(self: Any) -> dict[str, int]:
+        """The rank of each adapter's LoRA here."""
+        return {name: share.settings.r for name, share in _loras(self, "r")}
+
+    @property
+    def scaling(self: Any) -> Scaling:
+        """The factor by which each adapter's LoRA is multiplied here; setting one changes it."""
+        return Scaling(self, {name: float(share.settings.scale) for name, share in _loras(self, "scaling")})
+
+    @property
+    def lora_alpha(self: Any) -> dict[str, float]:
+        """The ``lora_alpha`` of each adapter's LoRA here."""
+        return {name: _first_scale(self, name, share)[1] for name, share in _loras(self, "lora_alpha")}
+
+    @property
+    def use_rslora(self: Any) -> dict[str, bool]:
+        """True for each adapter whose LoRA is scaled by the root of its rank."""
+        return {name: bool(_config(self, name).use_rslora) for name, _ in _loras(self, "use_rslora")}
+
+    @property
+    def use_dora(self: Any) -> dict[str, bool]:
+        """True for each adapter whose LoRA is a DoRA."""
+        return {name: share.settings.dora for name, share in _loras(self, "use_dora")}
+
+    @property
+    def lora_dropout(self: Any) -> nn.ModuleDict:
+        """The dropout of each adapter's LoRA here, as modules that show it."""
+        chances = {name: share.settings.dropout for name, share in _loras(self, "lora_dropout")}
+        return nn.ModuleDict({name: nn.Dropout(p) if p > 0 else nn.Identity() for name, p in chances.items()})
+
+    def set_scale(self: Any, adapter: str, scale: float) -> None:
+        """Multiply an adapter's LoRA by ``scale`` times what its config says; nothing happens where it is not here."""
+        for name, share in _loras(self, "set_scale"):
+            if name == adapter:
+                _rescale(self, name, share, scale * _first_scale(self, name, share)[0])
+
+    def scale_layer(self: Any, scale: float) -> None:
+        """Multiply the active adapters' LoRA here by ``scale``."""
+        self._scale_active(lambda current, first: current * scale if scale != 1 else current)
+
+    def unscale_layer(self: Any, scale: float | None = None) -> None:
+        """Undo :meth:`scale_layer`; without a scale, multiply as the configs say."""
+        self._scale_active(lambda current, first: first if scale is None else current / scale)
+
+    def _scale_active(self: Any, change: Any) -> None:
+        active = self.active_adapters
+        for name, share in _loras(self, "scale_layer"):
+            if name in active:
+                current = float(share.settings.scale)
+                _rescale(self, name, share, change(current, _first_scale(self, name, share)[0]))
+
+
+class Scaling(dict[str, float]):
+    """Adapter -> the factor of its LoRA at a layer; setting one changes the layer."""
+
+    def __init__(self, layer: Any, factors: dict[str, float]) -> None:
+        super().__init__(factors)
+        self._layer = layer
+
+    def __setitem__(self, adapter: str, scale: Any) -> None:
+        for name, share in _loras(self._layer, "scaling"):
+            if name == adapter:
+                _rescale(self._layer, name, share, float(scale))
+                super().__setitem__(adapter, float(scale))
+                return
+        raise UnknownAdapterError(
+            f"There is no LoRA {adapter!r} on {self._layer.site.name}.", hint=f"Present: {list(self)}."
+        )
+
+
+def _loras(layer: Any, asked: str) -> Iterator[tuple[str, Any]]:
+    """Return each adapter that has a LoRA at a layer, with its share there."""
+    from veneer.methods.lora import LoraSettings
+
+    shares = [(name, share) for name, shares in layer.bound.items() for share in shares]
+    loras = [(name, share) for name, share in shares if isinstance(share.settings, LoraSettings)]
+    if not loras:  # the base layer may have something of that name
+        raise AttributeError(f"no LoRA is on {layer.site.name}, so it has no {asked}")
+    return iter(loras)
+
+
+def _config(layer: Any, adapter: str) -> Any:
+    return layer.active_selection.adapters.by_name[adapter].config
+
+
+def _first_scale(layer: Any, adapter: str, share: Any) -> tuple[float, float]:
+    """Return the scale that an adapter's config gives a layer, and its alpha there."""
+    scale = share.method.settings(_config(layer, adapter), layer.site).scale
+    rank = share.settings.r
+    return scale, scale * (math.sqrt(rank) if _config(layer, adapter).use_rslora else rank)
+
+
+def _rescale(layer: Any, adapter: str, share: Any, scale: float) -> None:
+    if isinstance(share.settings.scale, Tensor):
+        share.settings.scale.fill_(scale)
+        return
+    if scale != share.settings.scale:
+        layer.reset(adapter, share, replace(share.settings, scale=scale))
