@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
+from torch import Tensor, nn
 
 import veneer
 from tests.models import build
@@ -22,13 +25,13 @@ def two() -> veneer.PeftModel:
 def test_a_layer_says_what_is_on_it() -> None:
     model = two()
     layers = {layer.name: layer for layer in model.get_layer_status()}
-    query = layers["model.layers.0.self_attn.q_proj"]
-    assert (query.module_type, query.enabled) == ("Linear", True)
+    query = layers["model.model.layers.0.self_attn.q_proj"]
+    assert (query.module_type, query.enabled) == ("lora.Linear", True)
     assert query.available_adapters == ["default", "other"]
     assert query.active_adapters == ["default"]
     assert query.requires_grad == {"default": True, "other": False}
     assert query.devices == {"default": ["cpu"], "other": ["cpu"]}
-    assert layers["model.layers.0.mlp.down_proj"].available_adapters == ["default"]
+    assert layers["model.model.layers.0.mlp.down_proj"].available_adapters == ["default"]
 
 
 def test_the_model_says_what_holds_for_all() -> None:
@@ -41,8 +44,11 @@ def test_the_model_says_what_holds_for_all() -> None:
     assert status.peft_types == {"default": "LORA", "other": "LORA"}
     assert status.num_adapter_layers == 6
     assert (status.trainable_params, status.total_params) == model.get_nb_trainable_parameters()
+    with model.disable_adapter():
+        inside = model.get_model_status()
     model.disable_adapters()
-    assert not model.get_model_status().enabled
+    for status in (inside, model.get_model_status()):
+        assert (status.enabled, status.active_adapters) == (False, ["other"])
 
 
 def test_what_is_not_the_same_everywhere_is_irregular() -> None:
@@ -66,5 +72,50 @@ def test_as_peft_says(tmp_path: Path) -> None:
         assert getattr(mine, name) == getattr(other, name), name
     for name in ("active_adapters", "merged_adapters", "requires_grad", "available_adapters", "devices", "peft_types"):
         assert getattr(mine, name) == getattr(other, name), name
-    names = {layer.name: layer.available_adapters for layer in ours.get_layer_status()}
-    assert names == {layer.name.removeprefix("model."): layer.available_adapters for layer in theirs.get_layer_status()}
+    assert [asdict(layer) for layer in ours.get_layer_status()] == [
+        asdict(layer) for layer in theirs.get_layer_status()
+    ]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb0, self.conv0 = nn.Embedding(10, 8), nn.Conv2d(8, 8, 3)
+        self.lin0, self.lin1 = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "LoraConfig": {"target_modules": ["emb0", "conv0", "lin0"], "modules_to_save": ["lin1"]},
+    "LoraConfig, tokens": {"target_modules": ["lin0"], "trainable_token_indices": {"emb0": [1, 2]}},
+    "LoraConfig, parameters": {"target_parameters": ["lin0.weight"], "target_modules": ["lin1"]},
+    "LoraConfig, biases": {"target_modules": ["lin0"], "bias": "all"},
+    "TrainableTokensConfig": {"target_modules": ["emb0"], "token_indices": [1]},
+    "LoHaConfig": {"target_modules": ["lin0", "conv0"]},
+    "BOFTConfig": {"target_modules": ["lin0"]},
+    "VeraConfig": {"target_modules": ["lin0"]},
+}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("case", OPTIONS)
+def test_layers_and_methods_are_named_as_in_peft(case: str) -> None:
+    kind, options = case.partition(",")[0], OPTIONS[case]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs: Any = peft.get_peft_model(Net(), getattr(peft, kind)(**options))
+    ours = veneer.get_peft_model(Net(), getattr(veneer, kind)(**options))
+    assert [asdict(layer) for layer in ours.get_layer_status()] == [
+        asdict(layer) for layer in theirs.get_layer_status()
+    ]
+    mine, other = ours.get_model_status(), theirs.get_model_status()
+    assert mine.adapter_model_type == other.adapter_model_type
+    assert mine.num_adapter_layers == other.num_adapter_layers
+
+
+def test_a_prompt_is_on_no_layer() -> None:
+    model = veneer.get_peft_model(build("llama"), veneer.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=2))
+    assert model.get_layer_status() == []
+    assert model.get_model_status().adapter_model_type == "PeftModelForCausalLM"

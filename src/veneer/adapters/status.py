@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
 from veneer.adapters.collection import Adapters
+from veneer.base_model.sites.linear import LinearSite
+from veneer.base_model.sites.parameter import ParameterSite
+from veneer.base_model.sites.site import Site
+from veneer.configs.base import PromptConfig
+from veneer.configs.names import PeftType
 from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.layers.adapter_shares import BoundAdapter
+from veneer.layers.module_copies import ModuleCopies
+from veneer.methods.base.replaced_weight import SavedWeight
+from veneer.methods.base.trained_bias import Bias
+from veneer.methods.shared.token_rows import LoraTokens
 
 Irregular = Literal["irregular"]
 
@@ -19,8 +29,10 @@ class TunerLayerStatus:
     """The status of one adapted layer.
 
     Attributes:
-        name: the layer's name in the base model; with a colon and the parameter's where it is not the weight.
-        module_type: the class of the base layer.
+        name: the layer's name below the PeftModel's ``base_model``; that of trained tokens beside a LoRA ends in
+            ``.token_adapter``.
+        module_type: the method and the kind of layer, such as ``lora.Linear``; ``ModulesToSaveWrapper`` for a module
+            that adapters bring whole, ``TrainableTokensLayer`` for trained tokens.
         enabled: False while adapters are disabled.
         active_adapters: the selected adapters, those included that do not change this layer.
         merged_adapters: those in the base layer's weight now.
@@ -47,7 +59,7 @@ class TunerModelStatus:
 
     Attributes:
         base_model_type: the class of the base model.
-        adapter_model_type: the class of the model with adapters.
+        adapter_model_type: peft's class for the method of the first adapter, such as ``LoraModel``.
         peft_types: adapter -> its method.
         trainable_params: the number of parameters that are trained.
         total_params: the number of parameters, the adapters' included.
@@ -76,59 +88,111 @@ class TunerModelStatus:
     quantization_backend: str | None = None
 
 
+# An adapter's name -> its tensors at one place, and those of them that are trained.
+_Tensors = dict[str, tuple[list[nn.Parameter], list[nn.Parameter]]]
+
+
 def layer_status(adapters: Adapters) -> list[TunerLayerStatus]:
-    """Return the status of each adapted layer, in the order in which they were first adapted."""
-    return [_of_layer(adapters, layer) for layer in adapters.adapted_layers]
+    """Return the status of each adapted layer, in the model's order."""
+    modules = adapters.model.named_modules()
+    return [status for name, module in modules for status in _of_module(adapters, f"model.{name}", module)]
 
 
-def _of_layer(adapters: Adapters, layer: AdaptedLayer) -> TunerLayerStatus:
-    tensors = {a: [p for s in shares for p in layer.tensors(a, s).values()] for a, shares in layer.bound.items()}
-    trained = {
-        a: [p for s in shares for leaf, p in layer.tensors(a, s).items() if s.method.leaf(leaf).trained]
-        for a, shares in layer.bound.items()
-    }
+def _of_module(adapters: Adapters, name: str, module: nn.Module) -> Iterator[TunerLayerStatus]:
+    if isinstance(module, ModuleCopies):
+        copies = {adapter: list(copy.parameters()) for adapter, copy in module.copies.items()}
+        yield _status(adapters, name, "ModulesToSaveWrapper", (), {a: (p, p) for a, p in copies.items()})
+    if not isinstance(module, AdaptedLayer):
+        return
+    tokens = _tensors(module, lambda share: isinstance(share.method, LoraTokens))
+    own = _tensors(module, lambda share: not isinstance(share.method, (LoraTokens, Bias, SavedWeight)))
+    if tokens:
+        yield _status(adapters, f"{name}.token_adapter", _TOKENS, module.merged, tokens)
+    if own:
+        method = adapters.by_name[next(iter(own))].config.peft_type
+        yield _status(adapters, name, _module_type(str(method), module.site), module.merged, own)
+
+
+_TOKENS = "TrainableTokensLayer"
+
+
+def _tensors(layer: AdaptedLayer, belongs: Callable[[BoundAdapter], bool]) -> _Tensors:
+    """Return the tensors that the adapters have in some of their shares of a layer."""
+    tensors: _Tensors = {}
+    for adapter, shares in layer.bound.items():
+        for share in filter(belongs, shares):
+            everything, trained = tensors.setdefault(adapter, ([], []))
+            for leaf, parameter in layer.tensors(adapter, share).items():
+                everything.append(parameter)
+                trained += [parameter] if share.method.leaf(leaf).trained else []
+    return tensors
+
+
+def _module_type(method: str, site: Site) -> str:
+    if method == PeftType.TRAINABLE_TOKENS:
+        return _TOKENS
+    if isinstance(site, ParameterSite):
+        return f"{method.lower()}.ParamWrapper"
+    is_linear = isinstance(site, LinearSite) and not site.is_packed
+    return f"{method.lower()}.{'Linear' if is_linear else type(site.module).__name__}"
+
+
+def _status(
+    adapters: Adapters, name: str, module_type: str, merged: Sequence[str], tensors: _Tensors
+) -> TunerLayerStatus:
     return TunerLayerStatus(
-        name=layer.site.id,
-        module_type=type(layer.site.module).__name__,
-        enabled=adapters.active_selection.enabled,
-        active_adapters=adapters.active,
-        merged_adapters=list(layer.merged),
-        requires_grad={name: _trained(parameters) for name, parameters in trained.items()},
-        available_adapters=list(layer.bound),
-        devices={name: _devices(parameters) for name, parameters in tensors.items()},
+        name=name,
+        module_type=module_type,
+        enabled=adapters.active_selection.is_enabled,
+        active_adapters=_active(adapters),
+        merged_adapters=[adapter for adapter in merged if adapter in tensors],
+        requires_grad={adapter: _trained(trained) for adapter, (_, trained) in tensors.items()},
+        available_adapters=list(tensors),
+        devices={adapter: _devices(parameters) for adapter, (parameters, _) in tensors.items()},
     )
 
 
 def model_status(model: nn.Module, adapters: Adapters) -> TunerModelStatus:
     """Return the status of the whole model."""
-    layers = layer_status(adapters)
     parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return TunerModelStatus(
         base_model_type=type(adapters.model).__name__,
-        adapter_model_type=type(model).__name__,
+        adapter_model_type=_tuner(adapters) or type(model).__name__,
         peft_types={name: str(entry.config.peft_type) for name, entry in adapters.by_name.items()},
         trainable_params=sum(n for n, trained in parameters if trained),
         total_params=sum(n for n, _ in parameters),
-        num_adapter_layers=len(layers),
-        enabled=adapters.active_selection.enabled,
-        active_adapters=adapters.active,
-        merged_adapters=_merged(adapters, layers),
+        num_adapter_layers=len(layer_status(adapters)),
+        enabled=adapters.active_selection.is_enabled,
+        active_adapters=_active(adapters),
+        merged_adapters=_merged(adapters),
         requires_grad={name: _trained(adapters.parameters(name)) for name in adapters.by_name},
         available_adapters=list(adapters.by_name),
         devices={name: _devices(adapters.parameters(name)) for name in adapters.by_name},
     )
 
 
+def _tuner(adapters: Adapters) -> str | None:
+    """Return the name of peft's class for the first adapter; ``None`` for a prompt, for which it has none."""
+    config = next((entry.config for entry in adapters.by_name.values()), None)
+    if config is None or isinstance(config, PromptConfig):
+        return None
+    return type(config).__name__.removesuffix("Config") + "Model"
+
+
+def _active(adapters: Adapters) -> list[str]:
+    """Return the selected adapters, which are the same while adapters are disabled."""
+    selection = adapters.active_selection
+    return adapters.active if selection.is_enabled else list(selection.default.names)
+
+
 def _devices(tensors: Iterable[nn.Parameter]) -> list[str]:
     return sorted({str(p.device) for p in tensors})
 
 
-def _merged(adapters: Adapters, layers: Iterable[TunerLayerStatus]) -> list[str] | Irregular:
-    merged = [name for name in adapters.by_name if any(name in layer.merged_adapters for layer in layers)]
-    regular = all(
-        name in layer.merged_adapters for layer in layers for name in merged if name in layer.available_adapters
-    )
-    return merged if regular else "irregular"
+def _merged(adapters: Adapters) -> list[str] | Irregular:
+    layers = {name: entry.layers for name, entry in adapters.by_name.items() if entry.layers.merged(name)}
+    regular = all(len(entry.merged(name)) == len(entry) for name, entry in layers.items())
+    return list(layers) if regular else "irregular"
 
 
 def _trained(tensors: Iterable[nn.Parameter]) -> bool | Irregular:

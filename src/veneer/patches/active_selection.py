@@ -55,6 +55,11 @@ class ActiveSelection:
             return chosen
         return self.default if self.enabled else DISABLED
 
+    @property
+    def is_enabled(self) -> bool:
+        """False while adapters are disabled in this context."""
+        return not self.current.disabled
+
     def _in_context(self) -> Selection | None:
         """Return the selection of the call or block that this context is inside of, if it is."""
         state: ForwardCall | None = current()
