@@ -71,6 +71,7 @@ from veneer.configs.methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from veneer.configs.methods.loha import LoHaConfig as LoHaConfig
 from veneer.configs.methods.lokr import LoKrConfig as LoKrConfig
 from veneer.configs.methods.lora import LoraConfig as LoraConfig
+from veneer.configs.methods.lora import LoraRuntimeConfig as LoraRuntimeConfig
 from veneer.configs.methods.miss import MissConfig as MissConfig
 from veneer.configs.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from veneer.configs.methods.oft import OFTConfig as OFTConfig
@@ -132,6 +133,9 @@ from veneer.errors import (
 )
 from veneer.errors import (
     MergeError as MergeError,
+)
+from veneer.errors import (
+    MissingTypeError as MissingTypeError,
 )
 from veneer.errors import (
     NonFiniteError as NonFiniteError,

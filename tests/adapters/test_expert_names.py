@@ -92,7 +92,7 @@ def test_what_is_trained_is_loaded_again_here_and_in_peft(make: Callable[[], nn.
 def test_layers_that_are_left_stay_beside_the_parameters() -> None:
     model = veneer.get_peft_model(made(qwen2), veneer.LoraConfig(target_modules=["gate_proj", "up_proj"]))
     found: Any = model.peft_config["default"]
-    assert found.target_modules == ["gate_proj", "up_proj"]
+    assert found.target_modules == {"gate_proj", "up_proj"}
     assert found.target_parameters == ["mlp.experts.gate_up_proj"]
     assert any("shared_expert.up_proj.lora_A" in name for name in trained(model))
 

@@ -47,5 +47,5 @@ def test_each_name_of_a_usual_choice_is_a_layer_of_its_models(model_type: str) -
 def test_vit_has_a_usual_choice_under_the_names_of_today() -> None:
     config = tf.ViTConfig(**BLOCKS, intermediate_size=40, image_size=16, patch_size=8)
     model = veneer.get_peft_model(tf.ViTForImageClassification(config), veneer.LoraConfig())
-    assert model.peft_config["default"].target_modules == ["q_proj", "v_proj"]
+    assert model.peft_config["default"].target_modules == {"q_proj", "v_proj"}
     assert len(model.adapters.get("default").layers) == 4

@@ -64,7 +64,7 @@ def test_the_parts_of_a_packed_sequence_use_their_own(arch: str, tmp_path: Path)
 
 def test_what_it_cannot_do_is_refused_with_a_mend(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="adapter_len"):
-        veneer.AdaptionPromptConfig(adapter_layers=1)
+        veneer.get_peft_model(build("llama"), veneer.AdaptionPromptConfig(adapter_layers=1))
     with pytest.raises(ConfigError, match="one name"):
         veneer.AdaptionPromptConfig(**OPTIONS, target_modules=["a", "b"])
     with pytest.raises(TargetError, match="known form"):

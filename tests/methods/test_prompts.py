@@ -354,7 +354,7 @@ def test_a_loss_of_its_own_is_that_of_its_call_alone() -> None:
 @pytest.mark.parametrize(
     ("config", "options", "said"),
     [
-        ("PromptTuningConfig", {}, "num_virtual_tokens"),
+        ("PromptTuningConfig", {"num_virtual_tokens": 0}, "num_virtual_tokens"),
         ("PromptTuningConfig", {"num_virtual_tokens": 2, "prompt_tuning_init": "MORE"}, "prompt_tuning_init"),
         ("PromptTuningConfig", {"num_virtual_tokens": 2, "prompt_tuning_init": "TEXT"}, "no text"),
         ("PromptEncoderConfig", {"num_virtual_tokens": 2, "encoder_reparameterization_type": "CNN"}, "CNN"),
@@ -372,6 +372,11 @@ def test_a_loss_of_its_own_is_that_of_its_call_alone() -> None:
 def test_a_config_that_means_nothing_is_refused(config: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         getattr(veneer, config)(**options)
+
+
+def test_a_prompt_without_a_length_is_refused_on_a_model() -> None:
+    with pytest.raises(ConfigError, match="num_virtual_tokens is missing"):
+        veneer.get_peft_model(build("llama"), veneer.PromptTuningConfig(task_type="CAUSAL_LM"))
 
 
 @pytest.mark.parametrize(("init", "expected"), [("AVERAGE_SOURCE_TASKS", 0.5), ("EXACT_SOURCE_TASK", 1.0)])

@@ -144,7 +144,7 @@ def test_variants_are_saved_for_the_base_as_it_is(tmp_path: Path) -> None:
     assert keys == {LORA_A, "lora_B.weight", "lora_diag"}
     config = veneer.PeftConfig.from_pretrained(tmp_path)
     assert isinstance(config, veneer.LoraConfig)
-    assert (config.r, config.kasa_config) == (4, {"beta": 1e-4, "gamma": 1e-3})
+    assert (config.r, config.kasa_config) == (4, veneer.KasaConfig())
 
 
 def test_kasa_becomes_a_lora_of_twice_the_rank(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ BLOCKS = veneer.BdLoraConfig(target_modules_bd_a=["down_proj"], target_modules_b
 REFUSED: dict[str, tuple[dict[str, Any], type[VeneerError], str]] = {
     "two of them": ({"kasa_config": {}, "velora_config": {}}, ConfigError, "exclude each other"),
     "with DoRA": ({"kasa_config": {}, "use_dora": True}, ConfigError, "exclude each other"),
-    "no blocks named": ({"use_bdlora": True}, ConfigError, "have options"),
+    "no blocks named": ({"use_bdlora": True}, ConfigError, "must be a `BdLoraConfig`"),
     "a bias": ({"use_bdlora": BLOCKS, "lora_bias": True}, ConfigError, "lora_bias"),
     "uneven blocks": ({"use_bdlora": BLOCKS}, UnsupportedError, "nblocks=3"),
     "neither factor": ({"use_bdlora": {"target_modules_bd_a": ["down_proj"]}}, ConfigError, "neither"),

@@ -193,7 +193,7 @@ def test_the_scalings_can_be_read_and_steered(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused_with_a_mend(tmp_path: Path) -> None:
     experts = _experts(tmp_path)
     with pytest.raises(ConfigError, match="adapters is empty"):
-        veneer.XLoraConfig()
+        veneer.get_peft_model(build("llama"), veneer.XLoraConfig())
     with pytest.raises(ConfigError, match="xlora_depth"):
         veneer.XLoraConfig(adapters=experts, xlora_depth=0)
     model = veneer.get_peft_model(build("llama"), veneer.XLoraConfig(adapters=experts), seed=1)

@@ -18,6 +18,7 @@ import veneer
 from tests.models import CASES, build, gap, inputs, logits
 from tests.oracle.peer import VISIBLE, WEIGHTS, config_of, scramble
 from tests.random_adapters import bits, edit_config, same_bits
+from veneer.errors import ConfigError
 
 pytestmark = pytest.mark.oracle
 
@@ -223,6 +224,22 @@ def test_an_adapter_of_a_changed_base_is_converted_by_its_initial_one(more: dict
     with pytest.raises(veneer.UnsupportedError, match="not what the adapter began as"):
         model.save_pretrained(tmp_path / "no", path_initial_model_for_weight_conversion=tmp_path / "foreign")
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("option", ["covariance_file", "cache_file"])
+def test_corda_measures_once_for_a_file(option: str, tmp_path: Path) -> None:
+    file, base = tmp_path / "measured.safetensors", build("llama")
+    first = ours(build("llama"), "corda", corda_config={option: file})
+    config = veneer.LoraConfig(init_lora_weights="corda", **LINEAR, corda_config={option: str(file)})  # type: ignore[arg-type]
+    veneer.preprocess_corda(base, config)
+    again = veneer.get_peft_model(base, config)
+    expected = factors(first)
+    assert all(torch.equal(down, expected[name][0]) for name, (down, _) in factors(again).items())
+    config.target_modules = ["up_proj"]
+    with pytest.raises(ConfigError, match="no covariance of 2 layers"):
+        veneer.preprocess_corda(build("llama"), config)
+    with pytest.raises(ConfigError, match="`run_model` must be specified"):
+        veneer.preprocess_corda(build("llama"), veneer.LoraConfig(init_lora_weights="corda"))
 
 
 @pytest.mark.parametrize("how", ["corda", "lora_ga", "pissa_niter_4"])

@@ -173,7 +173,7 @@ def test_what_cannot_stay_alike_is_refused(options: dict[str, Any], error: type[
 def test_a_pattern_for_one_end_names_both() -> None:
     config = veneer.LoraConfig(ensure_weight_tying=True, target_modules=r".*\.(embed_tokens|q_proj)")
     config = veneer.get_peft_model(tied(), config).peft_config["default"]
-    assert config.target_modules == ["embed_tokens", "lm_head", "q_proj"]
+    assert config.target_modules == {"embed_tokens", "lm_head", "q_proj"}
 
 
 def test_a_base_that_is_not_tied_is_adapted_as_it_is() -> None:

@@ -447,7 +447,7 @@ def test_a_merge_unties_embeddings_that_differ_afterwards(tmp_path: Path) -> Non
 
 
 def test_configs_that_mean_nothing_usable_are_refused() -> None:
-    with pytest.raises(TargetError, match=r"matches no module.*Nearest: q_proj"):
+    with pytest.raises(TargetError, match=r"not found in the base model.*Nearest: q_proj"):
         veneer.get_peft_model(build("llama"), veneer.LoraConfig(target_modules=["q_prj"]))
     with pytest.raises(TargetError, match=r"cannot carry an adapter.*norm \(LlamaRMSNorm\)"):
         veneer.get_peft_model(build("llama"), veneer.LoraConfig(target_modules=["norm"]))
@@ -475,8 +475,11 @@ def test_a_failed_start_leaves_the_base_alone() -> None:
         ({"lora_dropout": 1.5}, "lora_dropout=1.5 is no share"),
         ({"lora_alpha": "16"}, "lora_alpha='16' is not of the type"),
         ({"target_modules": "(q_proj"}, "no regular expression"),
-        ({"target_modules": ".*q", "layers_to_transform": [0]}, "layers_to_transform needs target_modules as a list"),
-        ({"layers_pattern": "layers"}, "says nothing without layers_to_transform"),
+        (
+            {"target_modules": ".*q", "layers_to_transform": [0]},
+            "`layers_to_transform` cannot be used when `target_modules` is a str",
+        ),
+        ({"layers_pattern": "layers"}, "`layers_to_transform` must also be specified"),
     ],
 )
 def test_values_that_cannot_be_are_refused(options: dict[str, Any], words: str) -> None:
@@ -487,7 +490,7 @@ def test_values_that_cannot_be_are_refused(options: dict[str, Any], words: str) 
 def test_all_linear_is_spelt_out_in_the_config() -> None:
     model = adapted(target_modules="all-linear")
     found = model.peft_config["default"].target_modules  # type: ignore[attr-defined]
-    assert found == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert found == {"down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"}
 
 
 def test_one_config_serves_several_models() -> None:

@@ -156,11 +156,11 @@ def _name(config: LoraConfig, shares: list[Share], catalog: Catalog) -> None:
     config.alpha_pattern = {**alphas, **config.alpha_pattern}
     config.target_parameters = list(dict.fromkeys([*(config.target_parameters or ()), *endings]))
     targets = config.target_modules
-    if isinstance(targets, list):
+    if isinstance(targets, (set, list)):
         stood_for = [layer for share in shares for layer in share.layers]
-        config.target_modules = [name for name in targets if not _is_spent(name, stood_for, catalog)]
+        config.target_modules = {name for name in targets if not _is_spent(name, stood_for, catalog)}
     elif targets is not None and targets != ALL_LINEAR and not any(names_match(n, targets) for n in catalog.modules):
-        config.target_modules = []
+        config.target_modules = set()
 
 
 def _shortest(share: Share, shares: Iterable[Share], catalog: Catalog) -> str:
@@ -195,7 +195,7 @@ def warn_of_idle_names(config: TargetedConfig, catalog: Catalog, layers: Iterabl
     endings = [ending for ending in endings if not ending.isdigit()]
     for option in ("target_modules", "exclude_modules"):
         targets = getattr(config, option)
-        for name in targets if isinstance(targets, list) else ():
+        for name in sorted(targets) if isinstance(targets, (set, list)) else ():
             if not any(names_match(module, [name]) for module in names):
                 held = any(name in module._parameters for module in catalog.modules.values())
                 more = " It is a parameter: see target_parameters." if held and option == "target_modules" else ""

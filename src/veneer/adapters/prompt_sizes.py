@@ -17,7 +17,7 @@ from veneer.base_model.model_call import (
     words_of,
 )
 from veneer.configs.base import PromptConfig
-from veneer.errors import BindError
+from veneer.errors import BindError, ConfigError
 from veneer.methods.base.prompt_method import AnyPrompt
 
 
@@ -40,9 +40,15 @@ def complete(config: PromptConfig, method: AnyPrompt, model: nn.Module) -> None:
     """Fill in the sizes that ``config`` leaves to the model.
 
     Raises:
+        ConfigError: it says no length.
         UnsupportedError: the model's config does not give them, or it takes no such prompt.
         BindError: the config names other sizes than the model has.
     """
+    if config.num_virtual_tokens is None:
+        raise ConfigError(
+            f"num_virtual_tokens is missing, the length of the {config.peft_type} prompt.",
+            hint="Give it, such as num_virtual_tokens=20.",
+        )
     sizes = asdict(_of_keys(model) if method.fills_cache else _of_words(model))
     needed = sizes if method.fills_cache else {"token_dim": sizes["token_dim"]}
     wrong = [

@@ -15,7 +15,15 @@ from veneer.base_model.sites.parameter import ParameterSite
 from veneer.base_model.sites.parameter_reader import LIVE, ParameterReader
 from veneer.base_model.sites.quantized.packed import refusal
 from veneer.base_model.sites.site import Site
-from veneer.base_model.targets import ALL_LINEAR, is_inside, names_match, saved_modules, shortest, target_names
+from veneer.base_model.targets import (
+    ALL_LINEAR,
+    is_inside,
+    names_match,
+    saved_modules,
+    shortest,
+    shown_names,
+    target_names,
+)
 from veneer.base_model.transformers_internals import renames_of
 from veneer.configs.base import AnyConfig, TargetedConfig
 from veneer.errors import TargetError
@@ -172,8 +180,8 @@ class Catalog:
             kind = type(self.modules[refused[0]]).__name__
             why = refusal(self.modules[refused[0]])
             raise TargetError(
-                f"{len(refused)} of the modules that target_modules={config.target_modules!r} means cannot carry an "
-                f"adapter; the first is {refused[0]} ({kind})" + (f": {why}." if why else "."),
+                f"{len(refused)} of the modules that target_modules={shown_names(config.target_modules)} means cannot "
+                f"carry an adapter; the first is {refused[0]} ({kind})" + (f": {why}." if why else "."),
                 hint=f"Kinds that can: {kinds()}, with a floating-point weight. Narrow target_modules, or name "
                 "these in exclude_modules.",
             )
@@ -234,7 +242,7 @@ class Catalog:
         """Write the targets' names over "all-linear" or nothing, so that a saved config means the same anywhere."""
         if config.target_modules in (None, ALL_LINEAR):
             free = [n for n in self.modules if not names_match(n, config.exclude_modules)]
-            config.target_modules = shortest(chosen, free) if config.layers_to_transform is None else chosen
+            config.target_modules = set(shortest(chosen, free) if config.layers_to_transform is None else chosen)
 
 
 def _signature(config: TargetedConfig) -> tuple[Any, ...]:

@@ -167,7 +167,8 @@ def _default_targets(model_type: str | None, names: Mapping[str, bool]) -> tuple
     if model_type is not None and model_type in DEFAULTS:
         return DEFAULTS[model_type]
     raise TargetError(
-        f"The config names no target_modules, and models of type {model_type!r} have no usual choice.",
+        "Please specify `target_modules` in `peft_config`: it names none, and models of type "
+        f"{model_type!r} have no usual choice.",
         hint=f'Give target_modules="all-linear", or some of: {_endings(names)}.',
     )
 
@@ -179,13 +180,22 @@ def _endings(names: Mapping[str, bool]) -> str:
 def _no_target(config: TargetedConfig, targets: Any, matched: list[str], names: Mapping[str, bool]) -> tuple[str]:
     if matched:
         filters = [
-            f"{key}={getattr(config, key)!r}"
+            f"{key}={shown_names(getattr(config, key))}"
             for key in ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
             if getattr(config, key)
         ]
-        return (f"target_modules={targets!r} means {len(matched)} modules, and {' with '.join(filters)} removes all.",)
+        shown, removing = shown_names(targets), " with ".join(filters)
+        return (f"target_modules={shown} means {len(matched)} modules, and {removing} removes all.",)
     endings = sorted({n.rpartition(".")[2] for n in names if n})
-    asked = [targets] if isinstance(targets, str) else list(targets)
+    asked = [targets] if isinstance(targets, str) else sorted(targets)
     near = [m for target in asked for m in difflib.get_close_matches(target.rpartition(".")[2], endings, n=2)]
     closest = f" Nearest: {', '.join(dict.fromkeys(near))}." if near else ""
-    return (f"target_modules={targets!r} matches no module.{closest} Linear layers here: {_endings(names)}.",)
+    return (
+        f"Target modules {shown_names(targets)} not found in the base model. "
+        f"Please check the target modules and try again.{closest} Linear layers here: {_endings(names)}.",
+    )
+
+
+def shown_names(names: Any) -> str:
+    """Return the text of an option's names: those of a set in a fixed order."""
+    return f"{sorted(names) if isinstance(names, (set, frozenset)) else names!r}"

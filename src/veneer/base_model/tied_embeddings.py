@@ -47,7 +47,7 @@ def _name(config: TargetedConfig, name: str, catalog: Catalog, layers: list[str]
         return
     targets = config.target_modules
     is_pattern = isinstance(targets, str) or targets is None
-    config.target_modules = shortest([*layers, name], catalog.modules) if is_pattern else [*(targets or ()), short]
+    config.target_modules = {*shortest([*layers, name], catalog.modules)} if is_pattern else {*(targets or ()), short}
     if name not in catalog.targets(config):
         raise ConfigError(
             f"ensure_weight_tying=True: {name} is to be adapted alike, and the config leaves it out.",

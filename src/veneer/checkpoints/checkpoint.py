@@ -128,7 +128,7 @@ def replacing(drafts: Sequence[Draft]) -> Iterator[None]:
     with ExitStack() as stack:  # the last to enter is the first to take its place
         for draft in drafts:
             stack.enter_context(atomic_write(draft.folder / ADAPTER_CONFIG)).write_text(
-                draft.config.to_json(), encoding="utf-8"
+                draft.config.to_json(inference_mode=True), encoding="utf-8"
             )
         for draft in drafts:
             weights = stack.enter_context(atomic_write(draft.weights))

@@ -18,8 +18,16 @@ from typing import Any, ClassVar
 from veneer.configs import patterns
 from veneer.configs.names import PeftType, TaskType
 from veneer.configs.value_checks import check_at_least_one, check_types
-from veneer.errors import ConfigError, UnknownKeyError, UnknownMethodError, UnsupportedError, did_you_mean
+from veneer.errors import (
+    ConfigError,
+    MissingTypeError,
+    UnknownKeyError,
+    UnknownMethodError,
+    UnsupportedError,
+    did_you_mean,
+)
 from veneer.files.atomic_write import atomic_write
+from veneer.files.json_file import read_json
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_CONFIG
 from veneer.files.resolve import resolve
@@ -34,6 +42,12 @@ _DESCRIPTIVE = frozenset(
 
 # Keys in the config of an adapter of MLX-LM, and in none of PEFT's.
 _MLX_KEYS = frozenset({"fine_tune_type", "lora_parameters"})
+
+# Fields that no file has.
+NOT_IN_FILES = frozenset({"extra", "runtime_config"})
+
+# A regular expression, a keyword, or names.
+Names = set[str] | list[str] | str
 
 # Written as null by some tools for "none".
 _PATTERNS = frozenset({"rank_pattern", "alpha_pattern"})
@@ -76,15 +90,28 @@ class PeftConfig(Fields):
         if self.own_type is not None:
             self.peft_type = self.own_type
         check_types(self)
-        if self.task_type is not None and not isinstance(self.task_type, TaskType):
-            known = {t.value for t in TaskType}
-            if str(self.task_type) in known:
-                self.task_type = TaskType(self.task_type)
+        self._check_task()
+
+    def _check_task(self) -> None:
+        if self.task_type is None:
+            return
+        tasks = [task.value for task in TaskType]
+        if self.task_type not in tasks:
+            raise ConfigError(
+                f"Invalid task type: {self.task_type!r}. Must be one of the following task types: {', '.join(tasks)}.",
+                hint=did_you_mean(str(self.task_type).upper(), tasks) or "Leave it out for any other task.",
+            )
+        self.task_type = TaskType(self.task_type)
 
     @property
     def is_prompt_learning(self) -> bool:
         """True for methods that change the input instead of weights."""
         return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """True for adaption prompts (LLaMA-Adapter)."""
+        return self.own_type == PeftType.ADAPTION_PROMPT
 
     @property
     def method_name(self) -> str:
@@ -112,11 +139,11 @@ class PeftConfig(Fields):
             UnsupportedError: a known option is on that this version does not have.
         """
         _check_origin(values, where)
-        kind = config_class(values.get("peft_type"), where)
-        names = {f.name for f in dataclasses.fields(kind)} - {"extra"}
+        kind = config_class(values.get("peft_type"), where, cls)
+        names = {f.name for f in dataclasses.fields(kind)} - NOT_IN_FILES
         known = {key: value for key, value in values.items() if key in names}
-        extra = {key: value for key, value in values.items() if key not in names}
-        check_unknown_keys(extra, names, where, strict)
+        extra = {key: value for key, value in values.items() if key not in names | NOT_IN_FILES}
+        check_unknown_keys(extra, names, where, strict, kind.__name__)
         try:
             known = {key: value for key, value in known.items() if value is not None or key not in _PATTERNS}
             with patterns.matching():
@@ -141,17 +168,28 @@ class PeftConfig(Fields):
         folder = resolve(path, LookupOptions(revision=revision, **source), what="adapter")
         return cls.from_dict(folder.json(ADAPTER_CONFIG), where=f"{folder.origin}/{ADAPTER_CONFIG}")
 
+    @classmethod
+    def from_peft_type(cls, peft_type: PeftType | str, **options: Any) -> PeftConfig:
+        """Make the config of a method with ``options``, which are fields of its class."""
+        return config_class(peft_type, "from_peft_type")(**options)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | Path) -> dict[str, Any]:
+        """Return the JSON object of a file, without the options that are never in files."""
+        values = read_json(Path(path_json_file))
+        return {key: value for key, value in values.items() if key not in NOT_IN_FILES}
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object of this config, unknown keys included."""
-        values = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
+        """Return the fields as JSON has them; keys that are unknown here are in :attr:`extra`."""
+        values = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in NOT_IN_FILES}
         if values["peft_version"] is None:
             del values["peft_version"]
-        return {**self.extra, **values}
+        return values
 
-    def to_json(self) -> str:
-        """Return the text of ``adapter_config.json``: keys sorted, ``inference_mode`` on."""
+    def to_json(self, **changes: Any) -> str:
+        """Return the text of ``adapter_config.json`` with ``changes``: keys sorted, unknown ones included."""
         # Only the top level is sorted: of rank_pattern's keys the first match counts, so their order has meaning.
-        values = {**self.to_dict(), "inference_mode": True}
+        values = {**self.extra, **self.to_dict(), **changes}
         return json.dumps(dict(sorted(values.items())), indent=2) + "\n"
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -186,31 +224,37 @@ class TargetedConfig(PeftConfig):
         modules_to_save: modules that are trained whole and saved beside the adapter, such as a new head.
     """
 
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    target_modules: Names | None = None
+    exclude_modules: Names | None = None
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
 
+    # The options whose names have no order, and are a set, as in peft.
+    unordered: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules")
     # How the keys of options such as rank_pattern are matched with a layer's name.
     pattern_form: ClassVar[patterns.Form] = patterns.ENDING
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in dict.fromkeys((*TargetedConfig.unordered, *self.unordered, "modules_to_save")):
             value = getattr(self, name)
             if isinstance(value, Iterable) and not isinstance(value, str):
-                setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
+                setattr(self, name, set(value) if name in self.unordered else _listed(value))
         self._check_patterns()
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ConfigError(
-                "layers_to_transform needs target_modules as a list; it is a regular expression or a keyword here.",
-                hint="Put the block index into the expression, or list the names.",
-            )
+        self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"`{name}` cannot be used when `target_modules` is a str.",
+                    hint="Put the block index into the expression, or list the names.",
+                )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(
-                f"layers_pattern={self.layers_pattern!r} says nothing without layers_to_transform.",
-                hint="Give layers_to_transform=[...] too, or leave both out.",
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified.",
+                hint=f"layers_pattern={self.layers_pattern!r} says nothing alone; leave both out, or give both.",
             )
 
     def _check_patterns(self) -> None:
@@ -247,12 +291,8 @@ class PromptConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_virtual_tokens is None or self.num_virtual_tokens < 1:
-            raise ConfigError(
-                f"num_virtual_tokens={self.num_virtual_tokens!r} is no number of tokens.",
-                hint="Give the length of the prompt, such as num_virtual_tokens=20.",
-            )
-        check_at_least_one(self, "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
+        sizes = ("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
+        check_at_least_one(self, "num_virtual_tokens", *sizes)
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -296,11 +336,13 @@ def _check_origin(values: Mapping[str, Any], where: str) -> None:
         )
 
 
-def config_class(peft_type: Any, where: str) -> type[PeftConfig]:
-    """Return the config class for a ``peft_type`` as it stands in a file."""
+def config_class(peft_type: Any, where: str, asked: type[PeftConfig] | None = None) -> type[PeftConfig]:
+    """Return the config class for a ``peft_type`` as it stands in a file; ``asked`` is the one that a user named."""
     if peft_type is None:
-        raise ConfigError(
-            f"{where}: no peft_type, so the method is unknown.",
+        named = (asked or PeftConfig).__name__
+        raise MissingTypeError(
+            f"{where}: no peft_type. The {named} config that is trying to be loaded is missing required keys: "
+            "{'peft_type'}.",
             hint='Add it, such as "peft_type": "LORA", if you know how the adapter was made.',
         )
     name = str(peft_type)
@@ -315,7 +357,7 @@ def config_class(peft_type: Any, where: str) -> type[PeftConfig]:
     return _CONFIGS[name]
 
 
-def check_unknown_keys(extra: Mapping[str, Any], known: set[str], where: str, strict: bool) -> None:
+def check_unknown_keys(extra: Mapping[str, Any], known: set[str], where: str, strict: bool, kind: str) -> None:
     """Refuse unknown keys that change the maths, and warn of those that may.
 
     A key that is off (``None``, ``False``, empty) or only descriptive changes nothing and is kept silently. A switch
@@ -334,8 +376,13 @@ def check_unknown_keys(extra: Mapping[str, Any], known: set[str], where: str, st
                 + "Remove the key if it changes nothing, or load with strict=False to ignore it.",
             )
         warn(message + " It is ignored.")
-    for key in on.keys() - set(switches):
-        warn(f"{where}: unknown key {key}={on[key]!r} is kept and not used.")
+    unused = sorted(on.keys() - set(switches))
+    if unused:
+        shown = ", ".join(f"{key}={on[key]!r}" for key in unused)
+        warn(
+            f"Unexpected keyword arguments {unused} for class {kind}, these are ignored. {where}: {shown} is kept and "
+            "not used."
+        )
 
 
 def _peft_type(name: str) -> PeftType | str:
@@ -344,7 +391,15 @@ def _peft_type(name: str) -> PeftType | str:
 
 
 def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
     return value.value if isinstance(value, Enum) else value
+
+
+def _listed(names: Iterable[str]) -> list[str]:
+    return sorted(names) if isinstance(names, (set, frozenset)) else list(names)
 
 
 def as_any_config(config: PeftConfig) -> AnyConfig:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from veneer.configs.value_checks import Checked
@@ -19,9 +21,24 @@ class CordaConfig(Checked):
 
     Args:
         corda_method: "ipm" adapts to the data given, "kpm" preserves the knowledge that the data ask for.
+        covariance_file, cache_file: a safetensors file for what ``preprocess_corda`` measures: read if it is there,
+            else written.
+        verbose, use_float16_for_covariance, prune_temporary_fields: accepted for peft's sake: nothing is printed or
+            left on the model, and measuring is in float32.
     """
 
+    cache_file: str | Path | None = None
+    covariance_file: str | Path | None = None
     corda_method: Literal["ipm", "kpm"] = "ipm"
+    verbose: bool = False
+    use_float16_for_covariance: bool = False
+    prune_temporary_fields: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("cache_file", "covariance_file"):
+            file = getattr(self, name)
+            setattr(self, name, None if file is None else os.fspath(file))
+        super().__post_init__()
 
 
 @dataclass
@@ -88,7 +105,13 @@ class LoftQConfig(Checked):
             raise ConfigError(f"LoftQConfig: loftq_iter={self.loftq_iter!r}.", hint="It is at least 1.")
 
 
-def options_of(kind: type[StartT], values: Mapping[str, Any]) -> StartT:
-    """Make options from the ``values`` in a config; unknown keys are left to other tools."""
+def options_of(kind: type[StartT], values: StartT | Mapping[str, Any] | None) -> StartT:
+    """Return options, or make them from the ``values`` in a file; unknown keys are left to other tools."""
+    if isinstance(values, kind):
+        return values
+    if values is not None and not isinstance(values, Mapping):
+        raise ConfigError(
+            f"{values!r} must be a `{kind.__name__}`, a dict, or None.", hint=f"Give {kind.__name__}(...)."
+        )
     known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    return kind(**{key: value for key, value in values.items() if key in known})
+    return kind(**{key: value for key, value in (values or {}).items() if key in known})

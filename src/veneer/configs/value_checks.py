@@ -54,7 +54,7 @@ def matches_type(value: Any, declared: Any) -> bool:
         return any(matches_type(value, choice) for choice in inner)
     if origin is Literal:
         return value in inner
-    if origin is list:
+    if origin in (list, set):
         return isinstance(value, (list, tuple, set, frozenset)) and all(matches_type(item, inner[0]) for item in value)
     if origin is dict:
         key, item = inner

@@ -22,7 +22,7 @@ from torch import Tensor
 from veneer.base_model.sites.attention import FORMS, AttentionSite, attention_site
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.adaption_prompt import AdaptionPromptConfig
-from veneer.errors import TargetError
+from veneer.errors import ConfigError, TargetError
 from veneer.methods.base.abilities import ChoosesLayers, CompletesConfig
 from veneer.methods.base.method import BaseLayer, Leaf, MethodOnSites, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
@@ -69,6 +69,11 @@ class AdaptionPrompt(RoutedMethod[AdaptionPromptConfig, int], ChoosesLayers, Com
 
     def parts(self, config: AdaptionPromptConfig, catalog: Catalog) -> list[MethodOnSites]:
         self.complete(config, catalog)
+        if config.adapter_len is None or config.adapter_layers is None:
+            raise ConfigError(
+                f"adapter_len={config.adapter_len!r}, adapter_layers={config.adapter_layers!r}: both are needed.",
+                hint="Give the number of vectors, and of the upper layers that have them.",
+            )
         candidates = [attention_site(name, catalog.modules[name]) for name in catalog.targets(config)]
         sites: list[Site] = [site for site in candidates if site is not None]
         count = config.adapter_layers or 0

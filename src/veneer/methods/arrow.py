@@ -138,7 +138,7 @@ class Arrow(Lora):
 
     def settings(self, config: LoraConfig, site: Site) -> ArrowSettings:
         plain = super().settings(config, site)
-        return ArrowSettings(**vars(plain), arrow=ArrowConfig(**(config.arrow_config or {})))
+        return ArrowSettings(**vars(plain), arrow=config.arrow_config or ArrowConfig())
 
     def check_mergeable(self, settings: LoraSettings, site: Site) -> None:
         raise MergeError(

@@ -236,7 +236,7 @@ class Lora(
             )
         if not site.matrix_input:
             raise unsupported(site, f"init_lora_weights={how!r}")
-        options = getattr(new.config, f"{how}_config", None) or {}
+        options = getattr(new.config, f"{how}_config", None)
         weight, settings = new.base.base_weight().float(), new.settings
         layer = StartLayer(
             site.name, weight, settings.r, float(settings.scale), how, options, site.module, new.generator

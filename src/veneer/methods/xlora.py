@@ -23,7 +23,7 @@ from veneer.base_model.sites.embedding import EmbeddingSite
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.xlora import XLoraConfig
-from veneer.errors import AdapterError, UnsupportedError
+from veneer.errors import AdapterError, ConfigError, UnsupportedError
 from veneer.methods.base.abilities import ChoosesLayers, CompletesConfig, SharesTensors
 from veneer.methods.base.method import BaseLayer, Leaf, MethodOnSites, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
@@ -103,6 +103,8 @@ class XLora(RoutedMethod[XLoraConfig, XLoraSettings], SharesTensors, ChoosesLaye
     shared = (Leaf(CLASSIFIER),)
 
     def complete(self, config: XLoraConfig, catalog: Catalog) -> None:
+        if not config.adapters:
+            raise ConfigError("adapters is empty.", hint='Name the LoRA adapters: adapters={"0": path, "1": path}.')
         model_config = getattr(catalog.model, "config", None)
         if model_config is None or getattr(model_config, "is_encoder_decoder", False):
             raise UnsupportedError(

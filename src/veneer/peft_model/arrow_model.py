@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,6 @@ def create_arrow_model(
     names = {kind: [name for name in paths if name.startswith(kind)] for kind in ("task_", "gks_")}
     filled = replace(arrow_config, task_adapter_names=names["task_"], gks_adapter_names=names["gks_"])
     rank = getattr(model.peft_config[first], "r", 8)
-    model.add_adapter(ROUTER, LoraConfig(r=rank, arrow_config=asdict(filled)))
+    model.add_adapter(ROUTER, LoraConfig(r=rank, arrow_config=filled))
     model.set_adapter(ROUTER)
     return model

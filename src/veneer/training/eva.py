@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.collection import Adapters
 from veneer.base_model.targets import pattern_value
-from veneer.configs.lora_start_options import EvaConfig, options_of
+from veneer.configs.lora_start_options import EvaConfig
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import AdapterError, ConfigError, UnsupportedError
 from veneer.files.tensor_keys import PREFIX
@@ -52,7 +52,7 @@ class _Ranks:
 
 def used_tokens(inputs: Mapping[str, Tensor], config: LoraConfig) -> Tensor:
     """Return the positions ``(n, 2)`` of a batch's tokens that count: neither padding nor masked by the labels."""
-    options = options_of(EvaConfig, config.eva_config or {})
+    options = config.eva_config or EvaConfig()
     mask = inputs.get("attention_mask")
     mask = (torch.ones_like(inputs["input_ids"]) if mask is None else mask).bool()
     if options.use_label_mask and inputs.get("labels") is not None:
@@ -108,7 +108,7 @@ def get_eva_state_dict(
         ConfigError: no data, too few rows in each batch, or directions that do not become steady.
     """
     config, layers, disabled = _linear_layers(model, peft_config, adapter_name)
-    options = options_of(EvaConfig, config.eva_config or {})
+    options = config.eva_config or EvaConfig()
     search = _Search({name: _ranks(name, config, options.rho) for name in layers}, options.tau)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
@@ -366,7 +366,7 @@ def _with_ranks(adapters: Adapters, entry: Adapter, starts: Mapping[str, Tensor]
     """Return the adapter's config with the new ranks and alphas, written out by name."""
     old = entry.config
     assert isinstance(old, LoraConfig)
-    adjust = options_of(EvaConfig, old.eva_config or {}).adjust_scaling_factors
+    adjust = (old.eva_config or EvaConfig()).adjust_scaling_factors
     ranks: dict[str, int] = {}
     alphas: dict[str, int | float] = {}
     for layer in entry.layers:

@@ -6,6 +6,7 @@ against the old names, and written anew where it matches other modules by their 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -100,7 +101,8 @@ def as_named_now(config: TargetedConfig, names: OldNames, adapted: Collection[st
             changes[option] = _patterns(getattr(config, option), default, names, adapted)
     feedforward = getattr(config, "feedforward_modules", None)
     if feedforward and set(names.matched(feedforward)) != _matching(feedforward, catalog.modules):
-        changes["feedforward_modules"] = shortest(names.matched(feedforward), catalog.modules)
+        # An expression, since names have to be among the targets, which are renamed after this.
+        changes["feedforward_modules"] = "|".join(map(re.escape, names.matched(feedforward)))
     tokens = getattr(config, "trainable_token_indices", None)
     if isinstance(tokens, Mapping):
         changes["trainable_token_indices"] = {

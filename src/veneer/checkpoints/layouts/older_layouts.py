@@ -31,7 +31,7 @@ from veneer.checkpoints.layouts.closeness import Closeness
 from veneer.checkpoints.layouts.current_names import current_names
 from veneer.checkpoints.layouts.old_names import OldNames, as_named_now, kinds_of
 from veneer.checkpoints.layouts.stacked_experts import RestackedCheckpoint, stack_experts
-from veneer.configs.base import TargetedConfig
+from veneer.configs.base import Names, TargetedConfig
 from veneer.configs.methods.lora import LoraConfig
 from veneer.files.tensor_keys import PREFIX
 from veneer.methods import method_of
@@ -140,11 +140,11 @@ def _without_uncalled(now: RestackedCheckpoint, heads: frozenset[str], catalog: 
     return replace(now, config=config, tensors=tensors, notes=(*now.notes, note))
 
 
-def _excluding(excluded: list[str] | str | None, names: Iterable[str]) -> list[str] | str:
+def _excluding(excluded: Names | None, names: Iterable[str]) -> Names:
     """Return ``exclude_modules`` with more names."""
     if isinstance(excluded, str):
         return "|".join([f"({excluded})", *map(re.escape, names)])
-    return list(dict.fromkeys([*(excluded or ()), *names]))
+    return {*(excluded or ()), *names}
 
 
 # -- routers that are no linear layers now -----------------------------------------------------------------
@@ -169,8 +169,8 @@ def _with_router_parameters(now: RestackedCheckpoint, routers: Iterable[str]) ->
         return now
     targets = config.target_modules
     other_targets = (
-        [t for t in targets if not any(names_match(n.removesuffix(".weight"), [t]) for n in named)]
-        if isinstance(targets, list)
+        {t for t in targets if not any(names_match(n.removesuffix(".weight"), [t]) for n in named)}
+        if isinstance(targets, (set, list))
         else targets
     )
     config = replace(

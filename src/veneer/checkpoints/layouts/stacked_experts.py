@@ -21,6 +21,7 @@ from veneer.base_model.catalog import Catalog
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import names_match, pattern_value
 from veneer.checkpoints.layouts.renamed_checkpoint import RenamedCheckpoint
+from veneer.configs.base import Names
 from veneer.configs.methods.lora import LoraConfig
 from veneer.files.safetensors_header import TensorInfo
 from veneer.files.tensor_keys import PREFIX
@@ -305,13 +306,13 @@ def _with_parameters(
     )
 
 
-def _still_there(config: LoraConfig, catalog: Catalog) -> list[str] | str | None:
+def _still_there(config: LoraConfig, catalog: Catalog) -> Names | None:
     """Return ``target_modules`` without the names that the model has no longer."""
     targets = config.target_modules
-    if isinstance(targets, list):
-        return [ending for ending in targets if any(names_match(name, [ending]) for name in catalog.modules)]
+    if isinstance(targets, (set, list)):
+        return {ending for ending in targets if any(names_match(name, [ending]) for name in catalog.modules)}
     if isinstance(targets, str) and not any(names_match(name, targets) for name in catalog.modules):
-        return []
+        return set()
     return targets
 
 

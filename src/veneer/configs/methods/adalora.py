@@ -7,9 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from veneer.configs.base import TargetedConfig
+from veneer.configs.methods.lora import LoraRuntimeConfig
 from veneer.configs.names import PeftType
 from veneer.configs.value_checks import check_at_least_one, check_share
 from veneer.errors import ConfigError
+from veneer.printing import warn
+
+# Options of LoRA that an AdaLoRA does not have.
+_ALWAYS_NONE = (
+    *("megatron_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "arrow_config"),
+    *("alora_invocation_tokens", "monteclora_config", "layer_replication", "use_bdlora", "kasa_config"),
+)
 
 
 @dataclass
@@ -57,6 +65,21 @@ class AdaLoraConfig(TargetedConfig, peft_type=PeftType.ADALORA):
     qalora_group_size: int = 16
     lora_bias: bool = False
     target_parameters: list[str] | None = None
+    megatron_config: dict[str, Any] | None = None
+    loftq_config: dict[str, Any] | None = field(default_factory=dict)
+    eva_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
+    velora_config: dict[str, Any] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    monteclora_config: dict[str, Any] | None = None
+    layer_replication: list[list[int]] | None = None
+    use_bdlora: dict[str, Any] | None = None
+    arrow_config: dict[str, Any] | None = None
+    kasa_config: dict[str, Any] | None = None
+    ensure_weight_tying: bool = False
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
 
     tensor_head = "lora"
     supported_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -64,14 +87,23 @@ class AdaLoraConfig(TargetedConfig, peft_type=PeftType.ADALORA):
         "use_dora": (False, None),
         "lora_bias": (False, None),
         "target_parameters": (None, []),
+        "use_qalora": (False, None),
+        "ensure_weight_tying": (False, None),
+        "loftq_config": (None, {}),
+        **dict.fromkeys(_ALWAYS_NONE, (None,)),
     }
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least_one(self, "init_r", "target_r", "deltaT")
         check_share(self, "lora_dropout", "beta1", "beta2")
+        if self.r != type(self).r:
+            warn(
+                f"Note that `r` is not used in AdaLora and will be ignored. r={self.r} is given: see init_r, target_r."
+            )
         if self.total_step is not None and self.tinit >= self.total_step - self.tfinal:
             raise ConfigError(
-                f"total_step={self.total_step} leaves no step between tinit={self.tinit} and tfinal={self.tfinal}.",
+                f"The supplied schedule values don't allow for a budgeting phase: total_step={self.total_step} leaves "
+                f"no step between tinit={self.tinit} and tfinal={self.tfinal}.",
                 hint="Ranks are taken away between the two: make one of them smaller, or total_step larger.",
             )

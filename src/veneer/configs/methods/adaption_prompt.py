@@ -7,6 +7,7 @@ from typing import Any
 
 from veneer.configs.base import TargetedConfig
 from veneer.configs.names import PeftType
+from veneer.configs.value_checks import check_at_least_one
 from veneer.errors import ConfigError
 
 # Options of other methods that adapt layers, which a file of this one does not have.
@@ -25,6 +26,7 @@ class AdaptionPromptConfig(TargetedConfig, peft_type=PeftType.ADAPTION_PROMPT):
     """
 
     tensor_head = "adaption"
+    unordered = ()
 
     adapter_len: int | None = None
     adapter_layers: int | None = None
@@ -34,9 +36,7 @@ class AdaptionPromptConfig(TargetedConfig, peft_type=PeftType.ADAPTION_PROMPT):
         if isinstance(self.target_modules, str):
             self.target_modules = [self.target_modules]
         super().__post_init__()
-        for name in ("adapter_len", "adapter_layers"):
-            if (getattr(self, name) or 0) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} is too small.", hint="Give a number of at least 1.")
+        check_at_least_one(self, "adapter_len", "adapter_layers")
         if self.target_modules is not None and len(self.target_modules) != 1:
             raise ConfigError(
                 f"target_modules={self.target_modules!r} is not one name.",
@@ -46,5 +46,5 @@ class AdaptionPromptConfig(TargetedConfig, peft_type=PeftType.ADAPTION_PROMPT):
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
         if self.target_modules:
-            values["target_modules"] = self.target_modules[0]
+            values["target_modules"] = next(iter(self.target_modules))
         return {key: value for key, value in values.items() if value is not None or key not in _FOREIGN}

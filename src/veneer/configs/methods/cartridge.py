@@ -21,7 +21,7 @@ class CartridgeConfig(PromptConfig, peft_type=PeftType.CARTRIDGE):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.num_frozen_tokens <= (self.num_virtual_tokens or 0):
+        if not 0 <= self.num_frozen_tokens <= (self.num_virtual_tokens or self.num_frozen_tokens):
             raise ConfigError(
                 f"num_frozen_tokens={self.num_frozen_tokens} does not lie between 0 and {self.num_virtual_tokens}.",
                 hint="It is a part of num_virtual_tokens.",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from veneer.configs import patterns
-from veneer.configs.base import TargetedConfig
+from veneer.configs.base import Names, TargetedConfig
 from veneer.configs.names import PeftType
+from veneer.errors import ConfigError
 
 
 @dataclass
@@ -17,12 +18,18 @@ class IA3Config(TargetedConfig, peft_type=PeftType.IA3):
         feedforward_modules: the targets whose input is scaled; of all others the output is.
     """
 
-    feedforward_modules: list[str] | str | None = None
+    feedforward_modules: Names | None = None
     fan_in_fan_out: bool = False
     init_ia3_weights: bool = True
 
+    unordered = (*TargetedConfig.unordered, "feedforward_modules")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.feedforward_modules, (set, frozenset)):
-            self.feedforward_modules = sorted(self.feedforward_modules)
         patterns.check("feedforward_modules", self.feedforward_modules, patterns.WHOLE)
+        targets, inputs = self.target_modules, self.feedforward_modules
+        if isinstance(targets, set) and isinstance(inputs, set) and not inputs <= targets:
+            raise ConfigError(
+                "`feedforward_modules` should be a subset of `target_modules`",
+                hint=f"Add {sorted(inputs - targets)} to target_modules.",
+            )

@@ -14,3 +14,5 @@ class LNTuningConfig(TargetedConfig, peft_type=PeftType.LN_TUNING):
 
     Args, beside those of :class:`TargetedConfig` (``target_modules=None`` takes every norm of the model): none.
     """
+
+    unordered = ()

@@ -10,15 +10,36 @@ from typing import Any, ClassVar
 
 from veneer.configs.arrow_options import ArrowConfig
 from veneer.configs.base import TargetedConfig
-from veneer.configs.lora_start_options import LoftQConfig
+from veneer.configs.lora_start_options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, options_of
+from veneer.configs.lora_variant_options import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from veneer.configs.names import PeftType
-from veneer.configs.value_checks import check_share
+from veneer.configs.value_checks import Checked, check_share
 from veneer.errors import ConfigError, did_you_mean
 
 STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_[n]", "olora", "eva", "corda", "lora_ga", "loftq", "mica")
-_START_CONFIGS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")
 # The options of variants that have tensors or a training of their own.
 VARIANTS = ("use_bdlora", "kasa_config", "monteclora_config", "velora_config")
+_OPTIONS: Mapping[str, type] = {
+    "eva_config": EvaConfig,
+    "corda_config": CordaConfig,
+    "lora_ga_config": LoraGAConfig,
+    "use_bdlora": BdLoraConfig,
+    "kasa_config": KasaConfig,
+    "monteclora_config": MontecloraConfig,
+    "velora_config": VeloraConfig,
+    "arrow_config": ArrowConfig,
+}
+
+
+@dataclass
+class LoraRuntimeConfig(Checked):
+    """The options of LoRA that are not saved.
+
+    Args:
+        ephemeral_gpu_offload: accepted for peft's sake: computations on weights run where the weights are.
+    """
+
+    ephemeral_gpu_offload: bool = False
 
 
 @dataclass
@@ -65,32 +86,35 @@ class LoraConfig(TargetedConfig, peft_type=PeftType.LORA):
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     loftq_config: dict[str, Any] | None = field(default_factory=dict)
-    eva_config: dict[str, Any] | None = None
-    corda_config: dict[str, Any] | None = None
-    lora_ga_config: dict[str, Any] | None = None
+    eva_config: EvaConfig | None = None
+    corda_config: CordaConfig | None = None
+    lora_ga_config: LoraGAConfig | None = None
     use_dora: bool = False
-    velora_config: dict[str, Any] | None = None
+    velora_config: VeloraConfig | None = None
     alora_invocation_tokens: list[int] | None = None
     use_qalora: bool = False
     qalora_group_size: int = 16
-    monteclora_config: dict[str, Any] | None = None
+    monteclora_config: MontecloraConfig | None = None
     layer_replication: list[list[int]] | None = None
     lora_bias: bool = False
     target_parameters: list[str] | None = None
-    use_bdlora: dict[str, Any] | bool | None = None
-    arrow_config: dict[str, Any] | None = None
-    kasa_config: dict[str, Any] | None = None
+    use_bdlora: BdLoraConfig | None = None
+    arrow_config: ArrowConfig | None = None
+    kasa_config: KasaConfig | None = None
     ensure_weight_tying: bool = False
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
 
     supported_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "megatron_config": (None,),
     }
 
     def __post_init__(self) -> None:
-        for name in (*_START_CONFIGS, *VARIANTS, "arrow_config"):
+        for name, kind in _OPTIONS.items():
             options = getattr(self, name)
-            if dataclasses.is_dataclass(options) and not isinstance(options, type):
-                setattr(self, name, dataclasses.asdict(options))
+            # False is a switch that is off, in files of earlier versions.
+            setattr(self, name, None if options is None or options is False else options_of(kind, options))
+        if isinstance(self.loftq_config, LoftQConfig):
+            self.loftq_config = dataclasses.asdict(self.loftq_config)
         if self.init_lora_weights == "loftq" and not self.loftq_config:
             self.loftq_config = dataclasses.asdict(LoftQConfig())  # peft wants them written out
         super().__post_init__()
@@ -104,12 +128,11 @@ class LoraConfig(TargetedConfig, peft_type=PeftType.LORA):
 
     @property
     def experts(self) -> tuple[str, ...]:
-        return ArrowConfig(**self.arrow_config).experts if self.arrow_config else ()
+        return self.arrow_config.experts if self.arrow_config else ()
 
     def _check(self) -> None:
         self._check_start()
         self._check_variant()
-        ArrowConfig(**(self.arrow_config or {}))
         if self.alora_invocation_tokens is not None and (self.use_dora or not self.alora_invocation_tokens):
             raise ConfigError(
                 f"alora_invocation_tokens={self.alora_invocation_tokens!r} with use_dora={self.use_dora!r}.",
@@ -130,7 +153,7 @@ class LoraConfig(TargetedConfig, peft_type=PeftType.LORA):
     def _check_variant(self) -> None:
         names = (*VARIANTS, "use_dora", "alora_invocation_tokens", "use_qalora", "arrow_config")
         chosen = [name for name in names if getattr(self, name) not in (None, False)]
-        if self.use_bdlora is True or (len(chosen) > 1 and chosen[0] in VARIANTS):
+        if len(chosen) > 1 and chosen[0] in VARIANTS:
             options = ", ".join(f"{name}={getattr(self, name)!r}" for name in chosen)
             raise ConfigError(
                 f"{options}: variants of LoRA have options, and exclude each other.",

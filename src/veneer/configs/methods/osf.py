@@ -25,4 +25,5 @@ class OSFConfig(TargetedConfig, peft_type=PeftType.OSF):
     init_weights: bool | None = True
     target_svd_config: dict[str, int] | None = None
 
+    unordered = ()
     pattern_form: ClassVar[patterns.Form] = patterns.PART

@@ -19,3 +19,5 @@ class TrainableTokensConfig(TargetedConfig, peft_type=PeftType.TRAINABLE_TOKENS)
 
     token_indices: list[int] = field(default_factory=list)
     init_weights: bool = True
+
+    unordered = ()

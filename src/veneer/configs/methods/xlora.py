@@ -50,12 +50,13 @@ class XLoraConfig(TargetedConfig, peft_type=PeftType.XLORA):
     scaling_pass_value: float = 0.0
     global_scaling_weight: float = 1.0
 
+    # Where each layer has weights of its own, a layer's place in the list is its number.
+    unordered = ()
+
     def __post_init__(self) -> None:
         if isinstance(self.adapters, Mapping):
             self.adapters = {name: str(path) for name, path in self.adapters.items()}
         super().__post_init__()
-        if not self.adapters:
-            raise ConfigError("adapters is empty.", hint='Name the LoRA adapters: adapters={"0": path, "1": path}.')
         check_at_least_one(self, "xlora_depth", "xlora_size", "top_k_lora")
         if self.softmax_temperature <= 0:
             raise ConfigError(f"softmax_temperature={self.softmax_temperature} is not positive.", hint="Use 1.0.")

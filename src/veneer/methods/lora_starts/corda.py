@@ -8,15 +8,18 @@ the data call on).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from veneer.configs.lora_start_options import CordaConfig, options_of
+from veneer.configs.lora_start_options import CordaConfig
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import ConfigError
+from veneer.files.atomic_write import atomic_write
 from veneer.keywords import takes
 from veneer.methods.lora_starts.start import StartLayer
 from veneer.methods.lora_starts.statistics import COVARIANCE, linear_layers, record, recorded, watching
@@ -29,7 +32,7 @@ _INVERSE_ERROR = 0.05
 def start(layer: StartLayer) -> tuple[Tensor, Tensor]:
     """Return ``A`` and ``B``."""
     layer.check_rank()
-    options = options_of(CordaConfig, layer.options)
+    options = layer.options or CordaConfig()
     covariance = recorded(COVARIANCE, layer.module, f'{layer.name}: init_lora_weights="corda"', "preprocess_corda(...)")
     damped, inverse = _damped(covariance.to(layer.weight))
     left, values, right = torch.linalg.svd(layer.weight @ damped, full_matrices=False)
@@ -52,17 +55,57 @@ def _damped(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 @takes()
-def preprocess_corda(model: nn.Module, lora_config: LoraConfig, run_model: Callable[[], Any]) -> None:
+def preprocess_corda(
+    model: nn.Module,
+    lora_config: LoraConfig,
+    run_model: Callable[[], Any] | None = None,
+    hooked_model: nn.Module | None = None,
+) -> None:
     """Measure the data for ``init_lora_weights="corda"``; call it before ``get_peft_model``.
 
     Args:
         model: the base model.
         lora_config: selects the layers that are measured.
-        run_model: runs the model on the sample data: a few hundred texts of what is to be learnt or kept.
+        run_model: runs the model on the sample data: a few hundred texts of what is to be learnt or kept. It can be
+            left out where a ``covariance_file`` or ``cache_file`` of the config holds what was measured before.
+        hooked_model: the model that ``run_model`` calls, if it is another object with the same modules' names.
 
     Raises:
-        ConfigError: a layer saw no data, or values that are not finite.
+        ConfigError: a layer saw no data, or values that are not finite; or there is neither data nor such a file.
     """
+    layers = linear_layers(model, lora_config)
+    options = lora_config.corda_config or CordaConfig()
+    files = [Path(file) for file in (options.covariance_file, options.cache_file) if file]
+    measured = next((file for file in files if file.is_file()), None)
+    covariances = _measure(hooked_model or model, layers, run_model) if measured is None else _read(measured, layers)
+    for file in files if measured is None else ():
+        with atomic_write(file) as temporary:
+            save_file(covariances, temporary)
+    for name, module in layers.items():
+        record(COVARIANCE, module, covariances[name])
+
+
+def _read(file: Path, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return the covariances of layers from a file."""
+    covariances = load_file(file)
+    missing = [name for name in layers if name not in covariances]
+    if missing:
+        raise ConfigError(
+            f"{file}: no covariance of {len(missing)} layers, such as {missing[0]}.",
+            hint="It was measured for other layers: name another file.",
+        )
+    return covariances
+
+
+def _measure(
+    model: nn.Module, layers: Mapping[str, nn.Module], run_model: Callable[[], Any] | None
+) -> dict[str, Tensor]:
+    """Return the covariance of the input of each layer while ``run_model`` runs the model."""
+    if run_model is None:
+        raise ConfigError(
+            "preprocess_corda: `run_model` must be specified when covariance file and cache file aren't built.",
+            hint="Give a function that runs the model on sample data.",
+        )
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -72,18 +115,18 @@ def preprocess_corda(model: nn.Module, lora_config: LoraConfig, run_model: Calla
         sums[name] = rows.T @ rows + sums.get(name, 0)
         counts[name] = counts.get(name, 0) + 1
 
-    layers = linear_layers(model, lora_config)
+    watched = {name: model.get_submodule(name) for name in layers}
     was_training = model.training
     model.eval()
     try:
-        with watching(layers, see):
+        with watching(watched, see):
             run_model()
     finally:
         model.train(was_training)
-    for name, module in layers.items():
+    for name in layers:
         if name not in sums or not bool(torch.isfinite(sums[name]).all()):
             raise ConfigError(
                 f"preprocess_corda: {name} saw no data, or values that are not finite.",
                 hint="Let run_model call this model on tokens, or leave the layer out with exclude_modules.",
             )
-        record(COVARIANCE, module, sums[name] / counts[name])
+    return {name: total / counts[name] for name, total in sums.items()}

@@ -33,7 +33,7 @@ class StartLayer:
     r: int
     scale: float
     how: str
-    options: dict[str, Any]
+    options: Any
     module: nn.Module
     generator: torch.Generator | None = None
 

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from veneer.base_model.sites.site import Site, unsupported
-from veneer.configs.lora_start_options import options_of
-from veneer.configs.lora_variant_options import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from veneer.configs.methods.lora import VARIANTS, LoraConfig
 from veneer.errors import UnsupportedError
 from veneer.methods.lora_starts import is_moved
@@ -23,10 +21,10 @@ _KINDS: tuple[type[Variant], ...] = (Velora, MonteClora, Kasa)
 LEAVES = tuple(leaf for kind in _KINDS for leaf in kind.leaves)
 
 _MAKE: dict[str, Callable[[Any, Site, int], Variant | None]] = {
-    "use_bdlora": lambda options, site, r: block_diagonal(options_of(BdLoraConfig, options), site, r),
-    "kasa_config": lambda options, site, r: Kasa.on(site, r, options_of(KasaConfig, options)),
-    "monteclora_config": lambda options, site, r: MonteClora(r, options_of(MontecloraConfig, options)),
-    "velora_config": lambda options, site, r: Velora(options_of(VeloraConfig, options)),
+    "use_bdlora": lambda options, site, r: block_diagonal(options, site, r),
+    "kasa_config": lambda options, site, r: Kasa.on(site, r, options),
+    "monteclora_config": lambda options, site, r: MonteClora(r, options),
+    "velora_config": lambda options, site, r: Velora(options),
 }
 
 
@@ -38,8 +36,7 @@ def variant_of(config: LoraConfig, site: Site, r: int) -> Variant | None:
     """
     for name in VARIANTS:
         options = getattr(config, name)
-        # BD-LoRA's options are an object or a switch.
-        if options is None or options is False:
+        if options is None:
             continue
         if not site.matrix_input:
             raise unsupported(site, name)
