@@ -110,12 +110,12 @@ _SHARED = (
     "PEFT_TYPE_TO_CONFIG_MAPPING cast_mixed_precision_params convert_to_lora create_arrow_model get_eva_state_dict "
     "get_layer_status get_model_status get_peft_config get_peft_model get_peft_model_state_dict "
     "initialize_lora_eva_weights inject_adapter_in_model load_peft_weights prepare_model_for_kbit_training "
-    "preprocess_loraga replace_lora_weights_loftq set_peft_model_state_dict"
+    "LoraRuntimeConfig preprocess_loraga replace_lora_weights_loftq set_peft_model_state_dict"
 )
 
 _LORA_CONFIGS = (
     "ArrowConfig BdLoraConfig CordaConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig MontecloraConfig "
-    "VeloraConfig"
+    "LoraRuntimeConfig VeloraConfig"
 )
 _LORA_LAYERS = "Conv1d Conv2d Conv3d Embedding Linear MultiheadAttention ParamWrapper"
 _TYPES = _public(["PeftType", "TaskType"])
