@@ -43,14 +43,14 @@ def test_layers_at_a_time_give_the_bits_of_one_after_the_other(dtype: torch.dtyp
 def test_an_error_of_one_layer_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     last = list(model.adapters.layers.values())[-1]
-    merge = AdaptedLayer.merge
+    merge = AdaptedLayer.merge_adapters
 
     def failing(layer: AdaptedLayer, names: tuple[str, ...]) -> None:
         if layer is last:
             raise MergeError("no", hint="none")
         merge(layer, names)
 
-    monkeypatch.setattr(AdaptedLayer, "merge", failing)
+    monkeypatch.setattr(AdaptedLayer, "merge_adapters", failing)
     with pytest.raises(MergeError, match="no"):
         model.merge_adapter()
     assert torch.get_num_threads() == 2
