@@ -66,7 +66,7 @@ def figures(of: Setup, unmerged: float = 1.1, mixed: float = 1.2, merge: float =
     for variant, load in (("base", 0.4), ("unmerged", 0.42), ("merged", 0.6)):
         add("load", variant, load)
         add("peak", variant, 8e8, "B")
-        add("serving", variant, 7e8, "B")
+        add("serving", variant, 9e8 if variant == "merged" else 7e8, "B")
     for variant in ("base", "merged"):
         add("weights", variant, 270_000_000, "B")
         add("disk", variant, 270_000_000, "B")

@@ -113,8 +113,9 @@ def test_it_asks_for_nothing_else(chromium: Browser, page: Callable[[str], Path]
 def test_the_summary_is_on_top(chromium: Browser, page: Callable[[str], Path], width: int) -> None:
     chromium.open(page("one adapter").as_uri(), width, dark=False)
     text = chromium.evaluate("document.body.innerText")
-    assert text.index("Merge pirate.") < text.index("earned back after") < text.index("In pictures")
-    assert text.index("In pictures") < text.index("In numbers") < text.index("Raw samples")
+    assert text.index("Merge pirate.") < text.index("earned back after") < text.index("What was found")
+    assert text.index("What was found") < text.index("Decoding") < text.index("Raw samples")
+    assert text.index("· 2026-01-31") < text.index("Merge pirate.")
     bottom = "document.querySelector('.advice').getBoundingClientRect().bottom"
     assert chromium.evaluate(f"{bottom} < innerHeight")
     assert chromium.evaluate("document.title") == "Merge pirate."
@@ -129,6 +130,38 @@ def test_every_figure_is_told(chromium: Browser, page: Callable[[str], Path]) ->
     text = formats.plain(chromium.evaluate("document.body.innerText"))
     for words in ("A Processor, 2 cores", "torch 2.13.0", "95 % interval", "mixed batch", "8 of 8", "weights on disk"):
         assert words in text
+
+
+def test_each_plot_stands_beside_its_figures(chromium: Browser, page: Callable[[str], Path]) -> None:
+    places = """[...document.querySelectorAll('.plots')].map(e => [
+      e.getBoundingClientRect(), e.nextElementSibling.getBoundingClientRect()
+    ].map(box => [box.left, box.right, box.top]))"""
+    chromium.open(page("several adapters").as_uri(), DESKTOP, dark=False)
+    for (_, right, top), (left, _, other) in chromium.evaluate(places):
+        assert (right < left, top) == (True, other)
+    keys = chromium.evaluate("[...document.querySelectorAll('.legend span')].map(e => e.textContent)")
+    assert keys == ["base alone", "merged", "unmerged", "switching", "mixed batch", "95 % interval of the median"]
+    chromium.open(page("several adapters").as_uri(), PHONE, dark=False)
+    for (_, _, top), (_, _, other) in chromium.evaluate(places):
+        assert top < other
+
+
+def test_colours_mean_one_thing(chromium: Browser, page: Callable[[str], Path]) -> None:
+    """That of merged models is on no plan, and none on the rule beside the recommendation, which holds all of it."""
+    chromium.open(page("several adapters").as_uri(), DESKTOP, dark=False)
+    assert "--merged" not in chromium.evaluate("document.querySelector('figure svg').outerHTML")
+    rule = "getComputedStyle(document.querySelector('.advice')).borderLeftColor"
+    assert chromium.evaluate(rule) == chromium.evaluate("getComputedStyle(document.body).color")
+    assert chromium.evaluate("document.querySelectorAll('main > ul.cautions').length") == 0
+
+
+def test_equal_bars_are_not_drawn() -> None:
+    pytest.importorskip("matplotlib")
+    from veneer.benching.report import plots
+
+    report = examples.report()
+    assert plots.loading(report, "peak") == ""
+    assert "900" in plots.loading(report, "serving")
 
 
 def test_a_phone_names_the_column_of_each_cell(chromium: Browser, page: Callable[[str], Path]) -> None:

@@ -70,6 +70,12 @@ def test_several_adapters() -> None:
     assert "that needs" in words(advice)
 
 
+def test_a_merged_model_that_is_faster_alone_is_explained() -> None:
+    assert "share no batch" in words(examples.report(mixed=1.1).recommendation)
+    assert "share no batch" not in words(examples.report(mixed=1.1, unmerged=0.95).recommendation)
+    assert "share no batch" not in words(examples.report(ONE, unmerged=1.015).recommendation)
+
+
 def test_cautions() -> None:
     differing = examples.report(ONE, agreement=0.85)
     assert "85 % of the likeliest choices and 7 of 8 greedy answers are as unmerged" in words(differing.recommendation)

@@ -10,6 +10,8 @@ _THOUSANDS, _SPACE, _MINUS = "\u202f", "\u00a0", "\u2212"
 _TIMES: Mapping[str, float] = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
 _SIZES: Mapping[str, float] = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}
 
+_COUNTS: Mapping[str, float] = {"B": 1e9, "M": 1e6}
+
 
 def number(value: float, digits: int = 3) -> str:
     """Write significant digits without an exponent: ``1234``, ``41.2``, ``0.052``; ``∞``."""
@@ -46,6 +48,12 @@ def count(value: float, word: str) -> str:
         f"{value:,.0f}".replace(",", _THOUSANDS) if math.isfinite(value) and value == round(value) else number(value)
     )
     return f"{shown}{_SPACE}{word}" + ("" if value == 1 else "s")
+
+
+def short_count(value: float) -> str:
+    """Write a large number such as ``135M`` or ``1.10B``."""
+    unit, size = next(((unit, size) for unit, size in _COUNTS.items() if value >= 0.9995 * size), ("", 1.0))
+    return f"{number(value / size)}{unit}"
 
 
 def plain(text: str) -> str:

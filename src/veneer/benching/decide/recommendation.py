@@ -80,6 +80,14 @@ class Figures:
         first, step = (self.samples(quantity, variant, batch, self.length) for quantity in ("first", self.step))
         return [a + self.steps * b for a, b in zip_longest(first, step, fillvalue=0.0)]
 
+    def merged_is_faster(self) -> bool:
+        """Tell whether each size of batch takes a merged model less time than an unmerged one."""
+        pairs = [
+            [self.median(self.step, variant, batch, self.length) for variant in ("merged", "unmerged")]
+            for batch in self.setup.batch
+        ]
+        return all(merged < unmerged for merged, unmerged in pairs)
+
     def noise(self) -> float:
         """Return the error of the ratio of unmerged to merged, as a share; at least ``LEAST_MARGIN``.
 
@@ -139,7 +147,7 @@ def recommend(
     chosen = choose(weighed, margin)
     other = chosen if chosen.merged else _rival(weighed)
     even = break_even(costs, weighed[0], other)
-    verdict = _Verdict(weighed, chosen, other, even, requirements, margin)
+    verdict = _Verdict(weighed, chosen, other, even, requirements, margin, by_variant.merged_is_faster())
     return Recommendation(
         decision=verdict.decision,
         headline=verdict.headline(),
@@ -173,6 +181,7 @@ class _Verdict:
     even: BreakEven
     requirements: Requirements
     margin: float
+    merged_is_faster: bool
 
     @property
     def decision(self) -> str:
@@ -193,7 +202,7 @@ class _Verdict:
 
     def reasons(self, setup: Setup) -> list[str]:
         """Write the reasons, in numbers."""
-        return [self._gain(setup), self._break_even(), *self._memory()]
+        return [self._gain(setup), *self._sharing(setup), self._break_even(), *self._memory()]
 
     def _gain(self, setup: Setup) -> str:
         stay, other = self.weighed[0], self.other
@@ -210,6 +219,16 @@ class _Verdict:
             if gain <= self.margin
             else f"{text}."
         )
+
+    def _sharing(self, setup: Setup) -> list[str]:
+        """Say why models that are faster each may be slower together."""
+        if self.chosen.merged or not (setup.adapters[1:] and self.merged_is_faster and self.requirements.in_flight > 1):
+            return []
+        models = "a base and a merged model" if self.other.unmerged else "several merged models"
+        return [
+            f"A merged model by itself is the faster one. But {models} share no batch: each then answers a part of the "
+            f"{self.requirements.in_flight} requests in flight, where one base answers them together."
+        ]
 
     def _break_even(self) -> str:
         merges = f"Merging {formats.listed(self.other.merged)} takes {formats.seconds(self.even.merges)}"

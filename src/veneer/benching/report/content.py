@@ -210,6 +210,14 @@ def _assumed(report: BenchData) -> str:
     )
 
 
+def context(report: BenchData) -> str:
+    """Name the model, the machine and the day in one line."""
+    setup, machine = report.setup, report.machine
+    model = f"{setup.model_class}, {formats.short_count(setup.parameters)} parameters, {setup.dtype}"
+    place = machine.accelerator or f"{machine.cpu}, {formats.count(machine.cores, 'core')}"
+    return " · ".join((model, place, report.made.partition("T")[0]))
+
+
 def facts(report: BenchData) -> list[tuple[str, str]]:
     """Return name and text of each fact on the run: models, inputs, machine, time."""
     setup, machine = report.setup, report.machine

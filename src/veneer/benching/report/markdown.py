@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from veneer.benching.report.content import HOW, ReportTable, facts, plans_table, samples_table, tables
+from veneer.benching.report.content import HOW, ReportTable, context, facts, plans_table, samples_table, tables
 from veneer.benching.result import BenchData
 from veneer.printing import one_line
 
@@ -16,6 +16,7 @@ def markdown(report: BenchData) -> str:
     said = report.recommendation
     parts = [
         "# Merge or not?",
+        _text(context(report)),
         f"**{_text(said.headline)}**",
         _items(said.reasons),
         _items([f"Note: {caution}" for caution in (*said.cautions, *report.notes)]),

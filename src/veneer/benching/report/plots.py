@@ -45,7 +45,7 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: name, value, interval, colour, and the text at its end."""
+    """One bar: name, value, interval, colour, the text at its end, and whether it is more than an outline."""
 
     name: str
     value: float
@@ -53,20 +53,11 @@ class Bar:
     high: float
     colour: str
     text: str
+    is_filled: bool = True
 
 
-def plots(report: BenchData) -> list[tuple[str, str]]:
-    """Draw every plot; return titles and SVGs."""
-    plots = [(measure.title, _speed(report, measure)) for measure in content.measures(report)]
-    plots.insert(1, ("When merging is earned back", _break_even(report)))
-    if len(report.recommendation.plans) > 2:
-        plots.insert(3, ("A request, by how many adapters are merged", _plans(report)))
-    loads = [("Loading, fresh process", "load"), ("Peak memory, fresh process", "peak")]
-    plots += [(title, drawn) for title, quantity in loads if (drawn := _loads(report, quantity))]
-    return plots
-
-
-def _speed(report: BenchData, measure: content.Measure) -> str:
+def speed(report: BenchData, measure: content.Measure) -> str:
+    """Draw a quantity of speed, a group of bars for each size of input."""
     groups = []
     for size in content.sizes(report):
         figures = {v: report.find(measure.quantity, v, *size) for v in content.present(report)}
@@ -81,7 +72,8 @@ def _bar(name: str, colour: str, figure: Figure, measure: content.Measure, size:
     return Bar(name, value, min(ends), max(ends), colour, measure.text(spread.median, *size))
 
 
-def _loads(report: BenchData, quantity: str) -> str:
+def loading(report: BenchData, quantity: str) -> str:
+    """Draw time or memory of the models in fresh processes; nothing where all are the same."""
     bars = []
     text = formats.seconds if quantity == "load" else formats.nbytes
     for variant, name in (("base", "base alone"), ("unmerged", "unmerged"), ("merged", "merged")):
@@ -89,16 +81,19 @@ def _loads(report: BenchData, quantity: str) -> str:
         if figure is not None:
             spread = figure.spread
             bars.append(Bar(name, spread.median, spread.low, spread.high, variant, text(spread.median)))
-    return _bars([("", bars)], quantity) if bars else ""
+    return _bars([("", bars)], quantity) if len({bar.text for bar in bars}) > 1 else ""
 
 
-def _plans(report: BenchData) -> str:
+def plans(report: BenchData) -> str:
+    """Draw the cost of each plan, the recommended one filled; nothing where the choice is between two."""
+    if len(report.recommendation.plans) <= 2:
+        return ""
     bars = []
     for index, plan in content.shown_plans(report):
         name = "none" if not plan.merged else "all" if not plan.unmerged else f"hottest {len(plan.merged)}"
         text = f"{formats.seconds(plan.cost)}, {formats.nbytes(plan.memory) if plan.fits else 'too large'}"
-        colour = "merged" if index == report.recommendation.chosen else "base"
-        bars.append(Bar(name, plan.cost, plan.cost, plan.cost, colour, text))
+        chosen = index == report.recommendation.chosen
+        bars.append(Bar(name, plan.cost, plan.cost, plan.cost, "ink", text, is_filled=chosen))
     return _bars([("", bars)], "plans")
 
 
@@ -127,14 +122,15 @@ def _bars(groups: Sequence[tuple[str, Sequence[Bar]]], salt: str) -> str:
 
 
 def _draw(axes: Any, bar: Bar, place: int, largest: float) -> None:
-    axes.barh(place, bar.value, height=0.72, color=COLOURS[bar.colour])
+    colour = COLOURS[bar.colour]
+    axes.barh(place, bar.value, height=0.72, color=colour if bar.is_filled else "none", edgecolor=colour, linewidth=0.8)
     if bar.high > bar.low:
         axes.plot([bar.low, bar.high], [place, place], color=COLOURS["ink"], linewidth=1.2, solid_capstyle="butt")
     axes.text(-0.02 * largest, place, bar.name, ha="right", va="center", color=COLOURS["faint"], fontsize=9.5)
     axes.text(max(bar.value, bar.high) + 0.02 * largest, place, bar.text, va="center", fontsize=9.5)
 
 
-def _break_even(report: BenchData) -> str:
+def break_even(report: BenchData) -> str:
     """Draw the seconds of a request, its part of the merges included, over the number of requests that share them."""
     advice = report.recommendation
     stay, other = advice.plans[0], advice.plans[advice.compared]
