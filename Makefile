@@ -4,10 +4,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+INSTALL := -m pip install --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python $(INSTALL)
+# The libraries that import peft, where peft is not installed.
+CLIENTS := .venv-clients
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs examples methods architecture checks adapters clean
+.PHONY: help demo test lint format bench docs examples clients methods architecture checks adapters clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,6 +20,9 @@ demo: $(VENV)/.demo  ## Show the main job on a real model (under three minutes)
 
 test: $(VENV)/.dev  ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+
+clients: $(CLIENTS)/.made  ## Run TRL, diffusers and others on Veneer, in an environment without peft
+	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest -n logical --maxprocesses 2 --dist loadfile tests/clients $(ARGS)
 
 lint: $(VENV)/.dev  ## Check format, lint, types and the layers of the source
 	$(BIN)/ruff format --check .
@@ -52,7 +58,7 @@ adapters: $(VENV)/.dev  ## Train the demo's adapters again from their recipe
 	$(BIN)/python -m veneer.demo.train $(ARGS)
 
 clean:  ## Remove what the other targets made
-	rm -rf $(VENV) demo .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist report
+	rm -rf $(VENV) $(CLIENTS) demo .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist report
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One environment; a stamp for each level of it, made anew when the requirements change.
@@ -69,4 +75,10 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "Installing the development tools into $(VENV) ..."
 	$(PIP) -e ".[dev]"
+	@touch $@
+
+$(CLIENTS)/.made: pyproject.toml constraints.txt
+	@echo "Installing Veneer and the libraries around peft into $(CLIENTS) ..."
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python $(INSTALL) -e ".[clients]"
 	@touch $@
