@@ -8,7 +8,6 @@ from pathlib import Path
 
 from veneer.errors import BaseModelError, UsageError
 from veneer.files import adapter_folders
-from veneer.files.adapter_folders import DEFAULT
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_CONFIG, ADAPTER_STEM, MODEL_CONFIG
 from veneer.files.resolve import resolve
@@ -79,10 +78,10 @@ def find_inputs(
             )
         base, entry = path, str(more[0].root)
     elif not members:
-        sources = {_name(source): source}
-    named = [*sources.items(), *((_name(adapter), adapter) for adapter in more)]
-    names = _unique([name for name, _ in named])
-    inputs = [_adapter_input(name, adapter) for name, (_, adapter) in zip(names, named, strict=True)]
+        sources = {adapter_folders.free_name(source.origin, ()): source}
+    for adapter in more:
+        sources[adapter_folders.free_name(adapter.origin, sources)] = adapter
+    inputs = [_adapter_input(name, adapter) for name, adapter in sources.items()]
     return Inventory(entry, None if base is None else str(base), tuple(inputs))
 
 
@@ -90,17 +89,3 @@ def _adapter_input(name: str, source: Source) -> AdapterInput:
     # Loading reports the faults of a damaged adapter.
     files = weight_files(source, ADAPTER_STEM) if source.has(ADAPTER_CONFIG) else []
     return AdapterInput(name, source.origin, source.root, sum(file.stat().st_size for file in files))
-
-
-def _name(source: Source) -> str:
-    """Name an adapter as its folder, without the dots that a name cannot have."""
-    return Path(source.origin.rstrip("/")).name.replace(".", "_") or DEFAULT
-
-
-def _unique(names: Sequence[str]) -> list[str]:
-    """Add numbers to names that come again: ``a``, ``a-2``."""
-    unique: list[str] = []
-    for name in names:
-        candidates = (name, *(f"{name}-{number}" for number in range(2, len(names) + 2)))
-        unique.append(next(candidate for candidate in candidates if candidate not in unique))
-    return unique

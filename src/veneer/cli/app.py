@@ -21,6 +21,7 @@ from veneer.printing import one_line
 COMMANDS = {
     "inspect": "inspect_command",
     "generate": "generate_command",
+    "chat": "chat_command",
     "merge": "merge_command",
     "convert": "convert_command",
     "combine": "combine_command",

@@ -10,10 +10,11 @@ do not: with more than one adapter, or one that is not ``default``. It also mark
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from veneer.errors import CorruptFileError, IncompleteCheckpointError
 from veneer.files.names import ADAPTER_CONFIG, ADAPTER_STEM
@@ -65,6 +66,14 @@ def members(source: Source) -> list[Member]:
     if source.has(ADAPTER_CONFIG):
         below = {DEFAULT: Member(DEFAULT, source), **below}
     return [below[name] for name in dict.fromkeys([*(n for n in listed if n in below), *below])]
+
+
+def free_name(origin: str, taken: Collection[str]) -> str:
+    """Name an adapter as its folder, with a number where that name is taken: ``french``, ``french-2``."""
+    name = re.sub(r"[./\\]", "_", PurePath(origin).name)
+    name = name if name.strip("_") else DEFAULT
+    numbered = (f"{name}-{number}" for number in itertools.count(2))
+    return next(free for free in itertools.chain([name], numbered) if free not in taken)
 
 
 def active(source: Source, members: Sequence[Member]) -> list[str]:

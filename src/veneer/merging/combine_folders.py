@@ -6,11 +6,10 @@ The kinds of combination, and their equations, are those of :mod:`veneer.adapter
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from veneer.adapters.merge.combining import ELECTING, ON_CHANGES, ON_FACTORS, RANDOM, Combination
@@ -20,7 +19,7 @@ from veneer.checkpoints.model_class import wanted_task
 from veneer.checkpoints.open_checkpoint import open_checkpoint
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import UsageError
-from veneer.files.adapter_folders import DEFAULT
+from veneer.files.adapter_folders import DEFAULT, free_name
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_WEIGHTS
 from veneer.files.resolve import looks_like_hub_id
@@ -202,12 +201,10 @@ def _check_weights(sources: Sequence[Source], weights: Sequence[float]) -> None:
 
 
 def _names(sources: Sequence[Source]) -> list[str]:
-    """Return a name on the model for each adapter: its folder's, and its number where that is no name or taken."""
+    """Return a name on the model for each adapter, none of them the one that the combination gets."""
     names: list[str] = []
     for source in sources:
-        name = re.sub(r"[./\\]", "_", PurePath(source.origin).name)
-        taken = not name.strip("_") or name in (*names, DEFAULT)
-        names.append(f"{name}-{len(names) + 1}" if taken else name)
+        names.append(free_name(source.origin, (*names, DEFAULT)))
     return names
 
 
