@@ -51,7 +51,10 @@ def chat(
     revision: Revision = None,
     local_files_only: Local = False,
 ) -> None:
-    """Talk with a model, and switch and compare its adapters meanwhile; /help lists how."""
+    """Talk with a model, and switch and compare its adapters meanwhile; /help lists how.
+
+    Example: veneer chat path/to/adapter path/to/another --base path/to/base
+    """
     options = generation_options(max_new_tokens, stop, template, temperature, top_p, top_k)
     with quiet() as warnings:
         with progress("loading"):
