@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.attaching import Attaching, as_parameter, same_values
 from veneer.adapters.collection import Adapters
-from veneer.adapters.expert_names import name_experts, warn_of_idle_names
+from veneer.adapters.expert_names import name_experts
 from veneer.adapters.experts import check_experts
+from veneer.adapters.idle_names import warn_of_idle_names
 from veneer.base_model import sharding
 from veneer.base_model.sites.site import Site
-from veneer.base_model.targets import only_parameters
 from veneer.base_model.tied_embeddings import check_both, pairs_kept_tied, parted
 from veneer.checkpoints.binding_plan import Binding, Plan
 from veneer.configs.base import targeted
@@ -133,12 +133,13 @@ class AttachingLayers(Attaching):
         given = copy(config)
         experts = name_experts(config, catalog, self._check_can_start)
         # The layers' names take the place of "all-linear" before anything else depends on them.
-        if not only_parameters(config):
-            catalog.write_out_targets(config, catalog.targets(config))
+        if layers := catalog.targets(config):
+            catalog.write_out_targets(config, layers)
         parts = [part for part in parts_of(self.method, config, catalog) if not part.optional]
-        warn_of_idle_names(given, catalog, experts)
-        self.adapters.check_spread([site for part in parts for site in part.sites], roots)
-        self.adapters.check_places([site.name for part in parts for site in part.sites], roots)
+        sites = [site for part in parts for site in part.sites]
+        warn_of_idle_names(given, catalog, experts, sites)
+        self.adapters.check_spread(sites, roots)
+        self.adapters.check_places([site.name for site in sites], roots)
         return parts
 
     def _check_can_start(self, site: Site) -> None:

@@ -11,10 +11,9 @@ from torch import nn
 from veneer.base_model.catalog import Catalog
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import ALL_LINEAR, in_blocks, is_inside, names_match, pattern_value, saved_modules
-from veneer.configs import patterns
 from veneer.configs.base import TargetedConfig
 from veneer.configs.methods.lora import LoraConfig
-from veneer.errors import TargetError, VeneerError, did_you_mean
+from veneer.errors import TargetError, VeneerError
 from veneer.printing import warn
 
 # Parameter -> the layers of one expert whose weights it holds, each with all its names.
@@ -177,40 +176,3 @@ def _is_spent(name: str, layers: Iterable[str], catalog: Catalog) -> bool:
     return all(_is_router(module, catalog) for module in modules) and any(
         names_match(layer, [name]) for layer in layers
     )
-
-
-# -- names that match nothing -------------------------------------------------------------------------------
-
-
-def warn_of_idle_names(config: TargetedConfig, catalog: Catalog, layers: Iterable[str]) -> None:
-    """Warn of each name in a config's lists that is no module of the model.
-
-    Args:
-        config: of a new adapter, as it was given.
-        catalog: the model's modules.
-        layers: layers that are no modules now, and that parameters stand for.
-    """
-    names = [*catalog.modules, *layers]
-    endings = sorted({name.rpartition(".")[2] for name in names} - {""})
-    endings = [ending for ending in endings if not ending.isdigit()]
-    for option in ("target_modules", "exclude_modules"):
-        targets = getattr(config, option)
-        for name in sorted(targets) if isinstance(targets, (set, list)) else ():
-            if not any(names_match(module, [name]) for module in names):
-                held = any(name in module._parameters for module in catalog.modules.values())
-                more = " It is a parameter: see target_parameters." if held and option == "target_modules" else ""
-                warn(_idle(option, name, [] if more else endings) + more)
-    modules = [*names, *(site.pattern_name for site in _parameters(config, catalog))]
-    for option in ("rank_pattern", "alpha_pattern"):
-        for name in getattr(config, option, None) or ():
-            if not any(patterns.match(name, patterns.ENDING, module) for module in modules):
-                warn(_idle(option, name, endings))
-
-
-def _parameters(config: TargetedConfig, catalog: Catalog) -> list[Site]:
-    return catalog.parameter_sites(getattr(config, "target_parameters", None) or ())
-
-
-def _idle(option: str, name: str, endings: list[str]) -> str:
-    question = did_you_mean(name.rpartition(".")[2], endings)
-    return f"{option} names {name!r}, and no module of the model. {question}".rstrip()

@@ -140,13 +140,27 @@ class Catalog:
         return name in self.input_embeddings or name in self.output_embeddings
 
     def targets(self, config: TargetedConfig) -> list[str]:
-        """Return the names of the modules that ``config`` adapts, in the model's order (``TargetError`` if none)."""
+        """Return the names of the modules that ``config`` adapts, in the model's order.
+
+        Raises:
+            TargetError: there is none, and no parameter that the config names either.
+        """
         key = _signature(config)
         if key not in self._targets:
-            self._targets[key] = target_names(
-                config, self.linear, model_type=self.model_type, outputs=self.output_embeddings
-            )
+            self._targets[key] = self._find_targets(config)
         return list(self._targets[key])
+
+    def _find_targets(self, config: TargetedConfig) -> list[str]:
+        parameters = getattr(config, "target_parameters", None)
+        if parameters and not config.target_modules:
+            self.check_parameters(parameters)
+            return []
+        try:
+            return target_names(config, self.linear, model_type=self.model_type, outputs=self.output_embeddings)
+        except TargetError:
+            if not self.parameter_sites(parameters or ()):
+                raise
+            return []
 
     def whole_modules(self, config: AnyConfig) -> list[str]:
         """Return the names of the modules that ``config`` saves whole."""
@@ -200,14 +214,21 @@ class Catalog:
                 swapped = bool(getattr(module, "is_transposed", False))
                 sites.append(ParameterSite(name, module, parameter, key, swapped, targeted=True))
         odd = [site for site in sites if site.stored.ndim not in (2, 3)]
-        if odd or (targets and not sites):
-            experts = [n for n, p in self.model.named_parameters() if p.ndim == 3][:3]
-            what = f"means {odd[0].id}, which is no matrix" if odd else "matches no parameter"
-            raise TargetError(
-                f"target_parameters={list(targets)!r} {what}.",
-                hint=f"Fused experts here: {', '.join(experts)}." if experts else "Use target_modules for layers.",
-            )
+        if odd:
+            raise self._no_parameter(targets, f"means {odd[0].id}, which is no matrix")
         return self._with_reader(sites)
+
+    def check_parameters(self, targets: Collection[str]) -> None:
+        """Raise ``TargetError`` where ``target_parameters`` matches no parameter."""
+        if not self.parameter_sites(targets):
+            raise self._no_parameter(targets, "matches no parameter")
+
+    def _no_parameter(self, targets: Collection[str], what: str) -> TargetError:
+        experts = [n for n, p in self.model.named_parameters() if p.ndim == 3][:3]
+        return TargetError(
+            f"target_parameters={list(targets)!r} {what}.",
+            hint=f"Fused experts here: {', '.join(experts)}." if experts else "Use target_modules for layers.",
+        )
 
     def bias_sites(self, config: TargetedConfig, without: Iterable[Site]) -> list[Site]:
         """Return the sites of the biases of layers that are neither among ``without`` nor saved whole."""

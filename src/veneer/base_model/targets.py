@@ -142,11 +142,6 @@ def target_names(
     return modules
 
 
-def only_parameters(config: TargetedConfig) -> bool:
-    """Tell whether ``config`` adapts parameters by name and no layer."""
-    return bool(getattr(config, "target_parameters", None)) and not config.target_modules
-
-
 def shortest(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
     """Return the shortest list for ``target_modules`` that means exactly ``chosen`` among ``names``."""
     full_names = list(chosen)

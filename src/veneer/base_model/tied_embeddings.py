@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from veneer.base_model.catalog import Catalog
-from veneer.base_model.targets import only_parameters, shortest
+from veneer.base_model.targets import shortest
 from veneer.configs.base import AnyConfig, TargetedConfig
 from veneer.errors import ConfigError, UnsupportedError
 
@@ -23,7 +23,7 @@ def name_both(config: AnyConfig, catalog: Catalog) -> None:
     """
     for pair in pairs_kept_tied(config, catalog):
         assert isinstance(config, TargetedConfig)
-        layers = [] if only_parameters(config) else catalog.targets(config)
+        layers = catalog.targets(config)
         saved = catalog.whole_modules(config)
         adapted = [name for name in pair if name in layers]
         if adapted and set(pair).intersection(saved):

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from veneer.base_model.sites.embedding import EmbeddingSite
 from veneer.base_model.sites.site import Site, unsupported
-from veneer.base_model.targets import only_parameters, pattern_value
+from veneer.base_model.targets import pattern_value
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import MergeError, UnsupportedError
 from veneer.methods.base.abilities import (
@@ -124,7 +124,7 @@ class Lora(
     )
 
     def parts(self, config: LoraConfig, catalog: Catalog) -> list[MethodOnSites]:
-        layers = [] if only_parameters(config) else catalog.sites(config)
+        layers = catalog.sites(config)
         method = MICA if config.init_lora_weights == "mica" else self
         parameters = catalog.parameter_sites(config.target_parameters or ())
         parts = [MethodOnSites(method, [*layers, *parameters], companions=True)]
