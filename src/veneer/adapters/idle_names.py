@@ -69,7 +69,7 @@ def _means(pattern: str, form: patterns.Form, names: Iterable[str]) -> bool:
 def _warn_of_idle_blocks(config: TargetedConfig, sites: list[Site]) -> None:
     blocks = config.layers_to_transform
     named = [blocks] if isinstance(blocks, int) else blocks or []
-    adapted = {block_index(site.name, config.layers_pattern) for site in sites}
+    adapted = {block_index(f"{site.name}.", config.layers_pattern) for site in sites}
     for block in named:
         if block not in adapted:
             warn(f"layers_to_transform names block {block}, and no target is there.")

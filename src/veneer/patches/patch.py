@@ -336,7 +336,7 @@ def apply_rows(y: Any, run: Callable[..., Any], groups: Mapping[str, Tensor], x:
         others = [_take(value, rows, length) for value in args]
         named = {key: _take(value, rows, length) for key, value in kw.items()}
         changed = run(name, _take(y, rows, length), x[rows], *others, **named)
-        y = _put(y, rows, changed)
+        y = _put(y, rows, changed, x)
     return y
 
 
@@ -347,7 +347,12 @@ def _take(value: Any, rows: Tensor, length: int) -> Any:
     return value[rows] if by_row else value
 
 
-def _put(y: Any, rows: Tensor, changed: Any) -> Any:
+def _put(y: Any, rows: Tensor, changed: Any, x: Tensor) -> Any:
+    """Return an output with some rows from ``changed``; routers of experts return a row for each token of ``x``."""
     if isinstance(y, tuple):
-        return tuple(_put(a, rows, b) for a, b in zip(y, changed, strict=True))
-    return y.index_copy(0, rows, changed.to(y.dtype)) if isinstance(y, Tensor) else y
+        return tuple(_put(a, rows, b, x) for a, b in zip(y, changed, strict=True))
+    if not isinstance(y, Tensor):
+        return y
+    if x.ndim > 2 and len(y) == len(x) * x.shape[1] != len(x):
+        rows = (rows[:, None] * x.shape[1] + torch.arange(x.shape[1], device=rows.device)).flatten()
+    return y.index_copy(0, rows, changed.to(y.dtype))
