@@ -35,6 +35,12 @@ def qwen2() -> Any:
     return tf.Qwen2MoeForCausalLM(tf.Qwen2MoeConfig(**ONE, **shared))
 
 
+def llama4() -> Any:
+    """Its experts have never been layers, and its router is a layer that returns two tensors."""
+    own = {**ONE, "num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 40, "attention_chunk_size": 32}
+    return tf.Llama4ForCausalLM(tf.Llama4TextConfig(**{**own, "num_experts_per_tok": 1}))
+
+
 def gpt_oss() -> Any:
     """Its experts have never been layers."""
     return tf.GptOssForCausalLM(tf.GptOssConfig(**ONE, head_dim=8, num_local_experts=4))
@@ -72,7 +78,8 @@ def test_the_usual_names_train_what_pefts_do(make: Callable[[], nn.Module], targ
             assert layer.scaling == theirs.get_submodule(name).scaling  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("make", [qwen3, qwen2, mixtral])
+@pytest.mark.parametrize("make", [qwen3, qwen2, mixtral, llama4])
+@pytest.mark.filterwarnings("ignore:.all-linear. leaves out the experts")
 def test_what_is_trained_is_loaded_again_here_and_in_peft(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     wanted = veneer.LoraConfig(r=2, target_modules="all-linear", rank_pattern={"v_proj": 3})
     model = veneer.get_peft_model(made(make), wanted).eval()
@@ -87,6 +94,18 @@ def test_what_is_trained_is_loaded_again_here_and_in_peft(make: Callable[[], nn.
         theirs = peft.PeftModel.from_pretrained(made(make), str(tmp_path))
     assert gap(logits(theirs, batch), expected) < 1e-5
     assert gap(logits(model.merge_and_unload(), batch), expected) < 1e-5
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "router"]])
+@pytest.mark.filterwarnings("ignore:.all-linear. leaves out the experts")
+def test_a_router_that_returns_more_than_its_product_is_a_parameter(targets: Any) -> None:
+    """peft's layer in its place fails in the forward pass."""
+    model = veneer.get_peft_model(made(llama4), veneer.LoraConfig(target_modules=targets))
+    chosen: Any = model.peft_config["default"]
+    assert chosen.target_parameters == ["feed_forward.router.weight"]
+    assert any("router.lora_A" in name for name in trained(model))
+    with pytest.warns(UserWarning, match="are left out: VERA adapts no parameters"):
+        veneer.get_peft_model(made(llama4), veneer.VeraConfig(target_modules="all-linear", r=2))
 
 
 def test_layers_that_are_left_stay_beside_the_parameters() -> None:

@@ -60,6 +60,13 @@ def llama4() -> nn.Module:
     return tf.Llama4ForCausalLM(tf.Llama4TextConfig(**{**TEXT, **own, "num_hidden_layers": 2}))
 
 
+def deepseek() -> nn.Module:
+    own = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
+    heads = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    sizes = {**TEXT, **own, **heads, "num_key_value_heads": 4, "first_k_dense_replace": 0}
+    return tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**sizes))
+
+
 def gpt_oss() -> nn.Module:
     own = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "layer_types": ["full_attention"]}
     return tf.GptOssForCausalLM(tf.GptOssConfig(**TEXT, **own))
@@ -189,6 +196,7 @@ RIGHT: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Callable[[], dic
         lambda: tokens(2, 4),
     ),
     "tokens in a row": (gpt_oss, {"target_parameters": ["experts.down_proj"], **ALL}, lambda: tokens(2, 4)),
+    "a row of output for each token": (deepseek, ALL, lambda: tokens(2, 4)),
     "channels": (patch_tst, ALL, lambda: {"past_values": noise(2, 32, 2)}),
     "windows": (swin, ALL, lambda: {"pixel_values": noise(2, 3, 32, 32)}),
     "images of one size": (qwen_vl, ALL, lambda: grids(4, 4)),

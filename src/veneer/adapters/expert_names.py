@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from veneer.base_model.catalog import Catalog
+from veneer.base_model.sites import is_router
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import ALL_LINEAR, in_blocks, is_inside, names_match, pattern_value, saved_modules
 from veneer.configs.base import TargetedConfig
@@ -77,8 +78,10 @@ def _holds_experts(module: nn.Module) -> bool:
 
 
 def _is_router(name: str, catalog: Catalog) -> bool:
-    weight = catalog.modules[name]._parameters.get("weight")
-    return name.endswith(".gate") and weight is not None and weight.ndim == 2 and not catalog.sites_at(name)
+    module = catalog.modules[name]
+    weight = module._parameters.get("weight")
+    is_one = name.endswith(".gate") or is_router(module)
+    return is_one and weight is not None and weight.ndim == 2 and not catalog.sites_at(name)
 
 
 def _targets(config: TargetedConfig, name: str, catalog: Catalog) -> bool:

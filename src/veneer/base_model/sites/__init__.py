@@ -27,6 +27,7 @@ __all__ = [
     "bias_site",
     "is_linear",
     "is_never_called",
+    "is_router",
     "kinds",
     "packed_site",
     "refusal",
@@ -48,9 +49,9 @@ def sites_for(name: str, module: nn.Module) -> list[Site]:
     """Return the sites of a layer: one, two for ``nn.MultiheadAttention``, none when its kind cannot carry an adapter.
 
     Layers whose weight is packed in a form unknown here, and layers whose ``forward`` is never called, have no site: an
-    adapter there would be wrong, or do nothing.
+    adapter there would be wrong, or do nothing. Routers have a parameter's, see ``target_parameters``.
     """
-    if is_never_called(module):
+    if is_never_called(module) or is_router(module):
         return []
     if isinstance(module, nn.MultiheadAttention):
         return _attention(name, module)
@@ -118,9 +119,14 @@ def is_never_called(module: nn.Module) -> bool:
     return isinstance(module, NonDynamicallyQuantizableLinear)
 
 
+def is_router(module: nn.Module) -> bool:
+    """Tell whether a linear layer returns more than its product: the choice of experts (Llama 4, Phi-MoE)."""
+    return isinstance(module, nn.Linear) and type(module).__name__.endswith("Router")
+
+
 def is_linear(module: nn.Module) -> bool:
     """Tell whether "all-linear" means this layer."""
-    if is_never_called(module):
+    if is_never_called(module) or is_router(module):
         return False
     # A packed layer is often no nn.Linear; all of them have a width.
     packed = hasattr(module, "in_features") and packer(module) is not None
