@@ -58,7 +58,7 @@ def test_it_is_told_whatever_the_method(kind: Any) -> None:
     ],
 )
 def test_an_adapter_that_would_be_nowhere_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(TargetError, match="not found|matches no"):
+    with pytest.raises(TargetError, match=r"not found|matches no"):
         veneer.get_peft_model(build("llama"), veneer.LoraConfig(**options))
 
 
