@@ -96,7 +96,16 @@ from veneer.configs.methods.vera import VeraConfig as VeraConfig
 from veneer.configs.methods.waveft import WaveFTConfig as WaveFTConfig
 from veneer.configs.methods.xlora import XLoraConfig as XLoraConfig
 from veneer.configs.names import (
+    MultitaskPromptTuningInit as MultitaskPromptTuningInit,
+)
+from veneer.configs.names import (
     PeftType as PeftType,
+)
+from veneer.configs.names import (
+    PromptEncoderReparameterizationType as PromptEncoderReparameterizationType,
+)
+from veneer.configs.names import (
+    PromptTuningInit as PromptTuningInit,
 )
 from veneer.configs.names import (
     TaskType as TaskType,
@@ -186,6 +195,9 @@ from veneer.merging.combine_folders import (
 from veneer.merging.combine_folders import (
     combine as combine,
 )
+from veneer.merging.compose_cartridges import (
+    compose_cartridge_adapters as compose_cartridge_adapters,
+)
 from veneer.merging.extract_lora import (
     ExtractReport as ExtractReport,
 )
@@ -256,6 +268,12 @@ from veneer.peft_model.auto_classes import (
 )
 from veneer.peft_model.auto_classes import (
     AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
+)
+from veneer.peft_model.base_state import (
+    get_base_model_state_dict as get_base_model_state_dict,
+)
+from veneer.peft_model.base_state import (
+    set_base_model_state_dict as set_base_model_state_dict,
 )
 from veneer.peft_model.convert_to_lora import (
     ConversionReport as ConversionReport,
@@ -328,6 +346,18 @@ from veneer.training.eva import (
 )
 from veneer.training.eva import (
     initialize_lora_eva_weights as initialize_lora_eva_weights,
+)
+from veneer.training.kappa_targets import (
+    find_kappa_target_modules as find_kappa_target_modules,
+)
+from veneer.training.kv_prefix import (
+    initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
+)
+from veneer.training.kv_prefix import (
+    initialize_kv_prefix_from_text as initialize_kv_prefix_from_text,
+)
+from veneer.training.kv_prefix import (
+    prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values,
 )
 from veneer.training.loftq_on_quantized import replace_lora_weights_loftq as replace_lora_weights_loftq
 from veneer.training.optimizers import (

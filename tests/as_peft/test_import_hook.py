@@ -27,6 +27,11 @@ def test_importing_it_imports_no_torch() -> None:
     assert printed("import sys, peft\nprint('torch' in sys.modules)") == ["False"]
 
 
+def test_all_public_names_of_peft_are_there() -> None:
+    lines = printed("import peft; print(*sorted(n for n in peft.__all__ if not n.startswith('_')))")
+    assert {*peft.__all__} - {*lines[0].split()} <= {"save_as_lora"}
+
+
 def test_all_modules_and_their_names_exist() -> None:
     lines = printed("""
         import importlib

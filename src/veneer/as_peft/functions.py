@@ -196,3 +196,69 @@ def is_bnb_available() -> bool:
 def is_bnb_4bit_available() -> bool:
     """Tell whether bitsandbytes is installed, with its 4-bit layers."""
     return is_bnb_available()
+
+
+# -- what models of transformers were once asked for -----------------------------------------------------------
+
+
+def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token_id: int) -> Tensor:
+    """Return tokens one place to the right, for a decoder's input; labels that are ignored become padding.
+
+    Args:
+        input_ids: shape ``(rows, length)``.
+        pad_token_id: takes the place of -100.
+        decoder_start_token_id: comes first.
+    """
+    if pad_token_id is None:
+        raise AdapterError("self.model.config.pad_token_id has to be defined.", hint="Set it in the model's config.")
+    start = input_ids.new_full((input_ids.shape[0], 1), decoder_start_token_id)
+    shifted = torch.cat([start, input_ids[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+def bloom_model_postprocess_past_key_value(past_key_values: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Return prefixes, ``(keys and values, rows, heads, tokens, dim)``, as BLOOM's first code took them.
+
+    Keys have the shape ``(rows * heads, dim, tokens)`` and values ``(rows * heads, tokens, dim)``.
+    """
+    joined = torch.cat(list(past_key_values))
+    keys, values = (half.flatten(1, 2) for half in joined.chunk(2))
+    return tuple(zip(keys.transpose(2, 3), values, strict=True))
+
+
+TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Any] = {}
+
+
+# -- signatures and caches, which Veneer's models have by themselves -------------------------------------------
+
+
+def update_signature(model: Any, method: str = "all") -> None:
+    """Change nothing: a PeftModel's ``forward`` and ``generate`` have the signatures of the base's already.
+
+    Raises:
+        AdapterError: ``method`` is none of ``"forward"``, ``"generate"`` and ``"all"``.
+    """
+    if method not in ("forward", "generate", "all"):
+        raise AdapterError(f"method {method!r} is not supported.", hint='Choose "forward", "generate" or "all".')
+
+
+def update_forward_signature(model: Any) -> None:
+    """Change nothing: see :func:`update_signature`."""
+
+
+def update_generate_signature(model: Any) -> None:
+    """Change nothing: see :func:`update_signature`."""
+
+
+class DoraCaching:
+    """Changes nothing, called or as a ``with`` block: in inference Veneer keeps what DoRA computes anyway."""
+
+    def __call__(self, enabled: bool = False) -> None:
+        """Change nothing."""
+
+    def __enter__(self) -> DoraCaching:
+        """Change nothing."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Change nothing."""

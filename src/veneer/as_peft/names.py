@@ -108,6 +108,9 @@ _SHARED = (
     "PeftMixedModel PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
     "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification PeftType TaskType "
     "PEFT_TYPE_TO_CONFIG_MAPPING cast_mixed_precision_params convert_to_lora create_arrow_model get_eva_state_dict "
+    "MultitaskPromptTuningInit PromptEncoderReparameterizationType PromptTuningInit compose_cartridge_adapters "
+    "find_kappa_target_modules get_base_model_state_dict initialize_kv_prefix_from_past_key_values "
+    "initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values set_base_model_state_dict "
     "get_layer_status get_model_status get_peft_config get_peft_model get_peft_model_state_dict "
     "initialize_lora_eva_weights inject_adapter_in_model load_peft_weights prepare_model_for_kbit_training "
     "LoraRuntimeConfig preprocess_loraga replace_lora_weights_loftq set_peft_model_state_dict"
@@ -122,9 +125,20 @@ _TYPES = _public(["PeftType", "TaskType"])
 _STATE = _public(["get_peft_model_state_dict", "set_peft_model_state_dict", "load_peft_weights"])
 _WRAPPERS = _at(_CLASSES, "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper")
 
+_ERRORS = {
+    "NoMatchingPeftModuleError": Home("veneer", "TargetError"),
+    "PeftError": Home("veneer", "VeneerError"),
+    "PeftWarning": Home("veneer", "VeneerWarning"),
+}
+_PROMPT_CONFIG = {"PromptLearningConfig": Home("veneer.configs.base", "PromptConfig")}
+
 _OTHERS: dict[str, dict[str, Home]] = {
     "peft": {
         **_public(_SHARED.split()),
+        **_ERRORS,
+        **_PROMPT_CONFIG,
+        **_at(_FUNCTIONS, "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING shift_tokens_right"),
+        **_at(_FUNCTIONS, "bloom_model_postprocess_past_key_value"),
         **_at(_CLASSES, "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING"),
     },
     "peft.auto": _public(
@@ -134,12 +148,16 @@ _OTHERS: dict[str, dict[str, Home]] = {
             *("ForQuestionAnswering", "ForFeatureExtraction"),
         )
     ),
-    "peft.config": {**_TYPES, **_public(["PeftConfig"]), **_at(_FUNCTIONS, "CONFIG_NAME")},
+    "peft.config": {**_TYPES, **_public(["PeftConfig"]), **_PROMPT_CONFIG, **_at(_FUNCTIONS, "CONFIG_NAME")},
     "peft.functional": {
         **_at(_FUNCTIONS, "cast_adapter_dtype delete_adapter set_adapter set_requires_grad"),
         **_public(["get_peft_model_state_dict", "inject_adapter_in_model", "set_peft_model_state_dict"]),
     },
-    "peft.helpers": _at(_FUNCTIONS, "check_if_peft_model disable_input_dtype_casting rescale_adapter_scale"),
+    "peft.helpers": {
+        **_at(_FUNCTIONS, "DoraCaching check_if_peft_model disable_input_dtype_casting rescale_adapter_scale"),
+        **_at(_FUNCTIONS, "update_forward_signature update_generate_signature update_signature"),
+        **_at("veneer.training.kappa_targets", "KappaTuneSelector find_kappa_target_modules"),
+    },
     "peft.mapping": {
         **_public(["PEFT_TYPE_TO_CONFIG_MAPPING", "get_peft_config", "inject_adapter_in_model"]),
         **_at(_CLASSES, "PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING"),
@@ -173,7 +191,9 @@ _OTHERS: dict[str, dict[str, Home]] = {
         **_at(_FUNCTIONS, "CONFIG_NAME SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME"),
         **_at(_FUNCTIONS, "_get_submodules fsdp_auto_wrap_policy get_pattern_key infer_device transpose"),
     },
+    "peft.utils.error": {name: home for name, home in _ERRORS.items() if name != "PeftWarning"},
     "peft.utils.peft_types": _TYPES,
+    "peft.utils.warning": {"PeftWarning": _ERRORS["PeftWarning"]},
     "peft.utils.save_and_load": _STATE,
     "peft.utils.transformers_weight_conversion": _at("veneer.as_peft.weight_mapping", "build_peft_weight_mapping"),
     "peft.utils.integrations": _at(_FUNCTIONS, "dequantize_module_weight gather_params_ctx init_empty_weights"),

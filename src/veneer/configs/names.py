@@ -64,6 +64,31 @@ class PeftType(_Name):
     XLORA = "XLORA"
 
 
+class PromptTuningInit(_Name):
+    """The starts of prompt tuning, as ``prompt_tuning_init`` names them."""
+
+    TEXT = "TEXT"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    RANDOM = "RANDOM"
+
+
+class MultitaskPromptTuningInit(_Name):
+    """The starts of multitask prompt tuning, as ``prompt_tuning_init`` names them."""
+
+    TEXT = "TEXT"
+    RANDOM = "RANDOM"
+    AVERAGE_SOURCE_TASKS = "AVERAGE_SOURCE_TASKS"
+    EXACT_SOURCE_TASK = "EXACT_SOURCE_TASK"
+    ONLY_SOURCE_SHARED = "ONLY_SOURCE_SHARED"
+
+
+class PromptEncoderReparameterizationType(_Name):
+    """The networks of p-tuning, as ``encoder_reparameterization_type`` names them."""
+
+    MLP = "MLP"
+    LSTM = "LSTM"
+
+
 class TaskType(_Name):
     """The tasks of models, as PEFT writes them."""
 
