@@ -26,6 +26,9 @@ FEW = 20
 
 if os.environ.get("PEER_MODULE"):
     importlib.import_module(os.environ["PEER_MODULE"])
+    import absent_names
+
+    absent_names.install()
 
 
 class OverTime(BaseException):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -20,8 +21,6 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import tomllib
 
 HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("PEER_SUITE_CACHE", Path.home() / ".cache" / "veneer-peer-suite"))
@@ -104,6 +103,8 @@ def measure(files: list[str]) -> None:
 
 def excluded() -> dict[str, str]:
     """Return the reason of each test that is left out, or of the function whose parametrisations are."""
+    import tomllib
+
     groups = tomllib.loads(EXCLUDED.read_text())
     return {f"tests/{test}": group["reason"] for group in groups.values() for test in group["tests"]}
 
@@ -135,8 +136,11 @@ def file_of(test: str) -> str:
 
 
 def error_of(line: dict[str, Any]) -> str:
-    """Return the first line of a test's error."""
-    return str(line.get("error") or line.get("outcome") or "no outcome").strip().splitlines()[0][:200]
+    """Return the first line of a test's error, without what differs from test to test."""
+    error = str(line.get("error") or line.get("outcome") or "no outcome").strip().splitlines()[0]
+    error = re.sub(r"/tmp/\S+", "PATH", error)
+    error = re.sub(r"'\w+' object has no", "object has no", error)
+    return re.sub(r"(to require gradients|Expected names to start with).*", r"\1 ...", error)[:200]
 
 
 def table(tests: list[str], kept: list[str], good: set[str]) -> str:

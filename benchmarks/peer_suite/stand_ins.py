@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -312,22 +312,20 @@ def adapted(hub: Hub, base: str, auto: str) -> Any:
     torch.manual_seed(1)
     model = getattr(tf, f"AutoModel{auto}").from_pretrained(hub.path(base))
     model.name_or_path = model.config._name_or_path = base
-    return peft.get_peft_model(model, peft.LoraConfig(task_type=TASKS.get(auto), init_lora_weights=False))
+    targets = ["q_proj", "v_proj"] if base == WHISPER else None
+    config = peft.LoraConfig(task_type=TASKS.get(auto), target_modules=targets, init_lora_weights=False)
+    return peft.get_peft_model(model, config)
 
 
-def write_adapters(hub: Hub) -> None:
-    """Write the adapters, by peft."""
-    for repo, (base, auto) in ADAPTERS.items():
-        model = adapted(hub, base, auto)
-        folder = hub.snapshot(repo)
-        model.save_pretrained(folder, save_embedding_layers=False)
-        if repo.endswith("subfolder"):
-            model.save_pretrained(folder / "test", save_embedding_layers=False)
-        if repo in ADAPTER_REFS:
-            hub.snapshot(repo, ADAPTER_REFS[repo])
-    for repo, ref in GROWN.items():
-        write_grown(hub, repo, ref)
-    write_old_boft(hub)
+def write_adapter(hub: Hub, repo: str) -> None:
+    """Write an adapter, by peft."""
+    model = adapted(hub, *ADAPTERS[repo])
+    folder = hub.snapshot(repo)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    if repo.endswith("subfolder"):
+        model.save_pretrained(folder / "test", save_embedding_layers=False)
+    if repo in ADAPTER_REFS:
+        hub.snapshot(repo, ADAPTER_REFS[repo])
 
 
 def write_grown(hub: Hub, repo: str, ref: str) -> None:
@@ -415,12 +413,12 @@ def clip_tokenizer(folder: Path) -> Any:
 def write(folder: Path) -> Iterator[str]:
     """Write all stand-ins, and yield a line for each that this machine's packages cannot make."""
     hub = Hub(folder)
-    steps: dict[str, Callable[[], None]] = {
-        repo: lambda repo=repo, make=make: hub.model(repo, make) for repo, make in MODELS.items()
-    }
+    steps: dict[str, Callable[[], None]] = {repo: partial(hub.model, repo, make) for repo, make in MODELS.items()}
     for repo, ref in REVISIONS.items():
-        steps[f"{repo}@{ref}"] = lambda repo=repo, ref=ref: hub.model(repo, MODELS[repo], ref, seed=2)
-    steps |= {"adapters": lambda: write_adapters(hub), "diffusers": lambda: write_diffusers(hub)}
+        steps[f"{repo}@{ref}"] = partial(hub.model, repo, MODELS[repo], ref, seed=2)
+    steps |= {repo: partial(write_adapter, hub, repo) for repo in ADAPTERS}
+    steps |= {repo: partial(write_grown, hub, repo, ref) for repo, ref in GROWN.items()}
+    steps |= {"BOFT of peft 0.12": partial(write_old_boft, hub), "diffusers": partial(write_diffusers, hub)}
     for name, step in steps.items():
         try:
             step()
