@@ -281,6 +281,9 @@ from veneer.peft_model.convert_to_lora import (
 from veneer.peft_model.convert_to_lora import (
     convert_to_lora as convert_to_lora,
 )
+from veneer.peft_model.convert_to_lora import (
+    save_as_lora as save_as_lora,
+)
 from veneer.peft_model.hotswap import (
     hotswap_adapter as hotswap_adapter,
 )

@@ -171,3 +171,15 @@ def quiet_transformers() -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text that is not blank, or its class's name."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def progress(what: str, shown: bool) -> Iterator[None]:
+    """Show on the terminal that something is under way inside the block, if it is to be shown."""
+    if not shown:
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield

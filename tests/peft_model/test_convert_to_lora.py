@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ import veneer
 from tests.models import build, gap, inputs, logits
 from tests.random_adapters import enlarge, saved, saved_base
 from veneer.cli.app import run
-from veneer.errors import AdapterError, ConfigError, MergeError, UnsupportedError
+from veneer.errors import AdapterError, BaseModelError, ConfigError, MergeError, UnsupportedError
 
 TARGETS: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"]}
 
@@ -112,3 +113,40 @@ def test_what_a_layers_output_is_moved_by_comes_along(tmp_path: Path) -> None:
     with model.disable_adapter():
         assert gap(logits(model, inputs("llama")), expected) > 0.02
     assert gap(_read(tmp_path / "lora"), expected) < 1e-5
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("rank", [6, 0.6, 0.95])
+def test_in_memory_as_peft_does(rank: float, tmp_path: Path) -> None:
+    model = _model(veneer.LoKrConfig(r=16, decompose_both=True, init_weights=False, **TARGETS))
+    model.save_pretrained(tmp_path / "lokr")
+    theirs = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "lokr")
+    expected_config, expected = peft.convert_to_lora(theirs, rank)
+    config, tensors = veneer.convert_to_lora(model, rank)
+    assert {key: tensor.shape for key, tensor in tensors.items()} == {key: t.shape for key, t in expected.items()}
+    for key in (key for key in tensors if "lora_A" in key):
+        change, other = (t[key.replace("lora_A", "lora_B")].float() @ t[key].float() for t in (tensors, expected))
+        assert gap(change, other) < 1e-4
+    for name in ("r", "lora_alpha"):
+        assert getattr(config, name) == getattr(expected_config, name)
+    assert {*config.rank_pattern.values()} == {*expected_config.rank_pattern.values()}
+    again = veneer.get_peft_model(build("llama"), config).eval()
+    assert not veneer.set_peft_model_state_dict(again, tensors).unexpected_keys
+    assert not veneer.set_peft_model_state_dict(again, expected).missing_keys
+    veneer.save_as_lora(tmp_path / "saved", model, rank)
+    assert gap(_read(tmp_path / "saved"), logits(again, inputs("llama"))) < 1e-4
+    report = veneer.convert_to_lora(model, rank, out=tmp_path / "reported")
+    assert report.rank == max(tensor.shape[0] for key, tensor in tensors.items() if "lora_A" in key)
+    if isinstance(rank, float):
+        assert report.error**2 <= 1 - rank + 1e-5
+
+
+@pytest.mark.parametrize("rank", [0, -1, 0.0, 1.5, -0.5])
+def test_what_is_no_rank_is_refused(rank: float) -> None:
+    with pytest.raises(ConfigError, match="is no rank"):
+        veneer.convert_to_lora(_model(veneer.VeraConfig(r=5, **TARGETS)), rank)
+
+
+def test_a_model_without_adapters_cannot_be_converted() -> None:
+    with pytest.raises(BaseModelError, match="no model with adapters"):
+        veneer.convert_to_lora(build("llama"), 4)

@@ -113,7 +113,7 @@ _SHARED = (
     "initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values set_base_model_state_dict "
     "get_layer_status get_model_status get_peft_config get_peft_model get_peft_model_state_dict "
     "initialize_lora_eva_weights inject_adapter_in_model load_peft_weights prepare_model_for_kbit_training "
-    "LoraRuntimeConfig preprocess_loraga replace_lora_weights_loftq set_peft_model_state_dict"
+    "LoraRuntimeConfig preprocess_loraga replace_lora_weights_loftq save_as_lora set_peft_model_state_dict"
 )
 
 _LORA_CONFIGS = (

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 
-def truncated(matrix: Tensor, rank: int | None, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def truncated(matrix: Tensor, rank: float | None, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return ``U`` and ``V`` of which ``scale * U V`` is the matrix of rank ``rank`` nearest to ``matrix``.
 
     Args:
         matrix: shape ``(..., out, in)``.
-        rank: of the product; the smallest that changes nothing beyond rounding when ``None``.
+        rank: of the product; the smallest that changes nothing beyond rounding when ``None``, and the smallest that
+            holds a share of the sum of squares when it is that share, a float up to 1.0.
         scale: multiplies the product.
     """
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
@@ -22,6 +23,10 @@ def truncated(matrix: Tensor, rank: int | None, scale: float = 1.0) -> tuple[Ten
         largest = float(values.amax()) if values.numel() else 0.0
         least = largest * torch.finfo(values.dtype).eps * max(matrix.shape[-2:])
         rank = max(int((values > least).sum(-1).max()), 1)
+    elif isinstance(rank, float):
+        squares = values.double().square()
+        held = squares.cumsum(-1) / squares.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        rank = min(int((held < rank).sum(-1).max()) + 1, values.shape[-1])
     return balanced(left[..., :rank], values[..., :rank], right[..., :rank, :], scale)
 
 
@@ -38,7 +43,7 @@ def balanced(left: Tensor, values: Tensor, right: Tensor, scale: float = 1.0) ->
     return left * root.unsqueeze(-2), root.unsqueeze(-1) * right
 
 
-def truncated_product(up: Tensor, down: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
+def truncated_product(up: Tensor, down: Tensor, rank: float | None) -> tuple[Tensor, Tensor]:
     """Return the factors that :func:`truncated` gives for ``up @ down``, which is never formed.
 
     Args:

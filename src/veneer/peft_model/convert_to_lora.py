@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from veneer.adapters.adapter import Adapter
 from veneer.adapters.merge.combining import Combination, combine
 from veneer.adapters.merge.in_memory import check_mergeable
 from veneer.checkpoints.checkpoint import write_checkpoint
@@ -23,13 +24,13 @@ from veneer.errors import AdapterError, UnsupportedError
 from veneer.files.base_digest import BASE_DIGEST_KEY
 from veneer.files.output_folder import check_output
 from veneer.files.tensor_keys import encode
-from veneer.keywords import unknown_keywords
+from veneer.keywords import takes, unknown_keywords
 from veneer.layers.adapter_shares import LayerAdapters
 from veneer.layers.weight_change import change_of
 from veneer.methods.lora import METHOD as LORA
+from veneer.peft_model.adapted_model import AdaptedModel, adapted_model
 from veneer.peft_model.load import load
-from veneer.peft_model.peft_model import PeftModel
-from veneer.printing import Report
+from veneer.printing import Report, progress
 
 # Errors up to this come from float32, not from the rank.
 _ROUNDING = 1e-5
@@ -43,7 +44,7 @@ class ConversionReport(Report):
         adapter: the adapter that was converted.
         method: its ``peft_type``.
         out: the folder that was written.
-        rank: the rank of the LoRA.
+        rank: the rank of the LoRA; the largest where layers have different ones.
         error: the relative error over all layers together, 0 to 1.
         errors: layer -> its relative error.
     """
@@ -75,24 +76,58 @@ class ConversionReport(Report):
         return f"{self.error:.2%} of the change; the most, {self.errors[self.worst]:.2%}, in {self.worst}"
 
 
+@overload
 def convert_to_lora(
-    source: PeftModel | str | Path,
-    *,
-    out: str | Path,
-    rank: int | None = None,
+    source: nn.Module | str | Path,
+    rank: float | None = None,
     adapter_name: str | None = None,
+    progressbar: bool = False,
+    compile_kwargs: Mapping[str, Any] | None = None,
+    *,
+    out: None = None,
     base: str | Path | None = None,
     **load_options: Any,
-) -> ConversionReport:
-    """Write an adapter as a plain LoRA adapter in float32.
+) -> tuple[LoraConfig, dict[str, Tensor]]: ...
+@overload
+def convert_to_lora(
+    source: nn.Module | str | Path,
+    rank: float | None = None,
+    adapter_name: str | None = None,
+    progressbar: bool = False,
+    compile_kwargs: Mapping[str, Any] | None = None,
+    *,
+    out: str | Path,
+    base: str | Path | None = None,
+    **load_options: Any,
+) -> ConversionReport: ...
+@takes(renamed={"model": "source"}, others=True)
+def convert_to_lora(
+    source: nn.Module | str | Path,
+    rank: float | None = None,
+    adapter_name: str | None = None,
+    progressbar: bool = False,
+    compile_kwargs: Mapping[str, Any] | None = None,
+    *,
+    out: str | Path | None = None,
+    base: str | Path | None = None,
+    **load_options: Any,
+) -> ConversionReport | tuple[LoraConfig, dict[str, Tensor]]:
+    """Make a plain LoRA adapter in float32 of any other, and write it or, as peft does, return it.
 
     Args:
         source: a model with adapters, or an adapter's folder or hub id.
-        out: the folder to write. It must not exist or be empty.
         rank: the rank of the LoRA; needed where a change has no low rank by definition, and an upper bound otherwise.
+            A float up to 1.0 is the share of each layer's change, as a sum of squares, for which the layer gets the
+            smallest rank that holds it.
         adapter_name: the adapter of a model; the active one when ``None``.
+        progressbar: show progress on the terminal.
+        compile_kwargs: accepted for peft's sake; nothing is compiled.
+        out: the folder to write. It must not exist or be empty. ``None`` writes nothing.
         base: the base of an adapter that is given by its path; by default what its config names.
         **load_options: as for :func:`veneer.load`.
+
+    Returns:
+        A report of what was written to ``out``; without that, the LoRA's config, and its tensors by checkpoint key.
 
     Raises:
         UnknownKeywordError: an option is none of :func:`veneer.load`, or ``source`` is in memory and takes none.
@@ -101,19 +136,55 @@ def convert_to_lora(
         UnsupportedError: no LoRA can hold the adapter, or ``rank`` is missing. Whatever loading raises.
     """
     idle = [*load_options, *(() if base is None else ("base",))]
-    if isinstance(source, PeftModel) and idle:
+    if isinstance(source, nn.Module) and idle:
         raise unknown_keywords("convert_to_lora() of a model in memory", idle, ("out", "rank", "adapter_name"))
-    target = Path(out)
-    check_output(target)
-    model = source if isinstance(source, PeftModel) else load(source, base=base, **load_options)
+    if out is not None:
+        check_output(Path(out))
+    model = adapted_model(source) if isinstance(source, nn.Module) else load(source, base=base, **load_options)
     adapter = model.adapters.get(_name(model, adapter_name))
-    layers = list(adapter.layers)
+    with progress("Converting to LoRA", progressbar):
+        config, tensors = _as_lora(model, adapter, rank)
+        return (config, tensors) if out is None else _written(model, adapter, config, tensors, Path(out))
+
+
+@takes()
+def save_as_lora(
+    path: str | Path,
+    model: nn.Module,
+    rank: float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an adapter of a model as a plain LoRA: :func:`convert_to_lora` by peft's name for that.
+
+    Args:
+        path: the folder to write. It must not exist or be empty.
+        model: the model.
+        rank: as for :func:`convert_to_lora`.
+        adapter_name: the adapter.
+        progressbar: show progress on the terminal.
+        compile_kwargs: accepted for peft's sake.
+
+    Raises:
+        OutputError: ``path`` is taken or cannot be written. UnsupportedError: no LoRA can hold the adapter.
+    """
+    convert_to_lora(model, rank, adapter_name, progressbar, out=path)
+
+
+def _as_lora(model: AdaptedModel, adapter: Adapter, rank: float | None) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Return the config and tensors (checkpoint key -> float32 tensor) of an adapter as a LoRA."""
     check_mergeable(model.adapters, [adapter.name])
-    _check_layers(layers, adapter.name, rank)
+    _check_layers(list(adapter.layers), adapter.name, rank)
     combination = Combination((adapter.name,), (1.0,), "cat" if rank is None else "svd", rank)
     config, tensors = combine(model.adapters, combination)
-    config = replace(config, base_model_name_or_path=adapter.config.base_model_name_or_path)
-    norms = {layer.site.id: _norms(layer, adapter.name, config, tensors) for layer in layers}
+    return replace(config, base_model_name_or_path=adapter.config.base_model_name_or_path), tensors
+
+
+def _written(
+    model: AdaptedModel, adapter: Adapter, config: LoraConfig, tensors: Mapping[str, Tensor], target: Path
+) -> ConversionReport:
+    norms = {layer.site.id: _norms(layer, adapter.name, config, tensors) for layer in adapter.layers}
     digest = adapter.base_digest or model.base_digest
     write_checkpoint(target, config, tensors, {} if digest is None else {BASE_DIGEST_KEY: digest})
     total = sum(size for _, size in norms.values())
@@ -121,13 +192,13 @@ def convert_to_lora(
         adapter=str(adapter.origin or adapter.name),
         method=str(adapter.config.peft_type),
         out=str(target),
-        rank=config.r,
+        rank=max(config.rank_pattern.values(), default=config.r),
         error=(sum(rest for rest, _ in norms.values()) / total) ** 0.5 if total else 0.0,
         errors={name: (rest / size) ** 0.5 if size else 0.0 for name, (rest, size) in norms.items()},
     )
 
 
-def _name(model: PeftModel, adapter_name: str | None) -> str:
+def _name(model: AdaptedModel, adapter_name: str | None) -> str:
     if adapter_name is not None:
         return adapter_name
     active = list(model.active_adapters)
@@ -140,7 +211,7 @@ def _name(model: PeftModel, adapter_name: str | None) -> str:
 
 
 @torch.no_grad()
-def _check_layers(layers: Sequence[LayerAdapters], adapter: str, rank: int | None) -> None:
+def _check_layers(layers: Sequence[LayerAdapters], adapter: str, rank: float | None) -> None:
     """Raise ``UnsupportedError`` where no LoRA can be, or when a change has no low rank and none is given."""
     for layer in layers:
         layer.site.check_low_rank()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,6 +35,7 @@ from veneer.peft_model.load_report import AdapterReport, LoadReport
 from veneer.peft_model.open_adapter import find_adapter, open_adapter
 from veneer.peft_model.save_adapters import SavingMethods
 from veneer.peft_model.xlora_methods import XLoraMethods
+from veneer.printing import progress
 
 # One name for each row of a batch, or (name, tokens) for each part of a packed sequence.
 RowNames = Sequence[str | tuple[str, int]] | None
@@ -436,7 +437,7 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
                 floating dtype; ``"requantized"`` packs the sums as the weights were packed, which can round much of
                 the adapter away. :attr:`quantized_merge` says what was lost.
         """
-        with _progress("merging", progressbar):
+        with progress("merging", progressbar):
             merged = in_memory.merge_and_unload(self.adapters, adapter_names, check=safe_merge, into=into)
         note_changed(merged)
         self._base_digest = None
@@ -551,14 +552,3 @@ def _plain_base(model: nn.Module) -> nn.Module:
         model = model.get_base_model()
     check_base(model)
     return model
-
-
-@contextmanager
-def _progress(what: str, shown: bool) -> Iterator[None]:
-    if not shown:
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(what):
-        yield

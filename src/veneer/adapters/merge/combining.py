@@ -19,7 +19,7 @@ the factors, as some tools do, they would add products of one adapter's A with a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class Combination:
         weights: one for each; negative ones take an adapter's change away.
         kind: a name in the table above; from ``magnitude_prune`` on it may end in ``_svd``, as in peft.
         rank: of the result; the largest of the adapters' ranks when ``None``, and for ``cat`` and ``linear`` their sum.
+            A float is the share of each layer's change, as a sum of squares, that its own rank has to hold.
         density: the share of values that pruning leaves, over 0 and up to 1.
         sign: how ``ties`` weighs the signs: "total" by the values' sum, "frequency" by their number.
         seed: of what DARE drops; torch's own generator when ``None``.
@@ -58,7 +59,7 @@ class Combination:
     names: tuple[str, ...]
     weights: tuple[float, ...]
     kind: str = "svd"
-    rank: int | None = None
+    rank: float | None = None
     density: float | None = None
     sign: str = "total"
     seed: int | None = None
@@ -71,8 +72,11 @@ class Combination:
             raise UsageError(
                 f"{len(self.names)} adapters and {len(self.weights)} weights.", hint="Give one weight for each adapter."
             )
-        if self.rank is not None and self.rank < 1:
-            raise UsageError(f"svd_rank={self.rank!r} is no rank.", hint="A rank is a whole number of at least 1.")
+        if self.rank is not None and not (0 < self.rank <= 1 if isinstance(self.rank, float) else self.rank >= 1):
+            raise UsageError(
+                f"svd_rank={self.rank!r} is no rank.",
+                hint="A rank is a whole number of at least 1, or the share of each change to be held, up to 1.0.",
+            )
         if self.sign not in ("total", "frequency"):
             raise UsageError(f"Unknown majority_sign_method {self.sign!r}.", hint="Known: total, frequency.")
         if self.kind not in ON_FACTORS and not 0 < (self.density or 0) <= 1:
@@ -102,29 +106,31 @@ def combine(adapters: Adapters, combination: Combination) -> tuple[LoraConfig, d
     generator = None if combination.seed is None else torch.Generator().manual_seed(combination.seed)
     layers = [layer for name, layer in adapters.layers.items() if any(name in entry.layers.by_id for entry in entries)]
     combined = [(layer, *_combined(layer, combination, generator)) for layer in layers]
-    rank = max((up.shape[-1] for _, up, _, _ in combined), default=0)
+    ranks = {layer.site.pattern_name: up.shape[-1] for layer, up, _, _ in combined}
+    rank = max(ranks.values(), default=0)
     if not rank:
         raise AdapterError(f"{', '.join(combination.names)} change no layer.", hint="Load adapters that were trained.")
-    biased = any(shift is not None for *_, shift in combined)
+    biased, own_ranks = any(shift is not None for *_, shift in combined), isinstance(combination.rank, float)
     tensors = {}
     for layer, up, down, shift in combined:
-        leaves = layer.site.as_low_rank(_padded(up, rank, -1), _padded(down, rank, -2))
+        if not own_ranks:
+            up, down = _padded(up, rank, -1), _padded(down, rank, -2)
+        leaves = layer.site.as_low_rank(up, down)
         if biased:
             leaves[B_BIAS] = torch.zeros(layer.site.shape[0]) if shift is None else shift
         tensors.update({encode(layer.site.key, leaf): tensor.contiguous() for leaf, tensor in leaves.items()})
-    return _config(adapters, entries[0].config.task_type, layers, rank, biased), tensors
+    config = _config(adapters, entries[0].config.task_type, layers, biased)
+    if own_ranks:
+        return replace(config, r=1, lora_alpha=1, rank_pattern=ranks, alpha_pattern=dict(ranks)), tensors
+    return replace(config, r=rank, lora_alpha=rank), tensors
 
 
-def _config(
-    adapters: Adapters, task: str | None, layers: Sequence[LayerAdapters], rank: int, biased: bool
-) -> LoraConfig:
+def _config(adapters: Adapters, task: str | None, layers: Sequence[LayerAdapters], biased: bool) -> LoraConfig:
     modules = [layer.site.name for layer in layers if _by_module(adapters, layer)]
     parameters = [f"{layer.site.name}.{layer.site.parameter}" for layer in layers if not _by_module(adapters, layer)]
     return LoraConfig(
         task_type=task,
         base_model_name_or_path=getattr(adapters.model, "name_or_path", None) or None,
-        r=rank,
-        lora_alpha=rank,
         target_modules=list(dict.fromkeys(modules)),
         target_parameters=parameters or None,
         lora_bias=biased,
