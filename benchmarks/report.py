@@ -17,7 +17,7 @@ import merge_to_disk
 HERE = Path(__file__).parent
 RESULTS_FILE, TABLE, PLOT = HERE / "results.json", HERE / "RESULTS.md", HERE / "results.svg"
 NOTES = HERE / "notes.md"
-README, BEGIN, END = HERE.parent / "README.md", "<!-- speed: made by make bench -->\n", "<!-- end of speed -->"
+BEGIN, END = "<!-- speed: made by make bench -->\n", "<!-- end of speed -->"
 # Where in the results stands what could not be measured: "section model dtype, side" -> why.
 FAILED = "failed"
 # Two sides that differ by no more cannot be told apart: a process of either differs as much from the next one.
@@ -197,7 +197,8 @@ def write(results: Results) -> None:
         + text
     )
     plot(results)
-    README.write_text(with_speed(README.read_text(), results))
+    for file, words in READMES.items():
+        file.write_text(with_speed(file.read_text(encoding="utf-8"), results, words), encoding="utf-8")
 
 
 def remarks(results: Results) -> list[str]:
@@ -214,40 +215,109 @@ def remarks(results: Results) -> list[str]:
     return texts + [f"Failed: {what}: {why}." for what, why in sorted(results.get(FAILED, {}).items())]
 
 
-# The README's lines: in words, and where they stand above.
+@dataclass(frozen=True)
+class Words:
+    """The words of a README's table; ``{}`` stands for a number.
+
+    Attributes:
+        head: of the columns.
+        lines: in the order of ``HEADLINES``.
+        faster, equal, slower: the verdict on two times.
+        less, more: the verdict on two overheads.
+        alone: the verdict on a figure that peft has not.
+    """
+
+    head: tuple[str, str, str, str]
+    lines: tuple[str, ...]
+    faster: str
+    equal: str
+    slower: str
+    less: str
+    more: str
+    alone: str
+
+
+# Where the README's lines stand above.
 HEADLINES = (
-    ("Attach the first adapter", "attach 135M bfloat16", "attach 1", None),
-    ("Attach the 16th", "attach 135M bfloat16", "attach 16", None),
-    ("Switch the active adapter", "attach 135M bfloat16", "switch", None),
-    ("Decode: unmerged / merged", "forward 135M bfloat16", "decode unmerged", "decode merged"),
-    ("Decode, 8 rows: 8 adapters / one", "mixed 135M bfloat16", "mixed decode 8", "mixed decode one"),
-    ("Training step", "train 135M bfloat16", "train step", None),
-    ("Merge in memory", "merge 135M bfloat16", "merge", None),
-    ("The same, 1B", "merge 1B bfloat16", "merge", None),
-    ("Save an adapter", "save 135M bfloat16", "save", None),
-    ("Import, after torch and transformers", "process 135M bfloat16", "import after torch", None),
-    ("`veneer inspect`, the whole process", "process 135M bfloat16", "inspect", None),
+    ("attach 135M bfloat16", "attach 1", None),
+    ("attach 135M bfloat16", "attach 16", None),
+    ("attach 135M bfloat16", "switch", None),
+    ("forward 135M bfloat16", "decode unmerged", "decode merged"),
+    ("mixed 135M bfloat16", "mixed decode 8", "mixed decode one"),
+    ("train 135M bfloat16", "train step", None),
+    ("merge 135M bfloat16", "merge", None),
+    ("merge 1B bfloat16", "merge", None),
+    ("save 135M bfloat16", "save", None),
+    ("process 135M bfloat16", "import after torch", None),
+    ("process 135M bfloat16", "inspect", None),
 )
+ENGLISH = Words(
+    head=("SmolLM2-135M, bfloat16, LoRA of rank 16", "peft", "Veneer", "verdict"),
+    lines=(
+        "Attach the first adapter",
+        "Attach the 16th",
+        "Switch the active adapter",
+        "A decode step: time that an unmerged adapter adds",
+        "A decode step of 8 rows: time that 8 adapters add to one's",
+        "Training step",
+        "Merge in memory",
+        "The same, a base of 1B",
+        "Save an adapter",
+        "Import, after torch and transformers",
+        "`veneer inspect`, the whole process",
+    ),
+    faster="{} times faster",
+    equal="as fast",
+    slower="{} times slower",
+    less="{} times less",
+    more="{} times more",
+    alone="peft has none",
+)
+READMES = {HERE.parent / "README.md": ENGLISH}
 
 
-def speed(results: Results) -> str:
+def speed(results: Results, words: Words) -> str:
     """Write the README's table."""
-    lines = ["| SmolLM2-135M, bfloat16, LoRA r=16 | peft | Veneer | |", "|---|---|---|---|"]
-    for what, run, figure, over in HEADLINES:
+    lines = [f"| {' | '.join(words.head)} |", "|---|--:|--:|---|"]
+    for what, (run, figure, over) in zip(words.lines, HEADLINES, strict=True):
         row = Row(what, run, figure, over)
         ours, theirs = value(row, results, "veneer"), value(row, results, "peft")
-        if ours is None:
-            continue
-        ratio = "" if theirs is None or over else f"{theirs / ours:.1f}x"
-        lines.append(f"| {what} | {shown(row, theirs)} | {shown(row, ours)} | {ratio} |")
+        if ours is not None:
+            lines.append(
+                f"| {what} | {_short(row, theirs)} | {_short(row, ours)} | {_judged(row, ours, theirs, words)} |"
+            )
     return "\n".join(lines) + "\n"
 
 
-def with_speed(text: str, results: Results) -> str:
+def _short(row: Row, number: float | None) -> str:
+    if number is None:
+        return "–"  # noqa: RUF001 - an en dash, as tables have it
+    if row.over:
+        return f"{100 * (number - 1):.0f} %"
+    unit, size = next(((unit, size) for unit, size in (("s", 1.0), ("ms", 1e-3)) if number >= size), ("µs", 1e-6))
+    return f"{_rounded(number / size)} {unit}"
+
+
+def _rounded(number: float) -> str:
+    """Write three digits, and commas between thousands."""
+    return f"{float(f'{number:.3g}'):,g}"
+
+
+def _judged(row: Row, ours: float, theirs: float | None, words: Words) -> str:
+    if theirs is None:
+        return words.alone
+    ratio = (theirs - 1) / (ours - 1) if row.over else theirs / ours
+    if abs(ratio - 1) <= NOISE:
+        return words.equal
+    better, worse = (words.less, words.more) if row.over else (words.faster, words.slower)
+    return better.format(_rounded(ratio)) if ratio > 1 else worse.format(_rounded(1 / ratio))
+
+
+def with_speed(text: str, results: Results, words: Words) -> str:
     """Replace the table between a README's marks."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return before + BEGIN + speed(results) + END + after
+    return before + BEGIN + speed(results, words) + END + after
 
 
 def merges() -> str:

@@ -16,7 +16,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.benching.conftest import no_processes
 from tests.models import VOCAB, build
+from veneer.benching.measure.fresh_process import Request
+
+__all__ = ["no_processes"]
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -74,15 +78,15 @@ def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=title)
-def test_python_runs(page: Path, here: Path) -> None:
+def test_python_runs(page: Path, here: Path, no_processes: list[Request]) -> None:
     namespace: dict[str, Any] = {"__name__": "docs"}
     for text in blocks(page, "python"):
         exec(compile(text, f"{title(page)}: {text.splitlines()[0]}", "exec", dont_inherit=True), namespace)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "console")], ids=title)
-def test_commands_run(page: Path, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Every ``$ veneer ...`` succeeds, or fails as its page says with ``# exit 2``."""
+def test_commands_run(page: Path, here: Path, no_processes: list[Request], capfd: pytest.CaptureFixture[str]) -> None:
+    """Every ``$ veneer ...`` succeeds, or fails as its page says with ``# exit 2``; bench starts no processes."""
     from veneer.cli import main
 
     for line in "\n".join(blocks(page, "console")).splitlines():

@@ -17,16 +17,28 @@ def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("report")
 
 
-def test_the_readme_says_what_was_measured(report: ModuleType) -> None:
-    text = (ROOT / "README.md").read_text()
-    assert report.with_speed(text, report.read()) == text
-    assert "| Switch the active adapter |" in text
+def test_each_readme_says_what_was_measured(report: ModuleType) -> None:
+    for file, words in report.READMES.items():
+        text = file.read_text(encoding="utf-8")
+        assert report.with_speed(text, report.read(), words) == text
+        assert f"| {words.lines[2]} |" in text
 
 
 def test_the_table_holds_only_what_was_measured(report: ModuleType) -> None:
     results = {"attach 135M bfloat16": {"veneer": [{"attach 1": 0.01}, {"attach 1": 0.03}, {"attach 1": 0.02}]}}
-    assert report.speed(results).splitlines()[2:] == ["| Attach the first adapter |  | 20.0 ms |  |"]
+    lines = report.speed(results, report.ENGLISH).splitlines()[2:]
+    assert lines == ["| Attach the first adapter | \N{EN DASH} | 20 ms | peft has none |"]
     assert "median of 3 processes" in report.remarks(results)[0]
+
+
+def test_a_verdict_has_words(report: ModuleType) -> None:
+    for ours, theirs, verdict in (
+        (1.0, 12.12, "12.1 times faster"),
+        (1.0, 1.02, "as fast"),
+        (2.0, 1.0, "2 times slower"),
+    ):
+        sides = {"veneer": [{"attach 1": ours}], "peft": [{"attach 1": theirs}]}
+        assert verdict in report.speed({"attach 135M bfloat16": sides}, report.ENGLISH)
 
 
 def test_a_failure_is_told(report: ModuleType) -> None:
