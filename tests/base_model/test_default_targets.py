@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as tf
+from peft.utils import constants
 from torch import nn
 
 import veneer
-from tests.models import BLOCKS
-from veneer.base_model.targets import DEFAULTS, names_match
+from tests.models import BLOCKS, build
+from veneer.base_model.default_targets import DEFAULTS, default_feedforward, default_targets
+from veneer.base_model.targets import names_match
 
 # Sizes by the names that one family or another has for them; each config takes what it knows.
 SIZES: dict[str, Any] = {
@@ -37,7 +40,43 @@ def tiny(model_type: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("model_type", DEFAULTS)
+# Their code is not in transformers, or they are made of several models.
+ELSEWHERE = {"RefinedWeb", "RefinedWebModel", "blip-2", "btlm", "chatglm", "gemma4", "rwkv7"}
+# In transformers 5 its attention has other names than those of peft's choice; llava's choice has modules of all kinds.
+OTHER = {"vit", "llava"}
+TABLES = {
+    str(kind.value): tuner.target_module_mapping
+    for kind, tuner in peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING.items()
+    if getattr(tuner, "target_module_mapping", None)
+} | {"IA3": constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING}
+
+
+@pytest.mark.parametrize("peft_type", TABLES)
+def test_a_method_has_peers_usual_choice_for_each_model_type(peft_type: str) -> None:
+    for model_type, names in TABLES[peft_type].items():
+        own = default_targets(peft_type, model_type)
+        if model_type not in OTHER:
+            assert own is not None, model_type
+            assert own == names if isinstance(names, str) else own == set(names), model_type
+
+
+def test_the_feedforward_layers_are_peers() -> None:
+    for model_type, names in constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.items():
+        assert (default_feedforward(model_type) or set()) == set(names)
+
+
+@pytest.mark.parametrize("targets", [None, ["k_proj", "mlp.down_proj"], ["k_proj", "o_proj"], ".*(k_proj|down_proj)"])
+def test_ia3_scales_the_input_of_the_layers_that_peft_does(targets: Any) -> None:
+    own = veneer.get_peft_model(build("llama"), veneer.IA3Config(target_modules=targets))
+    peer = peft.get_peft_model(build("llama"), peft.IA3Config(target_modules=targets))
+    shapes = [
+        {name: tuple(tensor.shape) for name, tensor in state.items()}
+        for state in (veneer.get_peft_model_state_dict(own), peft.get_peft_model_state_dict(peer))
+    ]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("model_type", sorted(DEFAULTS.keys() - ELSEWHERE))
 def test_each_name_of_a_usual_choice_is_a_layer_of_its_models(model_type: str) -> None:
     names = [name for name, module in tiny(model_type).named_modules() if not list(module.children())]
     for ending in DEFAULTS[model_type]:

@@ -10,52 +10,12 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from veneer.base_model.default_targets import default_targets
 from veneer.configs.base import AnyConfig, TargetedConfig
 from veneer.configs.patterns import BLOCK, ENDING, WHOLE, match
 from veneer.errors import TargetError
 
 ALL_LINEAR = "all-linear"
-
-# The targets of a config that names none: the attention projections that the LoRA paper (section 4.2) adapts, under
-# each family's names. model_type -> dotted endings.
-_QV = ("q_proj", "v_proj")
-DEFAULTS: Mapping[str, tuple[str, ...]] = {
-    "bart": _QV,
-    "bert": ("query", "value"),
-    "bloom": ("query_key_value",),
-    "codegen": ("qkv_proj",),
-    "deberta": ("in_proj",),
-    "deberta-v2": ("query_proj", "value_proj"),
-    "electra": ("query", "value"),
-    "falcon": ("query_key_value",),
-    "gemma": _QV,
-    "gemma2": _QV,
-    "gemma3_text": _QV,
-    "gpt2": ("c_attn",),
-    "gpt_bigcode": ("c_attn",),
-    "gpt_neo": _QV,
-    "gpt_neox": ("query_key_value",),
-    "gptj": _QV,
-    "layoutlm": ("query", "value"),
-    "llama": _QV,
-    "llama4": _QV,
-    "llama4_text": _QV,
-    "mistral": _QV,
-    "mixtral": _QV,
-    "mpt": ("Wqkv",),
-    "mt5": ("q", "v"),
-    "opt": _QV,
-    "phi": (*_QV, "fc1", "fc2"),
-    "phi3": ("qkv_proj",),
-    "qwen2": _QV,
-    "qwen3": _QV,
-    "roberta": ("query", "value"),
-    "stablelm": _QV,
-    "t5": ("q", "v"),
-    "vit": _QV,
-    "whisper": _QV,
-    "xlm-roberta": ("query", "value"),
-}
 
 
 def names_match(name: str, targets: str | Iterable[str] | None) -> bool:
@@ -127,7 +87,9 @@ def target_names(
     """
     targets = config.target_modules
     if targets is None:
-        targets = list(_default_targets(model_type, names))
+        targets = default_targets(str(config.peft_type), model_type)
+        if targets is None:
+            raise _no_usual_choice(model_type, names)
     saved = saved_modules(config, names)
     if targets == ALL_LINEAR:
         matched = [n for n, linear in names.items() if linear and not is_inside(n, outputs)]
@@ -158,10 +120,8 @@ def in_blocks(name: str, config: TargetedConfig) -> bool:
     return block_index(name, config.layers_pattern) in ([blocks] if isinstance(blocks, int) else blocks)
 
 
-def _default_targets(model_type: str | None, names: Mapping[str, bool]) -> tuple[str, ...]:
-    if model_type is not None and model_type in DEFAULTS:
-        return DEFAULTS[model_type]
-    raise TargetError(
+def _no_usual_choice(model_type: str | None, names: Mapping[str, bool]) -> TargetError:
+    return TargetError(
         "Please specify `target_modules` in `peft_config`: it names none, and models of type "
         f"{model_type!r} have no usual choice.",
         hint=f'Give target_modules="all-linear", or some of: {_endings(names)}.',

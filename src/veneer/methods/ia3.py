@@ -8,18 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from veneer.base_model.default_targets import default_feedforward
 from veneer.base_model.sites.conv import ConvSite
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import names_match
 from veneer.configs.methods.ia3 import IA3Config
+from veneer.methods.base.abilities import CompletesConfig
 from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.patches.multipliers import Diagonal
 from veneer.patches.patch import Patch
+
+if TYPE_CHECKING:
+    from veneer.base_model.catalog import Catalog
 
 SCALE = "ia3_l"
 
@@ -31,11 +37,22 @@ class IA3Settings:
     feedforward: bool
 
 
-class IA3(Method[IA3Config, IA3Settings]):
+class IA3(Method[IA3Config, IA3Settings], CompletesConfig):
     """Adapts linear layers and convolutions."""
 
     leaves = (Leaf(SCALE),)
     kinds = (LinearSite, ConvSite)
+
+    def complete(self, config: IA3Config, catalog: Catalog) -> None:
+        if config.feedforward_modules is not None:
+            return
+        catalog.write_out_targets(config, catalog.targets(config))
+        usual, targets = default_feedforward(catalog.model_type), config.target_modules
+        scaled = [name for name in catalog.targets(config) if names_match(name, usual)]
+        names = usual if isinstance(targets, str) else targets
+        config.feedforward_modules = {
+            name for name in names or () if any(names_match(layer, [name]) for layer in scaled)
+        }
 
     def settings(self, config: IA3Config, site: Site) -> IA3Settings:
         return IA3Settings(names_match(site.name, config.feedforward_modules))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from veneer.base_model.default_targets import own_targets
 from veneer.base_model.sites.conv import ConvSite
 from veneer.base_model.sites.embedding import EmbeddingSite
 from veneer.base_model.sites.linear import LinearSite
@@ -39,6 +40,8 @@ class LNTuning(Method[LNTuningConfig, None], ChoosesLayers, CompletesConfig):
     kinds = (NormSite, LinearSite, ConvSite, EmbeddingSite, WholeSite)
 
     def complete(self, config: LNTuningConfig, catalog: Catalog) -> None:
+        if config.target_modules is None:
+            config.target_modules = own_targets(str(config.peft_type), catalog.model_type)
         if config.target_modules is None:
             norms = [name for name, module in catalog.modules.items() if is_norm(module)]
             config.target_modules = shortest(norms, catalog.modules)
