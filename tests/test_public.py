@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections import Counter
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
 import veneer
 from veneer import errors
+
+REFERENCE = Path(__file__).parent.parent / "docs" / "reference"
+ENTRY = re.compile(r"^\.\. (?:auto)?(?:class|data|exception|function):: (\w+)$", re.MULTILINE)
 
 
 def test_every_public_name_exists_and_is_described() -> None:
@@ -19,6 +25,14 @@ def test_every_public_name_exists_and_is_described() -> None:
     assert set(veneer.__all__) <= set(dir(veneer))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = veneer.nothing  # type: ignore[attr-defined]
+
+
+def test_each_public_name_stands_on_one_page_of_the_reference() -> None:
+    entries = Counter(name for page in REFERENCE.glob("*.rst") for name in ENTRY.findall(page.read_text("utf-8")))
+    missing, unknown = set(veneer.__all__) - entries.keys(), entries.keys() - set(veneer.__all__)
+    assert not missing, f"add them to a page of docs/reference, such as `.. autofunction:: name`: {sorted(missing)}"
+    assert not unknown, f"these are not public: {sorted(unknown)}"
+    assert set(entries.values()) == {1}
 
 
 def test_the_version_is_the_packages() -> None:

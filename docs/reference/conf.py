@@ -38,26 +38,13 @@ html_copy_source = html_show_copyright = False
 html_extra_path = ["start"]  # leads from the site's root to its first page
 pygments_style, pygments_dark_style = "friendly", "github-dark"
 
-# The pages in the order of docs/index.md; the toctree stays out of the file, which is read on its own too.
+# The table of contents stays out of docs/index.md, which is read on its own too: its links say which pages there are.
 _CONTENTS = """
 ```{toctree}
 :hidden:
 :caption: Guide
 
-inspect
-loading
-adapters
-merging
-converting
-deployment
-quantised
-large
-training
-prompts
-methods
-bench
-demo
-troubleshooting
+%s
 ```
 
 ```{toctree}
@@ -70,9 +57,9 @@ reference/index
 ```{toctree}
 :hidden:
 :caption: Project
+:glob:
 
-../README
-architecture
+../README*
 ../CONTRIBUTING
 ../CHANGELOG
 ../benchmarks/RESULTS
@@ -84,7 +71,7 @@ _log = logging.getLogger(__name__)
 
 def _add_contents(app: Sphinx, page: str, source: list[str]) -> None:
     if page == root_doc:
-        source[0] += _CONTENTS
+        source[0] += _CONTENTS % "\n".join(dict.fromkeys(re.findall(r"\]\(([\w-]+)\.md", source[0])))
 
 
 def _prepare_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
