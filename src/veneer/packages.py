@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 from veneer.errors import UnsupportedError, VeneerError
 
@@ -29,6 +30,11 @@ def require(what: str, *packages: str, extra: str, error: type[VeneerError] = Un
     if missing:
         names, verb = " and ".join(missing), "is" if len(missing) == 1 else "are"
         raise error(f"{what} needs {names}, which {verb} not installed.", hint=how_to_install(missing, extra))
+
+
+def stands_in_for_peft() -> bool:
+    """Tell whether ``import peft`` means Veneer in this process: see :mod:`veneer.as_peft`."""
+    return any(type(finder).__module__ == "veneer.as_peft.import_hook" for finder in sys.meta_path)
 
 
 def how_to_install(packages: list[str], extra: str) -> str:

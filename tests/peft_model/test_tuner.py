@@ -165,3 +165,16 @@ def _modes(model: Any) -> list[Any]:
     base = model.get_base_model()
     attention = base.model.layers[0].self_attn
     return [m.training for m in (model, model.base_model, base, attention.q_proj, base.model.norm)]
+
+
+@pytest.mark.oracle
+def test_the_names_of_the_model_and_its_tuner_are_those_of_peft(tmp_path: Path) -> None:
+    theirs, ours = both(tmp_path)
+    for name in ("prefix", "targeted_module_names", "targeted_parameter_names", "active_adapters"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+        assert getattr(ours.base_model, name) == getattr(theirs.base_model, name), name
+    assert type(ours.model) is type(theirs.model)
+    assert ours.model is ours.get_base_model()
+    prompt = {"num_virtual_tokens": 2, "task_type": "CAUSAL_LM"}
+    prompted = [lib.get_peft_model(build("llama"), lib.PromptTuningConfig(**prompt)) for lib in (peft, veneer)]
+    assert type(prompted[0].model) is type(prompted[1].model)

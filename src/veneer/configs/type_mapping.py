@@ -12,6 +12,13 @@ from veneer.keywords import takes
 
 PEFT_TYPE_TO_CONFIG_MAPPING = {kind: config_class(kind, "PEFT_TYPE_TO_CONFIG_MAPPING") for kind in PeftType}
 
+# The beginning of the names of a method's tensors, where it is not the method's own.
+_OTHER_PREFIXES = {
+    **{PeftType.LORA: "lora_", PeftType.ADALORA: "lora_", PeftType.LOHA: "hada_"},
+    **{PeftType.VERA: "vera_lambda_", PeftType.PVERA: "pvera_lambda_"},
+}
+PEFT_TYPE_TO_PREFIX_MAPPING = {kind: _OTHER_PREFIXES.get(kind, f"{kind.lower()}_") for kind in PeftType}
+
 
 @takes()
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:

@@ -34,23 +34,31 @@ from veneer.patches.active_selection import ActiveSelection
 
 
 def check_untouched(model: nn.Module) -> None:
-    """Raise ``BaseModelError`` when a model carries adapters already."""
-    wrapped = (AdaptedLayer, ModuleCopies)
-    first = next((name for name, module in model.named_modules() if isinstance(module, wrapped)), None)
-    peers = [name for name, module in model.named_modules() if type(module).__module__.startswith("peft.tuners")]
-    if peers:
-        raise BaseModelError(
-            f"The base model carries an adapter of peft's already (at {peers[0]}).",
-            hint="Take it off with peft's unload() or transformers' delete_adapter(...), or load the base again. "
-            "veneer.load(path) loads an adapter with its base; `import veneer.as_peft` first lets transformers use "
-            "Veneer in the place of peft.",
-        )
-    if first is not None:
-        raise BaseModelError(
-            f"The base model already carries adapters (first at {first}); wrapping it twice would stack them.",
-            hint="Add another with load_adapter(...) or add_adapter(...) on the model that has them, or "
-            "call its unload() first.",
-        )
+    """Raise ``BaseModelError`` when a model carries adapters already, Veneer's or peft's."""
+    for name, module in model.named_modules():
+        if isinstance(module, (AdaptedLayer, ModuleCopies)):
+            raise BaseModelError(
+                f"The base model already carries adapters (first at {name}); wrapping it twice would stack them.",
+                hint="Add another with load_adapter(...) or add_adapter(...) on the model that has them, or "
+                "call its unload() first.",
+            )
+        if type(module).__module__.startswith("peft.tuners"):
+            raise BaseModelError(
+                f"The base model carries an adapter of peft's already (first at {name}).",
+                hint="Take it off with peft's unload() or transformers' delete_adapter(...), or load the base again. "
+                "veneer.load(path) loads an adapter with its base; `import veneer.as_peft` first lets transformers "
+                "use Veneer in the place of peft.",
+            )
+
+
+def take_off(model: nn.Module) -> None:
+    """Take all of Veneer's wrappers off a model, whose set of adapters may be gone; merged ones are unmerged."""
+    for parent in list(model.modules()):
+        for name, module in list(parent._modules.items()):
+            while isinstance(module, AdaptedLayer):
+                module.unmerge()
+                module = module.base_layer
+            parent._modules[name] = module.original_module if isinstance(module, ModuleCopies) else module
 
 
 class LayerPlacement:

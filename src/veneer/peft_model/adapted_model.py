@@ -16,6 +16,7 @@ from veneer.adapters.status import TunerLayerStatus, TunerModelStatus, layer_sta
 from veneer.adapters.xlora_pass import XLoraPass
 from veneer.configs.base import PeftConfig
 from veneer.configs.names import PeftType
+from veneer.configs.type_mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from veneer.errors import AdapterError, BaseModelError
 from veneer.layers.quantized_merge import QuantizedMerge
 from veneer.peft_model.base_checks import check_base, digest_of
@@ -96,6 +97,24 @@ class AdaptedModel(nn.Module):
         """The modules that the adapters name as saved whole; ``None`` when they name nothing."""
         named = [getattr(config, "modules_to_save", None) or () for config in self.peft_config.values()]
         return {name for names in named for name in names} or None
+
+    @property
+    def prefix(self) -> str | None:
+        """The beginning of the names of the first adapter's tensors; ``None`` when there is none."""
+        return None if self.peft_type is None else PEFT_TYPE_TO_PREFIX_MAPPING.get(PeftType(self.peft_type))
+
+    @property
+    def model(self) -> Any:
+        """The base model; with prompts alone, its own ``model``: there peft has no module between."""
+        base = self.get_base_model()
+        adapters = self.adapters.by_name.values()
+        only_prompts = bool(adapters) and all(adapter.prompt is not None for adapter in adapters)
+        return getattr(base, "model", base) if only_prompts else base
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The names of the parameters that carry adapters inside a layer: fused experts."""
+        return [layer.site.id.replace(":", ".") for layer in self.adapters.layers.values() if layer.site.inside_layer]
 
     @property
     def targeted_module_names(self) -> list[str]:
@@ -215,6 +234,11 @@ def injected_in(base: nn.Module) -> AdaptedModel | None:
 def keep_injected(base: nn.Module, owner: AdaptedModel) -> None:
     """Let a base model keep the PeftModel of the adapters that are injected into it, and not as one of its modules."""
     vars(base)[_INJECTED] = owner
+
+
+def drop_injected(base: nn.Module) -> None:
+    """Let a base model keep no PeftModel of injected adapters any more."""
+    vars(base).pop(_INJECTED, None)
 
 
 def adapted_model(model: Any) -> AdaptedModel:

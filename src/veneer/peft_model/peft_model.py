@@ -21,6 +21,7 @@ from veneer.configs.base import PeftConfig
 from veneer.configs.names import TaskType
 from veneer.errors import UnsupportedError
 from veneer.keywords import IGNORED, READING, SOURCE, TOKEN, strict, takes
+from veneer.packages import stands_in_for_peft
 from veneer.patches.selection import Selection
 from veneer.peft_model.attach_adapter import (
     AttachOptions,
@@ -34,6 +35,7 @@ from veneer.peft_model.batching_methods import BatchingMethods
 from veneer.peft_model.load_report import AdapterReport, LoadReport
 from veneer.peft_model.open_adapter import find_adapter, open_adapter
 from veneer.peft_model.save_adapters import SavingMethods
+from veneer.peft_model.wrapped_again import without_adapters
 from veneer.peft_model.xlora_methods import XLoraMethods
 from veneer.printing import progress
 
@@ -550,5 +552,7 @@ def _plain_base(model: nn.Module) -> nn.Module:
     """Return the base of a PeftModel without adapters, and any other model that can be a base as it is."""
     if isinstance(model, PeftModel) and not model.adapters.by_name:
         model = model.get_base_model()
+    if stands_in_for_peft():
+        model = without_adapters(model)
     check_base(model)
     return model

@@ -14,7 +14,8 @@ from veneer.errors import BaseModelError
 
 # Attributes and methods of peft's tuners that the PeftModel has here.
 _OF_TUNERS = (
-    *("active_adapter", "active_adapters", "peft_config", "peft_type", "targeted_module_names"),
+    *("active_adapter", "active_adapters", "peft_config", "peft_type", "prefix"),
+    *("targeted_module_names", "targeted_parameter_names"),
     *("set_adapter", "enable_adapter_layers", "disable_adapter_layers", "set_requires_grad"),
     *("add_adapter", "add_weighted_adapter", "delete_adapter", "get_layer_status", "get_model_status"),
     *("merge_adapter", "unmerge_adapter", "merge_and_unload", "unload"),

@@ -1,0 +1,58 @@
+"""What Veneer does otherwise while it stands in for peft."""
+
+from __future__ import annotations
+
+from tests.as_peft.process import printed
+
+OPEN = """
+    import warnings, gc, torch, peft
+    from tests.models import build, inputs, logits
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    batch = inputs("llama")
+    base = build("llama")
+    plain = logits(base, batch)
+    def again(make):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = make()
+        second = any("modify a model with PEFT for a second time" in str(w.message) for w in caught)
+        print(second, list(model.peft_config), model.active_adapters, torch.equal(logits(base, batch), plain), end=" ")
+        print(torch.equal(logits(model.unload(), batch), plain))
+"""
+
+
+def test_a_model_that_is_wrapped_again_gets_the_new_adapter_alone() -> None:
+    lines = printed(
+        OPEN
+        + """
+    model = peft.get_peft_model(base, config)
+    again(lambda: peft.get_peft_model(model, config, "other"))
+    model = peft.get_peft_model(base, config)
+    again(lambda: peft.get_peft_model(base, config))
+    model = peft.get_peft_model(base, config)
+    model.merge_adapter()
+    del model
+    gc.collect()
+    again(lambda: peft.get_peft_model(base, config))
+    peft.inject_adapter_in_model(config, base)
+    again(lambda: peft.get_peft_model(base, config))
+    """
+    )
+    assert lines == [
+        "True ['other'] ['other'] False True",
+        *["True ['default'] ['default'] False True"] * 3,
+    ]
+
+
+def test_a_method_s_class_makes_its_tuner() -> None:
+    lines = printed(
+        OPEN
+        + """
+    tuner = peft.LoraModel(base, {"x": config}, "x")
+    print(isinstance(tuner, peft.LoraModel), isinstance(tuner, peft.IA3Model), tuner.prefix, tuner.active_adapters)
+    try: peft.tuners.lora.LoraLayer(base)
+    except ValueError as error: print(error)
+    """
+    )
+    assert lines[0] == "True False lora_ ['x']"
+    assert "LoraLayer cannot be made by itself here" in lines[1]
