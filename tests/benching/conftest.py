@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tests.cli.conftest import run
 from tests.random_adapters import saved, saved_base
@@ -28,6 +31,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return place
 
     return made
+
+
+# One token for each role, one for each word, and one at the end of a message.
+TEMPLATE = (
+    "{% for m in messages %}{{ 'w90 ' if m.role == 'user' else 'w91 ' }}{{ m.content }} w2 {% endfor %}"
+    "{% if add_generation_prompt %}w91 {% endif %}"
+)
+
+
+def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
+    """Tokenizer of the words ``w0`` to ``w98``, each a token of that number."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(99)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = TEMPLATE if chat else None
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", chat_template=template)
+
+
+@pytest.fixture
+def talking(folder: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A folder with ``base``, which has a tokenizer, ``a`` and ``b``."""
+    place = shutil.copytree(folder("llama"), tmp_path / "talking")
+    tokenizer().save_pretrained(place / "base")
+    return place
 
 
 @pytest.fixture

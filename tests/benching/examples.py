@@ -8,7 +8,7 @@ from typing import Any
 from veneer.benching.bench_report import BenchReport
 from veneer.benching.decide.cost_model import Requirements
 from veneer.benching.decide.recommendation import recommend
-from veneer.benching.result import Fidelity, Figure, Machine, MeasuredAdapter, Setup
+from veneer.benching.result import Fidelity, Figure, Machine, MeasuredAdapter, Perplexity, Setup
 
 # How repeated times of a quiet machine lie around their median.
 JITTER = (1.0, 1.002, 0.998, 1.001, 0.999)
@@ -88,7 +88,13 @@ def requirements(of: Setup, **changes: Any) -> Requirements:
     return Requirements(**{"traffic": traffic, "memory": 16e9, "in_flight": 8, **changes})
 
 
-def report(of: Setup | None = None, agreement: float = 1.0, limits: Any = None, **changes: Any) -> BenchReport:
+def report(
+    of: Setup | None = None,
+    agreement: float = 1.0,
+    limits: Any = None,
+    perplexity: Sequence[Perplexity] = (),
+    **changes: Any,
+) -> BenchReport:
     """A whole run."""
     of = of or setup()
     measured, compared = figures(of, **changes), fidelity(of, agreement)
@@ -98,6 +104,7 @@ def report(of: Setup | None = None, agreement: float = 1.0, limits: Any = None, 
         machine=Machine("A Processor", 2, 2, 16 * 10**9, None, "Linux x86_64", {"python": "3.11.2", "torch": "2.13.0"}),
         figures=measured,
         fidelity=compared,
-        recommendation=recommend(of, measured, compared, requirements(of, **(limits or {}))),
+        recommendation=recommend(of, measured, compared, requirements(of, **(limits or {})), (), perplexity),
         seconds=65.0,
+        perplexity=tuple(perplexity),
     )

@@ -92,6 +92,7 @@ class Setup:
         new_tokens: tokens of an answer.
         repeats: timed rounds.
         prompts: where the text came from.
+        texts: the file on which perplexity was measured; empty without one.
     """
 
     path: str
@@ -108,6 +109,7 @@ class Setup:
     new_tokens: int
     repeats: int
     prompts: str
+    texts: str = ""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,25 @@ class Fidelity:
     share_of_effect: float
     agreement: float | None
     same_texts: int | None = None
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The perplexity of the base, or of one adapter on it: lower where it predicts the texts better.
+
+    Attributes:
+        adapter: its name; empty for the base alone.
+        unmerged: ``exp`` of the mean negative log-likelihood of a token.
+        merged: the same with the adapter merged; ``None`` for the base.
+        tokens: how many were predicted.
+        window: the most tokens that the model saw at a time.
+    """
+
+    adapter: str
+    unmerged: float
+    merged: float | None
+    tokens: int
+    window: int
 
 
 @dataclass(frozen=True)
@@ -204,6 +225,7 @@ class BenchData(AsJson):
         recommendation: the advice.
         notes: what could not be measured, and why.
         seconds: of the whole run.
+        perplexity: of the base, and of each adapter; empty where no texts were given.
         schema: the version of this data's form.
     """
 
@@ -215,6 +237,7 @@ class BenchData(AsJson):
     recommendation: Recommendation
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
+    perplexity: tuple[Perplexity, ...] = ()
     schema: int = field(default=SCHEMA)
 
     def find(self, quantity: str, variant: str, batch: int = 0, length: int = 0) -> Figure | None:

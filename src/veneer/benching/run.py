@@ -6,6 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ from veneer.benching.arguments import spread_over
 from veneer.benching.bench_report import BenchReport
 from veneer.benching.decide.cost_model import Requirements
 from veneer.benching.decide.recommendation import recommend
+from veneer.benching.evaluation_samples import read_samples
 from veneer.benching.inputs import AdapterInput, Inventory, find_inputs
 from veneer.benching.measure import machine
 from veneer.benching.measure.fidelity import fidelity
 from veneer.benching.measure.fresh_process import LOADS, Request, in_fresh_process, named
 from veneer.benching.measure.models_compared import ModelsCompared, load_models, nbytes
+from veneer.benching.measure.perplexity import WINDOW, perplexity_of
 from veneer.benching.measure.progress import Progress, Timeline
 from veneer.benching.measure.rounds import InputSize, SampleLog, measure, measure_merge, rotated
-from veneer.benching.result import Fidelity, Figure, MeasuredAdapter, Setup
+from veneer.benching.result import Fidelity, Figure, MeasuredAdapter, Perplexity, Setup
 from veneer.errors import UsageError, VeneerError
 from veneer.files.lookup_options import OFFLINE
 from veneer.files.names import MODEL_STEM
@@ -49,6 +52,7 @@ def bench(
     dtype: Any = "auto",
     device: str | None = None,
     prompts: str | Path | None = None,
+    perplexity: str | Path | None = None,
     traffic: Mapping[str, float] | None = None,
     memory: float | None = None,
     requests_per_change: float | None = None,
@@ -72,6 +76,8 @@ def bench(
         dtype: of the base; ``"auto"`` keeps that of its files.
         device: such as ``"cuda"``; the CPU when ``None``.
         prompts: a text file with a prompt on each line, for a model of text.
+        perplexity: a text file, or JSON Lines with a record on each line, to measure how well base and adapters predict
+            it.
         traffic: adapter -> its part of the requests, in any unit; equal parts when ``None``.
         memory: bytes that serving may take; all that the device has when ``None``.
         requests_per_change: requests between two changes of the adapters; ``None`` when they never change.
@@ -89,23 +95,32 @@ def bench(
     """
     started = time.perf_counter()
     _check_numbers(batch, prompt_tokens, new_tokens, repeats, memory, requests_per_change, in_flight)
+    samples = [] if perplexity is None else read_samples(Path(perplexity))
     torch_device = machine.device_of(device)
     inventory = find_inputs(path, base, adapters, local_files_only)
     shares = spread_over(traffic, [adapter.name for adapter in inventory.adapters])
     hottest_first = [next(a for a in inventory.adapters if a.name == name) for name in shares]
     on_progress(Progress("loading", 0.0, None))
     models = load_models(
-        inventory, hottest_first, dtype=dtype, device=torch_device, prompts=prompts, local_files_only=local_files_only
+        inventory,
+        hottest_first,
+        dtype=dtype,
+        device=torch_device,
+        prompts=prompts,
+        samples=samples,
+        local_files_only=local_files_only,
     )
     lengths = models.workload.lengths(tuple(prompt_tokens) if prompt_tokens else None, new_tokens)
     setup = _setup(str(path), inventory, hottest_first, models, lengths, sorted(set(batch)), new_tokens, repeats)
+    setup = replace(setup, texts="" if perplexity is None else str(perplexity))
     timeline = Timeline(on_progress)
     sizes = [InputSize(rows, length) for rows in setup.batch for length in lengths or (0,)]
     request = _request(models, hottest_first, dtype, torch_device, sizes[-1], new_tokens)
-    _plan_steps(timeline, setup, sizes)
+    _plan_steps(timeline, setup, sizes, sum(text.count for text in models.texts))
     figures = [*measure(models, sizes, new_tokens, repeats, timeline, torch_device), *_bytes(models, hottest_first)]
     figures += measure_merge(models, repeats, timeline)
     fidelities = _compare(models, hottest_first, new_tokens, timeline)
+    perplexities = _perplexities(models, hottest_first, timeline)
     warnings = models.warnings
     del models
     gc.collect()
@@ -123,9 +138,10 @@ def bench(
         machine=machine.machine(torch_device),
         figures=tuple(figures),
         fidelity=tuple(fidelities),
-        recommendation=recommend(setup, figures, fidelities, requirements, warnings),
+        recommendation=recommend(setup, figures, fidelities, requirements, warnings, perplexities),
         notes=notes,
         seconds=time.perf_counter() - started,
+        perplexity=tuple(perplexities),
     )
 
 
@@ -210,7 +226,7 @@ def _setup(
     )
 
 
-def _plan_steps(timeline: Timeline, setup: Setup, sizes: Sequence[InputSize]) -> None:
+def _plan_steps(timeline: Timeline, setup: Setup, sizes: Sequence[InputSize], predicted: int) -> None:
     """Plan every step, with a guess of its seconds from the model's size."""
     variants = {size: 3 + (len(setup.adapters) > 1) * (1 + (size.batch > 1)) for size in sizes}
     for size in sizes:
@@ -220,6 +236,8 @@ def _plan_steps(timeline: Timeline, setup: Setup, sizes: Sequence[InputSize]) ->
         timeline.plan(f"warm-up {size}", variants[size], setup.parameters * (rows / 1e11 + 2 / 1e10))
     timeline.plan("merge", setup.repeats, setup.parameters / 2e9)
     timeline.plan("fidelity", len(setup.adapters), setup.parameters * setup.new_tokens * 2e-9)
+    if predicted:
+        timeline.plan("perplexity", 1 + 2 * len(setup.adapters), setup.parameters * predicted / 1e11)
     timeline.plan("load", min(setup.repeats, _MOST_LOADS) * len(LOADS), 5 + setup.parameters / 5e8)
 
 
@@ -231,6 +249,29 @@ def _compare(
         with timeline.step("fidelity", f"comparing answers: {adapter.name}"):
             fidelities.append(fidelity(models, adapter.name, new_tokens))
     return fidelities
+
+
+def _perplexities(models: ModelsCompared, adapters: Sequence[AdapterInput], timeline: Timeline) -> list[Perplexity]:
+    if not models.texts:
+        return []
+    window = min(WINDOW, models.workload.limit or WINDOW)
+    size = sum(text.count for text in models.texts), window
+
+    def measured(model: Any, name: str) -> float:
+        with timeline.step("perplexity", f"predicting the text: {name}"):
+            return perplexity_of(model, models.texts, window)
+
+    found = [Perplexity("", measured(models.base, "base alone"), None, *size)]
+    for adapter in adapters:
+        models.several.set_adapter(adapter.name)
+        unmerged = measured(models.several, adapter.name)
+        models.several.merge_adapter([adapter.name])
+        try:
+            merged = measured(models.several, f"{adapter.name}, merged")
+        finally:
+            models.several.unmerge_adapter()
+        found.append(Perplexity(adapter.name, unmerged, merged, *size))
+    return found
 
 
 def _bytes(models: ModelsCompared, adapters: Sequence[AdapterInput]) -> list[Figure]:

@@ -34,6 +34,9 @@ def bench(
     dtype: Dtype = "auto",
     device: Device = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file, a prompt on each line.")] = None,
+    perplexity: Annotated[
+        Path | None, typer.Option(help="A text file or JSON Lines, to measure how well base and adapters predict it.")
+    ] = None,
     traffic: Annotated[str | None, typer.Option(help='How requests spread over the adapters: "a=80,b=20".')] = None,
     memory: Annotated[str | None, typer.Option(help="What serving may take, such as 16GB; by default all.")] = None,
     change_every: Annotated[
@@ -69,7 +72,7 @@ def bench(
         "traffic": None if traffic is None else arguments.shares(traffic, "--traffic"),
         "memory": None if memory is None else arguments.size(memory, "--memory"),
     }
-    check(out, [] if prompts is None else [prompts])
+    check(out, [file for file in (prompts, perplexity) if file is not None])
     plots = not json or find_spec("matplotlib") is not None
     with quiet() as warnings, _bar() as on_progress:
         from veneer.benching.run import bench as measure
@@ -82,6 +85,7 @@ def bench(
             dtype=dtype,
             device=device,
             prompts=prompts,
+            perplexity=perplexity,
             requests_per_change=change_every,
             in_flight=in_flight,
             repeats=repeats,

@@ -19,7 +19,7 @@ from veneer.benching.decide.cost_model import (
     plans,
 )
 from veneer.benching.measure.statistics import ENOUGH, ratios, spread
-from veneer.benching.result import Fidelity, Figure, Recommendation, Setup, find
+from veneer.benching.result import Fidelity, Figure, Perplexity, Recommendation, Setup, find
 
 # The smallest gain that counts, however little the figures scatter.
 LEAST_MARGIN = 0.02
@@ -130,6 +130,7 @@ def recommend(
     fidelity: Sequence[Fidelity],
     requirements: Requirements,
     warnings: Sequence[str] = (),
+    perplexity: Sequence[Perplexity] = (),
 ) -> Recommendation:
     """Weigh the plans for serving the adapters.
 
@@ -139,6 +140,7 @@ def recommend(
         fidelity: of each adapter.
         requirements: the traffic and the limits.
         warnings: of loading; they become cautions.
+        perplexity: of base and adapters, where it was measured.
     """
     by_variant = Figures(figures, setup)
     margin = by_variant.noise()
@@ -152,7 +154,12 @@ def recommend(
         decision=verdict.decision,
         headline=verdict.headline(),
         reasons=tuple(verdict.reasons(setup)),
-        cautions=(*verdict.cautions(setup), *_cautions(setup, fidelity, margin), *warnings),
+        cautions=(
+            *verdict.cautions(setup),
+            *_cautions(setup, fidelity, margin),
+            *_of_texts(setup, perplexity),
+            *warnings,
+        ),
         plans=tuple(weighed),
         chosen=weighed.index(chosen),
         compared=weighed.index(other),
@@ -292,6 +299,21 @@ def _cautions(setup: Setup, fidelities: Sequence[Fidelity], margin: float) -> li
             f"The figures scatter by {formats.percent(margin)}: other work may have been going on. Measure again on a "
             "machine that is left alone, or with more --repeats."
         )
+    return cautions
+
+
+def _of_texts(setup: Setup, measured: Sequence[Perplexity]) -> list[str]:
+    """Write which adapters predict the texts worse than the base, or worse for being merged."""
+    cautions = []
+    for found in measured:
+        own, base = (formats.number(value, 4) for value in (found.unmerged, measured[0].unmerged))
+        if found.unmerged > measured[0].unmerged:
+            cautions.append(
+                f"{found.adapter} predicts {setup.texts} worse than the base alone: perplexity {own} against {base}."
+            )
+        if found.merged is not None and found.merged > found.unmerged * (1 + LEAST_MARGIN):
+            merged = formats.number(found.merged, 4)
+            cautions.append(f"{found.adapter}: perplexity on {setup.texts} is {merged} merged, {own} unmerged.")
     return cautions
 
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.merge.in_memory import check_mergeable
+from veneer.benching.evaluation_samples import EvaluationSample
 from veneer.benching.inputs import AdapterInput, Inventory
+from veneer.benching.measure.perplexity import PredictedTokens, tokenized
 from veneer.benching.measure.workloads import Inputs, Workload, workload_of
 from veneer.errors import SourceError, UsageError, VeneerError
 from veneer.peft_model.load import load
@@ -48,6 +50,7 @@ class ModelsCompared:
         workload: runs them.
         questions: inputs of one row each, for comparing answers.
         prompt_source: where the text came from.
+        texts: the texts on which perplexity is measured.
         warnings: of loading.
     """
 
@@ -58,6 +61,7 @@ class ModelsCompared:
     workload: Workload
     questions: tuple[Inputs, ...]
     prompt_source: str
+    texts: tuple[PredictedTokens, ...]
     warnings: tuple[str, ...]
 
 
@@ -68,6 +72,7 @@ def load_models(
     dtype: Any,
     device: torch.device,
     prompts: str | Path | None,
+    samples: Sequence[EvaluationSample] = (),
     local_files_only: bool,
 ) -> ModelsCompared:
     """Load the base once, and make the models that are compared of it.
@@ -78,6 +83,7 @@ def load_models(
         dtype: of the base.
         device: of the models.
         prompts: a file with a prompt on each line.
+        samples: the texts on which perplexity is measured.
         local_files_only: use no network.
 
     Raises:
@@ -85,11 +91,14 @@ def load_models(
     """
     texts = None if prompts is None else _lines(Path(prompts))
     loaded = load(inventory.entry, base=inventory.base, dtype=dtype, local_files_only=local_files_only)
-    tokenizer = _tokenizer(loaded, needed=texts is not None)
+    tokenizer = _tokenizer(loaded, needed=texts is not None or bool(samples))
     load_warnings = loaded.load_report.warnings if loaded.load_report is not None else []
     base = loaded.unload().to(device)
     questions, prompt_source = _questions(base, tokenizer, texts)
     workload = workload_of(base, torch.cat(questions) if questions else None)
+    if samples and workload.kind != "causal":
+        raise UsageError(f"{type(base).__name__} continues no text.", hint="Leave --perplexity out.")
+    predicted = tokenized(samples, tokenizer) if samples else ()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # loading has given them once
         several = _on(base, adapters)
@@ -102,6 +111,7 @@ def load_models(
             workload=workload,
             questions=tuple(_rows(workload, questions, device)),
             prompt_source=prompt_source,
+            texts=tuple(predicted),
             warnings=tuple(dict.fromkeys(load_warnings)),
         )
 

@@ -178,6 +178,23 @@ def fidelity_table(report: BenchData) -> ReportTable:
     return ReportTable("Merged against unmerged", columns, tuple(rows), _NOTES["fidelity"])
 
 
+def perplexity_table(report: BenchData) -> ReportTable:
+    """Make the table of perplexity, a row for the base and for each adapter; none where no texts were given."""
+    rows, note = [], ""
+    for found in report.perplexity:
+        merged = ABSENT if found.merged is None else formats.number(found.merged, 4)
+        change = found.unmerged / report.perplexity[0].unmerged - 1
+        against = ("+" if change > 0 else "") + formats.percent(change) if found.adapter else ABSENT
+        rows.append((found.adapter or _LOADED["base"], formats.number(found.unmerged, 4), merged, against))
+        note = (
+            f"The lower, the better {report.setup.texts} is predicted: exp of the mean negative log-likelihood of "
+            f"{formats.count(found.tokens, 'token')}. Long texts are read {formats.count(found.window, 'token')} at a "
+            "time, of which half are known from before."
+        )
+    columns = ("model", "unmerged", "merged", "against the base")
+    return ReportTable("Perplexity", columns, tuple(rows), note)
+
+
 def shown_plans(report: BenchData) -> list[tuple[int, ServingPlan]]:
     """Return the plans that are shown, with their index: all, or of many the first, the last and some between."""
     advice = report.recommendation
@@ -246,7 +263,7 @@ def facts(report: BenchData) -> list[tuple[str, str]]:
 def tables(report: BenchData) -> list[ReportTable]:
     """Return every table, in the order in which they are shown."""
     tables = [speed_table(report, measure) for measure in measures(report)]
-    tables += [loading_table(report), actions_table(report), fidelity_table(report)]
+    tables += [loading_table(report), actions_table(report), fidelity_table(report), perplexity_table(report)]
     return [table for table in tables if table.rows]
 
 

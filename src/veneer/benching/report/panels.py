@@ -38,6 +38,7 @@ def panels(report: BenchData) -> list[Panel]:
         Panel(content.loading_table(report), loading),
         Panel(content.actions_table(report), {}),
         Panel(content.fidelity_table(report), {}),
+        Panel(content.perplexity_table(report), {}),
     ]
     return [_with_drawn(panel) for panel in shown if panel.table.rows]
 
