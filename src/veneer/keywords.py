@@ -22,6 +22,9 @@ F = TypeVar("F")
 # Keywords that say where an adapter's files are.
 SOURCE = ("revision", "subfolder", "token", "local_files_only", "cache_dir", "force_download")
 
+# Keywords of downloads that huggingface_hub took before 1.0, and that transformers still passes on.
+PAST_SOURCE = ("proxies", "tqdm_class")
+
 # Keywords of peft's loading that have no effect here: weights come straight from the file, in the dtype that they have
 # there, to the device of their layer, and no code that comes with an adapter is run.
 IGNORED = (

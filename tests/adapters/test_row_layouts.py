@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import veneer
 from tests.models import build, gap, inputs, tokens
 from veneer.adapters import layout_probe
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, UnknownAdapterError
 
 SPECIAL = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
@@ -405,8 +405,11 @@ def test_names_for_another_number_of_rows_are_refused() -> None:
         answers(model, tokens(4, 6), adapter_names=["default", "other"])
 
 
-def test_continuous_batching_takes_no_names() -> None:
+def test_continuous_batching_checks_the_names_of_its_prompts() -> None:
     model = adapted(gpt_oss, target_modules=["q_proj"])
-    with pytest.raises(AdapterError, match=r"generate_batch .* does not take adapter_names") as caught:
-        model.generate_batch([[5, 6, 7]], adapter_names=["default"])
-    assert "model.generate(..., adapter_names=[...])" in str(caught.value)
+    with pytest.raises(AdapterError, match="2 names for 1 prompts"):
+        model.generate_batch([[5, 6, 7]], adapter_names=["default", "__base__"])
+    with pytest.raises(UnknownAdapterError, match="no adapter 'nobody'"):
+        model.generate_batch([[5, 6, 7]], adapter_names=["nobody"])
+    with pytest.raises(AdapterError, match="A manager that outlives the call keeps to one adapter"):
+        model.generate_batch([[5, 6, 7]], adapter_names=["default"], persistent_manager=True)

@@ -417,6 +417,31 @@ def test_sixteen_threads(folder: Path) -> None:
 # -- threads that a call starts --------------------------------------------------------------------------------------
 
 
+def test_continuous_batching_gives_each_prompt_its_adapter() -> None:
+    model = two()
+    prompts = [X["input_ids"][0].tolist(), X["input_ids"][0].tolist()[:4]] * 2
+    plain = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=98, pad_token_id=0)
+    small = {"generation_config": plain, "continuous_batching_config": ContinuousBatchingConfig(num_blocks=16)}
+
+    def expect(prompt: list[int], name: str) -> list[int]:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=plain, adapter_names=[name]
+        )
+        return out[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+
+    names = ["b", "__base__", "default", "b"]
+    outputs = model.generate_batch(prompts, adapter_names=names, **small)
+    assert list(outputs) == ["req_0", "req_1", "req_2", "req_3"]
+    assert [answer.request_id for answer in outputs.values()] == list(outputs)
+    expected = [expect(prompt, name) for prompt, name in zip(prompts, names, strict=True)]
+    assert [answer.generated_tokens for answer in outputs.values()] == expected
+    assert expected[0] != expect(prompts[0], "default")
+    with model.disable_adapter():
+        outputs = model.generate_batch(prompts[:1], adapter_names=["b"], **small)
+    assert next(iter(outputs.values())).generated_tokens == expect(prompts[0], "__base__")
+
+
 def test_continuous_batching_uses_what_its_caller_has_chosen() -> None:
     model = two()
     prompt = X["input_ids"][0].tolist()

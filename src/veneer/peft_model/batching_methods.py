@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from veneer.base_model.transformers_internals import wrap_generation_loop
 from veneer.errors import AdapterError
 from veneer.keywords import keywords, unknown_keywords
 from veneer.patches.active_selection import ActiveSelection
+from veneer.patches.selection import BASE
 
 if TYPE_CHECKING:
     from veneer.adapters.collection import Adapters
@@ -26,20 +27,45 @@ class BatchingMethods:
 
     adapters: Adapters
 
-    def generate_batch(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def generate_batch(
+        self, inputs: Sequence[list[int]], *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
         """Generate as the base model's ``generate_batch`` does, under the adapters that are active when it is called.
 
+        Args:
+            inputs: the tokens of each prompt.
+            *args: as the base model takes them.
+            adapter_names: instead of the active adapters, one name for each prompt; ``"__base__"`` is the base model
+                alone. The prompts of one adapter are packed together, and one adapter's come after another's. While
+                adapters are disabled all are the base's.
+            **kwargs: as the base model takes them.
+
         Raises:
-            AdapterError: it is given ``adapter_names``, which it would leave unheeded.
+            AdapterError: ``adapter_names`` has not a name for each prompt, or the manager is to outlive the call.
         """
-        if adapter_names is not None:
-            raise AdapterError(
-                "generate_batch packs requests anew in every step and does not take adapter_names.",
-                hint="Use model.generate(..., adapter_names=[...]), or call generate_batch once for each adapter, "
-                "after set_adapter(name).",
-            )
+        if adapter_names is not None and not self.adapters.active_selection.current.disabled:
+            return self._batch_by_adapter(inputs, adapter_names, *args, **kwargs)
         with Call(self.adapters):
-            return self._as_base("generate_batch", kwargs, "max_new_tokens")(*args, **kwargs)
+            return self._as_base("generate_batch", kwargs, "max_new_tokens")(inputs, *args, **kwargs)
+
+    def _batch_by_adapter(self, inputs: Sequence[list[int]], names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        self.adapters.rows(names)
+        if len(names) != len(inputs):
+            raise AdapterError(
+                f"adapter_names has {len(names)} names for {len(inputs)} prompts.", hint="Give one for each prompt."
+            )
+        if kwargs.get("persistent_manager"):
+            raise AdapterError(
+                "A manager that outlives the call keeps to one adapter, and adapter_names may name several.",
+                hint="Leave persistent_manager=True or adapter_names= out.",
+            )
+        outputs: dict[str, Any] = {}
+        for name in dict.fromkeys(names):
+            places = [place for place, other in enumerate(names) if other == name]
+            with self.adapters.disabled() if name == BASE else self.adapters.using(self.adapters.selection(name)):
+                answers = self.generate_batch([inputs[place] for place in places], *args, **kwargs)
+            outputs.update(_requests_at(places, answers))
+        return dict(sorted(outputs.items(), key=lambda item: _number(item[0])))
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Make the base model's manager; all its steps run under the adapters that are chosen at its ``start()``."""
@@ -73,6 +99,18 @@ class BatchingMethods:
         if not set(known).issuperset(given):
             raise unknown_keywords(f"PeftModel.{name}()", set(given).difference(known), known)
         return method
+
+
+def _requests_at(places: Sequence[int], answers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the answers to some prompts of a batch, their requests named by the prompts' places in it."""
+    for request, answer in answers.items():
+        answer.request_id = request.replace(str(_number(request)), str(places[_number(request)]), 1)
+    return {answer.request_id: answer for answer in answers.values()}
+
+
+def _number(request: str) -> int:
+    """Return the number of a request: 3 for ``req_3``, and for ``req_3__child#0``."""
+    return int(request.removeprefix("req_").partition("__")[0])
 
 
 def _carry_choice(manager: Any, active_selection: ActiveSelection) -> None:
