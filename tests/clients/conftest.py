@@ -49,8 +49,10 @@ def as_recorded(request: pytest.FixtureRequest) -> Callable[[Mapping[str, Any]],
             everything["figures"][name] = figures
             write(everything)
             return
-        expected = everything["figures"][name]
-        assert same(json.loads(json.dumps(figures)), expected), f"with peft: {expected}\nhere: {figures}"
+        expected, here = everything["figures"][name], json.loads(json.dumps(figures))
+        assert here.keys() == expected.keys()
+        other = {key: (here[key], expected[key]) for key in expected if not same(here[key], expected[key])}
+        assert not other, f"here, and with peft: {other}"
 
     return compare
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,36 @@ from torch import Tensor, nn
 
 VOCAB = 128
 WIDTH = 64
+EXPERTS = 4
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 2 * WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
 SENTENCES = [" ".join(f"w{(7 * i + 3 * j) % 100}" for j in range(4 + i % 3)) for i in range(12)]
 
 
 def save_base(folder: Path) -> Path:
     """Save a tiny Llama with a tokenizer of words; widths are multiples of 64, which packed weights need."""
     torch.manual_seed(0)
-    config = tf.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=128,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        initializer_range=0.2,
-    )
-    tf.LlamaForCausalLM(config).save_pretrained(folder)
+    tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES)).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_moe(folder: Path) -> Path:
+    """Save a tiny Mixtral with the same tokenizer."""
+    torch.manual_seed(0)
+    config = tf.MixtralConfig(**SIZES, num_local_experts=EXPERTS, num_experts_per_tok=2)
+    tf.MixtralForCausalLM(config).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
 
@@ -50,6 +61,25 @@ def save_tokenizer(folder: Path) -> None:
 
 def save_adapter(folder: Path, base: Path, targets: tuple[str, ...] = ("q_proj", "v_proj"), seed: int = 1) -> Path:
     """Save a LoRA whose change is large enough to see."""
+    layers = tf.AutoModelForCausalLM.from_pretrained(base).named_modules()
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers if name.endswith(targets)}
+    return save_lora(folder, base, targets, shapes, seed)
+
+
+def save_expert_adapter(folder: Path, base: Path) -> Path:
+    """Save a LoRA of a Mixtral's attention and experts under the names that transformers 4 gave them."""
+    shapes = {}
+    for block in (f"model.layers.{index}" for index in range(2)):
+        shapes[f"{block}.self_attn.q_proj"] = (WIDTH, WIDTH)
+        for expert in (f"{block}.block_sparse_moe.experts.{index}" for index in range(EXPERTS)):
+            shapes |= {f"{expert}.w1": (2 * WIDTH, WIDTH), f"{expert}.w3": (2 * WIDTH, WIDTH)}
+            shapes |= {f"{expert}.w2": (WIDTH, 2 * WIDTH)}
+    return save_lora(folder, base, ("q_proj", "w1", "w2", "w3"), shapes)
+
+
+def save_lora(
+    folder: Path, base: Path, targets: tuple[str, ...], shapes: Mapping[str, tuple[int, int]], seed: int = 1
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base)},
@@ -58,11 +88,9 @@ def save_adapter(folder: Path, base: Path, targets: tuple[str, ...] = ("q_proj",
     (folder / "adapter_config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
-    for name, layer in tf.AutoModelForCausalLM.from_pretrained(base).named_modules():
-        if name.endswith(targets):
-            for matrix, shape in (("A", (4, layer.in_features)), ("B", (layer.out_features, 4))):
-                key = f"base_model.model.{name}.lora_{matrix}.weight"
-                tensors[key] = torch.randn(shape, generator=generator) * 0.2
+    for name, (out, inner) in shapes.items():
+        for matrix, shape in (("A", (4, inner)), ("B", (out, 4))):
+            tensors[f"base_model.model.{name}.lora_{matrix}.weight"] = torch.randn(shape, generator=generator) * 0.2
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
 
@@ -91,6 +119,13 @@ def answer(model: Any, folder: Path, **options: Any) -> list[int]:
     prompt = tokens(folder)
     whole = model.generate(**prompt, max_new_tokens=5, do_sample=False, **options)
     return [int(token) for token in whole[0, prompt["input_ids"].shape[1] :]]
+
+
+def last_logits(model: Any, folder: Path) -> list[float]:
+    """Return some of a model's logits for the token after one prompt."""
+    with torch.no_grad():
+        logits = model(**tokens(folder)).logits
+    return [float(value) for value in logits[0, -1, :6]]
 
 
 def weight_sum(model: nn.Module, part: str = "lora_B") -> float:
