@@ -147,6 +147,9 @@ from veneer.errors import (
     MissingTypeError as MissingTypeError,
 )
 from veneer.errors import (
+    NoAdaptersError as NoAdaptersError,
+)
+from veneer.errors import (
     NonFiniteError as NonFiniteError,
 )
 from veneer.errors import (

@@ -16,12 +16,13 @@
     ├── TargetError                 a config's targets match nothing, or nothing usable (also ValueError)
     ├── BindError                   checkpoint and model do not fit; holds every problem
     ├── BaseModelError              the base: missing, not named, of the wrong kind, already adapted
-    │   └── BaseMismatchError       it is not the base that the adapter was trained on
+    │   ├── BaseMismatchError       it is not the base that the adapter was trained on
+    │   └── NoAdaptersError         it has no adapters, where some are needed (also ValueError)
     ├── AdapterError                the set of adapters on a model (also ValueError)
     │   ├── UnknownAdapterError     no adapter of that name
     │   ├── DuplicateAdapterError   the name is taken, or no valid name
     │   └── NonFiniteError          NaN or infinity among an adapter's values
-    ├── MergeError                  a merge cannot be made
+    ├── MergeError                  a merge cannot be made (also ValueError)
     ├── OutputError                 an output cannot be written there (also a SourceError, AdapterError and MergeError,
     │                               which it was called in earlier versions)
     └── UnknownKeywordError         a keyword that a call does not take (also TypeError)
@@ -117,6 +118,10 @@ class BaseModelError(VeneerError):
     """The base model is missing, not named, of the wrong kind, or already carries adapters."""
 
 
+class NoAdaptersError(BaseModelError, ValueError):
+    """A model without adapters was given where one with adapters is needed."""
+
+
 class BaseMismatchError(BaseModelError):
     """The base is not the one that the adapter was trained on."""
 
@@ -137,7 +142,7 @@ class NonFiniteError(AdapterError):
     """An adapter holds NaN or infinite values."""
 
 
-class MergeError(VeneerError):
+class MergeError(VeneerError, ValueError):
     """A merge cannot be made."""
 
 

@@ -10,12 +10,13 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import veneer
 from tests.models import build, gap, inputs, logits
 from tests.random_adapters import WEIGHTS, saved
-from veneer.errors import AdapterError, MergeError, UnsupportedError
+from veneer.errors import AdapterError, BaseModelError, ConfigError, MergeError, UnsupportedError
 
 X = inputs("llama")
 CLOSE = 1e-5
@@ -112,12 +113,94 @@ def test_what_cannot_be_prepared(tmp_path: Path) -> None:
     model = load(adapter(tmp_path, "a", 1))
     with pytest.raises(AdapterError, match=r"target_rank=2 is smaller than the rank 4"):
         veneer.prepare_model_for_compiled_hotswap(model, target_rank=2)
-    veneer.prepare_model_for_compiled_hotswap(model, target_rank=4)
-    with pytest.raises(AdapterError, match="cannot train"):
-        model.set_requires_grad("default")
+    compiled: Any = torch.compile(model, backend="eager")
+    with pytest.raises(AdapterError, match="compiled already"):
+        veneer.prepare_model_for_compiled_hotswap(compiled)
+    with pytest.warns(UserWarning, match="compiled already"):
+        veneer.prepare_model_for_compiled_hotswap(compiled, check_compiled="warn")
+    veneer.prepare_model_for_compiled_hotswap(compiled, check_compiled="ignore")
+    with pytest.raises(ConfigError, match="none of the choices"):
+        veneer.prepare_model_for_compiled_hotswap(model, check_compiled="never")
+    with pytest.raises(BaseModelError, match="no model with adapters"):
+        veneer.prepare_model_for_compiled_hotswap(build("llama"))
     other = veneer.get_peft_model(build("llama"), veneer.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     with pytest.raises(UnsupportedError, match="only LoRA can be prepared"):
         veneer.prepare_model_for_compiled_hotswap(other)
+
+
+@pytest.mark.parametrize("arch", ["llama", "grouped"])
+def test_a_prepared_adapter_is_trained_on_and_saved_without_what_was_added(arch: str, tmp_path: Path) -> None:
+    config = veneer.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"] if arch == "llama" else ["conv"])
+    make = Grouped if arch == "grouped" else lambda: build("llama")
+    x: Any = torch.rand(2, 4, 8, 8) if arch == "grouped" else X["input_ids"]
+    model = veneer.get_peft_model(make(), config)
+    veneer.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == len(model.adapters.parameters("default"))
+    optimizer = torch.optim.AdamW(trained, lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        output = model(x)
+        getattr(output, "logits", output).square().sum().backward()
+        optimizer.step()
+    model.eval().save_pretrained(tmp_path)
+    again = veneer.PeftModel.from_pretrained(make(), tmp_path)
+    assert again.peft_config["default"].r == 4  # type: ignore[attr-defined]
+    with torch.no_grad():
+        expected, found = (getattr(output, "logits", output) for output in (model(x), again(x)))
+    assert gap(found, expected) < CLOSE
+
+
+class Grouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(4, 4, 3, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.conv(x)
+        return output
+
+
+@pytest.mark.parametrize("ranks", [(2, 4), (4, 2)])
+def test_other_ranks_on_a_grouped_convolution(ranks: tuple[int, int], tmp_path: Path) -> None:
+    x, outputs = torch.rand(1, 4, 8, 8), []
+    for number, rank in enumerate(ranks):
+        config = veneer.LoraConfig(r=rank, target_modules=["conv"], init_lora_weights=False)
+        model = veneer.get_peft_model(Grouped(), config, seed=number).eval()
+        outputs.append(model(x).detach())
+        model.save_pretrained(tmp_path / str(number))
+    assert gap(*outputs) > 0.02
+    model = veneer.PeftModel.from_pretrained(Grouped(), tmp_path / "0")
+    veneer.prepare_model_for_compiled_hotswap(model, target_rank=4)
+    for number in (0, 1, 0):
+        veneer.hotswap_adapter(model, tmp_path / str(number))
+        assert gap(model(x), outputs[number]) < CLOSE
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_layers_that_one_adapter_leaves_out_are_there_for_the_next(prepared: bool, tmp_path: Path) -> None:
+    first, second = adapter(tmp_path, "a", 1), adapter(tmp_path, "b", 2, **OTHERS["fewer layers"])
+    model = load(first)
+    expected = logits(model, X)
+    if prepared:
+        veneer.prepare_model_for_compiled_hotswap(model, target_rank=6)
+    veneer.hotswap_adapter(model, second)
+    veneer.hotswap_adapter(model, first)
+    assert gap(logits(model, X), expected) < CLOSE
+    model.save_pretrained(tmp_path / "out")
+    assert load_file(tmp_path / "out" / WEIGHTS).keys() == load_file(first / WEIGHTS).keys()
+
+
+def test_configs_to_come_are_given_the_rank(tmp_path: Path) -> None:
+    model = load(adapter(tmp_path, "a", 1))
+    own, other = model.peft_config["default"], veneer.LoraConfig(r=2, rank_pattern={"q_proj": 3})
+    veneer.prepare_model_for_compiled_hotswap(model, target_rank=6, config={"default": own, "other": other})  # type: ignore[dict-item]
+    assert (other.r, other.rank_pattern) == (6, {"q_proj": 6})
+    assert model.peft_config["default"].r == 4  # type: ignore[attr-defined]
+    model.save_pretrained(tmp_path / "out")
+    assert gap(logits(load(tmp_path / "out"), X), logits(model, X)) < CLOSE
 
 
 @pytest.mark.oracle

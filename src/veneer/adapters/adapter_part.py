@@ -32,7 +32,7 @@ class AdapterRecord:
         tensors_bound: the number of its checkpoint's tensors that are in use.
         base_digest: the digest of the base it was trained on, where the checkpoint records it.
         notes: oddities of its checkpoint, for the load report.
-        unpadded: checkpoint key -> tensor to be saved, where the one in memory is padded.
+        swappable: True where it is prepared for the weights of other adapters, of any rank.
         allocation: the allocation of an AdaLoRA's ranks, or of an AdaMSS's groups, once training has begun one.
         saved_dtypes: checkpoint key -> dtype on disk, for tensors that are wider in memory and saved as they were.
     """
@@ -44,7 +44,7 @@ class AdapterRecord:
     tensors_bound: int = 0
     base_digest: str | None = None
     notes: list[str] = field(default_factory=list)
-    unpadded: dict[str, Tensor] = field(default_factory=dict)
+    swappable: bool = False
     allocation: Allocation | None = None
     saved_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 

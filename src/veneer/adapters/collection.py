@@ -150,16 +150,11 @@ class Adapters(LayerPlacement):
     # -- selecting -----------------------------------------------------------------------------------------
 
     def set_trainable(self, name: str, trainable: bool) -> None:
-        """Make an adapter trainable, or freeze it; one that is not active gets no gradients until it is."""
+        """Make an adapter trainable, or freeze it, active or not; the next choice gives gradients to active ones."""
         adapter = self.get(name)
-        if trainable and adapter.unpadded:
-            raise AdapterError(
-                f"{name!r} was prepared for hot-swapping, so its tensors hold more than is saved; it cannot train.",
-                hint="Load it again for training.",
-            )
         adapter.trainable = trainable
         self.trains = self.trains or trainable
-        adapter.require_grad(trainable and name in self.active_selection.default.names)
+        adapter.require_grad(trainable)
         adapter.watch()
 
     def acts_by_place(self, adapter: Adapter) -> bool:

@@ -36,12 +36,14 @@ class LayerParts:
         zero: the ids of those in which the adapter changes nothing, known when it was loaded.
         shared: the tensors that all of its layers use.
         exclusive: True where no other such adapter can be active beside it.
+        idle: the ids of those that hold zeros, because the adapter that was swapped in has nothing there.
     """
 
     by_id: dict[str, LayerAdapters] = field(default_factory=dict)
     zero: list[str] = field(default_factory=list)
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
     exclusive: bool = False
+    idle: Collection[str] = ()
 
     @property
     def names(self) -> list[str]:
@@ -78,7 +80,7 @@ class LayerParts:
         method = method_of(adapter.config)
         as_it_is = isinstance(method, ChangesWhenSaved) and method.saves_as_it_is(adapter.config)
         for layer, share in self.bound(adapter.name):
-            if share.key is not None:
+            if share.key is not None and layer.site.id not in self.idle:
                 own = layer.tensors(adapter.name, share).items()
                 tensors = {leaf: value(t) for leaf, t in own if share.method.leaf(leaf).saved or not as_it_is}
                 saved = saved_tensors(share.method, share.settings, tensors)

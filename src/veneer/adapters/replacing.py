@@ -38,7 +38,7 @@ def replace(adapters: Adapters, name: str, fresh: str) -> Adapter:
 
 def _are_alike(old: Adapter, new: Adapter) -> bool:
     """Tell whether two adapters are of one method and have tensors of the same shapes and dtypes in the same places."""
-    if old.unpadded or type(old.config) is not type(new.config) or old.layers.exclusive != new.layers.exclusive:
+    if old.swappable or type(old.config) is not type(new.config) or old.layers.exclusive != new.layers.exclusive:
         return False
     if old.layers.merged(old.name):
         return False

@@ -133,7 +133,7 @@ class BaseTunerLayer(SelectsForModel):
     @property
     def scaling(self: Any) -> Scaling:
         """The factor by which each adapter's LoRA is multiplied here; setting one changes it."""
-        return Scaling(self, {name: float(share.settings.scale) for name, share in _loras(self, "scaling")})
+        return Scaling(self, {name: _factor(share.settings.scale) for name, share in _loras(self, "scaling")})
 
     @property
     def lora_alpha(self: Any) -> dict[str, float]:
@@ -205,6 +205,11 @@ def _loras(layer: Any, asked: str) -> Iterator[tuple[str, Any]]:
     if not loras:  # the base layer may have something of that name
         raise AttributeError(f"no LoRA is on {layer.site.name}, so it has no {asked}")
     return iter(loras)
+
+
+def _factor(scale: Any) -> Any:
+    """Return a scale as a number, or as the tensor that compiled code reads."""
+    return scale if isinstance(scale, Tensor) else float(scale)
 
 
 def _config(layer: Any, adapter: str) -> Any:

@@ -85,6 +85,7 @@ class LoraSettings:
         group: the number of inputs that share a column of A.
         of_embedding: whether an output layer uses the tensors of the embedding whose weight it shares. The change is
             then that of the embedding, transposed.
+        padded: whether the tensors in memory have zeros beyond the rank.
     """
 
     r: int
@@ -96,6 +97,7 @@ class LoraSettings:
     group: int = 1
     variant: Variant | None = None
     of_embedding: bool = False
+    padded: bool = False
 
 
 class Lora(
@@ -264,6 +266,8 @@ class Lora(
         return {leaf: start[leaf] for leaf in (START_A, START_B)}
 
     def on_disk(self, settings: LoraSettings, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if settings.padded:
+            tensors = _unpadded(settings.r, tensors)
         if settings.of_embedding:
             # Copies, since a file holds no tensor that shares its memory with another.
             shape = torch.contiguous_format
@@ -336,6 +340,17 @@ def _factors(settings: LoraSettings, tensors: Mapping[str, Tensor], site: Site) 
     if settings.group > 1:
         down = down.repeat_interleave(settings.group, 1) * (down.shape[1] / settings.group)
     return site.low_rank_factors(down, up)
+
+
+def _unpadded(r: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors without the zeros that lie beyond rank ``r``: in each group of a convolution's ``A``."""
+    cut = dict(tensors)
+    for down, up in ((A, B), (EMBEDDING_A, EMBEDDING_B)):
+        if down in tensors:
+            groups = tensors[down].shape[0] // tensors[up].shape[1]
+            cut[down] = tensors[down].unflatten(0, (groups, -1))[:, : r // groups].flatten(0, 1)
+            cut[up] = tensors[up][:, : r // groups]
+    return cut
 
 
 def _without_start(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from veneer.adapters.xlora_pass import XLoraPass
 from veneer.configs.base import PeftConfig
 from veneer.configs.names import PeftType
 from veneer.configs.type_mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from veneer.errors import AdapterError, BaseModelError
+from veneer.errors import AdapterError, NoAdaptersError
 from veneer.layers.quantized_merge import QuantizedMerge
 from veneer.peft_model.base_checks import check_base, digest_of
 from veneer.peft_model.delegation import fitted_class
@@ -244,13 +244,13 @@ def drop_injected(base: nn.Module) -> None:
 
 
 def adapted_model(model: Any) -> AdaptedModel:
-    """Return the PeftModel of a model with adapters, compiled or not; raise ``BaseModelError`` for any other model."""
+    """Return the PeftModel of a model with adapters, compiled or not; raise ``NoAdaptersError`` for any other model."""
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, nn.Module):
         model = injected_in(model) or model
     if not isinstance(model, AdaptedModel):
-        raise BaseModelError(
-            f"{type(model).__name__} is no model with adapters.",
+        raise NoAdaptersError(
+            f"No adapter layers found in the model: {type(model).__name__} is no model with adapters.",
             hint="Give what veneer.load(...) or get_peft_model(...) returned; of a wrapper such as DDP its .module.",
         )
     return model

@@ -7,7 +7,8 @@ to the largest rank, and its scale becomes a tensor too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.checkpoints.layouts.older_layouts import in_current_layout
 from veneer.checkpoints.open_checkpoint import open_checkpoint
 from veneer.configs.base import targeted
-from veneer.errors import AdapterError, MergeError, UnsupportedError
+from veneer.configs.methods.lora import LoraConfig
+from veneer.errors import AdapterError, MergeError, UnsupportedError, UsageError
 from veneer.files.source import Source
 from veneer.keywords import IGNORED, SOURCE, TOKEN, takes
 from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters
@@ -30,46 +32,79 @@ from veneer.methods import method_of
 from veneer.methods.base.abilities import settings_by_tensors
 from veneer.methods.base.trained_bias import Bias, base_bias
 from veneer.methods.lora import RANK_DIMS, Lora, LoraSettings
+from veneer.peft_model.adapted_model import AdaptedModel, adapted_model
 from veneer.peft_model.attach_adapter import note_swapped
 from veneer.peft_model.open_adapter import find_adapter
-from veneer.peft_model.peft_model import PeftModel
+from veneer.printing import warn
 
 
 @torch.no_grad()
 @takes()
-def prepare_model_for_compiled_hotswap(model: PeftModel, *, target_rank: int | None = None) -> None:
+def prepare_model_for_compiled_hotswap(
+    model: nn.Module,
+    *,
+    target_rank: int | None = None,
+    config: LoraConfig | Mapping[str, LoraConfig] | None = None,
+    check_compiled: str = "error",
+) -> None:
     """Prepare every LoRA on ``model`` for the weights of others, of any rank up to ``target_rank``.
 
-    Call it before the model is compiled. The adapters compute the same as before and are frozen; they are saved as
-    they were loaded.
+    Call it before the model is compiled. The adapters compute the same as before, can be trained if they could be, and
+    are saved without what is added.
 
     Args:
         model: the model, with its adapters.
         target_rank: the largest rank of the adapters to come; the ranks stay as they are when ``None``.
+        config: configs, or one, that are given ``target_rank`` as their rank. The model's adapters keep their own.
+        check_compiled: where the model is compiled already: ``"error"``, ``"warn"`` or ``"ignore"``.
 
     Raises:
         UnsupportedError: an adapter is of another method, or its rank cannot be padded.
-        AdapterError: ``target_rank`` is smaller than a rank that is there.
+        AdapterError: ``target_rank`` is smaller than a rank that is there, or the model is compiled.
+        BaseModelError: the model has no adapters.
     """
-    with model.adapters.changing():
-        _prepare(model, target_rank)
+    _check_not_compiled(model, check_compiled)
+    adapted = adapted_model(model)
+    with adapted.adapters.changing():
+        _prepare(adapted, target_rank)
+    _set_ranks(adapted, [config] if isinstance(config, LoraConfig) else list((config or {}).values()), target_rank)
 
 
-def _prepare(model: PeftModel, target_rank: int | None) -> None:
+def _check_not_compiled(model: nn.Module, check: str) -> None:
+    if check not in ("error", "warn", "ignore"):
+        raise UsageError(f"check_compiled={check!r} is none of the choices.", hint='"error", "warn" or "ignore".')
+    if check == "ignore" or not (hasattr(model, "_orig_mod") or model._compiled_call_impl is not None):
+        return
+    message = "The model is compiled already, and will be compiled anew."
+    if check == "error":
+        raise AdapterError(message, hint='Prepare it before it is compiled, or pass check_compiled="ignore".')
+    warn(message)
+
+
+def _set_ranks(model: AdaptedModel, configs: Sequence[LoraConfig], rank: int | None) -> None:
+    if rank is None:
+        return
+    for entry in model.adapters.by_name.values():
+        if any(entry.config is config for config in configs):
+            entry.config = copy.deepcopy(entry.config)
+    for config in configs:
+        config.r, config.rank_pattern = rank, dict.fromkeys(config.rank_pattern, rank)
+
+
+def _prepare(model: AdaptedModel, target_rank: int | None) -> None:
     shares = [
         (entry, layer, share) for entry in model.adapters.by_name.values() for layer, share in entry.bound_layers()
     ]
     for entry, layer, share in shares:
         _check_can_be_padded(entry, layer, share, target_rank)
-    for entry in model.adapters.by_name.values():
-        model.set_requires_grad(entry.name, False)
-        entry.unpadded = model.get_adapter_state_dict(entry.name, save_embedding_layers=False)
     for entry, layer, share in shares:
         settings = share.settings
         for leaf, parameter in layer.tensors(entry.name, share).items():
             _pad(parameter, RANK_DIMS.get(leaf), target_rank, layer.site.groups)
         scale = torch.tensor(float(settings.scale), device=layer.base_stored.device)
-        layer.reset(entry.name, share, replace(settings, scale=scale))
+        padded = target_rank is not None and layer.site.stack is None
+        layer.reset(entry.name, share, replace(settings, scale=scale, padded=padded))
+        entry.swappable = True
 
 
 def _check_can_be_padded(entry: Adapter, layer: LayerAdapters, share: BoundAdapter, rank: int | None) -> None:
@@ -115,7 +150,7 @@ def _fill(tensor: Tensor, values: Tensor, parts: int) -> None:
 @torch.no_grad()
 @takes(*SOURCE, *IGNORED, renamed=TOKEN)
 def hotswap_adapter(
-    model: PeftModel,
+    model: nn.Module,
     model_name_or_path: str | Path,
     adapter_name: str = "default",
     torch_device: str | None = None,
@@ -142,14 +177,14 @@ def hotswap_adapter(
         BindError: the new adapter does not fit the model. AdapterError: it adapts layers that the old one does not, or
         is of another method. MergeError: the old one is merged.
     """
-    model = getattr(model, "_orig_mod", model)
-    model.adapters.get(adapter_name)
+    adapted = adapted_model(model)
+    adapted.adapters.get(adapter_name)
     source = find_adapter(model_name_or_path, source_options)
-    with model.adapters.changing((adapter_name,)):
-        _hotswap(model, source, adapter_name, strict)
+    with adapted.adapters.changing((adapter_name,)):
+        _hotswap(adapted, source, adapter_name, strict)
 
 
-def _hotswap(model: PeftModel, source: Source, adapter_name: str, strict: bool) -> None:
+def _hotswap(model: AdaptedModel, source: Source, adapter_name: str, strict: bool) -> None:
     adapters = model.adapters
     entry = adapters.get(adapter_name)
     checkpoint = in_current_layout(open_checkpoint(source, strict=strict), adapters.catalog)
@@ -170,18 +205,15 @@ def _hotswap(model: PeftModel, source: Source, adapter_name: str, strict: bool) 
         _check_tensors(layer, adapter_name, share, binding)
     bound = {layer.site.id for layer, _, binding in swaps if binding is not None}
     for layer, share, binding in swaps:
-        if entry.unpadded or layer.site.id in bound:
-            _swap(layer, adapter_name, share, binding, tensors)
-    if not entry.unpadded:
-        entry.layers.leave(entry, adapters, [name for name in entry.layers.names if name not in bound])
+        _swap(layer, adapter_name, share, binding, tensors)
+    entry.layers.idle = [name for name in entry.layers.names if name not in bound]
     _swap_shared(entry, plan, tensors)
     entry.config, entry.origin, entry.notes = config, checkpoint.origin, [*checkpoint.notes, *plan.notes]
     entry.tensors_bound = len(plan.keys)
-    entry.unpadded = dict(tensors) if entry.unpadded else {}
     note_swapped(model, entry, checkpoint)
 
 
-def _check_swappable(model: PeftModel, entry: Adapter, checkpoint: Checkpoint, plan: Plan) -> None:
+def _check_swappable(model: AdaptedModel, entry: Adapter, checkpoint: Checkpoint, plan: Plan) -> None:
     merged = entry.layers.merged(entry.name)
     if merged:
         raise MergeError(
@@ -245,7 +277,7 @@ def _settings(old: Any, new: Any) -> Any:
     if not _is_prepared(old):
         return new
     old.scale.fill_(float(new.scale))
-    return replace(new, scale=old.scale)
+    return replace(new, scale=old.scale, padded=old.padded)
 
 
 def _put(parameter: nn.Parameter, new: Tensor, padded: bool, parts: int = 1) -> None:

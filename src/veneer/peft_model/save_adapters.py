@@ -195,8 +195,6 @@ def _tensors_to_save(
 ) -> dict[str, Tensor]:
     """Return checkpoint key -> tensor, in the dtype that it had on disk; from ``state`` where that has it."""
     embeddings = embeddings_to_save(model.adapters, adapter, ends)
-    if adapter.unpadded:
-        return {**embeddings, **adapter.unpadded}
     value = value_of(model, adapter, state)
     named = adapter.named_tensors(value)
     tensors = {key: tensor.to(adapter.saved_dtypes.get(key, tensor.dtype)) for key, tensor in named}

@@ -65,7 +65,7 @@ def get_peft_model_state_dict(
     with model.adapters.active_selection.choosing:
         adapter = model.adapters.get(adapter_name)
         value = value_of(model, adapter, state)
-        tensors = adapter.unpadded or _tensors_by_key(adapter, value)
+        tensors = _tensors_by_key(adapter, value)
         embeddings = embeddings_to_save(model.adapters, adapter, save_embedding_layers)
         tensors = {**{key: value(t) for key, t in embeddings.items() if key not in tensors}, **tensors}
         return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
@@ -175,7 +175,7 @@ def _check_can_be_set(model: AdaptedModel, adapter: Adapter) -> None:
             f"{adapter.name!r} is merged; the base's weights would keep the old values.",
             hint="Call unmerge_adapter() first.",
         )
-    if adapter.unpadded:
+    if adapter.swappable:
         raise UnsupportedError(f"{adapter.name!r} is prepared for hot-swapping.", hint="Use hotswap_adapter(...).")
     if model.adapters.is_spread:
         raise UnsupportedError(
