@@ -191,6 +191,8 @@ from veneer.errors import (
 from veneer.errors import (
     VeneerError as VeneerError,
 )
+from veneer.finetuning.supervised import train as train
+from veneer.finetuning.train_report import TrainReport as TrainReport
 from veneer.layers.quantized_merge import QuantizedMerge as QuantizedMerge
 from veneer.merging.combine_folders import (
     CombineReport as CombineReport,

@@ -22,6 +22,7 @@ COMMANDS = {
     "inspect": "inspect_command",
     "generate": "generate_command",
     "chat": "chat_command",
+    "train": "train_command",
     "merge": "merge_command",
     "convert": "convert_command",
     "combine": "combine_command",

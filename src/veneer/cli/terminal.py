@@ -28,18 +28,27 @@ def show(value: Any, as_json: bool) -> None:
 
 
 @contextmanager
-def progress(first: str) -> Iterator[Callable[[str], None]]:
-    """Show the step under way; the block calls the given function when another begins."""
+def progress(first: str, lines: bool = False) -> Iterator[Callable[[str], None]]:
+    """Show the step under way; the block calls the given function when another begins.
+
+    Args:
+        first: the first step.
+        lines: where standard error is no terminal, print each further step as a line; else none.
+    """
     from rich.console import Console
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda step: None
+        yield _print_step if lines else lambda step: None
         return
     from rich.text import Text
 
     with console.status(first) as status:
         yield lambda step: status.update(Text(one_line(step)))
+
+
+def _print_step(step: str) -> None:
+    print(one_line(step), file=sys.stderr, flush=True)
 
 
 def print_warnings(warnings: list[str]) -> None:
