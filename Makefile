@@ -22,7 +22,7 @@ test: $(VENV)/.dev  ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 clients: $(CLIENTS)/.made  ## Run TRL, diffusers and others on Veneer, in an environment without peft
-	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest -n logical --maxprocesses 2 --dist loadfile tests/clients $(ARGS)
+	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest -n logical --maxprocesses 2 --dist loadfile tests/clients tests/finetuning $(ARGS)
 
 lint: $(VENV)/.dev  ## Check format, lint, types and the layers of the source
 	$(BIN)/ruff format --check .

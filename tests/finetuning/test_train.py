@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 import veneer
@@ -263,3 +264,17 @@ def test_peft_that_is_imported_already(base: Path, data: Path, tmp_path: Path) -
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert "peft itself is imported already" in done.stderr
+
+
+def test_the_page(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
+    [examples] = re.findall(r"^```json\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base, "base")
+    Path("data.jsonl").write_text(examples * 6)
+    for command in re.findall(r"^\$ veneer (.*)$", page, re.MULTILINE):
+        assert main(shlex.split(command)) == 0, command
+    namespace: dict[str, Any] = {"veneer": veneer}
+    [python] = re.findall(r"^report = .*?(?=^```$)", page, re.MULTILINE | re.DOTALL)
+    exec(python, namespace)
+    assert Path("from-python", WEIGHTS).is_file()
