@@ -1,0 +1,68 @@
+"""``docs/from-peft.md`` is true: its names and modules are peft's and are there, and its examples run without peft's name."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+
+import veneer
+from tests.as_peft.process import ROOT, run
+from tests.test_docs import blocks, world
+
+__all__ = ["world"]
+
+PAGE = ROOT / "docs" / "from-peft.md"
+ROW = re.compile(r"^\| (`.+`) \| (.+) \|$", re.MULTILINE)
+# The libraries that the other examples need are in the environment of tests/clients.
+INSTALLED = ("as_peft", "transformers", "Trainer", "accelerate", "bitsandbytes")
+
+
+def section(title: str) -> str:
+    return PAGE.read_text(encoding="utf-8").partition(f"# {title}\n")[2].partition("\n## ")[0]
+
+
+def test_the_table_has_every_name_of_peft_once() -> None:
+    rows = ROW.findall(section("Names").partition("### Modules")[0])
+    names = [name for listed, _ in rows for name in re.findall(r"`(\w+)`", listed)]
+    assert sorted(names) == sorted(peft.__all__)
+    same = {n for listed, what in rows if what.startswith("the same") for n in re.findall(r"`(\w+)`", listed)}
+    assert same <= set(veneer.__all__)
+    assert not (set(names) - same) & set(veneer.__all__)
+
+
+def test_the_table_has_every_module() -> None:
+    code = """
+    import veneer.as_peft
+    from veneer.as_peft.names import METHOD_STEMS, MODULES, PROMPT_CLASSES
+    methods = tuple(f"peft.tuners.{name}" for name in (*METHOD_STEMS, *PROMPT_CLASSES))
+    print(*(name for name in MODULES if not name.startswith(methods) and name != "peft"))
+    """
+    listed = set(re.findall(r"`(peft[\w.]+)`", section("Modules")))
+    found = run(code, "-c").stdout.split()
+    assert found
+    assert not [name for name in found if name not in listed]
+
+
+@pytest.mark.parametrize("kind", INSTALLED)
+def test_an_example_runs(kind: str, world: Path, tmp_path: Path) -> None:
+    [code] = blocks(PAGE, f"python {kind}")
+    here = tmp_path / "docs"
+    shutil.copytree(world, here)
+    script = here / "script.py"
+    script.write_text(code)
+    command = [sys.executable, "-W", "ignore", "-m", "veneer.as_peft", script.name]
+    done = subprocess.run(command, cwd=here, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def environment() -> dict[str, str]:
+    import os
+
+    own = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **own}
