@@ -273,7 +273,29 @@ ENGLISH = Words(
     more="{} times more",
     alone="peft has none",
 )
-READMES = {HERE.parent / "README.md": ENGLISH}
+CHINESE = Words(
+    head=("SmolLM2-135M，bfloat16，秩为 16 的 LoRA", "peft", "Veneer", "结论"),
+    lines=(
+        "挂载第一个适配器",
+        "挂载第 16 个",
+        "切换激活的适配器",
+        "一步解码：未合并的适配器增加的时间",
+        "8 行的一步解码：8 个适配器比一个增加的时间",
+        "一步训练",
+        "在内存中合并",
+        "同上，十亿参数的基座模型",
+        "保存一个适配器",
+        "导入（torch 和 transformers 之后）",
+        "`veneer inspect`，整个进程",
+    ),
+    faster="速度是其 {} 倍",
+    equal="一样快",
+    slower="速度是其 1/{}",
+    less="只有其 1/{}",
+    more="是其 {} 倍",
+    alone="peft 没有",
+)
+READMES = {HERE.parent / "README.md": ENGLISH, HERE.parent / "README.zh-CN.md": CHINESE}
 
 
 def speed(results: Results, words: Words) -> str:
