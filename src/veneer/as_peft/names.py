@@ -31,6 +31,7 @@ class Home:
 
 _CLASSES = "veneer.as_peft.classes"
 _FUNCTIONS = "veneer.as_peft.functions"
+_TARGETS = "veneer.as_peft.targets"
 
 # Method's package in peft.tuners -> the beginning of the names of its classes there.
 METHOD_STEMS = {
@@ -160,6 +161,7 @@ _OTHERS: dict[str, dict[str, Home]] = {
     },
     "peft.mapping": {
         **_public(["PEFT_TYPE_TO_CONFIG_MAPPING", "get_peft_config", "inject_adapter_in_model"]),
+        **_at("veneer.configs.type_mapping", "PEFT_TYPE_TO_PREFIX_MAPPING"),
         **_at(_CLASSES, "PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING"),
     },
     "peft.mapping_func": _public(["get_peft_model"]),
@@ -175,15 +177,21 @@ _OTHERS: dict[str, dict[str, Home]] = {
     "peft.import_utils": _at(_FUNCTIONS, "is_bnb_available is_bnb_4bit_available"),
     "peft.tuners": {},
     "peft.tuners.lora.config": _public(_LORA_CONFIGS.split()),
-    "peft.tuners.lora": _public(_LORA_CONFIGS.split()),
+    "peft.tuners.lora": _public([*_LORA_CONFIGS.split(), "create_arrow_model", "preprocess_loraga"]),
+    "peft.tuners.lora.corda": _public(["preprocess_corda"]),
+    "peft.tuners.multitask_prompt_tuning": _public(["MultitaskPromptTuningInit"]),
     "peft.tuners.lora.layer": _at(_CLASSES, f"{_LORA_LAYERS} LoraLayer"),
     "peft.tuners.lora.bnb": _at(_CLASSES, "Linear4bit Linear8bitLt"),
     "peft.tuners.tuners_utils": {
         **_at(_CLASSES, "BaseTunerLayer"),
         **_at(_CLASSES, "BaseTuner"),
         **_at(_FUNCTIONS, "check_adapters_to_merge delete_adapter onload_layer set_adapter set_requires_grad"),
+        **_at(_TARGETS, "_maybe_include_all_linear_layers check_target_module_exists inspect_matched_modules"),
     },
-    "peft.utils.constants": _at(_FUNCTIONS, "CONFIG_NAME SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME"),
+    "peft.utils.constants": {
+        **_at(_FUNCTIONS, "CONFIG_NAME SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME"),
+        **_at(_TARGETS, "DUMMY_MODEL_CONFIG INCLUDE_LINEAR_LAYERS_SHORTHAND"),
+    },
     "peft.utils.hotswap": _public(["hotswap_adapter", "prepare_model_for_compiled_hotswap"]),
     "peft.utils.other": {
         **_WRAPPERS,
@@ -204,6 +212,7 @@ _OTHERS: dict[str, dict[str, Home]] = {
         **_public(["cast_mixed_precision_params", "prepare_model_for_kbit_training", "replace_lora_weights_loftq"]),
         **_at(_FUNCTIONS, "CONFIG_NAME SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME"),
         **_at(_FUNCTIONS, "_get_submodules infer_device transpose"),
+        **_at(_TARGETS, "INCLUDE_LINEAR_LAYERS_SHORTHAND"),
     },
 }
 

@@ -180,9 +180,8 @@ class AdaptedModel(nn.Module):
         except AttributeError:
             if name.startswith("__") or "base_model" not in self.__dict__.get("_modules", {}):
                 raise
-            base = self.get_base_model()
-            # As in peft, where the wrapper's ``model`` is the base model, not a part of it.
-            return base if name == "model" else getattr(base, name)
+            # Of the tuner, as in peft: so that ``model`` is the base model, not a part of it.
+            return getattr(self.base_model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # What the base keeps for itself (config, generation_config ...) is set where the base will read it.

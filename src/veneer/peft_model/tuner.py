@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from typing import Any
 
@@ -9,12 +10,13 @@ from torch import nn
 
 from veneer.adapters.call import call
 from veneer.adapters.collection import Adapters
+from veneer.adapters.merge.in_memory import check_mergeable
 from veneer.adapters.training_step import allocate
-from veneer.errors import BaseModelError
+from veneer.errors import BaseModelError, VeneerError
 
 # Attributes and methods of peft's tuners that the PeftModel has here.
 _OF_TUNERS = (
-    *("active_adapter", "active_adapters", "peft_config", "peft_type", "prefix"),
+    *("active_adapters", "peft_config", "peft_type", "prefix"),
     *("targeted_module_names", "targeted_parameter_names"),
     *("set_adapter", "enable_adapter_layers", "disable_adapter_layers", "set_requires_grad"),
     *("add_adapter", "add_weighted_adapter", "delete_adapter", "get_layer_status", "get_model_status"),
@@ -34,6 +36,37 @@ class Tuner(nn.Module):
         self.model = model
         self.adapters = adapters
         self.training = model.training
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter; all of them when several are."""
+        names: list[str] = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """Return the settings of a base model as a dictionary."""
+        config: Any = getattr(model, "config", {"model_type": "custom"})
+        if hasattr(config, "to_dict"):
+            config = config.to_dict()
+        return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config  # type: ignore[arg-type]
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Let the base's embeddings give outputs that need gradients, which reentrant checkpoints ask of inputs."""
+        enable = getattr(self.model, "enable_input_require_grads", None)
+        if enable is not None:
+            enable()
+        return model
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Tell whether a LoRA can hold an adapter's change: see :func:`veneer.convert_to_lora`."""
+        try:
+            check_mergeable(self.adapters, [adapter_name])
+            for layer in self.adapters.get(adapter_name).layers:
+                layer.site.check_low_rank()
+        except VeneerError:
+            return False
+        return True
 
     def belong_to(self, peft_model: nn.Module) -> None:
         """Let ``peft_model`` answer about adapters; a weak reference, so that a dropped model is freed at once."""

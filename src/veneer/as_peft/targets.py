@@ -1,0 +1,39 @@
+"""The functions by which peft finds the modules that a config means, over Veneer's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from veneer.base_model.catalog import Catalog
+from veneer.base_model.targets import ALL_LINEAR, in_blocks, names_match
+from veneer.configs.base import TargetedConfig
+
+INCLUDE_LINEAR_LAYERS_SHORTHAND = ALL_LINEAR
+DUMMY_MODEL_CONFIG = {"model_type": "custom"}
+
+
+def check_target_module_exists(config: TargetedConfig, key: str) -> bool:
+    """Tell whether a config means the module with this name."""
+    targets = config.target_modules
+    if not names_match(key, targets) or names_match(key, config.exclude_modules):
+        return False
+    return (not isinstance(targets, str) and key in (targets or ())) or in_blocks(key, config)
+
+
+def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[str, list[str]]:
+    """Return the names of the base's modules that an adapter's config means, and of the others."""
+    config = tuner.peft_config[adapter_name]
+    names: dict[str, list[str]] = {"matched": [], "unmatched": []}
+    for name in tuner.adapters.catalog.modules:
+        names["matched" if check_target_module_exists(config, name) else "unmatched"].append(name)
+    return names
+
+
+def _maybe_include_all_linear_layers(peft_config: TargetedConfig, model: nn.Module) -> TargetedConfig:
+    """Write the names of a base's linear layers into a config that asks for ``"all-linear"``, and return it."""
+    if peft_config.target_modules == ALL_LINEAR:
+        catalog = Catalog(model)
+        catalog.write_out_targets(peft_config, catalog.targets(peft_config))
+    return peft_config
