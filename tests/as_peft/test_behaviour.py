@@ -56,3 +56,18 @@ def test_a_method_s_class_makes_its_tuner() -> None:
     )
     assert lines[0] == "True False lora_ ['x']"
     assert "LoraLayer cannot be made by itself here" in lines[1]
+
+
+def test_modules_that_a_config_means_are_told_by_peft_s_functions() -> None:
+    assert as_peft("""
+from torch import nn
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import inspect_matched_modules
+
+base = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+config = LoraConfig(target_modules=["a"], exclude_modules=["x.a"])
+print(check_target_module_exists(config, "m.a"), check_target_module_exists(config, "x.a"))
+print(sorted(_maybe_include_all_linear_layers(LoraConfig(target_modules="all-linear"), base).target_modules))
+print(inspect_matched_modules(get_peft_model(base, config))["matched"])
+""") == ["True False", "['a', 'b']", "['a']"]

@@ -178,3 +178,14 @@ def test_the_names_of_the_model_and_its_tuner_are_those_of_peft(tmp_path: Path) 
     prompt = {"num_virtual_tokens": 2, "task_type": "CAUSAL_LM"}
     prompted = [lib.get_peft_model(build("llama"), lib.PromptTuningConfig(**prompt)) for lib in (peft, veneer)]
     assert type(prompted[0].model) is type(prompted[1].model)
+
+
+def test_tuner_answers_about_conversion_and_active_adapters() -> None:
+    model = veneer.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), veneer.LoraConfig(target_modules=["0"]))
+    model.add_adapter("other", veneer.LoraConfig(target_modules=["0"]))
+    assert model.base_model.active_adapter == "default"
+    model.base_model.set_adapter(["default", "other"])
+    assert model.base_model.active_adapter == ["default", "other"]
+    assert model.supports_lora_conversion()
+    assert not model.supports_lora_conversion("absent")
+    assert model.base_model.get_model_config(torch.nn.Linear(1, 1)) == {"model_type": "custom"}
