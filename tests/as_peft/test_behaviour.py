@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tests.as_peft.process import printed
 
 OPEN = """
@@ -59,15 +61,36 @@ def test_a_method_s_class_makes_its_tuner() -> None:
 
 
 def test_modules_that_a_config_means_are_told_by_peft_s_functions() -> None:
-    assert as_peft("""
-from torch import nn
-from peft import LoraConfig, get_peft_model
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
-from peft.tuners.tuners_utils import inspect_matched_modules
+    lines = printed("""
+    from torch import nn
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+    from peft.tuners.tuners_utils import inspect_matched_modules
+    base = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    config = LoraConfig(target_modules=["a"], exclude_modules=["x.a"])
+    print(check_target_module_exists(config, "m.a"), check_target_module_exists(config, "x.a"))
+    print(sorted(_maybe_include_all_linear_layers(LoraConfig(target_modules="all-linear"), base).target_modules))
+    print(inspect_matched_modules(get_peft_model(base, config))["matched"])
+    """)
+    assert lines == ["True False", "['a', 'b']", "['a']"]
 
-base = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
-config = LoraConfig(target_modules=["a"], exclude_modules=["x.a"])
-print(check_target_module_exists(config, "m.a"), check_target_module_exists(config, "x.a"))
-print(sorted(_maybe_include_all_linear_layers(LoraConfig(target_modules="all-linear"), base).target_modules))
-print(inspect_matched_modules(get_peft_model(base, config))["matched"])
-""") == ["True False", "['a', 'b']", "['a']"]
+
+def test_a_pickle_of_tensors_alone_is_read_as_peft_reads_it(tmp_path: Path) -> None:
+    lines = printed(
+        OPEN
+        + f"""
+    import os, pickle
+    model = peft.get_peft_model(base, config)
+    expected = logits(model, batch)
+    model.save_pretrained({str(tmp_path)!r}, safe_serialization=False)
+    loaded = peft.PeftModel.from_pretrained(build("llama"), {str(tmp_path)!r})
+    print(sorted(os.listdir({str(tmp_path)!r})), torch.allclose(logits(loaded, batch), expected, atol=1e-5))
+    with open({str(tmp_path / "adapter_model.bin")!r}, "wb") as file:
+        pickle.dump({{"base_model.model.x": print}}, file)
+    try:
+        peft.PeftModel.from_pretrained(build("llama"), {str(tmp_path)!r})
+    except Exception as error:
+        print(type(error).__name__)
+    """
+    )
+    assert lines == ["['README.md', 'adapter_config.json', 'adapter_model.bin'] True", "PickleRefusedError"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from veneer.checkpoints.checkpoint import Checkpoint
+from veneer.checkpoints.checkpoint import Checkpoint, in_memory_checkpoint
 from veneer.checkpoints.layouts.spellings import as_peft_writes
 from veneer.configs.base import PeftConfig
 from veneer.errors import IncompleteCheckpointError
-from veneer.files.names import ADAPTER_CONFIG, ADAPTER_STEM, ADAPTER_WEIGHTS
+from veneer.files.names import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_STEM, ADAPTER_WEIGHTS
 from veneer.files.source import Source
 from veneer.files.weight_files import read_checked_headers
+from veneer.packages import stands_in_for_peft
 
 
 def open_checkpoint(source: Source, *, strict: bool = True, config: PeftConfig | None = None) -> Checkpoint:
@@ -28,14 +29,32 @@ def open_checkpoint(source: Source, *, strict: bool = True, config: PeftConfig |
     if config is None:
         where = f"{source.origin}/{ADAPTER_CONFIG}"
         config = PeftConfig.from_dict(source.json(ADAPTER_CONFIG), where=where, strict=strict)
-    headers = read_checked_headers(source, ADAPTER_STEM)
-    tensors = {name: info for header in headers for name, info in header.tensors.items()}
-    if not sum(info.numel for info in tensors.values()):
+    checkpoint = _from_pickle(source, config) if _is_read_as_pickle(source) else _from_headers(source, config)
+    if not sum(info.numel for info in checkpoint.tensors.values()):
         raise IncompleteCheckpointError(
             f"{source.origin}: empty checkpoint: {ADAPTER_WEIGHTS} holds no values.",
             hint="Training under ZeRO-3 or FSDP saves this when the weights are not gathered first; save again "
             "with stage3_gather_16bit_weights_on_model_save, or gather before saving.",
         )
+    return replace(as_peft_writes(checkpoint), source=source)
+
+
+def _from_headers(source: Source, config: PeftConfig) -> Checkpoint:
+    headers = read_checked_headers(source, ADAPTER_STEM)
+    tensors = {name: info for header in headers for name, info in header.tensors.items()}
     metadata = {key: value for header in headers for key, value in header.metadata.items()}
-    checkpoint = as_peft_writes(Checkpoint(source.origin, config, tensors, metadata, tuple(headers)))
-    return replace(checkpoint, source=source)
+    return Checkpoint(source.origin, config, tensors, metadata, tuple(headers))
+
+
+def _is_read_as_pickle(source: Source) -> bool:
+    """Tell whether a checkpoint has a pickle alone, and is read where Veneer stands in for peft, which reads it."""
+    if source.file is not None or source.has(ADAPTER_WEIGHTS) or not source.has(ADAPTER_PICKLE):
+        return False
+    return stands_in_for_peft()
+
+
+def _from_pickle(source: Source, config: PeftConfig) -> Checkpoint:
+    """Open the pickle of an adapter; one that holds more than tensors is refused."""
+    from veneer.files.convert_pickle import read_pickle
+
+    return in_memory_checkpoint(config, read_pickle(source.path(ADAPTER_PICKLE)), source.origin)

@@ -52,7 +52,7 @@ def convert_pickle(path: str | Path, out: str | Path | None = None) -> Path:
         target = Path(out) if Path(out).suffix == SAFETENSORS else Path(out) / target.name
     if exists(target):
         raise OutputError(f"{target} is there already.", hint="Move it away, or name another with out= (--out).")
-    tensors = {name: tensor for file in pickles for name, tensor in _read(file).items()}
+    tensors = {name: tensor for file in pickles for name, tensor in read_pickle(file).items()}
     if not tensors:
         raise IncompleteCheckpointError(f"{path}: empty checkpoint: it holds no tensor.", hint=_SAVE_AGAIN)
     _write(tensors, target, path)
@@ -94,7 +94,12 @@ def _find(path: Path) -> tuple[list[Path], Path]:
     )
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a pickle that holds nothing else.
+
+    Raises:
+        PickleRefusedError: it holds more. CorruptFileError: it cannot be read.
+    """
     import torch
 
     try:

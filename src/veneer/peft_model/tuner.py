@@ -61,8 +61,9 @@ class Tuner(nn.Module):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Tell whether a LoRA can hold an adapter's change: see :func:`veneer.convert_to_lora`."""
         try:
+            adapter = self.adapters.get(adapter_name)
             check_mergeable(self.adapters, [adapter_name])
-            for layer in self.adapters.get(adapter_name).layers:
+            for layer in adapter.layers:
                 layer.site.check_low_rank()
         except VeneerError:
             return False
