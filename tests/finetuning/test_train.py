@@ -111,6 +111,8 @@ def test_texts_that_are_cut(base: Path, written: Written, tmp_path: Path) -> Non
     report = veneer.train(texts, base, out=tmp_path / "out", max_steps=1, max_length=10, **QUICK)
     assert report.cut_examples == 1
     assert "1 of 2 examples reach 10 tokens" in str(report._warnings())
+    longest = veneer.train(written([{"text": "w5 " * 90}]), base, out=tmp_path / "longest", max_steps=1, **QUICK)
+    assert (longest.max_length, longest.cut_examples) == (64, 1)
 
 
 def test_methods_and_configs(base: Path, data: Path, tmp_path: Path) -> None:
@@ -125,6 +127,10 @@ def test_methods_and_configs(base: Path, data: Path, tmp_path: Path) -> None:
         ("object", {"config": veneer.LoraConfig(r=3, target_modules=["v_proj"])}),
     ):
         veneer.train(data, base, out=tmp_path / out, **some, **options)
+    veneer.train(data, base, out=tmp_path / "again", config=tmp_path / "object", **some)
+    trained_b = [tensor for key, tensor in load_file(tmp_path / "again" / WEIGHTS).items() if "lora_B" in key]
+    assert all(tensor.any() for tensor in trained_b)
+    assert trained_b
     trained = {
         out: veneer.PeftConfig.from_pretrained(tmp_path / out) for out in ("default", "ia3", "loha", "file", "object")
     }
@@ -134,6 +140,13 @@ def test_methods_and_configs(base: Path, data: Path, tmp_path: Path) -> None:
     assert {name: (trained[name].r, alphas[name]) for name in wanted} == wanted  # type: ignore[attr-defined]
     assert trained["file"].use_rslora  # type: ignore[attr-defined]
     assert len(trained["default"].target_modules) > 4  # type: ignore[attr-defined]
+
+
+def test_a_prompt(base: Path, data: Path, tmp_path: Path) -> None:
+    config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}
+    (tmp_path / "prompt.json").write_text(json.dumps(config))
+    report = veneer.train(data, base, out=tmp_path / "out", config=tmp_path / "prompt.json", epochs=1)
+    assert report.parameters == 3 * 32
 
 
 def run(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -171,6 +184,7 @@ def test_the_command(base: Path, data: Path, tmp_path: Path, capsys: pytest.Capt
         (["--resume", "--overwrite"], "either resumed or overwritten"),
         (["--out", "new", "--base", "{out}"], "is an adapter"),
         (["--out", "new", "--base", "nowhere/at/all"], "does not exist"),
+        (["{base}", "--out", "new"], "The base is given twice"),
         (["--out", "new", "--method", "lorra"], "Did you mean 'LORA'"),
         (["--out", "new", "--method", "ia3", "--r", "4"], "The method ia3 has no r"),
         (["--out", "new", "--config", "{out}", "--r", "4"], "A config is given, and r beside it"),
@@ -222,6 +236,13 @@ def test_messages_without_a_template(base: Path, written: Written, tmp_path: Pat
         veneer.train(written([messages(1)]), plain, out=tmp_path / "out")
 
 
+def test_a_model_that_is_no_causal_one(data: Path, base: Path, tmp_path: Path) -> None:
+    model: Any = build("t5")
+    model.save_pretrained(tmp_path / "t5")
+    with pytest.raises(veneer.BaseModelError, match="is no causal language model"):
+        veneer.train(data, tmp_path / "t5", out=tmp_path / "out")
+
+
 def test_an_older_run_is_overwritten(base: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     veneer.train(data, base, out=out, max_steps=3, **QUICK)
@@ -251,6 +272,9 @@ def test_two_processes(base: Path, data: Path, tmp_path: Path) -> None:
     assert report["steps"] == 2
     assert done.stderr.count("step 1 of 2, loss") == 1
     assert (tmp_path / "out" / WEIGHTS).is_file()
+    more = [*command, *options, "--steps", "3", "--resume"]
+    resumed = subprocess.run(more, capture_output=True, text=True, check=True, env=environment)
+    assert json.loads(resumed.stdout)["steps"] == 3
     refused = subprocess.run([*command, *options], capture_output=True, text=True, check=False, env=environment)
     assert refused.stderr.count("error: ") == 1
     assert refused.returncode != 0

@@ -28,9 +28,6 @@ TEXT = {"text": "w5 w6"}
 def test_each_kind(written: Written, example: dict[str, Any]) -> None:
     data = read_data(written([example, "", example]), None, None, 0)
     assert list(data.train) == [example] * 2
-    assert data.kind == next(
-        name for name in ("messages", "prompt and completion", "text") if name[:4] in str([*example])
-    )
     assert data.needs_template == (example in (CHAT, TURNS))
 
 
@@ -116,6 +113,8 @@ def test_files_that_are_none(written: Written, tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "w5"}\n{"text": "\xe4"}\n')
     with pytest.raises(veneer.CorruptFileError, match=r"latin.jsonl:\d: not UTF-8"):
         read_data(tmp_path / "latin.jsonl", None, None, 0)
+    with pytest.raises(veneer.CorruptFileError, match=":2: the first line of prompt and completion in messages"):
+        read_data(written([PAIR, TURNS], "mixed.jsonl"), None, None, 0)
     with pytest.raises(veneer.UsageError, match="holds text, and"):
         read_data(written([PAIR], "pairs.jsonl"), written([TEXT]), None, 0)
 

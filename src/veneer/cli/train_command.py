@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from veneer.cli.options import Dtype, Json, Local
+from veneer.cli.options import BaseArgument, Dtype, Json, Local, given_base
 from veneer.cli.terminal import for_stdout, print_warnings, progress, show
-from veneer.errors import VeneerError
+from veneer.errors import UsageError, VeneerError
 from veneer.printing import quiet
 
 
 def train(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="A file with an example (JSON) on each line.")],
-    base: Annotated[str, typer.Option(help="The base: a folder or hub id.")],
     out: Annotated[Path, typer.Option(help="The folder to write: the adapter and its checkpoints.")],
+    base_argument: BaseArgument = None,
+    base: Annotated[str | None, typer.Option(help="The base: a folder or hub id.")] = None,
     validation: Annotated[Path | None, typer.Option(help="A file of examples to evaluate on.")] = None,
     validation_split: Annotated[float | None, typer.Option(help="Hold this share of DATA back, such as 0.05.")] = None,
     method: Annotated[str | None, typer.Option(help="The adapter's method; lora by default.")] = None,
@@ -53,7 +53,12 @@ def train(
 
     Example: veneer train data.jsonl --base path/to/base --out my-adapter --validation-split 0.05
     """
-    is_main = os.environ.get("RANK", "0") == "0"
+    base = given_base(base_argument, base)
+    if base is None:
+        raise UsageError("There is no base to train on.", hint="Name its folder or hub id by --base.")
+    from veneer.finetuning.output import is_main_process
+
+    is_main = is_main_process()
     with quiet() as warnings, progress("checking", lines=True) as on_step:
         from veneer.finetuning import supervised as room
 

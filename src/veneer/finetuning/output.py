@@ -1,7 +1,8 @@
-"""Checks the folder of a training run, and finds the checkpoint to go on from; imports no torch."""
+"""Tells which process writes a training run, checks its folder, and finds its last checkpoint; imports no torch."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,11 @@ from veneer.files.paths import is_file, is_folder
 
 # The file that a checkpoint of transformers' trainer has when it is whole.
 _TRAINER_STATE = "trainer_state.json"
+
+
+def is_main_process() -> bool:
+    """Tell whether this process is the one that prints and writes, by the number that its launcher gives it."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def check_run_folder(out: Path, overwrite: bool, resume: bool) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from veneer.configs.base import PeftConfig
 from veneer.errors import UsageError
 from veneer.finetuning.method_options import method_config
-from veneer.finetuning.output import check_run_folder, remove_checkpoints
+from veneer.finetuning.output import check_run_folder, is_main_process, remove_checkpoints
 from veneer.finetuning.run_options import RunOptions
 from veneer.finetuning.train_report import TrainReport
 from veneer.finetuning.training_data import read_data
@@ -75,7 +74,7 @@ def train(
         learning_rate: the highest; it falls to zero linearly.
         batch_size: examples a device and step.
         gradient_accumulation_steps: so many batches make one step.
-        max_length: tokens of an example; what comes behind is cut off.
+        max_length: tokens of an example, at most as many as the base reads; what comes behind is cut off.
         gradient_checkpointing: save memory by computing activations twice.
         dtype: of the base; ``"auto"`` keeps that of its files. The adapter is trained in float32.
         save_steps: steps between two checkpoints, at which is evaluated too; by default each epoch has one. The last
@@ -116,8 +115,8 @@ def train(
         )
     adapter = method_config(method, config, r, alpha, target_modules)
     folder = Path(out)
-    is_main = os.environ.get("RANK", "0") == "0"
-    checkpoint = check_run_folder(folder, overwrite, resume) if is_main or resume else None
+    # Another process may come when the main one has made the folder.
+    checkpoint = check_run_folder(folder, overwrite, resume) if is_main_process() or resume else None
     examples = read_data(Path(data), None if validation is None else Path(validation), validation_split, seed)
     require("Training", "trl", "datasets", "accelerate", extra="train")
     on_step("loading")
@@ -134,7 +133,7 @@ def train(
         local_files_only=local_files_only,
         trust_remote_code=trust_remote_code,
     )
-    if is_main and not resume:
+    if is_main_process() and not resume:
         remove_checkpoints(folder)
     result = run.train(checkpoint)
     return TrainReport(
@@ -144,7 +143,6 @@ def train(
         method=str(adapter.peft_type),
         examples=len(examples.train),
         validation_examples=len(examples.validation),
-        max_length=max_length,
         seconds=time.perf_counter() - started,
         **result,
     )

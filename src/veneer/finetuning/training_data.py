@@ -33,7 +33,7 @@ class TrainingData:
     """The examples of a run.
 
     Attributes:
-        kind: of all of them, a key of ``KINDS``.
+        kind: of all of them, in words.
         train: those to train on.
         validation: those to evaluate on; may be none.
     """
@@ -45,7 +45,7 @@ class TrainingData:
     @property
     def needs_template(self) -> bool:
         """True where an example holds messages, which a chat template turns into text."""
-        return any(isinstance(value, list) for example in self.train for value in example.values())
+        return any(isinstance(value, list) for value in self.train[0].values())
 
     def answers_apart(self) -> TrainingData:
         """Return conversations with an example for each answer, so that the loss can count answers alone."""
@@ -153,6 +153,8 @@ def _example(line: str) -> tuple[str, Example, set[str]]:
     [kind] = fitting
     example = {key: values[key] for key in KINDS[kind]}
     _CHECKS[kind](example)
+    if isinstance(example.get("prompt"), list):
+        kind = f"{kind} in messages"
     return kind, example, values.keys() - example.keys()
 
 

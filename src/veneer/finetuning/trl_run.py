@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from veneer.base_model.transformers_errors import transformers_errors_as
 from veneer.configs.base import PeftConfig
-from veneer.errors import ConfigError, UsageError
+from veneer.errors import BaseModelError, ConfigError, UsageError
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_CONFIG
 from veneer.files.resolve import resolve
@@ -59,11 +59,17 @@ class TrlRun:
         **loading: Any,
     ) -> None:
         self.folder, self.on_step = folder, on_step
-        self.max_length = options.max_length
         source = resolve(base, LookupOptions(local_files_only=loading["local_files_only"]), what="base")
         if source.has(ADAPTER_CONFIG):
             raise UsageError(f"{base} is an adapter, and a base is to be trained on.", hint="Name its base.")
         model = load(base, **loading)
+        if model.config.is_encoder_decoder or not model.can_generate():
+            raise BaseModelError(
+                f"{type(model.get_base_model()).__name__} is no causal language model, which TRL's trainer is for.",
+                hint="Train it with transformers.Trainer: docs/training.md.",
+            )
+        self.max_length = min(options.max_length, getattr(model.config, "max_position_embeddings", options.max_length))
+        options = replace(options, max_length=self.max_length)
         tokenizer = load_tokenizer(model, trust_remote_code=loading["trust_remote_code"])
         if data.needs_template and not tokenizer.chat_template:
             raise ConfigError(
@@ -105,6 +111,7 @@ class TrlRun:
         return {
             "parameters": sum(parameter.numel() for parameter in self.model.adapters.parameters("default")),
             "cut_examples": self._cut_examples(),
+            "max_length": self.max_length,
             "steps": output.global_step,
             "epochs": trainer.state.epoch or 0.0,
             "train_loss": output.training_loss if self._has_made_steps(checkpoint) else None,
