@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -186,16 +185,6 @@ def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
         module = module.get_base_layer()
     site = Catalog(nn.ModuleDict({"layer": module})).sites_at("layer")[0]
     return nn.Parameter(site.as_stored(site.weight()), requires_grad=False)
-
-
-def is_bnb_available() -> bool:
-    """Tell whether bitsandbytes is installed."""
-    return importlib.util.find_spec("bitsandbytes") is not None
-
-
-def is_bnb_4bit_available() -> bool:
-    """Tell whether bitsandbytes is installed, with its 4-bit layers."""
-    return is_bnb_available()
 
 
 # -- what models of transformers were once asked for -----------------------------------------------------------

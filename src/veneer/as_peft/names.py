@@ -63,13 +63,20 @@ def _public(names: Iterable[str]) -> dict[str, Home]:
     return {name: Home("veneer", name) for name in names}
 
 
+def _mapping_names() -> str:
+    """Return the names of the constants of the layers that each method adapts in each type of model."""
+    methods = [package.upper().replace("LN_TUNING", "LNTUNING") for package in METHOD_STEMS]
+    mappings = [f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING" for method in methods]
+    return " ".join([*mappings, "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING"])
+
+
 def _method_modules() -> dict[str, dict[str, Home]]:
     """Return ``peft.tuners.<method>``, and its modules ``config``, ``model`` and ``layer``, for each method."""
     modules: dict[str, dict[str, Home]] = {}
     for package, stem in METHOD_STEMS.items():
         parts = {
             "config": _public([f"{stem}Config"]),
-            "model": _at(_CLASSES, f"{stem}Model"),
+            "model": {**_at(_CLASSES, f"{stem}Model"), **_mapping_of(package)},
             "layer": _at(_CLASSES, f"{stem}Layer"),
         }
         modules.update(_package(f"peft.tuners.{package}", parts))
@@ -79,9 +86,13 @@ def _method_modules() -> dict[str, dict[str, Home]]:
     return modules
 
 
+def _mapping_of(package: str) -> dict[str, Home]:
+    return {name: home for name, home in _at(_TARGETS, _mapping_names()).items() if f"_{package.upper()}_T" in name}
+
+
 def _package(name: str, parts: dict[str, dict[str, Home]]) -> dict[str, dict[str, Home]]:
     """Return a package that has the names of its modules, and the modules."""
-    whole = {key: home for part in parts.values() for key, home in part.items()}
+    whole = {key: home for part in parts.values() for key, home in part.items() if not key.startswith("TRANSF")}
     return {name: whole, **{f"{name}.{part}": homes for part, homes in parts.items()}}
 
 
@@ -120,6 +131,13 @@ _SHARED = (
 _LORA_CONFIGS = (
     "ArrowConfig BdLoraConfig CordaConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig MontecloraConfig "
     "LoraRuntimeConfig VeloraConfig"
+)
+_LORA_FUNCTIONS = (
+    "convert_to_lora create_arrow_model get_eva_state_dict initialize_lora_eva_weights preprocess_loraga save_as_lora"
+)
+_CONSTANTS = (
+    "DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND "
+    "MIN_TARGET_MODULES_FOR_OPTIMIZATION SEQ_CLS_HEAD_NAMES"
 )
 _LORA_LAYERS = "Conv1d Conv2d Conv3d Embedding Linear MultiheadAttention ParamWrapper"
 _TYPES = _public(["PeftType", "TaskType"])
@@ -173,24 +191,46 @@ _OTHERS: dict[str, dict[str, Home]] = {
             *("get_layer_status", "get_model_status"),
         ]
     ),
-    "peft.optimizers": _public(["create_lorafa_optimizer", "create_loraplus_optimizer"]),
-    "peft.import_utils": _at(_FUNCTIONS, "is_bnb_available is_bnb_4bit_available"),
+    "peft.optimizers": {
+        **_public(["create_lorafa_optimizer", "create_loraplus_optimizer"]),
+        **_at("veneer.training.riemannian", "create_riemannian_optimizer"),
+    },
+    "peft.import_utils": _at(
+        "veneer.as_peft.import_checks",
+        "is_aqlm_available is_bnb_4bit_available is_bnb_available is_diffusers_available is_eetq_available "
+        "is_gptqmodel_available is_hqq_available is_inc_available is_optimum_available is_quanto_available "
+        "is_te_available is_torch_tpu_available is_torchao_available is_torchao_ge_v0_18_0 is_transformers_ge_v5 "
+        "is_transformers_ge_v5_13_0 is_transformers_ge_v5_17_0 is_transformers_ge_v5_1_0 is_transformers_ge_v5_4_0 "
+        "is_transformers_ge_v5_6_0 is_transformers_le_4_53 is_xpu_available",
+    ),
     "peft.tuners": {},
-    "peft.tuners.lora.config": _public(_LORA_CONFIGS.split()),
-    "peft.tuners.lora": _public([*_LORA_CONFIGS.split(), "create_arrow_model", "preprocess_loraga"]),
-    "peft.tuners.lora.corda": _public(["preprocess_corda"]),
     "peft.tuners.multitask_prompt_tuning": _public(["MultitaskPromptTuningInit"]),
+    "peft.tuners.multitask_prompt_tuning.config": _public(["MultitaskPromptTuningInit"]),
+    "peft.tuners.p_tuning": _public(["PromptEncoderReparameterizationType"]),
+    "peft.tuners.prompt_tuning": _public(["PromptTuningInit"]),
+    "peft.tuners.prompt_tuning.config": _public(["PromptTuningInit"]),
+    "peft.tuners.lora.config": _public(_LORA_CONFIGS.split()),
+    "peft.tuners.lora": {
+        **_public([*_LORA_CONFIGS.split(), *_LORA_FUNCTIONS.split()]),
+        **_at(_CLASSES, "Linear4bit Linear8bitLt"),
+    },
+    "peft.tuners.lora.arrow": _public(["ArrowConfig", "create_arrow_model"]),
+    "peft.tuners.lora.conversion": _public(["convert_to_lora", "save_as_lora"]),
+    "peft.tuners.lora.corda": _public(["preprocess_corda"]),
+    "peft.tuners.lora.eva": _public(["get_eva_state_dict", "initialize_lora_eva_weights"]),
+    "peft.tuners.lora.intruders": _at("veneer.training.intruders", "reduce_intruder_dimension"),
+    "peft.tuners.lora.loraga": _public(["preprocess_loraga"]),
     "peft.tuners.lora.layer": _at(_CLASSES, f"{_LORA_LAYERS} LoraLayer"),
     "peft.tuners.lora.bnb": _at(_CLASSES, "Linear4bit Linear8bitLt"),
     "peft.tuners.tuners_utils": {
         **_at(_CLASSES, "BaseTunerLayer"),
         **_at(_CLASSES, "BaseTuner"),
-        **_at(_FUNCTIONS, "check_adapters_to_merge delete_adapter onload_layer set_adapter set_requires_grad"),
         **_at(_TARGETS, "_maybe_include_all_linear_layers check_target_module_exists inspect_matched_modules"),
+        **_at(_FUNCTIONS, "check_adapters_to_merge delete_adapter onload_layer set_adapter set_requires_grad"),
     },
     "peft.utils.constants": {
         **_at(_FUNCTIONS, "CONFIG_NAME SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME"),
-        **_at(_TARGETS, "DUMMY_MODEL_CONFIG INCLUDE_LINEAR_LAYERS_SHORTHAND"),
+        **_at(_TARGETS, f"{_CONSTANTS} {_mapping_names()}"),
     },
     "peft.utils.hotswap": _public(["hotswap_adapter", "prepare_model_for_compiled_hotswap"]),
     "peft.utils.other": {
@@ -211,8 +251,10 @@ _OTHERS: dict[str, dict[str, Home]] = {
         **_WRAPPERS,
         **_public(["cast_mixed_precision_params", "prepare_model_for_kbit_training", "replace_lora_weights_loftq"]),
         **_at(_FUNCTIONS, "CONFIG_NAME SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME"),
-        **_at(_FUNCTIONS, "_get_submodules infer_device transpose"),
-        **_at(_TARGETS, "INCLUDE_LINEAR_LAYERS_SHORTHAND"),
+        **_at(_FUNCTIONS, "_get_submodules bloom_model_postprocess_past_key_value infer_device shift_tokens_right"),
+        **_at(_FUNCTIONS, "transpose"),
+        **_at(_TARGETS, f"INCLUDE_LINEAR_LAYERS_SHORTHAND {_mapping_names()}"),
+        **_public(["get_base_model_state_dict", "set_base_model_state_dict"]),
     },
 }
 

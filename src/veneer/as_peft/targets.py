@@ -7,11 +7,17 @@ from typing import Any
 from torch import nn
 
 from veneer.base_model.catalog import Catalog
+from veneer.base_model.default_targets import default_feedforward, default_targets, model_types
 from veneer.base_model.targets import ALL_LINEAR, in_blocks, names_match
-from veneer.configs.base import TargetedConfig
+from veneer.configs.base import Names, TargetedConfig
+from veneer.configs.names import PeftType
 
 INCLUDE_LINEAR_LAYERS_SHORTHAND = ALL_LINEAR
+DUMMY_TARGET_MODULES = "dummy-target-modules"
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
+MIN_TARGET_MODULES_FOR_OPTIMIZATION = 20
+EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
+SEQ_CLS_HEAD_NAMES = ["score", "classifier"]
 
 
 def check_target_module_exists(config: TargetedConfig, key: str) -> bool:
@@ -37,3 +43,25 @@ def _maybe_include_all_linear_layers(peft_config: TargetedConfig, model: nn.Modu
         catalog = Catalog(model)
         catalog.write_out_targets(peft_config, catalog.targets(peft_config))
     return peft_config
+
+
+def _as_list(targets: Names | None) -> list[str] | str | None:
+    return targets if isinstance(targets, str) or targets is None else sorted(targets)
+
+
+# Method -> the name of the constant that holds model type -> what a config adapts which names nothing.
+MAPPINGS = {
+    kind: f"TRANSFORMERS_MODELS_TO_{'LNTUNING' if kind == 'LN_TUNING' else kind}_TARGET_MODULES_MAPPING"
+    for kind in map(str, PeftType)
+}
+TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING = {
+    model_type: _as_list(default_feedforward(model_type))
+    for model_type in model_types("IA3")
+    if default_feedforward(model_type) is not None
+}
+globals().update(
+    {
+        name: {model_type: _as_list(default_targets(kind, model_type)) for model_type in model_types(kind)}
+        for kind, name in MAPPINGS.items()
+    }
+)

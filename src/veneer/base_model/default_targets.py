@@ -138,6 +138,11 @@ def default_targets(peft_type: str, model_type: str | None) -> Names | None:
     return own_targets(peft_type, model_type) or _as_option(DEFAULTS.get(model_type or ""))
 
 
+def model_types(peft_type: str) -> list[str]:
+    """Return the model types for which a method has a usual choice."""
+    return list(dict.fromkeys([*DEFAULTS, *_OWN.get(peft_type, ())]))
+
+
 def default_feedforward(model_type: str | None) -> Names | None:
     """Return the names of the feed-forward layers whose input (IA)3 scales in models of a type."""
     return _as_option(_FEEDFORWARD.get(model_type or ""))
