@@ -189,3 +189,16 @@ def test_tuner_answers_about_conversion_and_active_adapters() -> None:
     assert model.supports_lora_conversion()
     assert not model.supports_lora_conversion("absent")
     assert model.base_model.get_model_config(torch.nn.Linear(1, 1)) == {"model_type": "custom"}
+
+
+def test_layers_name_their_tensors_and_adapters_and_a_load_its_keys(tmp_path: Path) -> None:
+    options = {"target_modules": ["0"], "target_parameters": ["1.weight"]}
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model = veneer.get_peft_model(copy.deepcopy(base), veneer.LoraConfig(**options))
+    layer = model.base_model.model[0]
+    assert layer.adapter_layer_names == ("lora_A", "lora_B")
+    assert layer._all_available_adapter_names() == ["default"]
+    assert model.base_model.model[1].parameter_name == "weight"
+    model.save_pretrained(tmp_path)
+    report = veneer.PeftModel.from_pretrained(base, tmp_path).load_adapter(tmp_path, "other")
+    assert report.missing_keys == report.unexpected_keys == []

@@ -30,6 +30,7 @@ class AdapterRecord:
         origin: its folder or hub id; ``None`` for one made here.
         trainable: True where its tensors are to be trained while it is selected.
         tensors_bound: the number of its checkpoint's tensors that are in use.
+        unused_keys: the keys of its checkpoint's tensors that are not.
         base_digest: the digest of the base it was trained on, where the checkpoint records it.
         notes: oddities of its checkpoint, for the load report.
         swappable: True where it is prepared for the weights of other adapters, of any rank.
@@ -42,6 +43,7 @@ class AdapterRecord:
     origin: str | None = None
     trainable: bool = False
     tensors_bound: int = 0
+    unused_keys: list[str] = field(default_factory=list)
     base_digest: str | None = None
     notes: list[str] = field(default_factory=list)
     swappable: bool = False

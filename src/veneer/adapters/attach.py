@@ -52,6 +52,7 @@ def load(
     sums = check_finite(tensors, checkpoint.origin)
     adapter.notes = [*checkpoint.notes, *plan.notes]
     adapter.tensors_bound = len(plan.keys)
+    adapter.unused_keys = [] if strict else [key for key in checkpoint.tensors if key not in set(plan.keys)]
     attaching.restore(plan, tensors)
     adapter.note_zero_layers(_sure_to_change(plan, sums))
     attaching.restore_whole_modules(plan, tensors)

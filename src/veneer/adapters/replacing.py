@@ -61,7 +61,8 @@ def _filled(old: Adapter, new: Adapter) -> Adapter:
         tensor.copy_(values[place])
     for part, fresh in zip(old.parts, new.parts, strict=True):
         part.take_settings(old.name, fresh, new.name)
-    for field in ("config", "origin", "tensors_bound", "notes", "allocation", "saved_dtypes", "trainable"):
+    fields = ("config", "origin", "tensors_bound", "unused_keys", "notes", "allocation", "saved_dtypes", "trainable")
+    for field in fields:
         setattr(old, field, getattr(new, field))
     return old
 

@@ -17,6 +17,7 @@ from veneer.errors import UnsupportedError
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.layers.base_tuner_layer import BaseTunerLayer
 from veneer.layers.module_copies import ModuleCopies
+from veneer.layers.parameter_holder import ParameterHolder
 from veneer.layers.parameter_layer import AdaptedParameter
 from veneer.peft_model.peft_model import PeftModel, get_peft_model
 from veneer.peft_model.tuner import Tuner
@@ -104,6 +105,9 @@ MultiheadAttention = _lora_on("MultiheadAttention", "MultiheadAttention")
 Linear4bit = _lora_on("Linear4bit", "Linear4bit")
 Linear8bitLt = _lora_on("Linear8bitLt", "Linear8bitLt")
 ParamWrapper = _class("ParamWrapper", lambda layer: isinstance(layer, AdaptedParameter), LoraLayer)
+# Versions of transformers up to 5.5 wrap this method of peft's.
+ParamWrapper.update_layer = lambda layer, *args, **kwargs: None
+BufferDict = _class("BufferDict", lambda module: isinstance(module, ParameterHolder))
 
 PEFT_TYPE_TO_TUNER_MAPPING = {
     **{PeftType(package.upper()): CLASSES[f"{stem}Model"] for package, stem in METHOD_STEMS.items()},

@@ -204,6 +204,7 @@ _OTHERS: dict[str, dict[str, Home]] = {
         "is_transformers_ge_v5_6_0 is_transformers_le_4_53 is_xpu_available",
     ),
     "peft.tuners": {},
+    "peft.tuners._buffer_dict": _at(_CLASSES, "BufferDict"),
     "peft.tuners.multitask_prompt_tuning": _public(["MultitaskPromptTuningInit"]),
     "peft.tuners.multitask_prompt_tuning.config": _public(["MultitaskPromptTuningInit"]),
     "peft.tuners.p_tuning": _public(["PromptEncoderReparameterizationType"]),

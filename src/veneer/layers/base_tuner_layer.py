@@ -74,6 +74,15 @@ class BaseTunerLayer(SelectsForModel):
         """The adapters that are in the base layer's weight."""
         return list(self.merged)
 
+    @property
+    def adapter_layer_names(self: Any) -> tuple[str, ...]:
+        """The names under which this layer holds the adapters' tensors: ``lora_A``, ``lora_B`` ..."""
+        return tuple(name for name in self._modules if name != "base_layer")
+
+    def _all_available_adapter_names(self: Any) -> list[str]:
+        """Return the names of the adapters on this layer."""
+        return sorted(self.bound)
+
     def get_base_layer(self: Any) -> nn.Module:
         """Return the base layer, below every wrapper of it."""
         layer: nn.Module = self.site.module

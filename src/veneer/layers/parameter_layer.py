@@ -21,6 +21,12 @@ class AdaptedParameter(AdaptedLayer):
     Several nest, one for each parameter; the innermost calls the base layer with all of them changed.
     """
 
+    @property
+    def parameter_name(self) -> str:
+        """The name of the parameter in its layer."""
+        name: str = self.site.parameter
+        return name
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base layer under the selected adapters."""
         selection = self.active_selection.current

@@ -27,6 +27,7 @@ class AdapterReport:
         zero_layers: the layers in which it changes nothing.
         saved_modules: the modules that it brings whole.
         virtual_tokens: number of tokens that a prompt puts before the input or into the cache.
+        unexpected_keys: the keys of its checkpoint's tensors that are not in use; none with ``strict``.
         base_check: the base beside the one that the adapter records: "same", "different", "not recorded", "not known".
         notes: remarks on how it was read.
     """
@@ -42,8 +43,14 @@ class AdapterReport:
     zero_layers: list[str]
     saved_modules: list[str]
     virtual_tokens: int = 0
+    unexpected_keys: list[str] = field(default_factory=list)
     base_check: str = "not recorded"
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def missing_keys(self) -> list[str]:
+        """Empty: a layer of which the checkpoint has not every tensor is not adapted."""
+        return []
 
     @property
     def changed_layers(self) -> list[str]:
@@ -171,6 +178,7 @@ def _adapter_report(adapter: Adapter, checkpoint: Checkpoint, base_check: str, a
         zero_layers=list(adapter.layers.zero),
         saved_modules=adapter.whole_modules.names,
         virtual_tokens=adapter.virtual_tokens,
+        unexpected_keys=list(adapter.unused_keys),
         base_check=base_check,
         notes=list(adapter.notes),
     )
