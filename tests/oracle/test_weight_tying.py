@@ -178,11 +178,84 @@ def test_a_pattern_for_one_end_names_both() -> None:
 
 def test_a_base_that_is_not_tied_is_adapted_as_it_is() -> None:
     config = veneer.LoraConfig(ensure_weight_tying=True, target_modules=["embed_tokens"])
-    assert list(veneer.get_peft_model(build("llama"), config).adapters.layers) == ["model.embed_tokens"]
+    with pytest.warns(UserWarning, match="no tied modules were found in the model"):
+        model = veneer.get_peft_model(build("llama"), config)
+    assert list(model.adapters.layers) == ["model.embed_tokens"]
+
+
+UNTIED = "`ensure_weight_tying` is not set to True"
+WARNINGS: list[tuple[type, dict[str, Any], str | None]] = [
+    (veneer.LoraConfig, {"target_modules": ["lm_head"]}, UNTIED),
+    (veneer.LoraConfig, {"modules_to_save": ["embed_tokens", "lm_head"]}, UNTIED),
+    (veneer.LoHaConfig, {"target_modules": ["q_proj", "lm_head"]}, "no implementation exists to tie the adapters"),
+    (veneer.LoraConfig, {"target_modules": ["q_proj"], "ensure_weight_tying": True}, "no tied modules are added"),
+    (veneer.LoraConfig, {"trainable_token_indices": [1], "ensure_weight_tying": True}, None),
+    (veneer.LoraConfig, {"target_modules": ["lm_head", "q_proj"], "ensure_weight_tying": True}, None),
+    (veneer.LoraConfig, {"target_modules": ["q_proj"]}, None),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "expected"), WARNINGS)
+def test_a_weight_that_will_part_is_warned_of(kind: Any, options: dict[str, Any], expected: str | None) -> None:
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        veneer.get_peft_model(tied(), kind(**options))
+    assert [expected in str(warning.message) for warning in given if expected] == [True] * bool(expected)
+    assert len(given) == bool(expected)
+
+
+def test_a_model_whose_config_says_untied_is_adapted_as_it_is() -> None:
+    model = tied()
+    model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    with pytest.warns(UserWarning, match="no tied modules were found in the model"):
+        adapted = veneer.get_peft_model(model, veneer.LoraConfig(ensure_weight_tying=True, target_modules=["lm_head"]))
+    assert list(adapted.adapters.layers) == ["lm_head"]
+
+
+def test_the_embeddings_of_an_encoder_decoder_load_as_peft_trained_them(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=4, ensure_weight_tying=True, target_modules=["lm_head", "q"])
+        other = scramble(peft.get_peft_model(build("t5"), config))
+        other.save_pretrained(tmp_path / "peft")
+    expected = logits(other, inputs("t5"))
+    assert gap(expected, logits(build("t5"), inputs("t5"))) > VISIBLE
+    here = veneer.PeftModel.from_pretrained(build("t5"), tmp_path / "peft", is_trainable=True).eval()
+    assert gap(logits(here, inputs("t5")), expected) < CLOSE
+
+
+SHARED = ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
+
+
+@pytest.mark.parametrize("kind", ["target_modules", "modules_to_save"])
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "shared"])
+def test_all_embeddings_of_an_encoder_decoder_stay_alike(kind: str, name: str, tmp_path: Path) -> None:
+    options = {"target_modules": ["q", name]} if kind == "target_modules" else {"target_modules": ["q"], kind: [name]}
+    config = veneer.LoraConfig(r=4, ensure_weight_tying=True, task_type="SEQ_2_SEQ_LM", **options)  # type: ignore[arg-type]
+    model = scramble(veneer.get_peft_model(build("t5"), config, seed=1))
+    keys = model.get_adapter_state_dict()
+    assert all(any(f".{end}." in key for key in keys) for end in SHARED)
+    per_layer = 1 if kind == "modules_to_save" else 2
+    own = [t for n, t in model.named_parameters() if t.requires_grad and ".q." not in n]
+    assert len({id(tensor) for tensor in own}) == per_layer
+    expected = logits(model, inputs("t5"))
+    model.save_pretrained(tmp_path / "new")
+    again = veneer.PeftModel.from_pretrained(build("t5"), tmp_path / "new", is_trainable=True).eval()
+    assert gap(logits(again, inputs("t5")), expected) < CLOSE
+    assert len(again.adapters.parameters("default")) == len(model.adapters.parameters("default"))
+    merged = model.merge_and_unload()
+    assert gap(logits(merged, inputs("t5")), expected) < CLOSE
+    assert merged.lm_head.weight is merged.shared.weight
+    if kind == "target_modules":  # peft makes a linear layer of the encoder's embedding that is saved whole
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            back = peft.PeftModel.from_pretrained(build("t5"), tmp_path / "new").eval()
+        assert gap(logits(back, inputs("t5")), expected) < CLOSE
 
 
 def test_going_on_with_one_end_alone_is_refused(tmp_path: Path) -> None:
-    model = veneer.get_peft_model(tied(), veneer.LoraConfig(target_modules=["embed_tokens"]))
+    with pytest.warns(UserWarning, match=UNTIED):
+        model = veneer.get_peft_model(tied(), veneer.LoraConfig(target_modules=["embed_tokens"]))
     model.peft_config["default"].ensure_weight_tying = True  # type: ignore[attr-defined]
     model.save_pretrained(tmp_path)
     with pytest.raises(veneer.UnsupportedError, match="loads without is_trainable"):

@@ -13,7 +13,7 @@ from veneer.adapters.attach_prompt import AttachingPrompt
 from veneer.adapters.attaching import Attaching
 from veneer.adapters.collection import Adapters
 from veneer.adapters.guard import guarded
-from veneer.base_model.tied_embeddings import name_both
+from veneer.base_model.tied_embeddings import name_all
 from veneer.checkpoints.binding_plan import Plan, bind_error, make_plan
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.configs.base import AnyConfig, PeftConfig, PromptConfig, as_any_config
@@ -79,7 +79,7 @@ def create(
     adapter = Adapter(name, as_any_config(config), trainable=True)
     attaching = _attaching(adapters, adapter, float32)
     attaching.complete_config()
-    name_both(adapter.config, adapters.catalog)
+    name_all(adapter.config, adapters.catalog)
     roots = adapters.catalog.whole_modules(adapter.config)
     _check_saved_exist(adapters, adapter.config)
     attaching.create(roots, generator)

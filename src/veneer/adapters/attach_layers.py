@@ -231,14 +231,16 @@ class AttachingLayers(Attaching):
             tied = self._tied(embedding, output)
             if tied is not None and (new or _saves_as(tied, output)):
                 self.pending[places[pair[1]]] = tied
-            elif self.adapter.trainable:
-                raise parted(pair)
+            elif self.adapter.trainable and not output.site.looks_up:
+                raise parted(pair)  # peft itself lets the encoder's and the decoder's embedding part
 
     def _tied(self, embedding: PendingLayer, output: PendingLayer) -> PendingLayer | None:
         """Return the output layer with the embedding's tensors, where the method can do so."""
         if not isinstance(self.method, TiesEmbeddings):
             return None
         settings = self.method.tied_output_settings(embedding.settings, output.settings)
+        if settings is not None and output.site.looks_up:
+            settings = output.settings  # another embedding, such as the decoder's, uses the tensors as they are
         return None if settings is None else replace(output, settings=settings, tensors=dict(embedding.tensors))
 
     # -- binding -------------------------------------------------------------------------------------------

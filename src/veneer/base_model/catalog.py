@@ -110,11 +110,6 @@ class Catalog:
         """The name of the output embedding, in a list; empty for a model without one."""
         return self._embedding("output")
 
-    def are_tied(self, name: str, other: str) -> bool:
-        """Tell whether two modules of the base share their weight."""
-        weight = self.modules[name]._parameters.get("weight")
-        return weight is not None and weight is self.modules[other]._parameters.get("weight")
-
     @cached_property
     def shared(self) -> list[list[tuple[str, str]]]:
         """The places of each parameter that the base has in several: the module, and the parameter's name there."""
@@ -132,8 +127,8 @@ class Catalog:
 
     @property
     def tied_embeddings(self) -> list[tuple[str, str]]:
-        """The input and the output embedding where they share their weight, as a pair in a list."""
-        return [(a, b) for a in self.input_embeddings for b in self.output_embeddings if a != b and self.are_tied(a, b)]
+        """The input embedding and each layer that shares its weight, such as the output embedding, in pairs."""
+        return [(a, b) for a in self.input_embeddings for group in self.tied if a in group for b in group if a != b]
 
     def is_embedding(self, name: str) -> bool:
         """Tell whether a module is the model's input or output embedding."""

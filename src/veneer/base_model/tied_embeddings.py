@@ -1,4 +1,4 @@
-"""Keeps an embedding and an output layer that share a weight alike (``ensure_weight_tying``)."""
+"""Keeps an embedding and the layers that share its weight alike (``ensure_weight_tying``)."""
 
 from __future__ import annotations
 
@@ -7,34 +7,75 @@ from collections.abc import Collection
 from veneer.base_model.catalog import Catalog
 from veneer.base_model.targets import shortest
 from veneer.configs.base import AnyConfig, TargetedConfig
-from veneer.errors import ConfigError, UnsupportedError
+from veneer.errors import ConfigError, TargetError, UnsupportedError
+from veneer.printing import warn
 
 
 def pairs_kept_tied(config: AnyConfig, catalog: Catalog) -> list[tuple[str, str]]:
-    """Return the embedding and the output layer that ``config`` wants to stay alike, in a list of pairs."""
-    return catalog.tied_embeddings if getattr(config, "ensure_weight_tying", False) else []
+    """Return the embedding and each layer that ``config`` wants to stay alike, in a list of pairs."""
+    return _pairs(catalog) if getattr(config, "ensure_weight_tying", False) else []
 
 
-def name_both(config: AnyConfig, catalog: Catalog) -> None:
-    """Let the config of a new adapter name both layers of a pair where it names one.
+def _pairs(catalog: Catalog) -> list[tuple[str, str]]:
+    """Return the embedding and each layer that shares its weight, where the model's config says that they are tied."""
+    says = getattr(getattr(catalog.model, "config", None), "tie_word_embeddings", None)
+    return [] if says is False else catalog.tied_embeddings
+
+
+def name_all(config: AnyConfig, catalog: Catalog) -> None:
+    """Let the config of a new adapter name all layers that share the embedding's weight, where it names one of them.
 
     Raises:
-        ConfigError: one is adapted and the other saved whole, or one is excluded.
+        ConfigError: one is adapted and another saved whole, or one is excluded.
     """
-    for pair in pairs_kept_tied(config, catalog):
-        assert isinstance(config, TargetedConfig)
-        layers = catalog.targets(config)
-        saved = catalog.whole_modules(config)
-        adapted = [name for name in pair if name in layers]
-        if adapted and set(pair).intersection(saved):
-            raise ConfigError(
-                f"ensure_weight_tying=True: {adapted[0]} is adapted, and {' and '.join(pair)} are one weight, which "
-                "modules_to_save names.",
-                hint="Name them in target_modules or in modules_to_save, not in both.",
-            )
-        missing = [name for name in pair if name not in (adapted or saved)]
-        if len(missing) == 1:
-            _name(config, missing[0], catalog, layers if adapted else None)
+    if not isinstance(config, TargetedConfig):
+        return
+    group = list(dict.fromkeys(name for pair in _pairs(catalog) for name in pair))
+    layers = _layers(config, catalog)
+    adapted, saved = ([name for name in group if name in names] for names in (layers, catalog.whole_modules(config)))
+    keeps = getattr(config, "ensure_weight_tying", None)
+    _warn(config, keeps, group, adapted or saved)
+    if not keeps or not (adapted or saved):
+        return
+    if adapted and saved:
+        raise ConfigError(
+            f"ensure_weight_tying=True: {adapted[0]} is adapted, and {' and '.join(group)} are one weight, which "
+            "modules_to_save names.",
+            hint="Name them in target_modules or in modules_to_save, not in both.",
+        )
+    for name in group:
+        if name not in (adapted or saved):
+            _name(config, name, catalog, layers if adapted else None)
+
+
+def _layers(config: TargetedConfig, catalog: Catalog) -> list[str]:
+    """Return the layers that a config adapts; none where the method has yet to choose them."""
+    try:
+        return catalog.targets(config)
+    except TargetError:
+        return []
+
+
+def _warn(config: TargetedConfig, keeps: bool | None, group: list[str], trained: list[str]) -> None:
+    """Warn of layers that share a weight and will part, and of a wish to keep them tied that has no object."""
+    tokens = getattr(config, "trainable_token_indices", None)
+    if keeps and not group:
+        warn("`ensure_weight_tying` is set to True, but no tied modules were found in the model.")
+    elif keeps and not trained and not tokens:
+        warn(
+            "`ensure_weight_tying` is set to True, but no tied modules are added in `modules_to_save` or "
+            f"`target_modules`: these are {', '.join(group)}."
+        )
+    elif group and trained and not keeps:
+        why = (
+            f"no implementation exists to tie the adapters of {config.peft_type}"
+            if keeps is None
+            else "`ensure_weight_tying` is not set to True"
+        )
+        warn(
+            f"{' and '.join(trained)}: the base shares this weight among {', '.join(group)}, and {why}. They are "
+            "trained apart, and a merge unties them."
+        )
 
 
 def _name(config: TargetedConfig, name: str, catalog: Catalog, layers: list[str] | None) -> None:
