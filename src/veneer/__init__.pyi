@@ -132,6 +132,9 @@ from veneer.errors import (
     ConfigError as ConfigError,
 )
 from veneer.errors import (
+    ConfigTypeError as ConfigTypeError,
+)
+from veneer.errors import (
     CorruptFileError as CorruptFileError,
 )
 from veneer.errors import (
@@ -142,9 +145,6 @@ from veneer.errors import (
 )
 from veneer.errors import (
     MergeError as MergeError,
-)
-from veneer.errors import (
-    MissingTypeError as MissingTypeError,
 )
 from veneer.errors import (
     NoAdaptersError as NoAdaptersError,

@@ -8,7 +8,7 @@
     │   ├── CorruptFileError        truncated, or not what its name says
     │   └── PickleRefusedError      weights that only pickle can read
     ├── ConfigError                 adapter_config.json, or a config object (also ValueError)
-    │   ├── MissingTypeError        a config without peft_type (also TypeError)
+    │   ├── ConfigTypeError         a value of the wrong type, or no peft_type (also TypeError)
     │   ├── UnknownMethodError      a peft_type that no method here answers to
     │   ├── UnknownKeyError         a key unknown here that may change the maths
     │   ├── UnsupportedError        known, and not available: a method's option, a kind of layer
@@ -82,8 +82,8 @@ class ConfigError(VeneerError, ValueError):
     """An adapter's config is wrong, or asks for what Veneer does not support."""
 
 
-class MissingTypeError(ConfigError, TypeError):
-    """A config says no ``peft_type``."""
+class ConfigTypeError(ConfigError, TypeError):
+    """A value in a config, or the module that it names, is of the wrong type; or the config has no ``peft_type``."""
 
 
 class UnknownMethodError(ConfigError):

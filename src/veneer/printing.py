@@ -125,12 +125,16 @@ class VeneerWarning(UserWarning):
     """A warning from Veneer: something works, and may not be what was meant."""
 
 
-def warn(message: str) -> None:
+class IdleNameWarning(VeneerWarning, RuntimeWarning):
+    """A warning of a name in a config that means nothing; peft's is a ``RuntimeWarning``."""
+
+
+def warn(message: str, kind: type[VeneerWarning] = VeneerWarning) -> None:
     """Give a ``VeneerWarning`` at the nearest line outside of this package; its text cannot steer a terminal."""
     depth, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "veneer":
         depth, frame = depth + 1, frame.f_back
-    warnings.warn(printable(message), VeneerWarning, stacklevel=depth)
+    warnings.warn(printable(message), kind, stacklevel=depth)
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from tests.models import build, gap, inputs, logits
 from tests.oracle.peer import scramble
 
 CLOSE = 1e-5
-pytestmark = pytest.mark.filterwarnings("ignore:.*`ensure_weight_tying` is not set to True")
 
 
 def tied() -> nn.Module:

@@ -13,7 +13,7 @@ import pytest
 import veneer
 from veneer.configs.base import PeftConfig, PromptConfig
 from veneer.configs.type_mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from veneer.errors import ConfigError, MissingTypeError, UnknownKeyError
+from veneer.errors import ConfigError, ConfigTypeError, UnknownKeyError
 
 PEER: dict[str, type] = {str(kind.value): cls for kind, cls in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 NEEDED: dict[str, dict[str, Any]] = {"ADALORA": {"total_step": 10}, "CPT": {"task_type": "CAUSAL_LM"}}
@@ -27,6 +27,9 @@ NESTED = {
     "velora_config": veneer.VeloraConfig(num_groups=32),
     "use_bdlora": veneer.BdLoraConfig(nblocks=4),
 }
+
+
+STARTS = ("eva_config", "corda_config", "lora_ga_config")
 
 
 def defaults(kind: type) -> dict[str, Any]:
@@ -71,13 +74,20 @@ def test_lists_of_names_become_what_they_do_in_peft(peft_type: str, option: str)
 
 @pytest.mark.parametrize("option", NESTED)
 def test_nested_options_come_back_as_their_class(option: str, tmp_path: Path) -> None:
-    veneer.LoraConfig(**{option: NESTED[option]}).save_pretrained(tmp_path)
+    start: dict[str, Any] = {"init_lora_weights": option.removesuffix("_config")} if option in STARTS else {}
+    veneer.LoraConfig(**{option: NESTED[option]}, **start).save_pretrained(tmp_path)
     config = veneer.PeftConfig.from_pretrained(tmp_path)
     assert getattr(config, option) == NESTED[option]
-    by_dict = veneer.LoraConfig(**{option: dataclasses.asdict(NESTED[option])})  # type: ignore[call-overload]
+    by_dict = veneer.LoraConfig(**{option: dataclasses.asdict(NESTED[option])}, **start)  # type: ignore[call-overload]
     assert getattr(by_dict, option) == NESTED[option]
     with pytest.raises(ConfigError, match=f"must be a `{type(NESTED[option]).__name__}`, a dict, or None"):
         veneer.LoraConfig(**{option: 123})
+
+
+@pytest.mark.parametrize("option", STARTS)
+def test_options_of_a_start_that_is_not_chosen_are_warned_of(option: str) -> None:
+    with pytest.warns(UserWarning, match=f"`{option}` specified but will be ignored"):
+        veneer.LoraConfig(**{option: NESTED[option]})
 
 
 def test_options_of_the_run_are_never_in_a_file(tmp_path: Path) -> None:
@@ -106,7 +116,7 @@ def test_a_task_that_does_not_exist_is_refused(peft_type: str) -> None:
 def test_a_file_without_a_type_or_with_unknown_keys(tmp_path: Path) -> None:
     file = tmp_path / "adapter_config.json"
     file.write_text('{"foo": "bar"}')
-    with pytest.raises(MissingTypeError, match=r"LoraConfig config .* is missing required keys: \{'peft_type'\}"):
+    with pytest.raises(ConfigTypeError, match=r"LoraConfig config .* is missing required keys: \{'peft_type'\}"):
         veneer.LoraConfig.from_pretrained(tmp_path)
     file.write_text(json.dumps({**veneer.LoraConfig().to_dict(), "foo": "baz", "spam": 123}))
     with pytest.warns(UserWarning, match=r"^Unexpected keyword arguments \['foo', 'spam'\] for class LoraConfig"):

@@ -356,7 +356,11 @@ def test_a_loss_of_its_own_is_that_of_its_call_alone() -> None:
     [
         ("PromptTuningConfig", {"num_virtual_tokens": 0}, "num_virtual_tokens"),
         ("PromptTuningConfig", {"num_virtual_tokens": 2, "prompt_tuning_init": "MORE"}, "prompt_tuning_init"),
-        ("PromptTuningConfig", {"num_virtual_tokens": 2, "prompt_tuning_init": "TEXT"}, "no text"),
+        (
+            "PromptTuningConfig",
+            {"num_virtual_tokens": 2, "prompt_tuning_init": "TEXT"},
+            "tokenizer_name_or_path can't be None",
+        ),
         ("PromptEncoderConfig", {"num_virtual_tokens": 2, "encoder_reparameterization_type": "CNN"}, "CNN"),
         ("PrefixTuningConfig", {"num_virtual_tokens": 2, "init_weights": "one"}, "init_weights"),
         ("CartridgeConfig", {"num_virtual_tokens": 2, "num_frozen_tokens": 3}, "num_frozen_tokens"),

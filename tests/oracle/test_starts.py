@@ -270,14 +270,14 @@ def test_only_the_adapter_learns_and_its_start_stays() -> None:
     ("options", "kind", "message"),
     [
         ({"how": "pisa"}, veneer.ConfigError, "Did you mean 'pissa'"),
-        ({"how": "orthogonal", "r": 5}, veneer.ConfigError, "even rank"),
+        ({"how": "orthogonal", "r": 5}, veneer.ConfigError, "rank to be even"),
         ({"how": "pissa", "r": 64}, veneer.ConfigError, "at most"),
         ({"how": "lora_ga", "lora_ga_config": {"scale": "long"}}, veneer.ConfigError, "scale='long'"),
         ({"how": "pissa", "target_modules": ["embed_tokens"]}, veneer.UnsupportedError, "not defined"),
         ({"how": "loftq", "use_dora": True}, veneer.UnsupportedError, "DoRA"),
         ({"how": "loftq", "loftq_config": {"loftq_bits": 2}}, veneer.ConfigError, "loftq_bits=2"),
         ({"how": "loftq", "loftq_config": {"loftq_iter": 0}}, veneer.ConfigError, "at least 1"),
-        ({"how": "mica", "r": 64}, veneer.ConfigError, "at most"),
+        ({"how": "mica", "r": 64}, veneer.ConfigError, "MiCA requires `r`"),
     ],
 )
 def test_each_mistake_has_its_error(options: dict[str, Any], kind: type[Exception], message: str) -> None:

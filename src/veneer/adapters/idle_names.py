@@ -10,7 +10,7 @@ from veneer.base_model.targets import ALL_LINEAR, block_index, names_match
 from veneer.configs import patterns
 from veneer.configs.base import TargetedConfig
 from veneer.errors import did_you_mean
-from veneer.printing import warn
+from veneer.printing import IdleNameWarning, warn
 
 
 def warn_of_idle_names(config: TargetedConfig, catalog: Catalog, experts: Iterable[str], sites: Iterable[Site]) -> None:
@@ -59,7 +59,8 @@ def _warn_of_idle_patterns(config: TargetedConfig, names: list[str], adapted: li
                 continue
             known = _means(name, config.pattern_form, names)
             what = "layer that the adapter is on" if known else "module of the model"
-            warn(_text(option, name, what, [] if known else names))
+            text = _text(option, name, what, [] if known else names)
+            warn(f"{text} The keys of {option} {[name]} did not match any targeted module.", IdleNameWarning)
 
 
 def _means(pattern: str, form: patterns.Form, names: Iterable[str]) -> bool:

@@ -23,6 +23,7 @@ from veneer.files.resolve import resolve
 from veneer.files.tensor_keys import encode
 from veneer.methods.base.replaced_weight import TOKEN_BASE, WEIGHT, SavedWeight
 from veneer.methods.shared.token_rows import TOKENS, TokenRows
+from veneer.printing import warn
 
 SaveEmbeddings = bool | Literal["auto"]
 
@@ -52,7 +53,13 @@ def embeddings_to_save(adapters: Adapters, adapter: Adapter, choice: SaveEmbeddi
     methods = {name: _methods(adapters, adapter, name) for name in layers}
     by_token = any(isinstance(method, TokenRows) for name in layers for method in methods[name])
     if choice == "auto":
-        choice = grown or (not by_token and _targets_embeddings(adapter.config, catalog))
+        targeted = not by_token and bool(layers) and _targets_embeddings(adapter.config, catalog)
+        if targeted:
+            warn(
+                "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`. Say True or "
+                "False to choose."
+            )
+        choice = grown or targeted
     if not choice:
         return {}
     # The rows under an adapted layer are the base's own, and so are those of a layer that shares them.

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from veneer.base_model.catalog import Catalog
 from veneer.base_model.targets import shortest
 from veneer.configs.base import AnyConfig, TargetedConfig
+from veneer.configs.methods.trainable_tokens import TrainableTokensConfig
 from veneer.errors import ConfigError, TargetError, UnsupportedError
 from veneer.printing import warn
 
@@ -66,7 +67,7 @@ def _warn(config: TargetedConfig, keeps: bool | None, group: list[str], trained:
             "`ensure_weight_tying` is set to True, but no tied modules are added in `modules_to_save` or "
             f"`target_modules`: these are {', '.join(group)}."
         )
-    elif group and trained and not keeps:
+    elif group and trained and not keeps and not isinstance(config, TrainableTokensConfig):
         why = (
             f"no implementation exists to tie the adapters of {config.peft_type}"
             if keeps is None

@@ -20,7 +20,7 @@ from veneer.configs.names import PeftType, TaskType
 from veneer.configs.value_checks import check_at_least_one, check_types
 from veneer.errors import (
     ConfigError,
-    MissingTypeError,
+    ConfigTypeError,
     UnknownKeyError,
     UnknownMethodError,
     UnsupportedError,
@@ -340,7 +340,7 @@ def config_class(peft_type: Any, where: str, asked: type[PeftConfig] | None = No
     """Return the config class for a ``peft_type`` as it stands in a file; ``asked`` is the one that a user named."""
     if peft_type is None:
         named = (asked or PeftConfig).__name__
-        raise MissingTypeError(
+        raise ConfigTypeError(
             f"{where}: no peft_type. The {named} config that is trying to be loaded is missing required keys: "
             "{'peft_type'}.",
             hint='Add it, such as "peft_type": "LORA", if you know how the adapter was made.',

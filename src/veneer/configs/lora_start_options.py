@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from veneer.configs.value_checks import Checked
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, ConfigTypeError
 
 StartT = TypeVar("StartT")
 
@@ -80,11 +80,10 @@ class EvaConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.rho >= 1 or not 0 <= self.tau < 1:
-            raise ConfigError(
-                f"EvaConfig: rho={self.rho!r}, tau={self.tau!r}.",
-                hint="rho is at least 1.0, tau lies between 0 and 1 (excluded).",
-            )
+        if not self.rho >= 1:
+            raise ConfigError(f"EvaConfig: `rho` must be >= 1.0, and is {self.rho!r}.", hint="The default is 2.0.")
+        if not 0 <= self.tau < 1:
+            raise ConfigError(f"EvaConfig: `tau` must be between 0.0 and 1.0. It is {self.tau!r}.", hint="Use 0.99.")
 
 
 @dataclass
@@ -110,8 +109,9 @@ def options_of(kind: type[StartT], values: StartT | Mapping[str, Any] | None) ->
     if isinstance(values, kind):
         return values
     if values is not None and not isinstance(values, Mapping):
-        raise ConfigError(
-            f"{values!r} must be a `{kind.__name__}`, a dict, or None.", hint=f"Give {kind.__name__}(...)."
+        raise ConfigTypeError(
+            f"{values!r}: `{kind.__name__}` must be a `{kind.__name__}`, a dict, or None.",
+            hint=f"Give {kind.__name__}(...).",
         )
     known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     return kind(**{key: value for key, value in (values or {}).items() if key in known})

@@ -13,7 +13,7 @@ def _check_positive(options: object, *names: str) -> None:
     for name in names:
         if getattr(options, name) <= 0:
             raise ConfigError(
-                f"{type(options).__name__}: {name}={getattr(options, name)!r} is not positive.",
+                f"{type(options).__name__}: `{name}` should be positive, got {getattr(options, name)!r}.",
                 hint=f"The default is {getattr(type(options), name)!r}.",
             )
 
@@ -37,6 +37,12 @@ class BdLoraConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_positive(self, "nblocks")
+        both = sorted(set(self.target_modules_bd_a or ()) & set(self.target_modules_bd_b or ()))
+        if both:
+            raise ConfigError(
+                f"BdLoraConfig: Found overlapping modules in target_modules_bd lists: {both}.",
+                hint="Name each in one of them: a layer has one block-diagonal factor.",
+            )
 
 
 @dataclass
@@ -53,8 +59,12 @@ class KasaConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.beta, self.gamma) < 0:
-            raise ConfigError(f"KasaConfig: beta={self.beta!r}, gamma={self.gamma!r}.", hint="Neither is negative.")
+        for name in ("beta", "gamma"):
+            if getattr(self, name) < 0:
+                raise ConfigError(
+                    f"KasaConfig: `{name}` must be non-negative, and is {getattr(self, name)!r}.",
+                    hint=f"The default is {getattr(type(self), name)!r}.",
+                )
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields
 from functools import lru_cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, ConfigTypeError
 from veneer.keywords import Fields
 
 # The largest number of the dtype that adapters compute in.
@@ -25,7 +25,7 @@ class Checked(Fields):
 
 
 def check_types(config: Any, where: str = "") -> None:
-    """Raise ``ConfigError`` when a field's value is not of the type that the field declares."""
+    """Raise ``ConfigTypeError`` when a field's value is not of the type that the field declares."""
     kind: Any = type(config)
     declared = _declared_types(kind)
     for field in fields(config):
@@ -33,7 +33,7 @@ def check_types(config: Any, where: str = "") -> None:
         if not matches_type(value, declared[field.name]):
             shown = repr(value)
             wrong = "is no number that float32 holds" if _is_beyond(value) else f"is not of the type {field.type}"
-            raise ConfigError(
+            raise ConfigTypeError(
                 f"{where}{field.name}={shown if len(shown) <= 60 else shown[:59] + '…'} {wrong}.",
                 hint="Compare it with a config that loads."
                 if field.default in (None, MISSING)
@@ -95,7 +95,11 @@ def check_at_least(config: object, least: int, *names: str) -> None:
         value = getattr(config, name)
         numbers = [n for n in (value.values() if isinstance(value, dict) else [value]) if n is not None]
         if min(numbers, default=least) < least:
-            raise ConfigError(f"{name}={value!r} is too small.", hint=f"It is at least {least}.")
+            kind = "positive integer" if least else "non-negative"
+            raise ConfigError(
+                f"{name}={value!r} is too small: `{name}` should be a {kind} value but the value passed is {value!r}.",
+                hint=f"It is at least {least}.",
+            )
 
 
 def check_choice(config: object, name: str, *choices: Any) -> None:

@@ -31,12 +31,13 @@ class C3A(Method[C3AConfig, int]):
 
     def settings(self, config: C3AConfig, site: Site) -> int:
         size: int = pattern_value(site.name, config.block_size_pattern, config.block_size)
-        if any(width % size for width in site.shape):
-            raise UnsupportedError(
-                f"{site.name} has {site.shape[1]} inputs and {site.shape[0]} outputs, not both multiples of "
-                f"block_size={size}.",
-                hint="Choose one that divides both, for single layers with block_size_pattern.",
-            )
+        for name, width in (("input", site.shape[1]), ("output", site.shape[0])):
+            if width % size:
+                raise UnsupportedError(
+                    f"{site.name}: The block size should be a factor of the {name} size. However, the {name} size is "
+                    f"{width} and the block size is {size}.",
+                    hint=f"block_size={size}: choose one that divides both, for single layers with block_size_pattern.",
+                )
         return size
 
     def shapes(self, settings: int, site: Site) -> dict[str, tuple[int, ...]]:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from veneer.base_model.sites.linear import LinearSite
-from veneer.base_model.sites.site import Site, unsupported
+from veneer.base_model.sites.site import Site
 from veneer.configs.methods.gralora import GraloraConfig
+from veneer.errors import UnsupportedError
 from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.patches.patch import Patch
 
@@ -32,8 +33,12 @@ class Gralora(Method[GraloraConfig, GraloraConfig]):
     leaves = (Leaf(A), Leaf(B), Leaf(GENERAL_A), Leaf(GENERAL_B))
 
     def settings(self, config: GraloraConfig, site: Site) -> GraloraConfig:
-        if any(side % config.gralora_k for side in site.shape):
-            raise unsupported(site, f"gralora_k={config.gralora_k}, which does not divide its shape {site.shape},")
+        for name, side in zip(("out_features", "in_features"), site.shape, strict=True):
+            if side % config.gralora_k:
+                raise UnsupportedError(
+                    f"{site.name}: {name} should be divisible by gralora_k, but got {side} and {config.gralora_k}.",
+                    hint="Choose another gralora_k, or leave the layer out with exclude_modules.",
+                )
         return config
 
     def shapes(self, settings: GraloraConfig, site: Site) -> dict[str, tuple[int, ...]]:

@@ -50,11 +50,16 @@ class Miss(Method[MissConfig | BoneConfig, MissSettings]):
         (out, inner), r, bat = site.shape, config.r, config.init_weights == "bat"
         mini = isinstance(config, MissConfig) and config.init_weights == "mini"
         columns = config.mini_r if isinstance(config, MissConfig) and mini else out
-        if r > inner or out % columns or (bat and (out % r or inner % r)):
+        if r > inner:
+            raise UnsupportedError(
+                f"{site.name}: `r` ({r}) must be less than or equal to in_features ({inner}).",
+                hint=f"r={r}: choose a lower one, or leave the layer out with exclude_modules.",
+            )
+        if out % columns or (bat and (out % r or inner % r)):
             raise UnsupportedError(
                 f"{site.name} has {inner} inputs and {out} outputs, which do not fit r={r}"
                 + (f" and mini_r={columns}." if mini else "."),
-                hint='r is at most the inputs; mini_r divides the outputs; with "bat" r divides both.',
+                hint='mini_r divides the outputs; with "bat" r divides both.',
             )
         return MissSettings(r, columns, bat, 0.0 if bat else getattr(config, "miss_dropout", 0.0))
 

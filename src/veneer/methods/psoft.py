@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from veneer.base_model.sites.linear import LinearSite
-from veneer.base_model.sites.site import Site, unsupported
+from veneer.base_model.sites.site import Site
 from veneer.configs.methods.psoft import PsoftConfig
+from veneer.errors import UnsupportedError
 from veneer.methods.base.abilities import DerivesTensors
 from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.methods.shared.rotation import cayley, neumann, skew_of
@@ -37,7 +38,12 @@ class Psoft(Method[PsoftConfig, PsoftConfig], DerivesTensors):
 
     def settings(self, config: PsoftConfig, site: Site) -> PsoftConfig:
         if config.r > min(site.shape):
-            raise unsupported(site, f"r={config.r}, more than its shape {site.shape} has,")
+            out, inner = site.shape
+            raise UnsupportedError(
+                f"{site.name}: `r` ({config.r}) must be less than or equal to min(in_features, out_features) "
+                f"({inner}, {out}).",
+                hint="Choose a lower r, or leave the layer out with exclude_modules.",
+            )
         return config
 
     def shapes(self, settings: PsoftConfig, site: Site) -> dict[str, tuple[int, ...]]:

@@ -43,8 +43,9 @@ class Road(Method[RoadConfig, RoadSettings]):
     def settings(self, config: RoadConfig, site: Site) -> RoadSettings:
         if site.shape[0] % config.group_size:
             raise UnsupportedError(
-                f"{site.name} has {site.shape[0]} outputs, no multiple of group_size={config.group_size}.",
-                hint="Choose a group_size that divides the outputs of every target.",
+                f"{site.name}: The out_features of the base layer must be divisible by group_size "
+                f"({config.group_size}) when using RoadLayer. It has {site.shape[0]}.",
+                hint=f"group_size={config.group_size}: choose one that divides the outputs of every target.",
             )
         return RoadSettings(VARIANTS[config.variant], config.group_size)
 

@@ -41,12 +41,12 @@ class VBLora(Method[VBLoRAConfig, VBLoRAConfig], SharesTensors, ChangesWhenSaved
     shared = (Leaf(BANK),)
 
     def settings(self, config: VBLoRAConfig, site: Site) -> VBLoRAConfig:
-        if any(side % config.vector_length for side in site.shape):
-            out, inner = site.shape
-            raise UnsupportedError(
-                f"{site.name} is ({out}, {inner}), and vector_length={config.vector_length} does not divide both.",
-                hint="Choose one that does, or leave the layer out with exclude_modules.",
-            )
+        for name, side in zip(("out_features", "in_features"), site.shape, strict=True):
+            if side % config.vector_length:
+                raise UnsupportedError(
+                    f"{site.name}: `{name}` {side} must be divisible by `vector_length` {config.vector_length}.",
+                    hint="Choose one that divides both sides, or leave the layer out with exclude_modules.",
+                )
         return config
 
     def _logits(self, settings: VBLoRAConfig, site: Site) -> dict[str, tuple[int, ...]]:

@@ -20,6 +20,7 @@ from veneer.layers.quantized_layer import PackedLayer
 from veneer.layers.quantized_merge import DEQUANTIZED
 from veneer.layers.sharded_layer import ShardedLayer
 from veneer.patches.weight_arithmetic import check_kept
+from veneer.printing import warn
 
 if TYPE_CHECKING:
     from veneer.adapters.collection import Adapters
@@ -42,6 +43,8 @@ def _merge(adapters: Adapters, names: Sequence[str] | None, check: bool, into: s
     to_merge = list(adapters.active_selection.default.names if names is None else names)
     merged = [name for name in adapters.by_name if any(name in layer.merged for layer in adapters.layers.values())]
     selection = adapters.selection(list(dict.fromkeys([*merged, *to_merge])))
+    if to_merge and set(to_merge) <= set(merged):
+        warn(f"All adapters are already merged, nothing to do: {', '.join(to_merge)}.")
     check_mergeable(adapters, selection.names)
     packed = choose(adapters.layers.values(), selection.names, into, adapters.catalog.dtype)
     if check:

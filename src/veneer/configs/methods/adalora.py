@@ -10,7 +10,7 @@ from veneer.configs.base import TargetedConfig
 from veneer.configs.methods.lora import LoraRuntimeConfig
 from veneer.configs.names import PeftType
 from veneer.configs.value_checks import check_at_least_one, check_share
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, UnsupportedError
 from veneer.printing import warn
 
 # Options of LoRA that an AdaLoRA does not have.
@@ -95,6 +95,15 @@ class AdaLoraConfig(TargetedConfig, peft_type=PeftType.ADALORA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, used in {"DoRA": self.use_dora, "LOFTQ": self.init_lora_weights == "loftq"}.items():
+            if used:
+                raise UnsupportedError(f"ADALORA does not support {name}.", hint="Leave it out, or use LoRA.")
+        if self.orth_reg_weight < 0:
+            raise ConfigError(
+                "`orth_reg_weight` should be greater than or equal to 0, but the value passed is "
+                f"{self.orth_reg_weight!r}.",
+                hint="0 switches the regularisation off; the default is 0.5.",
+            )
         check_at_least_one(self, "init_r", "target_r", "deltaT")
         check_share(self, "lora_dropout", "beta1", "beta2")
         if self.r != type(self).r:

@@ -60,10 +60,16 @@ class AdamssConfig(TargetedConfig, peft_type=PeftType.ADAMSS):
             self._check_schedule()
 
     def _check_schedule(self) -> None:
-        check_at_least_one(self, "mask_interval", "asa_target_subspaces")
-        if self.init_warmup >= self.final_warmup or self.asa_schedule_exponent <= 0:
+        kinds = {"mask_interval": "integer", "asa_target_subspaces": "integer", "asa_schedule_exponent": "number"}
+        for name, kind in kinds.items():
+            if getattr(self, name) <= 0:
+                raise ConfigError(
+                    f"`{name}` must be a positive {kind} when `use_asa=True`, got {getattr(self, name)!r}.",
+                    hint=f"The default is {getattr(type(self), name)!r}.",
+                )
+        if self.init_warmup >= self.final_warmup:
             raise ConfigError(
-                f"init_warmup={self.init_warmup}, final_warmup={self.final_warmup}, asa_schedule_exponent="
-                f"{self.asa_schedule_exponent}: they are no schedule.",
-                hint="final_warmup is larger than init_warmup, and the exponent positive.",
+                f"`init_warmup` must be smaller than `final_warmup` when `use_asa=True`: no step is left between "
+                f"init_warmup={self.init_warmup} and final_warmup={self.final_warmup}.",
+                hint="Groups are frozen between the two.",
             )

@@ -38,5 +38,6 @@ class GraloraConfig(TargetedConfig, peft_type=PeftType.GRALORA):
         check_share(self, "gralora_dropout")
         if self.r % self.gralora_k:
             raise ConfigError(
-                f"r={self.r} is no multiple of gralora_k={self.gralora_k}.", hint="Each block has r / gralora_k of it."
+                f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}.",
+                hint="Each block has r / gralora_k of it.",
             )

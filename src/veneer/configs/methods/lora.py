@@ -15,6 +15,7 @@ from veneer.configs.lora_variant_options import BdLoraConfig, KasaConfig, Montec
 from veneer.configs.names import PeftType
 from veneer.configs.value_checks import Checked, check_share
 from veneer.errors import ConfigError, did_you_mean
+from veneer.printing import warn
 
 STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_[n]", "olora", "eva", "corda", "lora_ga", "loftq", "mica")
 # The options of variants that have tensors or a training of their own.
@@ -159,10 +160,17 @@ class LoraConfig(TargetedConfig, peft_type=PeftType.LORA):
                 f"{options}: variants of LoRA have options, and exclude each other.",
                 hint="Choose one, with its options: use_bdlora=BdLoraConfig(...), kasa_config=KasaConfig() ...",
             )
+        if self.use_dora and self.megatron_config:
+            raise ConfigError("DoRA does not support megatron_core.", hint="Set use_dora=False.")
         if self.use_bdlora and self.lora_bias:
             raise ConfigError("use_bdlora with lora_bias.", hint="A block-diagonal B has no bias; leave lora_bias off.")
 
     def _check_start(self) -> None:
+        if isinstance(self.init_lora_weights, str):
+            self.init_lora_weights = self.init_lora_weights.lower()
+        for name in ("eva", "corda", "lora_ga"):
+            if getattr(self, f"{name}_config") is not None and self.init_lora_weights != name:
+                warn(f"`{name}_config` specified but will be ignored when `init_lora_weights` is not '{name}'.")
         start = self.init_lora_weights
         if isinstance(start, str) and start not in STARTS and not re.fullmatch(r"pissa_niter_\d+", start):
             raise ConfigError(

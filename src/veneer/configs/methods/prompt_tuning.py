@@ -37,11 +37,12 @@ class PromptTuningConfig(PromptConfig, peft_type=PeftType.PROMPT_TUNING):
     def _check_init(self, known: tuple[str, ...]) -> None:
         text = self.prompt_tuning_init == "TEXT"
         check_choice(self, "prompt_tuning_init", *known)
-        if text and (self.prompt_tuning_init_text is None or not self.tokenizer_name_or_path):
-            raise ConfigError(
-                'prompt_tuning_init="TEXT" has no text or no tokenizer.',
-                hint="Give prompt_tuning_init_text and tokenizer_name_or_path.",
-            )
+        for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
+            if text and not getattr(self, name):
+                raise ConfigError(
+                    f"When prompt_tuning_init='TEXT', {name} can't be None.",
+                    hint="Give the text and its tokenizer: prompt_tuning_init_text and tokenizer_name_or_path.",
+                )
         if self.tokenizer_kwargs and not text:
             raise ConfigError(
                 "tokenizer_kwargs says nothing without a text.",

@@ -9,6 +9,7 @@ from veneer.configs.base import TargetedConfig
 from veneer.configs.names import PeftType
 from veneer.configs.value_checks import check_at_least_one, check_share
 from veneer.errors import ConfigError
+from veneer.printing import warn
 
 
 @dataclass
@@ -50,7 +51,13 @@ class PsoftConfig(TargetedConfig, peft_type=PeftType.PSOFT):
         super().__post_init__()
         check_at_least_one(self, "r", "psoft_alpha", "num_cayley_neumann_terms")
         check_share(self, "psoft_dropout")
-        if self.cayley_neumann_eps is not None and self.cayley_neumann_eps <= 0:
-            raise ConfigError(
-                f"cayley_neumann_eps={self.cayley_neumann_eps!r} is no bound.", hint="It is positive; None is no bound."
-            )
+        eps = self.cayley_neumann_eps
+        if self.use_cayley_neumann and eps is not None and not 0 < eps < 1:
+            raise ConfigError(f"`cayley_neumann_eps` must be in (0, 1), and is {eps!r}.", hint="None is no bound.")
+        for name, needed, used in (
+            ("psoft_svd_lowrank_niter", "psoft_svd='lowrank'", self.psoft_svd == "lowrank"),
+            ("num_cayley_neumann_terms", "use_cayley_neumann=True", self.use_cayley_neumann),
+            ("cayley_neumann_eps", "use_cayley_neumann=True", self.use_cayley_neumann),
+        ):
+            if not used and getattr(self, name) != getattr(type(self), name):
+                warn(f"`{name}` is only used when `{needed}`.")

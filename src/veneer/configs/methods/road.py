@@ -33,4 +33,7 @@ class RoadConfig(TargetedConfig, peft_type=PeftType.ROAD):
         self.variant = str(getattr(self.variant, "value", self.variant))
         check_choice(self, "variant", *VARIANTS)
         if self.group_size < 2 or self.group_size % 2:
-            raise ConfigError(f"group_size={self.group_size} has no halves.", hint="It is an even number.")
+            raise ConfigError(
+                f"The group_size must be divisible by 2 when using RoadLayer, but got {self.group_size}.",
+                hint=f"group_size={self.group_size}: its halves are paired.",
+            )

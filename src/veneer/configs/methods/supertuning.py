@@ -38,4 +38,6 @@ class SupertuningConfig(TargetedConfig, peft_type=PeftType.SUPERTUNING):
         if self.r is not None and self.lora_alpha is None:
             self.lora_alpha = 2 * self.r
         if not 0.0 <= self.sparsity < 1.0:
-            raise ConfigError(f"sparsity={self.sparsity!r} is no share.", hint="It lies between 0 and 1 (excluded).")
+            raise ConfigError(
+                f"sparsity must be a share, and is {self.sparsity!r}.", hint="It lies between 0 and 1 (excluded)."
+            )

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from veneer.configs.base import TargetedConfig
 from veneer.configs.names import PeftType
 from veneer.configs.value_checks import check_at_least_one
+from veneer.errors import ConfigError
+
+# PyWavelets' discrete ones.
+_FAMILIES = r"haar|dmey|(db|sym|coif)\d{1,2}|(bior|rbio)\d\.\d"
 
 
 @dataclass
@@ -39,3 +44,9 @@ class WaveFTConfig(TargetedConfig, peft_type=PeftType.WAVEFT):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least_one(self, "n_frequency", "n_frequency_pattern")
+        if not re.fullmatch(_FAMILIES, self.wavelet_family):
+            raise ConfigError(
+                f"Wavelet family {self.wavelet_family} not supported.",
+                hint="Supported wavelet families are: those of PyWavelets, such as db1 to db38, sym2 to sym20, coif1 "
+                "to coif17, bior2.2, rbio2.2, dmey, haar.",
+            )

@@ -8,11 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from veneer.errors import ConfigError
 from veneer.methods.lora_starts.start import StartLayer
 
 
 def start(layer: StartLayer) -> tuple[Tensor, Tensor]:
     """Return ``A`` and ``B``."""
-    layer.check_rank()
+    if layer.r > min(layer.weight.shape):
+        raise ConfigError(
+            f"{layer.name}: MiCA requires `r` <= min{tuple(layer.weight.shape)}, and r is {layer.r}.",
+            hint="Lower r, or give this layer a lower rank with rank_pattern.",
+        )
     up, _, _ = torch.linalg.svd(layer.weight, full_matrices=False)
     return torch.zeros(layer.r, layer.weight.shape[1]), up[:, -layer.r :]

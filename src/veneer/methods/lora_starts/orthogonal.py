@@ -18,7 +18,7 @@ def start(layer: StartLayer) -> tuple[Tensor, Tensor]:
     """Return ``A`` and ``B``."""
     if layer.r % 2:
         raise ConfigError(
-            f'init_lora_weights="orthogonal" needs an even rank; {layer.name} has {layer.r}.',
+            f"{layer.name}: Orthogonal initialization requires the LoRA rank to be even, got {layer.r} instead.",
             hint="Choose an even r, and even values in rank_pattern.",
         )
     out, inner = layer.weight.shape

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from veneer.base_model.sites.site import Site, unsupported
+from veneer.base_model.sites.site import Site
 from veneer.configs.lora_variant_options import BdLoraConfig
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, UnsupportedError
 from veneer.methods.lora_variants.variant import LORA_A, LORA_B, Variant
 from veneer.patches.patch import Patch
 
@@ -31,7 +31,10 @@ class BdLora(Variant):
     def shapes(self, plain: Mapping[str, tuple[int, ...]], site: Site) -> dict[str, tuple[int, ...]]:
         rows, columns = plain[self.leaf]
         if rows % self.blocks or columns % self.blocks:
-            raise unsupported(site, f"use_bdlora with nblocks={self.blocks}, which does not divide {rows}x{columns},")
+            raise UnsupportedError(
+                f"{site.name}: {self.leaf} of shape ({rows}, {columns}) is not divisible by nblocks={self.blocks}.",
+                hint="Choose another nblocks or r, or leave the layer out with exclude_modules.",
+            )
         return {**plain, self.leaf: (rows, columns // self.blocks)}
 
     def patch(self, plain: Patch, tensors: Mapping[str, Tensor]) -> Patch:
@@ -50,8 +53,8 @@ def block_diagonal(options: BdLoraConfig, site: Site, r: int) -> BdLora | None:
     ]
     if len(blocked) == 2 or (options.match_strict and not blocked):
         raise ConfigError(
-            f"use_bdlora: {site.name} is in {'both' if blocked else 'neither'} of target_modules_bd_a and "
-            "target_modules_bd_b.",
+            f"use_bdlora: {site.name} matches {'both A and B' if blocked else 'neither A nor B'} block-diagonal "
+            "patterns (target_modules_bd_a, target_modules_bd_b).",
             hint="Name it in one of them." if blocked else "Name it in one, or set match_strict=False.",
         )
     return BdLora(blocked[0], options.nblocks) if blocked else None

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from veneer.base_model.sites.site import Site, unsupported
+from veneer.base_model.sites.site import Site
 from veneer.configs.lora_variant_options import KasaConfig
+from veneer.errors import UnsupportedError
 from veneer.methods.base.method import Leaf
 from veneer.methods.lora_variants.variant import LORA_A, LORA_B, Variant
 from veneer.patches.multipliers import IdentityPlusLowRank
@@ -44,7 +45,10 @@ class Kasa(Variant):
     def on(cls, site: Site, r: int, options: KasaConfig) -> Kasa:
         """Return the variant on a layer, which must have more directions than it loses."""
         if r >= min(site.shape):
-            raise unsupported(site, f"kasa_config with rank {r}, which leaves nothing of its shape {site.shape},")
+            raise UnsupportedError(
+                f"{site.name}: KaSA requires `r` < min{tuple(site.shape)}, and r is {r}: nothing would be left of it.",
+                hint="Lower r, or leave the layer out with exclude_modules.",
+            )
         return cls(r, options.beta, options.gamma)
 
     def shapes(self, plain: Mapping[str, tuple[int, ...]], site: Site) -> dict[str, tuple[int, ...]]:
