@@ -174,6 +174,30 @@ def test_the_command(base: Path, data: Path, tmp_path: Path, capsys: pytest.Capt
     assert call.eval_loss == pytest.approx(report["eval_loss"])
 
 
+def test_an_interruption(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from veneer.finetuning import trl_run
+
+    out = tmp_path / "out"
+    command = ("train", data, base, "--out", out, "--steps", "3", "--save-steps", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(trl_run._Trainer, "save_model", interrupted_at(trl_run._Trainer.save_model, out / "checkpoint-2"))
+        code, shown, told = run(*command, capsys=capsys)
+    assert (code, shown) == (130, "")
+    assert told.splitlines()[-2:] == ["The same command with --resume goes on from the last checkpoint.", "interrupted"]
+    assert run(*command, "--resume", capsys=capsys)[0] == 0
+
+
+def interrupted_at(save: Callable[..., None], folder: Path) -> Callable[..., None]:
+    def save_model(trainer: Any, output_dir: str, *more: Any, **options: Any) -> None:
+        if output_dir == str(folder):
+            raise KeyboardInterrupt
+        save(trainer, output_dir, *more, **options)
+
+    return save_model
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -64,7 +64,8 @@ class ChatSession:
         """Answer a message, and keep both; of an answer that is interrupted, what was shown of it."""
         question = {"role": "user", "content": text}
         compared, self.compared = self.compared, []
-        answer = self._side_by_side(question, compared) if compared else self._streamed(question)
+        asked = [*self.messages, question]
+        answer = self._side_by_side(asked, compared) if compared else self._streamed(asked)
         if answer is not None:
             self.messages += [question, {"role": "assistant", "content": answer}]
 
@@ -80,24 +81,24 @@ class ChatSession:
         if not self.messages:
             self.compared = chosen
             return
-        *before, question, _ = self.messages
-        self._side_by_side(question, chosen, before)
+        self._side_by_side(self.messages[:-1], chosen)
 
-    def _streamed(self, question: Message) -> str | None:
-        inputs = self._encoded([*self.messages, question])
+    def _streamed(self, messages: Sequence[Message]) -> str | None:
+        """Print the answer to the last message as it comes, and return it; ``None`` where it is stopped before."""
+        inputs = self._encoded(messages)
         streamer = self.generator.streamer()
         try:
             with self.generator.model.using(self.selected):
                 [(answer, _)] = self.generator.answers(inputs, streamer)
         except KeyboardInterrupt:
-            self._stopped()
+            if not self._is_stopped():
+                raise
             return streamer.shown or None
         return answer
 
-    def _side_by_side(
-        self, question: Message, names: Sequence[str], before: Sequence[Message] | None = None
-    ) -> str | None:
-        inputs = self._encoded([*(self.messages if before is None else before), question])
+    def _side_by_side(self, messages: Sequence[Message], names: Sequence[str]) -> str | None:
+        """Print the answers of several adapters to the last message, and return the first's."""
+        inputs = self._encoded(messages)
         for key, value in inputs.items():
             inputs[key] = value.repeat(len(names), 1)
         columns = Columns([name if name != BASE else "base" for name in names], self.generator)
@@ -105,16 +106,16 @@ class ChatSession:
             with columns.live:
                 answers = [text for text, _ in self.generator.answers(inputs, columns, adapter_names=list(names))]
         except KeyboardInterrupt:
-            self._stopped()
+            if not self._is_stopped():
+                raise
             return None
         columns.console.print(columns.table(answers))
         return answers[0]
 
-    def _stopped(self) -> None:
-        """End the line of an answer that is interrupted; where nobody types, the interruption goes on."""
+    def _is_stopped(self) -> bool:
+        """End the line of an interrupted answer, and tell whether it alone is stopped: where somebody types."""
         print(flush=True)
-        if not self.on_terminal:
-            raise
+        return self.on_terminal
 
     def _encoded(self, messages: Sequence[Message]) -> Any:
         inputs = self.generator.encode([*system_message(self.system), *messages])

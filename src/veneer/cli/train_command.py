@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -56,7 +57,7 @@ def train(
     base = given_base(base_argument, base)
     if base is None:
         raise UsageError("There is no base to train on.", hint="Name its folder or hub id by --base.")
-    from veneer.finetuning.output import is_main_process
+    from veneer.finetuning.output import checkpoints_in, is_main_process
 
     is_main = is_main_process()
     with quiet() as warnings, progress("checking", lines=True) as on_step:
@@ -91,6 +92,10 @@ def train(
                 local_files_only=local_files_only,
                 on_step=on_step if is_main else lambda step: None,
             )
+        except KeyboardInterrupt:
+            if is_main and checkpoints_in(out):
+                print("The same command with --resume goes on from the last checkpoint.", file=sys.stderr)
+            raise
         except VeneerError:
             if is_main:
                 raise

@@ -30,7 +30,7 @@ def check_run_folder(out: Path, overwrite: bool, resume: bool) -> Path | None:
     """
     if resume and overwrite:
         raise UsageError("A run is either resumed or overwritten.", hint="Leave out one of the two.")
-    checkpoints = _checkpoints(out)
+    checkpoints = checkpoints_in(out)
     if resume:
         check_writable(out)
         if not checkpoints:
@@ -48,11 +48,11 @@ def check_run_folder(out: Path, overwrite: bool, resume: bool) -> Path | None:
 
 def remove_checkpoints(out: Path) -> None:
     """Remove the checkpoints of an earlier run, from which this one could otherwise be resumed."""
-    for path in _checkpoints(out):
+    for path in checkpoints_in(out):
         shutil.rmtree(path)
 
 
-def _checkpoints(out: Path) -> list[Path]:
+def checkpoints_in(out: Path) -> list[Path]:
     """List the whole checkpoints in a folder, the latest last."""
     if not is_folder(out):
         return []

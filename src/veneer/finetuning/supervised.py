@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,11 @@ def train(
     examples = read_data(Path(data), None if validation is None else Path(validation), validation_split, seed)
     require("Training", "trl", "datasets", "accelerate", extra="train")
     on_step("loading")
-    from veneer.finetuning.trl_run import TrlRun
+    from veneer.finetuning.trl_run import TrlRun, base_name
 
     run = TrlRun(
         base,
-        adapter,
+        replace(adapter, base_model_name_or_path=base_name(base, local_files_only)),
         examples.answers_apart() if loss == "answers" else examples,
         options,
         folder,

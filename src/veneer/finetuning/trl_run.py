@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -59,39 +59,27 @@ class TrlRun:
         **loading: Any,
     ) -> None:
         self.folder, self.on_step = folder, on_step
-        source = resolve(base, LookupOptions(local_files_only=loading["local_files_only"]), what="base")
-        if source.has(ADAPTER_CONFIG):
-            raise UsageError(f"{base} is an adapter, and a base is to be trained on.", hint="Name its base.")
-        model = load(base, **loading)
-        if model.config.is_encoder_decoder or not model.can_generate():
-            raise BaseModelError(
-                f"{type(model.get_base_model()).__name__} is no causal language model, which TRL's trainer is for.",
-                hint="Train it with transformers.Trainer: docs/training.md.",
-            )
-        self.max_length = min(options.max_length, getattr(model.config, "max_position_embeddings", options.max_length))
-        options = replace(options, max_length=self.max_length)
-        tokenizer = load_tokenizer(model, trust_remote_code=loading["trust_remote_code"])
-        if data.needs_template and not tokenizer.chat_template:
-            raise ConfigError(
-                f"The examples hold messages, and the tokenizer of {base} has no chat template.",
-                hint="Give texts as prompt and completion, or put a chat_template.jinja beside the tokenizer.",
-            )
-        where = str(source.root.resolve()) if Path(source.origin).exists() else source.origin
-        model.add_adapter("default", replace(adapter, base_model_name_or_path=where), seed=options.seed)
-        model.train()
-        self.model = model
+        self.model = _causal_model(base, loading)
+        tokenizer = _tokenizer(self.model, data, loading["trust_remote_code"])
+        self.model.add_adapter("default", adapter, seed=options.seed)
+        self.model.train()
+        read = getattr(self.model.config, "max_position_embeddings", options.max_length)
+        self.max_length = min(options.max_length, read)
+        self.trainer = self._trainer(data, replace(options, max_length=self.max_length), tokenizer)
+
+    def _trainer(self, data: TrainingData, options: RunOptions, tokenizer: Any) -> Any:
+        arguments = options.arguments(bool(data.validation))
         with _quiet_datasets(), _by_trl():
-            self.trainer = _Trainer(
-                model=model,
-                args=SFTConfig(
-                    output_dir=str(folder), **options.arguments(bool(data.validation)), **_mixed_precision(model)
-                ),
+            trainer = _Trainer(
+                model=self.model,
+                args=SFTConfig(output_dir=str(self.folder), **arguments, **_mixed_precision(self.model)),
                 train_dataset=datasets.Dataset.from_list(list(data.train)),
                 eval_dataset=datasets.Dataset.from_list(list(data.validation)) if data.validation else None,
                 processing_class=tokenizer,
-                callbacks=[_Reporter(on_step)],
+                callbacks=[_Reporter(self.on_step)],
             )
-        self.trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
 
     def train(self, checkpoint: Path | None) -> dict[str, Any]:
         """Train, from a checkpoint on where one is given, and write the adapter.
@@ -135,6 +123,48 @@ class TrlRun:
     def _has_made_steps(self, checkpoint: Path | None) -> bool:
         before = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
         return bool(self.trainer.state.global_step > before)
+
+
+def base_name(base: str | Path, local_files_only: bool) -> str:
+    """Return what the adapter's config calls the base: its hub id, or where it lies.
+
+    Raises:
+        UsageError: it is an adapter.
+    """
+    source = resolve(base, LookupOptions(local_files_only=local_files_only), what="base")
+    if source.has(ADAPTER_CONFIG):
+        raise UsageError(f"{base} is an adapter, and a base is to be trained on.", hint="Name its base.")
+    return str(source.root.resolve()) if Path(source.origin).exists() else source.origin
+
+
+def _causal_model(base: str | Path, loading: Mapping[str, Any]) -> PeftModel:
+    """Load the base, without adapters.
+
+    Raises:
+        BaseModelError: it is no causal language model.
+    """
+    model = load(base, **loading)
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise BaseModelError(
+            f"{type(model.get_base_model()).__name__} is no causal language model, which TRL's trainer is for.",
+            hint="Train it with transformers.Trainer: docs/training.md.",
+        )
+    return model
+
+
+def _tokenizer(model: PeftModel, data: TrainingData, trust_remote_code: bool) -> Any:
+    """Load the base's tokenizer.
+
+    Raises:
+        ConfigError: the examples need a chat template, and it has none.
+    """
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    if data.needs_template and not tokenizer.chat_template:
+        raise ConfigError(
+            f"The examples hold messages, and the tokenizer of {model.name_or_path} has no chat template.",
+            hint="Give texts as prompt and completion, or put a chat_template.jinja beside the tokenizer.",
+        )
+    return tokenizer
 
 
 class _Trainer(SFTTrainer):  # type: ignore[misc]
