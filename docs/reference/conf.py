@@ -21,7 +21,7 @@ html_title = f"Veneer {version}"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
 include_patterns = ["*.md", "benchmarks/RESULTS.md", "docs/**"]
-exclude_patterns = [".venv", "build", "demo"]
+exclude_patterns = [".venv*", "build", "demo"]
 myst_heading_anchors = 4
 
 autodoc_default_options = {"members": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -29,6 +30,18 @@ def test_the_table_has_every_name_of_peft_once() -> None:
     same = {n for listed, what in rows if what.startswith("the same") for n in re.findall(r"`(\w+)`", listed)}
     assert same <= set(veneer.__all__)
     assert not (set(names) - same) & set(veneer.__all__)
+
+
+def test_the_versions_are_those_of_the_figures() -> None:
+    [(head, cells)] = re.findall(
+        r"^\| (transformers .+) \|$\n^\|[-|]+$\n^\| (.+) \|$", section("Clients"), re.MULTILINE
+    )
+    told = dict(zip(head.split(" | "), cells.split(" | "), strict=True))
+    recorded = json.loads((ROOT / "tests" / "clients" / "recorded.json").read_text())["versions"]
+    names = {"TRL": "trl", "lm-eval": "lm_eval"}
+    assert {names.get(name, name): version for name, version in told.items()} == {
+        name: version.partition("+")[0] for name, version in recorded.items() if name != "datasets"
+    }
 
 
 def test_the_table_has_every_module() -> None:
