@@ -143,3 +143,13 @@ def test_a_loaded_adapter_is_saved_over_the_file_that_it_lies_in(tmp_path: Path)
     assert (folder / WEIGHTS).read_bytes() == before
     again = veneer.PeftModel.from_pretrained(build("llama"), folder)
     assert torch.equal(logits(model, batch), logits(again, batch))
+
+
+@pytest.mark.parametrize("container", [nn.ModuleList, nn.ModuleDict])
+def test_a_container_cannot_be_saved_whole(container: type[nn.Module]) -> None:
+    base = nn.Module()
+    base.lin = nn.Linear(3, 3)
+    layer = nn.Linear(3, 3)
+    base.held = nn.ModuleDict({"a": layer}) if container is nn.ModuleDict else nn.ModuleList([layer])
+    with pytest.raises(TypeError, match="modules_to_save cannot be applied to modules of type"):
+        veneer.get_peft_model(base, veneer.LoraConfig(target_modules=["lin"], modules_to_save=["held"]))

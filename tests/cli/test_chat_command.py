@@ -162,7 +162,7 @@ def test_on_a_terminal(typed: Run, made: Path) -> None:
     assert greeting.startswith("default: ask, or /help.")
     assert [error.partition(".")[0] for error in errors] == [
         "error: There is no command /nothing",
-        "error: There is no adapter 'nobody' on this model",
+        "error: There is no adapter 'nobody' on this model: Adapter nobody does not exist",
     ]
     assert f"base> {answer(made / 'set', 'w5 w6')}\n" in result.out
     assert "never" not in result.out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.attach_layers import AttachingLayers
@@ -18,10 +18,12 @@ from veneer.checkpoints.binding_plan import Plan, bind_error, make_plan
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.configs.base import AnyConfig, PeftConfig, PromptConfig, as_any_config
 from veneer.configs.names import HEADS
-from veneer.errors import NonFiniteError, TargetError
+from veneer.errors import ConfigTypeError, NonFiniteError, TargetError
 from veneer.methods import method_of
 from veneer.methods.base.abilities import SureToChange
 from veneer.printing import warn
+
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
 @guarded
@@ -109,7 +111,14 @@ def _check_plan(adapters: Adapters, plan: Plan, checkpoint: Checkpoint, strict: 
 
 
 def _check_saved_exist(adapters: Adapters, config: AnyConfig) -> None:
-    """Raise where a module that is to be saved whole is not there; of a task's usual heads one is enough."""
+    """Raise where a module to be saved whole is not there, or a container; of a task's usual heads one is enough."""
+    for name in adapters.catalog.whole_modules(config):
+        kind = type(adapters.catalog.modules[name])
+        if issubclass(kind, _CONTAINERS):
+            raise ConfigTypeError(
+                f"modules_to_save cannot be applied to modules of type {kind}: {name} is never called itself.",
+                hint="Name the modules in it.",
+            )
     usual = HEADS.get(str(config.task_type), ())
     for name in set(config.modules_to_save or ()) - set(usual):
         if not any(module.endswith(name) for module in adapters.catalog.modules):

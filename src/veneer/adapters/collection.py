@@ -102,7 +102,7 @@ class Adapters(LayerPlacement):
             )
         if name in self.by_name:
             raise DuplicateAdapterError(
-                f"There is an adapter {name!r} on this model already.",
+                f"There is an adapter {name!r} on this model already: Adapter with name {name!r} already exists.",
                 hint=f"Choose another adapter_name, or delete_adapter({name!r}) first. Present: {self._present()}.",
             )
 
@@ -227,7 +227,7 @@ class Adapters(LayerPlacement):
         """Return an adapter by name, or raise ``UnknownAdapterError``."""
         if name not in self.by_name:
             raise UnknownAdapterError(
-                f"There is no adapter {name!r} on this model.",
+                f"There is no adapter {name!r} on this model: Adapter {name} does not exist.",
                 hint=did_you_mean(str(name), self.by_name) + f"Present: {self._present()}.",
             )
         return self.by_name[name]

@@ -140,13 +140,16 @@ def _no_target(config: TargetedConfig, targets: Any, matched: list[str], names: 
             if getattr(config, key)
         ]
         shown, removing = shown_names(targets), " with ".join(filters)
-        return (f"target_modules={shown} means {len(matched)} modules, and {removing} removes all.",)
+        found_all = isinstance(targets, str) or all(any(names_match(n, [t]) for n in matched) for t in targets)
+        what = "All modules were excluded" if found_all else "No modules were targeted for adaptation"
+        return (f"{what}: target_modules={shown} means {len(matched)} modules, and {removing} removes all.",)
     endings = sorted({n.rpartition(".")[2] for n in names if n})
     asked = [targets] if isinstance(targets, str) else sorted(targets)
     near = [m for target in asked for m in difflib.get_close_matches(target.rpartition(".")[2], endings, n=2)]
     closest = f" Nearest: {', '.join(dict.fromkeys(near))}." if near else ""
+    filtered = "No modules were targeted for adaptation. " if config.exclude_modules or config.modules_to_save else ""
     return (
-        f"Target modules {shown_names(targets)} not found in the base model. "
+        f"{filtered}Target modules {shown_names(targets)} not found in the base model. "
         f"Please check the target modules and try again.{closest} Linear layers here: {_endings(names)}.",
     )
 

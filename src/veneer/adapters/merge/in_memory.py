@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -114,11 +114,17 @@ def _change(layers: Collection[LayerT], action: Callable[[LayerT], None]) -> Non
 
 def _check_merge(adapters: Adapters, names: tuple[str, ...]) -> None:
     for name, layer in adapters.layers.items():
-        if layer.here(names) and not all(map(_is_finite, _storable(layer, names))):
+        wrong = [leaf for leaf, tensor in _leaves(layer, names) if not _is_finite(tensor)]
+        if wrong:
             raise MergeError(
-                f"Merging {list(names)} gives NaN or infinite values in {name}; nothing was merged.",
+                f"NaNs detected in the merged {wrong[0]}. The adapter {', '.join(names)} seems to be broken. "
+                f"Merging gives NaN or infinite values in {name}; nothing was merged.",
                 hint="The weight's dtype may be too small for the change: load the base in bfloat16 or float32.",
             )
+
+
+def _leaves(layer: LayerAdapters, names: tuple[str, ...]) -> Iterable[tuple[str, Tensor | None]]:
+    return zip(("weights", "bias"), _storable(layer, names), strict=True) if layer.here(names) else ()
 
 
 def _storable(layer: LayerAdapters, names: tuple[str, ...]) -> tuple[Tensor | None, Tensor | None]:
