@@ -27,7 +27,7 @@ def test_the_pages_are_made_from_the_figures(example: BenchReport) -> None:
     pytest.importorskip("matplotlib")
     from veneer.benching.report.html import html
 
-    # After a change of the report: files.read(EXAMPLE).save(EXAMPLE) makes it anew.
+    # After a change of the report: files.write(files.read(EXAMPLE), EXAMPLE), and tools/picture_report.py.
     assert (EXAMPLE / files.HTML).read_text(encoding="utf-8") == html(example)
     assert (EXAMPLE / files.MARKDOWN).read_text(encoding="utf-8") == markdown(example)
 
