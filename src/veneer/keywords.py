@@ -75,6 +75,7 @@ def takes(
                 return call(*args, **_by_new_names(kwargs, renamed))
             return call(*args, **kwargs)
 
+        checked.keywords = allowed  # type: ignore[attr-defined]
         return checked
 
     return decorate

@@ -236,10 +236,27 @@ def test_corda_measures_once_for_a_file(option: str, tmp_path: Path) -> None:
     expected = factors(first)
     assert all(torch.equal(down, expected[name][0]) for name, (down, _) in factors(again).items())
     config.target_modules = ["up_proj"]
-    with pytest.raises(ConfigError, match="no covariance of 2 layers"):
+    with pytest.raises(ConfigError, match="nothing was measured of 2 layers"):
         veneer.preprocess_corda(build("llama"), config)
     with pytest.raises(ConfigError, match="`run_model` must be specified"):
         veneer.preprocess_corda(build("llama"), veneer.LoraConfig(init_lora_weights="corda"))
+
+
+def test_lora_ga_measures_once_for_a_file(tmp_path: Path) -> None:
+    file, base = tmp_path / "measured.safetensors", build("llama")
+    config = veneer.LoraConfig(init_lora_weights="lora_ga", lora_ga_config=veneer.LoraGAConfig(), **LINEAR)  # type: ignore[arg-type]
+    runs = []
+
+    def train_step() -> None:
+        runs.append(base(**inputs("llama"), labels=inputs("llama")["input_ids"]).loss.backward())
+
+    for _ in range(2):
+        veneer.preprocess_loraga(base, config, train_step, cache_file=file)
+    assert len(runs) == 1
+    veneer.get_peft_model(base, config)
+    config.target_modules = ["up_proj"]
+    with pytest.raises(ConfigError, match="nothing was measured of 2 layers"):
+        veneer.preprocess_loraga(build("llama"), config, train_step, cache_file=file)
 
 
 @pytest.mark.parametrize("how", ["corda", "lora_ga", "pissa_niter_4"])

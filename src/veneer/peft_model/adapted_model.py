@@ -153,6 +153,14 @@ class AdaptedModel(nn.Module):
         """The losses of the last merge into a quantised base, layer by layer; ``None`` when there was none."""
         return self.adapters.quantized_merge
 
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """See :meth:`Tuner.prepare_model_for_gradient_checkpointing`."""
+        return self.base_model.prepare_model_for_gradient_checkpointing(model)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Tell whether a LoRA can hold an adapter's change: see :func:`veneer.convert_to_lora`."""
+        return self.base_model.supports_lora_conversion(adapter_name)
+
     def get_layer_status(self) -> list[TunerLayerStatus]:
         """Return what is on each adapted layer: adapters, active and merged ones, their devices and gradients."""
         return layer_status(self.adapters)

@@ -24,7 +24,12 @@ class AutoPeftModel:
     def from_pretrained(
         cls, path: str | Path, adapter_name: str = "default", is_trainable: bool = False, **options: Any
     ) -> PeftModel:
-        """Load ``path``; the options are those of :func:`veneer.load`."""
+        """Load ``path``; the options are those of :func:`veneer.load`.
+
+        ``import_allowlist``, by which peft limits the libraries that an adapter's config lets it import, is accepted:
+        none is imported here.
+        """
+        options.pop("import_allowlist", None)
         options.setdefault("task", cls.task)
         return load(path, adapter_name=adapter_name, is_trainable=is_trainable, **options)
 

@@ -23,7 +23,7 @@ from veneer.peft_model.peft_model import PeftModel
 
 
 @torch.no_grad()
-@takes()
+@takes(renamed={"peft_model": "model"})
 def replace_lora_weights_loftq(
     model: PeftModel,
     model_path: str | Path | None = None,

@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from veneer.configs.lora_start_options import CordaConfig
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import ConfigError
-from veneer.files.atomic_write import atomic_write
 from veneer.keywords import takes
 from veneer.methods.lora_starts.start import StartLayer
-from veneer.methods.lora_starts.statistics import COVARIANCE, linear_layers, record, recorded, watching
+from veneer.methods.lora_starts.statistics import COVARIANCE, linear_layers, read, record, recorded, watching, write
 from veneer.patches.low_rank import balanced
 
 # The largest distance of C times its computed inverse from the identity.
@@ -77,24 +75,11 @@ def preprocess_corda(
     options = lora_config.corda_config or CordaConfig()
     files = [Path(file) for file in (options.covariance_file, options.cache_file) if file]
     measured = next((file for file in files if file.is_file()), None)
-    covariances = _measure(hooked_model or model, layers, run_model) if measured is None else _read(measured, layers)
+    covariances = _measure(hooked_model or model, layers, run_model) if measured is None else read(measured, layers)
     for file in files if measured is None else ():
-        with atomic_write(file) as temporary:
-            save_file(covariances, temporary)
+        write(file, covariances)
     for name, module in layers.items():
         record(COVARIANCE, module, covariances[name])
-
-
-def _read(file: Path, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Return the covariances of layers from a file."""
-    covariances = load_file(file)
-    missing = [name for name in layers if name not in covariances]
-    if missing:
-        raise ConfigError(
-            f"{file}: no covariance of {len(missing)} layers, such as {missing[0]}.",
-            hint="It was measured for other layers: name another file.",
-        )
-    return covariances
 
 
 def _measure(

@@ -7,18 +7,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from veneer.base_model.sites.site import Site
 from veneer.configs.lora_start_options import LoraGAConfig, options_of
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import ConfigError
 from veneer.keywords import takes
 from veneer.methods.lora_starts.start import StartLayer
-from veneer.methods.lora_starts.statistics import GRADIENT, linear_sites, record, recorded
+from veneer.methods.lora_starts.statistics import GRADIENT, linear_sites, read, record, recorded, write
 
 
 def start(layer: StartLayer) -> tuple[Tensor, Tensor]:
@@ -62,18 +64,37 @@ def _scaled(
 
 
 @takes()
-def preprocess_loraga(model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any]) -> None:
+def preprocess_loraga(
+    model: nn.Module,
+    lora_config: LoraConfig,
+    train_step: Callable[[], Any],
+    cache_file: str | Path | None = None,
+) -> None:
     """Measure the gradients for ``init_lora_weights="lora_ga"``; call it before ``get_peft_model``.
 
     Args:
         model: the base model; afterwards it is as it was.
         lora_config: selects the layers that are measured.
         train_step: runs forward and backward passes on a few batches of the training data.
+        cache_file: a safetensors file for the gradients: read if it is there, instead of measuring; else written.
 
     Raises:
-        ConfigError: a layer got no gradient.
+        ConfigError: a layer got no gradient, or the file is of other layers.
     """
     sites = linear_sites(model, lora_config)
+    file = None if cache_file is None else Path(cache_file)
+    if file is not None and file.is_file():
+        gradients = read(file, sites)
+    else:
+        gradients = _measure(model, sites, train_step)
+        if file is not None:
+            write(file, gradients)
+    for name, site in sites.items():
+        record(GRADIENT, site.module, gradients[name])
+
+
+def _measure(model: nn.Module, sites: Mapping[str, Site], train_step: Callable[[], Any]) -> dict[str, Tensor]:
+    """Return the mean gradient of the weight of each layer over the passes of ``train_step``."""
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     counts = dict.fromkeys(sites, 0)
     model.requires_grad_(False)
@@ -86,13 +107,7 @@ def preprocess_loraga(model: nn.Module, lora_config: LoraConfig, train_step: Cal
         model.train()
         with torch.enable_grad():
             train_step()
-        for name, site in sites.items():
-            if not counts[name] or site.stored.grad is None:
-                raise ConfigError(
-                    f"preprocess_loraga: {name} got no gradient.",
-                    hint="Let train_step call backward() on a loss of this model.",
-                )
-            record(GRADIENT, site.module, site.canonical(site.stored.grad.detach()) / counts[name])
+        return {name: _mean_gradient(name, site, counts[name]) for name, site in sites.items()}
     finally:
         for handle in handles:
             handle.remove()
@@ -101,6 +116,15 @@ def preprocess_loraga(model: nn.Module, lora_config: LoraConfig, train_step: Cal
         for site in sites.values():
             site.stored.grad = None
         model.train(was_training)
+
+
+def _mean_gradient(name: str, site: Site, count: int) -> Tensor:
+    if not count or site.stored.grad is None:
+        raise ConfigError(
+            f"preprocess_loraga: {name} got no gradient.",
+            hint="Let train_step call backward() on a loss of this model.",
+        )
+    return site.canonical(site.stored.grad.detach()) / count
 
 
 def _counter(counts: dict[str, int], name: str) -> Callable[[Tensor], None]:

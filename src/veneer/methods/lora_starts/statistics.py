@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from veneer.base_model.catalog import Catalog
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import ConfigError
+from veneer.files.atomic_write import atomic_write
 
 COVARIANCE = "covariance"
 GRADIENT = "gradient"
@@ -21,6 +24,28 @@ _RECORDED: dict[str, WeakKeyDictionary[nn.Module, Tensor]] = {
     COVARIANCE: WeakKeyDictionary(),
     GRADIENT: WeakKeyDictionary(),
 }
+
+
+def read(file: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return what was measured of the layers with these names, from the file that :func:`write` wrote.
+
+    Raises:
+        ConfigError: it is of other layers.
+    """
+    measured = load_file(file)
+    missing = [name for name in names if name not in measured]
+    if missing:
+        raise ConfigError(
+            f"{file}: nothing was measured of {len(missing)} layers, such as {missing[0]}.",
+            hint="It was measured for other layers: name another file.",
+        )
+    return measured
+
+
+def write(file: Path, measured: Mapping[str, Tensor]) -> None:
+    """Write what was measured of each layer, by the layers' names."""
+    with atomic_write(file) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in measured.items()}, temporary)
 
 
 def record(what: str, module: nn.Module, value: Tensor) -> None:
