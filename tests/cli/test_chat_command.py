@@ -147,6 +147,10 @@ def columns(shown: str) -> dict[str, str]:
     return {name: "".join(column) for name, *column in zip(names, *parts, strict=True)}
 
 
+def test_a_message_that_begins_with_a_slash(say: Run, made: Path) -> None:
+    assert say("//w5 w6\n", made / "adapter").out == lines(answer(made / "adapter", "/w5 w6", "default"))
+
+
 def test_a_stop_string_and_a_seed(say: Run, made: Path) -> None:
     whole = answer(made / "adapter", "w5 w6", "default")
     word = "w" + whole.split("w")[3]

@@ -260,6 +260,25 @@ def test_messages_without_a_template(base: Path, written: Written, tmp_path: Pat
         veneer.train(written([messages(1)]), plain, out=tmp_path / "out")
 
 
+def test_a_template_that_fails(base: Path, written: Written, tmp_path: Path) -> None:
+    odd = shutil.copytree(base, tmp_path / "odd")
+    (odd / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
+    with pytest.raises(veneer.ConfigError, match="TRL refuses to train: no such role"):
+        veneer.train(written([messages(1)]), odd, out=tmp_path / "out")
+
+
+def test_tokens_that_the_base_does_not_know(base: Path, written: Written, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    odd = shutil.copytree(base, tmp_path / "odd")
+    tokenizer = AutoTokenizer.from_pretrained(odd)
+    tokenizer.add_tokens(["more1", "more2"])
+    tokenizer.save_pretrained(odd)
+    with pytest.raises(veneer.ConfigError, match=f"the token {VOCAB + 1}, and the base knows {VOCAB}"):
+        veneer.train(written([{"text": "w5 more2"}]), odd, out=tmp_path / "out")
+    veneer.train(written([{"text": "w5 w6"}]), odd, out=tmp_path / "out", max_steps=1)
+
+
 def test_a_model_that_is_no_causal_one(data: Path, base: Path, tmp_path: Path) -> None:
     model: Any = build("t5")
     model.save_pretrained(tmp_path / "t5")

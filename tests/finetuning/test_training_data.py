@@ -82,6 +82,7 @@ def test_a_share_is_held_back(written: Written) -> None:
         ({"text": ""}, "text is empty"),
         ({"text": ["w5"]}, "text is a list"),
         ("\x1b[31m", "no valid JSON"),
+        ({"text": "w5 \ud83d"}, "half of a surrogate pair"),
     ],
 )
 def test_a_line_that_is_none(written: Written, line: Any, words: str) -> None:

@@ -193,6 +193,10 @@ def _check_text(name: str, value: Any, may_be_empty: bool = False) -> None:
         raise ValueError(f"{name} is a {type(value).__name__}, not a text")
     if not value and not may_be_empty:
         raise ValueError(f"{name} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} holds half of a surrogate pair, which is no character") from error
 
 
 _CHECKS: Mapping[str, Callable[[Example], None]] = {

@@ -66,6 +66,7 @@ class TrlRun:
         read = getattr(self.model.config, "max_position_embeddings", options.max_length)
         self.max_length = min(options.max_length, read)
         self.trainer = self._trainer(data, replace(options, max_length=self.max_length), tokenizer)
+        self._check_tokens(tokenizer)
 
     def _trainer(self, data: TrainingData, options: RunOptions, tokenizer: Any) -> Any:
         arguments = options.arguments(bool(data.validation))
@@ -80,6 +81,20 @@ class TrlRun:
             )
         trainer.remove_callback(PrinterCallback)
         return trainer
+
+    def _check_tokens(self, tokenizer: Any) -> None:
+        """Raise ``ConfigError`` for a token of the examples that the base has no embedding of."""
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) <= rows:
+            return
+        sets = [
+            examples for examples in (self.trainer.train_dataset, self.trainer.eval_dataset) if examples is not None
+        ]
+        largest = max(max(ids, default=0) for examples in sets for ids in examples["input_ids"])
+        if largest >= rows:
+            raise ConfigError(
+                f"The tokenizer gives the token {largest}, and the base knows {rows}.", hint="Is it this base's?"
+            )
 
     def train(self, checkpoint: Path | None) -> dict[str, Any]:
         """Train, from a checkpoint on where one is given, and write the adapter.
