@@ -30,12 +30,32 @@ elif importlib.util.find_spec("peft") or not importlib.util.find_spec("trl"):
 else:
     import veneer.as_peft  # noqa: F401
 
+from tests.clients import world  # noqa: E402 - transformers looks for peft when it is imported
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Take the clients' warnings for their own business."""
     for item in items:
         if item.path.is_relative_to(RECORDED.parent):
             item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base model and its tokenizer."""
+    return world.save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def first(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an adapter for it."""
+    return world.save_adapter(tmp_path_factory.mktemp("first"), base)
+
+
+@pytest.fixture(scope="session")
+def second(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an adapter for other layers of it."""
+    return world.save_adapter(tmp_path_factory.mktemp("second"), base, ("q_proj", "down_proj"), seed=2)
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from tests.clients.world import (
     base_model,
     last_logits,
     save_adapter,
-    save_base,
     save_expert_adapter,
     save_moe,
     started,
@@ -27,21 +26,6 @@ from tests.clients.world import (
 )
 
 AsRecorded = Callable[[Any], None]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def first(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_adapter(tmp_path_factory.mktemp("first"), base)
-
-
-@pytest.fixture(scope="module")
-def second(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_adapter(tmp_path_factory.mktemp("second"), base, ("q_proj", "down_proj"), seed=2)
 
 
 def test_a_model_comes_with_its_adapter(base: Path, first: Path, as_recorded: AsRecorded) -> None:

@@ -133,3 +133,12 @@ def weight_sum(model: nn.Module, part: str = "lora_B") -> float:
     return sum(
         parameter.detach().double().abs().sum().item() for name, parameter in model.named_parameters() if part in name
     )
+
+
+def lora(**options: Any) -> Any:
+    """Return the config of a new LoRA."""
+    import peft
+
+    return peft.LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **options}
+    )
