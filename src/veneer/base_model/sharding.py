@@ -84,6 +84,11 @@ def _average(parameter: Tensor) -> None:
         parameter.grad /= torch.distributed.get_world_size()
 
 
+def is_first() -> bool:
+    """Tell whether this process is the first of those that share a model."""
+    return bool(torch.distributed.get_rank() == 0)
+
+
 @contextmanager
 def one_writer(modules: Iterable[nn.Module]) -> Iterator[bool]:
     """Yield whether this process writes files: the first that shares a model does, and the others wait for it."""
@@ -91,7 +96,7 @@ def one_writer(modules: Iterable[nn.Module]) -> Iterator[bool]:
         yield True
         return
     try:
-        yield torch.distributed.get_rank() == 0
+        yield is_first()
     finally:
         torch.distributed.barrier()
 

@@ -6,6 +6,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ class Saving:
         ends: save the rows of the embedding and of the output layer too.
         as_pickle: write a pickle instead of safetensors.
         initial: the folder of a LoRA as it was before training, which the saved one is to be without.
+        is_gathered: ``state`` has the tensors of a model that is spread over processes whole. Then none waits for
+            another, for the first may be the only one that saves.
     """
 
     folder: Path
@@ -51,6 +54,7 @@ class Saving:
     ends: SaveEmbeddings = "auto"
     as_pickle: bool = False
     initial: str | Path | None = None
+    is_gathered: bool = False
 
 
 class SavingMethods(AdaptedModel):
@@ -81,7 +85,8 @@ class SavingMethods(AdaptedModel):
             save_embedding_layers: save the rows of the embedding and of the output layer too; ``"auto"`` does so if
                 the vocabulary differs from that of the base's files, or an adapter is on one of them.
             is_main_process: write nothing in other processes. Of a model that is spread over processes the first
-                writes, and all of them have to call this: they gather the tensors together.
+                writes, and all of them have to call this, to gather the tensors together, unless ``state_dict`` has
+                them whole.
             path_initial_model_for_weight_conversion: the folder of a LoRA as it was before training, where that was
                 taken off the base. The adapter is then saved for the base as it was, with twice the rank.
             state_dict: take the tensors from here (as named by ``state_dict()``) where it has them.
@@ -100,7 +105,8 @@ class SavingMethods(AdaptedModel):
         _check_keywords(kwargs)
         chosen = self.adapters.by_name if selected_adapters is None else selected_adapters
         initial, as_pickle = path_initial_model_for_weight_conversion, not safe_serialization
-        saving = Saving(Path(save_directory), state_dict or {}, save_embedding_layers, as_pickle, initial)
+        gathered = state_dict is not None and self.adapters.is_spread
+        saving = Saving(Path(save_directory), state_dict or {}, save_embedding_layers, as_pickle, initial, gathered)
         _save_adapters(self, saving, chosen, is_main_process)
 
     def get_adapter_state_dict(
@@ -179,11 +185,13 @@ def _save_adapters(
     is_main_process: bool,
 ) -> None:
     """Save adapters in the PEFT format; see :meth:`PeftModel.save_pretrained`."""
+    if saving.is_gathered and not (is_main_process and sharding.is_first()):
+        return
     adapters = model.adapters
     with adapters.active_selection.choosing:  # in another thread, none is renamed or deleted meanwhile
         drafts = {name: _draft(model, adapters.get(name), saving) for name in names}
         active, modules = adapters.active_selection.default.names, list(model.modules())
-    with sharding.one_writer(modules) as first:
+    with nullcontext(True) if saving.is_gathered else sharding.one_writer(modules) as first:
         if first and is_main_process:
             save_set.save(saving.folder, drafts, active)
             write_state(model, saving.folder, saving.state)
@@ -206,7 +214,13 @@ def value_of(model: AdaptedModel, adapter: Adapter, state: Mapping[str, Tensor])
     names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()} if state else {}
 
     def value(live: Tensor) -> Tensor:
-        tensor: Tensor = sharding.whole(state.get(names.get(id(live), ""), live).detach())
+        given = state.get(names.get(id(live), ""), live)
+        if state and given is live and sharding.is_sharded(live):
+            raise AdapterError(
+                f"state_dict has not all tensors of adapter {adapter.name!r}, and this process has parts of them only.",
+                hint="Pass the whole state_dict(), gathered, or none at all and save in every process.",
+            )
+        tensor: Tensor = sharding.whole(given.detach())
         if not tensor.numel() and live.ndim:
             raise AdapterError(
                 f"The tensors of adapter {adapter.name!r} are empty in this process; nothing was saved.",
