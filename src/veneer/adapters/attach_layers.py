@@ -37,6 +37,7 @@ from veneer.methods.base.abilities import (
 )
 from veneer.methods.base.method import MethodOnSites, NewLayer
 from veneer.methods.base.parts import parts_of
+from veneer.methods.shared.token_rows import check_not_whole
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ class AttachingLayers(Attaching):
             catalog.write_out_targets(config, layers)
         parts = [part for part in parts_of(self.method, config, catalog) if not part.optional]
         sites = [site for part in parts for site in part.sites]
+        check_not_whole(parts, roots)
         warn_of_idle_names(given, catalog, experts, sites)
         self.adapters.check_spread(sites, roots)
         self.adapters.check_places([site.name for site in sites], roots)

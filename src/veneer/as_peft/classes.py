@@ -75,7 +75,11 @@ def _lora_on(name: str, *kinds: str) -> Any:
 BaseTuner = Tuner
 AuxiliaryTrainingWrapper = _class("AuxiliaryTrainingWrapper", lambda module: isinstance(module, ModuleCopies))
 ModulesToSaveWrapper = ModuleCopies
-TrainableTokensWrapper = _class("TrainableTokensWrapper", lambda module: False, AuxiliaryTrainingWrapper)
+TrainableTokensWrapper = _class(
+    "TrainableTokensWrapper",
+    lambda module: isinstance(module, AdaptedLayer) and "token_adapter" in module._modules,
+    AuxiliaryTrainingWrapper,
+)
 
 # AdaLoRA's are LoRA's too, in peft.
 _ALSO = {"LORA": ("LORA", "ADALORA")}

@@ -204,6 +204,12 @@ class Catalog:
         sites: list[Site] = []
         for name, module in self.modules.items():
             parameters = [p for p in module._parameters if names_match(f"{name}.{p}", targets)]
+            if parameters and not name:
+                top = f"(parameter {parameters[0]!r})"
+                raise TargetError(
+                    f"Targeting an nn.Parameter on the top-level module is not supported {top}.",
+                    hint="Adapt a module that has this one as a child.",
+                )
             for place, parameter in enumerate(parameters):
                 key = name + ".base_layer" * (len(parameters) - 1 - place)
                 swapped = bool(getattr(module, "is_transposed", False))
@@ -244,7 +250,7 @@ class Catalog:
         missing = [key for key in tokens if not any(names_match(name, [key]) for name in names)]
         if missing:
             raise TargetError(
-                f"trainable_token_indices names {missing[0]!r}, and the model has no such module.",
+                f"Target modules {{{missing[0]!r}}} not found in the base model: trainable_token_indices names it.",
                 hint=f"Its embedding is {' or '.join(self.input_embeddings) or 'unknown'}.",
             )
         return [site for name in names for site in self.sites_at(name)]

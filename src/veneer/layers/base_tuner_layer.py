@@ -132,6 +132,17 @@ class BaseTunerLayer(SelectsForModel):
         configs = self.active_selection.adapters.by_name
         return {name: str(configs[name].config.peft_type) for name in self.bound if name in configs}
 
+    @property
+    def token_indices(self: Any) -> dict[str, list[int]]:
+        """The tokens whose rows each adapter trains here."""
+        from veneer.methods.shared.token_rows import TokenSettings
+
+        shares = [(name, share.settings) for name, shares in self.bound.items() for share in shares]
+        indices = {name: own.index.tolist() for name, own in shares if isinstance(own, TokenSettings)}
+        if not indices:  # the base layer may have something of that name
+            raise AttributeError(f"no adapter trains tokens of {self.site.name}")
+        return indices
+
     # -- LoRA's --------------------------------------------------------------------------------------------
 
     @property

@@ -28,7 +28,17 @@ class ParameterHolder(AnyNames):
     def __getattr__(self, name: str) -> Any:
         if name in _KEPT:
             return vars(self).setdefault(name, _KEPT[name]())
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if tensors := self._tensors_of_leaf(name):
+                return tensors
+            raise
+
+    def _tensors_of_leaf(self, leaf: str) -> dict[str, nn.Parameter]:
+        """Return adapter -> its tensor of that name: ``token_adapter.trainable_tokens_delta["default"]``."""
+        held = {name: leaves._parameters.get(leaf) for name, leaves in self._modules.items() if leaves is not None}
+        return {name: parameter for name, parameter in held.items() if parameter is not None}
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

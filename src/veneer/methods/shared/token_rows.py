@@ -7,7 +7,7 @@ config's indices. Whatever shares the input embedding's weight gets the same row
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -130,3 +130,14 @@ class LoraTokens(TokenRows[LoraConfig]):
 
 
 TOKENS = LoraTokens()
+
+
+def check_not_whole(parts: Iterable[MethodOnSites], saved: Collection[str]) -> None:
+    """Raise ``ConfigError`` where the rows of single tokens are to be trained in a module that is trained whole."""
+    sites = [site for part in parts if isinstance(part.method, TokenRows) for site in part.sites]
+    both = next((site.name for site in sites if site.name in saved), None)
+    if both is not None:
+        raise ConfigError(
+            f"The embedding layer is already marked to be trained fully: modules_to_save names {both}.",
+            hint="Name it there, or some of its tokens in trainable_token_indices.",
+        )

@@ -1,0 +1,63 @@
+"""Trained rows of single tokens: what may not meet, and what libraries read from the layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import veneer
+from tests.models import build, logits, tokens
+from tests.random_adapters import adapted, config
+from veneer.errors import ConfigError, TargetError
+
+
+def with_tokens(first: list[int], second: list[int]) -> Any:
+    model = adapted(trainable_token_indices=first)
+    model.add_adapter("b", config(trainable_token_indices=second), seed=2)
+    return model
+
+
+def test_tokens_of_a_module_that_is_trained_whole_are_refused() -> None:
+    with pytest.raises(ConfigError, match="The embedding layer is already marked to be trained fully"):
+        adapted(trainable_token_indices=[0, 2], modules_to_save=["embed_tokens"])
+    with pytest.raises(TargetError, match=r"Target modules \{'nothing'\} not found in the base model"):
+        adapted(trainable_token_indices={"nothing": [0]})
+
+
+def test_a_layer_tells_them_by_adapter() -> None:
+    model = with_tokens([2, 0], [3])
+    layer = model.get_submodule("base_model.model.model.embed_tokens")
+    rows = layer.token_adapter.trainable_tokens_delta
+    assert {name: tuple(tensor.shape) for name, tensor in rows.items()} == {"default": (2, 32), "b": (1, 32)}
+    assert layer.token_indices == {"default": [2, 0], "b": [3]}
+    before = logits(model, tokens())
+    rows["default"].data = torch.rand_like(rows["default"])
+    batch = {"input_ids": torch.tensor([[2, 0, 5]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    assert torch.equal(model.get_input_embeddings()(batch["input_ids"])[0, :2], rows["default"])
+    assert before.shape == logits(model, tokens()).shape
+    other = adapted()
+    assert not hasattr(other.get_submodule("base_model.model.model.layers.0.self_attn.q_proj"), "token_indices")
+
+
+def test_a_parameter_of_the_model_itself_is_refused() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.param = torch.nn.Parameter(torch.zeros(10, 10))
+
+    words = r"Targeting an nn.Parameter on the top-level module is not supported \(parameter 'param'\)"
+    with pytest.raises(TargetError, match=words):
+        veneer.get_peft_model(Model(), veneer.LoraConfig(target_parameters=["param"]))
+
+
+def test_a_parameter_tells_its_name_and_a_load_what_is_left(tmp_path: Path) -> None:
+    model = adapted(target_parameters=["k_proj.weight"])
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.k_proj")
+    assert layer.parameter_name == "weight"
+    model.save_pretrained(tmp_path)
+    again = veneer.PeftModel.from_pretrained(build("llama"), tmp_path)
+    result: Any = again.load_adapter(tmp_path, adapter_name="second")
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
