@@ -82,6 +82,9 @@ class Prompts(AnyNames):
     def __contains__(self, name: object) -> bool:
         return name in self.methods
 
+    def __getitem__(self, name: str) -> PromptEncoder:
+        return self.encoder(name)
+
     def check_rows(self, names: Iterable[str]) -> None:
         """Raise ``AdapterError`` when the prompts among ``names`` cannot share a batch."""
         kinds = {self.methods[name].fills_cache: name for name in names if name in self}

@@ -16,6 +16,7 @@ from veneer.configs.base import PeftConfig
 from veneer.configs.methods.lora import LoraConfig
 from veneer.files.tensor_keys import PREFIX
 from veneer.methods import method_of
+from veneer.methods.base.method import around_adapter
 
 LEAVES = ("lora_A", "lora_B")
 
@@ -35,7 +36,7 @@ def build_peft_weight_mapping(
     if peft_config is None:
         return conversions
     for leaf in method_of(peft_config).leaves:
-        head, _, tail = leaf.memory_name.partition(".")
+        head, tail = around_adapter(leaf.memory_name)
         name = ".".join(filter(None, (head, adapter_name, tail)))
         conversions.append(WeightRenaming(rf"\.{re.escape(leaf.name)}$", f".{name}"))
     if isinstance(peft_config, LoraConfig) and any(map(_stacks_experts, weight_conversions or ())):

@@ -77,7 +77,7 @@ class BaseTunerLayer(SelectsForModel):
     @property
     def adapter_layer_names(self: Any) -> tuple[str, ...]:
         """The names under which this layer holds the adapters' tensors: ``lora_A``, ``lora_B`` ..."""
-        return tuple(name for name in self._modules if name != "base_layer")
+        return tuple(name for name, _ in self._holders())
 
     def _all_available_adapter_names(self: Any) -> list[str]:
         """Return the names of the adapters on this layer."""

@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters
 from veneer.layers.parameter_holder import ParameterHolder
+from veneer.methods.base.method import around_adapter
 from veneer.patches.watched_parameters import watch
+
+# The module around those with the tensors of single tokens.
+_TOKENS = "token_adapter"
 
 
 class HeldTensors(LayerAdapters, nn.Module):
@@ -36,7 +40,7 @@ class HeldTensors(LayerAdapters, nn.Module):
     def _place(self, adapter: str, name: str, parameter: nn.Parameter) -> None:
         """Put a tensor among the layer's own, the adapter's name after its head."""
         # "lora_embedding_A" has no tail: the parameter itself is named by the adapter.
-        head, _, tail = name.partition(".")
+        head, tail = around_adapter(name)
         if not tail:
             self._holder(head)._parameters[adapter] = parameter
             return
@@ -59,12 +63,20 @@ class HeldTensors(LayerAdapters, nn.Module):
         shares = self.bound.pop(adapter)
         self.forget_cached()
         names = [leaf.memory_name for share in shares for leaf in share.leaves] + [*self.held.pop(adapter, ())]
-        for head in {name.partition(".")[0] for name in names} & self._modules.keys():
+        for head in {around_adapter(name)[0] for name in names}:
             holder = self._holder(head)
             holder._parameters.pop(adapter, None)
             holder._modules.pop(adapter, None)
-            if not holder._modules and not holder._parameters:
-                del self._modules[head]
+            self._drop_empty(head)
+
+    def _drop_empty(self, head: str) -> None:
+        """Remove the module that holds tensors under ``head``, and the one around it, when nothing is in them."""
+        outer, _, name = head.rpartition(".")
+        around = self._holder(outer) if outer else self
+        if not len(self._holder(head)):  # type: ignore[arg-type]
+            del around._modules[name]
+            if outer:
+                self._drop_empty(outer)
 
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name; its tensors stay the same objects."""
@@ -86,7 +98,7 @@ class HeldTensors(LayerAdapters, nn.Module):
 
     def placed(self, adapter: str, name: str) -> nn.Parameter:
         """Return a tensor by its adapter and its name: see :meth:`_place`."""
-        head, _, tail = name.partition(".")
+        head, tail = around_adapter(name)
         holder = self._holder(head)
         tensors = holder._modules[adapter]._parameters if tail else holder._parameters  # type: ignore[union-attr]
         return tensors[tail or adapter]  # type: ignore[return-value]
@@ -95,9 +107,14 @@ class HeldTensors(LayerAdapters, nn.Module):
         """Return the module that holds each adapter's tensors under ``head``; made if there was none."""
         # Not ModuleDict's own methods: those forbid names such as "keys" or "forward".
         holder = self._modules.get(head)
-        if holder is None:
-            holder = self._modules[head] = ParameterHolder(self.training)
-        return holder
+        if holder is not None:
+            return holder
+        around: nn.Module = self
+        for name in head.split("."):
+            if name not in around._modules:
+                around._modules[name] = ParameterHolder(self.training)
+            around = around._modules[name]  # type: ignore[assignment]
+        return around
 
     def own_tensors(self, adapter: str) -> dict[str, Tensor]:
         """Return every tensor of an adapter that lies at this layer, frozen and common ones included, by its place."""
@@ -118,7 +135,11 @@ class HeldTensors(LayerAdapters, nn.Module):
 
     def _holders(self) -> Iterator[tuple[str, nn.Module]]:
         """Return the modules that hold the adapters' tensors, by their names."""
-        return ((head, module) for head, module in self._modules.items() if head != "base_layer" and module is not None)
+        for head, module in self._modules.items():
+            if head == _TOKENS:
+                yield from ((f"{head}.{name}", inner) for name, inner in module._modules.items())  # type: ignore[misc, union-attr]
+            elif head != "base_layer" and module is not None:
+                yield head, module
 
     def watch(self) -> None:
         """Watch those tensors of the adapters that are not trained, which may be other objects than before."""

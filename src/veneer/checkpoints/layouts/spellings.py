@@ -17,6 +17,7 @@ from veneer.configs.methods.lora import LoraConfig
 from veneer.configs.names import HEADS
 from veneer.methods import method_of, prompt_of
 from veneer.methods.base.abilities import specialised
+from veneer.methods.base.method import around_adapter
 from veneer.methods.shared.token_rows import TOKENS
 
 _SAVED = ".modules_to_save."
@@ -60,7 +61,7 @@ def _parts(key: str, leaves: Mapping[str, str]) -> tuple[str, str] | None:
         name, _, leaf = rest.partition(".")
         return f"{module}.{leaf}", name
     for inner, leaf in leaves.items():
-        head, _, tail = inner.partition(".")
+        head, tail = around_adapter(inner)
         module, separator, rest = key.rpartition(f".{head}.")
         name, _, end = rest.partition(".")
         if separator and end == tail and name not in ("", "weight", "bias"):

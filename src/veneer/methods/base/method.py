@@ -32,7 +32,8 @@ class Leaf:
         loaded: whether it is read from a checkpoint; peft writes some that say nothing.
         moves_bias: whether it moves a layer's output as a bias does, even where the layer has none.
         integer: whether it holds whole numbers, such as the places of values.
-        memory_name: its name in memory, where the adapter's name follows its first part; by default its name.
+        memory_name: its name in memory, where the adapter's name follows its first part, or its last where it ends
+            with a dot; by default its name.
     """
 
     name: str
@@ -46,6 +47,14 @@ class Leaf:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory_name", self.memory_name or self.name)
+
+
+def around_adapter(memory_name: str) -> tuple[str, str]:
+    """Return the parts of a tensor's name in memory before and after the adapter's name."""
+    if memory_name.endswith("."):
+        return memory_name[:-1], ""
+    head, _, tail = memory_name.partition(".")
+    return head, tail
 
 
 class BaseLayer(Protocol):

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from veneer.base_model.catalog import Catalog
 
 
+_ROWS = "token_adapter.trainable_tokens_delta"
+
+
 @dataclass(frozen=True)
 class TokenSettings:
     """Holds the tokens: ``index`` as in the config, ``ascending`` sorted, ``order`` sorts it; each ``(n,)``.
@@ -116,7 +119,7 @@ class TokenRows(Method[ConfigT, TokenSettings], AdaptsTwins):
 class LoraTokens(TokenRows[LoraConfig]):
     """Trains the tokens of ``trainable_token_indices`` beside a LoRA."""
 
-    leaves = (Leaf("token_adapter.trainable_tokens_delta"),)
+    leaves = (Leaf(_ROWS, memory_name=f"{_ROWS}."),)
 
     def tokens(self, config: LoraConfig, site: Site) -> Sequence[int]:
         indices = config.trainable_token_indices or []
