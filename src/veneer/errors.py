@@ -106,7 +106,7 @@ class TargetError(VeneerError, ValueError):
     """A config's targets match no module, or none that can carry an adapter."""
 
 
-class BindError(VeneerError):
+class BindError(VeneerError, RuntimeError):
     """A checkpoint and a model do not fit together. ``problems`` holds a line for each reason."""
 
     def __init__(self, message: str, *, problems: Sequence[str] = (), hint: str | None = None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from veneer.as_peft.names import METHOD_STEMS, PROMPT_CLASSES
+from veneer.configs.base import config_class
 from veneer.configs.names import PeftType
 from veneer.errors import UnsupportedError
 from veneer.layers.adapted_layer import AdaptedLayer
@@ -19,6 +20,7 @@ from veneer.layers.base_tuner_layer import BaseTunerLayer
 from veneer.layers.module_copies import ModuleCopies
 from veneer.layers.parameter_holder import ParameterHolder
 from veneer.layers.parameter_layer import AdaptedParameter
+from veneer.methods import method_of
 from veneer.peft_model.peft_model import PeftModel, get_peft_model
 from veneer.peft_model.tuner import Tuner
 
@@ -27,6 +29,13 @@ class AnsweredByState(type):
     """The class of classes whose instances are objects of Veneer's that are in a certain state."""
 
     answers: Callable[[Any], bool]
+    methods: tuple[str, ...]
+
+    @property
+    def adapter_layer_names(cls) -> tuple[str, ...]:
+        """The names of the modules that hold an adapter's tensors at a layer."""
+        leaves = [leaf for name in cls.methods for leaf in method_of(config_class(name, cls.__name__)()).leaves]
+        return tuple(dict.fromkeys(leaf.memory_name.partition(".")[0] for leaf in leaves))
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return cls.answers(instance)
@@ -51,8 +60,11 @@ class TunerClass(AnsweredByState):
         return peft_model.base_model
 
 
-def _class(name: str, answers: Callable[[Any], bool], *bases: type, kind: type = AnsweredByState) -> Any:
-    return kind(name, bases, {"answers": staticmethod(answers), "__module__": __name__, "__doc__": f"peft's {name}."})
+def _class(
+    name: str, answers: Callable[[Any], bool], *bases: type, kind: type = AnsweredByState, **attributes: Any
+) -> Any:
+    own = {"answers": staticmethod(answers), "__module__": __name__, "__doc__": f"peft's {name}."}
+    return kind(name, bases, {**own, **attributes})
 
 
 def _carries(methods: tuple[str, ...]) -> Callable[[Any], bool]:
@@ -89,7 +101,7 @@ def _method_classes() -> dict[str, Any]:
     classes: dict[str, Any] = {}
     for package, stem in METHOD_STEMS.items():
         methods = _ALSO.get(package.upper(), (package.upper(),))
-        classes[f"{stem}Layer"] = _class(f"{stem}Layer", _carries(methods), BaseTunerLayer)
+        classes[f"{stem}Layer"] = _class(f"{stem}Layer", _carries(methods), BaseTunerLayer, methods=methods)
         classes[f"{stem}Model"] = _class(f"{stem}Model", _is_tuner(methods), Tuner, kind=TunerClass)
     for _, name in PROMPT_CLASSES.values():
         classes[name] = _class(name, lambda module: False)

@@ -233,7 +233,11 @@ _OTHERS: dict[str, dict[str, Home]] = {
         **_at(_FUNCTIONS, "CONFIG_NAME SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME"),
         **_at(_TARGETS, f"{_CONSTANTS} {_mapping_names()}"),
     },
-    "peft.utils.hotswap": _public(["hotswap_adapter", "prepare_model_for_compiled_hotswap"]),
+    "peft.tuners.lokr.layer": _at("veneer.methods.lokr", "factorization"),
+    "peft.utils.hotswap": {
+        **_public(["hotswap_adapter", "prepare_model_for_compiled_hotswap"]),
+        **_at("veneer.peft_model.hotswap", "check_hotswap_configs_compatible hotswap_adapter_from_state_dict"),
+    },
     "peft.utils.other": {
         **_WRAPPERS,
         **_public(["cast_mixed_precision_params", "prepare_model_for_kbit_training"]),

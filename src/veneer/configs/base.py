@@ -31,7 +31,7 @@ from veneer.files.json_file import read_json
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_CONFIG
 from veneer.files.resolve import resolve
-from veneer.keywords import PAST_SOURCE, SOURCE, TOKEN, Fields, strict, subset, takes
+from veneer.keywords import IGNORED, PAST_SOURCE, SOURCE, TOKEN, Fields, strict, subset, takes
 from veneer.printing import first_line, warn
 
 # Keys that describe a checkpoint and never change what it computes; peft up to 0.2 wrote merge_weights, which said when
@@ -156,14 +156,15 @@ class PeftConfig(Fields):
         return config
 
     @classmethod
-    @takes(*SOURCE, *PAST_SOURCE, renamed={**TOKEN, "pretrained_model_name_or_path": "path"})
+    @takes(*SOURCE, *PAST_SOURCE, *IGNORED, renamed={**TOKEN, "pretrained_model_name_or_path": "path"})
     def from_pretrained(cls, path: str | Path, *, revision: str | None = None, **source: Any) -> PeftConfig:
         """Read the config in an adapter folder or at a hub id.
 
         Args:
             path: the folder or id.
             revision: on the hub.
-            **source: ``subfolder``, ``token``, ``local_files_only``, ``cache_dir``, ``force_download``.
+            **source: ``subfolder``, ``token``, ``local_files_only``, ``cache_dir``, ``force_download``; and keywords of
+                peft without effect here.
         """
         folder = resolve(path, LookupOptions(revision=revision, **subset(source, SOURCE)), what="adapter")
         return cls.from_dict(folder.json(ADAPTER_CONFIG), where=f"{folder.origin}/{ADAPTER_CONFIG}")

@@ -25,7 +25,7 @@ class SelectsForModel:
     def active_adapters(self: Any) -> list[str]:
         """The active adapters, whether they are on this module or not, and whether they are disabled or not."""
         current = self.active_selection.current
-        return list((self.active_selection.default if current.disabled else current).names)
+        return list(self.active_selection.asked_of(self.active_selection.default if current.disabled else current))
 
     @property
     def active_adapter(self: Any) -> list[str]:
@@ -39,13 +39,18 @@ class SelectsForModel:
         return disabled
 
     def set_adapter(self: Any, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Choose the adapters of the model that this module belongs to; in ``inference_mode`` freeze them."""
+        """Choose the adapters of the model that this module belongs to; in ``inference_mode`` freeze them.
+
+        Names of adapters that are not on the model are kept: a pipeline asks all of its models for the same ones.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         adapters = self.active_selection.adapters
-        if names != list(self.active_selection.default.names):
-            adapters.select(names)
+        present = [name for name in names if name in adapters.by_name]
+        if present != list(self.active_selection.default.names):
+            adapters.select(present)
+        self.active_selection.note_asked(names)
         if inference_mode:
-            self.set_requires_grad(names, False)
+            self.set_requires_grad(present, False)
 
     def enable_adapters(self: Any, enabled: bool) -> None:
         """Run the model's adapters from now on, or the base alone."""
@@ -98,7 +103,7 @@ class BaseTunerLayer(SelectsForModel):
         new = tuple(name for name in self.here(tuple(wanted)) if name not in self.merged)
         if not new:
             if self.merged:
-                warn(f"All adapters are already merged into {self.site.name}: nothing to do.")
+                warn("All adapters are already merged: nothing to do.")
             return
         with self.active_selection.changing(lambda: None):
             names = (*self.merged, *new)
@@ -147,18 +152,18 @@ class BaseTunerLayer(SelectsForModel):
 
     @property
     def r(self: Any) -> dict[str, int]:
-        """The rank of each adapter's LoRA here."""
-        return {name: share.settings.r for name, share in _loras(self, "r")}
+        """The rank of each adapter's LoRA, AdaLoRA, LoHa or LoKr here."""
+        return {name: share.settings.r for name, share in _scaled(self, "r")}
 
     @property
     def scaling(self: Any) -> Scaling:
-        """The factor by which each adapter's LoRA is multiplied here; setting one changes it."""
-        return Scaling(self, {name: _factor(share.settings.scale) for name, share in _loras(self, "scaling")})
+        """The factor by which each adapter's low-rank change is multiplied here; setting one changes it."""
+        return Scaling(self, {name: _factor(share.settings.scale) for name, share in _scaled(self, "scaling")})
 
     @property
     def lora_alpha(self: Any) -> dict[str, float]:
         """The ``lora_alpha`` of each adapter's LoRA here."""
-        return {name: _first_scale(self, name, share)[1] for name, share in _loras(self, "lora_alpha")}
+        return {name: _alpha(self, name, share) for name, share in _loras(self, "lora_alpha")}
 
     @property
     def use_rslora(self: Any) -> dict[str, bool]:
@@ -177,13 +182,13 @@ class BaseTunerLayer(SelectsForModel):
         return nn.ModuleDict({name: nn.Dropout(p) if p > 0 else nn.Identity() for name, p in chances.items()})
 
     def set_scale(self: Any, adapter: str, scale: float) -> None:
-        """Multiply an adapter's LoRA by ``scale`` times what its config says; nothing happens where it is not here."""
-        for name, share in _loras(self, "set_scale"):
+        """Multiply an adapter's change by ``scale`` times what its config says, where the adapter is here."""
+        for name, share in _scaled(self, "set_scale"):
             if name == adapter:
-                _rescale(self, name, share, scale * _first_scale(self, name, share)[0])
+                _rescale(self, name, share, scale * _first_scale(self, name, share))
 
     def scale_layer(self: Any, scale: float) -> None:
-        """Multiply the active adapters' LoRA here by ``scale``."""
+        """Multiply the active adapters' changes here by ``scale``."""
         self._scale_active(lambda current, first: current * scale if scale != 1 else current)
 
     def unscale_layer(self: Any, scale: float | None = None) -> None:
@@ -192,21 +197,21 @@ class BaseTunerLayer(SelectsForModel):
 
     def _scale_active(self: Any, change: Any) -> None:
         active = self.active_adapters
-        for name, share in _loras(self, "scale_layer"):
+        for name, share in _scaled(self, "scale_layer"):
             if name in active:
                 current = float(share.settings.scale)
-                _rescale(self, name, share, change(current, _first_scale(self, name, share)[0]))
+                _rescale(self, name, share, change(current, _first_scale(self, name, share)))
 
 
 class Scaling(dict[str, float]):
-    """Adapter -> the factor of its LoRA at a layer; setting one changes the layer."""
+    """Adapter -> the factor of its change of a layer; setting one changes the layer."""
 
     def __init__(self, layer: Any, factors: dict[str, float]) -> None:
         super().__init__(factors)
         self._layer = layer
 
     def __setitem__(self, adapter: str, scale: Any) -> None:
-        for name, share in _loras(self._layer, "scaling"):
+        for name, share in _scaled(self._layer, "scaling"):
             if name == adapter:
                 _rescale(self._layer, name, share, float(scale))
                 super().__setitem__(adapter, float(scale))
@@ -220,11 +225,26 @@ def _loras(layer: Any, asked: str) -> Iterator[tuple[str, Any]]:
     """Return each adapter that has a LoRA at a layer, with its share there."""
     from veneer.methods.lora import LoraSettings
 
+    return _with_settings(layer, asked, (LoraSettings,))
+
+
+def _scaled(layer: Any, asked: str) -> Iterator[tuple[str, Any]]:
+    """Return each adapter whose change of a layer is multiplied by ``alpha / r``, with its share there."""
+    from veneer.methods.adalora import AdaLoraSettings
+    from veneer.methods.loha import LoHaSettings
+    from veneer.methods.lokr import LoKrSettings
+    from veneer.methods.lora import LoraSettings
+
+    return _with_settings(layer, asked, (LoraSettings, AdaLoraSettings, LoHaSettings, LoKrSettings))
+
+
+def _with_settings(layer: Any, asked: str, kinds: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
     shares = [(name, share) for name, shares in layer.bound.items() for share in shares]
-    loras = [(name, share) for name, share in shares if isinstance(share.settings, LoraSettings)]
-    if not loras:  # the base layer may have something of that name
-        raise AttributeError(f"no LoRA is on {layer.site.name}, so it has no {asked}")
-    return iter(loras)
+    chosen = [(name, share) for name, share in shares if isinstance(share.settings, kinds)]
+    if not chosen:  # the base layer may have something of that name
+        methods = ", ".join(kind.__name__.removesuffix("Settings") for kind in kinds)
+        raise AttributeError(f"no adapter on {layer.site.name} is a {methods}, so it has no {asked}")
+    return iter(chosen)
 
 
 def _factor(scale: Any) -> Any:
@@ -236,16 +256,20 @@ def _config(layer: Any, adapter: str) -> Any:
     return layer.active_selection.adapters.by_name[adapter].config
 
 
-def _first_scale(layer: Any, adapter: str, share: Any) -> tuple[float, float]:
-    """Return the scale that an adapter's config gives a layer, and its alpha there."""
-    scale = share.method.settings(_config(layer, adapter), layer.site).scale
+def _first_scale(layer: Any, adapter: str, share: Any) -> float:
+    """Return the scale that an adapter's config gives a layer."""
+    scale: float = share.method.settings(_config(layer, adapter), layer.site).scale
+    return scale
+
+
+def _alpha(layer: Any, adapter: str, share: Any) -> float:
     rank = share.settings.r
-    return scale, scale * (math.sqrt(rank) if _config(layer, adapter).use_rslora else rank)
+    return _first_scale(layer, adapter, share) * (math.sqrt(rank) if _config(layer, adapter).use_rslora else rank)
 
 
 def _rescale(layer: Any, adapter: str, share: Any, scale: float) -> None:
     if isinstance(share.settings.scale, Tensor):
         share.settings.scale.fill_(scale)
-        return
-    if scale != share.settings.scale:
+        layer.reset(adapter, share, share.settings)
+    elif scale != share.settings.scale:
         layer.reset(adapter, share, replace(share.settings, scale=scale))

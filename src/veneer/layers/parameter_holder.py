@@ -62,6 +62,11 @@ class ParameterHolder(AnyNames):
     def __getitem__(self, name: str) -> Any:
         return self._modules[name] if name in self._modules else self._parameters[name]
 
+    def __setitem__(self, name: str, value: Any) -> None:
+        (self._modules if isinstance(value, nn.Module) else self._parameters)[name] = value
+        watch(value.parameters() if isinstance(value, nn.Module) else [value])
+        note_edit()
+
     def __contains__(self, name: object) -> bool:
         return name in self._modules or name in self._parameters
 

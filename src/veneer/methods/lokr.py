@@ -57,7 +57,7 @@ class LoKr(Method[LoKrConfig, LoKrSettings]):
     def settings(self, config: LoKrConfig, site: Site) -> LoKrSettings:
         r = pattern_value(site.name, config.rank_pattern, config.r)
         alpha = pattern_value(site.name, config.alpha_pattern, config.alpha)
-        (a, b), (c, d) = (_split(size, config.decompose_factor) for size in (site.shape[0], site.channels))
+        (a, b), (c, d) = (factorization(size, config.decompose_factor) for size in (site.shape[0], site.channels))
         whole_first = not (config.decompose_both and r < max(a, c) / 2)
         drop = of_delta(config.module_dropout, config.rank_dropout, config.rank_dropout_scale)
         core = core_kernel(site, config.use_effective_conv2d)
@@ -97,7 +97,7 @@ class LoKr(Method[LoKrConfig, LoKrSettings]):
 METHOD = LoKr()
 
 
-def _split(size: int, factor: int) -> tuple[int, int]:
+def factorization(size: int, factor: int = -1) -> tuple[int, int]:
     """Return two numbers with the product ``size``: first ``factor`` where it divides that, else a smaller near it.
 
     With ``factor`` -1 they are as near to each other as they can be.

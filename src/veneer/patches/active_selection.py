@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import Token
 from typing import Any
@@ -44,6 +44,9 @@ class ActiveSelection:
         casts: inputs of layers, cast to the dtype of their adapters; layers share them.
     """
 
+    # The names that a layer was asked to select last, and the default selection that came of them.
+    _asked: tuple[Sequence[str], Selection]
+
     def __init__(self) -> None:
         self.__setstate__({"default": NOTHING, "enabled": True})
 
@@ -59,6 +62,15 @@ class ActiveSelection:
     def is_enabled(self) -> bool:
         """False while adapters are disabled in this context."""
         return not self.current.disabled
+
+    def asked_of(self, selection: Selection) -> Sequence[str]:
+        """Return the names that a selection was made of, those of adapters that are not on the model included."""
+        names, made = self._asked
+        return names if made is selection else selection.names
+
+    def note_asked(self, names: Sequence[str]) -> None:
+        """Note the names that the default selection was made of."""
+        self._asked = names, self.default
 
     def _in_context(self) -> Selection | None:
         """Return the selection of the call or block that this context is inside of, if it is."""
@@ -151,6 +163,7 @@ class ActiveSelection:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.default: Selection = state["default"]
         self.enabled: bool = state["enabled"]
+        self._asked = (), NOTHING
         # The set of adapters makes it known, also to a copy of this.
         self._adapters = None
         self.choosing = threading.RLock()

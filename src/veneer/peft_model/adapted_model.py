@@ -235,8 +235,14 @@ _INJECTED = "_veneer_injected"
 
 
 def injected_in(base: nn.Module) -> AdaptedModel | None:
-    """Return the PeftModel of the adapters that were injected into a base model; ``None`` if there are none."""
-    owner: AdaptedModel | None = getattr(base, "__dict__", {}).get(_INJECTED)
+    """Return the PeftModel of the adapters that were injected into a base model; ``None`` if there are none.
+
+    It is gone with the base's ``peft_config``: diffusers takes out the layers of all adapters by itself, and then that.
+    """
+    attributes = getattr(base, "__dict__", {})
+    if "peft_config" not in attributes:
+        attributes.pop(_INJECTED, None)
+    owner: AdaptedModel | None = attributes.get(_INJECTED)
     return owner
 
 

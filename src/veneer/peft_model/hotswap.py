@@ -8,6 +8,7 @@ to the largest rank, and its scale becomes a tensor too.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,20 +20,20 @@ from torch import Tensor, nn
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.attach import check_finite
 from veneer.checkpoints.binding_plan import Binding, Plan, bind_error, make_plan
-from veneer.checkpoints.checkpoint import Checkpoint
+from veneer.checkpoints.checkpoint import Checkpoint, in_memory_checkpoint
 from veneer.checkpoints.layouts.older_layouts import in_current_layout
 from veneer.checkpoints.open_checkpoint import open_checkpoint
-from veneer.configs.base import targeted
+from veneer.configs.base import PeftConfig, targeted
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import AdapterError, MergeError, UnsupportedError, UsageError
-from veneer.files.source import Source
+from veneer.files.tensor_keys import PREFIX
 from veneer.keywords import IGNORED, SOURCE, TOKEN, takes
 from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters
 from veneer.methods import method_of
 from veneer.methods.base.abilities import settings_by_tensors
 from veneer.methods.base.trained_bias import Bias, base_bias
 from veneer.methods.lora import RANK_DIMS, Lora, LoraSettings
-from veneer.peft_model.adapted_model import AdaptedModel, adapted_model
+from veneer.peft_model.adapted_model import AdaptedModel, adapted_model, injected_in
 from veneer.peft_model.attach_adapter import note_swapped
 from veneer.peft_model.open_adapter import find_adapter
 from veneer.printing import warn
@@ -181,13 +182,51 @@ def hotswap_adapter(
     adapted.adapters.get(adapter_name)
     source = find_adapter(model_name_or_path, source_options)
     with adapted.adapters.changing((adapter_name,)):
-        _hotswap(adapted, source, adapter_name, strict)
+        _hotswap(adapted, open_checkpoint(source, strict=strict), adapter_name)
 
 
-def _hotswap(model: AdaptedModel, source: Source, adapter_name: str, strict: bool) -> None:
+@torch.no_grad()
+@takes()
+def hotswap_adapter_from_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    adapter_name: str,
+    config: PeftConfig,
+    parameter_prefix: str = "lora_",
+) -> None:
+    """Put tensors in the place of those of ``adapter_name``, as :func:`hotswap_adapter` does with those of files.
+
+    Args:
+        model: the model, compiled or not.
+        state_dict: the tensors, by their names in the model's own state.
+        adapter_name: the adapter to replace.
+        config: the config of the new adapter.
+        parameter_prefix: the beginning of the names of the adapter's tensors at a layer.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter. BindError, AdapterError, MergeError: see :func:`hotswap_adapter`.
+    """
+    adapted = adapted_model(model)
+    named = re.compile(rf"(\.{re.escape(parameter_prefix)}\w+)\.{re.escape(adapter_name)}(?=\.|$)")
+    tensors = {PREFIX + named.sub(r"\1", key.removeprefix(PREFIX)): tensor for key, tensor in state_dict.items()}
+    checkpoint = in_memory_checkpoint(config, tensors, f"the state dict for {adapter_name!r}")
+    with adapted.adapters.changing((adapter_name,)):
+        _hotswap(adapted, checkpoint, adapter_name)
+
+
+def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
+    """Raise ``AdapterError`` where the adapter of one config cannot take the place of the other's."""
+    if config0.peft_type != config1.peft_type:
+        raise AdapterError(
+            f"Incompatible PEFT types found: {config0.peft_type} and {config1.peft_type}.",
+            hint="Swap in an adapter of the same method.",
+        )
+
+
+def _hotswap(model: AdaptedModel, checkpoint: Checkpoint, adapter_name: str) -> None:
     adapters = model.adapters
     entry = adapters.get(adapter_name)
-    checkpoint = in_current_layout(open_checkpoint(source, strict=strict), adapters.catalog)
+    checkpoint = in_current_layout(checkpoint, adapters.catalog)
     config = targeted(checkpoint.config)
     plan = make_plan(config, method_of(config), checkpoint.tensors, adapters.catalog)
     if plan.problems:
@@ -211,6 +250,9 @@ def _hotswap(model: AdaptedModel, source: Source, adapter_name: str, strict: boo
     entry.config, entry.origin, entry.notes = config, checkpoint.origin, [*checkpoint.notes, *plan.notes]
     entry.tensors_bound = len(plan.keys)
     note_swapped(model, entry, checkpoint)
+    base = model.get_base_model()
+    if injected_in(base) is model:
+        base.peft_config = model.peft_config
 
 
 def _check_swappable(model: AdaptedModel, entry: Adapter, checkpoint: Checkpoint, plan: Plan) -> None:

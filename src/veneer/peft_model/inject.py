@@ -34,6 +34,8 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Put a new adapter into a base model and return that model. The new adapter becomes the active one.
 
+    Its tensors have the dtype of their layer.
+
     Args:
         peft_config: the adapter's method and options. A copy is kept, as ``model.peft_config[adapter_name]``.
         model: the base model; its layers are wrapped in place.
@@ -53,16 +55,19 @@ def inject_adapter_in_model(
             hint="Use get_peft_model(model, config).",
         )
     base = model.get_base_model() if isinstance(model, AdaptedModel) else model
-    owner = model if isinstance(model, AdaptedModel) else injected_in(base) or _owner_of(base)
+    owner = model if isinstance(model, AdaptedModel) else injected_in(base) or PeftModel(base)
     if state_dict and isinstance(peft_config, TargetedConfig):
         names = modules_of(state_dict, owner.adapters.catalog.modules)
         peft_config = dataclasses.replace(peft_config, target_modules=names)
-    create_adapter(owner, adapter_name, peft_config, heads=False)
+    create_adapter(owner, adapter_name, peft_config, float32=False, heads=False)
     owner.adapters.select(adapter_name)
     if peft_config.inference_mode:
         owner.adapters.set_trainable(adapter_name, False)
         owner.adapters.get(adapter_name).config.inference_mode = True
     base.peft_config = owner.peft_config
+    if owner is not model:
+        keep_injected(base, owner)
+        _make_calls(base)
     return model
 
 
@@ -78,13 +83,11 @@ def modules_of(tensors: Iterable[str], modules: Mapping[str, nn.Module]) -> list
     return list(found)
 
 
-def _owner_of(base: nn.Module) -> AdaptedModel:
-    """Make the PeftModel of a base that gets its first adapter, and let each call of the base be a call of its."""
-    owner = PeftModel(base)
-    keep_injected(base, owner)
-    base.register_forward_pre_hook(_begin)
-    base.register_forward_hook(_end, always_call=True)
-    return owner
+def _make_calls(base: nn.Module) -> None:
+    """Let each call of a base model be a call of the PeftModel of its adapters."""
+    if _begin not in base._forward_pre_hooks.values():
+        base.register_forward_pre_hook(_begin)
+        base.register_forward_hook(_end, always_call=True)
 
 
 class _InjectedCall(Call):
