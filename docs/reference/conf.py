@@ -20,7 +20,7 @@ html_title = f"Veneer {version}"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
-include_patterns = ["*.md", "benchmarks/RESULTS.md", "docs/**"]
+include_patterns = ["*.md", "benchmarks/RESULTS.md", "benchmarks/peer_suite/README.md", "docs/**"]
 exclude_patterns = [".venv*", "build", "demo"]
 myst_heading_anchors = 4
 
@@ -63,6 +63,7 @@ reference/index
 ../CONTRIBUTING
 ../CHANGELOG
 ../benchmarks/RESULTS
+../benchmarks/peer_suite/README
 example-report/report
 ```
 """
@@ -81,6 +82,7 @@ def _prepare_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any
     text = re.sub(
         r"^Args, beside those of (.*):$", r"Beside the arguments of \1:\n\nArgs:", "\n".join(lines), flags=re.M
     )
+    text = re.sub(r"^( +)(\w+Error: .*?\.) (?=\w+Error: )", r"\1\2\n\1", text, flags=re.M)  # an error a line
     if what == "property":
         text = f"\\\n{text}"  # an escaped line break: before a colon in its first line napoleon expects a type
     lines[:] = text.split("\n")
