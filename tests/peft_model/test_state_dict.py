@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import veneer
-from tests.models import build, inputs, logits
+from tests.models import build, gap, inputs, logits
 from tests.random_adapters import adapted, saved, saved_base
 from veneer.errors import (
     AdapterError,
@@ -171,3 +174,33 @@ def test_mistakes_leave_the_adapter_as_it_was(tmp_path: Path) -> None:
     veneer.prepare_model_for_compiled_hotswap(model, target_rank=8)
     with pytest.raises(UnsupportedError, match="hotswap_adapter"):
         veneer.set_peft_model_state_dict(model, state)
+
+
+@pytest.fixture
+def processes() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("processes")
+@pytest.mark.filterwarnings("ignore")  # torch's, that one process is few, and that there is a newer way
+@pytest.mark.parametrize(
+    "config",
+    [
+        veneer.LoraConfig(target_modules=["q_proj"], use_dora=True, init_lora_weights=False),
+        veneer.LoHaConfig(target_modules=["q_proj"], init_weights=False),
+        veneer.BOFTConfig(target_modules=["q_proj"], boft_block_size=2, init_weights=False),
+    ],
+    ids=lambda config: str(config.peft_type),
+)
+def test_of_a_model_in_fsdp(config: Any) -> None:
+    model = veneer.get_peft_model(build("qwen2"), config, seed=1).eval()  # its layers have biases
+    expected = logits(model, inputs("llama"))
+    sharded: Any = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    assert gap(logits(sharded, inputs("llama")), expected) < 1e-6
+    state = veneer.get_peft_model_state_dict(sharded)
+    again = veneer.get_peft_model(build("qwen2"), config, seed=2).eval()
+    assert gap(logits(again, inputs("llama")), expected) > 0.02
+    veneer.set_peft_model_state_dict(again, state)
+    assert gap(logits(again, inputs("llama")), expected) < 1e-6

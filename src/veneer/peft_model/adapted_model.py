@@ -256,15 +256,24 @@ def drop_injected(base: nn.Module) -> None:
     vars(base).pop(_INJECTED, None)
 
 
+# The classes of torch that hold a whole model: compiled, copied to devices, or spread over processes.
+_WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
+
+
 def adapted_model(model: Any) -> AdaptedModel:
-    """Return the PeftModel of a model with adapters, compiled or not; raise ``NoAdaptersError`` for any other model."""
-    model = getattr(model, "_orig_mod", model)
+    """Return the PeftModel of a model with adapters, compiled or not, and of a wrapper such as DDP around it.
+
+    Raises:
+        NoAdaptersError: it is another model.
+    """
+    while not isinstance(model, AdaptedModel) and type(model).__name__ in _WRAPPERS:
+        model = getattr(model, "_orig_mod", None) or model.module
     if isinstance(model, nn.Module):
         model = injected_in(model) or model
     if not isinstance(model, AdaptedModel):
         raise NoAdaptersError(
             f"No adapter layers found in the model: {type(model).__name__} is no model with adapters.",
-            hint="Give what veneer.load(...) or get_peft_model(...) returned; of a wrapper such as DDP its .module.",
+            hint="Give what veneer.load(...) or get_peft_model(...) returned.",
         )
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from veneer.peft_model.save_adapters import value_of
 from veneer.peft_model.trainer_state import adapter_state
 from veneer.printing import warn
 
-# The beginning of the names in the state of a compiled model.
-_COMPILED = "_orig_mod."
+# What wrappers add to the names of a model's state.
+_WRAPPED = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module)\.")
 
 
 @takes()
@@ -45,7 +46,8 @@ def get_peft_model_state_dict(
     injected into, the keys do not begin with ``base_model.model.``, as in peft.
 
     Args:
-        model: the model with adapters, compiled or not.
+        model: the model with adapters, compiled, in FSDP or plain. In FSDP1 it gathers the tensors, so that all
+            processes have to call this.
         state_dict: take the tensors from here, as named by ``model.state_dict()``.
         adapter_name: the adapter.
         unwrap_compiled: accepted for peft's sake; a compiled model is always unwrapped.
@@ -54,9 +56,11 @@ def get_peft_model_state_dict(
     Raises:
         UnknownAdapterError: there is no such adapter. AdapterError: ``state_dict`` has none of its tensors.
     """
+    if state_dict is None and type(model).__name__ == "FullyShardedDataParallel":
+        state_dict = model.state_dict()
     prefix = _prefix_of(model)
     model = adapted_model(model)
-    state = {prefix + name.removeprefix(_COMPILED): tensor for name, tensor in (state_dict or {}).items()}
+    state = {prefix + _WRAPPED.sub("", name): tensor for name, tensor in (state_dict or {}).items()}
     if state_dict is not None and adapter_state(model).keys().isdisjoint(state):
         raise AdapterError(
             "state_dict holds no tensor of the model's adapters.",

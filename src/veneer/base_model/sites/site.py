@@ -78,8 +78,9 @@ class Site(ABC):
     def stored(self) -> nn.Parameter:
         """The weight as the layer holds it."""
         weight = _find(self.module, self.parameter)
-        assert isinstance(weight, nn.Parameter)
-        return weight
+        # FSDP1 puts a plain tensor in a parameter's place while the model is called.
+        assert isinstance(weight, Tensor)
+        return weight  # type: ignore[return-value]
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -90,7 +91,7 @@ class Site(ABC):
     def bias(self) -> nn.Parameter | None:
         """The bias, shape ``(out,)``, if the layer has one."""
         bias = getattr(self.module, "bias", None)
-        return bias if isinstance(bias, nn.Parameter) else None
+        return bias if isinstance(bias, Tensor) else None  # type: ignore[return-value]
 
     @property
     def device(self) -> torch.device:
