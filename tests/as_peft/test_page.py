@@ -33,15 +33,20 @@ def test_the_table_has_every_name_of_peft_once() -> None:
 
 
 def test_the_versions_are_those_of_the_figures() -> None:
-    [(head, cells)] = re.findall(
-        r"^\| (transformers .+) \|$\n^\|[-|]+$\n^\| (.+) \|$", section("Clients"), re.MULTILINE
-    )
-    told = dict(zip(head.split(" | "), cells.split(" | "), strict=True))
+    told = dict(re.findall(r"^\| ([\w-]+) \| ([\d.]+) \|", section("Clients"), re.MULTILINE))
+    told |= dict(re.findall(r"(torch|peft) ([\d.]+\d)", section("Clients")))
     recorded = json.loads((ROOT / "tests" / "clients" / "recorded.json").read_text())["versions"]
     names = {"TRL": "trl", "lm-eval": "lm_eval"}
     assert {names.get(name, name): version for name, version in told.items()} == {
         name: version.partition("+")[0] for name, version in recorded.items() if name != "datasets"
     }
+
+
+def test_the_tests_of_clients_are_there() -> None:
+    files = {path.name for path in (ROOT / "tests" / "clients").glob("test_*.py")}
+    named = set(re.findall(r"`(test_\w+\.py)`", section("Clients")))
+    assert named
+    assert named <= files
 
 
 def test_the_table_has_every_module() -> None:
