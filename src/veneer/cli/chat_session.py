@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,6 +81,7 @@ class ChatSession:
             raise UsageError("There is nothing to compare.", hint="Name two adapters, or base and one: /compare A B")
         if not self.messages:
             self.compared = chosen
+            print(f"The next question goes to {one_line(', '.join(chosen))}.", file=sys.stderr)
             return
         self._side_by_side(self.messages[:-1], chosen)
 
