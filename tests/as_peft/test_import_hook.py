@@ -23,6 +23,23 @@ def test_it_has_the_metadata_of_peft() -> None:
     assert lines == [f"{peft.__version__} {peft.__version__} True veneer.peft_model.peft_model", "True", "True"]
 
 
+def test_transformers_looks_again() -> None:
+    done = run(
+        """
+        import importlib.util
+        from transformers.utils import is_peft_available
+        find = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *more: None if name == "peft" else find(name, *more)
+        print(is_peft_available())
+        importlib.util.find_spec = find
+        import veneer.as_peft
+        print(is_peft_available())
+        """,
+        "-c",
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["False", "True"])
+
+
 def test_importing_it_imports_no_torch() -> None:
     assert printed("import sys, peft\nprint('torch' in sys.modules)") == ["False"]
 

@@ -323,14 +323,25 @@ def test_two_processes(base: Path, data: Path, tmp_path: Path) -> None:
     assert refused.returncode != 0
 
 
-def test_peft_that_is_imported_already(base: Path, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "peft.py").write_text("")
-    code = (
-        f"import peft, veneer; veneer.train({str(data)!r}, {str(base)!r}, out={str(tmp_path / 'out')!r}, max_steps=1)"
-    )
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+@pytest.mark.parametrize(
+    ("before", "words"),
+    [
+        ("import peft", "UnsupportedError: peft itself is imported already"),
+        ("from trl import SFTTrainer", "UnsupportedError: TRL's trainer was imported before"),
+        ("import trl, transformers.utils; assert not transformers.utils.is_peft_available()", ""),
+    ],
+)
+def test_what_was_imported_before(base: Path, data: Path, tmp_path: Path, before: str, words: str) -> None:
+    (tmp_path / "with").mkdir()
+    (tmp_path / "with" / "peft.py").write_text("")
+    arguments = f"{str(data)!r}, {str(base)!r}, out={str(tmp_path / 'out')!r}, max_steps=1"
+    code = f"{before}; import veneer; veneer.train({arguments})"
+    path = [*([str(tmp_path / "with")] if before == "import peft" else []), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": ":".join(path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
-    assert "peft itself is imported already" in done.stderr
+    assert done.returncode == bool(words), done.stderr
+    assert words in done.stderr
+    assert "FutureWarning" not in done.stderr
 
 
 def test_the_page(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,7 @@ def install() -> None:
             hint="Import veneer.as_peft before what imports peft, or run `python -m veneer.as_peft script.py`.",
         )
     sys.meta_path.insert(0, _FINDER)
-    importlib.invalidate_caches()
+    _forget_searches()
 
 
 def undo() -> None:
@@ -120,7 +120,17 @@ def undo() -> None:
     for name, module in list(sys.modules.items()):
         if isinstance(module, StandIn):
             del sys.modules[name]
+    _forget_searches()
+
+
+def _forget_searches() -> None:
+    """Drop what Python, and transformers where it is imported, remember of an earlier search for peft."""
     importlib.invalidate_caches()
+    checks = sys.modules.get("transformers.utils.import_utils")
+    for name in ("is_peft_available", "is_peft_greater_or_equal"):
+        forget = getattr(getattr(checks, name, None), "cache_clear", None)
+        if forget is not None:
+            forget()
 
 
 def _absent(name: str) -> str:

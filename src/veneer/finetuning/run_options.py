@@ -57,7 +57,7 @@ class RunOptions:
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "max_length": self.max_length,
             "gradient_checkpointing": self.gradient_checkpointing,
-            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            "gradient_checkpointing_kwargs": {"use_reentrant": False} if self.gradient_checkpointing else None,
             "seed": self.seed,
             "save_strategy": strategy,
             "save_steps": every,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 from veneer.base_model.transformers_errors import transformers_errors_as
 from veneer.configs.base import PeftConfig
-from veneer.errors import BaseModelError, ConfigError, UsageError
+from veneer.errors import BaseModelError, ConfigError, UnsupportedError, UsageError
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_CONFIG
 from veneer.files.resolve import resolve
@@ -58,6 +60,7 @@ class TrlRun:
         on_step: Callable[[str], None],
         **loading: Any,
     ) -> None:
+        _check_trainer()
         self.folder, self.on_step = folder, on_step
         self.model = _causal_model(base, loading)
         tokenizer = _tokenizer(self.model, data, loading["trust_remote_code"])
@@ -138,6 +141,15 @@ class TrlRun:
     def _has_made_steps(self, checkpoint: Path | None) -> bool:
         before = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
         return bool(self.trainer.state.global_step > before)
+
+
+def _check_trainer() -> None:
+    """Raise ``UnsupportedError`` where TRL's trainer was imported before ``import peft`` meant Veneer."""
+    if getattr(sys.modules[SFTTrainer.__module__], "PeftModel", None) is not PeftModel:
+        raise UnsupportedError(
+            "TRL's trainer was imported before Veneer took the place of peft, and knows no adapters of Veneer's.",
+            hint="Import veneer.as_peft before trl.",
+        )
 
 
 def base_name(base: str | Path, local_files_only: bool) -> str:
@@ -224,7 +236,9 @@ def _mixed_precision(model: PeftModel) -> dict[str, bool]:
 
 @contextmanager
 def _by_trl() -> Iterator[None]:
-    with transformers_errors_as(ConfigError, "TRL refuses to train", _REFUSED):
+    with transformers_errors_as(ConfigError, "TRL refuses to train", _REFUSED), warnings.catch_warnings():
+        # TRL passes on an option by a name that transformers 5.23 would have otherwise.
+        warnings.simplefilter("ignore", FutureWarning)
         yield
 
 
