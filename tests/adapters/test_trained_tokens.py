@@ -27,6 +27,17 @@ def test_tokens_of_a_module_that_is_trained_whole_are_refused() -> None:
         adapted(trainable_token_indices={"nothing": [0]})
 
 
+def test_an_embedding_that_nobody_names_is_asked_for() -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 4))
+    with pytest.raises(TargetError, match="Target modules embed_tokens not found in the base model"):
+        veneer.get_peft_model(model, veneer.TrainableTokensConfig(token_indices=[1]))
+
+
+def test_untied_layers_that_are_to_stay_alike_are_told() -> None:
+    with pytest.warns(UserWarning, match="ensure_weight_tying=True but the model does not have tied weights"):
+        adapted(trainable_token_indices=[0, 2], ensure_weight_tying=True)
+
+
 def test_a_layer_tells_them_by_adapter() -> None:
     model = with_tokens([2, 0], [3])
     layer = model.get_submodule("base_model.model.model.embed_tokens")

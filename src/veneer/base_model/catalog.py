@@ -250,7 +250,7 @@ class Catalog:
         missing = [key for key in tokens if not any(names_match(name, [key]) for name in names)]
         if missing:
             raise TargetError(
-                f"Target modules {{{missing[0]!r}}} not found in the base model: trainable_token_indices names it.",
+                f"Target modules {{{missing[0]!r}}} not found in the base model. trainable_token_indices names it.",
                 hint=f"Its embedding is {' or '.join(self.input_embeddings) or 'unknown'}.",
             )
         return [site for name in names for site in self.sites_at(name)]

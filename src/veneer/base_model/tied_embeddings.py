@@ -60,7 +60,9 @@ def _layers(config: TargetedConfig, catalog: Catalog) -> list[str]:
 def _warn(config: TargetedConfig, keeps: bool | None, group: list[str], trained: list[str]) -> None:
     """Warn of layers that share a weight and will part, and of a wish to keep them tied that has no object."""
     tokens = getattr(config, "trainable_token_indices", None)
-    if keeps and not group:
+    if keeps and not group and tokens:
+        warn("ensure_weight_tying=True but the model does not have tied weights.")
+    elif keeps and not group:
         warn("`ensure_weight_tying` is set to True, but no tied modules were found in the model.")
     elif keeps and not trained and not tokens:
         warn(

@@ -84,6 +84,11 @@ class BaseTunerLayer(SelectsForModel):
         """The names under which this layer holds the adapters' tensors: ``lora_A``, ``lora_B`` ..."""
         return tuple(name for name, _ in self._holders())
 
+    @property
+    def other_param_names(self: Any) -> tuple[str, ...]:
+        """Empty: whatever else an adapter has at this layer is part of the tensors' names or of its settings."""
+        return ()
+
     def _all_available_adapter_names(self: Any) -> list[str]:
         """Return the names of the adapters on this layer."""
         return sorted(self.bound)

@@ -17,6 +17,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import shortest
 from veneer.configs.methods.trainable_tokens import TrainableTokensConfig
+from veneer.errors import TargetError
 from veneer.methods.base.abilities import ChoosesLayers, CompletesConfig
 from veneer.methods.base.method import Leaf, MethodOnSites, NewLayer
 from veneer.methods.base.replaced_weight import SAVED_WEIGHT
@@ -36,7 +37,12 @@ class TrainableTokens(TokenRows[TrainableTokensConfig], ChoosesLayers, Completes
     saves_twins = True
 
     def complete(self, config: TrainableTokensConfig, catalog: Catalog) -> None:
-        if config.target_modules is None and catalog.input_embeddings:
+        if config.target_modules is None and not catalog.input_embeddings:
+            raise TargetError(
+                "Target modules embed_tokens not found in the base model. It names no module that embeds its input.",
+                hint="Name that module in target_modules.",
+            )
+        if config.target_modules is None:
             config.target_modules = shortest(catalog.input_embeddings, catalog.modules)
 
     def parts(self, config: TrainableTokensConfig, catalog: Catalog) -> list[MethodOnSites]:

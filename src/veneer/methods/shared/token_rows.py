@@ -89,8 +89,8 @@ class TokenRows(Method[ConfigT, TokenSettings], AdaptsTwins):
         apart = next((twin.name for twin in twins if self.tokens(config, twin) != tokens), None)
         if apart is not None and getattr(config, "ensure_weight_tying", False):
             raise ConfigError(
-                f"ensure_weight_tying=True: {site.name} and {apart} share a weight, and other tokens are to be trained "
-                "in each.",
+                "Cannot ensure weight tying when different token indices are specified: "
+                f"{site.name} and {apart} share a weight, and other tokens are to be trained in each.",
                 hint="Name the same tokens, or train with ensure_weight_tying=False.",
             )
         return apart is None
