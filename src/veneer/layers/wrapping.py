@@ -45,9 +45,9 @@ def check_untouched(model: nn.Module) -> None:
         if type(module).__module__.startswith("peft.tuners"):
             raise BaseModelError(
                 f"The base model carries an adapter of peft's already (first at {name}).",
-                hint="Take it off with peft's unload() or transformers' delete_adapter(...), or load the base again. "
-                "veneer.load(path) loads an adapter with its base; `import veneer.as_peft` first lets transformers "
-                "use Veneer in the place of peft.",
+                hint="Take it off with peft's unload(), or load the base again; transformers' delete_adapter(...) "
+                "leaves peft's layers. veneer.load(path) loads an adapter with its base; `import veneer.as_peft` first "
+                "lets transformers use Veneer in the place of peft.",
             )
 
 
