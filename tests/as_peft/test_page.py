@@ -59,7 +59,7 @@ def test_the_table_has_every_module() -> None:
     listed = set(re.findall(r"`(peft[\w.]+)`", section("Modules")))
     found = run(code, "-c").stdout.split()
     assert found
-    assert not [name for name in found if name not in listed]
+    assert not [name for name in found if name not in listed and "._" not in name]
 
 
 def test_the_import_means_veneer(world: Path, tmp_path: Path) -> None:
