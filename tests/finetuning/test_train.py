@@ -260,6 +260,14 @@ def test_messages_without_a_template(base: Path, written: Written, tmp_path: Pat
         veneer.train(written([messages(1)]), plain, out=tmp_path / "out")
 
 
+def test_a_tokenizer_that_knows_no_end(base: Path, data: Path, tmp_path: Path) -> None:
+    odd = shutil.copytree(base, tmp_path / "odd")
+    config = json.loads((odd / "tokenizer_config.json").read_text())
+    (odd / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None}))
+    with pytest.raises(veneer.ConfigError, match="has no eos_token"):
+        veneer.train(data, odd, out=tmp_path / "out")
+
+
 def test_a_template_that_fails(base: Path, written: Written, tmp_path: Path) -> None:
     odd = shutil.copytree(base, tmp_path / "odd")
     (odd / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")

@@ -183,9 +183,14 @@ def _tokenizer(model: PeftModel, data: TrainingData, trust_remote_code: bool) ->
     """Load the base's tokenizer.
 
     Raises:
-        ConfigError: the examples need a chat template, and it has none.
+        ConfigError: it has no end-of-sequence token, or no chat template where the examples need one.
     """
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token is None:
+        raise ConfigError(
+            f"The tokenizer of {model.name_or_path} has no eos_token, and a model would not learn to end.",
+            hint="Name one in its tokenizer_config.json.",
+        )
     if data.needs_template and not tokenizer.chat_template:
         raise ConfigError(
             f"The examples hold messages, and the tokenizer of {model.name_or_path} has no chat template.",
