@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -204,3 +205,24 @@ def test_of_a_model_in_fsdp(config: Any) -> None:
     assert gap(logits(again, inputs("llama")), expected) > 0.02
     veneer.set_peft_model_state_dict(again, state)
     assert gap(logits(again, inputs("llama")), expected) < 1e-6
+
+
+def test_new_adapter_without_values_gets_those_that_are_set() -> None:
+    lora = veneer.LoraConfig(target_modules=["0"], init_lora_weights=False)
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    model = veneer.get_peft_model(copy.deepcopy(base), lora, low_cpu_mem_usage=True)
+    assert {p.device.type for name, p in model.named_parameters() if "lora_" in name} == {"meta"}
+    state = veneer.get_peft_model_state_dict(veneer.get_peft_model(copy.deepcopy(base), lora))
+    veneer.set_peft_model_state_dict(model, state, low_cpu_mem_usage=True)
+    x = torch.randn(2, 4)
+    expected = base(x) + x @ (state["base_model.model.0.lora_B.weight"] @ state["base_model.model.0.lora_A.weight"]).T
+    assert torch.allclose(model(x), expected, atol=1e-5)
+    assert all(p.requires_grad for name, p in model.named_parameters() if "lora_" in name)
+
+
+def test_an_adapter_that_is_injected_again_is_made_anew() -> None:
+    lora = veneer.LoraConfig(target_modules=["0"], init_lora_weights=False)
+    base = veneer.inject_adapter_in_model(lora, torch.nn.Sequential(torch.nn.Linear(4, 4)))
+    before = veneer.get_peft_model_state_dict(base)["0.lora_A.weight"].clone()
+    veneer.inject_adapter_in_model(lora, base)
+    assert not torch.equal(veneer.get_peft_model_state_dict(base)["0.lora_A.weight"], before)

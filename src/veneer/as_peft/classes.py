@@ -97,12 +97,17 @@ TrainableTokensWrapper = _class(
 _ALSO = {"LORA": ("LORA", "ADALORA")}
 
 
+# The methods whose tuners peft says share tensors between layers.
+_SHARING = frozenset({"frod", "pvera", "tinylora", "unilora", "vblora", "vera"})
+
+
 def _method_classes() -> dict[str, Any]:
     classes: dict[str, Any] = {}
     for package, stem in METHOD_STEMS.items():
         methods = _ALSO.get(package.upper(), (package.upper(),))
         classes[f"{stem}Layer"] = _class(f"{stem}Layer", _carries(methods), BaseTunerLayer, methods=methods)
         classes[f"{stem}Model"] = _class(f"{stem}Model", _is_tuner(methods), Tuner, kind=TunerClass)
+        classes[f"{stem}Model"].uses_shared_state = package in _SHARING
     for _, name in PROMPT_CLASSES.values():
         classes[name] = _class(name, lambda module: False)
     return classes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -115,6 +115,18 @@ class HeldTensors(LayerAdapters, nn.Module):
                 around._modules[name] = ParameterHolder(self.training)
             around = around._modules[name]  # type: ignore[assignment]
         return around
+
+    def exchange(self, adapter: str, other: Callable[[Tensor], Tensor]) -> None:
+        """Put other tensors in the places of an adapter's own."""
+        for _, holder in self._holders():
+            leaves = holder._modules.get(adapter)
+            for tensors, names in ((holder._parameters, [adapter]), (getattr(leaves, "_parameters", {}), None)):
+                for name in names or list(tensors):
+                    old = tensors.get(name)
+                    if old is not None:
+                        tensors[name] = nn.Parameter(other(old), requires_grad=old.requires_grad)
+        self.watch()
+        self.forget_cached()
 
     def own_tensors(self, adapter: str) -> dict[str, Tensor]:
         """Return every tensor of an adapter that lies at this layer, frozen and common ones included, by its place."""

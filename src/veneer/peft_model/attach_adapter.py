@@ -12,6 +12,7 @@ import torch
 
 from veneer.adapters import attach, replacing
 from veneer.adapters.adapter import Adapter
+from veneer.adapters.without_values import drop_values
 from veneer.checkpoints.checkpoint import Checkpoint, in_memory_checkpoint
 from veneer.checkpoints.layouts.key_mapping import with_keys
 from veneer.checkpoints.layouts.older_layouts import in_current_layout
@@ -124,8 +125,11 @@ def create_adapter(
     float32: bool = True,
     seed: int | None = None,
     heads: bool = True,
+    values: bool = True,
 ) -> None:
     """Put a new, trainable adapter on a model, and train the head that its task has too if ``heads``.
+
+    Without ``values`` its tensors have no memory until they are set.
 
     See :meth:`PeftModel.add_adapter`.
     """
@@ -140,6 +144,8 @@ def create_adapter(
     config.inference_mode = False
     # Selected again, the active adapters alone get gradients.
     model.adapters.select(model.adapters.active_selection.default.names or name)
+    if not values:
+        drop_values(model.adapters, model.adapters.get(name))
     model.load_log.sync()
 
 

@@ -40,7 +40,7 @@ def inject_adapter_in_model(
         peft_config: the adapter's method and options. A copy is kept, as ``model.peft_config[adapter_name]``.
         model: the base model; its layers are wrapped in place.
         adapter_name: the adapter's name.
-        low_cpu_mem_usage: accepted for peft's sake; a new adapter's tensors are always made.
+        low_cpu_mem_usage: as for :meth:`PeftModel.add_adapter`.
         state_dict: adapt the layers that these tensors are for, whatever the config targets. The values are not used:
             :func:`veneer.set_peft_model_state_dict` sets them.
 
@@ -59,7 +59,9 @@ def inject_adapter_in_model(
     if state_dict and isinstance(peft_config, TargetedConfig):
         names = modules_of(state_dict, owner.adapters.catalog.modules)
         peft_config = dataclasses.replace(peft_config, target_modules=names)
-    create_adapter(owner, adapter_name, peft_config, float32=False, heads=False)
+    if adapter_name in owner.adapters.by_name:
+        owner.adapters.delete(adapter_name)
+    create_adapter(owner, adapter_name, peft_config, float32=False, heads=False, values=not low_cpu_mem_usage)
     owner.adapters.select(adapter_name)
     if peft_config.inference_mode:
         owner.adapters.set_trainable(adapter_name, False)

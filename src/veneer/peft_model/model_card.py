@@ -73,7 +73,9 @@ def _new(model: Any) -> ModelCard:
 
 
 def _base_of(model: Any) -> str | None:
-    """Return the base's hub id; ``None`` for a path on this machine, which means nothing elsewhere."""
+    """Return the base's hub id; ``None`` for a path on this machine, and for a base without a config."""
+    if getattr(model.get_base_model(), "config", None) is None:
+        return None
     names = [config.base_model_name_or_path for config in model.peft_config.values()]
     known = [name for name in names if name and looks_like_hub_id(name) and not Path(name).exists()]
     return known[0] if known else None

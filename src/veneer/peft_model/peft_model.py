@@ -276,14 +276,16 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
         Args:
             adapter_name: its name.
             peft_config: its method and options. A copy is kept, and completed with what this model says.
-            low_cpu_mem_usage: accepted for peft's sake; a new adapter's tensors are always made.
+            low_cpu_mem_usage: leave its tensors without memory until ``set_peft_model_state_dict`` gives their values;
+                an adapter whose layers share tensors has them all the same.
             autocast_adapter_dtype: give it float32 weights on a half-precision base; else the base's dtype.
             seed: of the random start; torch's own generator when ``None``.
 
         Raises:
             TargetError: the targets match nothing usable.
         """
-        create_adapter(self, adapter_name, peft_config, float32=autocast_adapter_dtype, seed=seed)
+        values, float32 = not low_cpu_mem_usage, autocast_adapter_dtype
+        create_adapter(self, adapter_name, peft_config, float32=float32, seed=seed, values=values)
 
     def add_weighted_adapter(
         self,
@@ -522,9 +524,9 @@ def get_peft_model(
         peft_config: the adapter's method and options.
         adapter_name: its name.
         mixed: accepted for peft's sake; adapters of other methods may join on any model.
-        autocast_adapter_dtype: as for :meth:`PeftModel.add_adapter`, like ``low_cpu_mem_usage``.
+        autocast_adapter_dtype: as for :meth:`PeftModel.add_adapter`.
         revision: of the base on the hub, to be noted in the adapter's config.
-        low_cpu_mem_usage: accepted for peft's sake.
+        low_cpu_mem_usage: as for :meth:`PeftModel.add_adapter`.
         seed: of the random start; torch's own generator when ``None``.
 
     Raises:
@@ -533,7 +535,7 @@ def get_peft_model(
     peft_model = wrap(_plain_base(model), peft_config.task_type)
     if revision is not None:
         peft_config = dataclasses.replace(peft_config, revision=revision)
-    peft_model.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype, seed=seed)
+    peft_model.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, seed=seed)
     set_mode(peft_model, trained=True)
     return peft_model
 

@@ -15,6 +15,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from veneer.adapters import attach, replacing
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.saved_embeddings import SaveEmbeddings, embeddings_to_save
+from veneer.adapters.without_values import make_room
 from veneer.checkpoints.checkpoint import in_memory_checkpoint
 from veneer.checkpoints.layouts.key_mapping import with_keys
 from veneer.checkpoints.layouts.older_layouts import in_current_layout
@@ -94,7 +95,7 @@ def set_peft_model_state_dict(
         peft_model_state_dict: as :func:`get_peft_model_state_dict` or :func:`load_peft_weights` returns it.
         adapter_name: the adapter.
         ignore_mismatched_sizes: leave out tensors of other shapes, with a warning.
-        low_cpu_mem_usage: accepted for peft's sake.
+        low_cpu_mem_usage: accepted for peft's sake; tensors without memory get it.
 
     Returns:
         ``missing_keys``, the adapter's tensors that got no value, by their names in ``model.state_dict()``; and
@@ -108,6 +109,7 @@ def set_peft_model_state_dict(
     model = adapted_model(model)
     adapters = model.adapters
     adapter = adapters.get(adapter_name)
+    make_room(adapters, adapter)
     given = {key if key.startswith(prefix) else prefix + key: t for key, t in peft_model_state_dict.items()}
     _check_can_be_set(model, adapter)
     origin = f"the state dict for {adapter_name!r}"
