@@ -31,6 +31,7 @@ WITHOUT_TORCH = [
     *([command, ".", "--dtype", "int8", "--out", "out"] for command in ("merge", "bench")),
     ["extract", "--tuned", ".", "--base", ".", "--out", "out", "--dtype", "auto"],
     ["generate", ".", "--prompt", "w5", "--dtype", "fp18"],
+    *(["chat", "-h"], ["train", "-h"], ["chat", ".", "--stop", ""], ["train", "data.jsonl", "--out", "out"]),
 ]
 SHORT = ("--max-new-tokens", "5")
 
