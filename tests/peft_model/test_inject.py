@@ -135,3 +135,14 @@ def test_tensors_take_the_place_of_an_adapters(prepared: bool) -> None:
 def test_only_an_adapter_of_the_same_method_can_take_the_place() -> None:
     with pytest.raises(AdapterError, match="Incompatible PEFT types found: LORA and LOHA"):
         check_hotswap_configs_compatible(config(), config(kind="LoHaConfig"))
+
+
+def test_a_module_that_was_replaced_is_adapted_as_it_is_now() -> None:
+    model = injected()
+    modules = model._veneer_injected.adapters.catalog.modules
+    injected("b", model=model)
+    assert model._veneer_injected.adapters.catalog.modules is modules
+    head = model.lm_head = nn.Linear(model.config.hidden_size, 5)
+    injected("c", model=model, target_modules=["lm_head"])
+    assert model.lm_head.get_base_layer() is head
+    assert logits(model, X).shape[-1] == 5

@@ -35,12 +35,15 @@ class Catalog:
     Args:
         model: the model.
         reader: reads the parameters of its layers, for each site.
+        modules: name -> module, where adapted layers stand in the model.
     """
 
-    def __init__(self, model: nn.Module, reader: ParameterReader = LIVE) -> None:
+    def __init__(
+        self, model: nn.Module, reader: ParameterReader = LIVE, modules: dict[str, nn.Module] | None = None
+    ) -> None:
         self.model = model
         self.reader = reader
-        self.modules: dict[str, nn.Module] = dict(model.named_modules())
+        self.modules = dict(model.named_modules()) if modules is None else modules
         # Results of before: the adapters of one model mostly have one config.
         self._targets: dict[tuple[Any, ...], list[str]] = {}
         self._sites: dict[tuple[Any, ...], list[Site]] = {}

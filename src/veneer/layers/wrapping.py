@@ -104,6 +104,12 @@ class LayerPlacement:
             self._replication = Replication(self.model, ranges)
         self.catalog = Catalog(self.model)
 
+    def note_new_modules(self) -> None:
+        """Take in the modules that others have put into the base model since the first adapter came."""
+        modules = dict(_base_modules(self.model, "", set()))
+        if modules != self.catalog.modules:
+            self.catalog = Catalog(self.model, modules=modules)
+
     def settle_blocks(self) -> None:
         """Give repeated blocks weights of their own for good, because different ones were merged into them."""
         if self._replication is not None:
@@ -221,3 +227,18 @@ class LayerPlacement:
                         "both.",
                         hint="Load them on two copies of the base, or delete the first.",
                     )
+
+
+def _base_modules(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Return the base's own modules by name, as ``named_modules`` does for a model without adapted layers."""
+    if isinstance(module, AdaptedLayer):
+        module = module.get_base_layer()
+    elif isinstance(module, ModuleCopies):
+        module = module.original_module
+    if module in seen:
+        return
+    seen.add(module)
+    yield name, module
+    for child, below in module._modules.items():
+        if below is not None:
+            yield from _base_modules(below, f"{name}.{child}" if name else child, seen)

@@ -56,6 +56,7 @@ def inject_adapter_in_model(
         )
     base = model.get_base_model() if isinstance(model, AdaptedModel) else model
     owner = model if isinstance(model, AdaptedModel) else injected_in(base) or PeftModel(base)
+    owner.adapters.note_new_modules()
     if state_dict and isinstance(peft_config, TargetedConfig):
         names = modules_of(state_dict, owner.adapters.catalog.modules)
         peft_config = dataclasses.replace(peft_config, target_modules=names)
