@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -11,7 +12,15 @@ from torch import nn
 from veneer.base_model.catalog import Catalog
 from veneer.base_model.sites import is_router
 from veneer.base_model.sites.site import Site
-from veneer.base_model.targets import ALL_LINEAR, in_blocks, is_inside, names_match, pattern_value, saved_modules
+from veneer.base_model.targets import (
+    ALL_LINEAR,
+    in_blocks,
+    is_inside,
+    names_match,
+    pattern_value,
+    saved_modules,
+    shortest,
+)
 from veneer.configs.base import TargetedConfig
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import TargetError, VeneerError
@@ -147,13 +156,15 @@ def _rank_and_scale(config: TargetedConfig, layer: str) -> tuple[int, float]:
 
 def _name(config: LoraConfig, shares: list[Share], catalog: Catalog) -> None:
     """Put the parameters into a config, with their ranks and alphas first among the patterns."""
-    endings = [_shortest(share, shares, catalog) for share in shares]
+    endings = _endings(shares, catalog)
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for ending, share in zip(endings, shares, strict=True):
+        # As peft writes them.
+        key = re.escape(share.name) if ending == share.name else rf".*\.{re.escape(ending)}"
         alpha = share.scale * (math.sqrt(share.rank) if config.use_rslora else share.rank)
-        ranks |= {ending: share.rank} if share.rank != config.r else {}
-        alphas |= {ending: alpha} if not math.isclose(alpha, config.lora_alpha) else {}
+        ranks |= {key: share.rank} if share.rank != config.r else {}
+        alphas |= {key: alpha} if not math.isclose(alpha, config.lora_alpha) else {}
     config.rank_pattern = {**ranks, **config.rank_pattern}
     config.alpha_pattern = {**alphas, **config.alpha_pattern}
     config.target_parameters = list(dict.fromkeys([*(config.target_parameters or ()), *endings]))
@@ -161,16 +172,28 @@ def _name(config: LoraConfig, shares: list[Share], catalog: Catalog) -> None:
     if isinstance(targets, (set, list)):
         stood_for = [layer for share in shares for layer in share.layers]
         config.target_modules = {name for name in targets if not _is_spent(name, stood_for, catalog)}
-    elif targets is not None and targets != ALL_LINEAR and not any(names_match(n, targets) for n in catalog.modules):
-        config.target_modules = set()
+    elif targets is not None and targets != ALL_LINEAR:
+        parameters = [share.name.rpartition(".")[0] for share in shares]
+        layers = [name for name in catalog.modules if names_match(name, targets) and not is_inside(name, parameters)]
+        config.target_modules = set(shortest(layers, catalog.modules))
 
 
-def _shortest(share: Share, shares: Iterable[Share], catalog: Catalog) -> str:
-    """Return an ending that matches only parameters of that rank and scale; the whole name where none does."""
-    ending = ".".join(share.name.split(".")[-3:])
-    alike = {other.name for other in shares if (other.rank, other.scale) == (share.rank, share.scale)}
-    matched = {f"{site.name}.{site.parameter}" for site in catalog.parameter_sites([ending])}
-    return ending if matched <= alike else share.name
+def _endings(shares: list[Share], catalog: Catalog) -> list[str]:
+    """Return for each share an ending that matches only parameters of its rank and scale, or its whole name."""
+    names = [f"{name}.{leaf}" for name, module in catalog.modules.items() for leaf in module._parameters]
+    matched: dict[str, set[str]] = {}
+
+    def ending_of(share: Share) -> str:
+        alike = {other.name for other in shares if (other.rank, other.scale) == (share.rank, share.scale)}
+        for parts in (1, 2, 3):
+            ending = ".".join(share.name.split(".")[-parts:])
+            if ending not in matched:
+                matched[ending] = {name for name in names if names_match(name, [ending])}
+            if matched[ending] <= alike:
+                return ending
+        return share.name
+
+    return [ending_of(share) for share in shares]
 
 
 def _is_spent(name: str, layers: Iterable[str], catalog: Catalog) -> bool:
