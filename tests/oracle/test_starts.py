@@ -307,3 +307,26 @@ def test_a_start_from_data_without_data_says_so(how: str) -> None:
     config = veneer.LoraConfig(init_lora_weights=how, **CASES["llama"].options, **LINEAR)
     with pytest.raises(veneer.ConfigError, match="needs data"):
         veneer.get_peft_model(build("llama"), config)
+
+
+def test_mica_of_an_embedding_is_as_in_peft(tmp_path: Path) -> None:
+    options = {"r": 4, "lora_alpha": 6, "target_modules": ["embed_tokens", "q_proj"], "init_lora_weights": "mica"}
+    model = veneer.get_peft_model(build("llama"), veneer.LoraConfig(**options), seed=1)  # type: ignore[arg-type]
+    peer = peft.get_peft_model(build("llama"), peft.LoraConfig(**options))
+    own, other = model.get_adapter_state_dict(save_embedding_layers=False), peft.get_peft_model_state_dict(peer)
+    for key in (key for key in other if "lora" in key and "_A" not in key):
+        assert gap(own[key] @ own[key].T, other[key] @ other[key].T) < 1e-4
+    trained = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
+    assert {name.rpartition(".default")[0].rpartition(".")[2] for name in trained} == {"lora_embedding_A", "lora_A"}
+    expected = logits(scramble(model), inputs("llama"))
+    assert gap(expected, logits(build("llama"), inputs("llama"))) > VISIBLE
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = peft.PeftModel.from_pretrained(build("llama"), tmp_path).eval()
+    assert gap(logits(again, inputs("llama")), expected) < CLOSE
+
+
+def test_a_new_bias_on_a_layer_without_one_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="`lora_bias=True` was passed but the targeted layer of type Linear has no"):
+        veneer.get_peft_model(build("llama"), veneer.LoraConfig(target_modules=["q_proj"], lora_bias=True))

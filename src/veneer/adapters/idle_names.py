@@ -29,7 +29,8 @@ def warn_of_idle_names(config: TargetedConfig, catalog: Catalog, experts: Iterab
         more = " It is a parameter: see target_parameters." if name in parameters else ""
         warn(_text("target_modules", name, "module of the model", [] if more else names) + more)
     for name in _idle(config.exclude_modules, names):
-        warn(_text("exclude_modules", name, "module of the model", names))
+        text = _text("exclude_modules", name, "module of the model", names)
+        warn(f"{text} You have passed exclude_modules={config.exclude_modules!r} but no modules were excluded by that.")
     _warn_of_idle_parameters(config, catalog)
     _warn_of_idle_patterns(config, names, [*experts, *(site.pattern_name for site in sites)])
     _warn_of_idle_blocks(config, sites)

@@ -28,6 +28,10 @@ from veneer.base_model.transformers_internals import renames_of
 from veneer.configs.base import AnyConfig, TargetedConfig
 from veneer.errors import TargetError
 
+_NO_TARGETS = (
+    "No `target_modules` passed but also no `target_parameters` found. Please check the values for these arguments"
+)
+
 
 class Catalog:
     """The modules of a base model that carries no adapter: see :func:`veneer.layers.wrapping.check_untouched`.
@@ -225,7 +229,7 @@ class Catalog:
     def check_parameters(self, targets: Collection[str]) -> None:
         """Raise ``TargetError`` where ``target_parameters`` matches no parameter."""
         if not self.parameter_sites(targets):
-            raise self._no_parameter(targets, "matches no parameter")
+            raise self._no_parameter(targets, f"matches no parameter. {_NO_TARGETS}")
 
     def _no_parameter(self, targets: Collection[str], what: str) -> TargetError:
         experts = [n for n, p in self.model.named_parameters() if p.ndim == 3][:3]

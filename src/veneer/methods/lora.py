@@ -58,6 +58,7 @@ from veneer.patches.multipliers import Diagonal
 from veneer.patches.patch import GATED, Patch
 from veneer.patches.token_gate import TokenGate
 from veneer.patches.weight_arithmetic import BLOCK, changed_rows, row_blocks
+from veneer.printing import warn
 
 if TYPE_CHECKING:
     from veneer.base_model.catalog import Catalog
@@ -217,6 +218,12 @@ class Lora(
             tensors[down].normal_(std=1 / new.settings.r, generator=new.generator)
         else:
             torch.nn.init.kaiming_uniform_(tensors[down], a=math.sqrt(5), generator=new.generator)
+        if new.settings.bias and new.base.base_bias is None:
+            kind = type(new.site.module).__name__
+            warn(
+                f"`lora_bias=True` was passed but the targeted layer of type {kind} has no bias: {new.site.name} gets "
+                "one by a merge, which models of its class may not be able to load."
+            )
         if new.settings.variant is not None:
             tensors.update(new.settings.variant.init(new.base, new.generator))
         if start is False:
@@ -236,7 +243,7 @@ class Lora(
                 f'{site.name}: init_lora_weights="loftq" needs the weight as it was before the base was quantised.',
                 hint="Begin with True, then call replace_lora_weights_loftq(model).",
             )
-        if not site.matrix_input:
+        if not site.matrix_input and not (how == "mica" and site.looks_up):
             raise unsupported(site, f"init_lora_weights={how!r}")
         options = getattr(new.config, f"{how}_config", None)
         weight, settings = new.base.base_weight().float(), new.settings
@@ -244,7 +251,8 @@ class Lora(
             site.name, weight, settings.r, float(settings.scale), how, options, site.module, new.generator
         )
         down, up = (tensor.cpu() for tensor in begin(layer))
-        return {A: down, B: up, START_A: down.clone(), START_B: up.clone()} if is_moved(how) else {A: down, B: up}
+        factors = dict(zip(site.low_rank_names, (down, up), strict=True))
+        return {**factors, START_A: down.clone(), START_B: up.clone()} if is_moved(how) else factors
 
     def recomputed(
         self, config: LoraConfig, settings: LoraSettings, base: Callable[[], BaseLayer]
@@ -323,7 +331,7 @@ class Lora(
 class Mica(Lora):
     """Adapts layers by a LoRA whose ``B`` stays as it began (:mod:`veneer.methods.lora_starts.mica`)."""
 
-    leaves = tuple(replace(leaf, trained=leaf.trained and leaf.name != B) for leaf in Lora.leaves)
+    leaves = tuple(replace(leaf, trained=leaf.trained and leaf.name not in (B, EMBEDDING_B)) for leaf in Lora.leaves)
 
 
 METHOD = Lora()
