@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 import veneer
@@ -17,6 +19,7 @@ from tests.benching import examples
 from tests.benching.conftest import tokenizer
 from tests.cli.test_bad_input import refused
 from tests.models import build
+from veneer.benching.compare import compare
 from veneer.benching.evaluation_samples import read_samples
 from veneer.benching.measure.fresh_process import Request
 from veneer.benching.measure.perplexity import PredictedTokens, perplexity_of, tokenized
@@ -212,3 +215,19 @@ def test_texts_that_are_predicted_worse_are_told() -> None:
     for text in (markdown(report), html(report)):
         assert "+50" in text
     assert "Perplexity" not in markdown(examples.report())
+
+
+def test_two_runs_are_compared_on_the_same_text() -> None:
+    def run_of(json_: float, texts: str = "notes.txt", tokens: int = 9) -> veneer.BenchReport:
+        found = (Perplexity("", 20.0, None, tokens, 8), Perplexity("json", json_, json_, tokens, 8))
+        return examples.report(examples.setup(texts=texts), perplexity=found)
+
+    def changes(old: veneer.BenchReport, new: veneer.BenchReport) -> list[tuple[str, str]]:
+        return [(c.variant, c.verdict) for c in compare(old, new).changes if c.quantity == "perplexity"]
+
+    assert changes(run_of(9.0), run_of(9.5)) == [("base", "same"), ("json", "worse")]
+    assert changes(run_of(9.0), run_of(8.0)) == [("base", "same"), ("json", "better")]
+    assert changes(run_of(9.0), run_of(9.5, "others.txt")) == changes(run_of(9.0), run_of(9.5, tokens=10)) == []
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(compare(run_of(9.0), run_of(9.5)))
+    assert "perplexity" in console.export_text()

@@ -35,11 +35,11 @@ class FigureChange:
     """One figure in two runs.
 
     Attributes:
-        quantity: as in :class:`Figure`; larger is worse for all of them.
-        variant: the model measured.
+        quantity: as in :class:`Figure`, or "perplexity"; larger is worse for all of them.
+        variant: the model measured; for perplexity "base" or an adapter's name.
         batch: rows, or 0.
         length: tokens of a row, or 0.
-        unit: "s" or "B".
+        unit: "s" or "B"; empty for perplexity.
         old: the median before.
         new: the median now.
         verdict: "worse", "better", "same" within noise, or "as the base": the base alone changed as much.
@@ -92,7 +92,7 @@ def compare(old: BenchData, new: BenchData) -> Comparison:
     Raises:
         UsageError: the runs have no figure in common.
     """
-    changes = tuple(_changes(old, new))
+    changes = (*_changes(old, new), *_changes_of_perplexity(old, new))
     if not changes:
         raise UsageError("The two runs have no figure in common.", hint="Compare runs with the same inputs.")
     return Comparison(old.made, new.made, changes, tuple(_cautions(old, new)))
@@ -105,6 +105,17 @@ def _changes(old: BenchData, new: BenchData) -> Iterator[FigureChange]:
             continue
         change = (*figure.key, figure.unit, before.spread.median, figure.spread.median)
         yield FigureChange(*change, verdict=_verdict(old, before, new, figure))
+
+
+def _changes_of_perplexity(old: BenchData, new: BenchData) -> Iterator[FigureChange]:
+    """Compare base and adapters on the same tokens, read in the same way."""
+    known = {(found.adapter, found.tokens, found.window): found.unmerged for found in old.perplexity}
+    for found in new.perplexity:
+        before = known.get((found.adapter, found.tokens, found.window))
+        if before is not None and old.setup.texts == new.setup.texts:
+            ratio = found.unmerged / before
+            verdict = "worse" if ratio > 1 + LEAST else "better" if ratio < 1 - LEAST else "same"
+            yield FigureChange("perplexity", found.adapter or "base", 0, 0, "", before, found.unmerged, verdict)
 
 
 def _verdict(old: BenchData, before: Figure, new: BenchData, now: Figure) -> str:
@@ -169,7 +180,7 @@ def _summary(comparison: Comparison) -> str:
 
 
 def _row(change: FigureChange) -> tuple[str, ...]:
-    text = formats.seconds if change.unit == "s" else formats.nbytes
+    text = {"s": formats.seconds, "B": formats.nbytes}.get(change.unit, formats.number)
     size = formats.count(change.batch, "row") + (f" of {change.length}" if change.length else "")
     return (
         change.quantity,
