@@ -210,8 +210,13 @@ class Adapters(LayerPlacement):
         if by_token:
             names = [name for name, tokens in map(_segment, names) for _ in range(tokens)]
         rows = tuple(map(str, names))
-        for name in set(rows) - {BASE}:
-            self.get(name)
+        absent = sorted(set(rows) - {BASE} - self.by_name.keys())
+        if absent:
+            raise UnknownAdapterError(
+                f"There is no adapter {absent[0]!r} on this model. "
+                f"Trying to infer with non-existing adapter(s): {', '.join(absent)}.",
+                hint=did_you_mean(absent[0], self.by_name) + f"Present: {self._present()}.",
+            )
         self.prompts.check_rows(rows)
         return Selection(rows=rows, by_token=by_token)
 

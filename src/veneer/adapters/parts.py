@@ -225,7 +225,8 @@ class WholeModules:
             yield from ((root, leaf, tensor) for leaf, tensor in tensors.items())
 
     def claims(self) -> list[Claim]:
-        return [Claim(f"both bring {root} whole") for root in self.copies]
+        remedy = "Only one adapter can be set at a time for ModulesToSaveWrapper: select one of them."
+        return [Claim(f"both bring {root} whole", remedy) for root in self.copies]
 
     def check_mergeable(self, adapter: AdapterRecord) -> None:
         """Nothing: a copy takes the place of its module."""

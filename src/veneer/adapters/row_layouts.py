@@ -219,7 +219,8 @@ def _check_count(selection: Selection, rows: int | None, call: CallTensors) -> N
         given = what = "tokens"
     if rows not in (None, names):
         raise AdapterError(
-            f"adapter_names has {names} {given}, and the batch {rows} {what}.",
+            f"adapter_names has {names} {given}, and the batch {rows} {what}. "
+            f"Length of `adapter_names` should be the same as the number of inputs, but got {names} and {rows}.",
             hint=f'Name the adapter of each of the {what}; "{BASE}" is the base model.',
         )
 

@@ -65,9 +65,11 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     Raises:
         AdapterError: the model has no LoRA.
     """
+    if not isinstance(multiplier, (int, float)):
+        raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and hasattr(m, "scaling")]
     if not layers:
-        raise AdapterError("scaling is only supported for models with LoraLayers", hint="Give a model with a LoRA.")
+        raise AdapterError("scaling is only supported for models with `LoraLayer`s.", hint="Give a model with a LoRA.")
     before = [dict(layer.scaling) for layer in layers]
     try:
         for layer, factors in zip(layers, before, strict=True):

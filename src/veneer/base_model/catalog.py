@@ -87,7 +87,10 @@ class Catalog:
     @property
     def model_type(self) -> str | None:
         """The family in the model's config."""
-        model_type = getattr(getattr(self.model, "config", None), "model_type", None)
+        config = getattr(self.model, "config", None)
+        model_type = getattr(config, "model_type", None)
+        if config is not None and not isinstance(model_type, str) and hasattr(config, "to_dict"):
+            model_type = config.to_dict().get("model_type")
         return model_type if isinstance(model_type, str) else None
 
     def describe(self) -> str:

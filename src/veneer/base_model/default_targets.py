@@ -135,7 +135,9 @@ def own_targets(peft_type: str, model_type: str | None) -> Names | None:
 
 def default_targets(peft_type: str, model_type: str | None) -> Names | None:
     """Return the usual choice of a method for a model type."""
-    return own_targets(peft_type, model_type) or _as_option(DEFAULTS.get(model_type or ""))
+    usual = own_targets(peft_type, model_type) or _as_option(DEFAULTS.get(model_type or ""))
+    # OSF trains whole layers: those that it is not told are all that it can.
+    return "all-linear" if usual is None and peft_type == PeftType.OSF else usual
 
 
 def model_types(peft_type: str) -> list[str]:

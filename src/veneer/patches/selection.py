@@ -119,7 +119,9 @@ class Selection:
         if owner is None:
             given, what = ("tokens", "tokens") if self.by_token else ("names", "rows")
             raise AdapterError(
-                f"adapter_names has {len(rows)} {given}, and the batch {length} {what}.",
+                f"adapter_names has {len(rows)} {given}, and the batch {length} {what}. "
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(rows)} and {length}.",
                 hint=f'Name the adapter of each of the {what}; "{BASE}" is the base model.',
             )
         indices: dict[str, list[int]] = {}
