@@ -156,6 +156,9 @@ from veneer.errors import (
     NotACheckpointError as NotACheckpointError,
 )
 from veneer.errors import (
+    NotConvertibleError as NotConvertibleError,
+)
+from veneer.errors import (
     OutputError as OutputError,
 )
 from veneer.errors import (
@@ -166,6 +169,9 @@ from veneer.errors import (
 )
 from veneer.errors import (
     SourceError as SourceError,
+)
+from veneer.errors import (
+    StateMismatchError as StateMismatchError,
 )
 from veneer.errors import (
     TargetError as TargetError,

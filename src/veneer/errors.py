@@ -12,9 +12,11 @@
     │   ├── UnknownMethodError      a peft_type that no method here answers to
     │   ├── UnknownKeyError         a key unknown here that may change the maths
     │   ├── UnsupportedError        known, and not available: a method's option, a kind of layer
+    │   │   └── NotConvertibleError     an adapter that no LoRA can stand for (also MergeError, TypeError)
     │   └── UsageError              an argument of a command, or of a call, is not valid
     ├── TargetError                 a config's targets match nothing, or nothing usable (also ValueError)
     ├── BindError                   checkpoint and model do not fit; holds every problem
+    │   └── StateMismatchError      a state dict does not fit the base model (also RuntimeError)
     ├── BaseModelError              the base: missing, not named, of the wrong kind, already adapted
     │   ├── BaseMismatchError       it is not the base that the adapter was trained on
     │   └── NoAdaptersError         it has no adapters, where some are needed (also ValueError)
@@ -114,6 +116,10 @@ class BindError(VeneerError, RuntimeError):
         super().__init__(message, hint=hint)
 
 
+class StateMismatchError(BindError, RuntimeError):
+    """A state dict does not fit the base model; a ``RuntimeError`` too, as torch's own."""
+
+
 class BaseModelError(VeneerError):
     """The base model is missing, not named, of the wrong kind, or already carries adapters."""
 
@@ -144,6 +150,10 @@ class NonFiniteError(AdapterError):
 
 class MergeError(VeneerError, ValueError):
     """A merge cannot be made."""
+
+
+class NotConvertibleError(UnsupportedError, MergeError, TypeError):
+    """An adapter changes no weights, so that no LoRA can stand for it; a ``TypeError`` too, as in peft."""
 
 
 class OutputError(SourceError, AdapterError, MergeError):

@@ -94,3 +94,25 @@ def test_a_pickle_of_tensors_alone_is_read_as_peft_reads_it(tmp_path: Path) -> N
     """
     )
     assert lines == ["['README.md', 'adapter_config.json', 'adapter_model.bin'] True", "PickleRefusedError"]
+
+
+def test_an_injected_adapter_s_layers_are_those_of_its_tensors() -> None:
+    lines = printed(
+        OPEN
+        + """
+    peft.inject_adapter_in_model(config, base)
+    tensors = {k: v for k, v in peft.get_peft_model_state_dict(base).items() if "layers.0" in k}
+    other = torch.compile(build("llama"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        peft.inject_adapter_in_model(config, other, state_dict=tensors)
+    text = str(caught[0].message)
+    print([issubclass(w.category, RuntimeWarning) for w in caught], "layers.1.self_attn.q_proj" in text)
+    print(sorted(peft.get_peft_model_state_dict(other)) == sorted(tensors))
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["v_proj"], r=2), other)
+    print(*peft.get_peft_model_state_dict(other))
+    """
+    )
+    assert lines[0] == "[True] True"
+    assert lines[1] == "True"
+    assert lines[2].count("v_proj") == lines[2].count(".weight") == 4

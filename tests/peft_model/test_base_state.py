@@ -57,7 +57,7 @@ def test_names_and_shapes_that_do_not_fit_are_told() -> None:
     state, model = adapted("lora")
     name = "model.layers.0.self_attn.q_proj.weight"
     weight = state.pop(name)
-    with pytest.raises(veneer.BindError, match=f"1 missing keys .{name}., 1 unexpected keys .nothing"):
+    with pytest.raises(veneer.BindError, match=f"Missing keys: 1 .{name}.. Unexpected keys: 1 .nothing"):
         veneer.set_base_model_state_dict(model, {**state, "nothing": weight})
     assert veneer.set_base_model_state_dict(model, {**state, "nothing": weight}, strict=False) == ([name], ["nothing"])
     with pytest.raises(veneer.BindError, match="size mismatch for model"):

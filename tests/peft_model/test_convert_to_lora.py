@@ -150,3 +150,21 @@ def test_what_is_no_rank_is_refused(rank: float) -> None:
 def test_a_model_without_adapters_cannot_be_converted() -> None:
     with pytest.raises(BaseModelError, match="no model with adapters"):
         veneer.convert_to_lora(build("llama"), 4)
+
+
+def test_in_memory_it_keeps_whole_modules_and_the_dtype() -> None:
+    config = veneer.LoKrConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], init_weights=False)
+    model = veneer.get_peft_model(build("llama").bfloat16(), config, autocast_adapter_dtype=False).eval()
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["default"].weight.mul_(2)
+    model.add_adapter("other", veneer.LoKrConfig(target_modules=["v_proj"]))
+    model.set_adapter("other")
+    lora, tensors = veneer.convert_to_lora(model, 32)  # the one called default, as in peft
+    assert {*lora.modules_to_save} == {"lm_head"}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    again = veneer.get_peft_model(build("llama").bfloat16(), lora, autocast_adapter_dtype=False).eval()
+    assert veneer.set_peft_model_state_dict(again, tensors) == ([], [])
+    model.set_adapter("default")
+    assert gap(logits(again, inputs("llama")), logits(model, inputs("llama"))) < 0.05
+    with pytest.warns(veneer.VeneerWarning, match="already a LoRA adapter"):
+        veneer.convert_to_lora(again, 4)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
-from veneer.errors import BindError, MergeError
+from veneer.errors import MergeError, StateMismatchError
 from veneer.keywords import takes
 from veneer.peft_model.adapted_model import adapted_model
 from veneer.peft_model.base_checks import note_changed
@@ -58,7 +58,7 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], stri
         ``missing_keys`` and ``unexpected_keys``.
 
     Raises:
-        BindError: the names (with ``strict``) or a shape do not fit. MergeError: adapters are merged into the base.
+        StateMismatchError: the names (with ``strict``) or a shape do not fit. MergeError: adapters are merged.
     """
     adapted = adapted_model(model)
     if any(layer.merged for layer in adapted.adapters.adapted_layers):
@@ -67,15 +67,15 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], stri
     missing = [name for name in current if name not in state_dict]
     unexpected = [name for name in state_dict if name not in current]
     if strict and (missing or unexpected):
-        raise BindError(
-            f"The state is not the base's: {len(missing)} missing keys ({', '.join(missing[:3]) or 'none'}), "
-            f"{len(unexpected)} unexpected keys ({', '.join(unexpected[:3]) or 'none'}).",
+        raise StateMismatchError(
+            f"The state is not the base's. Missing keys: {len(missing)} ({', '.join(missing[:3]) or 'none'}). "
+            f"Unexpected keys: {len(unexpected)} ({', '.join(unexpected[:3]) or 'none'}).",
             hint="Give the state of the base without adapters, or pass strict=False.",
         )
     given = {name: tensor for name, tensor in state_dict.items() if name in current}
     unfit = [name for name, tensor in given.items() if tensor.shape != current[name].shape]
     if unfit:
-        raise BindError(
+        raise StateMismatchError(
             f"size mismatch for {unfit[0]}: {tuple(given[unfit[0]].shape)}, where the base has "
             f"{tuple(current[unfit[0]].shape)}.",
             hint="Give the state of the same base.",

@@ -20,7 +20,8 @@ from veneer.adapters.merge.combining import Combination, combine
 from veneer.adapters.merge.in_memory import check_mergeable
 from veneer.checkpoints.checkpoint import write_checkpoint
 from veneer.configs.methods.lora import LoraConfig
-from veneer.errors import AdapterError, UnsupportedError
+from veneer.errors import AdapterError, NotConvertibleError, UnsupportedError
+from veneer.files.adapter_folders import DEFAULT
 from veneer.files.base_digest import BASE_DIGEST_KEY
 from veneer.files.output_folder import check_output
 from veneer.files.tensor_keys import encode
@@ -30,7 +31,7 @@ from veneer.layers.weight_change import change_of
 from veneer.methods.lora import METHOD as LORA
 from veneer.peft_model.adapted_model import AdaptedModel, adapted_model
 from veneer.peft_model.load import load
-from veneer.printing import Report, progress
+from veneer.printing import Report, progress, warn
 
 # Errors up to this come from float32, not from the rank.
 _ROUNDING = 1e-5
@@ -112,14 +113,16 @@ def convert_to_lora(
     base: str | Path | None = None,
     **load_options: Any,
 ) -> ConversionReport | tuple[LoraConfig, dict[str, Tensor]]:
-    """Make a plain LoRA adapter in float32 of any other, and write it or, as peft does, return it.
+    """Make a plain LoRA adapter of any other, and write it in float32 or, as peft does, return it in its own dtype.
+
+    Modules that the adapter brings whole (``modules_to_save``) go along.
 
     Args:
         source: a model with adapters, or an adapter's folder or hub id.
         rank: the rank of the LoRA; needed where a change has no low rank by definition, and an upper bound otherwise.
             A float up to 1.0 is the share of each layer's change, as a sum of squares, for which the layer gets the
             smallest rank that holds it.
-        adapter_name: the adapter of a model; the active one when ``None``.
+        adapter_name: the adapter of a model; when ``None`` the one called ``default``, or without it the active one.
         progressbar: show progress on the terminal.
         compile_kwargs: accepted for peft's sake; nothing is compiled.
         out: the folder to write. It must not exist or be empty. ``None`` writes nothing.
@@ -144,7 +147,11 @@ def convert_to_lora(
     adapter = model.adapters.get(_name(model, adapter_name))
     with progress("Converting to LoRA", progressbar):
         config, tensors = _as_lora(model, adapter, rank)
-        return (config, tensors) if out is None else _written(model, adapter, config, tensors, Path(out))
+        if out is None:
+            if isinstance(adapter.config, LoraConfig):
+                warn("Converting a PEFT adapter to LoRA that is already a LoRA adapter.")
+            return config, _in_dtype_of(adapter, tensors)
+        return _written(model, adapter, config, tensors, Path(out))
 
 
 @takes()
@@ -174,11 +181,27 @@ def save_as_lora(
 
 def _as_lora(model: AdaptedModel, adapter: Adapter, rank: float | None) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Return the config and tensors (checkpoint key -> float32 tensor) of an adapter as a LoRA."""
+    if not adapter.layers.by_id:
+        kind = "a prompt" if adapter.prompt else "of whole modules"
+        raise NotConvertibleError(
+            "Could not detect any layer that supports LoRA conversion: "
+            f"{adapter.name!r} ({adapter.config.peft_type}) is {kind}.",
+            hint="Convert an adapter of layers, such as LoKr.",
+        )
     check_mergeable(model.adapters, [adapter.name])
     _check_layers(list(adapter.layers), adapter.name, rank)
     combination = Combination((adapter.name,), (1.0,), "cat" if rank is None else "svd", rank)
-    config, tensors = combine(model.adapters, combination)
-    return replace(config, base_model_name_or_path=adapter.config.base_model_name_or_path), tensors
+    config, tensors = combine(model.adapters, combination, without_modules=True)
+    whole = {key: value.detach() for key, value in adapter.whole_modules.named_tensors(adapter, lambda tensor: tensor)}
+    modules = getattr(adapter.config, "modules_to_save", None) if whole else None
+    base = adapter.config.base_model_name_or_path
+    return replace(config, base_model_name_or_path=base, modules_to_save=modules), {**tensors, **whole}
+
+
+def _in_dtype_of(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors in an adapter's dtype, where it has one."""
+    dtype, *others = adapter.dtypes()
+    return dict(tensors) if others else {key: tensor.to(dtype) for key, tensor in tensors.items()}
 
 
 def _written(
@@ -201,7 +224,7 @@ def _written(
 def _name(model: AdaptedModel, adapter_name: str | None) -> str:
     if adapter_name is not None:
         return adapter_name
-    active = list(model.active_adapters)
+    active = [DEFAULT] if DEFAULT in model.adapters.by_name else list(model.active_adapters)
     if len(active) != 1:
         raise AdapterError(
             f"{len(active)} adapters are active, and one is converted.",

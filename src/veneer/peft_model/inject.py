@@ -7,21 +7,36 @@ needs is there all the same; the base keeps it out of its modules (:func:`veneer
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters import replacing
 from veneer.adapters.call import Call
 from veneer.configs.base import PeftConfig, PromptConfig, TargetedConfig
-from veneer.errors import UnsupportedError
+from veneer.errors import TargetError, UnsupportedError
 from veneer.files.tensor_keys import PREFIX
 from veneer.keywords import takes
 from veneer.patches.forward_call import current
 from veneer.peft_model.adapted_model import AdaptedModel, injected_in, keep_injected
 from veneer.peft_model.attach_adapter import create_adapter
 from veneer.peft_model.peft_model import PeftModel
+from veneer.printing import VeneerWarning
+
+# The first sentences are peft's, for those who filter by them.
+_INCONSISTENT = (
+    "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the provided "
+    "state_dict. This is not necessarily an issue and can be ignored if this was the intent. The {} contained these "
+    "additional target modules: {}. Those of the state_dict are adapted."
+)
+
+
+class InconsistentTargets(VeneerWarning, RuntimeWarning):
+    """Tells that an adapter's config and its tensors are for different layers."""
 
 
 @takes()
@@ -54,15 +69,17 @@ def inject_adapter_in_model(
             f"{peft_config.peft_type} puts tokens before the input, which no layer of the model can do.",
             hint="Use get_peft_model(model, config).",
         )
+    given, model = model, getattr(model, "_orig_mod", model)
     base = model.get_base_model() if isinstance(model, AdaptedModel) else model
     owner = model if isinstance(model, AdaptedModel) else injected_in(base) or PeftModel(base)
     owner.adapters.note_new_modules()
     if state_dict and isinstance(peft_config, TargetedConfig):
-        names = modules_of(state_dict, owner.adapters.catalog.modules)
-        peft_config = dataclasses.replace(peft_config, target_modules=names)
-    if adapter_name in owner.adapters.by_name:
+        peft_config = _targeting(peft_config, state_dict, owner)
+    name = replacing.spare(owner.adapters, adapter_name)
+    create_adapter(owner, name, peft_config, float32=False, heads=False, values=not low_cpu_mem_usage)
+    if name != adapter_name:
         owner.adapters.delete(adapter_name)
-    create_adapter(owner, adapter_name, peft_config, float32=False, heads=False, values=not low_cpu_mem_usage)
+        owner.adapters.rename(name, adapter_name)
     owner.adapters.select(adapter_name)
     if peft_config.inference_mode:
         owner.adapters.set_trainable(adapter_name, False)
@@ -71,14 +88,29 @@ def inject_adapter_in_model(
     if owner is not model:
         keep_injected(base, owner)
         _make_calls(base)
-    return model
+    return given
+
+
+def _targeting(config: TargetedConfig, state_dict: Iterable[str], model: AdaptedModel) -> TargetedConfig:
+    """Return a config that targets the modules that tensors are for, and warn where it means others by itself."""
+    catalog = model.adapters.catalog
+    names = modules_of(state_dict, catalog.modules)
+    with suppress(TargetError):
+        targets = catalog.targets(config)
+        for whose, more in (
+            ("PEFT config", [name for name in targets if name not in names]),
+            ("state_dict", [name for name in names if name not in targets]),
+        ):
+            if more:
+                warnings.warn(_INCONSISTENT.format(whose, more), InconsistentTargets, stacklevel=2)
+    return dataclasses.replace(config, target_modules=names, exclude_modules=None, layers_to_transform=None)
 
 
 def modules_of(tensors: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
     """Return the modules that tensors of an adapter are for: for each key, the longest beginning that names one."""
     found: dict[str, None] = {}
     for key in tensors:
-        parts = key.removeprefix(PREFIX).split(".")
+        parts = key.removeprefix(PREFIX).removeprefix("_orig_mod.").split(".")
         names = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
         name = next((name for name in names if name in modules), None)
         if name is not None:

@@ -87,8 +87,15 @@ class Combination:
 
 
 @torch.no_grad()
-def combine(adapters: Adapters, combination: Combination) -> tuple[LoraConfig, dict[str, Tensor]]:
+def combine(
+    adapters: Adapters, combination: Combination, *, without_modules: bool = False
+) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Return the config and the tensors (checkpoint key -> float32 tensor) of a combination of a model's adapters.
+
+    Args:
+        adapters: those of the model.
+        combination: which, and how.
+        without_modules: leave out what they bring whole, instead of refusing it.
 
     Raises:
         UnknownAdapterError: one of the adapters is not there.
@@ -98,7 +105,7 @@ def combine(adapters: Adapters, combination: Combination) -> tuple[LoraConfig, d
     entries = [adapters.get(name) for name in combination.names]
     check_mergeable(adapters, combination.names)
     for entry in entries:
-        if entry.whole_modules.names:
+        if entry.whole_modules.names and not without_modules:
             raise UnsupportedError(
                 f"{entry.name!r} brings {', '.join(entry.whole_modules.names)} whole, which no LoRA can hold.",
                 hint="Combine adapters without modules_to_save.",
