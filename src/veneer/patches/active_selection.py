@@ -39,6 +39,7 @@ class ActiveSelection:
     Attributes:
         default: the selection of calls and blocks that make none of their own.
         enabled: False makes the default one empty.
+        blocks_without: how many blocks are open that make it empty in all threads.
         choosing: the lock that is held while the default one, or the set of adapters, changes.
         underway: the calls of the model, and the changes that wait for them.
         casts: inputs of layers, cast to the dtype of their adapters; layers share them.
@@ -56,7 +57,7 @@ class ActiveSelection:
         chosen = self._thread.chosen if torch.compiler.is_compiling() else self._in_context()
         if chosen is not None:
             return chosen
-        return self.default if self.enabled else DISABLED
+        return self.default if self.enabled and not self.blocks_without else DISABLED
 
     @property
     def is_enabled(self) -> bool:
@@ -139,6 +140,18 @@ class ActiveSelection:
         finally:
             self.pop(token)
 
+    @contextmanager
+    def disabled_everywhere(self) -> Iterator[None]:
+        """Use the base alone inside the block, in other threads too but for those that have made a selection."""
+        with self.choosing:
+            self.blocks_without += 1
+        try:
+            with self.using(DISABLED):
+                yield
+        finally:
+            with self.choosing:
+                self.blocks_without -= 1
+
     @property
     def adapters(self) -> Any:
         """The set of adapters that is selected from, for layers of the model.
@@ -163,6 +176,7 @@ class ActiveSelection:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.default: Selection = state["default"]
         self.enabled: bool = state["enabled"]
+        self.blocks_without = 0
         self._asked = (), NOTHING
         # The set of adapters makes it known, also to a copy of this.
         self._adapters = None

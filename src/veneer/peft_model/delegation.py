@@ -9,6 +9,7 @@ every attribute that its class defines. The adapters sit inside the base's own l
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 from torch import nn
@@ -30,6 +31,11 @@ class Delegated:
     def __set__(self, instance: Any, value: Any) -> None:
         """Set it on the base model."""
         setattr(instance.get_base_model(), self.name, value)
+
+
+def stands_for_peft(model: Any) -> bool:
+    """Tell whether other libraries take a model for one of peft's, in whose place Veneer is: see ``veneer.as_peft``."""
+    return isinstance(model, getattr(sys.modules.get("peft"), "PeftModel", ()))
 
 
 def fitted_class(peft_class: type[nn.Module], base_class: type[nn.Module]) -> type[nn.Module]:

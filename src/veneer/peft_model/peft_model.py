@@ -32,6 +32,7 @@ from veneer.peft_model.attach_adapter import (
 )
 from veneer.peft_model.base_checks import check_base, note_changed
 from veneer.peft_model.batching_methods import BatchingMethods
+from veneer.peft_model.delegation import stands_for_peft
 from veneer.peft_model.load_report import AdapterReport, LoadReport
 from veneer.peft_model.open_adapter import find_adapter, open_adapter
 from veneer.peft_model.save_adapters import SavingMethods
@@ -371,7 +372,12 @@ class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
         return self.adapters.using(self.adapters.selection(adapter_name))
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Run the base alone inside the ``with`` block; other threads and tasks do not see it."""
+        """Run the base alone inside the ``with`` block; other threads and tasks do not see it.
+
+        In peft's place (see ``veneer.as_peft``) they do, as with peft, but for those inside a block of their own.
+        """
+        if stands_for_peft(self) and not torch.compiler.is_compiling():
+            return self.adapters.active_selection.disabled_everywhere()
         return self.adapters.disabled()
 
     def disable_adapters(self) -> None:

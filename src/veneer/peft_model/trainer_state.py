@@ -7,7 +7,6 @@ beside the saved adapter. It holds the adapters' tensors as they are in memory, 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from veneer.checkpoints.checkpoint import apart
 from veneer.files.adapter_folders import TRAINER_CHECKPOINT
 from veneer.files.atomic_write import atomic_write
+from veneer.peft_model.delegation import stands_for_peft
 
 STATE = "model.safetensors"
 
@@ -38,14 +38,10 @@ def write_state(model: Any, folder: Path, replacements: Mapping[str, Tensor]) ->
         folder: the folder in which its adapters are saved.
         replacements: tensors that take the place of the model's, by their names.
     """
-    if TRAINER_CHECKPOINT.fullmatch(folder.name) is None or model.adapters.is_spread or _is_peft_model(model):
+    if TRAINER_CHECKPOINT.fullmatch(folder.name) is None or model.adapters.is_spread or stands_for_peft(model):
         return
     from safetensors.torch import save_file
 
     tensors = {name: replacements.get(name, tensor) for name, tensor in adapter_state(model).items()}
     with atomic_write(folder / STATE) as temporary:
         save_file(apart(tensors), temporary, metadata={"format": "pt"})
-
-
-def _is_peft_model(model: Any) -> bool:
-    return isinstance(model, getattr(sys.modules.get("peft"), "PeftModel", ()))
