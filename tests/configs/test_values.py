@@ -69,3 +69,15 @@ def test_a_module_to_save_must_be_there() -> None:
 def test_options_are_checked_too(make: Any, words: str) -> None:
     with pytest.raises(veneer.ConfigError, match=words):
         make()
+
+
+def test_vectors_that_the_bank_does_not_have_are_refused() -> None:
+    with pytest.raises(veneer.ConfigError, match="topk=2 vectors cannot be chosen of num_vectors=1"):
+        veneer.VBLoRAConfig(num_vectors=1, topk=2)
+
+
+def test_feedforward_modules_are_among_the_targets() -> None:
+    with pytest.raises(veneer.ConfigError, match=r"should be a subset of `target_modules`: \['q'\] are not"):
+        veneer.IA3Config(target_modules=["k", "v"], feedforward_modules=["q"])
+    veneer.IA3Config(target_modules=["k", "v"], feedforward_modules=["v"])
+    veneer.IA3Config(target_modules=".*(q|v)", feedforward_modules=["v"])

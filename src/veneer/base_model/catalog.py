@@ -200,7 +200,9 @@ class Catalog:
             why = refusal(self.modules[refused[0]])
             raise TargetError(
                 f"{len(refused)} of the modules that target_modules={shown_names(config.target_modules)} means cannot "
-                f"carry an adapter; the first is {refused[0]} ({kind})" + (f": {why}." if why else "."),
+                f"carry an adapter; the first is {refused[0]} ({kind})"
+                + (f": {why}." if why else ".")
+                + f" Target module {kind} is not supported.",
                 hint=f"Kinds that can: {kinds()}, with a floating-point weight. Narrow target_modules, or name "
                 "these in exclude_modules.",
             )

@@ -141,7 +141,8 @@ def _no_target(config: TargetedConfig, targets: Any, matched: list[str], names: 
         ]
         shown, removing = shown_names(targets), " with ".join(filters)
         found_all = isinstance(targets, str) or all(any(names_match(n, [t]) for n in matched) for t in targets)
-        what = "All modules were excluded" if found_all else "No modules were targeted for adaptation"
+        excluded = found_all and config.exclude_modules and not config.modules_to_save
+        what = "All modules were excluded" if excluded else "No modules were targeted for adaptation"
         return (f"{what}: target_modules={shown} means {len(matched)} modules, and {removing} removes all.",)
     endings = sorted({n.rpartition(".")[2] for n in names if n})
     asked = [targets] if isinstance(targets, str) else sorted(targets)

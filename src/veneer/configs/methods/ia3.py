@@ -30,6 +30,6 @@ class IA3Config(TargetedConfig, peft_type=PeftType.IA3):
         targets, inputs = self.target_modules, self.feedforward_modules
         if isinstance(targets, set) and isinstance(inputs, set) and not inputs <= targets:
             raise ConfigError(
-                "`feedforward_modules` should be a subset of `target_modules`",
-                hint=f"Add {sorted(inputs - targets)} to target_modules.",
+                f"`feedforward_modules` should be a subset of `target_modules`: {sorted(inputs - targets)} are not.",
+                hint="Add them to target_modules.",
             )

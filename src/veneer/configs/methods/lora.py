@@ -148,7 +148,11 @@ class LoraConfig(TargetedConfig, peft_type=PeftType.LORA):
         ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}
         for name, rank in ranks.items():
             if rank < 1:
-                raise ConfigError(f"{name}={rank!r} is no rank.", hint="A rank is a whole number of at least 1.")
+                raise ConfigError(
+                    f"{name}={rank!r} is no rank: `r` should be a positive integer value but the value passed is "
+                    f"{rank!r}.",
+                    hint="The default is 8.",
+                )
         check_share(self, "lora_dropout")
 
     def _check_variant(self) -> None:

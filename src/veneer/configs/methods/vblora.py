@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from veneer.configs.base import TargetedConfig
 from veneer.configs.names import PeftType
 from veneer.configs.value_checks import check_at_least_one, check_not_negative, check_share
+from veneer.errors import ConfigError
 
 
 @dataclass
@@ -40,3 +41,8 @@ class VBLoRAConfig(TargetedConfig, peft_type=PeftType.VBLORA):
         check_at_least_one(self, "r", "num_vectors", "vector_length", "topk")
         check_not_negative(self, "init_vector_bank_bound", "init_logits_std")
         check_share(self, "vblora_dropout")
+        if self.topk > self.num_vectors:
+            raise ConfigError(
+                f"topk={self.topk} vectors cannot be chosen of num_vectors={self.num_vectors}.",
+                hint="Lower topk, or give the bank more vectors.",
+            )
