@@ -125,6 +125,15 @@ Conv3d = _lora_on("Conv3d", "Conv3d")
 MultiheadAttention = _lora_on("MultiheadAttention", "MultiheadAttention")
 Linear4bit = _lora_on("Linear4bit", "Linear4bit")
 Linear8bitLt = _lora_on("Linear8bitLt", "Linear8bitLt")
+LoraParallelLinear = _lora_on("LoraParallelLinear", "ColumnParallelLinear", "RowParallelLinear")
+TorchaoLoraLinear = _class(
+    "TorchaoLoraLinear",
+    lambda layer: (
+        isinstance(layer, LoraLayer)
+        and type(getattr(layer.get_base_layer(), "weight", None)).__module__.startswith("torchao.")
+    ),
+    LoraLayer,
+)
 ParamWrapper = _class("ParamWrapper", lambda layer: isinstance(layer, AdaptedParameter), LoraLayer)
 # Versions of transformers up to 5.5 wrap this method of peft's.
 ParamWrapper.update_layer = lambda layer, *args, **kwargs: None

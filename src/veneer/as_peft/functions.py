@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +118,31 @@ def get_pattern_key(pattern_keys: Iterable[str], key_to_match: str) -> str:
     return next(found, key_to_match)
 
 
+def has_valid_embedding_base_layer(layer: nn.Module) -> bool:
+    """Tell whether a layer stands in the place of an embedding or of an output layer."""
+    return isinstance(getattr(layer, "base_layer", None), (nn.Linear, nn.Embedding))
+
+
+def get_embedding_layer_name(model: nn.Module, layer: Any, is_embedding_in_target_modules: bool) -> str | None:
+    """Return the name of an embedding in a model, that of its base layer where it is adapted; ``None`` if it is not."""
+    wanted = layer.base_layer if is_embedding_in_target_modules else layer
+    return next((name for name, module in model.named_modules() if module is wanted), None)
+
+
+def convert_peft_config_for_transformers(peft_config: Any, model: nn.Module, conversions: Any = None) -> None:
+    """Leave a config as it is: the names of older versions of transformers are understood as they are."""
+
+
+def check_file_exists_on_hf_hub(repo_id: str, filename: str, **kwargs: Any) -> bool | None:
+    """Tell whether a repository on the hub has a file; ``None`` where it cannot be asked."""
+    from huggingface_hub import file_exists
+
+    try:
+        return file_exists(repo_id, filename, **kwargs)
+    except Exception:
+        return None
+
+
 def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
     """Return the policy by which FSDP wraps a model's blocks, and each module with weights that are all trained."""
     import functools
@@ -187,6 +212,18 @@ def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
         module = module.get_base_layer()
     site = Catalog(nn.ModuleDict({"layer": module})).sites_at("layer")[0]
     return nn.Parameter(site.as_stored(site.weight()), requires_grad=False)
+
+
+def get_bnb_param_type(param: nn.Parameter) -> Literal[False, "4bit", "8bit"]:
+    """Return the number of bits of a parameter that bitsandbytes has packed; ``False`` for any other."""
+    kinds: dict[str, Literal["4bit", "8bit"]] = {"Params4bit": "4bit", "Int8Params": "8bit"}
+    return kinds.get(type(param).__name__, False)
+
+
+def get_quantization_config(model: Any, method: str) -> Any:
+    """Return the config by which a method has quantised a model; ``None`` if it has not."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    return config if getattr(model, "quantization_method", None) == method else None
 
 
 # -- what models of transformers were once asked for -----------------------------------------------------------

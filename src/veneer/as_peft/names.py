@@ -167,7 +167,13 @@ _OTHERS: dict[str, dict[str, Home]] = {
             *("ForQuestionAnswering", "ForFeatureExtraction"),
         )
     ),
-    "peft.config": {**_TYPES, **_public(["PeftConfig"]), **_PROMPT_CONFIG, **_at(_FUNCTIONS, "CONFIG_NAME")},
+    "peft.config": {
+        **_TYPES,
+        **_public(["PeftConfig"]),
+        **_PROMPT_CONFIG,
+        **_at(_FUNCTIONS, "CONFIG_NAME"),
+        "PeftConfigMixin": Home("veneer", "PeftConfig"),
+    },
     "peft.functional": {
         **_at(_FUNCTIONS, "cast_adapter_dtype delete_adapter set_adapter set_requires_grad"),
         **_public(["get_peft_model_state_dict", "inject_adapter_in_model", "set_peft_model_state_dict"]),
@@ -221,7 +227,12 @@ _OTHERS: dict[str, dict[str, Home]] = {
     "peft.tuners.lora.eva": _public(["get_eva_state_dict", "initialize_lora_eva_weights"]),
     "peft.tuners.lora.intruders": _at("veneer.training.intruders", "reduce_intruder_dimension"),
     "peft.tuners.lora.loraga": _public(["preprocess_loraga"]),
-    "peft.tuners.lora.layer": _at(_CLASSES, f"{_LORA_LAYERS} LoraLayer"),
+    "peft.tuners.lora.layer": {
+        **_at(_CLASSES, f"{_LORA_LAYERS} LoraLayer"),
+        **_at(_FUNCTIONS, "check_adapters_to_merge"),
+    },
+    "peft.tuners.lora.torchao": _at(_CLASSES, "TorchaoLoraLinear"),
+    "peft.tuners.lora.tp_layer": _at(_CLASSES, "LoraParallelLinear"),
     "peft.tuners.lora.bnb": _at(_CLASSES, "Linear4bit Linear8bitLt"),
     "peft.tuners.tuners_utils": {
         **_at(_CLASSES, "BaseTunerLayer"),
@@ -243,13 +254,24 @@ _OTHERS: dict[str, dict[str, Home]] = {
         **_public(["cast_mixed_precision_params", "prepare_model_for_kbit_training"]),
         **_at(_FUNCTIONS, "CONFIG_NAME SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME"),
         **_at(_FUNCTIONS, "_get_submodules fsdp_auto_wrap_policy get_pattern_key infer_device transpose"),
+        **_at(_FUNCTIONS, "check_file_exists_on_hf_hub get_quantization_config"),
+        **_at(_TARGETS, "EMBEDDING_LAYER_NAMES"),
     },
     "peft.utils.error": {name: home for name, home in _ERRORS.items() if name != "PeftWarning"},
     "peft.utils.peft_types": _TYPES,
     "peft.utils.warning": {"PeftWarning": _ERRORS["PeftWarning"]},
-    "peft.utils.save_and_load": _STATE,
-    "peft.utils.transformers_weight_conversion": _at("veneer.as_peft.weight_mapping", "build_peft_weight_mapping"),
-    "peft.utils.integrations": _at(_FUNCTIONS, "dequantize_module_weight gather_params_ctx init_empty_weights"),
+    "peft.utils.save_and_load": {
+        **_STATE,
+        **_at(_FUNCTIONS, "get_embedding_layer_name has_valid_embedding_base_layer"),
+    },
+    "peft.utils.transformers_weight_conversion": {
+        **_at("veneer.as_peft.weight_mapping", "build_peft_weight_mapping"),
+        **_at("transformers.conversion_mapping", "get_model_conversion_mapping"),
+        **_at(_FUNCTIONS, "convert_peft_config_for_transformers"),
+    },
+    "peft.utils.integrations": _at(
+        _FUNCTIONS, "dequantize_module_weight gather_params_ctx get_bnb_param_type init_empty_weights"
+    ),
     "peft.utils": {
         **_TYPES,
         **_STATE,
@@ -257,7 +279,7 @@ _OTHERS: dict[str, dict[str, Home]] = {
         **_public(["cast_mixed_precision_params", "prepare_model_for_kbit_training", "replace_lora_weights_loftq"]),
         **_at(_FUNCTIONS, "CONFIG_NAME SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME"),
         **_at(_FUNCTIONS, "_get_submodules bloom_model_postprocess_past_key_value infer_device shift_tokens_right"),
-        **_at(_FUNCTIONS, "transpose"),
+        **_at(_FUNCTIONS, "get_quantization_config transpose"),
         **_at(_TARGETS, f"INCLUDE_LINEAR_LAYERS_SHORTHAND {_mapping_names()}"),
         **_public(["get_base_model_state_dict", "set_base_model_state_dict"]),
     },
