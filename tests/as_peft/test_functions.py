@@ -15,7 +15,7 @@ from peft.tuners.lokr.layer import LoKrLayer, factorization
 from peft.tuners.loha.layer import LoHaLayer
 from peft.utils import get_quantization_config
 from peft.utils.integrations import get_bnb_param_type
-from peft.utils.other import EMBEDDING_LAYER_NAMES, check_file_exists_on_hf_hub
+from peft.utils.other import EMBEDDING_LAYER_NAMES
 from peft.utils.save_and_load import get_embedding_layer_name, has_valid_embedding_base_layer
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers, get_model_conversion_mapping
 
@@ -25,7 +25,7 @@ inner = model.base_model.model.model
 print(has_valid_embedding_base_layer(inner.embed_tokens), has_valid_embedding_base_layer(inner.norm))
 print(get_embedding_layer_name(model, inner.embed_tokens, True), get_embedding_layer_name(model, inner.norm, False))
 print(get_embedding_layer_name(model, nn.Linear(1, 1), False))
-print(check_adapters_to_merge(inner.layers[0].self_attn.q_proj), check_file_exists_on_hf_hub("a/b", "c"))
+print(check_adapters_to_merge(inner.layers[0].self_attn.q_proj))
 print(get_bnb_param_type(nn.Parameter(torch.ones(1))), get_quantization_config(model, "gptq"), EMBEDDING_LAYER_NAMES)
 print([factorization(n, k) for n in (12, 30, 7) for k in (-1, 4, 5)], isinstance(config, PeftConfigMixin))
 print(convert_peft_config_for_transformers(config, model, None), config.target_modules == {"embed_tokens", "q_proj"})
@@ -58,3 +58,8 @@ def test_layers_on_packed_weights_are_told_apart() -> None:
         print(isinstance(attention.q_proj, LoraParallelLinear))
     """)
     assert lines == ["[True, False]", "False"]
+
+
+def test_a_hub_that_cannot_be_asked_says_nothing_of_a_file() -> None:
+    lines = printed("from peft.utils.other import check_file_exists_on_hf_hub as exists\nprint(exists('a/b', 'c'))")
+    assert lines == ["None"]
