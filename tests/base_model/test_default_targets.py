@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -12,7 +13,7 @@ from peft.utils import constants
 from torch import nn
 
 import veneer
-from tests.models import BLOCKS, build
+from tests.models import BLOCKS, build, inputs, logits
 from veneer.base_model.default_targets import DEFAULTS, default_feedforward, default_targets
 from veneer.base_model.targets import names_match
 
@@ -74,6 +75,14 @@ def test_ia3_scales_the_input_of_the_layers_that_peft_does(targets: Any) -> None
         for state in (veneer.get_peft_model_state_dict(own), peft.get_peft_model_state_dict(peer))
     ]
     assert shapes[0] == shapes[1]
+
+
+def test_a_config_that_leaves_the_feedforward_layers_out_loads_what_was_made_from_it(tmp_path: Path) -> None:
+    config = veneer.IA3Config(init_ia3_weights=False)
+    model = veneer.get_peft_model(build("llama"), config, seed=1).eval()
+    model.save_pretrained(tmp_path)
+    loaded = veneer.PeftModel.from_pretrained(build("llama"), tmp_path, config=config)
+    assert torch.equal(logits(loaded, inputs("llama")), logits(model, inputs("llama")))
 
 
 @pytest.mark.parametrize("model_type", sorted(DEFAULTS.keys() - ELSEWHERE))

@@ -19,7 +19,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import names_match
 from veneer.configs.methods.ia3 import IA3Config
-from veneer.methods.base.abilities import CompletesConfig
+from veneer.methods.base.abilities import CompletesConfig, SettledByCheckpoint
 from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.patches.multipliers import Diagonal
 from veneer.patches.patch import Patch
@@ -37,7 +37,7 @@ class IA3Settings:
     feedforward: bool
 
 
-class IA3(Method[IA3Config, IA3Settings], CompletesConfig):
+class IA3(Method[IA3Config, IA3Settings], CompletesConfig, SettledByCheckpoint):
     """Adapts linear layers and convolutions."""
 
     leaves = (Leaf(SCALE),)
@@ -56,6 +56,13 @@ class IA3(Method[IA3Config, IA3Settings], CompletesConfig):
 
     def settings(self, config: IA3Config, site: Site) -> IA3Settings:
         return IA3Settings(names_match(site.name, config.feedforward_modules))
+
+    def settings_from_shapes(
+        self, config: IA3Config, settings: IA3Settings, site: Site, shapes: Mapping[str, tuple[int, ...]]
+    ) -> list[IA3Settings]:
+        # The usual choice is in a file that was saved, and not in a config that a user gives instead of it.
+        unsaid = config.feedforward_modules is None
+        return [settings, IA3Settings(not settings.feedforward)] if unsaid else [settings]
 
     def shapes(self, settings: IA3Settings, site: Site) -> dict[str, tuple[int, ...]]:
         if site.kernel:

@@ -45,6 +45,6 @@ class PromptTuningConfig(PromptConfig, peft_type=PeftType.PROMPT_TUNING):
                 )
         if self.tokenizer_kwargs and not text:
             raise ConfigError(
-                "tokenizer_kwargs says nothing without a text.",
+                "tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.",
                 hint='Leave it out, or choose prompt_tuning_init="TEXT".',
             )
