@@ -116,3 +116,17 @@ def test_an_injected_adapter_s_layers_are_those_of_its_tensors() -> None:
     assert lines[0] == "[True] True"
     assert lines[1] == "True"
     assert lines[2].count("v_proj") == lines[2].count(".weight") == 4
+
+
+def test_a_program_can_register_the_usual_targets_of_a_model_type() -> None:
+    lines = printed("""
+    from types import SimpleNamespace
+    from torch import nn
+    from peft import LoraConfig, get_peft_model
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as usual
+    base = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    base.config = SimpleNamespace(to_dict=lambda: {"model_type": "mine"})
+    usual["mine"] = ["b"]
+    print(usual["llama"], get_peft_model(base, LoraConfig()).targeted_module_names)
+    """)
+    assert lines == ["['q_proj', 'v_proj'] ['b']"]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from veneer.base_model.catalog import Catalog
-from veneer.base_model.default_targets import default_feedforward, default_targets, model_types
+from veneer.base_model.default_targets import REGISTERED, default_feedforward, default_targets, model_types
 from veneer.base_model.targets import ALL_LINEAR, in_blocks, names_match
 from veneer.configs.base import Names, TargetedConfig
 from veneer.configs.names import PeftType
@@ -59,9 +59,22 @@ TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING = {
     for model_type in model_types("IA3")
     if default_feedforward(model_type) is not None
 }
-globals().update(
-    {
-        name: {model_type: _as_list(default_targets(kind, model_type)) for model_type in model_types(kind)}
-        for kind, name in MAPPINGS.items()
-    }
-)
+
+
+class UsualTargets(dict[str, Any]):
+    """Model type -> what a config of a method adapts which names nothing; what a program adds counts from then on."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__({model_type: _as_list(default_targets(kind, model_type)) for model_type in model_types(kind)})
+        self.kind = kind
+
+    def __setitem__(self, model_type: str, targets: list[str] | str) -> None:
+        super().__setitem__(model_type, targets)
+        REGISTERED[self.kind, model_type] = targets if isinstance(targets, str) else set(targets)
+
+    def __delitem__(self, model_type: str) -> None:
+        super().__delitem__(model_type)
+        REGISTERED.pop((self.kind, model_type), None)
+
+
+globals().update({name: UsualTargets(kind) for kind, name in MAPPINGS.items()})

@@ -128,9 +128,14 @@ _FEEDFORWARD: _Table = {
 }
 
 
+# (peft_type, model type) -> the choice that a program has registered.
+REGISTERED: dict[tuple[str, str], Names] = {}
+
+
 def own_targets(peft_type: str, model_type: str | None) -> Names | None:
     """Return the usual choice of a method for a model type, where it differs from that of LoRA."""
-    return _as_option(_OWN.get(peft_type, {}).get(model_type or ""))
+    registered = REGISTERED.get((str(peft_type), model_type or ""))
+    return registered or _as_option(_OWN.get(peft_type, {}).get(model_type or ""))
 
 
 def default_targets(peft_type: str, model_type: str | None) -> Names | None:
