@@ -41,6 +41,14 @@ def llama4() -> Any:
     return tf.Llama4ForCausalLM(tf.Llama4TextConfig(**{**own, "num_experts_per_tok": 1}))
 
 
+def deepseek() -> Any:
+    """With a dense block, and shared experts in the other."""
+    heads = {"num_hidden_layers": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16, "v_head_dim": 8}
+    own = {**ONE, **heads, **experts, "num_key_value_heads": 4}
+    return tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**own, first_k_dense_replace=1))
+
+
 def gpt_oss() -> Any:
     """Its experts have never been layers."""
     return tf.GptOssForCausalLM(tf.GptOssConfig(**ONE, head_dim=8, num_local_experts=4))
@@ -111,6 +119,26 @@ def test_a_router_that_returns_more_than_its_product_is_a_parameter(targets: Any
     assert any("router.lora_A" in name for name in trained(model))
     with pytest.warns(UserWarning, match="are left out: VERA adapts no parameters"):
         veneer.get_peft_model(made(llama4), veneer.VeraConfig(target_modules="all-linear", r=2))
+
+
+def test_layers_named_as_experts_are_adapted_too_and_are_left_out_by_name_for_peft(tmp_path: Path) -> None:
+    """peft adapts the routed experts alone, and drops the other layers of an adapter that has them."""
+
+    def new(**filters: Any) -> Any:
+        names = ["o_proj", "gate_proj", "up_proj", "down_proj"]
+        return veneer.get_peft_model(made(deepseek), veneer.LoraConfig(r=2, target_modules=names, **filters)).eval()
+
+    beside = {name for name in trained(new()) if "shared_experts" in name or "layers.0.mlp" in name}
+    assert len(beside) == 12
+    model = new(exclude_modules=r".*(shared_experts|layers\.0\.mlp)\..*")
+    assert trained(model).keys() == trained(new()).keys() - beside
+    enlarge(model, "default")
+    expected = logits(model, tokens())
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(made(deepseek), str(tmp_path))
+    assert gap(logits(theirs, tokens()), expected) < 1e-5
 
 
 def test_layers_that_are_left_stay_beside_the_parameters() -> None:
