@@ -69,6 +69,7 @@ def as_recorded(request: pytest.FixtureRequest) -> Callable[[Mapping[str, Any]],
             everything["figures"][name] = figures
             write(everything)
             return
+        assert name in everything["figures"], f"not recorded yet: python -m tests.clients.record -k {request.node.name}"
         expected, here = everything["figures"][name], json.loads(json.dumps(figures))
         assert here.keys() == expected.keys()
         other = {key: (here[key], expected[key]) for key in expected if not same(here[key], expected[key])}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import peft
@@ -167,6 +168,25 @@ def test_generate_batch(base: Path, first: Path, second: Path, as_recorded: AsRe
         with model.using("a"):
             assert batch() == figures["a"]
         assert batch(adapter_names=["a", "b"]) == [figures["a"][0], figures["b"][1]]
+
+
+def test_a_streamer_with_a_thread_of_its_own(base: Path, first: Path, as_recorded: AsRecorded) -> None:
+    model = peft.PeftModel.from_pretrained(base_model(base), first)
+    tokenizer = tf.AutoTokenizer.from_pretrained(base)
+
+    def streamed() -> str:
+        streamer = tf.TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+        options = {**tokens(base), "max_new_tokens": 5, "do_sample": False, "streamer": streamer}
+        thread = Thread(target=model.generate, kwargs=options)
+        thread.start()
+        text = "".join(streamer)
+        thread.join()
+        return text
+
+    figures = {"adapter": streamed()}
+    with model.disable_adapter():
+        figures["base"] = streamed()
+    as_recorded({**figures, "again": streamed()})
 
 
 def test_an_older_adapter_of_single_experts(tmp_path: Path, as_recorded: AsRecorded) -> None:
