@@ -126,3 +126,9 @@ def test_a_file_without_a_type_or_with_unknown_keys(tmp_path: Path) -> None:
     file.write_text(json.dumps({**veneer.LoraConfig().to_dict(), "use_foo": True}))
     with pytest.raises(UnknownKeyError, match="use_foo=True"):
         veneer.LoraConfig.from_pretrained(tmp_path)
+
+
+def test_equal_targets_have_one_text() -> None:
+    names = [f"layer{i}" for i in range(200)]
+    texts = {repr(veneer.LoraConfig(target_modules=order)) for order in (names, names[::-1], set(names))}
+    assert len(texts) == 1

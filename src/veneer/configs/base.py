@@ -241,7 +241,8 @@ class TargetedConfig(PeftConfig):
         for name in dict.fromkeys((*TargetedConfig.unordered, *self.unordered, "modules_to_save")):
             value = getattr(self, name)
             if isinstance(value, Iterable) and not isinstance(value, str):
-                setattr(self, name, set(value) if name in self.unordered else _listed(value))
+                # Sorted, so that equal sets have one text, by which plans are kept.
+                setattr(self, name, {*sorted(value)} if name in self.unordered else _listed(value))
         self._check_patterns()
         self._check_blocks()
 
