@@ -128,6 +128,14 @@ def test_a_file_without_a_type_or_with_unknown_keys(tmp_path: Path) -> None:
         veneer.LoraConfig.from_pretrained(tmp_path)
 
 
+def test_options_are_checked_before_a_config_is_made() -> None:
+    assert veneer.LoraConfig.check_kwargs(r=4) == {"r": 4}
+    with pytest.raises(ConfigError, match="is no rank"):
+        PeftConfig.check_kwargs(peft_type="LORA", r=0)
+    with pytest.raises(ConfigTypeError, match="missing required keys"):
+        PeftConfig.check_kwargs(r=4)
+
+
 def test_equal_targets_have_one_text() -> None:
     names = [f"layer{i}" for i in range(200)]
     texts = {repr(veneer.LoraConfig(target_modules=order)) for order in (names, names[::-1], set(names))}

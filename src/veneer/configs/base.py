@@ -175,6 +175,14 @@ class PeftConfig(Fields):
         return config_class(peft_type, "from_peft_type")(**options)
 
     @classmethod
+    @takes(others=True)
+    def check_kwargs(cls, **options: Any) -> dict[str, Any]:
+        """Return options of the class, or of the method that their ``peft_type`` names, once they make a config."""
+        kind = config_class(options.get("peft_type", cls.own_type), "check_kwargs", cls)
+        kind(**options)
+        return options
+
+    @classmethod
     def from_json_file(cls, path_json_file: str | Path) -> dict[str, Any]:
         """Return the JSON object of a file, without the options that are never in files."""
         values = read_json(Path(path_json_file))
