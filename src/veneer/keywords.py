@@ -37,6 +37,7 @@ IGNORED = (
         "trust_remote_code",
         "resume_download",
         "import_allowlist",
+        "safe_serialization",
     ),
 )
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from veneer.base_model.default_targets import default_targets
 from veneer.base_model.sites import bias_site, is_linear, is_never_called, kinds, sites_for, whole_sites
 from veneer.base_model.sites.parameter import ParameterSite
 from veneer.base_model.sites.parameter_reader import LIVE, ParameterReader
@@ -274,7 +275,10 @@ class Catalog:
 
     def write_out_targets(self, config: TargetedConfig, chosen: list[str]) -> None:
         """Write the targets' names over "all-linear" or nothing, so that a saved config means the same anywhere."""
-        if config.target_modules in (None, ALL_LINEAR):
+        usual = default_targets(str(config.peft_type), self.model_type) if config.target_modules is None else None
+        if isinstance(usual, str) and usual != ALL_LINEAR:
+            config.target_modules = usual
+        elif config.target_modules in (None, ALL_LINEAR):
             free = [n for n in self.modules if not names_match(n, config.exclude_modules)]
             config.target_modules = set(shortest(chosen, free) if config.layers_to_transform is None else chosen)
 
