@@ -413,3 +413,30 @@ def test_continuous_batching_checks_the_names_of_its_prompts() -> None:
         model.generate_batch([[5, 6, 7]], adapter_names=["nobody"])
     with pytest.raises(AdapterError, match="A manager that outlives the call keeps to one adapter"):
         model.generate_batch([[5, 6, 7]], adapter_names=["default"], persistent_manager=True)
+
+
+class Attends(nn.Module):
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_torch_s_attention_tells_rows_apart_along_its_first_dimension_alone(batch_first: bool) -> None:
+    config = veneer.LoraConfig(target_modules=["attention"], init_lora_weights=False)
+    model = veneer.get_peft_model(Attends(batch_first), config, seed=1).eval()
+    model.add_adapter("other", config, seed=2)
+    x, names = torch.randn(3, 5, 8), ["default", "other", "__base__"]
+    if not batch_first:
+        for rows in (x, x[:, 0]):
+            with pytest.raises(veneer.UnsupportedError, match="one adapter for each row without batch_first=True"):
+                model(rows, adapter_names=names)
+        return
+    with torch.no_grad():
+        together = model(x, adapter_names=names)
+        for row, name in enumerate(names):
+            alone = model(x[row : row + 1], adapter_names=[name])
+            assert gap(together[row : row + 1], alone) < CLOSE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.base_model.sites.site import call_with, unsupported
 from veneer.layers.adapted_layer import AdaptedLayer
@@ -61,6 +61,9 @@ class AdaptedParameter(AdaptedLayer):
         if selection.by_token and (selection.packed(x) or self.site.stored.ndim != 3):
             # Attention, and whatever else sees a sequence as a whole.
             raise unsupported(self.site, "one adapter for each token")
+        if isinstance(self.site.module, nn.MultiheadAttention) and not (self.site.module.batch_first and x.ndim > 2):
+            # The rows lie along its second dimension; along the first it mixes them.
+            raise unsupported(self.site, "one adapter for each row without batch_first=True")
         with self.active_selection.using(NOTHING):
             y = self._through({}, *args, **kwargs)
 
