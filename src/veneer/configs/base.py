@@ -170,9 +170,9 @@ class PeftConfig(Fields):
         return cls.from_dict(folder.json(ADAPTER_CONFIG), where=f"{folder.origin}/{ADAPTER_CONFIG}")
 
     @classmethod
-    def from_peft_type(cls, peft_type: PeftType | str, **options: Any) -> PeftConfig:
-        """Make the config of a method with ``options``, which are fields of its class."""
-        return config_class(peft_type, "from_peft_type")(**options)
+    def from_peft_type(cls, peft_type: PeftType | str | None = None, **options: Any) -> PeftConfig:
+        """Make the config of a method, by default the class's own, with ``options``, which are fields of its class."""
+        return config_class(cls.own_type if peft_type is None else peft_type, "from_peft_type", cls)(**options)
 
     @classmethod
     @takes(others=True)
@@ -195,10 +195,16 @@ class PeftConfig(Fields):
             del values["peft_version"]
         return values
 
-    def to_json(self, **changes: Any) -> str:
-        """Return the text of ``adapter_config.json`` with ``changes``: keys sorted, unknown ones included."""
+    def to_json(self, *, inference_mode: bool | None = None) -> str:
+        """Return the text of ``adapter_config.json``: keys sorted, unknown ones included.
+
+        Args:
+            inference_mode: stands in the text in place of the config's own.
+        """
         # Only the top level is sorted: of rank_pattern's keys the first match counts, so their order has meaning.
-        values = {**self.extra, **self.to_dict(), **changes}
+        values = {**self.extra, **self.to_dict()}
+        if inference_mode is not None:
+            values["inference_mode"] = inference_mode
         return json.dumps(dict(sorted(values.items())), indent=2) + "\n"
 
     def save_pretrained(self, folder: str | Path) -> None:
