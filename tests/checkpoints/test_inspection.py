@@ -232,6 +232,13 @@ def test_folders_that_are_neither(tmp_path: Path) -> None:
     assert codes(lone) == ["no-config"]
 
 
+@pytest.mark.parametrize("key", ["unet.mid.to_q.lora_A.weight", "lora_unet_mid_to_q.lora_down.weight"])
+def test_a_lora_of_diffusers_is_told_apart(key: str, tmp_path: Path) -> None:
+    save_file({key: torch.ones(2, 2)}, tmp_path / "pytorch_lora_weights.safetensors")
+    [problem] = veneer.inspect(tmp_path).problems
+    assert (problem.code, "load_lora_weights" in problem.hint) == ("no-config", True)
+
+
 def test_a_healthy_report_tells_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, folder = saved_base(tmp_path / "base"), saved(tmp_path / "my adapter")
     (weights,) = base.glob("*.safetensors")
