@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import veneer
 from tests.models import gap, inputs, logits
 from tests.random_adapters import WEIGHTS, config, enlarge
-from veneer.errors import MergeError, UnsupportedError
+from veneer.errors import AdapterError, MergeError, UnsupportedError
 
 BATCH = inputs("llama")
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj", "lm_head"]
@@ -127,8 +127,27 @@ def check_fully_sharded(rank: int, root: Path) -> None:
             check_saved(model, folder, expected.get_adapter_state_dict(), rank)
             assert gap(logits(model, rows(rank)), logits(expected, rows(rank))) < 1e-4
     refuses(lambda: model.merge_and_unload(), MergeError, "spread over processes")
+    check_saved_from_gathered(model, root / "gathered", rank)
     loaded = veneer.PeftModel.from_pretrained(fully_sharded(root), folder)
     assert gap(logits(loaded, rows(rank)), logits(model, rows(rank))) < 1e-5
+
+
+def check_saved_from_gathered(model: veneer.PeftModel, folder: Path, rank: int) -> None:
+    """The first process saves alone what has been gathered before; the other does not even have it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    expected = model.get_adapter_state_dict()
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        model.save_pretrained(folder, state_dict=state)
+        close(load_file(folder / WEIGHTS), expected)
+        part = {name: tensor for name, tensor in state.items() if "lm_head" not in name}
+        refuses(lambda: model.save_pretrained(folder, state_dict=part), AdapterError, "has not all tensors")
+        refuses(lambda: model.save_pretrained(folder, state_dict={}), AdapterError, "has not all tensors")
+    else:
+        model.save_pretrained(folder / "other", state_dict=state)
+        assert not (folder / "other").exists()
+    torch.distributed.barrier()
 
 
 def same_everywhere(tensors: dict[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.collection import Adapters
 from veneer.base_model.catalog import Catalog
+from veneer.base_model.sharding import is_sharded
 from veneer.base_model.targets import ALL_LINEAR, names_match
 from veneer.checkpoints.resized_vocabulary import vocabulary_of
 from veneer.configs.base import AnyConfig
@@ -104,6 +105,9 @@ def _methods(adapters: Adapters, adapter: Adapter, name: str) -> list[Any]:
 
 def _tensors(adapters: Adapters, adapter: Adapter, name: str, methods: list[Any]) -> list[tuple[str, Tensor]]:
     layer, module = adapters.layers.get(name), adapters.catalog.modules[name]
+    # Where parameters are spread over processes it is for the caller to gather them.
+    if layer is not None and is_sharded(layer.site.stored):
+        layer = None
     weight = module._parameters.get("weight") if layer is None else layer.base_stored
     if weight is None or not weight.is_floating_point():  # packed: never grown
         return []

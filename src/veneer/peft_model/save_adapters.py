@@ -34,6 +34,8 @@ from veneer.peft_model.trainer_state import write_state
 # Keywords that peft, transformers and accelerate hand to save_pretrained, without effect on adapters.
 _UNUSED = ("save_function", "max_shard_size", "save_peft_format", "push_to_hub", "token")
 
+_GATHER = "Pass the whole state_dict(), gathered, or none at all and save in every process."
+
 
 @dataclass(frozen=True)
 class Saving:
@@ -187,6 +189,8 @@ def _save_adapters(
     """Save adapters in the PEFT format; see :meth:`PeftModel.save_pretrained`."""
     if saving.is_gathered and not (is_main_process and sharding.is_first()):
         return
+    if saving.is_gathered and not saving.state:
+        raise AdapterError("state_dict has not all tensors: it is empty in this process.", hint=_GATHER)
     adapters = model.adapters
     with adapters.active_selection.choosing:  # in another thread, none is renamed or deleted meanwhile
         drafts = {name: _draft(model, adapters.get(name), saving) for name in names}
@@ -218,7 +222,7 @@ def value_of(model: AdaptedModel, adapter: Adapter, state: Mapping[str, Tensor])
         if state and given is live and sharding.is_sharded(live):
             raise AdapterError(
                 f"state_dict has not all tensors of adapter {adapter.name!r}, and this process has parts of them only.",
-                hint="Pass the whole state_dict(), gathered, or none at all and save in every process.",
+                hint=_GATHER,
             )
         tensor: Tensor = sharding.whole(given.detach())
         if not tensor.numel() and live.ndim:
