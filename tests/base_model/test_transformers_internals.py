@@ -25,6 +25,7 @@ NAMES = [
     ("transformers.core_model_loading", "apply_renamings"),
     ("transformers.core_model_loading", "dot_natural_key"),
     ("transformers.core_model_loading", "rename_source_key"),
+    ("transformers.core_model_loading", "ConversionOps"),
     ("transformers.core_model_loading", "WeightConverter"),
     ("transformers.core_model_loading", "WeightRenaming"),
     ("transformers.conversion_mapping", "get_model_conversion_mapping"),

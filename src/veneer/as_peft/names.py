@@ -266,7 +266,7 @@ _OTHERS: dict[str, dict[str, Home]] = {
     },
     "peft.utils.transformers_weight_conversion": {
         **_at("veneer.as_peft.weight_mapping", "build_peft_weight_mapping"),
-        **_at("transformers.conversion_mapping", "get_model_conversion_mapping"),
+        **_at("veneer.base_model.transformers_internals", "get_model_conversion_mapping"),
         **_at(_FUNCTIONS, "convert_peft_config_for_transformers"),
     },
     "peft.utils.integrations": _at(

@@ -7,16 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 from veneer.adapters.expert_names import HELD
 from veneer.base_model.targets import names_match
+from veneer.base_model.transformers_internals import conversion_classes
 from veneer.checkpoints.layouts.stacked_experts import ExpertFactor, StackedTensor
 from veneer.configs.base import PeftConfig
 from veneer.configs.methods.lora import LoraConfig
 from veneer.files.tensor_keys import PREFIX
 from veneer.methods import method_of
 from veneer.methods.base.method import around_adapter
+
+ConversionOps, WeightConverter, WeightRenaming = conversion_classes()
 
 LEAVES = ("lora_A", "lora_B")
 
@@ -44,7 +46,7 @@ def build_peft_weight_mapping(
     return conversions
 
 
-class StackExperts(ConversionOps):
+class StackExperts(ConversionOps):  # type: ignore[misc,valid-type]
     """Stacks the LoRA of single experts for the one parameter that holds them: see ``stacked_experts.py``."""
 
     def __init__(self, is_down: bool) -> None:
@@ -74,7 +76,7 @@ def _stacks_experts(conversion: Any) -> bool:
     return isinstance(conversion, WeightConverter) and any("experts.*." in s for s in conversion.source_patterns)
 
 
-def _stackings(config: LoraConfig, adapter_name: str) -> list[WeightConverter]:
+def _stackings(config: LoraConfig, adapter_name: str) -> list[Any]:
     """Return the conversions for checkpoints from before transformers 5, in whose config single experts are named."""
     found = [[_named(names, config) for names in parts] for parts in HELD.values()]
     targeted = [[name for name in names if name] for names in found if all(names)]

@@ -56,11 +56,23 @@ def replace_remote_code_timeout(seconds: Any) -> Any:
 # -- names in a checkpoint ---------------------------------------------------------------------------------
 
 
+def conversion_classes() -> tuple[Any, Any, Any]:
+    """Return the classes of the rules by which models are loaded: an operation, a conversion by it, a renaming."""
+    from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+
+    return ConversionOps, WeightConverter, WeightRenaming
+
+
+def get_model_conversion_mapping(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return the rules by which a model is loaded: transformers' own function, which peft's module hands on."""
+    from transformers.conversion_mapping import get_model_conversion_mapping as transformers_own
+
+    return transformers_own(model, *args, **kwargs)
+
+
 def conversions_of(model: Any) -> tuple[list[Any], list[Any]]:
     """Return the rules by which ``model`` is loaded: those that rename tensors, and those that make one of several."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
-
+    _, WeightConverter, WeightRenaming = conversion_classes()
     rules = get_model_conversion_mapping(model) if hasattr(model, "base_model_prefix") else []
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     return renamings, [rule for rule in rules if isinstance(rule, WeightConverter)]
