@@ -19,12 +19,17 @@ from types import ModuleType
 SECONDS = 240
 # What the scripts import, which takes longer than what they do.
 LIBRARIES = ("torch", "transformers", "peft", "veneer", "safetensors.torch", "transformers.trainer")
-# Two of them reach into the package, by names of before -> the names of today.
+# A few of them reach into the package, by names of before -> the names of today.
 FORMER = {
     r"\bveneer\.config\b": "veneer.configs.base",
     r"\bveneer\.layer\b": "veneer.layers.adapted_layer",
     r"AdaptedLayer\._fold\b": "AdaptedLayer._fuse",
     r"layer\._forget\b": "layer.forget_cached",
+    # A function of the tokenizer, the prompt, the system's message, and whether the template is used.
+    r"from veneer\.cli\.generate_command import _inputs\n": (
+        "from types import SimpleNamespace as S; from veneer.cli.text_generator import TextGenerator as G\n"
+        "_inputs = lambda t, prompt, *_: G._templated(S(tokenizer=t), [{'role': 'user', 'content': prompt}])\n"
+    ),
 }
 
 

@@ -52,7 +52,7 @@ def test_an_unknown_key_is_a_line_of_ours(run: Run, made: Path, tmp_path: Path) 
     result = run("inspect", folder)
     assert result.code == 0
     said = f"warning: Unexpected keyword arguments ['{SPELT_OUT}'] for class LoraConfig, these are ignored. "
-    assert result.err == f"{said}{folder}/{CONFIG}: {SPELT_OUT}='[bold]3' is kept and not used.\n"
+    assert result.err == f"{said}{folder}/{CONFIG}: {SPELT_OUT}='[bold]3' stays in the config for other tools.\n"
     assert "\x1b" not in result.out
     [line] = run("generate", folder, *SHORT).err.splitlines()
     assert line.startswith(said)

@@ -73,14 +73,14 @@ def test_what_peft_saves_loads_and_the_adapters_keep_their_bytes(tmp_path: Path)
     wanted = logits(theirs, inputs("llama"))
     theirs.save_pretrained(tmp_path / "theirs")
     # A set is listed by names, so the router comes before what it routes over.
-    model = veneer.PeftModel.from_pretrained(build("llama"), tmp_path / "theirs")
+    model = veneer.load(tmp_path / "theirs", base=build("llama"))
     model.set_adapter("arrow_router")
     assert gap(logits(model, inputs("llama")), wanted) < 1e-5
 
     model = ours(paths, top_k=2, use_gks=True)
     expected = logits(model, inputs("llama"))
     model.save_pretrained(tmp_path / "ours")
-    again = veneer.PeftModel.from_pretrained(build("llama"), tmp_path / "ours")
+    again = veneer.load(tmp_path / "ours", base=build("llama"))
     assert again.active_adapters == ["arrow_router"]
     assert torch.equal(logits(again, inputs("llama")), expected)
     for index, path in enumerate(paths[:3]):

@@ -73,6 +73,6 @@ def test_they_are_saved_and_restored_together(pair: tuple[Any, Any], tmp_path: P
     ours, _ = pair
     expected = logits(ours, inputs("llama"))
     ours.save_pretrained(tmp_path)
-    again = veneer.PeftMixedModel.from_pretrained(build("llama"), tmp_path)
+    again = veneer.load(tmp_path, base=build("llama"))
     assert again.active_adapters == list(CONFIGS)
     assert gap(logits(again, inputs("llama")), expected) < CLOSE

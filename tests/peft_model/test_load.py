@@ -550,7 +550,7 @@ def test_keys_that_change_nothing_are_kept(adapter: Path, tmp_path: Path) -> Non
     values = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert (values["use_something_new"], values["other_new"], values["tags"]) == (False, None, ["a"])
     edit_config(adapter, author_note=3)
-    with pytest.warns(UserWarning, match="author_note=3 is kept and not used"):
+    with pytest.warns(UserWarning, match="author_note=3 stays in the config for other tools"):
         veneer.load(adapter)
     edit_config(adapter, author_note=..., use_something_new=True)
     with pytest.warns(UserWarning, match="may change the maths. It is ignored"):

@@ -396,8 +396,8 @@ def check_unknown_keys(extra: Mapping[str, Any], known: set[str], where: str, st
     if unused:
         shown = ", ".join(f"{key}={on[key]!r}" for key in unused)
         warn(
-            f"Unexpected keyword arguments {unused} for class {kind}, these are ignored. {where}: {shown} is kept and "
-            "not used."
+            f"Unexpected keyword arguments {unused} for class {kind}, these are ignored. {where}: {shown} stays "
+            "in the config for other tools."
         )
 
 

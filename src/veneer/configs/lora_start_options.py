@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from veneer.configs.value_checks import Checked
-from veneer.errors import ConfigError, ConfigTypeError
+from veneer.errors import ConfigError, ConfigTypeError, UnknownKeyError, did_you_mean
 
 StartT = TypeVar("StartT")
 
@@ -105,7 +105,13 @@ class LoftQConfig(Checked):
 
 
 def options_of(kind: type[StartT], values: StartT | Mapping[str, Any] | None) -> StartT:
-    """Return options, or make them from the ``values`` in a file; unknown keys are left to other tools."""
+    """Return options, or make them from the ``values`` in a file.
+
+    Unknown keys of a start are left to other tools, for its arithmetic is over; those of a variant are refused.
+
+    Raises:
+        UnknownKeyError: a key of a variant is unknown. ConfigTypeError: the values are no dictionary.
+    """
     if isinstance(values, kind):
         return values
     if values is not None and not isinstance(values, Mapping):
@@ -114,4 +120,10 @@ def options_of(kind: type[StartT], values: StartT | Mapping[str, Any] | None) ->
             hint=f"Give {kind.__name__}(...).",
         )
     known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = [str(key) for key in values or () if key not in known]
+    if unknown and kind.__module__ != __name__:
+        raise UnknownKeyError(
+            f"{kind.__name__} has no option {unknown[0]!r}.",
+            hint=did_you_mean(unknown[0], known) + f"It has {', '.join(sorted(known))}.",
+        )
     return kind(**{key: value for key, value in (values or {}).items() if key in known})

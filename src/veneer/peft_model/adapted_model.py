@@ -105,11 +105,10 @@ class AdaptedModel(nn.Module):
 
     @property
     def model(self) -> Any:
-        """The base model; with prompts alone, its own ``model``: there peft has no module between."""
+        """The base model; its own ``model`` while no adapter is on a layer: with prompts alone, or with none."""
         base = self.get_base_model()
-        adapters = self.adapters.by_name.values()
-        only_prompts = bool(adapters) and all(adapter.prompt is not None for adapter in adapters)
-        return getattr(base, "model", base) if only_prompts else base
+        on_layers = any(adapter.prompt is None for adapter in self.adapters.by_name.values())
+        return base if on_layers else getattr(base, "model", base)
 
     @property
     def targeted_parameter_names(self) -> list[str]:
