@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
@@ -10,13 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from veneer.configs.patterns import ENDING, match
 from veneer.errors import AdapterError
+from veneer.files.names import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from veneer.layers.base_tuner_layer import BaseTunerLayer
 from veneer.peft_model.adapted_model import AdaptedModel, adapted_model
 
-CONFIG_NAME = "adapter_config.json"
-SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
-WEIGHTS_NAME = "adapter_model.bin"
+CONFIG_NAME = ADAPTER_CONFIG
+SAFETENSORS_WEIGHTS_NAME = ADAPTER_WEIGHTS
+WEIGHTS_NAME = ADAPTER_PICKLE
 
 
 # -- the adapters of a model that has no PeftModel around it ---------------------------------------------------
@@ -114,7 +115,7 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
 
 def get_pattern_key(pattern_keys: Iterable[str], key_to_match: str) -> str:
     """Return the first key, taken as the regular expression of a name's ending, that matches; else the name."""
-    found = (key for key in pattern_keys if re.fullmatch(rf"(.*\.)?({key})", key_to_match))
+    found = (key for key in pattern_keys if match(key, ENDING, key_to_match))
     return next(found, key_to_match)
 
 

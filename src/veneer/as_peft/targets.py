@@ -8,7 +8,7 @@ from torch import nn
 
 from veneer.base_model.catalog import Catalog
 from veneer.base_model.default_targets import REGISTERED, default_feedforward, default_targets, model_types
-from veneer.base_model.targets import ALL_LINEAR, in_blocks, names_match
+from veneer.base_model.targets import ALL_LINEAR, names_match, passes_filters
 from veneer.configs.base import Names, TargetedConfig
 from veneer.configs.names import PeftType
 
@@ -23,9 +23,7 @@ SEQ_CLS_HEAD_NAMES = ["score", "classifier"]
 def check_target_module_exists(config: TargetedConfig, key: str) -> bool:
     """Tell whether a config means the module with this name."""
     targets = config.target_modules
-    if not names_match(key, targets) or names_match(key, config.exclude_modules):
-        return False
-    return (not isinstance(targets, str) and key in (targets or ())) or in_blocks(key, config)
+    return targets is not None and names_match(key, targets) and passes_filters(key, config, targets)
 
 
 def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from veneer.base_model.default_targets import default_targets
-from veneer.configs.base import AnyConfig, TargetedConfig
+from veneer.configs.base import AnyConfig, Names, TargetedConfig
 from veneer.configs.patterns import BLOCK, ENDING, WHOLE, match
 from veneer.errors import TargetError
 
@@ -95,13 +95,18 @@ def target_names(
         matched = [n for n, linear in names.items() if linear and not is_inside(n, outputs)]
     else:
         matched = [n for n in names if names_match(n, targets)]
-    modules = [n for n in matched if not is_inside(n, saved) and not names_match(n, config.exclude_modules)]
-    # A layer's whole name says which block it means, and an empty list of blocks filters nothing (as in peft).
-    full_names = () if isinstance(targets, str) else targets
-    modules = [n for n in modules if n in full_names or in_blocks(n, config)]
+    modules = [n for n in matched if not is_inside(n, saved) and passes_filters(n, config, targets)]
     if not modules:
         raise TargetError(*_no_target(config, targets, matched, names))
     return modules
+
+
+def passes_filters(name: str, config: TargetedConfig, targets: Names) -> bool:
+    """Tell whether ``exclude_modules`` and the blocks of a config leave a module that ``targets`` mean."""
+    if names_match(name, config.exclude_modules):
+        return False
+    # A layer's whole name says which block it means, and an empty list of blocks filters nothing (as in peft).
+    return (not isinstance(targets, str) and name in targets) or in_blocks(name, config)
 
 
 def shortest(chosen: Iterable[str], names: Iterable[str]) -> list[str]:

@@ -6,9 +6,7 @@ training disturbs least: they come first.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from veneer.errors import UsageError
 from veneer.keywords import strict, takes
 from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.printing import progress
 
 # Endings of the names of parameters that hold the weights of all experts of a layer, shape (experts, m, n).
 EXPERTS = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
@@ -70,7 +69,7 @@ class KappaTuneSelector:
 
     def _of_layers(self) -> Iterator[tuple[str, float]]:
         layers = {name: module for name, module in self.model.named_modules() if isinstance(module, nn.Linear)}
-        with _progress(self.show_progress):
+        with progress("condition numbers", self.show_progress):
             for name, layer in layers.items():
                 wrapper = self.model.get_submodule(name.rpartition(".")[0])
                 name = name.removesuffix(".base_layer") if isinstance(wrapper, AdaptedLayer) else name
@@ -78,7 +77,7 @@ class KappaTuneSelector:
                     yield name, _condition(layer.weight)
 
     def _of_experts(self) -> Iterator[tuple[str, float]]:
-        with _progress(self.show_progress):
+        with progress("condition numbers", self.show_progress):
             for name, parameter in self.model.named_parameters():
                 if parameter.ndim == 3 and name.endswith(self.moe_param_suffixes) and self._is_small(parameter[0]):
                     numbers = [_condition(expert) for expert in parameter]
@@ -133,11 +132,3 @@ def _lowest(
     if threshold is not None:
         return [name for name in ranked if numbers[name] <= threshold]
     return ranked if top_p is None else ranked[: max(1, int(len(ranked) * top_p))]
-
-
-def _progress(shown: bool) -> AbstractContextManager[object]:
-    if not shown:
-        return contextlib.nullcontext()
-    from rich.console import Console
-
-    return Console(stderr=True).status("condition numbers")

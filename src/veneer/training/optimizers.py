@@ -179,17 +179,24 @@ def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return named
 
 
-def _pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]]:
-    """Yield ``A``, ``B`` and the scale of each plain LoRA on a linear layer whose ``B`` is trainable."""
+def lora_factors(model: nn.Module) -> Iterator[tuple[AdaptedLayer, LoraSettings, dict[str, nn.Parameter]]]:
+    """Yield each layer with the settings and the tensors of each LoRA on it that has an ``A`` and a ``B``."""
     for layer in model.modules():
-        if not isinstance(layer, AdaptedLayer) or not layer.site.matrix_input:
+        if not isinstance(layer, AdaptedLayer):
             continue
         for adapter, share in [(name, share) for name, shares in layer.bound.items() for share in shares]:
-            if not isinstance(share.settings, LoraSettings) or share.settings.variant is not None:
+            if not isinstance(share.settings, LoraSettings):
                 continue
             tensors = layer.tensors(adapter, share)
-            if tensors.keys() >= {A, B} and tensors[B].requires_grad:
-                yield tensors[A], tensors[B], float(share.settings.scale)
+            if tensors.keys() >= {A, B}:
+                yield layer, share.settings, tensors
+
+
+def _pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]]:
+    """Yield ``A``, ``B`` and the scale of each plain LoRA on a linear layer whose ``B`` is trainable."""
+    for layer, settings, tensors in lora_factors(model):
+        if layer.site.matrix_input and settings.variant is None and tensors[B].requires_grad:
+            yield tensors[A], tensors[B], float(settings.scale)
 
 
 def _check_configs(model: nn.Module, expected: Mapping[str, Any]) -> None:

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from veneer.errors import ConfigError, UsageError
 from veneer.keywords import check_passed_on
-from veneer.layers.adapted_layer import AdaptedLayer
-from veneer.methods.lora import A, B, LoraSettings
+from veneer.methods.lora import A, B
+from veneer.training.optimizers import lora_factors
 
 
 def create_riemannian_optimizer(
@@ -60,15 +60,7 @@ def create_riemannian_optimizer(
 
 def lora_pairs(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
     """Return ``A``, shape ``(r, in)``, and ``B``, shape ``(out, r)``, of each trainable LoRA with such factors."""
-    layers = [layer for layer in model.modules() if isinstance(layer, AdaptedLayer)]
-    found = [
-        layer.tensors(adapter, share)
-        for layer in layers
-        for adapter, shares in layer.bound.items()
-        for share in shares
-        if isinstance(share.settings, LoraSettings)
-    ]
-    pairs = [(tensors[A], tensors[B]) for tensors in found if tensors.keys() >= {A, B}]
+    pairs = [(tensors[A], tensors[B]) for _, _, tensors in lora_factors(model)]
     return [(down, up) for down, up in pairs if down.ndim == up.ndim == 2 and up.requires_grad]
 
 
