@@ -102,6 +102,14 @@ def test_what_cannot_be_swapped_leaves_the_model_as_it_was(options: dict[str, An
     assert torch.equal(logits(model, X), before)
 
 
+def test_one_of_another_method_is_not_swapped_in(tmp_path: Path) -> None:
+    model = load(adapter(tmp_path, "a", 1))
+    config = veneer.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+    veneer.get_peft_model(build("llama"), config).save_pretrained(tmp_path / "b")
+    with pytest.raises(AdapterError, match="Incompatible PEFT types found: LORA and IA3"):
+        veneer.hotswap_adapter(model, tmp_path / "b")
+
+
 def test_a_merged_adapter_is_not_swapped(tmp_path: Path) -> None:
     model = load(adapter(tmp_path, "a", 1))
     model.merge_adapter()
@@ -114,9 +122,9 @@ def test_what_cannot_be_prepared(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"target_rank=2 is smaller than the rank 4"):
         veneer.prepare_model_for_compiled_hotswap(model, target_rank=2)
     compiled: Any = torch.compile(model, backend="eager")
-    with pytest.raises(AdapterError, match="compiled already"):
+    with pytest.raises(AdapterError, match="already compiled"):
         veneer.prepare_model_for_compiled_hotswap(compiled)
-    with pytest.warns(UserWarning, match="compiled already"):
+    with pytest.warns(UserWarning, match="already compiled"):
         veneer.prepare_model_for_compiled_hotswap(compiled, check_compiled="warn")
     veneer.prepare_model_for_compiled_hotswap(compiled, check_compiled="ignore")
     with pytest.raises(ConfigError, match="none of the choices"):
@@ -198,9 +206,13 @@ def test_configs_to_come_are_given_the_rank(tmp_path: Path) -> None:
     own, other = model.peft_config["default"], veneer.LoraConfig(r=2, rank_pattern={"q_proj": 3})
     veneer.prepare_model_for_compiled_hotswap(model, target_rank=6, config={"default": own, "other": other})  # type: ignore[dict-item]
     assert (other.r, other.rank_pattern) == (6, {"q_proj": 6})
-    assert model.peft_config["default"].r == 4  # type: ignore[attr-defined]
+    assert model.peft_config["default"].r == 6  # type: ignore[attr-defined]
     model.save_pretrained(tmp_path / "out")
-    assert gap(logits(load(tmp_path / "out"), X), logits(model, X)) < CLOSE
+    saved = load(tmp_path / "out")
+    assert saved.peft_config["default"].r == 4  # type: ignore[attr-defined]
+    assert gap(logits(saved, X), logits(model, X)) < CLOSE
+    veneer.hotswap_adapter(model, adapter(tmp_path, "b", 2, r=2))
+    assert model.peft_config["default"].r == 2  # type: ignore[attr-defined]
 
 
 @pytest.mark.oracle

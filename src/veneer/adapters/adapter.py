@@ -71,13 +71,13 @@ class Adapter(AdapterRecord):
 
     def config_on_disk(self) -> AnyConfig:
         """Return the config that goes with :meth:`named_tensors`."""
-        method = method_of(self.config)
+        config, method = self.saved_config or self.config, method_of(self.config)
         if not isinstance(method, ChangesWhenSaved) or all(
             leaf.saved for _, share in self.bound_layers() for leaf in share.leaves
         ):
-            return self.config
-        config: TargetedConfig = method.config_on_disk(self.config)
-        return config
+            return config
+        changed: TargetedConfig = method.config_on_disk(config)
+        return changed
 
     def claims(self) -> Iterator[Claim]:
         """Yield the claims that no other adapter can have while this one is active."""

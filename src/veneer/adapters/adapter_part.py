@@ -27,6 +27,7 @@ class AdapterRecord:
     Attributes:
         name: its name on the model.
         config: its config, completed with what the model says.
+        saved_config: the config that is saved, where ``config`` was changed for weights to come.
         origin: its folder or hub id; ``None`` for one made here.
         trainable: True where its tensors are to be trained while it is selected.
         tensors_bound: the number of its checkpoint's tensors that are in use.
@@ -47,6 +48,7 @@ class AdapterRecord:
     base_digest: str | None = None
     notes: list[str] = field(default_factory=list)
     swappable: bool = False
+    saved_config: AnyConfig | None = None
     allocation: Allocation | None = None
     saved_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 

@@ -56,7 +56,8 @@ def prepare_model_for_compiled_hotswap(
     Args:
         model: the model, with its adapters.
         target_rank: the largest rank of the adapters to come; the ranks stay as they are when ``None``.
-        config: configs, or one, that are given ``target_rank`` as their rank. The model's adapters keep their own.
+        config: configs, or one, that are given ``target_rank`` as their rank. One of an adapter on the model shows it,
+            and is saved with the rank that the adapter has.
         check_compiled: where the model is compiled already: ``"error"``, ``"warn"`` or ``"ignore"``.
 
     Raises:
@@ -76,9 +77,15 @@ def _check_not_compiled(model: nn.Module, check: str) -> None:
         raise UsageError(f"check_compiled={check!r} is none of the choices.", hint='"error", "warn" or "ignore".')
     if check == "ignore" or not (hasattr(model, "_orig_mod") or model._compiled_call_impl is not None):
         return
-    message = "The model is compiled already, and will be compiled anew."
+    message = (
+        "prepare_model_for_compiled_hotswap was called with a model that is already compiled: it will be compiled anew."
+    )
     if check == "error":
-        raise AdapterError(message, hint='Prepare it before it is compiled, or pass check_compiled="ignore".')
+        raise AdapterError(
+            message,
+            hint="Call prepare_model_for_compiled_hotswap *before* compiling the model, or pass "
+            'check_compiled="ignore".',
+        )
     warn(message)
 
 
@@ -86,8 +93,8 @@ def _set_ranks(model: AdaptedModel, configs: Sequence[LoraConfig], rank: int | N
     if rank is None:
         return
     for entry in model.adapters.by_name.values():
-        if any(entry.config is config for config in configs):
-            entry.config = copy.deepcopy(entry.config)
+        if any(entry.config is config for config in configs) and entry.saved_config is None:
+            entry.saved_config = copy.deepcopy(entry.config)
     for config in configs:
         config.r, config.rank_pattern = rank, dict.fromkeys(config.rank_pattern, rank)
 
@@ -219,7 +226,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
     if config0.peft_type != config1.peft_type:
         raise AdapterError(
             f"Incompatible PEFT types found: {config0.peft_type} and {config1.peft_type}.",
-            hint="Swap in an adapter of the same method.",
+            hint="Swap in an adapter of the same method; load_adapter(...) puts one of another beside it.",
         )
 
 
@@ -247,7 +254,8 @@ def _hotswap(model: AdaptedModel, checkpoint: Checkpoint, adapter_name: str) -> 
         _swap(layer, adapter_name, share, binding, tensors)
     entry.layers.idle = [name for name in entry.layers.names if name not in bound]
     _swap_shared(entry, plan, tensors)
-    entry.config, entry.origin, entry.notes = config, checkpoint.origin, [*checkpoint.notes, *plan.notes]
+    entry.config, entry.saved_config = config, None
+    entry.origin, entry.notes = checkpoint.origin, [*checkpoint.notes, *plan.notes]
     entry.tensors_bound = len(plan.keys)
     note_swapped(model, entry, checkpoint)
     base = model.get_base_model()
@@ -262,12 +270,10 @@ def _check_swappable(model: AdaptedModel, entry: Adapter, checkpoint: Checkpoint
             f"{entry.name!r} is merged into {merged[0]} and {len(merged) - 1} other layers.",
             hint="Call unmerge_adapter() first.",
         )
-    new, old = str(checkpoint.config.peft_type), str(entry.config.peft_type)
+    check_hotswap_configs_compatible(entry.config, checkpoint.config)
     beyond = [b.site.id for b in plan.bindings if b.site.id not in entry.layers.by_id]
     reason = None
-    if new != old:
-        reason = f"is of the method {new}, and {entry.name!r} of {old}"
-    elif beyond:
+    if beyond:
         reason = f"adapts {len(beyond)} layers that {entry.name!r} does not (first: {beyond[0]})"
     elif plan.whole_modules or entry.whole_modules.names:
         reason = "or the old one brings whole modules"
