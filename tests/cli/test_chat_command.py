@@ -6,7 +6,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -177,7 +176,7 @@ def test_an_answer_that_is_stopped(
 ) -> None:
     def settled(text: str, stops: list[str]) -> str:
         if text.count("w") > 2:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         return text
 
     folder, file = shutil.copytree(made / "base", tmp_path / "base"), tmp_path / "talk.jsonl"
