@@ -56,7 +56,7 @@ def test_taking_it_back(run: Run, world: Path) -> None:
     path = merged / "merge_manifest.json"
     values = json.loads(path.read_text())
     for name, words in (("../../\x1b[2J", "outside of its folder"), ("/etc/passwd", "outside of its folder")):
-        path.write_text(json.dumps({**values, "base": {**values["base"], "sha256": {name: "0"}}}))
+        path.write_text(json.dumps({**values, "base": {**values["base"], "digests": {name: "sha256:0"}}}))
         assert words in refused(run, world, "unmerge", merged, "--out", world / "back")
         assert words in refused(run, world, "verify", merged, "--no-logits")
     path.write_text(json.dumps({**values, "base": None}))

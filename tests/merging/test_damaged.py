@@ -30,9 +30,10 @@ DELTA = "merge_delta/model.safetensors.zip"
 ODD: Mapping[str, Callable[[dict[str, Any]], Any]] = {
     "base gone": lambda v: v.pop("base"),
     "base a list": lambda v: v.update(base=[]),
-    "digests null": lambda v: v["base"].update(sha256=None),
-    "no digests": lambda v: v["base"].update(sha256={}),
-    "a digest null": lambda v: v["base"].update(sha256={"config.json": None}),
+    "digests null": lambda v: v["base"].update(digests=None),
+    "no digests": lambda v: v["base"].update(digests={}),
+    "a digest null": lambda v: v["base"].update(digests={"config.json": None}),
+    "a digest of an unknown algorithm": lambda v: v["base"].update(digests={"config.json": "md5:0"}),
     "origin null": lambda v: v["base"].update(origin=None),
     "outputs null": lambda v: v.update(outputs=None),
     "adapters null": lambda v: v.update(adapters=None),

@@ -175,7 +175,7 @@ def test_chat_templates_come_along_and_back(world: Path) -> None:
     found = {p.stem: p.read_text() for p in (world / "out" / "additional_chat_templates").iterdir()}
     assert found == {"a": "base", "b": "adapter", "c": "adapter"}
     assert (
-        "additional_chat_templates/c.jinja" in json.loads((world / "out" / MANIFEST).read_text())["outputs"]["sha256"]
+        "additional_chat_templates/c.jinja" in json.loads((world / "out" / MANIFEST).read_text())["outputs"]["digests"]
     )
     veneer.unmerge(world / "out", out=world / "back")
     assert tree(world / "back") == tree(world / "base")
@@ -364,7 +364,7 @@ def test_a_damaged_journal_is_refused(journal: str, world: Path) -> None:
 def test_a_manifest_names_nothing_outside(part: str, name: str, world: Path) -> None:
     path = world / "merged" / MANIFEST
     values = json.loads(path.read_text())
-    values[part]["sha256"][name] = hashlib.sha256(b"").hexdigest()
+    values[part]["digests"][name] = f"sha256:{hashlib.sha256(b'').hexdigest()}"
     path.write_text(json.dumps(values))
     for run in (
         lambda: veneer.unmerge(world / "merged", out=world / "mine" / "out"),

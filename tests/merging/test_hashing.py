@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -13,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 import veneer
 from tests.random_adapters import edit_config, saved, saved_base
 from veneer.files.lookup_options import LookupOptions
 from veneer.merging.base import hashing as room
-from veneer.merging.base.hashing import Hashing, sha256_of, stamp_of
+from veneer.merging.base.hashing import Hashing, digest_of, stamp_of
 from veneer.merging.work import prepare
 from veneer.merging.work.inputs import likely_weights
 
@@ -34,7 +34,7 @@ def world(tmp_path: Path) -> Path:
 
 
 def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return f"blake3:{blake3(path.read_bytes()).hexdigest()}"
 
 
 def test_the_name_of_merge_brings_no_torch() -> None:
@@ -72,13 +72,13 @@ def test_each_file_is_hashed_once_and_before_anything_is_read(world: Path, monke
 
     def counting(path: Path, given_up: Callable[[], bool] = lambda: False) -> str:
         begun.append(path)
-        return sha256_of(path, given_up)
+        return digest_of(path, given_up)
 
     def preparing(*args: Any, real: Any = prepare.prepare) -> Any:
         before.extend(begun)
         return real(*args)
 
-    monkeypatch.setattr(room, "sha256_of", counting)
+    monkeypatch.setattr(room, "digest_of", counting)
     monkeypatch.setattr(room.ThreadPoolExecutor, "submit", at_once)
     monkeypatch.setattr(prepare, "prepare", preparing)
     veneer.merge(world / "adapter", world / "base", out=world / "out")
@@ -104,7 +104,7 @@ def test_a_base_that_changes_before_it_is_opened_is_hashed_again(world: Path, mo
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "prepare", preparing)
         veneer.merge(world / "adapter", world / "base", out=world / "out")
-    told = json.loads((world / "out" / "merge_manifest.json").read_text())["base"]["sha256"][path.name]
+    told = json.loads((world / "out" / "merge_manifest.json").read_text())["base"]["digests"][path.name]
     assert told == digest(path) != first
     assert veneer.verify(world / "out", world / "adapter", world / "base").passed
 
@@ -122,7 +122,7 @@ def test_files_that_were_not_foreseen_are_hashed_too(tmp_path: Path) -> None:
 def test_it_is_given_up_in_the_middle_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(bytes(100))
     with pytest.raises(CancelledError):
-        sha256_of(tmp_path / "large", lambda: True)
+        digest_of(tmp_path / "large", lambda: True)
 
 
 def test_it_hashes_while_torch_is_imported(world: Path) -> None:

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import veneer
 from tests.models import build, gap, inputs, logits
 from tests.random_adapters import saved
-from veneer.errors import AdapterError, ConfigError, IncompleteCheckpointError, MergeError
+from veneer.errors import AdapterError, ConfigError, CorruptFileError, IncompleteCheckpointError, MergeError
+from veneer.merging.base import hashing
 from veneer.merging.work.rounding import Rounding
 
 
@@ -73,14 +75,70 @@ def test_the_figures_are_right(world: Path) -> None:
 def test_the_manifest_tells_every_file(world: Path) -> None:
     merge(world)
     found = manifest(world / "out")
-    for folder, digests in ((world / "base", found["base"]["sha256"]), (world / "out", found["outputs"]["sha256"])):
+    for folder, digests in ((world / "base", found["base"]["digests"]), (world / "out", found["outputs"]["digests"])):
         assert {p.name for p in folder.iterdir()} - {"merge_manifest.json", "model.safetensors.index.json"} <= {
             *digests
         }
         for name, digest in digests.items():
-            assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+            assert digest == f"blake3:{blake3((folder / name).read_bytes()).hexdigest()}"
     assert found["adapters"][0]["weight"] == 1.0
     assert found["options"]["rounding"] == "nearest"
+
+
+def in_cache(world: Path) -> Path:
+    """Lay the base out as the hub's client does: large files are named by their SHA-256, small ones by another."""
+    blobs, snapshot = world / "models--acme--base" / "blobs", world / "models--acme--base" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in (world / "base").iterdir():
+        algorithm = "sha256" if path.suffix == ".safetensors" else "sha1"
+        blob = blobs / hashlib.new(algorithm, path.read_bytes()).hexdigest()
+        (snapshot / path.name).symlink_to(f"../../blobs/{shutil.copyfile(path, blob).name}")
+    shutil.rmtree(world / "base")
+    (world / "base").symlink_to(snapshot)
+    return snapshot
+
+
+def test_digests_that_the_hubs_cache_knows_are_not_computed(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot, read = in_cache(world), []
+    monkeypatch.setattr(hashing, "digest_of", lambda path, *_: read.append(path))
+    merge(world, reversible=True)
+    base = manifest(world / "out")["base"]
+    files = {path.name: path.resolve().name for path in snapshot.glob("*.safetensors")}
+    assert read == []
+    assert sorted(base["digests_from_cache"]) == sorted(files)
+    assert {name: f"sha256:{digest}" for name, digest in files.items()}.items() <= base["digests"].items()
+    assert base["digests"]["config.json"].startswith("blake3:")
+    monkeypatch.undo()
+    assert veneer.verify(world / "out", world / "adapter", world / "base", logits=False).passed
+    veneer.unmerge(world / "out", out=world / "back")
+
+
+def test_a_blob_that_is_not_what_it_is_named_is_found(world: Path) -> None:
+    file = next(in_cache(world).glob("*.safetensors"))
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file.resolve(), metadata={"format": "pt"})
+    merge(world, reversible=True)
+    report = veneer.verify(world / "out", world / "adapter", world / "base", logits=False)
+    assert (report.passed, report.different) == (False, [])
+    assert [Path(path).name for path in report.altered] == [file.name]
+    with pytest.raises(MergeError, match="is not what the manifest records"):
+        veneer.unmerge(world / "out", out=world / "back")
+
+
+def test_a_manifest_of_version_1_is_read(world: Path) -> None:
+    merge(world, reversible=True)
+    values = manifest(world / "out")
+    for part, folder in (("base", world / "base"), ("outputs", world / "out")):
+        names = values[part].pop("digests")
+        values[part]["sha256"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    (world / "out" / "merge_manifest.json").write_text(json.dumps({**values, "manifest_version": 1}))
+    assert veneer.verify(world / "out", world / "adapter", world / "base", logits=False).passed
+    veneer.unmerge(world / "out", out=world / "back")
+    merge(world, overwrite=True)
+    values["base"]["sha256"]["config.json"] = None
+    (world / "out" / "merge_manifest.json").write_text(json.dumps({**values, "manifest_version": 1}))
+    with pytest.raises(CorruptFileError, match="is not what a merge writes there"):
+        veneer.unmerge(world / "out", out=world / "again", base=world / "base")
 
 
 def test_a_change_that_rounding_eats_is_warned_about(world: Path) -> None:

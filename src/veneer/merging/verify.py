@@ -17,7 +17,7 @@ from veneer.errors import MergeError, VeneerError
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.resolve import resolve
 from veneer.keywords import takes
-from veneer.merging.base.hashing import sha256_of
+from veneer.merging.base.hashing import digest_in_cache, matches
 from veneer.merging.base.weight_files import WeightFiles
 from veneer.merging.output.file_writer import run_all
 from veneer.merging.output.manifest import read_manifest
@@ -63,7 +63,7 @@ class VerifyReport(Report):
         out: the merged folder.
         tensors: output tensors that were computed again and compared bit for bit.
         different: output tensors that adapters and base do not give.
-        altered: files that have changed since the merge wrote them.
+        altered: files that have changed since the merge wrote them, or since the hub's cache named them.
         answers: the difference of the logits; ``None`` when they were not compared.
         max_kl: the limit up to which ``answers.kl`` passes.
         notes: steps that were left out, and why.
@@ -171,12 +171,8 @@ def verify(
     adapters = _weighted(manifest, adapter, lookup)
     base = manifest["base"]["origin"] if base is None else base
     on_step("merging again")
-    tensors, different = _replayed(folder, adapters, base, MergeOptions(**manifest["options"]), lookup, sample)
-    altered = [
-        name
-        for name, digest in manifest["outputs"]["sha256"].items()
-        if not (folder / name).is_file() or sha256_of(folder / name) != digest
-    ]
+    tensors, different, altered = _replayed(folder, adapters, base, MergeOptions(**manifest["options"]), lookup, sample)
+    altered += [name for name, digest in manifest["outputs"]["digests"].items() if not matches(folder / name, digest)]
     answers, notes = None, []
     if logits:
         on_step("comparing answers")
@@ -205,7 +201,8 @@ def _replayed(
     options: MergeOptions,
     lookup: LookupOptions,
     sample: int | None,
-) -> tuple[int, list[str]]:
+) -> tuple[int, list[str], list[str]]:
+    """Merge again, and return how many tensors were computed, which differ, and which files of the base are damaged."""
     with prepare(adapters, base, options, lookup) as prepared, WeightFiles.open(resolve(folder)) as files:
         pieces = prepared.plan.pieces
         if sample is not None:
@@ -218,7 +215,13 @@ def _replayed(
         }
         present = {name: (place.info.dtype, place.info.shape) for name, place in files.places.items()}
         odd = {name for name in planned.keys() | present.keys() if planned.get(name) != present.get(name)}
-        return sum(len(piece.outputs) for piece in pieces), sorted(sink.different | odd)
+        return sum(len(piece.outputs) for piece in pieces), sorted(sink.different | odd), _damaged(prepared.files)
+
+
+def _damaged(base: WeightFiles) -> list[str]:
+    """Return the files of the base that are not what the hub's cache names them, where a manifest takes digests from."""
+    digests = {path: digest_in_cache(path) for path in base.paths.values()}
+    return [str(path) for path, digest in digests.items() if digest is not None and not matches(path, digest)]
 
 
 def _answers(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from veneer.adapters.merge.worker_threads import one_thread_each
+from veneer.merging.base.hashing import ALGORITHM
 from veneer.merging.base.weight_files import WeightFiles, read_exactly
 from veneer.merging.work.file_layout import OutputFile
 from veneer.merging.work.pieces import Piece, Sink
@@ -132,7 +133,7 @@ def write_files(
     finished: Callable[[OutputFile, str, list[RoundingFigures]], None],
     workers: int | None = None,
 ) -> None:
-    """Write files in their order; ``finished`` is called with each one's SHA-256 and figures when it is on the disk."""
+    """Write files in their order; ``finished`` is called with each one's digest and figures when it is on the disk."""
     for file in files:
         sink.make(file)
     pending = {name for file in files for name in file.tensors}
@@ -140,7 +141,7 @@ def write_files(
     done: dict[str, list[RoundingFigures]] = {}
     results = run_all(todo, sink, workers)
     for file in files:
-        digest = hashlib.sha256(file.header)
+        digest = blake3(file.header)
         figures: list[RoundingFigures] = []
         for name, info in file.tensors.items():
             while name not in done:
@@ -151,12 +152,12 @@ def write_files(
             _hash(digest, sink, file, info.nbytes, file.start(name))
             sink.begin_flush(file.name)
         sink.finish(file.name)
-        finished(file, digest.hexdigest(), figures)
+        finished(file, f"{ALGORITHM}:{digest.hexdigest()}", figures)
     for _ in results:
         pass
 
 
-def _hash(digest: hashlib._Hash, sink: FileSink, file: OutputFile, count: int, start: int) -> None:
+def _hash(digest: blake3, sink: FileSink, file: OutputFile, count: int, start: int) -> None:
     block = torch.empty(min(count, _BLOCK), dtype=torch.uint8)
     for position in range(0, count, _BLOCK):
         digest.update(_bytes(sink.read(file.name, start + position, block[: count - position])))

@@ -16,11 +16,12 @@ from veneer.files.json_file import read_json
 from veneer.files.paths import is_file
 from veneer.files.source import Source
 from veneer.merging.base.companion_files import MANIFEST
+from veneer.merging.base.hashing import is_digest
 from veneer.merging.work.merge_options import MergeOptions
 from veneer.merging.work.prepare import PreparedMerge
 from veneer.merging.work.rounding import STOCHASTIC, RoundingFigures
 
-VERSION = 1
+VERSION = 2
 # Below this share of the change's energy the user is warned.
 ENOUGH = 0.9
 
@@ -28,6 +29,7 @@ ENOUGH = 0.9
 def manifest_of(
     prepared: PreparedMerge,
     inputs: Mapping[str, str],
+    from_cache: Sequence[str],
     adapters: Sequence[Mapping[str, str]],
     outputs: Mapping[str, str],
     figures: Sequence[RoundingFigures],
@@ -36,9 +38,10 @@ def manifest_of(
 
     Args:
         prepared: the merge.
-        inputs: file of the base -> SHA-256.
-        adapters: for each adapter, file -> SHA-256.
-        outputs: file of the output -> SHA-256.
+        inputs: file of the base -> digest.
+        from_cache: files of the base whose digest is the name that the hub's cache gives them, and not computed.
+        adapters: for each adapter, file -> digest.
+        outputs: file of the output -> digest.
         figures: of each changed tensor.
     """
     return {
@@ -47,20 +50,25 @@ def manifest_of(
             "veneer": __version__,
             **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
         },
-        "base": {"origin": prepared.base.origin, "commit": prepared.base.commit, "sha256": dict(inputs)},
+        "base": {
+            "origin": prepared.base.origin,
+            "commit": prepared.base.commit,
+            "digests": dict(inputs),
+            "digests_from_cache": list(from_cache),
+        },
         "adapters": [
             {
                 "origin": source.origin,
                 "commit": source.commit,
                 "weight": adapter.weight,
                 "peft_type": str(adapter.checkpoint.config.peft_type),
-                "sha256": dict(digests),
+                "digests": dict(digests),
             }
             for adapter, source, digests in zip(prepared.adapters, prepared.sources, adapters, strict=True)
         ],
         "options": prepared.options.to_dict(),
         "untied": prepared.plan.untied,
-        "outputs": {"sha256": dict(outputs)},
+        "outputs": {"digests": dict(outputs)},
         "summary": summary(figures),
         "tensors": [{**vars(tensor), "survives": tensor.share_kept} for tensor in figures],
     }
@@ -115,7 +123,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} holds no {MANIFEST}: `veneer merge` has not written it, or that file was left behind.",
             hint="Give the folder of a merge, or merge again.",
         )
-    values = read_json(path)
+    values = _in_current_form(read_json(path))
     if values.get("manifest_version") != VERSION:
         raise IncompleteCheckpointError(
             f"{path} was written by another version of Veneer.", hint="Merge again with `veneer merge`."
@@ -126,13 +134,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: {wrong!r} is not what a merge writes there.", hint="Copy it again, or merge again."
         )
     here = Source(folder, str(path))
-    for name in (*values["base"]["sha256"], *values["outputs"]["sha256"]):
+    for name in (*values["base"]["digests"], *values["outputs"]["digests"]):
         here.path(name)
     return values
 
 
+def _in_current_form(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest as it would be written today: version 1 has ``sha256`` for what is now ``digests``."""
+    if values.get("manifest_version") != 1:
+        return values
+    for part in filter(None, map(values.get, ("base", "outputs"))):
+        digests = part.get("sha256") if isinstance(part, dict) else None
+        if isinstance(digests, dict):
+            part["digests"] = {name: digest and f"sha256:{digest}" for name, digest in digests.items()}
+    return {**values, "manifest_version": VERSION}
+
+
 def _is_base(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("origin"), str) and _are_digests(value.get("sha256"))
+    return isinstance(value, dict) and isinstance(value.get("origin"), str) and _are_digests(value.get("digests"))
 
 
 def _are_adapters(value: Any) -> bool:
@@ -146,7 +165,7 @@ def _are_adapters(value: Any) -> bool:
 
 
 def _are_digests(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(digest, str) for digest in value.values())
+    return isinstance(value, dict) and bool(value) and all(map(is_digest, value.values()))
 
 
 def _are_options(value: Any) -> bool:
@@ -160,5 +179,5 @@ _PARTS: Mapping[str, Callable[[Any], bool]] = {
     "base": _is_base,
     "adapters": _are_adapters,
     "options": _are_options,
-    "outputs": lambda value: isinstance(value, dict) and _are_digests(value.get("sha256")),
+    "outputs": lambda value: isinstance(value, dict) and _are_digests(value.get("digests")),
 }

@@ -21,7 +21,7 @@ from typing import Any
 from veneer.errors import MergeError, OutputError
 from veneer.files.atomic_write import atomic_write
 from veneer.files.json_file import read_json
-from veneer.merging.base.hashing import sha256_of
+from veneer.merging.base.hashing import matches
 from veneer.merging.output.target import check_target, hidden_folder
 from veneer.merging.work.rounding import RoundingFigures
 
@@ -35,7 +35,7 @@ class StagingFolder:
         root: the hidden folder beside it.
         made_from: the facts that identify the output.
         overwrite: whether a model that is at the target is replaced.
-        finished: weight file that is on the disk -> its SHA-256 and figures.
+        finished: weight file that is on the disk -> its digest and figures.
     """
 
     target: Path
@@ -52,7 +52,7 @@ class StagingFolder:
     def record(self, name: str, digest: str, figures: list[RoundingFigures]) -> None:
         """Note that a weight file is on the disk."""
         self.finished[name] = digest, figures
-        files = {n: {"sha256": d, "figures": [vars(f) for f in fs]} for n, (d, fs) in self.finished.items()}
+        files = {n: {"digest": d, "figures": [vars(f) for f in fs]} for n, (d, fs) in self.finished.items()}
         with atomic_write(self.root / "journal.json") as temporary:
             temporary.write_text(json.dumps({"made_from": self.made_from, "finished": files}), encoding="utf-8")
 
@@ -145,7 +145,7 @@ def _clear(folder: Path, keep: Container[str] = ("lock",)) -> None:
 
 
 def _resume(staging: StagingFolder) -> None:
-    """Keep the finished weight files whose SHA-256 is still the one in the journal; remove everything else."""
+    """Keep the finished weight files whose digest is still the one in the journal; remove everything else."""
     journal = staging.root / "journal.json"
     if not journal.is_file():
         _clear(staging.root)
@@ -159,18 +159,18 @@ def _resume(staging: StagingFolder) -> None:
         )
     for name in staging.made_from.get("files", ()):
         path = staging.model / name
-        if name in finished and path.is_file() and not path.is_symlink() and sha256_of(path) == finished[name][0]:
+        if name in finished and not path.is_symlink() and matches(path, finished[name][0]):
             staging.finished[name] = finished[name]
     # A killed merge may have left a config or a manifest: this one writes its own, last.
     _clear(staging.model, keep=staging.finished)
 
 
 def _read_journal(journal: Path) -> tuple[dict[str, Any], dict[str, tuple[str, list[RoundingFigures]]]]:
-    """Read a journal: the facts that identify the output, and each finished file's SHA-256 and figures."""
+    """Read a journal: the facts that identify the output, and each finished file's digest and figures."""
     values = read_json(journal)
     try:
         files = {
-            n: (str(e["sha256"]), [RoundingFigures(**f) for f in e["figures"]]) for n, e in values["finished"].items()
+            n: (str(e["digest"]), [RoundingFigures(**f) for f in e["figures"]]) for n, e in values["finished"].items()
         }
         return dict(values["made_from"]), files
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -121,8 +121,9 @@ def _unlike(folder: Path, patterns: Collection[str], recorded: Collection[str] =
 def _recorded(target: Path) -> Collection[str]:
     """Return the files that a merge wrote there, as far as its manifest can be read."""
     try:
-        return set(read_json(target / MANIFEST)["outputs"]["sha256"])
-    except (VeneerError, KeyError, TypeError):
+        outputs = read_json(target / MANIFEST)["outputs"]
+        return set(outputs.get("digests") or outputs["sha256"])  # the latter in the manifests of older versions
+    except (VeneerError, AttributeError, KeyError, TypeError):
         return ()
 
 

@@ -34,7 +34,7 @@ from veneer.files.safetensors_header import header_in
 from veneer.files.source import Source
 from veneer.keywords import takes
 from veneer.merging.base.companion_files import check_inside
-from veneer.merging.base.hashing import sha256_of
+from veneer.merging.base.hashing import matches
 from veneer.merging.base.weight_files import WeightFiles
 from veneer.merging.output.manifest import read_manifest
 from veneer.merging.output.staging import staging_folder
@@ -55,7 +55,7 @@ class UnmergeReport(Report):
         merged: the merged folder.
         out: the folder that was written.
         source: the origin of the bytes.
-        files: the files' names; each has the SHA-256 of the base's file.
+        files: the files' names; each has the digest of the base's file.
         nbytes: bytes written.
     """
 
@@ -85,7 +85,7 @@ def unmerge(
     local_files_only: bool = False,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> UnmergeReport:
-    """Write the base that a merged folder was made from, and compare every file's SHA-256 with the manifest's.
+    """Write the base that a merged folder was made from, and compare every file's digest with the manifest's.
 
     Args:
         merged: the merged folder.
@@ -102,7 +102,7 @@ def unmerge(
     folder, target = Path(merged), written_to(out)
     check_target(target, overwrite)
     manifest = read_manifest(folder)
-    digests: dict[str, str] = manifest["base"]["sha256"]
+    digests: dict[str, str] = manifest["base"]["digests"]
     lookup = LookupOptions(local_files_only=local_files_only)
     origin = None if base is None else resolve(base, lookup, what="base")
     if origin is None and not (folder / DELTA).is_dir():
@@ -148,7 +148,7 @@ def _in_made_folder(path: Path) -> Path:
 
 
 def _check(folder: Path, digests: dict[str, str]) -> None:
-    wrong = [n for n, digest in digests.items() if not (folder / n).is_file() or sha256_of(folder / n) != digest]
+    wrong = [name for name, digest in digests.items() if not matches(folder / name, digest)]
     if wrong:
         raise MergeError(
             f"{wrong[0]} is not what the manifest records of the base; nothing was written.",

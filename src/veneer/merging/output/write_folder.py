@@ -15,7 +15,7 @@ from veneer.files.atomic_write import writing
 from veneer.files.names import INDEX, MODEL_CONFIG, MODEL_STEM
 from veneer.files.source import Source
 from veneer.merging.base.companion_files import copy_companions, files_of_adapter
-from veneer.merging.base.hashing import Hashing, sha256_of, stamp_of
+from veneer.merging.base.hashing import Hashing, digest_in_cache, digest_of, stamp_of
 from veneer.merging.output.file_writer import FileSink, write_files
 from veneer.merging.output.manifest import manifest_of, warnings_of, write_manifest
 from veneer.merging.output.merge_report import MergeReport
@@ -96,16 +96,17 @@ def _write(
     figures = [tensor for file in plan.files for tensor in staging.finished[file.name][1]]
     prepared.check_unchanged()
     _write_companions(prepared, staging.model)
-    inputs |= {name: sha256_of(path) for name, path in prepared.companions.items()}
+    inputs |= {name: digest_of(path) for name, path in prepared.companions.items()}
     if reversible:
         on_step("keeping the way back")
         write_delta(files, staging.model, prepared.companions)
     outputs = {file.name: staging.finished[file.name][0] for file in plan.files}
-    outputs |= {name: sha256_of(path) for name, path in _files_in(staging.model).items() if name not in outputs}
+    outputs |= {name: digest_of(path) for name, path in _files_in(staging.model).items() if name not in outputs}
     adapters = [
-        {name: sha256_of(path) for name, path in files_of_adapter(source).items()} for source in prepared.sources
+        {name: digest_of(path) for name, path in files_of_adapter(source).items()} for source in prepared.sources
     ]
-    manifest = manifest_of(prepared, inputs, adapters, outputs, figures)
+    from_cache = [name for name, path in files.paths.items() if digest_in_cache(path) is not None]
+    manifest = manifest_of(prepared, inputs, from_cache, adapters, outputs, figures)
     prepared.warnings += warnings_of(figures, bool(prepared.changes.whole_modules), prepared.options.rounding)
     write_manifest(staging.model, manifest)
     return manifest
