@@ -219,7 +219,7 @@ def _replayed(
 
 
 def _damaged(base: WeightFiles) -> list[str]:
-    """Return the files of the base that are not what the hub's cache names them, where a manifest takes digests from."""
+    """Return the files of the base whose blob in the hub's cache has not the digest that is its name."""
     digests = {path: digest_in_cache(path) for path in base.paths.values()}
     return [str(path) for path, digest in digests.items() if digest is not None and not matches(path, digest)]
 
