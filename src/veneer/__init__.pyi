@@ -147,6 +147,9 @@ from veneer.errors import (
     MergeError as MergeError,
 )
 from veneer.errors import (
+    MixedBatchError as MixedBatchError,
+)
+from veneer.errors import (
     NoAdaptersError as NoAdaptersError,
 )
 from veneer.errors import (

@@ -11,7 +11,9 @@
     │   ├── ConfigTypeError         a value of the wrong type, or no peft_type (also TypeError)
     │   ├── UnknownMethodError      a peft_type that no method here answers to
     │   ├── UnknownKeyError         a key unknown here that may change the maths
-    │   ├── UnsupportedError        known, and not available: a method's option, a kind of layer
+    │   ├── UnsupportedError        known, and not available: a method's option, a kind of layer (also
+    │   │   │                       NotImplementedError)
+    │   │   ├── MixedBatchError         a layer that cannot run rows of several adapters (also TypeError)
     │   │   └── NotConvertibleError     an adapter that no LoRA can stand for (also MergeError, TypeError)
     │   └── UsageError              an argument of a command, or of a call, is not valid
     ├── TargetError                 a config's targets match nothing, or nothing usable (also ValueError)
@@ -96,8 +98,12 @@ class UnknownKeyError(ConfigError):
     """A config key that is unknown here and may change the maths."""
 
 
-class UnsupportedError(ConfigError):
+class UnsupportedError(ConfigError, NotImplementedError):
     """A method's option, or a kind of layer, that is known and not available here."""
+
+
+class MixedBatchError(UnsupportedError, TypeError):
+    """A layer cannot run rows of several adapters in one batch; a ``TypeError`` too, as in peft."""
 
 
 class UsageError(ConfigError):

@@ -432,7 +432,7 @@ def test_torch_s_attention_tells_rows_apart_along_its_first_dimension_alone(batc
     x, names = torch.randn(3, 5, 8), ["default", "other", "__base__"]
     if not batch_first:
         for rows in (x, x[:, 0]):
-            with pytest.raises(veneer.UnsupportedError, match="one adapter for each row without batch_first=True"):
+            with pytest.raises(veneer.MixedBatchError, match="mixed adapter batches without batch_first"):
                 model(rows, adapter_names=names)
         return
     with torch.no_grad():

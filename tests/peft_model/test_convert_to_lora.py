@@ -91,7 +91,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     ("config", "error", "why"),
     [
         (veneer.PolyConfig(r=2, n_skills=2, **TARGETS), MergeError, "decides by the input"),
-        (veneer.LNTuningConfig(target_modules=["norm"]), UnsupportedError, "norm.*not defined on this kind of layer"),
+        (veneer.LNTuningConfig(target_modules=["norm"]), UnsupportedError, r"norm.*not supported for \w*Norm layers"),
         (veneer.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), MergeError, "prompt"),
     ],
     ids=lambda value: str(getattr(value, "peft_type", "")),

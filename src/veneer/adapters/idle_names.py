@@ -8,7 +8,7 @@ from veneer.base_model.catalog import Catalog
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import ALL_LINEAR, block_index, names_match
 from veneer.configs import patterns
-from veneer.configs.base import TargetedConfig
+from veneer.configs.base import Names, TargetedConfig
 from veneer.errors import did_you_mean
 from veneer.printing import IdleNameWarning, warn
 
@@ -25,12 +25,15 @@ def warn_of_idle_names(config: TargetedConfig, catalog: Catalog, experts: Iterab
     sites, experts = list(sites), list(experts)
     names = [*catalog.modules, *experts]
     parameters = {name for module in catalog.modules.values() for name in module._parameters}
-    for name in _idle(config.target_modules, names):
+    for name in (idle := _idle(config.target_modules, names)):
         more = " It is a parameter: see target_parameters." if name in parameters else ""
-        warn(_text("target_modules", name, "module of the model", [] if more else names) + more)
+        more += _none_matched("target_modules", config.target_modules, idle, "module")
+        _warn(_text("target_modules", name, "module of the model", [] if more else names) + more)
     for name in _idle(config.exclude_modules, names):
         text = _text("exclude_modules", name, "module of the model", names)
-        warn(f"{text} You have passed exclude_modules={config.exclude_modules!r} but no modules were excluded by that.")
+        _warn(
+            f"{text} You have passed exclude_modules={config.exclude_modules!r} but no modules were excluded by that."
+        )
     _warn_of_idle_parameters(config, catalog)
     _warn_of_idle_patterns(config, names, [*experts, *(site.pattern_name for site in sites)])
     _warn_of_idle_blocks(config, sites)
@@ -46,11 +49,18 @@ def _idle(targets: str | Iterable[str] | None, names: list[str]) -> list[str]:
 
 def _warn_of_idle_parameters(config: TargetedConfig, catalog: Catalog) -> None:
     targets = getattr(config, "target_parameters", None)
-    names = [f"{name}.{leaf}" for name, module in catalog.modules.items() for leaf in module._parameters] * bool(
-        targets
-    )
-    for name in _idle(targets, names):
-        warn(_text("target_parameters", name, "parameter of the model", names))
+    if not targets:
+        return
+    names = [f"{name}.{leaf}" for name, module in catalog.modules.items() for leaf in module._parameters]
+    for name in (idle := _idle(targets, names)):
+        none = _none_matched("target_parameters", targets, idle, "parameter")
+        _warn(_text("target_parameters", name, "parameter of the model", names) + none)
+
+
+def _none_matched(option: str, targets: Names | None, idle: list[str], what: str) -> str:
+    """Return the sentence for an option none of whose names means anything; nothing for another one."""
+    alone = isinstance(targets, str) or len(idle) == len({*(targets or ())})
+    return f" {option}={targets!r} were set but no {what} was matched." if alone else ""
 
 
 def _warn_of_idle_patterns(config: TargetedConfig, names: list[str], adapted: list[str]) -> None:
@@ -61,7 +71,7 @@ def _warn_of_idle_patterns(config: TargetedConfig, names: list[str], adapted: li
             known = _means(name, config.pattern_form, names)
             what = "layer that the adapter is on" if known else "module of the model"
             text = _text(option, name, what, [] if known else names)
-            warn(f"{text} The keys of {option} {[name]} did not match any targeted module.", IdleNameWarning)
+            _warn(f"{text} The keys of {option} {[name]} did not match any targeted module.")
 
 
 def _means(pattern: str, form: patterns.Form, names: Iterable[str]) -> bool:
@@ -74,7 +84,11 @@ def _warn_of_idle_blocks(config: TargetedConfig, sites: list[Site]) -> None:
     adapted = {block_index(f"{site.name}.", config.layers_pattern) for site in sites}
     for block in named:
         if block not in adapted:
-            warn(f"layers_to_transform names block {block}, and no target is there.")
+            _warn(f"layers_to_transform names block {block}, and no target is there.")
+
+
+def _warn(text: str) -> None:
+    warn(text, IdleNameWarning)
 
 
 def _text(option: str, name: str, what: str, names: Iterable[str]) -> str:

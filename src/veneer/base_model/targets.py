@@ -33,7 +33,7 @@ def block_index(name: str, patterns: str | Iterable[str] | None) -> int | None:
     ``patterns`` names the list of blocks; without it, any list counts. The outermost list wins:
     ``encoder.block.1.layer.0.SelfAttention`` -> 1.
     """
-    lists = [patterns] if isinstance(patterns, str) else list(patterns or ())
+    lists = [patterns] if isinstance(patterns, str) and patterns else list(patterns or ())
     for pattern in lists or [r"[^.]*"]:
         matched = match(pattern, BLOCK, name)
         if matched:
@@ -148,7 +148,10 @@ def _no_target(config: TargetedConfig, targets: Any, matched: list[str], names: 
         found_all = isinstance(targets, str) or all(any(names_match(n, [t]) for n in matched) for t in targets)
         excluded = found_all and config.exclude_modules and not config.modules_to_save
         what = "All modules were excluded" if excluded else "No modules were targeted for adaptation"
-        return (f"{what}: target_modules={shown} means {len(matched)} modules, and {removing} removes all.",)
+        return (
+            f"{what}. This might be caused by a combination of options: target_modules={shown} means {len(matched)} "
+            f"modules, and {removing} removes all.",
+        )
     endings = sorted({n.rpartition(".")[2] for n in names if n})
     asked = [targets] if isinstance(targets, str) else sorted(targets)
     near = [m for target in asked for m in difflib.get_close_matches(target.rpartition(".")[2], endings, n=2)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from functools import lru_cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -12,6 +12,12 @@ from veneer.keywords import Fields
 
 # The largest number of the dtype that adapters compute in.
 LARGEST = (2 - 2**-23) * 2.0**127
+
+# Types as they are declared, in words.
+_WORDS = {
+    **{"str": "a string", "int": "an integer", "float": "a number", "bool": "True or False", "None": "None"},
+    **{"list[str]": "a list of strings", "list[int]": "a list of integers"},
+}
 
 # Worked out from the annotations' text, which takes longer than everything else about a config.
 _declared_types = lru_cache(maxsize=None)(get_type_hints)
@@ -31,14 +37,21 @@ def check_types(config: Any, where: str = "") -> None:
     for field in fields(config):
         value = getattr(config, field.name)
         if not matches_type(value, declared[field.name]):
-            shown = repr(value)
-            wrong = "is no number that float32 holds" if _is_beyond(value) else f"is not of the type {field.type}"
-            raise ConfigTypeError(
-                f"{where}{field.name}={shown if len(shown) <= 60 else shown[:59] + '…'} {wrong}.",
-                hint="Compare it with a config that loads."
-                if field.default in (None, MISSING)
-                else f"The default is {field.default!r}.",
-            )
+            raise ConfigTypeError(f"{where}{_mismatch(field, value)}", hint=_remedy(field))
+
+
+def _mismatch(field: Field[Any], value: Any) -> str:
+    shown = repr(value)
+    wrong = "is no number that float32 holds" if _is_beyond(value) else f"is not of the type {field.type}"
+    return f"{field.name}={shown if len(shown) <= 60 else shown[:59] + '…'} {wrong}."
+
+
+def _remedy(field: Field[Any]) -> str:
+    """Return the hint for a field that was given another type: its default, or the types in words."""
+    if field.default not in (None, MISSING):
+        return f"The default is {field.default!r}."
+    words = [_WORDS.get(name.strip(), "") for name in str(field.type).split("|")]
+    return f"`{field.name}` must be {' or '.join(words)}." if all(words) else "Compare it with a config that loads."
 
 
 def matches_type(value: Any, declared: Any) -> bool:
@@ -98,7 +111,7 @@ def check_at_least(config: object, least: int, *names: str) -> None:
             kind = "positive integer" if least else "non-negative"
             raise ConfigError(
                 f"{name}={value!r} is too small: `{name}` should be a {kind} value but the value passed is {value!r}.",
-                hint=f"It is at least {least}.",
+                hint=f"{name} must be a {kind}: it is at least {least}.",
             )
 
 

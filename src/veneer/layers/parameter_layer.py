@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from veneer.base_model.sites.site import call_with, unsupported
+from veneer.errors import MixedBatchError
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.patches.patch import apply_rows
 from veneer.patches.row_layout import Layout
@@ -63,7 +64,12 @@ class AdaptedParameter(AdaptedLayer):
             raise unsupported(self.site, "one adapter for each token")
         if isinstance(self.site.module, nn.MultiheadAttention) and not (self.site.module.batch_first and x.ndim > 2):
             # The rows lie along its second dimension; along the first it mixes them.
-            raise unsupported(self.site, "one adapter for each row without batch_first=True")
+            method = next(iter(self.peft_types.values())).lower()
+            raise MixedBatchError(
+                f"{self.site.name}: {method}.MultiheadAttention does not support mixed adapter batches without "
+                "batch_first.",
+                hint="Make the layer with batch_first=True, or run the rows of each adapter by themselves.",
+            )
         with self.active_selection.using(NOTHING):
             y = self._through({}, *args, **kwargs)
 

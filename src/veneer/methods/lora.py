@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.base_model.sites.embedding import EmbeddingSite
 from veneer.base_model.sites.site import Site, unsupported
@@ -165,6 +165,11 @@ class Lora(
                 f"{site.name} has {site.groups} groups, and rank {r} is no multiple of it.",
                 hint="Give it such a rank with rank_pattern, or leave it out with exclude_modules.",
             )
+        if config.use_dora and isinstance(site.module, nn.MultiheadAttention):
+            raise UnsupportedError(
+                f"{site.name}: MultiheadAttention does not support DoRA (yet), please set use_dora to False.",
+                hint="Or leave the layer out with exclude_modules.",
+            )
         if config.use_dora and (site.groups > 1 or site.inside_layer):
             raise unsupported(site, "DoRA (use_dora)")
         if config.use_dora and config.init_lora_weights == "loftq" and not site.is_packed:
@@ -179,7 +184,7 @@ class Lora(
                 hint="Choose a size that divides them, or leave the layer out with exclude_modules.",
             )
         if config.lora_bias and (site.looks_up or site.inside_layer):
-            raise unsupported(site, "lora_bias")
+            raise unsupported(site, "lora_bias=True")
 
     def invocation(self, config: LoraConfig) -> tuple[int, ...]:
         return tuple(config.alora_invocation_tokens or ())

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from veneer.base_model.sites.linear import LinearSite
-from veneer.base_model.sites.site import Site, unsupported
+from veneer.base_model.sites.site import Site
 from veneer.configs.methods.supertuning import SupertuningConfig
+from veneer.errors import UnsupportedError
 from veneer.methods.base.abilities import DerivesTensors
 from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.patches.operators import Sparse
@@ -35,7 +36,10 @@ class Supertuning(Method[SupertuningConfig, SupertuningConfig], DerivesTensors):
 
     def settings(self, config: SupertuningConfig, site: Site) -> SupertuningConfig:
         if not _count(config, site):
-            raise unsupported(site, f"sparsity={config.sparsity}, which leaves no entry to train,")
+            raise UnsupportedError(
+                f"{site.name}: sparsity={config.sparsity} leaves no trainable entries in a weight of {site.shape}.",
+                hint="Lower it, or leave the layer out with exclude_modules.",
+            )
         return config
 
     def shapes(self, settings: SupertuningConfig, site: Site) -> dict[str, tuple[int, ...]]:

@@ -289,6 +289,6 @@ def _replace(module: nn.Module, parameter: str, value: nn.Parameter) -> None:
 def unsupported(site: Site, what: str) -> UnsupportedError:
     """Return the error for an option or method that a kind of layer cannot carry."""
     return UnsupportedError(
-        f"{site.name} ({type(site.module).__name__}): {what} is not defined on this kind of layer.",
+        f"{site.name}: {what} is not supported for {type(site.module).__name__} layers.",
         hint="Leave the layer out with exclude_modules, or turn the option off.",
     )

@@ -44,7 +44,7 @@ class CPTConfig(PromptConfig, peft_type=PeftType.CPT):
         check_not_negative(self, "opt_projection_epsilon", "opt_projection_format_epsilon")
         if self.task_type != TaskType.CAUSAL_LM:
             raise ConfigError(
-                f"CPT is for causal language models, and task_type is {self.task_type}.",
+                f"CPTConfig only supports task_type = CAUSAL_LM, causal language models, and it is {self.task_type}.",
                 hint='Give task_type="CAUSAL_LM".',
             )
         if not len(self.cpt_mask) == len(self.cpt_tokens_type_mask) == count:

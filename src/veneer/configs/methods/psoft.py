@@ -49,8 +49,13 @@ class PsoftConfig(TargetedConfig, peft_type=PeftType.PSOFT):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least_one(self, "r", "psoft_alpha", "num_cayley_neumann_terms")
+        check_at_least_one(self, "r", "psoft_alpha")
         check_share(self, "psoft_dropout")
+        if self.num_cayley_neumann_terms < 1:
+            raise ConfigError(
+                f"`num_cayley_neumann_terms` must be a positive integer, and is {self.num_cayley_neumann_terms}.",
+                hint="The default is 5.",
+            )
         eps = self.cayley_neumann_eps
         if self.use_cayley_neumann and eps is not None and not 0 < eps < 1:
             raise ConfigError(f"`cayley_neumann_eps` must be in (0, 1), and is {eps!r}.", hint="None is no bound.")

@@ -35,6 +35,11 @@ class SupertuningConfig(TargetedConfig, peft_type=PeftType.SUPERTUNING):
         super().__post_init__()
         check_at_least_one(self, "r")
         check_share(self, "lora_dropout")
+        if self.r is None and self.lora_alpha is not None:
+            raise ConfigError(
+                f"lora_alpha is set but r is None: lora_alpha={self.lora_alpha!r} scales a LoRA, and there is none.",
+                hint="Give r, the rank of a LoRA beside the entries, or leave lora_alpha out.",
+            )
         if self.r is not None and self.lora_alpha is None:
             self.lora_alpha = 2 * self.r
         if not 0.0 <= self.sparsity < 1.0:

@@ -47,6 +47,7 @@ def check_groups(site: Site, what: str) -> None:
     """Raise ``UnsupportedError`` for a convolution in groups, whose rows see different channels."""
     if site.groups > 1:
         raise UnsupportedError(
-            f"{site.name} has {site.groups} groups, and {what} turns all input channels together.",
+            f"{site.name} has {site.groups} groups. {what} does not support {type(site.module).__name__} layers with "
+            "groups > 1, for it turns all input channels together.",
             hint="Leave the layer out with exclude_modules.",
         )
