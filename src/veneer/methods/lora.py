@@ -375,7 +375,11 @@ def _without_start(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def _lengths(patch: Patch, base: BaseLayer) -> Tensor:
     """Return the length of each row of ``W + scale * B A``, shape ``(out,)``, float32."""
-    weight, low_rank = base.base_weight(), [Patch(patch.up, patch.down, patch.scale)]
+    assert patch.up is not None
+    assert patch.down is not None
+    weight = base.base_weight()
+    # A new adapter's tensors are made on the CPU, wherever the base lies.
+    low_rank = [Patch(patch.up.to(weight.device), patch.down.to(weight.device), patch.scale)]
     blocks = row_blocks(weight.shape[0], BLOCK)
     lengths = [changed_rows(weight[start:stop], low_rank, start, stop).norm(dim=1) for start, stop in blocks]
     return torch.cat(lengths).clamp_min(_NO_LENGTH)

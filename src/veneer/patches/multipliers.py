@@ -29,7 +29,7 @@ class Multiplier(ABC):
 
     @abstractmethod
     def apply(self, x: Tensor) -> Tensor:
-        """Return ``M x`` along the last dimension of ``x``, in ``x``'s dtype."""
+        """Return ``M x`` along the last dimension of ``x``, in the wider of the dtypes."""
 
     @abstractmethod
     def rows(self, weight: Tensor) -> Tensor:
@@ -60,7 +60,8 @@ class Diagonal(Multiplier):
         return self.values.dtype
 
     def apply(self, x: Tensor) -> Tensor:
-        return x * self.values.to(x.dtype)
+        # Not converted first: autograd would keep the conversion in the place of ``x``.
+        return x * self.values
 
     def rows(self, weight: Tensor) -> Tensor:
         return weight * self.values.to(weight.dtype)
@@ -86,6 +87,7 @@ class BlockDiagonal(Multiplier):
         return self.blocks.dtype
 
     def apply(self, x: Tensor) -> Tensor:
+        x = _widened(x, self.dtype)
         parts = x.unflatten(-1, (-1, self.blocks.shape[-1]))
         return torch.einsum("...ni,nji->...nj", parts, self._spread(parts).to(x.dtype)).flatten(-2)
 
@@ -114,6 +116,7 @@ class FullMatrix(Multiplier):
         return self.values.dtype
 
     def apply(self, x: Tensor) -> Tensor:
+        x = _widened(x, self.dtype)
         return torch.nn.functional.linear(x, self.values.to(x.dtype))
 
     def rows(self, weight: Tensor) -> Tensor:
@@ -138,6 +141,7 @@ class IdentityPlusLowRank(Multiplier):
         return self.left.dtype
 
     def apply(self, x: Tensor) -> Tensor:
+        x = _widened(x, self.dtype)
         return x + (x @ self.right.to(x.dtype).mT) @ self.left.to(x.dtype).mT
 
     def rows(self, weight: Tensor) -> Tensor:
@@ -148,6 +152,10 @@ class IdentityPlusLowRank(Multiplier):
 
     def changes(self) -> bool:
         return bool((self.left.detach().float() @ self.right.detach().float()).abs().max() > ROUNDING)
+
+
+def _widened(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, dtype))
 
 
 def _differs(matrices: Tensor) -> bool:

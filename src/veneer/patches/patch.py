@@ -226,12 +226,11 @@ class Patch:
 
     def _outer_output(self, y: Tensor, bias: Tensor | None, site: LayerForm) -> Tensor:
         assert self.outer is not None
-        y = y.to(torch.promote_types(y.dtype, self.outer.dtype))
-        unscaled = None if bias is None or self.outer_on_bias else site.expand(bias, y)
-        if unscaled is not None:
-            y = y - unscaled
         y = self.outer.apply(y.movedim(site.channel, -1)).movedim(-1, site.channel)
-        return y if unscaled is None else y + unscaled
+        if bias is None or self.outer_on_bias:
+            return y
+        # The bias has been multiplied with the rest; taking it off first would take a copy of ``y``.
+        return y + site.expand(bias - self.outer.apply(bias), y)
 
 
 def _nbytes(value: Any) -> int:
@@ -309,7 +308,7 @@ def apply(
     seen, dtype = [x], x.dtype
     for patch in reversed(patches):
         if patch.inner is not None:
-            x = patch.inner.apply(x.to(torch.promote_types(x.dtype, patch.inner.dtype)))
+            x = patch.inner.apply(x)
         seen.append(x)
     y: Tensor = base(_as(seen.pop(), dtype), *args, **kwargs)
     needs_bias = any(p.outer is not None and not p.outer_on_bias for p in patches)
