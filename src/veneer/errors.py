@@ -158,6 +158,10 @@ class MergeError(VeneerError, ValueError):
     """A merge cannot be made."""
 
 
+class NoMergedFormError(MergeError, NotImplementedError):
+    """No weight can hold an adapter's change, whatever the base; a ``NotImplementedError`` too, as in peft."""
+
+
 class NotConvertibleError(UnsupportedError, MergeError, TypeError):
     """An adapter changes no weights, so that no LoRA can stand for it; a ``TypeError`` too, as in peft."""
 

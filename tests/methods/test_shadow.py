@@ -27,6 +27,7 @@ from veneer.errors import (
     CorruptFileError,
     IncompleteCheckpointError,
     MergeError,
+    NoMergedFormError,
     PathNotFoundError,
     PickleRefusedError,
     TargetError,
@@ -137,8 +138,8 @@ def test_other_decoders_are_as_in_peft(arch: str, tmp_path: Path) -> None:
 
 
 def _gradients(model: Any) -> dict[str, Tensor]:
-    """Parameter's name -> its gradient. What all blocks share lies on the first here, and beside the model in peft."""
-    place = re.compile(r"model\.model\.layers\.0\.(shadow_(?:backbone|projection|head))\.default")
+    """Parameter's name -> its gradient. What all blocks share lies in the model, and in peft beside it."""
+    place = re.compile(r"model\.(shadow_(?:backbone|projection|head)\.default)")
     return {
         place.sub(r"\1", name.removeprefix("base_model.")): parameter.grad
         for name, parameter in model.named_parameters()
@@ -282,8 +283,9 @@ def test_it_works_beside_a_lora(tmp_path: Path) -> None:
 def test_what_it_cannot_do_is_refused_with_a_mend(tmp_path: Path) -> None:
     folder = _ours(tmp_path / "a")
     model: Any = veneer.PeftModel.from_pretrained(build("llama"), folder)
-    with pytest.raises(MergeError, match=r"no weight can hold it.*unmerged"):
+    with pytest.raises(NoMergedFormError, match=r"no weight can hold it.*unmerged") as error:
         model.merge_and_unload()
+    assert isinstance(error.value, NotImplementedError)
     with pytest.raises(MergeError, match="no weight can hold it"):
         veneer.merge(folder, base=saved_base(tmp_path / "base", "llama"), out=tmp_path / "out")
     with pytest.raises(AdapterError, match="reads whole rows"):
@@ -438,7 +440,7 @@ def test_the_embeddings_of_a_model_of_its_own_are_not_trained(task: str, tmp_pat
     ours.set_adapter("default")
     frozen = [name for name, p in ours.named_parameters() if "shadow_" in name and not p.requires_grad]
     assert len(frozen) == 1
-    assert frozen[0].endswith("shadow_backbone.default.default.embed_tokens.weight")
+    assert frozen[0].endswith("shadow_backbone.default.embed_tokens.weight")
 
 
 def _edit(file: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
@@ -473,3 +475,80 @@ def test_a_decoder_that_cannot_be_used_is_refused_with_a_mend(tmp_path: Path) ->
     refused(UnsupportedError, r"is \(24, 16\), and this base wants \(32, 16\)", projected.parent)
     _edit(projected, lambda tensors: {k: t for k, t in tensors.items() if "q_proj" not in k})
     refused(CorruptFileError, "q_proj.weight is not as its config says", projected.parent)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+@pytest.mark.parametrize("options", [{}, SMALL], ids=["as wide", "small"])
+def test_the_decoder_alone_is_as_in_peft(task: str, options: dict[str, Any], tmp_path: Path) -> None:
+    def make() -> Any:
+        return build("llama") if task == "CAUSAL_LM" else _classifier("llama")
+
+    theirs = _theirs(make(), **options, task_type=task)
+    ours: Any = veneer.PeftModel.from_pretrained(make(), _saved(theirs, tmp_path))
+    batch = inputs("llama")
+    batch["input_ids"][0, -2:], batch["attention_mask"][0, -2:] = 0, 0
+    wanted = logits(theirs.base_model.unload_shadow(), batch)
+    alone = ours.base_model.unload_shadow().eval()
+    assert gap(logits(alone, batch), wanted) < 1e-5
+    labels = batch["input_ids"] if task == "CAUSAL_LM" else torch.tensor([2, 0])
+    output = ours(**batch, labels=labels)
+    assert gap(output.shadow_loss, alone(**batch, labels=labels).loss.detach()) < 1e-5
+    assert ours.last_shadow_loss is output.shadow_loss
+    assert gap(output.loss.detach(), theirs(**batch, labels=labels).loss.detach()) < 1e-5
+    assert not hasattr(ours(**batch), "shadow_loss")
+    assert ours.last_shadow_loss is None
+    assert alone.can_generate() == (task == "CAUSAL_LM")
+
+
+@pytest.mark.parametrize(("arch", "options"), [("llama", {}), ("gpt2", {}), ("llama", SMALL)], ids=str)
+def test_the_decoder_alone_generates_and_its_copy_is_complete(arch: str, options: dict[str, Any]) -> None:
+    model: Any = veneer.get_peft_model(build(arch), veneer.ShadowConfig(**{**SHARP, **options}), seed=1).eval()
+    alone = model.unload_shadow()
+    assert alone.backbone is model.base_model.shadow_backbone["default"]
+    ran: dict[str, Any] = {**inputs(arch), "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    tokens = alone.generate(**ran)
+    assert torch.equal(tokens, alone.generate(**ran, use_cache=False))
+    copied = model.unload_shadow("default", copy=True)
+    assert any(t is copied.get_input_embeddings().weight for t in copied.state_dict(keep_vars=True).values())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(copied.generate(**ran), tokens)
+    assert not alone(**inputs(arch)).logits.any()
+
+
+def test_its_modules_are_where_peft_has_them() -> None:
+    model: Any = veneer.get_peft_model(build("llama"), veneer.ShadowConfig(**SHARP), seed=1)
+    model.add_adapter("other", veneer.ShadowConfig(**{**SHARP, **SMALL}))
+    tuner = model.base_model
+    assert [list(getattr(tuner, f"shadow_{kind}")) for kind in ("backbone", "projection", "head")] == [
+        ["default", "other"],
+        ["default", "other"],
+        [],
+    ]
+    assert isinstance(tuner.shadow_projection["default"], torch.nn.Identity)
+    assert tuner.shadow_projection["other"].weight.shape == (32, 16)
+    model.set_adapter("other")
+    trained = [{p.requires_grad for p in tuner.shadow_backbone[name].parameters()} for name in ("default", "other")]
+    assert trained == [{False}, {True}]
+    # What replaces a module's tensors, as FSDP does, is what is used and saved.
+    inner = tuner.shadow_backbone["other"].norm
+    inner.weight = torch.nn.Parameter(torch.full_like(inner.weight, 3.0))
+    key = "base_model.shadow_backbone.default.norm.weight"
+    assert torch.equal(veneer.get_peft_model_state_dict(model, adapter_name="other")[key], inner.weight)
+    model.delete_adapter("other")
+    assert list(tuner.shadow_backbone) == ["default"]
+    model.delete_adapter("default")
+    assert not hasattr(model.get_base_model(), "shadow_backbone")
+
+
+def test_the_decoder_alone_is_refused_where_there_is_none() -> None:
+    model: Any = veneer.get_peft_model(build("llama"), veneer.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(AdapterError, match=r"No SHADOW adapter is active.*Name one"):
+        model.unload_shadow()
+    with pytest.raises(AdapterError, match="'default' is no SHADOW but LORA"):
+        model.unload_shadow("default")
+    bare: Any = veneer.get_peft_model(build("llama").model, veneer.ShadowConfig())
+    with pytest.raises(AdapterError, match=r"nothing that predicts.*SEQ_CLS"):
+        bare.unload_shadow()

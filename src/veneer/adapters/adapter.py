@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from veneer.adapters.adapter_part import AdapterPart, AdapterRecord, Claim
-from veneer.adapters.parts import LayerParts, PromptPart, WholeModules
+from veneer.adapters.parts import LayerParts, ModulesBeside, PromptPart, WholeModules
 from veneer.configs.base import AnyConfig, TargetedConfig
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters
@@ -27,22 +28,29 @@ class Adapter(AdapterRecord):
         prompt: its virtual tokens, if it has any.
         layers: its shares of layers.
         whole_modules: the modules that it brings whole.
+        beside: the modules that it computes with beside the base's layers.
     """
 
     prompt: PromptPart | None = None
     layers: LayerParts = field(default_factory=LayerParts)
     whole_modules: WholeModules = field(default_factory=WholeModules)
+    beside: ModulesBeside = field(default_factory=ModulesBeside)
 
     @property
     def parts(self) -> list[AdapterPart]:
         """Its parts, in the order in which a checkpoint has their tensors."""
-        parts: list[AdapterPart] = [self.layers, self.whole_modules]
+        parts: list[AdapterPart] = [self.layers, self.beside, self.whole_modules]
         return parts if self.prompt is None else [self.prompt, *parts]
 
     @property
     def virtual_tokens(self) -> int:
         """The number of tokens that it puts before the input or into the cache."""
         return 0 if self.prompt is None else self.prompt.prompts.tokens(self.name)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The tensors that all of its layers use, by the names of their leaves."""
+        return {**self.layers.shared, **self.beside.shared(self.name)}
 
     def bound_layers(self) -> Iterator[tuple[LayerAdapters, BoundAdapter]]:
         """Yield each adapted layer with each of the adapter's shares of it."""

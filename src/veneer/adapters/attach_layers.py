@@ -29,6 +29,7 @@ from veneer.methods.base.abilities import (
     CompletesConfig,
     DerivesTensors,
     Exclusive,
+    HoldsModules,
     SharesBetweenLayers,
     SharesTensors,
     TiesEmbeddings,
@@ -66,6 +67,7 @@ class AttachingLayers(Attaching):
         method: the adapter's own; biases, and embeddings saved whole, have others.
         pending: the shares that are ready, until they are bound.
         shared: the tensors that all layers use.
+        modules: the modules that hold these, where the method computes with such.
     """
 
     def __init__(self, adapters: Adapters, adapter: Adapter, float32: bool) -> None:
@@ -74,6 +76,7 @@ class AttachingLayers(Attaching):
         self.method = method_of(self.config)
         self.pending: list[PendingLayer] = []
         self.shared: dict[str, nn.Parameter] = {}
+        self.modules: dict[str, nn.Module | None] = {}
         # The id of a site -> what joins the layer's own tensors there.
         self._extra: dict[str, Mapping[str, Tensor]] = {}
 
@@ -191,6 +194,9 @@ class AttachingLayers(Attaching):
                 name: as_parameter(tensor, layers[0].site.device, self.float32, self._trains_shared(method, name))
                 for name, tensor in {**fresh, **stored}.items()
             }
+        if isinstance(method, HoldsModules):
+            self.modules = method.modules(self.config, [layer.site for layer in layers], self.shared)
+            return
         extra: Sequence[Mapping[str, Tensor]] = [self.shared] * len(layers)
         if isinstance(method, DerivesTensors):
             extra = method.extra_tensors(self.config, bases, self.shared)
@@ -250,8 +256,9 @@ class AttachingLayers(Attaching):
     def _bind(self) -> None:
         """Put tensors that are ready into their layers; from here on nothing can fail."""
         self._share_between_layers()
-        self.adapter.layers.shared = self.shared
-        if self.shared:
+        self.adapter.beside.place(self.adapter.name, self.modules, self.adapters)
+        if self.shared and not self.modules:
+            self.adapter.layers.shared = self.shared
             self.adapters.wrap(self.pending[0].site).hold(self.adapter.name, self.shared)
         for pending in self.pending:
             self._bind_layer(pending)

@@ -332,6 +332,9 @@ class Adapters(LayerPlacement):
             self.remove_wrapper(site_id)
         for root in list(self.module_copies):
             self.remove_copies(root)
+        for holder in self.beside.values():
+            holder._modules.clear()
+        self.drop_beside()
         self.prompts.clear()
         for module, leaf in self._was_trainable or ():
             getattr(module, leaf).requires_grad_(True)

@@ -3,28 +3,38 @@
     LayerParts       shares of adapted layers, and the tensors that all of these use
     PromptPart       virtual tokens before the input, or in the cache
     WholeModules     copies of modules that it brings whole (``modules_to_save``)
+    ModulesBeside    modules that it computes with beside the base's layers
 
 A part holds layers and modules, and not the set of adapters: a cycle would keep a model that is dropped in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
 from veneer.adapters.adapter_part import AdapterRecord, Claim
 from veneer.adapters.prompts import Prompts
 from veneer.base_model import sharding
-from veneer.errors import MergeError
+from veneer.errors import NoMergedFormError
 from veneer.files.tensor_keys import SHARED_PREFIX, encode
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters
+from veneer.layers.any_names import Copies
 from veneer.layers.module_copies import ModuleCopies
 from veneer.layers.wrapping import LayerPlacement
 from veneer.methods import method_of
-from veneer.methods.base.abilities import ChangesWhenSaved, RefusesMerge, SharesTensors, saved_tensors
+from veneer.methods.base.abilities import (
+    ChangesWhenSaved,
+    HoldsModules,
+    RefusesMerge,
+    SharesTensors,
+    module_leaf,
+    saved_tensors,
+)
 
 
 @dataclass
@@ -163,7 +173,7 @@ class PromptPart:
         return [_ONE_PROMPT]
 
     def check_mergeable(self, adapter: AdapterRecord) -> None:
-        raise MergeError(
+        raise NoMergedFormError(
             f"{adapter.origin or adapter.name} is a prompt ({adapter.config.peft_type}): it changes input or cache, "
             "and no weight could hold it.",
             hint="Use it unmerged; merge other adapters by name: merge_adapter([...]).",
@@ -243,3 +253,67 @@ class WholeModules:
             copies.remove(adapter.name)
             if not copies.copies:
                 placement.remove_copies(root)
+
+
+@dataclass
+class ModulesBeside:
+    """The modules that an adapter computes with beside the base's layers; they hold the tensors that its layers share.
+
+    Attributes:
+        holders: a name in the base model -> what holds the modules there, by their adapters' names.
+    """
+
+    holders: dict[str, Copies] = field(default_factory=dict)
+
+    def place(self, name: str, modules: Mapping[str, nn.Module | None], placement: LayerPlacement) -> None:
+        """Put the modules of the adapter ``name`` into the base model; a place for each that it has not."""
+        for kind, module in modules.items():
+            self.holders[kind] = placement.hold_beside(kind)
+            if module is not None:
+                self.holders[kind]._modules[name] = module
+
+    def modules(self, name: str) -> dict[str, nn.Module]:
+        """Return the modules of the adapter ``name``."""
+        modules = {kind: holder._modules.get(name) for kind, holder in self.holders.items()}
+        return {kind: module for kind, module in modules.items() if module is not None}
+
+    def shared(self, name: str) -> dict[str, Any]:
+        """Return the tensors by the names of their shared leaves, as the modules hold them now."""
+        return {
+            module_leaf(kind, leaf): tensor
+            for kind, module in self.modules(name).items()
+            for leaf, tensor in module.state_dict(keep_vars=True).items()
+        }
+
+    def parameters(self, adapter: AdapterRecord) -> Iterator[nn.Parameter]:
+        method = method_of(adapter.config)
+        if isinstance(method, HoldsModules):
+            tensors = self.shared(adapter.name).items()
+            yield from (p for leaf, p in tensors if method.trains_shared(adapter.config, leaf))
+
+    def named_tensors(self, adapter: AdapterRecord, value: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        return ((SHARED_PREFIX + leaf, value(tensor)) for leaf, tensor in self.shared(adapter.name).items())
+
+    def tensors(self, adapter: AdapterRecord) -> Iterable[Tensor]:
+        return self.shared(adapter.name).values()
+
+    def tensors_by_place(self, adapter: AdapterRecord) -> Iterable[tuple[str, Tensor]]:
+        return self.shared(adapter.name).items()
+
+    def claims(self) -> list[Claim]:
+        return []
+
+    def check_mergeable(self, adapter: AdapterRecord) -> None:
+        """Do nothing, for the layers that read their states refuse it."""
+
+    def take_settings(self, name: str, other: ModulesBeside, other_name: str) -> None:
+        """Do nothing, for modules of the same shapes have the same settings."""
+
+    def rename(self, old: str, new: str) -> None:
+        for kind in self.modules(old):
+            self.holders[kind]._modules[new] = self.holders[kind]._modules.pop(old)
+
+    def remove(self, adapter: AdapterRecord, placement: LayerPlacement) -> None:
+        for kind in self.modules(adapter.name):
+            del self.holders[kind]._modules[adapter.name]
+        placement.drop_beside()

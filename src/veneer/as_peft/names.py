@@ -142,6 +142,7 @@ _CONSTANTS = (
 _LORA_LAYERS = "Conv1d Conv2d Conv3d Embedding Linear MultiheadAttention ParamWrapper"
 _TYPES = _public(["PeftType", "TaskType"])
 _STATE = _public(["get_peft_model_state_dict", "set_peft_model_state_dict", "load_peft_weights"])
+_DETACHED_SHADOW = _at("veneer.adapters.detached_shadow", "DetachedShadowModel")
 _WRAPPERS = _at(_CLASSES, "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper")
 
 _ERRORS = {
@@ -216,6 +217,8 @@ _OTHERS: dict[str, dict[str, Home]] = {
     "peft.tuners.p_tuning": _public(["PromptEncoderReparameterizationType"]),
     "peft.tuners.prompt_tuning": _public(["PromptTuningInit"]),
     "peft.tuners.prompt_tuning.config": _public(["PromptTuningInit"]),
+    "peft.tuners.shadow": _DETACHED_SHADOW,
+    "peft.tuners.shadow.layers": _DETACHED_SHADOW,
     "peft.tuners.lora.config": _public(_LORA_CONFIGS.split()),
     "peft.tuners.lora": {
         **_public([*_LORA_CONFIGS.split(), *_LORA_FUNCTIONS.split()]),

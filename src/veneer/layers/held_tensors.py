@@ -44,11 +44,12 @@ class HeldTensors(LayerAdapters, nn.Module):
         if not tail:
             self._holder(head)._parameters[adapter] = parameter
             return
-        leaves = self._holder(head)._modules
-        if adapter not in leaves:
-            leaves[adapter] = ParameterHolder(self.training)
-        # Not register_parameter, which allows no dots: "encoders.0.weight" has the tail "0.weight".
-        leaves[adapter]._parameters[tail] = parameter  # type: ignore[union-attr]
+        # "encoders.0.weight" has the tail "0.weight": a parameter's own name has no dots.
+        path, _, leaf = tail.rpartition(".")
+        holder = self._holder(head)
+        for name in [adapter, *path.split(".")] if path else [adapter]:
+            holder = holder._modules.setdefault(name, ParameterHolder(self.training))  # type: ignore[assignment]
+        holder._parameters[leaf] = parameter
 
     def hold(self, adapter: str, tensors: Mapping[str, nn.Parameter]) -> None:
         """Keep tensors that are not this layer's own share among its own, so that they move with the model."""
@@ -100,8 +101,12 @@ class HeldTensors(LayerAdapters, nn.Module):
         """Return a tensor by its adapter and its name: see :meth:`_place`."""
         head, tail = around_adapter(name)
         holder = self._holder(head)
-        tensors = holder._modules[adapter]._parameters if tail else holder._parameters  # type: ignore[union-attr]
-        return tensors[tail or adapter]  # type: ignore[return-value]
+        if not tail:
+            return holder._parameters[adapter]  # type: ignore[return-value]
+        path, _, leaf = tail.rpartition(".")
+        for inner in [adapter, *path.split(".")] if path else [adapter]:
+            holder = holder._modules[inner]  # type: ignore[assignment]
+        return holder._parameters[leaf]  # type: ignore[return-value]
 
     def _holder(self, head: str) -> nn.Module:
         """Return the module that holds each adapter's tensors under ``head``; made if there was none."""
@@ -120,7 +125,8 @@ class HeldTensors(LayerAdapters, nn.Module):
         """Put other tensors in the places of an adapter's own."""
         for _, holder in self._holders():
             leaves = holder._modules.get(adapter)
-            for tensors, names in ((holder._parameters, [adapter]), (getattr(leaves, "_parameters", {}), None)):
+            below = [] if leaves is None else [(module._parameters, None) for module in leaves.modules()]
+            for tensors, names in [(holder._parameters, [adapter]), *below]:
                 for name in names or list(tensors):
                     old = tensors.get(name)
                     if old is not None:
@@ -136,7 +142,7 @@ class HeldTensors(LayerAdapters, nn.Module):
             if parameter is not None:
                 tensors[head] = parameter
             elif leaves is not None:
-                tensors.update((f"{head}.{leaf}", p) for leaf, p in leaves._parameters.items() if p is not None)
+                tensors.update((f"{head}.{leaf}", p) for leaf, p in leaves.named_parameters(remove_duplicate=False))
         return tensors
 
     def train_adapters(self) -> None:

@@ -22,6 +22,7 @@ from veneer.base_model.sites.site import Site
 from veneer.errors import BaseModelError, BindError
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.layers.adapter_shares import LayerAdapters, PlainBase
+from veneer.layers.any_names import Copies
 from veneer.layers.attention_layer import AdaptedAttention
 from veneer.layers.block_layer import AdaptedBlock
 from veneer.layers.merge_only import MergeOnlyLayer
@@ -53,6 +54,8 @@ def check_untouched(model: nn.Module) -> None:
 
 def take_off(model: nn.Module) -> None:
     """Take all of Veneer's wrappers off a model, whose set of adapters may be gone; merged ones are unmerged."""
+    for name in [name for name, module in model._modules.items() if isinstance(module, Copies)]:
+        del model._modules[name]
     for parent in list(model.modules()):
         for name, module in list(parent._modules.items()):
             while isinstance(module, AdaptedLayer):
@@ -70,6 +73,7 @@ class LayerPlacement:
         active_selection: the selection that all of them share.
         layers: a site's id -> the adapters on it, and, unless they are merged while loading, the layer in its place.
         module_copies: a module's name -> what holds the copies of it that adapters bring.
+        beside: a name in the base model -> what holds the modules there that adapters compute with beside its own.
 
     Raises:
         BaseModelError: the model carries adapters already.
@@ -82,6 +86,7 @@ class LayerPlacement:
         self.active_selection = ActiveSelection()
         self.layers: dict[str, LayerAdapters] = {}
         self.module_copies: dict[str, ModuleCopies] = {}
+        self.beside: dict[str, Copies] = {}
         self._replication: Replication | None = None
         # False while merging on load: layers are bound but not wrapped.
         self._wraps = True
@@ -193,6 +198,19 @@ class LayerPlacement:
         """Put a module back in the place of the wrapper that held its copies."""
         self.place(root, self.module_copies.pop(root).original_module)
 
+    def hold_beside(self, kind: str) -> Copies:
+        """Return what holds adapters' modules in the base model under the name ``kind``."""
+        if kind not in self.beside:
+            self.beside[kind] = self.model._modules[kind] = Copies()
+        return self.beside[kind]
+
+    def drop_beside(self) -> None:
+        """Take what holds such modules off the base model where no adapter has one any more."""
+        if not any(map(len, self.beside.values())):
+            for kind in self.beside:
+                del self.model._modules[kind]
+            self.beside = {}
+
     def standing_at(self, name: str) -> nn.Module:
         """Return the module that stands at a name now: the base's own, or a wrapper."""
         parent, _, child = name.rpartition(".")
@@ -235,7 +253,7 @@ def _base_modules(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterato
         module = module.get_base_layer()
     elif isinstance(module, ModuleCopies):
         module = module.original_module
-    if module in seen:
+    if module in seen or isinstance(module, Copies):
         return
     seen.add(module)
     yield name, module

@@ -24,7 +24,7 @@ from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.arrow_options import ArrowConfig
 from veneer.configs.methods.lora import LoraConfig
-from veneer.errors import MergeError, UnsupportedError
+from veneer.errors import NoMergedFormError, UnsupportedError
 from veneer.methods.base.method import BaseLayer
 from veneer.methods.lora import Lora, LoraSettings
 from veneer.methods.shared.expert_mixture import LiveLayer, low_rank_patches, weighted_sum
@@ -141,8 +141,9 @@ class Arrow(Lora):
         return ArrowSettings(**vars(plain), arrow=config.arrow_config or ArrowConfig())
 
     def check_mergeable(self, settings: LoraSettings, site: Site) -> None:
-        raise MergeError(
-            "Arrow decides for each token which LoRA changes it, so no weight can hold it.",
+        raise NoMergedFormError(
+            "Cannot merge an active Arrow router adapter: it decides for each token which LoRA changes it, so no "
+            "weight can hold it.",
             hint="Use it unmerged; merge others by name: merge_adapter([...]).",
         )
 

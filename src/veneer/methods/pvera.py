@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.pvera import PveraConfig
-from veneer.errors import MergeError
+from veneer.errors import NoMergedFormError
 from veneer.methods.base.abilities import RefusesMerge
 from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.methods.shared.random_projection import SharesProjection, largest
@@ -87,7 +87,7 @@ class Pvera(Method[PveraConfig, PveraSettings], SharesProjection, RefusesMerge):
 
     def check_mergeable(self, settings: PveraSettings, site: Site) -> None:
         if settings.config.sample_at_inference:
-            raise MergeError(
+            raise NoMergedFormError(
                 "A PVeRA with sample_at_inference draws anew in every pass, so no weight can hold it.",
                 hint="Set sample_at_inference to false in its config to merge the mean.",
             )

@@ -31,7 +31,7 @@ from veneer.base_model.sites.site import Site
 from veneer.configs.methods.shadow import MIRROR, ShadowConfig
 from veneer.configs.names import HEADS, TaskType
 from veneer.errors import AdapterError, TargetError, UnsupportedError
-from veneer.methods.base.abilities import ChoosesLayers, CompletesConfig, SharesTensors
+from veneer.methods.base.abilities import ChoosesLayers, CompletesConfig, HoldsModules
 from veneer.methods.base.method import BaseLayer, Leaf, MethodOnSites, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
 from veneer.methods.shared.shadow_decoder_files import embedding_leaves, shadow_source
@@ -91,7 +91,7 @@ class ShadowRoute:
         return F.linear(hidden, tensors["2.weight"], tensors["2.bias"])
 
 
-class Shadow(RoutedMethod[ShadowConfig, ShadowConfig], SharesTensors, ChoosesLayers, CompletesConfig):
+class Shadow(RoutedMethod[ShadowConfig, ShadowConfig], HoldsModules, ChoosesLayers, CompletesConfig):
     """Adapts the blocks of a decoder."""
 
     leaves = tuple(Leaf(name, memory_name=name.replace(_NAMED, ".")) for name in (DOWN, UP, *_UPDATES))
@@ -163,6 +163,16 @@ class Shadow(RoutedMethod[ShadowConfig, ShadowConfig], SharesTensors, ChoosesLay
         # Copies, since the classifier stays the base's.
         return {leaf: tensor.detach().float().clone() for leaf, tensor in tensors.items()}
 
+    def modules(
+        self, config: ShadowConfig, sites: Sequence[Site], tensors: Mapping[str, nn.Parameter]
+    ) -> dict[str, nn.Module | None]:
+        site = cast(BlockSite, sites[0])
+        backbone = _backbone(config, site.decoder, own_tensors(tensors, BACKBONE))
+        values = own_tensors(tensors, HEAD)
+        head = _filled(copy.deepcopy(site.head), values) if values and site.head is not None else None
+        projection = _projection(tensors.get(_WIDENING))
+        return {BACKBONE: backbone.train(site.decoder.training), PROJECTION: projection, HEAD: head}
+
     def init(self, new: NewLayer[ShadowConfig, ShadowConfig]) -> dict[str, Tensor]:
         shapes = self.shapes(new.settings, new.site)
         tensors = {
@@ -231,16 +241,57 @@ def stored(tensors: Mapping[str, Tensor], config: ShadowConfig, stack: nn.Module
     }
 
 
-def own_tensors(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+def own_tensors(tensors: Mapping[str, nn.Parameter], part: str) -> dict[str, nn.Parameter]:
     """Return the tensors of :data:`BACKBONE` or :data:`HEAD` among the shared ones, by their names in that module."""
     start = f"{part}{_NAMED}"
     return {leaf.removeprefix(start): tensor for leaf, tensor in tensors.items() if leaf.startswith(start)}
 
 
-def projected(states: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the small decoder's last states in the base's width, ``(rows, length, hidden)``."""
-    weight = tensors.get(_WIDENING)
-    return states if weight is None else F.linear(states.to(weight.dtype), weight)
+class BaseEmbedding(nn.Module):
+    """Looks tokens up in the base's embedding, which is no part of the small decoder."""
+
+    def __init__(self, words: nn.Module) -> None:
+        super().__init__()
+        # In a tuple, so that torch does not take it for a submodule.
+        self._words = (words,)
+
+    @property
+    def words(self) -> nn.Module:
+        """The base's embedding."""
+        return self._words[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the embeddings of tokens."""
+        return self.words(*args, **kwargs)
+
+
+def _backbone(config: ShadowConfig, stack: nn.Module, tensors: Mapping[str, nn.Parameter]) -> nn.Module:
+    """Return the small decoder with these tensors, on their device."""
+    with torch.random.fork_rng(devices=[]):
+        decoder = small_decoder(config, stack)
+    if shares(config, stack) and "embed_tokens" in decoder._modules:
+        decoder._modules["embed_tokens"] = BaseEmbedding(stack.get_input_embeddings())  # type: ignore[operator]
+    return _filled(decoder.to(next(iter(tensors.values())).device), tensors)
+
+
+def _projection(weight: nn.Parameter | None) -> nn.Module:
+    """Return the module that takes the small decoder's states to the base's width."""
+    if weight is None:
+        return nn.Identity()
+    width, inner = weight.shape
+    return _filled(nn.Linear(inner, width, bias=False, device="meta"), {"weight": weight})
+
+
+def _filled(module: nn.Module, tensors: Mapping[str, nn.Parameter]) -> nn.Module:
+    """Let a module use these parameters; where it has a buffer of that name, their values."""
+    for name, parameter in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = parameter
+        else:
+            owner._buffers[leaf] = parameter.detach()
+    return module
 
 
 def classifier(catalog: Catalog) -> nn.Module | None:

@@ -44,7 +44,8 @@ class AdaptedModel(nn.Module):
         nn.Module.__init__(self)
         check_base(model)
         self.xlora_pass = XLoraPass()
-        self.adapters = Adapters(model, (InvocationHook(), self.xlora_pass, ShadowPass()))
+        self.shadow_pass = ShadowPass()
+        self.adapters = Adapters(model, (InvocationHook(), self.xlora_pass, self.shadow_pass))
         tuner = self._modules["base_model"] = Tuner(model, self.adapters)
         tuner.belong_to(self)
         self._modules["prompt_encoder"] = self.adapters.prompts

@@ -340,4 +340,4 @@ def _put(parameter: nn.Parameter, new: Tensor, padded: bool, parts: int = 1) -> 
 
 def _swap_shared(entry: Adapter, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     for leaf, key in plan.shared.items():
-        _put(entry.layers.shared[leaf], tensors[key], padded=False)
+        _put(entry.shared[leaf], tensors[key], padded=False)

@@ -36,6 +36,7 @@ from veneer.peft_model.delegation import stands_for_peft
 from veneer.peft_model.load_report import AdapterReport, LoadReport
 from veneer.peft_model.open_adapter import find_adapter, open_adapter
 from veneer.peft_model.save_adapters import SavingMethods
+from veneer.peft_model.shadow_methods import ShadowMethods
 from veneer.peft_model.wrapped_again import without_adapters
 from veneer.peft_model.xlora_methods import XLoraMethods
 from veneer.printing import progress
@@ -48,7 +49,7 @@ _BY_TASK: dict[TaskType, type[PeftModel]] = {}
 
 
 @strict
-class PeftModel(XLoraMethods, BatchingMethods, SavingMethods):
+class PeftModel(XLoraMethods, ShadowMethods, BatchingMethods, SavingMethods):
     """Holds a base model and any number of adapters on it.
 
     It behaves as the base model does (``generate``, ``config``, ``device``, pipelines, ``Trainer``) and adds the

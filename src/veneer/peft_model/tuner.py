@@ -20,6 +20,7 @@ _OF_TUNERS = (
     *("targeted_module_names", "targeted_parameter_names"),
     *("set_adapter", "enable_adapter_layers", "disable_adapter_layers", "set_requires_grad"),
     *("add_adapter", "add_weighted_adapter", "delete_adapter", "get_layer_status", "get_model_status"),
+    *("unload_shadow", "last_shadow_loss"),
     *("merge_adapter", "unmerge_adapter", "merge_and_unload", "unload"),
 )
 

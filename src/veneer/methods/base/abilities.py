@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.base_model.sites.site import Site
 from veneer.methods.base.method import AnyMethod, BaseLayer, Leaf, MethodOnSites
@@ -52,6 +52,25 @@ class SharesTensors(StoresShared):
     def trains_shared(self, config: Any, name: str) -> bool:
         """Tell whether training changes a shared tensor."""
         return any(leaf.trained for leaf in self.shared if leaf.name == name.partition(".")[0])
+
+
+class HoldsModules(SharesTensors):
+    """Computes with whole modules beside the base's layers, which hold the shared tensors.
+
+    The tensor ``leaf`` of the module ``name`` is the shared tensor ``<name>.default.<leaf>``, however the adapter is
+    called: so it is in peft's checkpoints.
+    """
+
+    @abstractmethod
+    def modules(
+        self, config: Any, sites: Sequence[Site], tensors: Mapping[str, nn.Parameter]
+    ) -> dict[str, nn.Module | None]:
+        """Return the modules by their names under peft's tuner, with the shared tensors as their parameters."""
+
+
+def module_leaf(module: str, leaf: str) -> str:
+    """Return the name of a shared tensor by the module that holds it and its name there."""
+    return f"{module}.default.{leaf}"
 
 
 class DerivesTensors(ABC):

@@ -7,7 +7,7 @@ from typing import ClassVar, TypeVar
 from veneer.base_model.sites.linear import LinearSite
 from veneer.base_model.sites.site import Site
 from veneer.configs.base import TargetedConfig
-from veneer.errors import MergeError
+from veneer.errors import NoMergedFormError
 from veneer.methods.base.abilities import RefusesMerge
 from veneer.methods.base.method import Method
 
@@ -21,7 +21,7 @@ class RoutedMethod(Method[ConfigT, SettingsT], RefusesMerge):
     kinds: ClassVar[tuple[type[Site], ...]] = (LinearSite,)
 
     def check_mergeable(self, settings: SettingsT, site: Site) -> None:
-        raise MergeError(
+        raise NoMergedFormError(
             f"{type(self).__name__} decides by the input what it changes, so no weight can hold it.",
             hint="Use the adapter unmerged; merge others by name: merge_adapter([...]).",
         )
