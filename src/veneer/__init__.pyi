@@ -153,6 +153,9 @@ from veneer.errors import (
     NoAdaptersError as NoAdaptersError,
 )
 from veneer.errors import (
+    NoMergedFormError as NoMergedFormError,
+)
+from veneer.errors import (
     NonFiniteError as NonFiniteError,
 )
 from veneer.errors import (

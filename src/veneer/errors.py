@@ -27,6 +27,7 @@
     │   ├── DuplicateAdapterError   the name is taken, or no valid name
     │   └── NonFiniteError          NaN or infinity among an adapter's values
     ├── MergeError                  a merge cannot be made (also ValueError)
+    │   └── NoMergedFormError       no weight can hold what an adapter does (also NotImplementedError)
     ├── OutputError                 an output cannot be written there (also a SourceError, AdapterError and MergeError,
     │                               which it was called in earlier versions)
     └── UnknownKeywordError         a keyword that a call does not take (also TypeError)
