@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shellingham
 import torch
 from safetensors.torch import load_file
 
@@ -77,12 +78,13 @@ def test_generate_chooses_from_a_set(run: Run, made: Path) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_speaks_to_users(run: Run, command: str) -> None:
-    """It has an example whose options exist, and a word for each value where typer has the Python type."""
+    """It has an example whose options exist, and a word for each value in place of its type."""
     text = run(command, "--help").out
     assert not re.search(r"<[a-z]", text)
-    [example] = re.findall(r"Example: veneer ([^╭]*)", text)
+    [example] = re.findall(r"Example: veneer (.*?)\n\n", text, re.DOTALL)
     assert example.split()[0] == command
-    assert set(re.findall(r"--[\w-]+", example)) <= set(re.findall(r"--[\w-]+", text[text.index("╭") :]))
+    assert set(re.findall(r"--[\w-]+", example)) <= set(re.findall(r"--[\w-]+", text[text.index("Options:") :]))
+    assert not re.search(r"TEXT|INTEGER|FLOAT|DIRECTORY", text)
 
 
 def test_generate_uses_the_chat_template(run: Run, chat: Path, made: Path) -> None:
@@ -338,19 +340,62 @@ def test_the_shell_completes_commands_and_options(line: str, completions: list[s
     words = line.split()
     environment = {
         **os.environ,
-        **{"_VENEER_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)},
+        **{"_VENEER_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)},
     }
     command = [sys.executable, "-X", "importtime", "-m", "veneer"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert result.stdout.split() == completions
+    assert result.stdout.split() == [f"plain,{completion}" for completion in completions]
     assert "| torch" not in result.stderr
 
 
-def test_the_completion_of_a_shell_is_shown() -> None:
-    environment = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
-    command = [sys.executable, "-m", "veneer", "--show-completion", "bash"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert "_VENEER_COMPLETE=complete_bash" in result.stdout
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "powershell"])
+def test_the_completion_of_a_shell_is_shown(run: Run, shell: str) -> None:
+    result = run("--show-completion", shell)
+    assert (result.code, "_VENEER_COMPLETE" in result.out, f"{shell}_complete" in result.out) == (0, True, True)
+
+
+def test_the_completion_is_that_of_the_shell_which_asks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shellingham.detect_shell", lambda: ("fish", "/usr/bin/fish"))
+    assert run("--show-completion").out == run("--show-completion", "fish").out
+
+    def detect() -> None:
+        raise shellingham.ShellDetectionFailure
+
+    monkeypatch.setattr("shellingham.detect_shell", detect)
+    for arguments, words in (([], "Name it: bash, zsh"), (["cmd"], "no completion for 'cmd'")):
+        result = run("--show-completion", *arguments)
+        assert (result.code, words in result.err) == (2, True)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_is_installed_once(
+    run: Run, shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    start_up = tmp_path / f".{shell}rc"
+    start_up.write_text("alias a=b")
+    results = [run("--install-completion", shell) for _ in range(2)]
+    assert [result.code for result in results] == [0, 0]
+    path = Path(results[0].out.split(": ")[1].strip())
+    assert path.read_text() == run("--show-completion", shell).out.removesuffix("\n")
+    lines = start_up.read_text().splitlines()
+    assert lines[0] == "alias a=b"
+    assert [str(path) in line for line in lines[1:]] == ([] if shell == "fish" else [True])
+
+
+def test_an_installed_completion_works(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("--install-completion", "bash").code == 0
+    (tmp_path / "veneer").write_text(f'#!/bin/sh\nexec {sys.executable} -m veneer "$@"\n')
+    (tmp_path / "veneer").chmod(0o755)
+    script = f". {tmp_path}/.bashrc; COMP_WORDS=(veneer insp) COMP_CWORD=1; _veneer_completion {tmp_path}/veneer; "
+    result = subprocess.run(["bash", "-c", script + "echo $COMPREPLY"], capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("inspect\n", "")
+
+
+def test_an_unknown_profile_is_left_alone(run: Run) -> None:
+    result = run("--install-completion", "powershell")
+    assert (result.code, "veneer --show-completion powershell" in result.err) == (2, True)
 
 
 @pytest.mark.parametrize("arguments", WITHOUT_TORCH)

@@ -1,17 +1,12 @@
-"""The typer application. Each command is a module beside this one, imported when it is called.
-
-Only the command that is called is built: typer prepares every option of every command that it knows, and that
-alone would take longer than ``veneer inspect`` may.
-"""
+"""The application. Each command is a module beside this one, imported when it is called."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-from typer.core import TyperCommand, TyperGroup
+import click
 
 from veneer._version import __version__
 from veneer.errors import did_you_mean
@@ -43,61 +38,62 @@ _ELSEWHERE = {
     "export": "`veneer merge` writes a plain model folder, and `veneer convert` a plain LoRA.",
 }
 
-# The exit code that typer returns when it caught the interruption itself.
-_INTERRUPTED = 130
 
+class _Commands(click.Group):
+    """The group of all commands."""
 
-def _with_words(parameters: list[Any]) -> list[Any]:
-    """Let help name a value by a word such as ``RANK`` in place of its Python type; a switch has none."""
-    for parameter in parameters:
-        if parameter.metavar is None:
-            parameter.metavar = "" if getattr(parameter, "is_flag", False) else parameter.name.split("_")[-1].upper()
-        if parameter.param_type_name == "argument":
-            parameter.display_type_rich = lambda ctx: None  # beside its name, which typer shows anyway
-    return parameters
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Return the names in the order of the help."""
+        return list(COMMANDS)
 
-
-class _Command(TyperCommand):
-    def get_params(self, ctx: Any) -> Any:
-        return _with_words(super().get_params(ctx))
-
-
-class _Group(TyperGroup):
-    def get_params(self, ctx: Any) -> Any:
-        return _with_words(super().get_params(ctx))
-
-
-def build(names: list[str]) -> typer.Typer:
-    """Build the application with these commands."""
-    app = typer.Typer(
-        name="veneer",
-        cls=_Group,
-        help="Load, inspect, run and merge fine-tuned adapters.",
-        no_args_is_help=True,
-        # Its options are the application's: a command that is called alone need not prepare them.
-        add_completion=len(names) > 1,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
-    app.callback()(_options)
-    for name in names:
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """Import a command."""
+        if name not in COMMANDS:
+            return None
         module = importlib.import_module(f"veneer.cli.{COMMANDS[name]}")
-        app.command(name, cls=_Command)(getattr(module, name.replace("-", "_")))
-    return app
+        command: click.Command = getattr(module, name.replace("-", "_"))
+        command.short_help = (command.help or "").partition("\n")[0]
+        for parameter in command.params:
+            _name_value(parameter)
+        return command
 
 
-def _version(show: bool) -> None:
-    if show:
-        print(f"veneer {__version__}")
-        raise typer.Exit
+def _name_value(parameter: click.Parameter) -> None:
+    """Let help name an option's value by a word such as ``RANK`` in place of its type."""
+    if isinstance(parameter, click.Option) and not parameter.is_flag and parameter.metavar is None:
+        parameter.metavar = str(parameter.name).split("_")[-1].upper()
 
 
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    pass
+def _complete(context: click.Context, option: click.Parameter, shell: str | None) -> None:
+    """Print the shell's script of completion, or install it."""
+    if shell is None:
+        return
+    from veneer.cli import shell_completion
+
+    print(shell_completion.run(str(option.name), "" if shell == _THIS_SHELL else shell))
+    context.exit()
+
+
+_THIS_SHELL = "this shell"
+_completion: Any = {
+    "metavar": "[SHELL]",
+    "is_flag": False,
+    "flag_value": _THIS_SHELL,
+    "is_eager": True,
+    "expose_value": False,
+    "callback": _complete,
+}
+
+
+_SETTINGS: Any = {"help_option_names": ["-h", "--help"], "max_content_width": 120, "show_default": True}
+
+
+@click.command(cls=_Commands, context_settings=_SETTINGS)
+@click.version_option(__version__, message="veneer %(version)s", help="Print the version.")
+@click.option("--install-completion", **_completion, help="Install completion for the current shell, or for SHELL.")
+@click.option("--show-completion", **_completion, help="Show its script, to copy it or to change the installation.")
+def application() -> None:
+    """Load, inspect, run and merge fine-tuned adapters."""
 
 
 def run(arguments: list[str]) -> int:
@@ -107,21 +103,16 @@ def run(arguments: list[str]) -> int:
         question = did_you_mean(name, COMMANDS, lambda command: f"`veneer {command}`")
         hint = _ELSEWHERE.get(name) or question or f"There are: {', '.join(COMMANDS)}."
         return _refuse(f"There is no command {name!r}. {hint}")
-    command = typer.main.get_command(build([name] if name in COMMANDS else list(COMMANDS)))
     try:
-        code = command.main(arguments or ["--help"], prog_name="veneer", standalone_mode=False)
-    except typer.Abort:
+        code = application.main(arguments or ["--help"], prog_name="veneer", standalone_mode=False)
+    except click.Abort:
         raise KeyboardInterrupt from None
-    except Exception as error:
-        # An error of usage from typer: its class moved between versions, its method did not.
-        if not hasattr(error, "format_message"):
-            raise
+    except click.ClickException as error:
         command_line = f"veneer {name}" if name in COMMANDS else "veneer"
-        message = error.format_message().rstrip(".")
-        meant = "Further adapters follow --adapter. " if name == "merge" and "extra argument" in message else ""
-        return _refuse(f"{message}. {meant}`{command_line} --help` lists the options.")
-    if code == _INTERRUPTED:
-        raise KeyboardInterrupt
+        message = error.format_message()
+        meant = " Further adapters follow --adapter." if name == "merge" and "extra argument" in message else ""
+        end = "" if message.endswith((".", "?", ")")) else "."
+        return _refuse(f"{message}{end}{meant} `{command_line} --help` lists the options.")
     return code if isinstance(code, int) else 0
 
 

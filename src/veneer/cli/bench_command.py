@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
-from veneer.cli.options import Base, Device, Dtype, Json, Local
+from veneer.cli import options
+from veneer.cli.options import A_PATH, NumberRange, switch
 from veneer.cli.terminal import for_stdout, print_warnings, show
 from veneer.errors import PathNotFoundError, UsageError
 from veneer.files.paths import exists
@@ -22,42 +23,59 @@ if TYPE_CHECKING:
 _PATHS = "An adapter, a set of adapters, or a base model; then further adapters of the same base."
 
 
+@click.command()
+@click.argument("paths", metavar="[PATH]...", nargs=-1, help=_PATHS)
+@options.base
+@click.option("--adapters", multiple=True, help="Further adapters, or some of a set by name; others may follow it.")
+@click.option("--batch", default="1,8", help="Rows of the inputs, with commas.")
+@click.option("--prompt-tokens", help="Tokens of a row; 128,512 if they fit.")
+@click.option("--new-tokens", type=click.IntRange(min=2), default=32, help="Tokens of an answer.")
+@options.dtype
+@options.device
+@click.option("--prompts", type=A_PATH, help="A text file, a prompt on each line.")
+@click.option(
+    "--perplexity",
+    type=A_PATH,
+    help="A text file or JSON Lines, to measure how well base and adapters predict it.",
+)
+@click.option("--traffic", help='How requests spread over the adapters: "a=80,b=20".')
+@click.option("--memory", help="What serving may take, such as 16GB; by default all.")
+@click.option(
+    "--change-every",
+    "requests_per_change",
+    metavar="REQUESTS",
+    type=NumberRange(min=1),
+    help="Requests between two changes of the adapters; by default never.",
+)
+@click.option(
+    "--in-flight",
+    metavar="REQUESTS",
+    type=click.IntRange(min=1),
+    help="Requests at the same time; by default the largest batch.",
+)
+@click.option("--repeats", type=click.IntRange(min=1), default=5, help="Timed rounds.")
+@click.option("--out", type=A_PATH, default="report", help="The folder for the report.")
+@options.as_json
+@switch("--compare", "Compare two reports: --compare OLD NEW.")
+@options.local_files_only
 def bench(
-    paths: Annotated[list[str] | None, typer.Argument(metavar="PATH", help=_PATHS)] = None,
-    base: Base = None,
-    adapters: Annotated[
-        list[str] | None, typer.Option(help="Further adapters, or some of a set by name; others may follow it.")
-    ] = None,
-    batch: Annotated[str, typer.Option(help="Rows of the inputs, with commas.")] = "1,8",
-    prompt_tokens: Annotated[str | None, typer.Option(help="Tokens of a row; 128,512 if they fit.")] = None,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 32,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    prompts: Annotated[Path | None, typer.Option(help="A text file, a prompt on each line.")] = None,
-    perplexity: Annotated[
-        Path | None, typer.Option(help="A text file or JSON Lines, to measure how well base and adapters predict it.")
-    ] = None,
-    traffic: Annotated[str | None, typer.Option(help='How requests spread over the adapters: "a=80,b=20".')] = None,
-    memory: Annotated[str | None, typer.Option(help="What serving may take, such as 16GB; by default all.")] = None,
-    change_every: Annotated[
-        float | None,
-        typer.Option(min=1, metavar="REQUESTS", help="Requests between two changes of the adapters; by default never."),
-    ] = None,
-    in_flight: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="REQUESTS", help="Requests at the same time; by default the largest batch."),
-    ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
-    out: Annotated[Path, typer.Option(help="The folder for the report.")] = Path("report"),
-    json: Json = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Compare two reports: --compare OLD NEW.")] = False,
-    local_files_only: Local = False,
+    paths: tuple[str, ...],
+    adapters: tuple[str, ...],
+    batch: str,
+    prompt_tokens: str | None,
+    prompts: Path | None,
+    perplexity: Path | None,
+    traffic: str | None,
+    memory: str | None,
+    out: Path,
+    json: bool,
+    compare: bool,
+    **measuring: Any,
 ) -> None:
     """Measure merged against unmerged on this machine, and say whether to merge.
 
     Example: veneer bench path/to/adapter path/to/another --base path/to/base
     """
-    paths = paths or []
     if compare:
         _compare(paths, json)
         return
@@ -79,19 +97,12 @@ def bench(
 
         report = measure(
             paths[0],
-            base=base,
-            adapters=[*(adapters or []), *paths[1:]],
-            new_tokens=new_tokens,
-            dtype=dtype,
-            device=device,
+            adapters=[*adapters, *paths[1:]],
             prompts=prompts,
             perplexity=perplexity,
-            requests_per_change=change_every,
-            in_flight=in_flight,
-            repeats=repeats,
-            local_files_only=local_files_only,
             on_progress=_after_checking_plots(on_progress) if plots else on_progress,
             **parsed,
+            **measuring,
         )
         page = write(report, out, plots)
     print_warnings(warnings)
@@ -100,7 +111,7 @@ def bench(
         print(f"The report is {for_stdout(str(page))}, with report.md and report.json beside it.")
 
 
-def _compare(paths: list[str], json: bool) -> None:
+def _compare(paths: Sequence[str], json: bool) -> None:
     from veneer.benching.compare import compare
     from veneer.benching.report.files import read
 

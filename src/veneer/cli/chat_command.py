@@ -5,26 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
+from veneer.cli import options as shared
 from veneer.cli.generation_options import generation_options
-from veneer.cli.options import (
-    Base,
-    Device,
-    Dtype,
-    Local,
-    MaxNewTokens,
-    Revision,
-    Seed,
-    Stop,
-    System,
-    Temperature,
-    Template,
-    TopK,
-    TopP,
-)
 from veneer.cli.terminal import decoding_stdin, print_warnings, progress
 from veneer.errors import VeneerError
 from veneer.printing import one_line, quiet
@@ -35,21 +21,27 @@ if TYPE_CHECKING:
 _PATHS = "An adapter, a set of adapters or a model; then further adapters of the same base."
 
 
+@click.command()
+@click.argument("paths", metavar="PATH [ADAPTER]...", nargs=-1, required=True, help=_PATHS)
+@shared.base
+@shared.generation(512)
+@shared.revision
+@shared.local_files_only
 def chat(
-    paths: Annotated[list[str], typer.Argument(metavar="PATH [ADAPTER]...", help=_PATHS)],
-    base: Base = None,
-    max_new_tokens: MaxNewTokens = 512,
-    stop: Stop = None,
-    system: System = None,
-    template: Template = True,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    seed: Seed = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    revision: Revision = None,
-    local_files_only: Local = False,
+    paths: tuple[str, ...],
+    base: str | None,
+    max_new_tokens: int,
+    stop: tuple[str, ...],
+    system: str | None,
+    template: bool,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int | None,
+    dtype: str,
+    device: str | None,
+    revision: str | None,
+    local_files_only: bool,
 ) -> None:
     """Talk with a model, and switch and compare its adapters meanwhile; /help lists how.
 

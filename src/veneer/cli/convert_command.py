@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
+import click
 
-from veneer.cli.options import Base, BaseArgument, Json, Local, Revision, given_base
+from veneer.cli import options
+from veneer.cli.options import A_PATH, given_base
 from veneer.cli.terminal import print_warnings, progress, show
 from veneer.errors import UsageError
 from veneer.printing import quiet
 
 
-def convert(
-    path: Annotated[str, typer.Argument(help="The adapter's folder or hub id.")],
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
-    base_argument: BaseArgument = None,
-    to: Annotated[str, typer.Option(help="The method to convert to: lora.")] = "lora",
-    rank: Annotated[int | None, typer.Option(help="Of the LoRA; needed where the change has no low rank.")] = None,
-    base: Base = None,
-    revision: Revision = None,
-    json: Json = False,
-    local_files_only: Local = False,
-) -> None:
+@click.command()
+@click.argument("path", help="The adapter's folder or hub id.")
+@options.base_argument
+@click.option("--out", type=A_PATH, required=True, help="The folder to write.")
+@click.option("--to", default="lora", help="The method to convert to: lora.")
+@click.option("--rank", type=int, help="Of the LoRA; needed where the change has no low rank.")
+@options.base
+@options.revision
+@options.as_json
+@options.local_files_only
+def convert(path: str, base_argument: str | None, base: str | None, to: str, json: bool, **conversion: Any) -> None:
     """Write an adapter of any method as a plain LoRA, and say what error that leaves.
 
     Example: veneer convert path/to/adapter path/to/base --rank 16 --out as-lora
@@ -34,8 +34,6 @@ def convert(
     with quiet() as warnings, progress("converting"):
         from veneer.peft_model.convert_to_lora import convert_to_lora
 
-        report = convert_to_lora(
-            path, out=out, rank=rank, base=base, revision=revision, local_files_only=local_files_only
-        )
+        report = convert_to_lora(path, base=base, **conversion)
     print_warnings(warnings)
     show(report, json)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
+from veneer.cli.options import A_PATH
 from veneer.cli.terminal import for_stdout
 
 
-def convert_pickle(
-    path: Annotated[Path, typer.Argument(help="A pickled checkpoint, or its folder.")],
-    out: Annotated[Path | None, typer.Option(help="The .safetensors file to write, or a folder for it.")] = None,
-) -> None:
+@click.command()
+@click.argument("path", type=A_PATH, help="A pickled checkpoint, or its folder.")
+@click.option("--out", type=A_PATH, help="The .safetensors file to write, or a folder for it.")
+def convert_pickle(path: Path, out: Path | None) -> None:
     """Turn a pickled checkpoint into safetensors, reading plain tensors only.
 
     Example: veneer convert-pickle path/to/adapter

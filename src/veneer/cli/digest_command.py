@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import click
 
-import typer
+from veneer.cli.options import switch
 
 
-def digest(
-    path: Annotated[str, typer.Argument(help="A full model's folder.")],
-    full: Annotated[bool, typer.Option("--full", help="Read every byte instead of samples.")] = False,
-) -> None:
+@click.command()
+@click.argument("path", help="A full model's folder.")
+@switch("--full", "Read every byte instead of samples.")
+def digest(path: str, full: bool) -> None:
     """Print the digest that identifies a base model.
 
     Example: veneer digest path/to/base

@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
+import click
 
-from veneer.cli.options import Json, Local
+from veneer.cli import options
+from veneer.cli.options import A_PATH
 from veneer.cli.terminal import print_warnings, progress, show
 from veneer.configs.dtype_names import torch_name
 from veneer.errors import UsageError
 from veneer.printing import quiet
 
 
-def _dtype(name: str) -> str:
+def _dtype(context: click.Context, parameter: click.Parameter, name: str) -> str:
     if name == "auto":
         raise UsageError("--dtype auto says nothing of a new adapter.", hint="Name one: float32, bfloat16 or float16.")
     return torch_name(name)
 
 
-def extract(
-    tuned: Annotated[str, typer.Option(help="The tuned model's folder or hub id.")],
-    base: Annotated[str, typer.Option(help="The model that it was tuned from.")],
-    out: Annotated[Path, typer.Option(help="The adapter's folder.")],
-    rank: Annotated[int, typer.Option(help="Of each layer, at most.")] = 16,
-    energy: Annotated[float | None, typer.Option(help="Share of a layer's change that suffices, such as 0.95.")] = None,
-    dtype: Annotated[
-        str, typer.Option(callback=_dtype, help="Of the adapter: float32 (fp32), bfloat16 (bf16), float16 (fp16).")
-    ] = "float32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is at OUT.")] = False,
-    json: Json = False,
-    local_files_only: Local = False,
-) -> None:
+@click.command()
+@click.option("--tuned", required=True, help="The tuned model's folder or hub id.")
+@click.option("--base", required=True, help="The model that it was tuned from.")
+@click.option("--out", type=A_PATH, required=True, help="The adapter's folder.")
+@click.option("--rank", default=16, help="Of each layer, at most.")
+@click.option("--energy", type=float, help="Share of a layer's change that suffices, such as 0.95.")
+@click.option(
+    "--dtype",
+    default="float32",
+    callback=_dtype,
+    help="Of the adapter: float32 (fp32), bfloat16 (bf16), float16 (fp16).",
+)
+@options.overwrite
+@options.as_json
+@options.local_files_only
+def extract(tuned: str, base: str, json: bool, **extraction: Any) -> None:
     """Make a LoRA adapter out of a tuned model and its base.
 
     Example: veneer extract --tuned path/to/model --base path/to/base --rank 16 --out adapter
@@ -40,16 +43,6 @@ def extract(
     with quiet() as warnings, progress("reading") as on_step:
         from veneer.merging import extract_lora as room
 
-        report = room.extract(
-            tuned,
-            base,
-            out=out,
-            rank=rank,
-            energy=energy,
-            dtype=dtype,
-            overwrite=overwrite,
-            local_files_only=local_files_only,
-            on_step=on_step,
-        )
+        report = room.extract(tuned, base, **extraction, on_step=on_step)
     print_warnings(warnings)
     show(report, json)

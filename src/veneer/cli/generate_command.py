@@ -6,29 +6,13 @@ import json as json_module
 import sys
 import time
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
+from veneer.cli import options as shared
 from veneer.cli.generation_options import generation_options
-from veneer.cli.options import (
-    Base,
-    BaseArgument,
-    Device,
-    Dtype,
-    Json,
-    Local,
-    MaxNewTokens,
-    Revision,
-    Seed,
-    Stop,
-    System,
-    Temperature,
-    Template,
-    TopK,
-    TopP,
-    given_base,
-)
+from veneer.cli.options import given_base, switch
 from veneer.cli.terminal import decoding_stdin, print_warnings, progress
 from veneer.errors import UsageError
 from veneer.printing import quiet
@@ -37,35 +21,44 @@ if TYPE_CHECKING:
     from veneer.peft_model.peft_model import PeftModel
 
 
+@click.command()
+@click.argument("path", help="An adapter, a set of adapters or a model.")
+@shared.base_argument
+@click.option("--prompt", required=True, help="What to say to it; - reads standard input.")
+@shared.base
+@click.option("--adapter", help='Which adapter of a set; "__base__" is the base alone.')
+@switch("--merge", "Merge the adapter into the base first.")
+@shared.generation(128)
+@shared.revision
+@shared.as_json
+@shared.local_files_only
 def generate(
-    path: Annotated[str, typer.Argument(help="An adapter, a set of adapters or a model.")],
-    prompt: Annotated[str, typer.Option(help="What to say to it; - reads standard input.")],
-    base_argument: BaseArgument = None,
-    base: Base = None,
-    adapter: Annotated[str | None, typer.Option(help='Which adapter of a set; "__base__" is the base alone.')] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base first.")] = False,
-    max_new_tokens: MaxNewTokens = 128,
-    stop: Stop = None,
-    system: System = None,
-    chat: Template = True,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    seed: Seed = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    revision: Revision = None,
-    json: Json = False,
-    local_files_only: Local = False,
+    path: str,
+    base_argument: str | None,
+    prompt: str,
+    base: str | None,
+    adapter: str | None,
+    merge: bool,
+    max_new_tokens: int,
+    stop: tuple[str, ...],
+    system: str | None,
+    template: bool,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int | None,
+    device: str | None,
+    json: bool,
+    **loading: Any,
 ) -> None:
     """Answer a prompt, word by word.
 
     Example: veneer generate path/to/adapter path/to/base --prompt "Hello"
     """
     base = given_base(base_argument, base)
-    options = generation_options(max_new_tokens, stop, chat, temperature, top_p, top_k)
+    options = generation_options(max_new_tokens, stop, template, temperature, top_p, top_k)
     text = _read_prompt() if prompt == "-" else prompt
-    if chat and not text.strip():
+    if template and not text.strip():
         raise UsageError("The prompt is empty.", hint="Give a text, or --no-chat to go on from the first token.")
     with quiet() as warnings:
         with progress("loading"):
@@ -78,9 +71,7 @@ def generate(
                 device,
                 base=base,
                 merge=merge and adapter is None,
-                dtype=dtype,
-                revision=revision,
-                local_files_only=local_files_only,
+                **loading,
             )
             model = generator.model
             if merge and adapter is not None:

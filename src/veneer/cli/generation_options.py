@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ class GenerationOptions:
 
 def generation_options(
     max_new_tokens: int,
-    stops: list[str] | None,
+    stops: Sequence[str],
     template: bool,
     temperature: float | None,
     top_p: float | None,
@@ -36,10 +37,10 @@ def generation_options(
     Raises:
         UsageError: a stop string is empty, or a limit of sampling is given where nothing is sampled.
     """
-    if "" in (stops or []):
+    if "" in stops:
         raise UsageError("--stop is an empty string.", hint="Give the text that ends the answer.")
     keywords = {"max_new_tokens": max_new_tokens, **_sampling(temperature, top_p, top_k)}
-    return GenerationOptions(keywords, stops or [], template)
+    return GenerationOptions(keywords, list(stops), template)
 
 
 def _sampling(temperature: float | None, top_p: float | None, top_k: int | None) -> dict[str, Any]:

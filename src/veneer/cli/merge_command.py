@@ -3,40 +3,43 @@
 from __future__ import annotations
 
 import json as json_module
-from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
+import click
 
-from veneer.cli.options import Base, BaseArgument, Dtype, Json, Local, Revision, given_base, weighted
+from veneer.cli import options
+from veneer.cli.options import A_PATH, given_base, switch, weighted
 from veneer.cli.terminal import print_warnings, progress, show
 from veneer.printing import quiet
 
 
+@click.command()
+@click.argument("path", metavar="[ADAPTER]", required=False, help="The adapter's folder or hub id.")
+@options.base_argument
+@click.option("--out", type=A_PATH, required=True, help="The folder to write.")
+@click.option("--adapter", multiple=True, help="PATH or PATH=WEIGHT; several are merged in their order.")
+@options.base
+@options.dtype
+@click.option("--max-shard-size", help='Of one weight file, as "5GB"; as the base if left out.')
+@click.option("--rounding", default="nearest", help="nearest or stochastic.")
+@click.option("--seed", default=0, help="Of the stochastic rounding.")
+@switch("--dequantize", "Turn a quantised base into plain numbers.")
+@switch("--reversible", "Keep what `veneer unmerge` needs.")
+@switch("--verify", "Prove the result at once, as `veneer verify` does.")
+@options.overwrite_model
+@switch("--resume", "Go on where a merge into OUT was cut off.")
+@options.revision
+@options.as_json
+@options.local_files_only
 def merge(
-    path: Annotated[str | None, typer.Argument(metavar="ADAPTER", help="The adapter's folder or hub id.")] = None,
-    base_argument: BaseArgument = None,
-    out: Annotated[Path, typer.Option(help="The folder to write.")] = ...,  # type: ignore[assignment]
-    adapter: Annotated[
-        list[str] | None, typer.Option(help="PATH or PATH=WEIGHT; several are merged in their order.")
-    ] = None,
-    base: Base = None,
-    dtype: Dtype = "auto",
-    max_shard_size: Annotated[
-        str | None, typer.Option(help='Of one weight file, as "5GB"; as the base if left out.')
-    ] = None,
-    rounding: Annotated[str, typer.Option(help="nearest or stochastic.")] = "nearest",
-    seed: Annotated[int, typer.Option(help="Of the stochastic rounding.")] = 0,
-    dequantize: Annotated[bool, typer.Option("--dequantize", help="Turn a quantised base into plain numbers.")] = False,
-    reversible: Annotated[bool, typer.Option("--reversible", help="Keep what `veneer unmerge` needs.")] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Prove the result at once, as `veneer verify` does.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is at OUT.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where a merge into OUT was cut off.")] = False,
-    revision: Revision = None,
-    json: Json = False,
-    local_files_only: Local = False,
+    path: str | None,
+    base_argument: str | None,
+    adapter: tuple[str, ...],
+    base: str | None,
+    verify: bool,
+    json: bool,
+    local_files_only: bool,
+    **merging: Any,
 ) -> int:
     """Merge adapters into their base: a plain model folder that needs neither.
 
@@ -47,20 +50,7 @@ def merge(
         from veneer.merging import merge_folder
 
         report = merge_folder.merge(
-            adapters := weighted(path, adapter or []),
-            base,
-            out=out,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            rounding=rounding,
-            seed=seed,
-            dequantize=dequantize,
-            reversible=reversible,
-            overwrite=overwrite,
-            resume=resume,
-            revision=revision,
-            local_files_only=local_files_only,
-            on_step=on_step,
+            adapters := weighted(path, adapter), base, local_files_only=local_files_only, **merging, on_step=on_step
         )
         proof = None
         if verify:

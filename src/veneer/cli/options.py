@@ -3,45 +3,96 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Any, TypeVar
 
-import typer
+import click
 
 from veneer.configs.dtype_names import torch_name
 from veneer.errors import UsageError
 from veneer.files.paths import exists
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-def _seed(value: int | None) -> int | None:
-    """Check a seed as torch takes it; typer would print the limits in the help."""
+A_PATH = click.Path(path_type=Path)
+
+
+class NumberRange(click.FloatRange):
+    """A range that NaN is not in; for click it is in every one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number that is meant."""
+        number = super().convert(value, param, ctx)
+        return self.fail(f"{value!r} is no number.", param, ctx) if math.isnan(number) else number
+
+
+def switch(name: str, help: str) -> Callable[[F], F]:
+    """Make an option that takes no value."""
+    return click.option(name, is_flag=True, help=help)
+
+
+def _seed(context: click.Context, parameter: click.Parameter, value: int | None) -> int | None:
+    """Check a seed as torch takes it; a range of click's would stand in the help."""
     if value is not None and not 0 <= value < 2**63:
         raise UsageError(f"--seed {value} is out of range.", hint="Give a whole number from 0 to 2**63 - 1.")
     return value
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-Base = Annotated[str | None, typer.Option(help="The base: a folder or hub id. By default what the adapter names.")]
-Dtype = Annotated[
-    str,
-    typer.Option(callback=torch_name, help="auto (as on disk), bfloat16 (bf16), float16 (fp16), float32 (fp32)."),
-]
-BaseArgument = Annotated[str | None, typer.Argument(metavar="BASE", help="The base, as --base has it.")]
-Device = Annotated[str | None, typer.Option(help="Such as cuda; by default the CPU.")]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="At most this many tokens.")]
-Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be given several times.")]
-System = Annotated[str | None, typer.Option(help="The system message of the chat.")]
-Template = Annotated[bool, typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template, if it has one.")]
-Temperature = Annotated[
-    float | None, typer.Option(min=0.0, help="0 takes the likeliest token; by default 1 with --top-p or --top-k.")
-]
-TopP = Annotated[
-    float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens with this probability.")
-]
-TopK = Annotated[int | None, typer.Option(min=0, help="Sample from this many tokens; 0: from all.")]
-Seed = Annotated[int | None, typer.Option(callback=_seed, help="Of the sampling; 0 or more.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
-Local = Annotated[bool, typer.Option("--local-files-only", help="Use no network.")]
+as_json = switch("--json", "Print JSON, for scripts.")
+base = click.option("--base", help="The base: a folder or hub id. By default what the adapter names.")
+base_argument = click.argument("base_argument", metavar="[BASE]", required=False, help="The base, as --base has it.")
+dtype = click.option(
+    "--dtype",
+    default="auto",
+    callback=lambda context, parameter, name: torch_name(name),
+    help="auto (as on disk), bfloat16 (bf16), float16 (fp16), float32 (fp32).",
+)
+device = click.option("--device", help="Such as cuda; by default the CPU.")
+local_files_only = switch("--local-files-only", "Use no network.")
+overwrite = switch("--overwrite", "Replace an adapter that is at OUT.")
+overwrite_model = switch("--overwrite", "Replace a model that is at OUT.")
+revision = click.option("--revision", help="Branch, tag or commit on the hub.")
+
+
+def generation(most_tokens: int) -> Callable[[F], F]:
+    """Make the options of a command that generates text.
+
+    Args:
+        most_tokens: the default of ``--max-new-tokens``.
+    """
+    decorators = (
+        click.option(
+            "--max-new-tokens",
+            "--max-tokens",
+            "max_new_tokens",
+            type=click.IntRange(min=1),
+            default=most_tokens,
+            help="At most this many tokens.",
+        ),
+        click.option("--stop", multiple=True, help="End the answer before this text; may be given several times."),
+        click.option("--system", help="The system message of the chat."),
+        click.option(
+            "--chat/--no-chat", "template", default=True, help="Use the tokenizer's chat template, if it has one."
+        ),
+        click.option(
+            "--temperature",
+            type=NumberRange(min=0),
+            help="0 takes the likeliest token; by default 1 with --top-p or --top-k.",
+        ),
+        click.option("--top-p", type=NumberRange(0, 1), help="Sample from the likeliest tokens with this probability."),
+        click.option("--top-k", type=click.IntRange(min=0), help="Sample from this many tokens; 0: from all."),
+        click.option("--seed", type=int, callback=_seed, help="Of the sampling; 0 or more."),
+        dtype,
+        device,
+    )
+
+    def decorate(command: F) -> F:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
 
 
 def given_base(argument: str | None, option: str | None) -> str | None:
@@ -51,7 +102,7 @@ def given_base(argument: str | None, option: str | None) -> str | None:
     return option if argument is None else argument
 
 
-def weighted(path: str | None, adapters: list[str]) -> dict[str | Path, float]:
+def weighted(path: str | None, adapters: Iterable[str]) -> dict[str | Path, float]:
     """Return adapter -> weight, from ``PATH`` and ``PATH=WEIGHT``, in the order given."""
     weights: dict[str | Path, float] = {} if path is None else {path: 1.0}
     for text in adapters:

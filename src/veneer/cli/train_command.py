@@ -5,50 +5,53 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
+import click
 
-from veneer.cli.options import BaseArgument, Dtype, Json, Local, given_base
+from veneer.cli import options
+from veneer.cli.options import A_PATH, given_base, switch
 from veneer.cli.terminal import for_stdout, print_warnings, progress, show
 from veneer.errors import UsageError, VeneerError
 from veneer.printing import quiet
 
 
+@click.command()
+@click.argument("data", type=A_PATH, help="A file with an example (JSON) on each line.")
+@options.base_argument
+@click.option("--out", type=A_PATH, required=True, help="The folder to write: the adapter and its checkpoints.")
+@click.option("--base", help="The base: a folder or hub id.")
+@click.option("--validation", type=A_PATH, help="A file of examples to evaluate on.")
+@click.option("--validation-split", type=float, help="Hold this share of DATA back, such as 0.05.")
+@click.option("--method", help="The adapter's method; lora by default.")
+@click.option("--config", type=A_PATH, help="An adapter_config.json with all options of the method.")
+@click.option("--r", "--rank", "r", metavar="R", type=int, help="The rank; 16 for LoRA.")
+@click.option("--alpha", type=float, help="The scale; twice the rank for LoRA.")
+@click.option("--target-modules", help="What is adapted: q_proj,v_proj or all-linear, LoRA's default.")
+@click.option("--loss", default="answers", help="Count answers alone, or all tokens: answers, all.")
+@click.option("--epochs", type=float, help="How often to go through the examples; 3 by default.")
+@click.option("--steps", "max_steps", type=int, help="In place of epochs, how many steps to make.")
+@click.option("--lr", "--learning-rate", "learning_rate", default=2e-4, help="The highest learning rate.")
+@click.option("--batch-size", default=4, help="Examples a device and step.")
+@click.option("--accumulation", "gradient_accumulation_steps", metavar="BATCHES", default=1, help="Batches a step.")
+@click.option("--max-length", default=1024, help="Tokens of an example; the rest is cut off.")
+@switch("--gradient-checkpointing", "Save memory, and compute activations twice.")
+@options.dtype
+@click.option("--save-steps", type=int, help="Steps between checkpoints and evaluations; by default an epoch.")
+@click.option("--logging-steps", default=10, help="Steps between two reports of the loss.")
+@click.option("--seed", default=0, help="Of the start, the order, and what is held back.")
+@switch("--resume", "Go on from the last checkpoint in OUT.")
+@switch("--overwrite", "Replace the adapter that is at OUT.")
+@options.as_json
+@options.local_files_only
 def train(
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="A file with an example (JSON) on each line.")],
-    out: Annotated[Path, typer.Option(help="The folder to write: the adapter and its checkpoints.")],
-    base_argument: BaseArgument = None,
-    base: Annotated[str | None, typer.Option(help="The base: a folder or hub id.")] = None,
-    validation: Annotated[Path | None, typer.Option(help="A file of examples to evaluate on.")] = None,
-    validation_split: Annotated[float | None, typer.Option(help="Hold this share of DATA back, such as 0.05.")] = None,
-    method: Annotated[str | None, typer.Option(help="The adapter's method; lora by default.")] = None,
-    config: Annotated[Path | None, typer.Option(help="An adapter_config.json with all options of the method.")] = None,
-    r: Annotated[int | None, typer.Option("--r", "--rank", help="The rank; 16 for LoRA.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="The scale; twice the rank for LoRA.")] = None,
-    target_modules: Annotated[
-        str | None, typer.Option(help="What is adapted: q_proj,v_proj or all-linear, LoRA's default.")
-    ] = None,
-    loss: Annotated[str, typer.Option(help="Count answers alone, or all tokens: answers, all.")] = "answers",
-    epochs: Annotated[float | None, typer.Option(help="How often to go through the examples; 3 by default.")] = None,
-    steps: Annotated[int | None, typer.Option(help="In place of epochs, how many steps to make.")] = None,
-    lr: Annotated[float, typer.Option("--lr", "--learning-rate", help="The highest learning rate.")] = 2e-4,
-    batch_size: Annotated[int, typer.Option(help="Examples a device and step.")] = 4,
-    accumulation: Annotated[int, typer.Option(help="Batches a step.")] = 1,
-    max_length: Annotated[int, typer.Option(help="Tokens of an example; the rest is cut off.")] = 1024,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Save memory, and compute activations twice.")
-    ] = False,
-    dtype: Dtype = "auto",
-    save_steps: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints and evaluations; by default an epoch.")
-    ] = None,
-    logging_steps: Annotated[int, typer.Option(help="Steps between two reports of the loss.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of the start, the order, and what is held back.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the adapter that is at OUT.")] = False,
-    json: Json = False,
-    local_files_only: Local = False,
+    data: Path,
+    base_argument: str | None,
+    out: Path,
+    base: str | None,
+    target_modules: str | None,
+    json: bool,
+    **training: Any,
 ) -> int:
     """Train a new adapter on examples: chats, prompts with completions, or texts.
 
@@ -68,28 +71,8 @@ def train(
                 data,
                 base,
                 out=out,
-                validation=validation,
-                validation_split=validation_split,
-                method=method,
-                config=config,
-                r=r,
-                alpha=alpha,
                 target_modules=_targets(target_modules),
-                loss=loss,
-                epochs=epochs,
-                max_steps=steps,
-                learning_rate=lr,
-                batch_size=batch_size,
-                gradient_accumulation_steps=accumulation,
-                max_length=max_length,
-                gradient_checkpointing=gradient_checkpointing,
-                dtype=dtype,
-                save_steps=save_steps,
-                logging_steps=logging_steps,
-                seed=seed,
-                resume=resume,
-                overwrite=overwrite,
-                local_files_only=local_files_only,
+                **training,
                 on_step=on_step if is_main else lambda step: None,
             )
         except KeyboardInterrupt:

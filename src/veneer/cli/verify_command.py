@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
+import click
 
-from veneer.cli.options import Base, BaseArgument, Json, Local, given_base
+from veneer.cli import options
+from veneer.cli.options import A_PATH, NumberRange, given_base
 from veneer.cli.terminal import print_warnings, progress, show
 from veneer.printing import quiet
 
 
+@click.command()
+@click.argument("out", metavar="MERGED", type=A_PATH, help="The merged folder.")
+@options.base_argument
+@click.option("--adapter", multiple=True, help="The adapters, in their order; by default as the manifest says.")
+@options.base
+@click.option("--sample", type=click.IntRange(min=1), help="Compute only so many pieces again; all if left out.")
+@click.option("--logits/--no-logits", default=True, help="Load both models and compare what they answer.")
+@click.option("--prompt", "prompts", metavar="PROMPT", multiple=True, help="Compare on this; some are built in.")
+@click.option("--max-kl", type=NumberRange(min=0), default=0.02, help="Mean divergence in nats that passes.")
+@options.as_json
+@options.local_files_only
 def verify(
-    out: Annotated[Path, typer.Argument(metavar="MERGED", help="The merged folder.")],
-    base_argument: BaseArgument = None,
-    adapter: Annotated[
-        list[str] | None, typer.Option(help="The adapters, in their order; by default as the manifest says.")
-    ] = None,
-    base: Base = None,
-    sample: Annotated[
-        int | None, typer.Option(min=1, help="Compute only so many pieces again; all if left out.")
-    ] = None,
-    logits: Annotated[bool, typer.Option(help="Load both models and compare what they answer.")] = True,
-    prompt: Annotated[list[str] | None, typer.Option(help="Compare on this; some are built in.")] = None,
-    max_kl: Annotated[float, typer.Option(min=0.0, help="Mean divergence in nats that passes.")] = 0.02,
-    json: Json = False,
-    local_files_only: Local = False,
+    out: Path, base_argument: str | None, adapter: tuple[str, ...], base: str | None, json: bool, **proof: Any
 ) -> int:
     """Prove that a merged folder is what its manifest says. Exit code 0: it passes; 2: it does not.
 
@@ -36,17 +35,7 @@ def verify(
     with quiet() as warnings, progress("loading") as on_step:
         from veneer.merging import verify as room
 
-        report = room.verify(
-            out,
-            adapter,
-            base,
-            sample=sample,
-            logits=logits,
-            prompts=prompt,
-            max_kl=max_kl,
-            local_files_only=local_files_only,
-            on_step=on_step,
-        )
+        report = room.verify(out, list(adapter) or None, base, **proof, on_step=on_step)
     print_warnings(warnings)
     show(report, json)
     return 0 if report.passed else 2

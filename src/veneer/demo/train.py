@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import click
 import torch
-import typer
 from torch import Tensor
 
 import veneer
@@ -129,16 +129,14 @@ Of {len(facts("held-out"))} questions that were held out, {share:.0%} are answer
     )
 
 
-def main(
-    only: Annotated[list[str] | None, typer.Option(help="Train only this adapter; may be repeated.")] = None,
-    out: Annotated[Path, typer.Option(help="Where to save them.")] = ADAPTERS,
-) -> None:
+@click.command()
+@click.option("--only", type=click.Choice(list(CONFIGS)), multiple=True, help="Train only this adapter.")
+@click.option("--out", type=click.Path(path_type=Path), default=ADAPTERS, help="Where to save them.")
+def main(only: tuple[str, ...], out: Path) -> None:
     """Train the demo's adapters."""
     for name in only or CONFIGS:
-        if name not in CONFIGS:
-            raise typer.BadParameter(f"{name!r} is none of {', '.join(CONFIGS)}")
         train(name, out)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()
