@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import veneer
 from veneer.configs.methods.lora import LoraConfig
-from veneer.printing import nbytes, one_line, parse_bytes, printable, quiet, warn
+from veneer.printing import nbytes, one_line, parse_bytes, printable, progress, quiet, warn
 
 
 @pytest.mark.parametrize(
@@ -78,3 +78,12 @@ def test_sizes_are_written(value: int, text: str) -> None:
 )
 def test_sizes_are_read(text: str, value: int | None) -> None:
     assert parse_bytes(text) == value
+
+
+def test_progress_is_a_line_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("Converting", shown=False):
+        pass
+    assert not capsys.readouterr().err
+    with progress("Converting", shown=True):
+        pass
+    assert capsys.readouterr().err == "Converting\n"

@@ -179,11 +179,14 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def progress(what: str, shown: bool) -> Iterator[None]:
-    """Show on the terminal that something is under way inside the block, if it is to be shown."""
+    """Show on the terminal that something is under way inside the block, if it is to be shown; in a log, a line."""
     if not shown:
         yield
         return
     from rich.console import Console
 
-    with Console(stderr=True).status(what):
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.print(what)
+    with console.status(what):
         yield

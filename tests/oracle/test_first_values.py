@@ -53,6 +53,22 @@ def test_first_values(kind: str, options: dict[str, Any], layer: str) -> None:
         assert float(ours[name].std()) == pytest.approx(float(tensor.std()), rel=0.15), name
 
 
+@pytest.mark.parametrize("options", [{}, {"lora_bias": True}], ids=["all layers", "biases"])
+@pytest.mark.parametrize("start", [True, False, "gaussian"])
+def test_in_the_place_of_peft_a_seed_gives_the_same_values(
+    start: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if options and start == "gaussian":
+        pytest.skip("peft begins no biases so")
+    monkeypatch.setattr("veneer.methods.lora.stands_in_for_peft", lambda: True)
+    layers = ["linear"] if options else ["conv", "embed", "grouped", "linear"]
+    options = {"r": 4, "target_modules": layers, "init_lora_weights": start, **options}
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of peft's, about groups
+        theirs, ours = drawn(peft, "LoraConfig", options), drawn(veneer, "LoraConfig", options)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
 def test_ia3_on_the_input_of_a_convolution_in_groups() -> None:
     """peft scales the input; merged here, each group's rows take the scales of the channels that they see."""
 

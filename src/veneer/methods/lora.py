@@ -7,6 +7,8 @@ DoRA (Liu et al. 2024, arXiv:2402.09353, equation 5) gives each row of the resul
 
     W' = m / ||W + scale * B A||_row * (W + scale * B A)        m: (out,); the norm is taken as a constant
 
+On a convolution in groups the norm is peft's, of the numbers of ``B A`` in other places.
+
 aLoRA (Greenewald et al. 2025, arXiv:2504.12397) acts from the last ``alora_invocation_tokens`` of the prompt on: the
 cache of the text before stays the base's own.
 
@@ -54,6 +56,7 @@ from veneer.methods.lora_variants import LEAVES, variant_of
 from veneer.methods.lora_variants.variant import LORA_A, LORA_B, Variant
 from veneer.methods.shared.loftq_base import LOFTQ_BASE
 from veneer.methods.shared.token_rows import TOKENS
+from veneer.packages import stands_in_for_peft
 from veneer.patches.multipliers import Diagonal
 from veneer.patches.patch import GATED, Patch
 from veneer.patches.token_gate import TokenGate
@@ -170,7 +173,7 @@ class Lora(
                 f"{site.name}: MultiheadAttention does not support DoRA (yet), please set use_dora to False.",
                 hint="Or leave the layer out with exclude_modules.",
             )
-        if config.use_dora and (site.groups > 1 or site.inside_layer):
+        if config.use_dora and site.inside_layer:
             raise unsupported(site, "DoRA (use_dora)")
         if config.use_dora and config.init_lora_weights == "loftq" and not site.is_packed:
             raise unsupported(site, 'DoRA (use_dora) with init_lora_weights="loftq"')
@@ -211,18 +214,15 @@ class Lora(
 
     def init(self, new: NewLayer[LoraConfig, LoraSettings]) -> dict[str, Tensor]:
         tensors = {leaf: torch.zeros(shape) for leaf, shape in self.shapes(new.settings, new.site).items()}
-        down, up, embedding = *new.site.low_rank_names, new.site.looks_up
         start = new.config.init_lora_weights
+        as_made = _values_as_made(tensors, new.site) if new.generator is None and stands_in_for_peft() else {}
         # EVA's start needs data: initialize_lora_eva_weights gives it to an adapter that begins as any other.
         if isinstance(start, str) and start not in ("gaussian", "eva"):
             tensors.update(self._start(new))
-        elif embedding:
-            # As peft has it, "gaussian" too: an embedding's A starts at zero and its B at random.
-            tensors[up].normal_(generator=new.generator)
-        elif start == "gaussian":
-            tensors[down].normal_(std=1 / new.settings.r, generator=new.generator)
+        elif start is False and as_made:
+            tensors.update(as_made)
         else:
-            torch.nn.init.kaiming_uniform_(tensors[down], a=math.sqrt(5), generator=new.generator)
+            _draw(tensors, new)
         if new.settings.bias and new.base.base_bias is None:
             kind = type(new.site.module).__name__
             warn(
@@ -231,8 +231,6 @@ class Lora(
             )
         if new.settings.variant is not None:
             tensors.update(new.settings.variant.init(new.base, new.generator))
-        if start is False:
-            tensors[down if embedding else up].normal_(std=0.02, generator=new.generator)
         if new.settings.dora:
             # The lengths of the weight's rows with B A: then a new adapter changes nothing.
             tensors[MAGNITUDE].copy_(
@@ -355,6 +353,34 @@ def _factors(settings: LoraSettings, tensors: Mapping[str, Tensor], site: Site) 
     return site.low_rank_factors(down, up)
 
 
+def _draw(tensors: Mapping[str, Tensor], new: NewLayer[LoraConfig, LoraSettings]) -> None:
+    """Fill ``A`` or ``B`` of a new adapter with random numbers, and the other too where it is to change the layer."""
+    down, up, start = *new.site.low_rank_names, new.config.init_lora_weights
+    if new.site.looks_up:
+        # As peft has it, "gaussian" too: an embedding's A starts at zero and its B at random.
+        tensors[up].normal_(generator=new.generator)
+    elif start == "gaussian":
+        tensors[down].normal_(std=1 / new.settings.r, generator=new.generator)
+    else:
+        torch.nn.init.kaiming_uniform_(tensors[down], a=math.sqrt(5), generator=new.generator)
+    if start is False:
+        tensors[down if new.site.looks_up else up].normal_(std=0.02, generator=new.generator)
+
+
+def _values_as_made(tensors: Mapping[str, Tensor], site: Site) -> dict[str, Tensor]:
+    """Draw the values of peft's modules when they are made, after which torch's generator draws on as it does there."""
+    values = {leaf: torch.empty_like(tensors[leaf]) for leaf in (*site.low_rank_names, B_BIAS) if leaf in tensors}
+    for leaf, tensor in values.items():
+        if leaf == B_BIAS:
+            bound = values[B].shape[1] ** -0.5
+            tensor.uniform_(-bound, bound)
+        elif site.looks_up:
+            tensor.normal_()
+        else:
+            torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+    return values
+
+
 def _unpadded(r: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors without the zeros that lie beyond rank ``r``: in each group of a convolution's ``A``."""
     cut = dict(tensors)
@@ -379,7 +405,20 @@ def _lengths(patch: Patch, base: BaseLayer) -> Tensor:
     assert patch.down is not None
     weight = base.base_weight()
     # A new adapter's tensors are made on the CPU, wherever the base lies.
-    low_rank = [Patch(patch.up.to(weight.device), patch.down.to(weight.device), patch.scale)]
+    up, down = patch.up.to(weight.device), patch.down.to(weight.device)
+    if base.site.groups > 1:
+        return _lengths_in_groups(weight.float(), up.float(), down.float(), patch.scale)
+    low_rank = [Patch(up, down, patch.scale)]
     blocks = row_blocks(weight.shape[0], BLOCK)
     lengths = [changed_rows(weight[start:stop], low_rank, start, stop).norm(dim=1) for start, stop in blocks]
     return torch.cat(lengths).clamp_min(_NO_LENGTH)
+
+
+def _lengths_in_groups(weight: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
+    """Return the lengths by which peft divides on a convolution in groups, for adapters that were trained by them.
+
+    They are those of ``W + scale * M``, where ``M`` has the numbers of ``B A`` with the numbers of ``B``, shape
+    ``(out, r / groups)``, read as rows of length r.
+    """
+    change = (up.reshape(-1, len(down)) @ down).reshape(weight.shape)
+    return (weight + scale * change).norm(dim=1).clamp_min(_NO_LENGTH)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.adapter import Adapter
-from veneer.adapters.merge.combining import Combination, combine
+from veneer.adapters.merge.combining import Combination, check_rank, combine
 from veneer.adapters.merge.in_memory import check_mergeable
 from veneer.checkpoints.checkpoint import write_checkpoint
 from veneer.configs.methods.lora import LoraConfig
@@ -141,6 +141,7 @@ def convert_to_lora(
     idle = [*load_options, *(() if base is None else ("base",))]
     if isinstance(source, nn.Module) and idle:
         raise unknown_keywords("convert_to_lora() of a model in memory", idle, ("out", "rank", "adapter_name"))
+    check_rank("rank", rank)
     if out is not None:
         check_output(Path(out))
     model = adapted_model(source) if isinstance(source, nn.Module) else load(source, base=base, **load_options)

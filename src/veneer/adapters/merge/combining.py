@@ -72,11 +72,7 @@ class Combination:
             raise UsageError(
                 f"{len(self.names)} adapters and {len(self.weights)} weights.", hint="Give one weight for each adapter."
             )
-        if self.rank is not None and not (0 < self.rank <= 1 if isinstance(self.rank, float) else self.rank >= 1):
-            raise UsageError(
-                f"svd_rank={self.rank!r} is no rank.",
-                hint="A rank is a whole number of at least 1, or the share of each change to be held, up to 1.0.",
-            )
+        check_rank("svd_rank", self.rank)
         if self.sign not in ("total", "frequency"):
             raise UsageError(f"Unknown majority_sign_method {self.sign!r}.", hint="Known: total, frequency.")
         if self.kind not in ON_FACTORS and not 0 < (self.density or 0) <= 1:
@@ -84,6 +80,15 @@ class Combination:
                 f"{self.kind} needs density, the share of values that it leaves; it is {self.density!r}.",
                 hint="Give a number over 0 and up to 1, such as 0.5.",
             )
+
+
+def check_rank(option: str, rank: float | None) -> None:
+    """Raise ``UsageError`` where an option is neither a rank nor a share of a change."""
+    if rank is not None and not (0 < rank <= 1 if isinstance(rank, float) else rank >= 1):
+        raise UsageError(
+            f"{option}={rank!r} is no rank.",
+            hint="A rank is a whole number of at least 1, or the share of each change to be held, up to 1.0.",
+        )
 
 
 @torch.no_grad()
