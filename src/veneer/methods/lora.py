@@ -421,4 +421,5 @@ def _lengths_in_groups(weight: Tensor, up: Tensor, down: Tensor, scale: float) -
     ``(out, r / groups)``, read as rows of length r.
     """
     change = (up.reshape(-1, len(down)) @ down).reshape(weight.shape)
-    return (weight + scale * change).norm(dim=1).clamp_min(_NO_LENGTH)
+    lengths: Tensor = (weight + scale * change).norm(dim=1)
+    return lengths.clamp_min(_NO_LENGTH)
