@@ -130,3 +130,21 @@ def test_a_program_can_register_the_usual_targets_of_a_model_type() -> None:
     print(usual["llama"], get_peft_model(base, LoraConfig()).targeted_module_names)
     """)
     assert lines == ["['q_proj', 'v_proj'] ['b']"]
+
+
+def test_a_choice_in_training_mode_makes_an_adapter_trainable(tmp_path: Path) -> None:
+    lines = printed(
+        OPEN
+        + f"""
+    peft.get_peft_model(build("llama"), config).save_pretrained({str(tmp_path)!r})
+    model = peft.PeftModel.from_pretrained(build("llama"), {str(tmp_path)!r})
+    def choose(**options):
+        model.set_adapter("default", **options)
+        print(sum(parameter.requires_grad for parameter in model.parameters()))
+    choose()
+    model.train()
+    choose()
+    choose(inference_mode=True)
+    """
+    )
+    assert lines == ["0", "4", "0"]

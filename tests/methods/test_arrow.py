@@ -14,7 +14,7 @@ from torch import nn
 
 import veneer
 from tests.models import build, gap, inputs, logits
-from veneer.errors import AdapterError, ConfigError, MergeError, UnsupportedError
+from veneer.errors import AdapterError, ConfigError, ConfigTypeError, MergeError, UnsupportedError
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -116,6 +116,37 @@ def test_changed_weights_are_routed_anew(tmp_path: Path) -> None:
     assert gap(before, expected) > 0.01
 
 
+@pytest.mark.parametrize("options", [{"top_k": 2}, {"top_k": 2, "use_gks": True}], ids=str)
+@pytest.mark.oracle
+def test_one_that_is_loaded_later_joins_as_in_peft(options: dict[str, Any], tmp_path: Path) -> None:
+    paths = saved_loras(tmp_path)
+    expected = logits(ours(paths, **options), inputs("llama"))
+    model = veneer.create_arrow_model(build("llama"), paths[:2], veneer.ArrowConfig(**options), paths[3:])
+    theirs: Any = peft.create_arrow_model(build("llama"), paths[:2], peft.ArrowConfig(**options), paths[3:]).eval()
+    before = logits(model, inputs("llama"))
+    for each in (model, theirs):
+        each.load_adapter(str(paths[2]), adapter_name="later")
+        assert gap(logits(each, inputs("llama")), expected) < 1e-4
+    assert gap(before, expected) > 0.01
+    model.load_adapter(paths[3], adapter_name="later")  # in its place
+    assert model.peft_config["arrow_router"].experts[:3] == ("task_0", "task_1", "later")
+    model.save_pretrained(tmp_path / "saved")
+    again = veneer.load(tmp_path / "saved", base=build("llama"))
+    assert torch.equal(logits(again, inputs("llama")), logits(model, inputs("llama")))
+
+
+def test_one_that_cannot_be_mixed_stays_out_with_a_warning(tmp_path: Path) -> None:
+    paths = saved_loras(tmp_path)
+    model = ours(paths, top_k=2, use_gks=True)
+    expected = logits(model, inputs("llama"))
+    others = {"dora": {"use_dora": True}, "wide": {"r": 5}}
+    for name, more in others.items():
+        with pytest.warns(veneer.VeneerWarning, match=f"'{name}' takes no part in 'arrow_router'"):
+            model.load_adapter(saved_loras(tmp_path / name, count=1, **more)[0], adapter_name=name)
+    model.load_adapter(saved_loras(tmp_path / "away", count=1, target_modules=["o_proj"])[0], adapter_name="away")
+    assert torch.equal(logits(model, inputs("llama")), expected)
+
+
 def test_what_cannot_be_is_refused_with_a_mend(tmp_path: Path) -> None:
     paths = saved_loras(tmp_path)
     model = ours(paths, top_k=2)
@@ -132,6 +163,11 @@ def test_what_cannot_be_is_refused_with_a_mend(tmp_path: Path) -> None:
         model.add_adapter("router", config)
     with pytest.raises(AdapterError, match="task_specific_adapter_paths is empty"):
         veneer.create_arrow_model(build("llama"), [], veneer.ArrowConfig())
+    base = build("llama")
+    embedded = saved_loras(tmp_path / "embedded", count=1, target_modules=["embed_tokens"])
+    with pytest.raises(ConfigTypeError, match=r"'task_0' is on .*embed_tokens.* only target Linear"):
+        veneer.create_arrow_model(base, embedded, veneer.ArrowConfig())
+    assert torch.equal(logits(base, inputs("llama")), logits(build("llama"), inputs("llama")))
     with pytest.raises(AdapterError, match="general_adapter_paths is empty"):
         veneer.create_arrow_model(build("llama"), paths, veneer.ArrowConfig(use_gks=True))
     with pytest.raises(ConfigError, match="top_k"):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from veneer.base_model.sites.linear import LinearSite
 from veneer.configs.arrow_options import ArrowConfig
 from veneer.configs.methods.lora import LoraConfig
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, ConfigTypeError
 from veneer.keywords import IGNORED, READING, SOURCE, TOKEN, takes
 from veneer.peft_model.peft_model import PeftModel
 
@@ -39,7 +40,8 @@ def create_arrow_model(
         **adapter_kwargs: as for :meth:`~veneer.peft_model.peft_model.PeftModel.load_adapter`.
 
     Raises:
-        AdapterError: no adapters are given. UnsupportedError: one is no plain LoRA.
+        AdapterError: no adapters are given. UnsupportedError: one is no plain LoRA. ConfigTypeError: one is on layers
+            that are not linear.
     """
     general = list(general_adapter_paths or ()) if arrow_config.use_gks else []
     if not task_specific_adapter_paths or (arrow_config.use_gks and not general):
@@ -51,9 +53,23 @@ def create_arrow_model(
     model = PeftModel.from_pretrained(base_model, paths[first], adapter_name=first, **adapter_kwargs)
     for name in others:
         model.load_adapter(paths[name], adapter_name=name, **adapter_kwargs)
+    _check_linear(model, paths)
     names = {kind: [name for name in paths if name.startswith(kind)] for kind in ("task_", "gks_")}
     filled = replace(arrow_config, task_adapter_names=names["task_"], gks_adapter_names=names["gks_"])
     rank = getattr(model.peft_config[first], "r", 8)
     model.add_adapter(ROUTER, LoraConfig(r=rank, arrow_config=filled))
     model.set_adapter(ROUTER)
     return model
+
+
+def _check_linear(model: PeftModel, names: Iterable[str]) -> None:
+    """Raise where an adapter is on another kind of layer, and leave the base as it was."""
+    for name in names:
+        for layer in model.adapters.get(name).layers:
+            if not isinstance(layer.site, LinearSite):
+                model.unload()
+                raise ConfigTypeError(
+                    f"{name!r} is on {layer.site.name}, which is no linear layer. In Arrow, LoRA adapters must only "
+                    "target Linear layers.",
+                    hint="Train it without that layer, or leave it out.",
+                )

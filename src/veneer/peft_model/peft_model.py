@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.call import call
+from veneer.adapters.experts import join_routers
 from veneer.adapters.known_layouts import Demands
 from veneer.adapters.merge import in_memory
 from veneer.adapters.row_layouts import RowCheck
@@ -224,7 +225,8 @@ class PeftModel(XLoraMethods, ShadowMethods, BatchingMethods, SavingMethods):
 
         One that is on the model under this name already is replaced, and stays active and trainable if it was. Where
         the new one's tensors are of the same shapes they are copied into the old one's, so that an optimiser goes on
-        with them. When the new one cannot be loaded, the old one stays.
+        with them. When the new one cannot be loaded, the old one stays. A LoRA that is new joins those that an Arrow
+        router on the model sends tokens to.
 
         Args:
             model_id: the adapter's folder or hub id.
@@ -260,6 +262,8 @@ class PeftModel(XLoraMethods, ShadowMethods, BatchingMethods, SavingMethods):
             replace=True,
         )
         report = attach_adapter(self, open_adapter(source, attaching.strict, config), adapter_name, attaching)
+        if present is None:
+            join_routers(self.adapters, adapter_name)
         if self.training and not is_trainable:
             self.eval()
         return report
@@ -356,16 +360,16 @@ class PeftModel(XLoraMethods, ShadowMethods, BatchingMethods, SavingMethods):
         """Make one adapter active, or several at once: their changes add up, in the order given.
 
         Takes the same time for any number of layers. A trainable adapter that becomes active gets gradients and
-        the others none; one that was loaded for inference stays frozen (``set_requires_grad`` changes that).
+        the others none; one that was loaded for inference stays frozen (``set_requires_grad`` changes that). In peft's
+        place (see ``veneer.as_peft``) and in training mode it becomes trainable, as with peft.
 
         Args:
             adapter_name: one name or several.
             inference_mode: freeze the chosen adapters.
         """
         self.adapters.select(adapter_name)
-        if inference_mode:
-            for name in self.adapters.active:
-                self.set_requires_grad(name, False)
+        if inference_mode or (self.training and stands_for_peft(self)):
+            self.set_requires_grad(self.adapters.active, not inference_mode)
         self.load_log.note_active()
 
     def using(self, adapter_name: str | Sequence[str]) -> AbstractContextManager[None]:
