@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 import veneer
 from tests.models import build, logits, tokens
 from tests.random_adapters import adapted, config
-from veneer.errors import ConfigError, TargetError
+from veneer.errors import AdapterError, ConfigError, TargetError
 
 
 def with_tokens(first: list[int], second: list[int]) -> Any:
@@ -72,3 +74,41 @@ def test_a_parameter_tells_its_name_and_a_load_what_is_left(tmp_path: Path) -> N
     again = veneer.PeftModel.from_pretrained(build("llama"), tmp_path)
     result: Any = again.load_adapter(tmp_path, adapter_name="second")
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
+
+
+def test_the_same_token_of_two_adapters_is_refused_together() -> None:
+    model = with_tokens([2, 0], [0, 3])
+    for act in (model.set_adapter, model.merge_adapter, partial(model.merge_and_unload, False, False)):
+        with pytest.raises(AdapterError, match=r"both train token 0 of model.embed_tokens .*undefined merging"):
+            act(["default", "b"])
+    model.merge_adapter(["default"])
+    with pytest.raises(AdapterError, match="Only one adapter can be set at a time for TrainableTokensWrapper"):
+        model.merge_adapter(["b"])
+    apart = with_tokens([2, 0], [3])
+    apart.set_adapter(["default", "b"])
+    apart.merge_adapter()
+
+
+def test_tied_layers_hold_the_same_rows_and_answer_for_themselves() -> None:
+    model: Any = veneer.get_peft_model(build("gpt2"), config(target_modules=["c_attn"], trainable_token_indices=[3, 1]))
+    embedding, output = model.get_submodule("base_model.model.transformer.wte"), model.base_model.model.lm_head
+    copied = copy.deepcopy(model).base_model.model
+    for layers in ((embedding, output), (copied.transformer.wte, copied.lm_head)):
+        one, other = (layer.token_adapter for layer in layers)
+        assert one.trainable_tokens_delta["default"] is other.trainable_tokens_delta["default"]
+        assert [layer.token_adapter.token_indices for layer in layers] == [{"default": [3, 1]}] * 2
+        assert one.base_layer is layers[0].base_layer
+    assert embedding.token_adapter.trainable_tokens_delta is output.token_adapter.trainable_tokens_delta
+    assert list(copy.deepcopy(embedding).token_adapter.trainable_tokens_delta) == ["default"]
+    assert embedding.original_module is embedding.base_layer
+    assert output.token_adapter.active_adapter == ["default"]
+    assert not hasattr(model.base_model.model.transformer.h[0].attn.c_attn, "original_module")
+    assert model.get_submodule("base_model.model.lm_head.token_adapter.trainable_tokens_delta")
+
+
+def test_a_list_of_tied_weights_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = build("gpt2")
+    monkeypatch.setattr(base, "_tied_weights_keys", ["lm_head.weight"])
+    model: Any = veneer.get_peft_model(base, config(target_modules=["c_attn"], trainable_token_indices=[3, 1]))
+    merged: Any = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.transformer.wte.weight

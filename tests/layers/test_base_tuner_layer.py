@@ -113,3 +113,27 @@ def test_deleting_on_one_layer_deletes_it_from_the_model() -> None:
 def test_a_layer_without_lora_has_no_scaling() -> None:
     model = veneer.get_peft_model(build("llama"), veneer.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     assert not hasattr(model.get_base_model().model.layers[0].self_attn.q_proj, "scaling")
+
+
+def test_an_output_layer_shows_the_factors_of_the_embedding_that_it_follows() -> None:
+    config = veneer.LoraConfig(r=4, target_modules=["wte"], ensure_weight_tying=True)
+    model: Any = veneer.get_peft_model(build("gpt2"), config)
+    model.add_adapter("b", veneer.LoraConfig(r=4, target_modules=["c_attn"]))
+    embedding, output = model.base_model.model.transformer.wte, model.base_model.model.lm_head
+    with torch.no_grad():
+        output.lora_B["default"].weight.normal_()
+    assert torch.equal(embedding.lora_embedding_A["default"], output.lora_B["default"].weight.T)
+    assert output.lora_A["default"].weight.data_ptr() == embedding.lora_embedding_B["default"].data_ptr()
+    assert not hasattr(embedding, "lora_A")
+    assert list(model.base_model.model.transformer.h[0].attn.c_attn.lora_A) == ["b"]
+
+
+def test_a_module_that_is_brought_whole_counts_its_own_adapters() -> None:
+    model: Any = veneer.get_peft_model(build("llama"), veneer.LoraConfig(target_modules=["q_proj"]))
+    options: Any = {"modules_to_save": ["lm_head"], "trainable_token_indices": [1]}
+    model.add_adapter("b", veneer.LoraConfig(target_modules=["q_proj"], **options))
+    base = model.get_base_model()
+    wrappers = [base.lm_head, base.model.embed_tokens, base.model.layers[0].self_attn.q_proj]
+    assert [wrapper.active_adapters for wrapper in wrappers] == [[], [], ["default"]]
+    model.set_adapter("b")
+    assert [wrapper.active_adapters for wrapper in wrappers] == [["b"], ["b"], ["b"]]

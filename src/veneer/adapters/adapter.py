@@ -89,7 +89,7 @@ class Adapter(AdapterRecord):
 
     def claims(self) -> Iterator[Claim]:
         """Yield the claims that no other adapter can have while this one is active."""
-        return (claim for part in self.parts for claim in part.claims())
+        return (claim for part in self.parts for claim in part.claims(self))
 
     def check_mergeable(self) -> None:
         """Raise ``MergeError`` when the base's weights cannot hold it."""

@@ -85,7 +85,7 @@ class AdapterPart(Protocol):
     def tensors_by_place(self, adapter: AdapterRecord) -> NamedTensors:
         """Return every tensor on the model, frozen ones included, by the name of its place."""
 
-    def claims(self) -> Iterable[Claim]:
+    def claims(self, adapter: AdapterRecord) -> Iterable[Claim]:
         """Return the claims that no other active adapter can have beside this one."""
 
     def check_mergeable(self, adapter: AdapterRecord) -> None:

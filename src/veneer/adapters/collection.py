@@ -190,7 +190,7 @@ class Adapters(LayerPlacement):
         if len(set(names)) != len(names):
             raise AdapterError(f"{list(names)} names an adapter twice.", hint="Name each once.")
         holders: dict[Claim, str] = {}
-        for name in names:
+        for name in names if len(names) > 1 else ():
             for claim in self.by_name[name].claims():
                 if claim in holders:
                     raise AdapterError(

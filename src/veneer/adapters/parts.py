@@ -35,6 +35,7 @@ from veneer.methods.base.abilities import (
     module_leaf,
     saved_tensors,
 )
+from veneer.methods.shared.token_rows import LoraTokens
 
 
 @dataclass
@@ -107,8 +108,12 @@ class LayerParts:
         for layer in self.adapted:
             yield from ((f"{layer.site.id}.{place}", t) for place, t in layer.own_tensors(adapter.name).items())
 
-    def claims(self) -> list[Claim]:
-        return [_REPLACED_BASE] if self.exclusive else []
+    def claims(self, adapter: AdapterRecord) -> Iterator[Claim]:
+        if self.exclusive:
+            yield _REPLACED_BASE
+        for layer, share in self.bound(adapter.name):
+            if isinstance(share.method, LoraTokens):
+                yield from (_row(token, layer.site.name) for token in share.settings.index.tolist())
 
     def check_mergeable(self, adapter: AdapterRecord) -> None:
         for layer in self:
@@ -150,6 +155,15 @@ _REPLACED_BASE = Claim(
 )
 
 
+def _row(token: int, layer: str) -> Claim:
+    """Return the claim on the row of a token, of which a layer can have one only."""
+    conflict = f"both train token {token} of {layer} (Only one adapter can be set at a time for TrainableTokensWrapper)"
+    remedy = (
+        "Select one of them: two sets of values are already defined and would result in undefined merging behavior."
+    )
+    return Claim(conflict, remedy)
+
+
 @dataclass
 class PromptPart:
     """The virtual tokens of an adapter, which the model's prompts hold by its name."""
@@ -169,7 +183,7 @@ class PromptPart:
         tensors = self.prompts.encoder(adapter.name).state_dict(keep_vars=True)
         return [(f"prompt.{leaf}", tensor) for leaf, tensor in tensors.items()]
 
-    def claims(self) -> list[Claim]:
+    def claims(self, adapter: AdapterRecord) -> list[Claim]:
         return [_ONE_PROMPT]
 
     def check_mergeable(self, adapter: AdapterRecord) -> None:
@@ -234,7 +248,7 @@ class WholeModules:
             tensors = self.copy_of(root, adapter).state_dict(keep_vars=True)
             yield from ((root, leaf, tensor) for leaf, tensor in tensors.items())
 
-    def claims(self) -> list[Claim]:
+    def claims(self, adapter: AdapterRecord) -> list[Claim]:
         remedy = "Only one adapter can be set at a time for ModulesToSaveWrapper: select one of them."
         return [Claim(f"both bring {root} whole", remedy) for root in self.copies]
 

@@ -20,6 +20,7 @@ from veneer.layers.base_tuner_layer import BaseTunerLayer
 from veneer.layers.module_copies import ModuleCopies
 from veneer.layers.parameter_holder import ParameterHolder
 from veneer.layers.parameter_layer import AdaptedParameter
+from veneer.layers.token_adapter import TokenAdapter
 from veneer.methods import method_of
 from veneer.peft_model.peft_model import PeftModel, get_peft_model
 from veneer.peft_model.tuner import Tuner
@@ -115,6 +116,9 @@ def _method_classes() -> dict[str, Any]:
 
 CLASSES = _method_classes()
 globals().update(CLASSES)
+CLASSES["TrainableTokensLayer"].answers = staticmethod(
+    lambda module: isinstance(module, TokenAdapter) or _carries(("TRAINABLE_TOKENS",))(module)
+)
 LoraLayer = CLASSES["LoraLayer"]
 
 Linear = _lora_on("Linear", "Linear")

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from veneer.base_model.sites.site import Site, copy_with, unsupported
 from veneer.errors import MergeError, UnsupportedError
+from veneer.layers import token_adapter
 from veneer.layers.adapter_shares import parameter_like
 from veneer.layers.base_tuner_layer import BaseTunerLayer
 from veneer.layers.held_tensors import HeldTensors
 from veneer.layers.inference_cache import InferenceCache, are_small, for_inference
 from veneer.layers.read_weight import Unread
+from veneer.layers.token_adapter import TokenAdapter
 from veneer.patches.active_selection import ActiveSelection
 from veneer.patches.fused import CachedForward, FusedPatch, can_fuse, fuse, fused_dtype, fused_forward
 from veneer.patches.patch import Patch, apply, apply_rows, biases, for_training, whole_weight
@@ -323,6 +325,9 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_inference_cache": InferenceCache()})  # type: ignore[no-untyped-call]
+        tokens = self._modules.get(token_adapter.NAME)
+        if isinstance(tokens, TokenAdapter):
+            tokens.belong_to(self)
         self.watch()
 
     def extra_repr(self) -> str:

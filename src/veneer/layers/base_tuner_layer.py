@@ -15,17 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import MergeError, UnknownAdapterError
+from veneer.layers import token_adapter
+from veneer.layers.parameter_holder import ParameterHolder
 from veneer.printing import warn
 
 
 class SelectsForModel:
     """A module of an adapted model through which the adapters of the whole model are chosen."""
 
+    # True for a module that adapters bring whole or by its rows: it counts its own adapters alone as active.
+    counts_own: bool = False
+
     @property
     def active_adapters(self: Any) -> list[str]:
-        """The active adapters, whether they are on this module or not, and whether they are disabled or not."""
+        """The active adapters, disabled or not; of a LoRA's layer also those that are not on it."""
         current = self.active_selection.current
-        return list(self.active_selection.asked_of(self.active_selection.default if current.disabled else current))
+        names = self.active_selection.asked_of(self.active_selection.default if current.disabled else current)
+        return list(self.here(tuple(names)) if self.counts_own else names)
 
     @property
     def active_adapter(self: Any) -> list[str]:
@@ -73,6 +79,12 @@ class SelectsForModel:
 
 class BaseTunerLayer(SelectsForModel):
     """Gives an adapted layer the attributes and methods of peft's layers."""
+
+    @property
+    def counts_own(self: Any) -> bool:  # type: ignore[override]
+        """True while the only adapters here are rows of tokens beside their LoRAs on other layers."""
+        heads = {name.partition(".")[0] for name in self.adapter_layer_names}
+        return token_adapter.NAME in heads and len(heads) == 1
 
     @property
     def merged_adapters(self: Any) -> list[str]:
@@ -153,6 +165,13 @@ class BaseTunerLayer(SelectsForModel):
             raise AttributeError(f"no adapter trains tokens of {self.site.name}")
         return indices
 
+    @property
+    def original_module(self: Any) -> nn.Module:
+        """The base layer of a layer with trained tokens: peft's other name for it."""
+        if token_adapter.NAME not in self._modules:  # the base layer may have something of that name
+            raise AttributeError(f"no adapter trains tokens of {self.site.name}")
+        return self.get_base_layer()  # type: ignore[no-any-return]
+
     # -- LoRA's --------------------------------------------------------------------------------------------
 
     @property
@@ -164,6 +183,16 @@ class BaseTunerLayer(SelectsForModel):
     def scaling(self: Any) -> Scaling:
         """The factor by which each adapter's low-rank change is multiplied here; setting one changes it."""
         return Scaling(self, {name: _factor(share.settings.scale) for name, share in _scaled(self, "scaling")})
+
+    @property
+    def lora_A(self: Any) -> nn.Module:
+        """The ``A`` of each adapter's LoRA here; the transposed ``B`` of the embedding that an output layer follows."""
+        return _with_tied(self, "lora_A", "lora_embedding_B")
+
+    @property
+    def lora_B(self: Any) -> nn.Module:
+        """The ``B`` of each adapter's LoRA here; the transposed ``A`` of the embedding that an output layer follows."""
+        return _with_tied(self, "lora_B", "lora_embedding_A")
 
     @property
     def lora_alpha(self: Any) -> dict[str, float]:
@@ -231,6 +260,22 @@ def _loras(layer: Any, asked: str) -> Iterator[tuple[str, Any]]:
     from veneer.methods.lora import LoraSettings
 
     return _with_settings(layer, asked, (LoraSettings,))
+
+
+def _with_tied(layer: Any, name: str, name_in_embedding: str) -> nn.Module:
+    """Return what holds a factor of the LoRAs of a layer, those included that are an embedding's, transposed."""
+    own = layer._modules.get(name)
+    tied = [(adapter, share) for adapter, share in _loras(layer, name) if share.settings.of_embedding]
+    if not tied and own is None:
+        raise AttributeError(f"no adapter on {layer.site.name} has a {name}")
+    if not tied:
+        return own  # type: ignore[no-any-return]
+    factors = ParameterHolder(layer.training)
+    factors._modules.update({} if own is None else own._modules)
+    for adapter, share in tied:
+        factors[adapter] = factor = ParameterHolder(layer.training)
+        factor["weight"] = layer.tensors(adapter, share)[name_in_embedding].T
+    return factors
 
 
 def _scaled(layer: Any, asked: str) -> Iterator[tuple[str, Any]]:

@@ -7,13 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from veneer.layers import token_adapter
 from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters
 from veneer.layers.parameter_holder import ParameterHolder
+from veneer.layers.token_adapter import TokenAdapter
 from veneer.methods.base.method import around_adapter
 from veneer.patches.watched_parameters import watch
-
-# The module around those with the tensors of single tokens.
-_TOKENS = "token_adapter"
 
 
 class HeldTensors(LayerAdapters, nn.Module):
@@ -117,9 +116,13 @@ class HeldTensors(LayerAdapters, nn.Module):
         around: nn.Module = self
         for name in head.split("."):
             if name not in around._modules:
-                around._modules[name] = ParameterHolder(self.training)
+                around._modules[name] = self._new_holder(name)
             around = around._modules[name]  # type: ignore[assignment]
         return around
+
+    def _new_holder(self, name: str) -> ParameterHolder:
+        is_around_tokens = name == token_adapter.NAME
+        return TokenAdapter(self.training, self) if is_around_tokens else ParameterHolder(self.training)
 
     def exchange(self, adapter: str, other: Callable[[Tensor], Tensor]) -> None:
         """Put other tensors in the places of an adapter's own."""
@@ -154,7 +157,7 @@ class HeldTensors(LayerAdapters, nn.Module):
     def _holders(self) -> Iterator[tuple[str, nn.Module]]:
         """Return the modules that hold the adapters' tensors, by their names."""
         for head, module in self._modules.items():
-            if head == _TOKENS:
+            if head == token_adapter.NAME:
                 yield from ((f"{head}.{name}", inner) for name, inner in module._modules.items())  # type: ignore[misc, union-attr]
             elif head != "base_layer" and module is not None:
                 yield head, module

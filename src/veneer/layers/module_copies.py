@@ -31,6 +31,7 @@ class ModuleCopies(SelectsForModel, nn.Module):
     """
 
     layout: Layout = ROWS
+    counts_own = True
 
     def __init__(self, module: nn.Module, active_selection: ActiveSelection) -> None:
         super().__init__()

@@ -84,7 +84,16 @@ def _tying(model: nn.Module) -> list[tuple[str, Any]]:
 
 def _own_ties(name: str, part: Any) -> dict[str, str]:
     at = name + "." if name else ""
-    return {at + target: at + source for target, source in part.get_expanded_tied_weights_keys().items()}
+    listed = isinstance(part._tied_weights_keys, list)
+    ties = _ties_to_embedding(part) if listed else part.get_expanded_tied_weights_keys()
+    return {at + target: at + source for target, source in ties.items()}
+
+
+def _ties_to_embedding(part: Any) -> dict[str, str]:
+    """Map the parameters that a model of older transformers lists to the input embedding's weight."""
+    embedding = part.get_input_embeddings() if part.config.tie_word_embeddings else None
+    sources = [f"{name}.weight" for name, module in part.named_modules() if module is embedding]
+    return {target: source for source in sources for target in part._tied_weights_keys if target != source}
 
 
 def _ties(model: nn.Module) -> dict[str, str]:
