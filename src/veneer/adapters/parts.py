@@ -314,7 +314,7 @@ class ModulesBeside:
     def tensors_by_place(self, adapter: AdapterRecord) -> Iterable[tuple[str, Tensor]]:
         return self.shared(adapter.name).items()
 
-    def claims(self) -> list[Claim]:
+    def claims(self, adapter: AdapterRecord) -> list[Claim]:
         return []
 
     def check_mergeable(self, adapter: AdapterRecord) -> None:
