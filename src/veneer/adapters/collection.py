@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from veneer.adapters.adapter import Adapter
@@ -21,7 +22,7 @@ from veneer.configs.base import PeftConfig
 from veneer.errors import AdapterError, DuplicateAdapterError, UnknownAdapterError, did_you_mean
 from veneer.layers.quantized_merge import QuantizedMerge
 from veneer.layers.wrapping import LayerPlacement
-from veneer.patches.selection import BASE, DISABLED, NOTHING, Selection
+from veneer.patches.selection import BASE, DISABLED, NOTHING, Selection, keep_few
 from veneer.patches.underway import Concerned
 
 
@@ -58,6 +59,8 @@ class Adapters(LayerPlacement):
         self.active_selection.belong_to(self)
         self.prompts = Prompts(self.active_selection)
         self.layouts = Layouts()
+        # The selections of the last batches by their rows, and the set of adapters for which they were checked.
+        self._last_rows: tuple[dict[str, Adapter], dict[Any, Selection]] = self.by_name, {}
         # The base's own parameters that wanted gradients before the first adapter came.
         self._was_trainable: list[tuple[nn.Module, str]] | None = None
 
@@ -203,13 +206,29 @@ class Adapters(LayerPlacement):
     def rows(self, names: Iterable[str | tuple[str, int]]) -> Selection:
         """Return the selection of one adapter (or ``"__base__"``) for each row of a batch, checked.
 
-        ``(name, tokens)`` instead of a name stands for so many tokens of a packed sequence.
+        ``(name, tokens)`` instead of a name stands for so many tokens of a packed sequence. The last batches' are
+        kept, and with them where their rows lie, for a decoding loop asks for the same in each step.
         """
         names = list(names)
         by_token = any(not isinstance(name, str) for name in names)
         if by_token:
             names = [name for name, tokens in map(_segment, names) for _ in range(tokens)]
         rows = tuple(map(str, names))
+        if torch.compiler.is_compiling():
+            self._check_rows(rows)
+            return Selection(rows=rows, by_token=by_token)
+        present = self.by_name
+        if self._last_rows[0] is not present:
+            self._last_rows = present, {}
+        last = self._last_rows[1]
+        selection = last.get((rows, by_token))
+        if selection is None:
+            self._check_rows(rows)
+            selection = Selection(rows=rows, by_token=by_token)
+            keep_few(last, (rows, by_token), selection)
+        return selection
+
+    def _check_rows(self, rows: Sequence[str]) -> None:
         absent = sorted(set(rows) - {BASE} - self.by_name.keys())
         if absent:
             raise UnknownAdapterError(
@@ -218,7 +237,6 @@ class Adapters(LayerPlacement):
                 hint=did_you_mean(absent[0], self.by_name) + f"Present: {self._present()}.",
             )
         self.prompts.check_rows(rows)
-        return Selection(rows=rows, by_token=by_token)
 
     def using(self, selection: Selection) -> AbstractContextManager[None]:
         """Use ``selection`` inside a ``with`` block, in this thread or task only."""

@@ -64,7 +64,8 @@ class Road(Method[RoadConfig, RoadSettings]):
         angle, scale = (self._by_row(settings, tensors[leaf].float()) for leaf in (THETA, ALPHA))
         diagonal, off_diagonal = scale[0] * angle[0].cos(), scale[1] * angle[1].sin()
         # The partner is subtracted from an output of a group's first half, and added to one of the second.
-        signs = torch.tensor([-1.0] * half + [1.0] * half, device=diagonal.device).unsqueeze(1)
+        signs = torch.ones(settings.group, 1, device=diagonal.device)
+        signs[:half] = -1
         partner = torch.eye(settings.group, device=diagonal.device).roll(half, dims=1) * signs
         return Patch(
             outer=BlockDiagonal(torch.diag_embed(diagonal) + off_diagonal.unsqueeze(-1) * partner), outer_on_bias=True

@@ -122,13 +122,18 @@ def fuse(patches: Sequence[Patch], bias: Tensor | None, dtype: torch.dtype) -> F
         torch.cat(ups, 0).to(dtype).contiguous() if ups else None,
         inner,
         outer,
-        _shift(changed_bias, bias, outer),
+        None if all(_moves_bias_as_output(patch) for patch in patches) else _shift(changed_bias, bias, outer),
     )
+
+
+def _moves_bias_as_output(patch: Patch) -> bool:
+    """Tell whether a patch does to the bias what it does to the rest of the layer's output."""
+    return patch.shift is None and (patch.outer is None or patch.outer_on_bias)
 
 
 def _shift(changed: Tensor | None, bias: Tensor | None, outer: Tensor | None) -> Tensor | None:
     """Return what brings the bias to ``changed``: the base's output holds ``bias``, and ``outer`` multiplies it."""
-    if changed is None or (outer is None and bias is not None and torch.equal(changed, bias.float())):
+    if changed is None:
         return None
     if bias is None:
         return changed
@@ -257,8 +262,8 @@ def _scaling(base: nn.Linear, fused: FusedPatch) -> Callable[[Tensor], Tensor]:
 
 
 def _exactly(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return ``values`` in ``dtype`` if that loses nothing, else as they are."""
-    if values is None or not dtype.is_floating_point:
+    """Return ``values`` in ``dtype`` if that loses nothing, else as they are; a device is not waited for to tell."""
+    if values is None or values.dtype is dtype or not dtype.is_floating_point or values.device.type != "cpu":
         return values
     narrow = values.to(dtype)
     return narrow if torch.equal(narrow.to(values.dtype), values) else values

@@ -63,6 +63,10 @@ class StackedPatches:
     def _add(self, y: Tensor, x: Tensor, order: RowOrder) -> Tensor:
         if self.down is None or self.up is None:
             return y
+        if order.rows is None and y.dtype is self.up.dtype:
+            hidden = torch.bmm(x.reshape(self.down.shape[0], -1, x.shape[-1]).to(self.down.dtype), self.down)
+            y.view(self.up.shape[0], -1, y.shape[-1]).baddbmm_(hidden, self.up)
+            return y
         product = _padded if order.is_even else _one_by_one
         change = product(x, self.down, self.up, order)
         if order.rows is None:

@@ -33,20 +33,32 @@ class RowOrder:
         return len(self.sizes) * max(self.sizes) <= 2 * sum(self.sizes)
 
 
-def row_order(groups: Sequence[Tensor], length: int) -> RowOrder:
-    """Sort a batch of ``length`` rows by adapter; ``groups`` are the rows of each."""
-    sizes = tuple(len(group) for group in groups)
-    places, device = max(sizes), groups[0].device
-    owner = torch.full((length,), len(groups), device=device)
-    take = torch.zeros(len(groups), places, dtype=torch.int64, device=device)
-    real = torch.zeros(len(groups), places, dtype=torch.bool, device=device)
+def row_order(groups: Sequence[Sequence[int]], length: int, device: torch.device) -> RowOrder:
+    """Sort a batch of ``length`` rows by adapter; ``groups`` are the rows of each.
+
+    All is worked out on the host and copied in one piece, so that nothing waits for the device.
+    """
+    sizes = tuple(map(len, groups))
+    places = max(sizes)
+    rows = [row for group in groups for row in group]
+    owner = [len(groups)] * length
     for number, group in enumerate(groups):
-        owner[group] = number
-        take[number, : len(group)] = group
-        real[number, : len(group)] = True
-    rows = torch.cat(list(groups))
-    even = sum(sizes) == len(groups) * places
-    if even and torch.equal(rows, torch.arange(length, device=device)):
-        return RowOrder(None, None, None, owner, sizes)
-    keep = None if even else real.flatten().nonzero().flatten()
-    return RowOrder(take.flatten(), rows, keep, owner, sizes)
+        for row in group:
+            owner[row] = number
+    even = min(sizes) == places
+    if even and rows == list(range(length)):
+        return RowOrder(None, None, None, on_device(device, owner)[0], sizes)
+    take = [row for group in groups for row in (*group, *[0] * (places - len(group)))]
+    keep = [number * places + place for number, size in enumerate(sizes) for place in range(size)]
+    by_device = on_device(device, take, rows, owner, keep)
+    return RowOrder(by_device[0], by_device[1], None if even else by_device[3], by_device[2], sizes)
+
+
+def on_device(device: torch.device, *numbers: Sequence[int]) -> tuple[Tensor, ...]:
+    """Return lists of whole numbers as tensors, copied together."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        together = torch.tensor([number for list_ in numbers for number in list_], dtype=torch.int64, device="cpu")
+        return tuple(together.to(device).split([len(list_) for list_ in numbers]))
+    # What evaluation makes and keeps is there for training too, which cannot save an inference tensor.
+    with torch.inference_mode(False):
+        return on_device(device, *numbers)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from veneer.errors import AdapterError
 from veneer.patches.row_layout import ONE_BY_ONE, ROWS, Layout, owners
-from veneer.patches.row_order import RowOrder, row_order
+from veneer.patches.row_order import RowOrder, on_device, row_order
 
 # The name that stands for "no adapter" in a per-row choice, as in peft.
 BASE = "__base__"
@@ -36,9 +36,7 @@ class Selection:
     task_ids: Tensor | None = field(default=None, compare=False)
     by_token: bool = False
     shares: tuple[int, ...] | None = field(default=None, compare=False)
-    _groups: dict[tuple[int, torch.device, Layout], Mapping[str, Tensor]] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    _groups: dict[Any, Mapping[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
     _orders: dict[Any, RowOrder] = field(default_factory=dict, repr=False, compare=False)
     for_one_call: bool = field(default=False, repr=False, compare=False)
     disabled: bool = field(default=False, compare=False)
@@ -70,11 +68,13 @@ class Selection:
 
     def order(self, names: tuple[str, ...], length: int, device: torch.device, layout: Layout = ROWS) -> RowOrder:
         """Return ``length`` rows sorted by adapter, for the layers on which ``names`` are stacked."""
-        key = (names, length, device, layout)
-        if key not in self._orders:
-            groups = self.groups(length, device, layout)
-            self._orders[key] = row_order([groups[name] for name in names], length)
-        return self._orders[key]
+        key = (names, length, device, layout, self.shares)
+        order = self._orders.get(key)
+        if order is None:
+            placed = self._placed(length, layout)
+            order = row_order([placed[name] for name in names], length, device)
+            keep_few(self._orders, key, order)
+        return order
 
     def packed(self, x: Tensor) -> bool:
         """Tell whether the rows of ``x`` are the tokens of a packed sequence, behind a first dimension of 1."""
@@ -84,12 +84,15 @@ class Selection:
         """Return the indices of each adapter's rows in a tensor that has ``length`` along their dimension.
 
         Where a model makes more rows of each (beams, or tokens flattened into the batch), a row's copies share its
-        adapter; they lie side by side, or as ``layout`` says. Worked out once a shape, not once a layer.
+        adapter; they lie side by side, or as ``layout`` says. Worked out once a shape, not once a layer or a call.
         """
-        key = (length, device, layout)
-        if key not in self._groups:
-            self._groups[key] = self._grouped(length, device, layout)
-        return self._groups[key]
+        key = (length, device, layout, self.shares)
+        groups = self._groups.get(key)
+        if groups is None:
+            placed = self._placed(length, layout)
+            groups = dict(zip(placed, on_device(device, *placed.values()), strict=True))
+            keep_few(self._groups, key, groups)
+        return groups
 
     def tasks(self, length: int) -> Tensor | None:
         """Return the task of each row of a batch of ``length``, which may hold copies as in :meth:`groups`."""
@@ -103,7 +106,8 @@ class Selection:
             )
         return given.repeat_interleave(length // len(given))
 
-    def _grouped(self, length: int, device: torch.device, layout: Layout) -> Mapping[str, Tensor]:
+    def _placed(self, length: int, layout: Layout) -> dict[str, list[int]]:
+        """Return the same on the host."""
         rows = self.rows or ()
         if rows and not self.is_mixed:
             owner: list[int] | None = [0] * length
@@ -128,7 +132,17 @@ class Selection:
         for index, row in enumerate(owner):
             if rows[row] != BASE:
                 indices.setdefault(rows[row], []).append(index)
-        return {name: torch.tensor(own, device=device) for name, own in indices.items()}
+        return indices
+
+
+_FEW = 32
+
+
+def keep_few(kept: dict[Any, Any], key: Any, value: Any) -> None:
+    """Keep a value by its key, and forget all others where they have become many."""
+    if len(kept) >= _FEW:
+        kept.clear()
+    kept[key] = value
 
 
 NOTHING = Selection()

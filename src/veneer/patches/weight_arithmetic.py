@@ -19,6 +19,8 @@ from veneer.patches.scratch_memory import block_for
 BLOCK = 512
 # The same as a number of values, for a block of memory that serves again and again: it stays in the cache.
 VALUES = 1 << 20
+# On other devices each operation costs a launch, and memory is quick: a block is a weight, but for the largest.
+VALUES_ON_DEVICE = 1 << 26
 
 
 @torch.no_grad()
@@ -64,7 +66,8 @@ def _merge_into(result: Tensor, weight: Tensor, patches: Sequence[Patch]) -> Non
     rows, columns = weight.shape
     block = max(rows, 1)
     if all(patch.by_rows for patch in patches):
-        block = min(block, max(VALUES // max(columns, 1), 64))
+        values = VALUES if weight.device.type == "cpu" else VALUES_ON_DEVICE
+        block = min(block, max(values // max(columns, 1), 64))
     # A new float32 result is worked on where it lies; for others one block of memory serves all: fresh memory costs
     # more than the arithmetic.
     scratch = None if weight.dtype is torch.float32 and result is not weight else block_for(weight, block)
