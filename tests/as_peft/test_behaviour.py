@@ -46,6 +46,25 @@ def test_a_model_that_is_wrapped_again_gets_the_new_adapter_alone() -> None:
     ]
 
 
+def test_a_start_that_is_taken_off_the_base_is_saved_and_left_as_with_peft(tmp_path: Path) -> None:
+    lines = printed(
+        OPEN
+        + f"""
+    torch.nn.Module.gap = lambda self, other: float((logits(self, batch) - other).abs().max())
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa", r=4)
+    model = peft.get_peft_model(base, config)
+    model.save_pretrained("{tmp_path}/own")
+    again = peft.PeftModel.from_pretrained(build("llama"), "{tmp_path}/own")
+    print(again.peft_config["default"].r, again.peft_config["default"].init_lora_weights, again.gap(plain) < 1e-5)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained("{tmp_path}/initial")
+    left = model.unload()
+    print(left.gap(plain) > 1e-3, peft.PeftModel.from_pretrained(left, "{tmp_path}/initial").gap(plain) < 1e-5)
+    """
+    )
+    assert lines == ["4 pissa True", "True True"]
+
+
 def test_a_method_s_class_makes_its_tuner() -> None:
     lines = printed(
         OPEN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -43,8 +44,9 @@ def theirs(model: nn.Module, how: Any, **options: Any) -> Any:
     """The same in peft."""
     kinds = {"lora_ga_config": LORA.LoraGAConfig}
     options = {k: kinds[k](**v) if k in kinds else v for k, v in options.items()}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
+        torch.manual_seed(2)  # its estimates of decompositions draw from torch's own generator
         config = peft.LoraConfig(init_lora_weights=how, **{**LINEAR, **options})
         if how == "lora_ga" and config.lora_ga_config is None:
             config.lora_ga_config = LORA.LoraGAConfig()
@@ -226,6 +228,70 @@ def test_an_adapter_of_a_changed_base_is_converted_by_its_initial_one(more: dict
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.parametrize("in_its_place", [False, True], ids=["by name", "in peft's place"])
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "rank_pattern": {"q_proj": 6}}, {"use_dora": True}])
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+def test_it_keeps_its_rank_where_loading_computes_the_start_again(
+    how: str, options: dict[str, Any], in_its_place: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = scramble(ours(build("llama"), how, **options))
+    expected = logits(model, inputs("llama"))
+    if in_its_place:
+        monkeypatch.setattr("veneer.peft_model.initial_adapter.stands_in_for_peft", lambda: True)
+    model.save_pretrained(tmp_path, **({} if in_its_place else {"convert_start": False}))
+    assert (config_of(tmp_path)["r"], config_of(tmp_path)["init_lora_weights"]) == (4, how)
+    here = veneer.PeftModel.from_pretrained(build("llama"), tmp_path)
+    assert gap(logits(here, inputs("llama")), expected) < CLOSE
+    with warnings.catch_warnings(action="ignore"):
+        there = peft.PeftModel.from_pretrained(build("llama"), tmp_path).eval()
+    assert gap(logits(there, inputs("llama")), expected) < CLOSE
+    here.save_pretrained(tmp_path / "plain", convert_start=True)
+    assert config_of(tmp_path / "plain")["r"] == 8
+    again = veneer.PeftModel.from_pretrained(build("llama"), tmp_path / "plain")
+    assert gap(logits(again, inputs("llama")), expected) < CLOSE
+
+
+def test_corda_at_its_rank_loads_where_the_data_were_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    base, config = build("llama"), veneer.LoraConfig(init_lora_weights="corda", **LINEAR)  # type: ignore[arg-type]
+    prepare(base, config, "corda", veneer.preprocess_corda, veneer.preprocess_loraga)
+    model = scramble(veneer.get_peft_model(copy.deepcopy(base), config).eval())
+    expected = logits(model, inputs("llama"))
+    model.save_pretrained(tmp_path / "own", convert_start=False)
+    assert config_of(tmp_path / "own")["r"] == 4
+    assert gap(logits(veneer.PeftModel.from_pretrained(base, tmp_path / "own"), inputs("llama")), expected) < CLOSE
+    with pytest.raises(veneer.UnsupportedError, match="changed before training") as refused:
+        veneer.PeftModel.from_pretrained(build("llama"), tmp_path / "own")
+    assert "preprocess_corda" in str(refused.value)
+    monkeypatch.setattr("veneer.peft_model.initial_adapter.stands_in_for_peft", lambda: True)
+    model.save_pretrained(tmp_path / "plain")
+    here = veneer.PeftModel.from_pretrained(build("llama"), tmp_path / "plain")
+    assert gap(logits(here, inputs("llama")), expected) < CLOSE
+
+
+@pytest.mark.parametrize("how", ["lora_ga", "pissa_niter_4"])
+def test_a_start_by_chance_is_not_kept_in_what_is_saved(how: str, tmp_path: Path) -> None:
+    with pytest.raises(veneer.UnsupportedError, match="another each time"):
+        ours(build("llama"), how).save_pretrained(tmp_path / "out", convert_start=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("arch", "how"), [("llama", how) for how in MOVED] + [("gpt2", "pissa")])
+def test_the_base_without_the_start_is_made_as_peft_leaves_it(arch: str, how: str, tmp_path: Path) -> None:
+    options = {"target_modules": ["c_attn"], "fan_in_fan_out": True} if arch == "gpt2" else {}
+    expected = logits(build(arch), inputs(arch))
+    model = ours(build(arch), how, **options)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "initial")
+    model.unload(take_starts_off=True).save_pretrained(tmp_path / "base")
+    changed = type(build(arch)).from_pretrained(tmp_path / "base")
+    assert gap(logits(changed, inputs(arch)), expected) > VISIBLE
+    if how in ("pissa", "olora"):
+        theirs_ = theirs(build(arch), how, **options).unload().state_dict()
+        assert all(gap(tensor, theirs_[name]) < 1e-5 for name, tensor in changed.state_dict().items())
+    here = veneer.PeftModel.from_pretrained(changed, tmp_path / "initial")
+    assert gap(logits(here, inputs(arch)), expected) < CLOSE
+
+
 @pytest.mark.parametrize("option", ["covariance_file", "cache_file"])
 def test_corda_measures_once_for_a_file(option: str, tmp_path: Path) -> None:
     file, base = tmp_path / "measured.safetensors", build("llama")
@@ -290,7 +356,7 @@ def test_only_the_adapter_learns_and_its_start_stays() -> None:
         ({"how": "orthogonal", "r": 5}, veneer.ConfigError, "rank to be even"),
         ({"how": "pissa", "r": 64}, veneer.ConfigError, "at most"),
         ({"how": "lora_ga", "lora_ga_config": {"scale": "long"}}, veneer.ConfigError, "scale='long'"),
-        ({"how": "pissa", "target_modules": ["embed_tokens"]}, veneer.UnsupportedError, "not defined"),
+        ({"how": "pissa", "target_modules": ["embed_tokens"]}, veneer.UnsupportedError, "not supported for Embedding"),
         ({"how": "loftq", "use_dora": True}, veneer.UnsupportedError, "DoRA"),
         ({"how": "loftq", "loftq_config": {"loftq_bits": 2}}, veneer.ConfigError, "loftq_bits=2"),
         ({"how": "loftq", "loftq_config": {"loftq_iter": 0}}, veneer.ConfigError, "at least 1"),

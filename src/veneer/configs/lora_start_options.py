@@ -23,8 +23,8 @@ class CordaConfig(Checked):
         corda_method: "ipm" adapts to the data given, "kpm" preserves the knowledge that the data ask for.
         covariance_file, cache_file: a safetensors file for what ``preprocess_corda`` measures: read if it is there,
             else written.
-        verbose, use_float16_for_covariance, prune_temporary_fields: accepted for peft's sake: nothing is printed or
-            left on the model, and measuring is in float32.
+        verbose, use_float16_for_covariance, prune_temporary_fields: accepted for peft's sake: nothing is printed, and
+            measuring is in float32.
     """
 
     cache_file: str | Path | None = None

@@ -155,6 +155,11 @@ class LayerAdapters:
         weight = self.site.as_stored(merged(self.base_weight(), patches, overwrite=self.overwrite))
         return parameter_like(weight, stored), parameter_like(merged_bias(bias, patches, stored.dtype), bias)
 
+    def change_base(self, patch: Patch) -> None:
+        """Put a patch of no adapter into the base layer's weight for good."""
+        weight = self.site.as_stored(merged(self.base_weight(), [patch]))
+        self._store(parameter_like(weight, self.base_stored), self.base_bias)
+
     def _store(self, weight: nn.Parameter | None, bias: nn.Parameter | None) -> None:
         if weight is None:
             self.site.store_bias(bias)

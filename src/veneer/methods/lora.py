@@ -50,7 +50,7 @@ from veneer.methods.base.abilities import (
 )
 from veneer.methods.base.method import BaseLayer, Leaf, Method, MethodOnSites, NewLayer
 from veneer.methods.base.replaced_weight import TOKEN_BASE
-from veneer.methods.lora_starts import begin, is_moved, repeats
+from veneer.methods.lora_starts import begin, can_be_repeated, is_moved
 from veneer.methods.lora_starts.start import StartLayer
 from veneer.methods.lora_variants import LEAVES, variant_of
 from veneer.methods.lora_variants.variant import LORA_A, LORA_B, Variant
@@ -265,15 +265,17 @@ class Lora(
             return settings.variant.recomputed(base)
         if not is_moved(how):
             return {}
-        if not repeats(how):
+        layer = NewLayer(config, settings, base())
+        if not can_be_repeated(how, layer.site.module):
+            again = " If the data are there, call preprocess_corda(...) on the base first." if how == "corda" else ""
             raise UnsupportedError(
                 f"This adapter says init_lora_weights={how!r}: it belongs to a base that was changed before training, "
                 "by data or chance that are not saved with it.",
                 hint="Convert it where it was trained (peft: save_pretrained with "
                 "path_initial_model_for_weight_conversion); or, if its base is the changed one, set init_lora_weights "
-                "to true in its config.",
+                f"to true in its config.{again}",
             )
-        start = self._start(NewLayer(config, settings, base()))
+        start = self._start(layer)
         return {leaf: start[leaf] for leaf in (START_A, START_B)}
 
     def on_disk(self, settings: LoraSettings, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -287,6 +289,11 @@ class Lora(
                 B: tensors[EMBEDDING_A].T.clone(memory_format=shape),
             }
         return {**tensors, **_without_start(tensors)} if START_A in tensors else tensors
+
+    def start_off(self, settings: LoraSettings, tensors: Mapping[str, Tensor], site: Site) -> Patch:
+        """Return the change that takes an adapter's start off the weight."""
+        up, down = site.low_rank_factors(tensors[START_A], -tensors[START_B])
+        return Patch(up=up, down=down, scale=float(settings.scale) * site.low_rank_gain)
 
     def saves_as_it_is(self, config: LoraConfig) -> bool:
         return not is_moved(config.init_lora_weights)

@@ -1,4 +1,4 @@
-"""Converts a LoRA whose start was taken off the base into one of twice the rank, for the base as it was before.
+"""Saves a LoRA whose start was taken off the base: of twice the rank for the base as it was before, or as it is.
 
     W' = (W - scale * B_0 A_0) + scale * B A = W + scale * [B | -B_0] [A ; A_0]
 
@@ -16,13 +16,70 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.adapter import Adapter
+from veneer.adapters.collection import Adapters
+from veneer.configs.base import PeftConfig
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import UnsupportedError
 from veneer.methods.lora import METHOD, RANK_DIMS, START_A, A
+from veneer.methods.lora_starts import is_by_chance, is_moved, repeats
+from veneer.packages import stands_in_for_peft
 from veneer.peft_model.open_adapter import find_adapter, open_adapter
 
 # A start that is taken off the base; the config of the converted adapter does not depend on which one it was.
 _MOVED = "pissa"
+
+
+def keeps_start(config: PeftConfig, convert: bool | None) -> bool:
+    """Tell whether an adapter is saved with its start in it, at its own rank, for those who compute the start again.
+
+    Args:
+        config: the adapter's.
+        convert: whether it is to be converted. ``None``: it is; in peft's place not, where the base alone gives the
+            start.
+
+    Raises:
+        UnsupportedError: nobody can compute the start again.
+    """
+    how = config.init_lora_weights if isinstance(config, LoraConfig) else None
+    if convert is None:
+        return stands_in_for_peft() and repeats(how)
+    if convert or not is_moved(how):
+        return False
+    if is_by_chance(how):
+        raise UnsupportedError(
+            f"convert_start=False: the start {how!r} is another each time, so no base fits an adapter that is saved "
+            "with it.",
+            hint="Leave convert_start out: the adapter is then saved for the base as it is.",
+        )
+    return True
+
+
+def with_start(adapter: Adapter, config: LoraConfig) -> Adapter:
+    """Return an adapter to be saved at its own rank, with its start in it."""
+    return replace(adapter, config=replace(config, init_lora_weights=True))
+
+
+def take_starts_off(adapters: Adapters) -> None:
+    """Take the starts of all adapters off the base's weights, as peft does when it makes them.
+
+    Raises:
+        UnsupportedError: a weight is packed.
+    """
+    adapters.unmerge()
+    starts = [
+        (layer, share, tensors)
+        for adapter in adapters.by_name.values()
+        for layer, share in adapter.bound_layers()
+        if START_A in (tensors := layer.tensors(adapter.name, share))
+    ]
+    for layer, *_ in starts:
+        if layer.site.is_packed:
+            raise UnsupportedError(
+                f"{layer.site.name} is packed, and its start cannot be taken off it.",
+                hint="Take the adapters off with unload(take_starts_off=False).",
+            )
+    for layer, share, tensors in starts:
+        layer.change_base(METHOD.start_off(share.settings, tensors, layer.site))
 
 
 def with_known_start(adapter: Adapter, config: LoraConfig) -> Adapter | None:

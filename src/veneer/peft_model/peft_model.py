@@ -24,6 +24,7 @@ from veneer.errors import UnsupportedError
 from veneer.keywords import IGNORED, READING, SOURCE, TOKEN, strict, takes
 from veneer.packages import stands_in_for_peft
 from veneer.patches.selection import Selection
+from veneer.peft_model import initial_adapter
 from veneer.peft_model.attach_adapter import (
     AttachOptions,
     attach_adapter,
@@ -458,8 +459,21 @@ class PeftModel(XLoraMethods, ShadowMethods, BatchingMethods, SavingMethods):
         self._base_digest = None
         return merged
 
-    def unload(self) -> Any:
-        """Take every adapter off and return the base model, each of its tensors bit-identical."""
+    def unload(self, *, take_starts_off: bool | None = None) -> Any:
+        """Take every adapter off and return the base model, each of its tensors bit-identical.
+
+        Args:
+            take_starts_off: take the starts of adapters (``init_lora_weights="pissa"`` ...) off its weights, for
+                initial adapters that were saved with ``init_lora_weights=True``. ``None`` does so in peft's place
+                only (see ``veneer.as_peft``), where the base is left so.
+
+        Raises:
+            UnsupportedError: the start of an adapter is to be taken off a packed weight.
+        """
+        if stands_for_peft(self) if take_starts_off is None else take_starts_off:
+            with self.adapters.changing():
+                initial_adapter.take_starts_off(self.adapters)
+            note_changed(self.get_base_model())
         return self.adapters.unload()
 
 

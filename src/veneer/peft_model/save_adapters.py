@@ -27,7 +27,7 @@ from veneer.files.base_digest import BASE_DIGEST_KEY
 from veneer.files.paths import is_file
 from veneer.keywords import TOKEN, check_passed_on, keywords, takes, unknown_keywords
 from veneer.peft_model.adapted_model import AdaptedModel
-from veneer.peft_model.initial_adapter import converted, with_known_start
+from veneer.peft_model.initial_adapter import converted, keeps_start, with_known_start, with_start
 from veneer.peft_model.model_card import fetch_card, write_card
 from veneer.peft_model.trainer_state import write_state
 
@@ -47,6 +47,7 @@ class Saving:
         ends: save the rows of the embedding and of the output layer too.
         as_pickle: write a pickle instead of safetensors.
         initial: the folder of a LoRA as it was before training, which the saved one is to be without.
+        convert: whether an adapter is saved without its start: see ``initial_adapter.keeps_start``.
         is_gathered: ``state`` has the tensors of a model that is spread over processes whole. Then none waits for
             another, for the first may be the only one that saves.
     """
@@ -56,6 +57,7 @@ class Saving:
     ends: SaveEmbeddings = "auto"
     as_pickle: bool = False
     initial: str | Path | None = None
+    convert: bool | None = None
     is_gathered: bool = False
 
 
@@ -71,13 +73,16 @@ class SavingMethods(AdaptedModel):
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | Path | None = None,
         state_dict: dict[str, Tensor] | None = None,
+        *,
+        convert_start: bool | None = None,
         **kwargs: Any,
     ) -> None:
         """Save adapters in the PEFT format: ``default`` at the root, any other in a folder of its name.
 
         A model without adapters saves the base model instead, as transformers does. An adapter whose starting point
         takes a part of the base (``init_lora_weights="pissa"`` ...) is saved as a plain one of twice the rank, for the
-        untouched base; with ``init_lora_weights`` set to ``True`` in its config before saving, as it is.
+        untouched base; with ``init_lora_weights`` set to ``True`` in its config before saving, as it is, for a base
+        without the start.
 
         Args:
             save_directory: the folder.
@@ -92,6 +97,9 @@ class SavingMethods(AdaptedModel):
             path_initial_model_for_weight_conversion: the folder of a LoRA as it was before training, where that was
                 taken off the base. The adapter is then saved for the base as it was, with twice the rank.
             state_dict: take the tensors from here (as named by ``state_dict()``) where it has them.
+            convert_start: with ``False`` such an adapter is saved at its own rank, for the untouched base, from which
+                loading computes the start again (that of ``"corda"`` from the data, once they are measured on it).
+                ``None`` converts it; in peft's place (see ``veneer.as_peft``) not where the base alone gives the start.
             **kwargs: passed on to transformers for a model without adapters. With adapters, keywords that accelerate
                 and transformers pass along, and that have no effect: ``save_function``, ``max_shard_size`` ...
 
@@ -108,7 +116,8 @@ class SavingMethods(AdaptedModel):
         chosen = self.adapters.by_name if selected_adapters is None else selected_adapters
         initial, as_pickle = path_initial_model_for_weight_conversion, not safe_serialization
         gathered = state_dict is not None and self.adapters.is_spread
-        saving = Saving(Path(save_directory), state_dict or {}, save_embedding_layers, as_pickle, initial, gathered)
+        folder, state = Path(save_directory), state_dict or {}
+        saving = Saving(folder, state, save_embedding_layers, as_pickle, initial, convert_start, gathered)
         _save_adapters(self, saving, chosen, is_main_process)
 
     def get_adapter_state_dict(
@@ -237,10 +246,23 @@ def value_of(model: AdaptedModel, adapter: Adapter, state: Mapping[str, Tensor])
 
 def _draft(model: AdaptedModel, adapter: Adapter, saving: Saving) -> Draft:
     folder, digest = adapter_folders.place(saving.folder, adapter.name), adapter.base_digest or model.base_digest
-    before, initial = adapter.config, saving.initial
-    known = with_known_start(adapter, before) if initial and isinstance(before, LoraConfig) else None
-    config: PeftConfig = (known or adapter).config_on_disk()
-    tensors = _tensors_to_save(model, known or adapter, saving.state, saving.ends)
-    if initial and known is None and isinstance(before, LoraConfig) and before.init_lora_weights is True:
-        (config, tensors), digest = converted(before, tensors, initial), None
-    return Draft(folder, config, tensors, {} if digest is None else {BASE_DIGEST_KEY: digest}, saving.as_pickle)
+    config, tensors, fits_base = _contents(model, adapter, saving)
+    metadata = {BASE_DIGEST_KEY: digest} if digest is not None and fits_base else {}
+    return Draft(folder, config, tensors, metadata, saving.as_pickle)
+
+
+def _contents(model: AdaptedModel, adapter: Adapter, saving: Saving) -> tuple[PeftConfig, dict[str, Tensor], bool]:
+    """Return the config and tensors that are saved of an adapter, and whether they are for the base that it is on."""
+    config, initial = adapter.saved_config or adapter.config, saving.initial
+    if not isinstance(config, LoraConfig):
+        return adapter.config_on_disk(), _tensors_to_save(model, adapter, saving.state, saving.ends), True
+    known = with_known_start(adapter, config)
+    as_it_is = config.init_lora_weights is True
+    if known is None or (as_it_is and not initial):
+        tensors = _tensors_to_save(model, adapter, saving.state, saving.ends)
+        if initial and as_it_is:
+            return *converted(config, tensors, initial), False
+        return adapter.config_on_disk(), tensors, known is None
+    if not initial and keeps_start(config, saving.convert):
+        return config, _tensors_to_save(model, with_start(adapter, config), saving.state, saving.ends), True
+    return known.config_on_disk(), _tensors_to_save(model, known, saving.state, saving.ends), True

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import importlib
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.methods.lora_starts.start import StartLayer
+from veneer.methods.lora_starts.statistics import COVARIANCE, is_recorded
 
-__all__ = ["MOVED", "StartLayer", "begin", "is_moved", "repeats"]
+__all__ = ["MOVED", "StartLayer", "begin", "can_be_repeated", "is_by_chance", "is_moved", "repeats"]
 
 MOVED = frozenset({"corda", "lora_ga", "olora", "pissa"})
 
@@ -26,6 +27,16 @@ def is_moved(how: object) -> bool:
 def repeats(how: object) -> bool:
     """Tell whether a moved start can be computed again from the base alone, without data and without chance."""
     return how in ("pissa", "olora")
+
+
+def is_by_chance(how: object) -> bool:
+    """Tell whether a moved start is another each time, so that it cannot be computed again."""
+    return is_moved(how) and not repeats(how) and how != "corda"
+
+
+def can_be_repeated(how: object, module: nn.Module) -> bool:
+    """Tell whether the moved start of a layer can be computed again, from data where these were measured on it."""
+    return repeats(how) or (how == "corda" and is_recorded(COVARIANCE, module))
 
 
 def begin(layer: StartLayer) -> tuple[Tensor, Tensor]:

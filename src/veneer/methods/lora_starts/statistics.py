@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,11 +18,8 @@ from veneer.files.atomic_write import atomic_write
 COVARIANCE = "covariance"
 GRADIENT = "gradient"
 
-# A layer that is deleted takes its statistics with it.
-_RECORDED: dict[str, WeakKeyDictionary[nn.Module, Tensor]] = {
-    COVARIANCE: WeakKeyDictionary(),
-    GRADIENT: WeakKeyDictionary(),
-}
+# Begins the attributes of a layer that hold its statistics: a copy of the model has them too.
+_ATTRIBUTE = "_veneer_"
 
 
 def read(file: Path, names: Iterable[str]) -> dict[str, Tensor]:
@@ -50,7 +46,12 @@ def write(file: Path, measured: Mapping[str, Tensor]) -> None:
 
 def record(what: str, module: nn.Module, value: Tensor) -> None:
     """Record a statistic of a layer for the adapter that is made next."""
-    _RECORDED[what][module] = value
+    vars(module)[_ATTRIBUTE + what] = value
+
+
+def is_recorded(what: str, module: nn.Module) -> bool:
+    """Tell whether a statistic of a layer is known."""
+    return _ATTRIBUTE + what in vars(module)
 
 
 def recorded(what: str, module: nn.Module, who: str, mend: str) -> Tensor:
@@ -59,9 +60,10 @@ def recorded(what: str, module: nn.Module, who: str, mend: str) -> Tensor:
     Raises:
         ConfigError: none was recorded; ``who`` needs it, the call ``mend`` records it.
     """
-    if module not in _RECORDED[what]:
+    if not is_recorded(what, module):
         raise ConfigError(f"{who} needs data, and none was given.", hint=f"Call {mend} on the base model first.")
-    return _RECORDED[what][module]
+    statistic: Tensor = vars(module)[_ATTRIBUTE + what]
+    return statistic
 
 
 def linear_sites(model: nn.Module, config: LoraConfig) -> dict[str, Site]:
