@@ -208,7 +208,31 @@ def test_what_cannot_be_combined(change: dict[str, Any], error: type[Exception],
         pair().add_weighted_adapter(**call)
 
 
-def test_whole_modules_cannot_be_combined() -> None:
+def test_a_whole_module_comes_along_from_the_one_adapter_that_brings_it() -> None:
     model = adapted("llama", modules_to_save=["lm_head"])
-    with pytest.raises(UnsupportedError, match=r"'default' brings lm_head whole"):
-        model.add_weighted_adapter(["default"], [1.0], "x")
+    model.add_adapter("other", config(target_modules=["k_proj"]))
+    with torch.no_grad():
+        head = model.base_model.model.lm_head.modules_to_save["default"].weight
+        head.add_(1.0)
+    expected = logits(model, X)
+    model.add_weighted_adapter(["default", "other"], [1.0, 0.0], "both", "cat")
+    assert model.peft_config["both"].modules_to_save == ["lm_head"]  # type: ignore[attr-defined]
+    model.set_adapter("both")
+    assert gap(logits(model, X), expected) < CLOSE
+    with torch.no_grad():
+        head.zero_()
+    assert gap(logits(model, X), expected) < CLOSE
+
+
+def test_two_adapters_that_bring_the_same_module_whole_cannot_be_combined() -> None:
+    model = adapted("llama", modules_to_save=["lm_head"])
+    model.add_adapter("other", config(modules_to_save=["lm_head"]))
+    with pytest.raises(UnsupportedError, match=r"1 such instance\(s\). No weighting of lm_head is defined"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "x")
+
+
+def test_what_cancels_out_is_exactly_nothing() -> None:
+    model = adapted("llama")
+    model.add_weighted_adapter(["default", "default"], [1.0, -1.0], "none", "linear")
+    assert model.peft_config["none"].r == 1  # type: ignore[attr-defined]
+    assert not change(model, "none").any()

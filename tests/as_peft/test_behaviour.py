@@ -167,3 +167,31 @@ def test_a_choice_in_training_mode_makes_an_adapter_trainable(tmp_path: Path) ->
     """
     )
     assert lines == ["0", "4", "0"]
+
+
+def test_the_warnings_that_peft_s_users_expect_are_given() -> None:
+    lines = printed(
+        OPEN
+        + """
+    from torch import nn
+    def told(call, *words):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            made = call()
+        texts = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+        print(*[any(word in text for text in texts) for word in words])
+        return made
+    mine = nn.Sequential(nn.Linear(4, 4))
+    named = peft.LoraConfig(target_modules=["0"], base_model_name_or_path="theirs")
+    model = told(lambda: peft.get_peft_model(mine, named, "lora"), "renamed from 'theirs' to 'None'", "in the prefix")
+    print(named.base_model_name_or_path, model.peft_config["lora"].base_model_name_or_path)
+    told(lambda: model.add_adapter("ora_", named), "Adapter name 'ora_' should not be contained in the prefix 'lora_'")
+    told(lambda: model.add_adapter("other", named), "renamed", "in the prefix")
+    from transformers import LlamaConfig, LlamaForCausalLM
+    sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    tied = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
+    model = peft.get_peft_model(tied, peft.LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False))
+    told(model.merge_and_unload, "Setting tie_word_embeddings=False in the config")
+    """
+    )
+    assert lines == ["True True", "theirs None", "True", "False False", "True"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import peft
 import pytest
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import veneer
 from tests.models import build, inputs, logits
@@ -101,6 +104,42 @@ def test_a_merge_that_is_not_finite_is_refused() -> None:
     with pytest.raises(veneer.MergeError, match="NaNs detected"):
         layer.merge(safe_merge=True)
     assert not layer.merged
+
+
+def test_a_bias_that_is_not_finite_is_named() -> None:
+    model: Any = veneer.get_peft_model(nn.Sequential(nn.Linear(4, 4)), veneer.BeftConfig(target_modules=["0"]))
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        layer.beft_bias["default"].fill_(float("inf"))
+    with pytest.raises(veneer.MergeError, match="NaNs detected in the merged bias"):
+        layer.merge(safe_merge=True)
+
+
+@pytest.mark.parametrize(
+    ("layer", "features"),
+    [
+        (nn.Linear(3, 5), (3, 5)),
+        (nn.Embedding(7, 4), (7, 4)),
+        (nn.Conv2d(4, 6, 3), (4, 6)),
+        (Conv1D(6, 2), (2, 6)),
+    ],
+)
+def test_a_layer_tells_its_features_as_peft_s_does(layer: nn.Module, features: tuple[int, int]) -> None:
+    for library in (peft, veneer):
+        base, turned = nn.Sequential(copy.deepcopy(layer)), isinstance(layer, Conv1D)
+        config = library.LoraConfig(target_modules=["0"], fan_in_fan_out=turned)
+        adapted: Any = library.get_peft_model(base, config)
+        made = adapted.base_model.model[0]
+        assert (made.in_features, made.out_features) == features
+
+
+def test_an_ia3_tells_whether_it_scales_the_input() -> None:
+    config = veneer.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])
+    model: Any = veneer.get_peft_model(build("llama"), config)
+    block = model.base_model.model.model.layers[0]
+    assert block.mlp.down_proj.is_feedforward
+    assert not block.self_attn.q_proj.is_feedforward
+    assert not hasattr(layers(both()[1])[0], "is_feedforward")
 
 
 def test_deleting_on_one_layer_deletes_it_from_the_model() -> None:

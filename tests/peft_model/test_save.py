@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import veneer
 from tests.models import build, inputs
@@ -203,3 +203,18 @@ def test_the_set_of_a_copy_has_a_lock_of_its_own() -> None:
     with model.adapters.active_selection.choosing, ThreadPoolExecutor(1) as pool:
         pool.submit(again.rename_adapter, "default", "other").result(timeout=10)
     assert list(again.peft_config) == ["other"]
+
+
+def test_embeddings_that_cannot_be_found_are_told(tmp_path: Path) -> None:
+    model: Any = veneer.get_peft_model(nn.Sequential(nn.Linear(4, 4)), veneer.LoraConfig(target_modules=["0"]))
+    with pytest.warns(veneer.VeneerWarning, match=r"Could not identify embedding layer\(s\)"):
+        model.save_pretrained(tmp_path, save_embedding_layers=True)
+
+
+def test_another_revision_of_the_base_is_told() -> None:
+    config = veneer.LoraConfig(target_modules=["0"], revision="v1")
+    with pytest.warns(
+        veneer.VeneerWarning, match="already set base model revision to v1, overwriting with revision v2"
+    ):
+        model = veneer.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config, revision="v2")
+    assert (model.peft_config["default"].revision, config.revision) == ("v2", "v1")

@@ -296,7 +296,9 @@ class _Planner:
                 problems.append(f"{site.key}: {leaf} is missing from the checkpoint")
             elif self._shape(keys[leaf]) != shape:
                 stored = self._shape(keys[leaf])
-                problems.append(f"{site.key}: {leaf} is {stored}, and this layer and config want {shape}")
+                problems.append(
+                    f"{site.key}: size mismatch: {leaf} is {stored}, and this layer and config want {shape}"
+                )
             else:
                 floating = not method.leaf(leaf).integer
                 problems += _of_wrong_kind(f"{site.key}: {leaf}", self.tensors[keys[leaf]], floating)
@@ -330,7 +332,9 @@ class _Planner:
         elif tuple(parameter.shape) != self._shape(key):
             rows = tensor.shape[0] if catalog.is_embedding(root) else 0
             mend = f" (resize the base first: resize_token_embeddings({rows}))" if rows else ""
-            self._problem(f"{key}: is {self._shape(key)}, and the model's is {tuple(parameter.shape)}{mend}")
+            self._problem(
+                f"{key}: size mismatch: is {self._shape(key)}, and the model's is {tuple(parameter.shape)}{mend}"
+            )
         elif problems := _of_wrong_kind(key, tensor, _is_floating(parameter)):
             self.plan.problems += problems
         else:
@@ -350,7 +354,9 @@ class _Planner:
             if name in self.plan.shared:
                 key = self.plan.shared[name]
                 if self._shape(key) != shape:
-                    self._problem(f"{name}: is {self._shape(key)}, and this model and config want {shape}")
+                    self._problem(
+                        f"{name}: size mismatch: is {self._shape(key)}, and this model and config want {shape}"
+                    )
                 floating = name.partition(".")[0] not in integers
                 self.plan.problems += _of_wrong_kind(name, self.tensors[key], floating)
             elif self.method.saves_shared(self.config):

@@ -31,7 +31,8 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
     """Stands in the place of a base layer that carries adapters.
 
     Its parameters are named as in peft: ``base_layer.weight``, ``lora_A.<adapter>.weight``. Attributes that it
-    does not have (``weight``, ``in_features`` ...) are the base layer's.
+    does not have (``weight``, ``in_features`` ...) are the base layer's; features are counted where it does not say
+    how many it has.
 
     Args:
         site: the base layer.
@@ -74,7 +75,10 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            base_value = getattr(super().__getattr__("base_layer"), name)
+            inner = super().__getattr__("base_layer")
+        if name in ("in_features", "out_features") and not hasattr(inner, name):
+            return self.site.shape[0] if name == "out_features" else self.site.channels * self.site.groups
+        base_value = getattr(inner, name)
         site = self.__dict__.get("site")
         if site is None or name not in (site.parameter.partition(".")[0], "bias") or not self.active_selection.in_call:
             return base_value

@@ -124,11 +124,8 @@ class BaseTunerLayer(SelectsForModel):
             return
         with self.active_selection.changing(lambda: None):
             names = (*self.merged, *new)
-            if safe_merge and not all(t is None or t.isfinite().all() for t in self.merged_parameters(names)):
-                raise MergeError(
-                    f"NaNs detected in the merged weights of {self.site.name}: {', '.join(new)} cannot be merged.",
-                    hint="Keep the adapter unmerged, or train it again.",
-                )
+            if safe_merge:
+                _check_finite(self, names, new)
             self.merge_adapters(names)
 
     @torch.no_grad()
@@ -171,6 +168,13 @@ class BaseTunerLayer(SelectsForModel):
         if token_adapter.NAME not in self._modules:  # the base layer may have something of that name
             raise AttributeError(f"no adapter trains tokens of {self.site.name}")
         return self.get_base_layer()  # type: ignore[no-any-return]
+
+    @property
+    def is_feedforward(self: Any) -> bool:
+        """True where an (IA)3 scales the layer's input, else its output."""
+        from veneer.methods.ia3 import IA3Settings
+
+        return any(share.settings.feedforward for _, share in _with_settings(self, "is_feedforward", (IA3Settings,)))
 
     # -- LoRA's --------------------------------------------------------------------------------------------
 
@@ -235,6 +239,18 @@ class BaseTunerLayer(SelectsForModel):
             if name in active:
                 current = float(share.settings.scale)
                 _rescale(self, name, share, change(current, _first_scale(self, name, share)))
+
+
+def _check_finite(layer: Any, names: tuple[str, ...], new: tuple[str, ...]) -> None:
+    """Raise ``MergeError`` where a layer's weight or bias would not be finite with the adapters ``names`` in it."""
+    weight, bias = (merged is None or bool(merged.isfinite().all()) for merged in layer.merged_parameters(names))
+    if weight and bias:
+        return
+    where = " The weight itself is finite, with NaNs detected in the merged bias." if weight else ""
+    raise MergeError(
+        f"NaNs detected in the merged weights of {layer.site.name}: {', '.join(new)} cannot be merged.{where}",
+        hint="Keep the adapter unmerged, or train it again.",
+    )
 
 
 class Scaling(dict[str, float]):

@@ -32,6 +32,8 @@ class ModuleCopies(SelectsForModel, nn.Module):
 
     layout: Layout = ROWS
     counts_own = True
+    # As in peft: the name under which the copies are held.
+    adapter_layer_names = ("modules_to_save",)
 
     def __init__(self, module: nn.Module, active_selection: ActiveSelection) -> None:
         super().__init__()

@@ -55,6 +55,14 @@ class Context(PromptEncoder):
         moved: Tensor = self.embedding.weight + torch.where(moves, delta, delta.detach())
         return moved
 
+    def get_epsilon(self) -> Tensor:
+        """Return how far each token's embedding may move, shape ``(tokens,)``."""
+        return torch.tensor(self.limits)
+
+    def get_projection(self) -> Tensor:
+        """Return how far each token's embedding has moved, within its bound: shape ``(tokens, width)``."""
+        return self._projected(self.delta_embedding.weight)
+
     @torch.no_grad()
     def _projected(self, delta: Tensor) -> Tensor:
         """Return ``delta`` brought back into its balls."""

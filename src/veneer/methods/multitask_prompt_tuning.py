@@ -9,6 +9,7 @@ them, as in prompt tuning.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,13 @@ from torch import Tensor, nn
 from veneer.base_model.sites.site import Site
 from veneer.configs.methods.multitask_prompt_tuning import FROM_SOURCE, MultitaskPromptTuningConfig
 from veneer.errors import AdapterError, ConfigError
+from veneer.files.names import ADAPTER_PICKLE
+from veneer.files.paths import is_file
 from veneer.files.resolve import resolve
 from veneer.methods.base.method import Leaf
 from veneer.methods.base.prompt_method import PROMPT, PromptEncoder, PromptMethod
 from veneer.methods.prompt_tuning import start
+from veneer.packages import stands_in_for_peft
 
 COLS = "prefix_task_cols"
 ROWS = "prefix_task_rows"
@@ -40,7 +44,7 @@ class TaskTable(PromptEncoder):
     def forward(self, tasks: Tensor | None) -> Tensor:
         if tasks is None:
             raise AdapterError(
-                "A multitask prompt is active, and the call says nothing of tasks.",
+                "A multitask prompt is active, and the call says nothing of tasks: task_ids cannot be None.",
                 hint="Give each row's: model(..., task_ids=torch.tensor([0, ...])).",
             )
         count = self.prefix_task_cols.shape[0]
@@ -95,15 +99,8 @@ METHOD = MultitaskPromptTuning()
 
 def _from_source(config: MultitaskPromptTuningConfig) -> dict[str, Tensor]:
     """Return what a checkpoint of source tasks gives to a new prompt, float32 (section 3.2)."""
-    from safetensors.torch import load_file
-
-    path = resolve(str(config.prompt_tuning_init_state_dict_path), what="adapter").file
-    if path is None:
-        raise ConfigError(
-            f"prompt_tuning_init_state_dict_path={config.prompt_tuning_init_state_dict_path!r} is no safetensors file.",
-            hint="Name the source tasks' adapter_model.safetensors.",
-        )
-    source = {key: tensor.float() for key, tensor in load_file(path).items()}
+    path = str(config.prompt_tuning_init_state_dict_path)
+    source = {key: tensor.float() for key, tensor in _tensors_of(path).items()}
     missing = {COLS, ROWS, PROMPT} - source.keys()
     if missing:
         raise ConfigError(f"{path} lacks {', '.join(sorted(missing))}.", hint="Name a multitask prompt's checkpoint.")
@@ -113,3 +110,20 @@ def _from_source(config: MultitaskPromptTuningConfig) -> dict[str, Tensor]:
         return {PROMPT: source[PROMPT], **{leaf: source[leaf].mean(0, keepdim=True) for leaf in (COLS, ROWS)}}
     task = config.prompt_tuning_init_task or 0
     return {PROMPT: source[PROMPT], **{leaf: source[leaf][task : task + 1] for leaf in (COLS, ROWS)}}
+
+
+def _tensors_of(path: str) -> dict[str, Tensor]:
+    """Read a file of tensors: safetensors, or where Veneer stands in for peft, which reads it, their pickle."""
+    from safetensors.torch import load_file
+
+    from veneer.files.convert_pickle import read_pickle
+
+    if stands_in_for_peft() and Path(path).suffix == Path(ADAPTER_PICKLE).suffix and is_file(Path(path)):
+        return read_pickle(Path(path))
+    file = resolve(path, what="adapter").file
+    if file is None:
+        raise ConfigError(
+            f"prompt_tuning_init_state_dict_path={path!r} is no safetensors file.",
+            hint="Name the source tasks' adapter_model.safetensors.",
+        )
+    return load_file(file)

@@ -55,7 +55,8 @@ def _text(config: PromptTuningConfig, tokens: int) -> list[int]:
     """Return the first ``tokens`` token ids of the config's text, repeated as often as that takes."""
     from transformers import AutoTokenizer
 
-    options = {**(config.tokenizer_kwargs or {}), "trust_remote_code": False}
+    # Without trust_remote_code, which is False by default: a config must not have code run.
+    options = {key: value for key, value in (config.tokenizer_kwargs or {}).items() if key != "trust_remote_code"}
     what = f"tokenizer_name_or_path={config.tokenizer_name_or_path!r}: transformers cannot use the tokenizer there"
     with transformers_errors_as(
         ConfigError, what, "Name the base's folder or hub id. Code that comes with it is not run."

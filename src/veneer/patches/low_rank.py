@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 
-def truncated(matrix: Tensor, rank: float | None, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def truncated(
+    matrix: Tensor, rank: float | None, scale: float = 1.0, size: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return ``U`` and ``V`` of which ``scale * U V`` is the matrix of rank ``rank`` nearest to ``matrix``.
 
     Args:
@@ -17,12 +19,15 @@ def truncated(matrix: Tensor, rank: float | None, scale: float = 1.0) -> tuple[T
         rank: of the product; the smallest that changes nothing beyond rounding when ``None``, and the smallest that
             holds a share of the sum of squares when it is that share, a float up to 1.0.
         scale: multiplies the product.
+        size: of the numbers that ``matrix`` was computed from, shape ``(..., 1)``, where they may cancel out: rounding
+            is relative to it.
     """
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     if rank is None:
         largest = float(values.amax()) if values.numel() else 0.0
-        least = largest * torch.finfo(values.dtype).eps * max(matrix.shape[-2:])
+        least = (largest if size is None else size) * torch.finfo(values.dtype).eps * max(matrix.shape[-2:])
         rank = max(int((values > least).sum(-1).max()), 1)
+        values = values * (values > least)
     elif isinstance(rank, float):
         squares = values.double().square()
         held = squares.cumsum(-1) / squares.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
@@ -53,5 +58,6 @@ def truncated_product(up: Tensor, down: Tensor, rank: float | None) -> tuple[Ten
     """
     left, left_corner = torch.linalg.qr(up)
     right, right_corner = torch.linalg.qr(down.mT)
-    small_up, small_down = truncated(left_corner @ right_corner.mT, rank)
+    size = (left_corner.norm(dim=(-2, -1)) * right_corner.norm(dim=(-2, -1))).unsqueeze(-1)
+    small_up, small_down = truncated(left_corner @ right_corner.mT, rank, size=size)
     return left @ small_up, small_down @ right.mT

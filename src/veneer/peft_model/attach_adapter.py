@@ -27,6 +27,7 @@ from veneer.keywords import READING, subset
 from veneer.peft_model.adapted_model import AdaptedModel
 from veneer.peft_model.load_report import AdapterReport
 from veneer.peft_model.open_adapter import OpenedAdapters, mixes_others, open_adapter
+from veneer.peft_model.peer_warnings import warn_of_name
 from veneer.printing import warn
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def attach_adapter(
         BindError: adapter and model do not fit. BaseMismatchError: the base is another, and that is to be an error.
     """
     options = options or AttachOptions()
+    warn_of_name(name, checkpoint.config)
     adapters, source = model.adapters, checkpoint.source
     if options.key_mapping:
         checkpoint = with_keys(checkpoint, options.key_mapping)
@@ -133,6 +135,7 @@ def create_adapter(
 
     See :meth:`PeftModel.add_adapter`.
     """
+    warn_of_name(name, config)
     config = copy.deepcopy(config)
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model.get_base_model(), "name_or_path", None) or None

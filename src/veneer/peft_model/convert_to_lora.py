@@ -192,11 +192,8 @@ def _as_lora(model: AdaptedModel, adapter: Adapter, rank: float | None) -> tuple
     check_mergeable(model.adapters, [adapter.name])
     _check_layers(list(adapter.layers), adapter.name, rank)
     combination = Combination((adapter.name,), (1.0,), "cat" if rank is None else "svd", rank)
-    config, tensors = combine(model.adapters, combination, without_modules=True)
-    whole = {key: value.detach() for key, value in adapter.whole_modules.named_tensors(adapter, lambda tensor: tensor)}
-    modules = getattr(adapter.config, "modules_to_save", None) if whole else None
-    base = adapter.config.base_model_name_or_path
-    return replace(config, base_model_name_or_path=base, modules_to_save=modules), {**tensors, **whole}
+    config, tensors = combine(model.adapters, combination)
+    return replace(config, base_model_name_or_path=adapter.config.base_model_name_or_path), tensors
 
 
 def _in_dtype_of(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

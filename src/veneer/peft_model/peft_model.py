@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
@@ -37,11 +38,12 @@ from veneer.peft_model.batching_methods import BatchingMethods
 from veneer.peft_model.delegation import stands_for_peft
 from veneer.peft_model.load_report import AdapterReport, LoadReport
 from veneer.peft_model.open_adapter import find_adapter, open_adapter
+from veneer.peft_model.peer_warnings import with_name_of
 from veneer.peft_model.save_adapters import SavingMethods
 from veneer.peft_model.shadow_methods import ShadowMethods
 from veneer.peft_model.wrapped_again import without_adapters
 from veneer.peft_model.xlora_methods import XLoraMethods
-from veneer.printing import progress
+from veneer.printing import progress, warn
 
 # One name for each row of a batch, or (name, tokens) for each part of a packed sequence.
 RowNames = Sequence[str | tuple[str, int]] | None
@@ -327,6 +329,8 @@ class PeftModel(XLoraMethods, ShadowMethods, BatchingMethods, SavingMethods):
         B, which peft's ``linear``, ``ties``, ``dare_*`` and ``magnitude_prune`` have; those correspond here to its
         kinds that end in ``_svd``, which are accepted too.
 
+        A module that one of them brings whole comes along as it is, whatever its weight.
+
         Args:
             adapters: their names.
             weights: one for each; negative ones take a change away.
@@ -557,12 +561,26 @@ def get_peft_model(
     Raises:
         TargetError: the config's targets match nothing usable.
     """
-    peft_model = wrap(_plain_base(model), peft_config.task_type)
-    if revision is not None:
-        peft_config = dataclasses.replace(peft_config, revision=revision)
+    base = _plain_base(model)
+    peft_model = wrap(base, peft_config.task_type)
+    peft_config = _with_revision(with_name_of(peft_config, base), revision)
     peft_model.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, seed=seed)
     set_mode(peft_model, trained=True)
     return peft_model
+
+
+def _with_revision(config: PeftConfig, revision: str | None) -> PeftConfig:
+    """Return a config that notes a revision of the base; warn where it noted another."""
+    if revision is None or revision == config.revision:
+        return config
+    if config.revision is not None:
+        warn(
+            f"The peft config has already set base model revision to {config.revision}, overwriting with revision "
+            f"{revision}."
+        )
+    noted = copy.copy(config)
+    noted.revision = revision
+    return noted
 
 
 def wrap(model: nn.Module, task: TaskType | str | None = None) -> PeftModel:

@@ -18,12 +18,14 @@ the factors, as some tools do, they would add products of one adapter's A with a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from veneer.adapters.adapter import Adapter
 from veneer.adapters.collection import Adapters
 from veneer.adapters.merge.in_memory import check_mergeable
 from veneer.configs.methods.lora import LoraConfig
@@ -92,29 +94,21 @@ def check_rank(option: str, rank: float | None) -> None:
 
 
 @torch.no_grad()
-def combine(
-    adapters: Adapters, combination: Combination, *, without_modules: bool = False
-) -> tuple[LoraConfig, dict[str, Tensor]]:
+def combine(adapters: Adapters, combination: Combination) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Return the config and the tensors (checkpoint key -> float32 tensor) of a combination of a model's adapters.
 
     Args:
         adapters: those of the model.
-        combination: which, and how.
-        without_modules: leave out what they bring whole, instead of refusing it.
+        combination: which, and how. What one of them brings whole comes along as it is.
 
     Raises:
         UnknownAdapterError: one of the adapters is not there.
         MergeError: one is a prompt.
-        UnsupportedError: one brings whole modules, or changes something that LoRA cannot hold.
+        UnsupportedError: two bring the same module whole, or one changes something that LoRA cannot hold.
     """
-    entries = [adapters.get(name) for name in combination.names]
+    entries = [adapters.get(name) for name in dict.fromkeys(combination.names)]
     check_mergeable(adapters, combination.names)
-    for entry in entries:
-        if entry.whole_modules.names and not without_modules:
-            raise UnsupportedError(
-                f"{entry.name!r} brings {', '.join(entry.whole_modules.names)} whole, which no LoRA can hold.",
-                hint="Combine adapters without modules_to_save.",
-            )
+    modules, whole = _whole_modules(entries)
     generator = None if combination.seed is None else torch.Generator().manual_seed(combination.seed)
     layers = [layer for name, layer in adapters.layers.items() if any(name in entry.layers.by_id for entry in entries)]
     combined = [(layer, *_combined(layer, combination, generator)) for layer in layers]
@@ -131,10 +125,27 @@ def combine(
         if biased:
             leaves[B_BIAS] = torch.zeros(layer.site.shape[0]) if shift is None else shift
         tensors.update({encode(layer.site.key, leaf): tensor.contiguous() for leaf, tensor in leaves.items()})
-    config = _config(adapters, entries[0].config.task_type, layers, biased)
+    tensors.update(whole)
+    config = replace(_config(adapters, entries[0].config.task_type, layers, biased), modules_to_save=modules)
     if own_ranks:
         return replace(config, r=1, lora_alpha=1, rank_pattern=ranks, alpha_pattern=dict(ranks)), tensors
     return replace(config, r=rank, lora_alpha=rank), tensors
+
+
+def _whole_modules(entries: Sequence[Adapter]) -> tuple[list[str] | None, dict[str, Tensor]]:
+    """Return the names in configs, and the tensors by checkpoint key, of the modules that adapters bring whole."""
+    owners = [entry for entry in entries if entry.whole_modules.names]
+    counts = Counter(root for entry in owners for root in entry.whole_modules.names)
+    shared = [root for root, count in counts.items() if count > 1]
+    if shared:
+        raise UnsupportedError(
+            "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+            f"{len(shared)} such instance(s). No weighting of {', '.join(shared)} is defined.",
+            hint="Combine adapters of which one at most brings it.",
+        )
+    names = dict.fromkeys(name for entry in owners for name in getattr(entry.config, "modules_to_save", None) or ())
+    tensors = [named for entry in owners for named in entry.whole_modules.named_tensors(entry, torch.clone)]
+    return list(names) or None, dict(tensors)
 
 
 def _config(adapters: Adapters, task: str | None, layers: Sequence[LayerAdapters], biased: bool) -> LoraConfig:

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.packages import stands_in_for_peft
+from veneer.printing import warn
+
 FLAG = "tie_word_embeddings"
 
 # The module that holds a parameter, and the parameter's name there.
@@ -108,6 +111,8 @@ def _say_so(model: nn.Module, apart: Collection[str]) -> None:
     for name, part in _tying(model):
         if not _own_ties(name, part).keys().isdisjoint(apart) and _can_say(part.config):
             setattr(part.config, FLAG, False)
+            if stands_in_for_peft():
+                warn(f"Setting {FLAG}=False in the config: the merged weights differ, and are saved apart.")
 
 
 def _can_say(config: Any) -> bool:
