@@ -134,7 +134,7 @@ def test_an_interruption(run: Run, made: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("veneer.checkpoints.inspection.inspect_path.inspect", interrupt)
     result = run("inspect", made / "adapter")
-    assert (result.code, result.err.strip()) == (130, "interrupted")
+    assert (result.code, result.err) == (130, "interrupted\n")
 
 
 def test_a_reader_that_goes_away(made: Path) -> None:

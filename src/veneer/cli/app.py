@@ -39,6 +39,9 @@ _ELSEWHERE = {
 }
 
 
+_INTERRUPTED = 130
+
+
 class _Commands(click.Group):
     """The group of all commands."""
 
@@ -56,6 +59,13 @@ class _Commands(click.Group):
         for parameter in command.params:
             _name_value(parameter)
         return command
+
+    def invoke(self, context: click.Context) -> Any:
+        """Call the command that is meant. Click would print an empty line for an interruption."""
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            return _INTERRUPTED
 
 
 def _name_value(parameter: click.Parameter) -> None:
@@ -105,14 +115,14 @@ def run(arguments: list[str]) -> int:
         return _refuse(f"There is no command {name!r}. {hint}")
     try:
         code = application.main(arguments or ["--help"], prog_name="veneer", standalone_mode=False)
-    except click.Abort:
-        raise KeyboardInterrupt from None
     except click.ClickException as error:
         command_line = f"veneer {name}" if name in COMMANDS else "veneer"
         message = error.format_message()
         meant = " Further adapters follow --adapter." if name == "merge" and "extra argument" in message else ""
         end = "" if message.endswith((".", "?", ")")) else "."
         return _refuse(f"{message}{end}{meant} `{command_line} --help` lists the options.")
+    if code == _INTERRUPTED:
+        raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
 
 
