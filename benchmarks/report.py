@@ -13,6 +13,7 @@ from typing import Any
 
 import materials
 import merge_to_disk
+import start_up
 
 HERE = Path(__file__).parent
 RESULTS_FILE, TABLE, PLOT = HERE / "results.json", HERE / "RESULTS.md", HERE / "results.svg"
@@ -194,6 +195,7 @@ def write(results: Results) -> None:
         + "\n".join(remarks(results))
         + "\n\n"
         + merges()
+        + starts()
         + text
     )
     plot(results)
@@ -348,6 +350,14 @@ def merges() -> str:
         return ""
     table = merge_to_disk.table(list(json.loads(merge_to_disk.RESULTS_FILE.read_text()).values()))
     return f"## Merging from disk to disk, whole processes\n\nMade by `merge_to_disk.py`.\n\n{table}\n\n"
+
+
+def starts() -> str:
+    """Write the section on the command line's start; empty where that was not measured."""
+    if not start_up.RESULTS_FILE.exists():
+        return ""
+    table = start_up.table(json.loads(start_up.RESULTS_FILE.read_text()))
+    return f"## The start of the command line, whole processes\n\nMade by `start_up.py`.\n\n{table}\n\n"
 
 
 def plot(results: Results) -> None:

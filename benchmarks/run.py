@@ -163,13 +163,12 @@ def named(sections: Iterable[str]) -> list[str]:
     return [name for section in sections for name in (each if section == METHODS else [section])]
 
 
-def merge_to_disk(quick: bool) -> None:
-    """Measure the merge from disk to disk, which has a script and a file of results of its own."""
-    command = [sys.executable, str(HERE / "merge_to_disk.py"), *(["--models", "135M"] if quick else ["--keep"])]
+def run_script(name: str, *arguments: str) -> None:
+    """Run a script that measures whole processes, and has a file of results of its own."""
     try:
-        subprocess.run(command, check=True, timeout=3 * LIMIT)
+        subprocess.run([sys.executable, str(HERE / name), *arguments], check=True, timeout=3 * LIMIT)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        print(f"merge_to_disk.py: FAILED: {error}", flush=True)
+        print(f"{name}: FAILED: {error}", flush=True)
 
 
 def main() -> None:
@@ -202,7 +201,8 @@ def main() -> None:
             # Their figures are ratios of one process each, and there are many: one round says enough.
             run.round([job for job in jobs if number == 1 or not job.method], number)
         if not asked.sections:
-            merge_to_disk(asked.quick)
+            run_script("start_up.py", *(["--repeats", "3"] if asked.quick else ["--keep"]))
+            run_script("merge_to_disk.py", *(["--models", "135M"] if asked.quick else ["--keep"]))
     if not asked.quick:
         report.write(results)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -54,6 +56,18 @@ def test_quiet_collects_veneers_warnings_alone() -> None:
         assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.CRITICAL, False)
     assert texts == ["ours"]
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_quiet_imports_no_transformers_and_silences_one_that_comes() -> None:
+    code = (
+        "import sys; from veneer.printing import quiet\n"
+        "with quiet():\n"
+        "    print('transformers' in sys.modules)\n"
+        "    from transformers.utils import logging\n"
+        "    print(logging.get_verbosity() == logging.CRITICAL, logging.is_progress_bar_enabled())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "True", "False"]
 
 
 @pytest.mark.parametrize(

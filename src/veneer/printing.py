@@ -10,7 +10,7 @@ import sys
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -139,7 +139,11 @@ def warn(message: str, kind: type[VeneerWarning] = VeneerWarning) -> None:
 
 @contextmanager
 def quiet() -> Iterator[list[str]]:
-    """Silence other libraries' bars, logs and warnings; collect the texts of Veneer's warnings as they come."""
+    """Silence other libraries' bars, logs and warnings; collect the texts of Veneer's warnings as they come.
+
+    For a process of our own: a transformers that is not imported yet is told by the environment, as importing it for
+    this would take half a second.
+    """
     texts: list[str] = []
 
     def collect(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
@@ -147,7 +151,9 @@ def quiet() -> Iterator[list[str]]:
             texts.append(str(message))
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with quiet_transformers(), warnings.catch_warnings():
+    if "transformers" not in sys.modules:
+        os.environ["TRANSFORMERS_VERBOSITY"] = "critical"
+    with quiet_transformers() if "transformers" in sys.modules else nullcontext(), warnings.catch_warnings():
         logging.captureWarnings(False)
         warnings.simplefilter("always")
         warnings.showwarning = collect
@@ -157,7 +163,6 @@ def quiet() -> Iterator[list[str]]:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' bars and logs while the block runs."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # for what is logged while it is imported
     from transformers.utils import logging as transformers_logging
 
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()

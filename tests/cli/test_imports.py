@@ -3,14 +3,73 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 
+import veneer
 from veneer.cli.app import COMMANDS, application
+
+TORCH = {"torch", "torchgen", "numpy", "tqdm", "typing_extensions"}
+# Starts and what they import beside Python's library, at most.
+STARTS: Mapping[str, set[str]] = {
+    "--version": {"click"},
+    "--help": {"click"},
+    **{f"{command} --help": {"click"} for command in COMMANDS},
+    "inspct": {"click"},
+    "inspect {made}/adapter": {"click", "rich"},
+    "inspect {made}/adapter --json": {"click"},
+    "inspect {made}/base --json": {"click"},
+    "digest {made}/base": {"click"},
+    "merge {made}/adapter --out {tmp}/out --json": {"click", "blake3", *TORCH},
+    "verify {tmp}/merged --no-logits --json": {"click", "blake3", *TORCH},
+    "unmerge {tmp}/merged {made}/base --out {tmp}/base --json": {"click", "blake3", *TORCH},
+}
+# What loading does without, although it is installed: transformers imports what else it likes.
+UNUSED = {"bitsandbytes", "blake3", "datasets", "matplotlib", "peft", "pydantic", "rich", "trl", "typer"}
+IMPORTED = """
+import sys
+from veneer.cli import main
+main(sys.argv[1:])
+print(*{name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names)
+"""
+
+
+def imported(command: str) -> set[str]:
+    """Return the packages that a process of the command has imported at its end; there are more before its start."""
+    run = subprocess.run([sys.executable, "-c", IMPORTED, *command.split()], capture_output=True, text=True, check=True)
+    before = {"__main__", "__mp_main__", "_distutils_hack", "veneer"}
+    return set(run.stdout.splitlines()[-1].split()) - before
+
+
+@pytest.fixture(scope="module")
+def tmp(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a folder with ``merged/``."""
+    folder = tmp_path_factory.mktemp("imports")
+    veneer.merge(made / "adapter", out=folder / "merged")
+    return folder
+
+
+@pytest.mark.parametrize("command", STARTS)
+def test_a_command_imports_what_it_uses_alone(command: str, made: Path, tmp: Path) -> None:
+    assert imported(command.format(made=made, tmp=tmp)) <= STARTS[command]
+
+
+def test_generating_and_loading_import_what_they_use_alone(made: Path) -> None:
+    assert not imported(f"generate {made}/adapter --prompt w5 --max-new-tokens 2 --json") & UNUSED
+
+
+def test_the_hook_of_every_start_of_python_imports_nothing() -> None:
+    hook = (Path(__file__).parents[2] / "src" / "veneer_as_peft.pth").read_text()
+    code = f"import os, sys; before = set(sys.modules)\n{hook}\nprint(set(sys.modules) - before)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
 
 # Command -> the function that gets the options which the command itself does not look at.
 CALLED = {

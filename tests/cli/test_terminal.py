@@ -102,6 +102,7 @@ def test_a_panel_takes_nothing_for_markup() -> None:
 
 def test_progress_takes_nothing_for_markup(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr("rich.console.Console", lambda **_: Console(file=shown, force_terminal=True, width=100))
     with terminal.progress("first") as step:
         step(f"comparing [/] [red]x {STEER}")

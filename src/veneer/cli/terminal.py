@@ -35,15 +35,13 @@ def progress(first: str, lines: bool = False) -> Iterator[Callable[[str], None]]
         first: the first step.
         lines: where standard error is no terminal, print each further step as a line; else none.
     """
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not sys.stderr.isatty():
         yield _print_step if lines else lambda step: None
         return
+    from rich.console import Console
     from rich.text import Text
 
-    with console.status(first) as status:
+    with Console(stderr=True).status(first) as status:
         yield lambda step: status.update(Text(one_line(step)))
 
 
