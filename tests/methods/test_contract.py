@@ -123,6 +123,25 @@ def test_merging_into_the_weights_own_memory_is_the_same_merge(made: Made) -> No
     assert max(gap(found[name], tensor) for name, tensor in expected.items()) < FLOAT32
 
 
+def test_with_its_merged_weights_kept_it_is_the_merged_model_bit_for_bit(made: Made) -> None:
+    if not made.case.merges:
+        pytest.skip("it has no merged form")
+    model = made.load()
+    before = bits(model)
+    report = model.keep_merged("default")
+    assert report is not None
+    found, layers = made.read(model), report.adapters[0]
+    assert model.merged_copies == report
+    assert bits(model).keys() == before.keys()
+    model.merge_adapter()
+    assert torch.equal(found, made.read(model)) or layers.unmerged
+    assert layers.kept == layers.layers or layers.unmerged
+    model.unmerge_adapter()
+    assert torch.equal(made.read(model), found)
+    model.drop_merged()
+    assert gap(made.read(model), made.unmerged if not made.case.ours_differs else found) < made.case.close
+
+
 def test_what_has_no_merged_form_says_so(made: Made) -> None:
     if made.case.merges:
         pytest.skip("it has a merged form")

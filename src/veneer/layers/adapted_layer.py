@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from veneer.layers.adapter_shares import parameter_like
 from veneer.layers.base_tuner_layer import BaseTunerLayer
 from veneer.layers.held_tensors import HeldTensors
 from veneer.layers.inference_cache import InferenceCache, are_small, for_inference
+from veneer.layers.merged_copy import CopyForward, MergedCopy
 from veneer.layers.read_weight import Unread
 from veneer.layers.token_adapter import TokenAdapter
 from veneer.patches.active_selection import ActiveSelection
@@ -24,6 +26,7 @@ from veneer.patches.fused import CachedForward, FusedPatch, can_fuse, fuse, fuse
 from veneer.patches.patch import Patch, apply, apply_rows, biases, for_training, whole_weight
 from veneer.patches.row_layout import ROWS, Layout, refused
 from veneer.patches.selection import Selection
+from veneer.patches.watched_parameters import unwatch_base
 from veneer.patches.weight_arithmetic import composed
 
 
@@ -41,10 +44,12 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
 
     Attributes:
         layout: the way in which its input holds the rows of a batch.
+        merged_copies: adapters -> the merged copy that is kept for them; replaced whole.
     """
 
     base_layer: Any
     layout: Layout = ROWS
+    merged_copies: Mapping[tuple[str, ...], MergedCopy] = MappingProxyType({})
     active_selection: ActiveSelection
     # The adapters whose patches are in the base layer's weight now, and the parameters that it had before.
     merged: tuple[str, ...]
@@ -125,7 +130,10 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
     def _fuse(self, selection: Selection) -> CachedForward:
         """Make the forward pass under a selection that inference keeps until a tensor changes."""
         cache, names, merged = self._inference_cache, self.here(selection.names), self.merged
-        cached = CachedForward(selection, self._sources(names))
+        if self.merged_copies and (kept := self._forward_with_copy(selection, names)):
+            cache.forward = kept
+            return kept
+        cached = CachedForward(selection, self.sources(names))
         if names and names != merged and cached.lasts:
             cached.forward = self._kept_forward(names)
         cache.forward = cached
@@ -152,9 +160,22 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
         dtype = fused_dtype(self.site.device, self.site.stored.dtype)
         return fuse(patches, self.base_bias, dtype) if can_fuse(patches) else None
 
-    def _sources(self, names: tuple[str, ...]) -> list[Tensor]:
+    def sources(self, names: tuple[str, ...]) -> list[Tensor]:
         """Return the tensors of adapters, and those that they share with other layers."""
         return [t for n in names for s in self.bound[n] for t in (*self.tensors(n, s).values(), *s.shared.values())]
+
+    def _forward_with_copy(self, selection: Selection, names: tuple[str, ...]) -> CopyForward | None:
+        """Return the forward pass with the merged copy of ``names``, which are here; ``None`` without one."""
+        kept = self._inference_cache.copies.get(selection.names)
+        if kept is not None and kept.is_current(selection):
+            return kept
+        copy = self.merged_copy(names)
+        if copy is None:
+            return None
+        kept = CopyForward(selection, self, copy)
+        if names == selection.names:
+            self._inference_cache.copies[names] = kept
+        return kept
 
     def _apply_patches(self, patches: Sequence[Patch], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if patches and whole_weight(self.site, patches):
@@ -180,10 +201,18 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
     def _forward_rows(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.here(selection.used):
             return self._base(x, *args, **kwargs)
+        kept = self._forward_of_one(selection) if self.merged_copies else None
+        if not (kept is None or self.training or args or kwargs or torch.compiler.is_compiling() or kept.wants_grad(x)):
+            return kept.forward(x)  # type: ignore[misc]
         if self.layout.dim > 0 and x.ndim > 1:
             # Contiguous again, for models take views of a layer's output.
             return self._forward_rows_first(selection, x.transpose(0, 1), *args, **kwargs).transpose(0, 1).contiguous()
         return self._forward_rows_first(selection, x, *args, **kwargs)
+
+    def _forward_of_one(self, selection: Selection) -> CopyForward | None:
+        """Return the forward pass with a merged copy for rows that all name the same adapter."""
+        one = selection.of_one
+        return None if one is None else self._forward_with_copy(one, one.names)
 
     def _forward_rows_first(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if selection.packed(x):
@@ -192,7 +221,7 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
         names = tuple(name for name in self.here(selection.used) if name in groups)
         y, rest = None, names
         if names and not (self.training or args or kwargs or torch.compiler.is_compiling()):
-            cached = self._inference_cache.mixed_forward(selection, names, self._sources, self._fused_patch)
+            cached = self._inference_cache.mixed_forward(selection, names, self.sources, self._fused_patch)
             if cached.together and not cached.wants_grad(x):
                 order = selection.order(cached.together, x.shape[0], x.device, self.layout)
                 y = cached.forward(self._base if self.merged else self.base_layer, x, order)
@@ -245,7 +274,7 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
         return Unread(base_value, make) if isinstance(base_value, Tensor) else base_value
 
     def _wants_grad(self, names: tuple[str, ...]) -> bool:
-        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._sources(names))
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.sources(names))
 
     def _readable(self, names: tuple[str, ...]) -> list[Patch] | None:
         """Return the patches of ``names``; ``None`` when the layer's weight cannot hold one."""
@@ -257,10 +286,13 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
 
     def _read(self, name: str, selection: Selection, names: tuple[str, ...]) -> Any:
         """Return the weight or bias under a selection; inference keeps the weight."""
+        copy = self.merged_copy(names) if selection.rows is None and not self._wants_grad(names) else None
+        if copy is not None:
+            return copy.bias if name == "bias" else self.base_stored if copy.weight is None else copy.weight
         if name == "bias" or self._wants_grad(names):
             return self._made(name, selection, names)
         make = partial(self._made, name, selection, names)
-        return self._inference_cache.read_weight(selection, partial(self._sources, names), make)
+        return self._inference_cache.read_weight(selection, partial(self.sources, names), make)
 
     def _made(self, name: str, selection: Selection, names: tuple[str, ...]) -> Any:
         patches = self._readable(names) if selection.rows is None else None
@@ -278,6 +310,60 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
             return self.base_stored if self.site.shift_only else self._whole(patches)[0]
         bias = biases(self.base_bias, patches)[-1]
         return None if bias is None else bias.to(self.site.stored.dtype)
+
+    # -- merged copies -------------------------------------------------------------------------------------
+
+    @property
+    def is_nested(self) -> bool:
+        """True where it wraps another adapted layer of the same module."""
+        return self.base_layer is not self.site.module
+
+    @property
+    def base_parameters(self) -> list[nn.Parameter]:
+        """The weight and bias that adapters change, wherever they lie, whatever is merged into the layer now."""
+        held = self.original or (None if self.site.shift_only else self.site.stored, self.site.bias)
+        return [parameter for parameter in held if parameter is not None]
+
+    def merged_copy(self, names: tuple[str, ...]) -> MergedCopy | None:
+        """Return the merged copy of ``names``, which are here; one that is out of date is dropped."""
+        copy = self.merged_copies.get(names)
+        if copy is None or copy.is_current(self, names):
+            return copy
+        self.drop_copies(lambda others: others == names)
+        return None
+
+    def drop_copies(self, drops: Callable[[tuple[str, ...]], bool] = lambda names: True) -> None:
+        """Drop the merged copies of those adapters for which ``drops`` says so."""
+        if not self.merged_copies:
+            return
+        with self.active_selection.choosing:
+            before = self.merged_copies
+            self.merged_copies = {names: copy for names, copy in before.items() if not drops(names)}
+            if not self.merged_copies:
+                unwatch_base(*(parameter for copy in before.values() for parameter in copy.base))
+        self.forget_cached()
+
+    def keep_copy(self, names: tuple[str, ...], copy: MergedCopy) -> None:
+        """Keep a merged copy of ``names``, which are here."""
+        with self.active_selection.choosing:
+            self.merged_copies = {**self.merged_copies, names: copy}
+        self.forget_cached()
+
+    def drop_outdated_copies(self) -> None:
+        """Drop the merged copies whose weights have changed, so that their memory is free at once."""
+        for names in self.merged_copies:
+            self.merged_copy(names)
+
+    def shares_changed(self, adapter: str) -> None:
+        """Drop what is kept of an adapter, whose share of this layer is another now."""
+        self.drop_copies(lambda names: adapter in names)
+        self.forget_cached()
+
+    def rename(self, old: str, new: str) -> None:
+        copies = self.merged_copies
+        self.merged_copies = {}
+        super().rename(old, new)
+        self.merged_copies = {tuple(new if n == old else n for n in names): copy for names, copy in copies.items()}
 
     # -- merging -------------------------------------------------------------------------------------------
 
@@ -311,6 +397,7 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.watch()
         self.forget_cached()
+        self.drop_outdated_copies()
         return self
 
     def train(self, mode: bool = True) -> AdaptedLayer:
@@ -321,11 +408,12 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
 
     def _replicate_for_data_parallel(self) -> AdaptedLayer:
         replica: AdaptedLayer = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.merged_copies = {}
         replica.forget_cached()
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_inference_cache": None}
+        return {**self.__dict__, "_inference_cache": None, "merged_copies": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_inference_cache": InferenceCache()})  # type: ignore[no-untyped-call]

@@ -169,4 +169,6 @@ class LayerAdapters:
 
 def parameter_like(tensor: Tensor | None, model: nn.Parameter | None) -> Any:
     """Return ``tensor`` as a parameter that wants gradients as ``model`` does."""
-    return None if tensor is None else nn.Parameter(tensor, requires_grad=model is not None and model.requires_grad)
+    # Detached, for the bias of a base that stays the same may be of a class that cannot be made from.
+    wants_grad = model is not None and model.requires_grad
+    return None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=wants_grad)

@@ -28,13 +28,17 @@ class HeldTensors(LayerAdapters, nn.Module):
         """Drop what inference keeps, because the layer is in another state now."""
         raise NotImplementedError
 
+    def shares_changed(self, adapter: str) -> None:
+        """Drop what is kept of an adapter, whose share of this layer is another now."""
+        raise NotImplementedError
+
     def bind(self, adapter: str, share: BoundAdapter, tensors: Mapping[str, nn.Parameter]) -> None:
         """Add an adapter's tensors (leaf -> parameter), used as they are."""
         for leaf in share.leaves:
             self._place(adapter, leaf.memory_name, tensors[leaf.name])
         watch([*tensors.values(), *share.shared.values()])
         self.bound.setdefault(adapter, []).append(share)
-        self.forget_cached()
+        self.shares_changed(adapter)
 
     def _place(self, adapter: str, name: str, parameter: nn.Parameter) -> None:
         """Put a tensor among the layer's own, the adapter's name after its head."""
@@ -61,7 +65,7 @@ class HeldTensors(LayerAdapters, nn.Module):
     def unbind(self, adapter: str) -> None:
         """Remove an adapter's tensors; the heads that are empty then go too."""
         shares = self.bound.pop(adapter)
-        self.forget_cached()
+        self.shares_changed(adapter)
         names = [leaf.memory_name for share in shares for leaf in share.leaves] + [*self.held.pop(adapter, ())]
         for head in {around_adapter(name)[0] for name in names}:
             holder = self._holder(head)
@@ -90,7 +94,7 @@ class HeldTensors(LayerAdapters, nn.Module):
 
     def reset(self, adapter: str, share: BoundAdapter, settings: Any) -> None:
         super().reset(adapter, share, settings)
-        self.forget_cached()
+        self.shares_changed(adapter)
 
     def tensors(self, adapter: str, share: BoundAdapter) -> dict[str, nn.Parameter]:
         """Return the parameter of each leaf of an adapter's share of this layer."""
@@ -135,7 +139,7 @@ class HeldTensors(LayerAdapters, nn.Module):
                     if old is not None:
                         tensors[name] = nn.Parameter(other(old), requires_grad=old.requires_grad)
         self.watch()
-        self.forget_cached()
+        self.shares_changed(adapter)
 
     def own_tensors(self, adapter: str) -> dict[str, Tensor]:
         """Return every tensor of an adapter that lies at this layer, frozen and common ones included, by its place."""

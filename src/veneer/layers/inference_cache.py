@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from veneer.base_model.sites.site import Site
+from veneer.layers.merged_copy import CopyForward
 from veneer.patches.fused import CachedForward, FusedPatch, TensorVersions
 from veneer.patches.mixed_batch import CachedMixedForward
 from veneer.patches.patch import Patch
@@ -29,14 +30,16 @@ class InferenceCache:
         forward: the forward pass under the last selection.
         mixed: that of the adapters of the last batch that held several.
         weight: the weight for a model that reads it instead of calling the layer.
+        copies: selected adapters -> the forward pass with their merged copy.
     """
 
-    __slots__ = ("forward", "mixed", "weight")
+    __slots__ = ("copies", "forward", "mixed", "weight")
 
     def __init__(self) -> None:
         self.forward: CachedForward | None = None
         self.mixed: CachedMixedForward | None = None
         self.weight: CachedWeight | None = None
+        self.copies: dict[tuple[str, ...], CopyForward] = {}
 
     def mixed_forward(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from veneer.base_model.sites.site import call_with, unsupported
@@ -33,6 +34,9 @@ class AdaptedParameter(AdaptedLayer):
         selection = self.active_selection.current
         if selection.rows is None:
             return self._through({}, *args, **kwargs)
+        if selection.of_one is not None and self.merged_copies.get(selection.of_one.names):
+            with self.active_selection.using(selection.of_one):
+                return self._through({}, *args, **kwargs)
         return self._through_rows(selection, *args, **kwargs)
 
     def follows(self, layout: Layout) -> bool:
@@ -51,6 +55,10 @@ class AdaptedParameter(AdaptedLayer):
     def _changed(self, names: tuple[str, ...]) -> Tensor:
         if not names:
             return self.base_stored
+        if self.merged_copies and not (self.training or torch.compiler.is_compiling() or self._wants_grad(names)):
+            copy = self.merged_copy(names)
+            if copy is not None and copy.weight is not None:
+                return copy.weight
         weight = composed(self.base_weight(), self.patches_now(names))
         return self.site.as_stored(weight).to(self.base_stored.dtype)
 

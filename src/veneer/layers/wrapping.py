@@ -60,6 +60,7 @@ def take_off(model: nn.Module) -> None:
         for name, module in list(parent._modules.items()):
             while isinstance(module, AdaptedLayer):
                 module.unmerge()
+                module.drop_copies()
                 module = module.base_layer
             parent._modules[name] = module.original_module if isinstance(module, ModuleCopies) else module
 
@@ -177,6 +178,7 @@ class LayerPlacement:
         layer = self.layers.pop(site_id)
         if not isinstance(layer, AdaptedLayer):  # it never stood in the model
             return
+        layer.drop_copies()
         outer = self.standing_at(layer.site.name)
         if outer is layer:
             self.place(layer.site.name, layer.base_layer)

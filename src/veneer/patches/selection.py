@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,6 +62,13 @@ class Selection:
     def is_mixed(self) -> bool:
         """True for rows that differ in their adapters."""
         return self.rows is not None and len(set(self.rows)) > 1
+
+    @cached_property
+    def of_one(self) -> Selection | None:
+        """The selection of the one adapter that all rows name; ``None`` where they differ, or name the base."""
+        if self.rows is None or len(set(self.rows)) != 1 or self.rows[0] == BASE:
+            return None
+        return Selection((self.rows[0],), None, self.task_ids, for_one_call=self.for_one_call)
 
     def rows_of(self, name: str, length: int, device: torch.device) -> Tensor | None:
         """Return the indices of the rows that use an adapter, as :meth:`groups` has them; ``None`` for all rows."""

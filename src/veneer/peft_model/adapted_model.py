@@ -10,6 +10,7 @@ from torch import nn
 
 from veneer.adapters.collection import Adapters
 from veneer.adapters.invocation_hook import InvocationHook
+from veneer.adapters.merge.kept_copies import MergedCopies, MergedCopiesReport
 from veneer.adapters.rejoined_tensors import rejoin
 from veneer.adapters.shadow_pass import ShadowPass
 from veneer.adapters.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
@@ -49,6 +50,7 @@ class AdaptedModel(nn.Module):
         tuner = self._modules["base_model"] = Tuner(model, self.adapters)
         tuner.belong_to(self)
         self._modules["prompt_encoder"] = self.adapters.prompts
+        self.kept_copies = MergedCopies(self.adapters)
         self.load_log = LoadLog(self.adapters)
         self._base_digest: str | None = None
         self.training = model.training
@@ -73,8 +75,15 @@ class AdaptedModel(nn.Module):
 
     @property
     def load_report(self) -> LoadReport | None:
-        """The report of the last load: what was found, bound and made active."""
+        """The report of the last load: what was found, bound and made active, and the merged copies that are kept."""
+        if self.load_log.report is not None:
+            self.load_log.report.merged_copies = self.merged_copies
         return self.load_log.report
+
+    @property
+    def merged_copies(self) -> MergedCopiesReport | None:
+        """The merged copies that are kept now (see :meth:`PeftModel.keep_merged`); ``None`` without any."""
+        return self.kept_copies.report()
 
     # -- what the adapters are -----------------------------------------------------------------------------
 

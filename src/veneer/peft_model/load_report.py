@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.collection import Adapters
+from veneer.adapters.merge.kept_copies import MergedCopiesReport
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.printing import Report, nbytes
 
@@ -73,6 +74,7 @@ class LoadReport(Report):
         adapters: a report for each adapter.
         seconds: durations of "base", "adapters" and "total".
         warnings: things to know before relying on the model.
+        merged_copies: the merged copies that are kept beside the base; ``None`` without any.
     """
 
     path: str
@@ -85,6 +87,7 @@ class LoadReport(Report):
     adapters: list[AdapterReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    merged_copies: MergedCopiesReport | None = None
 
     _title = "load report"
 
@@ -97,11 +100,13 @@ class LoadReport(Report):
             facts.append((f"adapter {adapter.name}", _adapter_line(adapter)))
         state = "merged into the base" if self.merged else ", ".join(self.active) or "none: the base alone"
         facts.append(("active", state))
+        if self.merged_copies is not None:
+            facts.append(("merged copies", self.merged_copies.summary))
         facts.append(("seconds", ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items())))
         return facts
 
     def _warnings(self) -> list[str]:
-        return self.warnings
+        return [*self.warnings, *([] if self.merged_copies is None else self.merged_copies.warnings)]
 
     def _border(self) -> str:
         return "cyan"

@@ -17,6 +17,7 @@ from veneer.adapters.call import call
 from veneer.adapters.experts import join_routers
 from veneer.adapters.known_layouts import Demands
 from veneer.adapters.merge import in_memory
+from veneer.adapters.merge.kept_copies import MergedCopiesReport
 from veneer.adapters.row_layouts import RowCheck
 from veneer.adapters.training_step import allocate, with_penalty
 from veneer.configs.base import PeftConfig
@@ -416,6 +417,7 @@ class PeftModel(XLoraMethods, ShadowMethods, BatchingMethods, SavingMethods):
         """Give an adapter another name; active or not, it stays so."""
         self.adapters.rename(old_name, new_name)
         self.load_log.rename(old_name, new_name)
+        self.kept_copies.rename(old_name, new_name)
 
     # -- merging -------------------------------------------------------------------------------------------
 
@@ -439,6 +441,36 @@ class PeftModel(XLoraMethods, ShadowMethods, BatchingMethods, SavingMethods):
     def unmerge_adapter(self) -> None:
         """Take the merged adapters out again: every base weight has its original bytes."""
         self.adapters.unmerge()
+
+    def keep_merged(
+        self, *adapters: str | Sequence[str], memory: str | float | None = None
+    ) -> MergedCopiesReport | None:
+        """Keep the merged weights of the hottest adapters beside the base's.
+
+        A call under one of them alone runs at the merged model's speed, however it is selected, and selecting stays as
+        quick as it is. All other calls, mixed batches and training do as before. A copy is dropped, and its layer runs
+        unmerged, once a weight that it was made of has changed; this call again makes it anew. Compiled code and a
+        quantised, offloaded or spread layer run unmerged.
+
+        Args:
+            *adapters: their names, the hottest first; for several that are selected together, a list of names. Copies
+                of others are dropped.
+            memory: the most bytes for all copies, such as ``"2GB"``; no bound when ``None``. Layers for which there is
+                none left run unmerged.
+
+        Returns:
+            What is kept, also in :attr:`merged_copies` and ``load_report``; ``None`` for no adapters.
+
+        Raises:
+            UnknownAdapterError: an adapter is not there. MergeError, UnsupportedError: no weight can hold one of them.
+            AdapterError: one is to be trained, or this is asked for in a call that uses it.
+        """
+        self.kept_copies.keep(adapters, memory)
+        return self.merged_copies
+
+    def drop_merged(self) -> None:
+        """Drop all merged copies that :meth:`keep_merged` keeps."""
+        self.kept_copies.keep((), None)
 
     def merge_and_unload(
         self,

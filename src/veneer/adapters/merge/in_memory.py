@@ -105,7 +105,7 @@ def _change(layers: Collection[LayerT], action: Callable[[LayerT], None]) -> Non
         for layer in group:
             action(layer)
 
-    if all(map(_is_in_memory, layers)):
+    if all(map(is_in_memory, layers)):
         for_each(run, groups.values())
     else:
         for group in groups.values():
@@ -168,6 +168,7 @@ def _is_finite(tensor: Tensor | None) -> bool:
     return tensor is None or bool(torch.isfinite(tensor).all())
 
 
-def _is_in_memory(layer: LayerAdapters) -> bool:
+def is_in_memory(layer: LayerAdapters) -> bool:
+    """Tell whether several threads can merge such layers: their parameters are torch's own, in the CPU's memory."""
     plain = not isinstance(layer, (PackedLayer, ShardedLayer))
     return plain and all(p.device.type == "cpu" for p in layer.site.module.parameters())
