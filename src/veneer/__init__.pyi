@@ -1,6 +1,12 @@
 """The public names, and where each lives: read by type checkers, and by :mod:`veneer` itself at run time."""
 
 from veneer._version import __version__ as __version__
+from veneer.adapters.merge.kept_copies import (
+    KeptAdapterReport as KeptAdapterReport,
+)
+from veneer.adapters.merge.kept_copies import (
+    MergedCopiesReport as MergedCopiesReport,
+)
 from veneer.adapters.status import (
     TunerLayerStatus as TunerLayerStatus,
 )

@@ -17,6 +17,7 @@ from veneer.errors import AdapterError, UnsupportedError, UsageError
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.layers.merged_copy import MergedCopy, copy_nbytes, obstacle
 from veneer.patches.watched_parameters import unwatch_base
+from veneer.patches.weight_arithmetic import BLOCK, row_blocks
 from veneer.printing import Report, nbytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -113,9 +114,9 @@ class _Place:
         return self.layer.merged_copy(self.names)
 
     @property
-    def tensors(self) -> tuple[int, ...]:
+    def tensors(self) -> frozenset[int]:
         """The tensors that the copy is made of, which tied layers may share."""
-        return tuple(map(id, (*self.layer.base_parameters, *self.layer.sources(self.names))))
+        return frozenset(map(id, (*self.layer.base_parameters, *self.layer.sources(self.names))))
 
 
 @dataclass
@@ -241,7 +242,7 @@ class MergedCopies:
 
     def _plan(self, wanted: list[Names], memory: float) -> _Plan:
         plan = _Plan(memory)
-        first: dict[tuple[int, ...], _Place] = {}
+        first: dict[frozenset[int], _Place] = {}
         for place in self._places(wanted):
             reason = obstacle(place.layer, place.names)
             if reason is not None:
@@ -324,18 +325,25 @@ def _made(plan: _Plan) -> dict[_Place, MergedCopy]:
 
 
 def _share(plan: _Plan, copies: dict[_Place, MergedCopy], place: _Place, first: MergedCopy | None) -> None:
-    """Let a copy have the weight of one that is equal; else keep it if it fits."""
+    """Let a copy have the weight of one that is made of the same tensors; else keep it if it fits.
+
+    The two are equal, but for the rounding where a layer has the other's weight transposed.
+    """
     copy = copies.get(place)
     if copy is None:
         return
-    if first is not None and _are_equal(first.weight, copy.weight):
+    if first is not None and _are_alike(first.weight, copy.weight):
         copy.weight = first.weight
     elif not plan.takes(place):
         del copies[place]
 
 
-def _are_equal(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and a.shape == b.shape and torch.equal(a, b)
+def _are_alike(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None or a.shape != b.shape:
+        return False
+    close = 4 * torch.finfo(a.dtype).eps
+    blocks = (slice(*block) for block in row_blocks(len(a), BLOCK))
+    return all(torch.allclose(a[rows], b[rows], rtol=close, atol=close) for rows in blocks)
 
 
 def _nbytes(places: Iterable[_Place]) -> int:
