@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -44,3 +47,13 @@ def test_a_verdict_has_words(report: ModuleType) -> None:
 def test_a_failure_is_told(report: ModuleType) -> None:
     results = {"failed": {"train 1B float32, peft": "not done after 240 s"}}
     assert report.remarks(results)[-1] == "Failed: train 1B float32, peft: not done after 240 s."
+
+
+def test_the_benchmark_for_a_gpu_runs(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/gpu_bench.py", "--smoke", "--only", "layer,manage", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads((tmp_path / "gpu_bench.json").read_text())["figures"]
+    assert {"frozen", "peft", "veneer"} <= {figure["side"] for figure in figures}
+    assert not any(figure["limit"] for figure in figures), "times of a CPU are not judged"
+    assert (tmp_path / "gpu_bench.md").read_text().count("\n") > len(figures)
