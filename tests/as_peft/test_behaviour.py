@@ -192,6 +192,8 @@ def test_the_warnings_that_peft_s_users_expect_are_given() -> None:
     tied = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
     model = peft.get_peft_model(tied, peft.LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False))
     told(model.merge_and_unload, "Setting tie_word_embeddings=False in the config")
+    typo = peft.LoraConfig(target_modules=["0"], modules_to_save=["hed"])
+    told(lambda: peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), typo), "modules_to_save names 'hed'")
     """
     )
-    assert lines == ["True True", "theirs None", "True", "False False", "True"]
+    assert lines == ["True True", "theirs None", "True", "False False", "True", "True"]

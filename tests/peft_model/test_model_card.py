@@ -29,7 +29,9 @@ def test_the_card_says_what_the_hub_asks(tmp_path: Path) -> None:
         "pipeline_tag": "text-generation",
         "tags": ["base_model:adapter:owner/base", "lora", "transformers"],
     }
-    assert "`default`: LORA" in card.text
+    assert "`default`: LORA on `down_proj`" in card.text
+    assert "; r 4" in card.text
+    assert 'veneer.load("PATH_OR_ID_OF_THIS_FOLDER", base="owner/base")' in card.text
     assert "[owner/base](https://huggingface.co/owner/base)" in card.text
 
 

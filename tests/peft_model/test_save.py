@@ -218,3 +218,11 @@ def test_another_revision_of_the_base_is_told() -> None:
     ):
         model = veneer.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config, revision="v2")
     assert (model.peft_config["default"].revision, config.revision) == ("v2", "v1")
+
+
+def test_a_tensor_that_is_a_flat_shard_is_told(tmp_path: Path) -> None:
+    model: Any = veneer.get_peft_model(nn.Sequential(nn.Linear(4, 4)), veneer.LoraConfig(target_modules=["0"]))
+    model.base_model.model[0].lora_A["default"].weight.data = torch.zeros(32)
+    with pytest.warns(veneer.VeneerWarning, match=r"1 tensors.*FSDP shards.*lora_A.weight is \(32,\), not \(8, 4\)"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()

@@ -202,3 +202,16 @@ def test_layers_name_their_tensors_and_adapters_and_a_load_its_keys(tmp_path: Pa
     model.save_pretrained(tmp_path)
     report = veneer.PeftModel.from_pretrained(base, tmp_path).load_adapter(tmp_path, "other")
     assert report.missing_keys == report.unexpected_keys == []
+
+
+@pytest.mark.parametrize("topk_only", [False, True])
+def test_what_is_saved_is_counted_as_in_peft(topk_only: bool) -> None:
+    options: dict[str, Any] = {"num_vectors": 10, "vector_length": 2, "save_only_topk_weights": topk_only}
+    counts = []
+    for library in (peft, veneer):
+        base = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 2))
+        model: Any = library.get_peft_model(base, library.VBLoRAConfig(target_modules=["0"], **options))
+        base[1].requires_grad_(True)
+        counts.append(model.get_nb_savable_parameters())
+    assert counts[0] == counts[1]
+    assert counts[1][1] == 14

@@ -21,7 +21,8 @@ from veneer.configs.names import HEADS
 from veneer.errors import ConfigTypeError, NonFiniteError, TargetError
 from veneer.methods import method_of
 from veneer.methods.base.abilities import SureToChange
-from veneer.printing import warn
+from veneer.packages import stands_in_for_peft
+from veneer.printing import IdleNameWarning, warn
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
@@ -121,11 +122,16 @@ def _check_saved_exist(adapters: Adapters, config: AnyConfig) -> None:
             )
     usual = HEADS.get(str(config.task_type), ())
     for name in set(config.modules_to_save or ()) - set(usual):
-        if not any(module.endswith(name) for module in adapters.catalog.modules):
-            raise TargetError(
-                f"modules_to_save names {name!r}, and the model has no such module.",
-                hint=f"Its output layer is {' or '.join(adapters.catalog.output_embeddings) or 'unknown'}.",
-            )
+        if any(module.endswith(name) for module in adapters.catalog.modules):
+            continue
+        error = TargetError(
+            f"modules_to_save names {name!r}, and the model has no such module.",
+            hint=f"Its output layer is {' or '.join(adapters.catalog.output_embeddings) or 'unknown'}.",
+        )
+        # As with peft, which says nothing: scripts name the modules of several families at once.
+        if not stands_in_for_peft():
+            raise error
+        warn(str(error), IdleNameWarning)
 
 
 def _sure_to_change(plan: Plan, sums: Mapping[str, float]) -> set[str]:

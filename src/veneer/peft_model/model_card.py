@@ -6,20 +6,67 @@ Its head (library, base, tags) is brought up to date; its text stays as it is.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer._version import __version__
+from veneer.configs.base import PeftConfig
 from veneer.files.atomic_write import atomic_write
 from veneer.files.resolve import looks_like_hub_id
-from veneer.printing import warn
+from veneer.printing import one_line, warn
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
 
 CARD = "README.md"
+
+_CARD = """---
+library_name: peft
+---
+
+# Adapters
+
+To be loaded onto {onto}, with Veneer or PEFT:
+
+{adapters}
+
+## Use
+
+The base stays as it is, and the adapters change what it computes. With Veneer:
+
+```python
+import veneer
+
+model = veneer.load("PATH_OR_ID_OF_THIS_FOLDER", base="{base}")
+```
+
+With PEFT, on a base that is loaded already:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "PATH_OR_ID_OF_THIS_FOLDER")
+```
+
+To run without adapters at all, write a merged model to disk: `veneer merge PATH_OR_ID_OF_THIS_FOLDER --out MERGED`.
+
+## Training
+
+Say here what the adapters were trained on, for what, and how well they do: the data and its licence, the steps, the
+learning rate and the hardware, and the figures of an evaluation beside those of the base.
+
+## Limits
+
+Say here what the adapters are not for. Whatever holds for the base, its licence included, holds for the adapters too.
+
+## Versions
+
+{versions}
+"""
 
 
 def write_card(model: Any, folder: Path, tags: Iterable[str] = ()) -> None:
@@ -65,11 +112,33 @@ def _present(path: Path) -> ModelCard | None:
 def _new(model: Any) -> ModelCard:
     from huggingface_hub import ModelCard
 
-    lines = [f"- `{name}`: {config.peft_type}" for name, config in model.peft_config.items()]
     base = _base_of(model)
     onto = f"[{base}](https://huggingface.co/{base})" if base else "the base model that `adapter_config.json` names"
-    text = "\n".join(["# Adapters", "", f"To be loaded onto {onto}, with Veneer or PEFT:", "", *lines])
-    return ModelCard(f"---\nlibrary_name: peft\n---\n\n{text}\n")
+    adapters = "\n".join(_described(name, config) for name, config in model.peft_config.items())
+    return ModelCard(_CARD.format(onto=onto, adapters=adapters, base=base or "BASE", versions=_versions()))
+
+
+def _described(name: str, config: PeftConfig) -> str:
+    """Return a line of the card about an adapter: its method, its targets, its rank and other numbers chosen."""
+    options = {field.name: (getattr(config, field.name), field.default) for field in dataclasses.fields(config)}
+    numbers = [
+        f"{option} {value}"
+        for option, (value, default) in sorted(options.items())
+        if type(value) in (int, float) and (option == "r" or value != default)
+    ]
+    targets = getattr(config, "target_modules", None) or ()
+    names = [one_line(target) for target in ([targets] if isinstance(targets, str) else sorted(targets))]
+    on = f" on {', '.join(f'`{name}`' for name in names)}" if names else ""
+    return "; ".join([f"- `{name}`: {config.peft_type}{on}", *numbers])
+
+
+def _versions() -> str:
+    """Return the versions of the libraries that the adapters were made with."""
+    import torch
+    import transformers
+
+    versions = {"Veneer": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return "\n".join(f"- {library} {version}" for library, version in versions.items())
 
 
 def _base_of(model: Any) -> str | None:

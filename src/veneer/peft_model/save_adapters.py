@@ -25,11 +25,13 @@ from veneer.files import adapter_folders
 from veneer.files.atomic_write import writing
 from veneer.files.base_digest import BASE_DIGEST_KEY
 from veneer.files.paths import is_file
+from veneer.files.tensor_keys import encode
 from veneer.keywords import TOKEN, check_passed_on, keywords, takes, unknown_keywords
 from veneer.peft_model.adapted_model import AdaptedModel
 from veneer.peft_model.initial_adapter import converted, keeps_start, with_known_start, with_start
 from veneer.peft_model.model_card import fetch_card, write_card
 from veneer.peft_model.trainer_state import write_state
+from veneer.printing import warn
 
 # Keywords that peft, transformers and accelerate hand to save_pretrained, without effect on adapters.
 _UNUSED = ("save_function", "max_shard_size", "save_peft_format", "push_to_hub", "token")
@@ -219,7 +221,25 @@ def _tensors_to_save(
     value = value_of(model, adapter, state)
     named = adapter.named_tensors(value)
     tensors = {key: tensor.to(adapter.saved_dtypes.get(key, tensor.dtype)) for key, tensor in named}
+    _warn_of_shards(adapter, tensors)
     return {**{key: value(tensor) for key, tensor in embeddings.items() if key not in tensors}, **tensors}
+
+
+def _warn_of_shards(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    """Warn of tensors that have not the dimensions that their layers' shapes have, and so cannot be loaded."""
+    expected = {
+        encode(share.key, leaf): shape
+        for layer, share in adapter.bound_layers()
+        if share.key is not None
+        for leaf, shape in share.method.shapes(share.settings, layer.site).items()
+    }
+    flat = [key for key, tensor in tensors.items() if key in expected and tensor.ndim != len(expected[key])]
+    if flat:
+        warn(
+            f"{len(flat)} tensors of adapter {adapter.name!r} have the shapes of DeepSpeed ZeRO-3 / FSDP shards, and "
+            f"what is saved will not load: {flat[0]} is {tuple(tensors[flat[0]].shape)}, not {expected[flat[0]]}. "
+            "Gather them first, and pass state_dict= with the whole tensors."
+        )
 
 
 def value_of(model: AdaptedModel, adapter: Adapter, state: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:

@@ -70,6 +70,17 @@ class Tuner(nn.Module):
             return False
         return True
 
+    def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
+        """Return the numbers of parameters that an adapter's checkpoint holds, and that are trained beside it.
+
+        Whole numbers, such as indices, count by their bytes: four are a parameter.
+        """
+        entry = self.adapters.get(adapter)
+        saved = [t.numel() * (1 if t.is_floating_point() else t.element_size() / 4) for _, t in entry.named_tensors()]
+        own = {id(parameter) for entry in self.adapters.by_name.values() for parameter in entry.parameters()}
+        others = [p.numel() for p in self.parameters() if p.requires_grad and id(p) not in own]
+        return int(sum(saved)), sum(others)
+
     def belong_to(self, peft_model: nn.Module) -> None:
         """Let ``peft_model`` answer about adapters; a weak reference, so that a dropped model is freed at once."""
         vars(self)["_outer"] = weakref.ref(peft_model)
