@@ -143,7 +143,7 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
     def _kept_forward(self, names: tuple[str, ...]) -> Callable[[Tensor], Any] | None:
         fused = self._fused_patch(names)
         if fused is not None:
-            return fused_forward(fused, self._base if self.merged else self.base_layer, self.active_selection.casts)
+            return fused_forward(fused, self._unmerged_base, self.active_selection.casts)
         patches = self.patches(names)
         if self.site.stored.ndim == 1 and whole_weight(self.site, patches):
             return partial(self.call_with, *self._whole(patches))
@@ -180,7 +180,13 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
     def _apply_patches(self, patches: Sequence[Patch], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if patches and whole_weight(self.site, patches):
             return self.call_with(*self._whole(patches), x, *args, **kwargs)
-        return apply(self.site, self.base_bias, self._base, patches, self.training, x, *args, **kwargs)
+        return apply(self.site, self.base_bias, self._unmerged_base, patches, self.training, x, *args, **kwargs)
+
+    @property
+    def _unmerged_base(self) -> Callable[..., Any]:
+        """The base layer, or what computes as it did before a merge."""
+        base: Callable[..., Any] = self._base if self.merged else self.base_layer
+        return base
 
     def _whole(self, patches: Sequence[Patch]) -> tuple[Tensor, Tensor | None]:
         """Return the weight, as stored, and the bias with ``patches``, rounded once."""
@@ -224,7 +230,7 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
             cached = self._inference_cache.mixed_forward(selection, names, self.sources, self._fused_patch)
             if cached.together and not cached.wants_grad(x):
                 order = selection.order(cached.together, x.shape[0], x.device, self.layout)
-                y = cached.forward(self._base if self.merged else self.base_layer, x, order)
+                y = cached.forward(self._unmerged_base, x, order)
                 rest = tuple(name for name in names if cached.members[name] is None)
         if y is None:
             y = self._base(x, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -44,6 +45,10 @@ class ShardedLayer(AdaptedLayer):
         y = self.base_layer(spread(x, mesh) if self.takes_part else x, *args, **kwargs)
         self.gives_part = y.shape[-1] != rows
         return gathered(y, mesh, rows) if self.gives_part else y
+
+    @property
+    def _unmerged_base(self) -> Callable[..., Any]:
+        return self._base
 
     def _fused_patch(self, names: tuple[str, ...]) -> None:
         """Return ``None``: a fused patch is added to the base layer's own output, and here that is a part."""

@@ -17,12 +17,21 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.errors import MergeError
 from veneer.patches.layer_form import LayerForm
-from veneer.patches.multipliers import Multiplier
+from veneer.patches.low_rank_autograd import (
+    dropped,
+    is_captured,
+    is_eager,
+    plain_linear,
+    scaled,
+    seeds_dropout,
+    updated,
+)
+from veneer.patches.multipliers import Diagonal, Multiplier
 from veneer.patches.operators import DenseMatrix, LinearOperator
 from veneer.patches.route import Route
 from veneer.patches.token_gate import TokenGate
@@ -198,7 +207,7 @@ class Patch:
         It is computed in the wider of the dtypes, so that neither is rounded first.
         """
         if training and self.dropout and x.is_floating_point():
-            x = F.dropout(x, self.dropout)
+            x = dropped(x, self.dropout) if self._has_node_form(site) else F.dropout(x, self.dropout)
         before = y
         if self.up is not None and self.down is not None:
             y = y + self._low_rank_output(x, y, site)
@@ -209,9 +218,10 @@ class Patch:
         if self.route is not None:
             y = y + self.route(x, training)
         if self.outer is not None:
-            y = self._outer_output(y, bias, site)
-        if self.shift is not None:
-            y = y + site.expand(self.shift, y)
+            y = self.outer.apply(y.movedim(site.channel, -1)).movedim(-1, site.channel)
+        shift = self._shift_of(bias)
+        if shift is not None:
+            y = y + site.expand(shift, y)
         if self.tokens is not None:
             y = _tokens_output(self.tokens, y, x, site)
         return y if self.gate is None else self.gate.choose(y, before)
@@ -224,13 +234,58 @@ class Patch:
         # The smaller of the two outputs is scaled, which a training step does again backwards.
         return site.mix(hidden if self.scale == 1 else hidden * self.scale, self.up.to(dtype))
 
-    def _outer_output(self, y: Tensor, bias: Tensor | None, site: LayerForm) -> Tensor:
-        assert self.outer is not None
-        y = self.outer.apply(y.movedim(site.channel, -1)).movedim(-1, site.channel)
-        if bias is None or self.outer_on_bias:
-            return y
-        # The bias has been multiplied with the rest; taking it off first would take a copy of ``y``.
-        return y + site.expand(bias - self.outer.apply(bias), y)
+    def _shift_of(self, bias: Tensor | None) -> Tensor | None:
+        """Return what is added to ``O y``: ``c``, and the part of the bias that ``O`` must not change."""
+        if bias is None or self.outer is None or self.outer_on_bias:
+            return self.shift
+        # Taking the bias off ``y`` first would take a copy of that.
+        rest = bias - self.outer.apply(bias)
+        return rest if self.shift is None else rest + self.shift
+
+    # -- applying in training ------------------------------------------------------------------------------
+
+    def is_node(self, x: Tensor, site: LayerForm, training: bool) -> bool:
+        """Tell whether autograd can, and should, take the patch as one node: see :meth:`node_output`."""
+        if self.up is None or self.down is None or not self._has_node_form(site):
+            return False
+        if not self.down.requires_grad:  # autograd by itself keeps nothing of ``x`` then
+            return False
+        drops = training and self.dropout > 0
+        return (
+            is_eager(x, self.up, self.down)
+            and not (drops and not seeds_dropout(x, self.dropout))
+            and not (self.outer is not None and is_captured(x))
+        )
+
+    def _has_node_form(self, site: LayerForm) -> bool:
+        """Tell whether the patch is ``O (W I + s U V)`` and ``c``, with a diagonal ``O``, on a layer of matrices."""
+        return (
+            site.matrix_input
+            and self.up is not None
+            and all(part is None for part in (self.dense, self.tokens, self.gate, self.route))
+            and (self.outer is None or isinstance(self.outer, Diagonal))
+        )
+
+    def node_output(
+        self, y: Tensor | nn.Linear, x: Tensor, bias: Tensor | None, training: bool, dtype: torch.dtype | None
+    ) -> Tensor:
+        """Return :meth:`changed_output` as nodes of autograd that keep ``x`` and, to scale it, the output.
+
+        Args:
+            y: the layer's output with the patches before this one, or a :func:`plain_linear` layer that gives it.
+            x: the input that this patch sees.
+            bias: the part of ``y`` that is bias, shape ``(out,)``.
+            training: whether dropout is on.
+            dtype: that the output is rounded to in the end; ``None`` where another patch follows.
+        """
+        assert self.up is not None
+        assert self.down is not None
+        shift, share = self._shift_of(bias), self.dropout if training else 0.0
+        only_adds = self.outer is None and shift is None
+        y = updated(x, y, self.up, self.down, self.scale, share, rounds=only_adds and dtype is not None)
+        if isinstance(self.outer, Diagonal):
+            return scaled(y, self.outer.values, shift, dtype or y.dtype)
+        return y if shift is None else y + shift
 
 
 def _nbytes(value: Any) -> int:
@@ -310,13 +365,36 @@ def apply(
         if patch.inner is not None:
             x = patch.inner.apply(x)
         seen.append(x)
-    y: Tensor = base(_as(seen.pop(), dtype), *args, **kwargs)
+    total, dtype = _base_output(base, patches, site, training, _as(seen.pop(), dtype), *args, **kwargs)
     needs_bias = any(p.outer is not None and not p.outer_on_bias for p in patches)
     steps = biases(bias, patches) if needs_bias else [None] * len(patches)
-    total = y
     for patch, bias_before in zip(patches, steps, strict=False):
-        total = patch.changed_output(total, seen.pop(), bias_before, site, training)
-    return total.to(y.dtype)
+        x = seen.pop()
+        if patch.is_node(x, site, training):
+            total = patch.node_output(total, x, bias_before, training, None if len(patches) > 1 else dtype)
+        else:
+            assert isinstance(total, Tensor)
+            total = patch.changed_output(total, x, bias_before, site, training)
+    assert isinstance(total, Tensor)
+    return total.to(dtype)
+
+
+def _base_output(
+    base: Callable[..., Any],
+    patches: Sequence[Patch],
+    site: LayerForm,
+    training: bool,
+    x: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor | nn.Linear, torch.dtype]:
+    """Return the base layer's output, or the layer where the first patch computes that too; and the output's dtype."""
+    if patches and patches[0].inner is None and patches[0].is_node(x, site, training):
+        linear = plain_linear(base, x)
+        if linear is not None:
+            return linear, linear.weight.dtype
+    y: Tensor = base(x, *args, **kwargs)
+    return y, y.dtype
 
 
 def apply_rows(y: Any, run: Callable[..., Any], groups: Mapping[str, Tensor], x: Tensor, *args: Any, **kw: Any) -> Any:

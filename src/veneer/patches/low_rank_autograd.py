@@ -1,0 +1,310 @@
+"""Low-rank updates as one node of autograd, which keeps the layer's input and no copy of it.
+
+    y' = y + s * drop(x) V^T U^T        y = x W^T + b, or as given
+
+For the backward pass autograd by itself keeps ``x`` in float32, its dropped form, the mask of that, and each product.
+This node keeps ``x`` as it came. It computes ``x V^T`` again, which is r / in of a product, and draws the mask again
+from its seed. The sum is formed in the wider of the dtypes and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
+
+from veneer.patches.watched_parameters import Watched
+
+# The values of an input that are in float32 at a time: 4 MB on a CPU; elsewhere as many as keep a product quick.
+CPU_VALUES, DEVICE_VALUES = 1 << 20, 1 << 24
+_PLAIN_TYPES = (Tensor, nn.Parameter, Watched)
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Drops a share of an input's entries, the same ones each time: no mask has to be kept.
+
+    Attributes:
+        share: from 0 to below 1.
+        seed: of the generator that draws the masks.
+    """
+
+    share: float = 0.0
+    seed: int = 0
+
+    @staticmethod
+    def drawn(share: float) -> Dropout:
+        """Return dropout with a seed from torch's CPU generator, whose state checkpointing restores."""
+        return Dropout(share, int(torch.randint(1 << 62, (), device="cpu"))) if share else Dropout()
+
+    @property
+    def gain(self) -> float:
+        """The factor that makes up for what is dropped."""
+        return 1 / (1 - self.share)
+
+    def masked_parts(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield the :func:`parts` of ``x``, shape ``(rows, in)``, without what is dropped, and the mask of each."""
+        generator = torch.Generator(x.device).manual_seed(self.seed) if self.share else None
+        for part in parts(x, x):
+            mask = None
+            if generator is not None:
+                mask = torch.empty(part.shape, dtype=torch.bool, device=x.device)
+                mask.bernoulli_(1 - self.share, generator=generator)
+            yield part if mask is None else part * mask, mask
+
+
+def parts(tensor: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """Cut a tensor that has the rows of ``x`` into parts whose float32 forms take little memory."""
+    values = CPU_VALUES if x.device.type == "cpu" else DEVICE_VALUES
+    pieces: tuple[Tensor, ...] = tensor.split(max(1, values // max(1, x.shape[-1])))
+    return pieces
+
+
+class LowRankUpdate(torch.autograd.Function):
+    """Computes ``y'`` of shape ``(rows, out)``; ``x``: (rows, in), ``U``: (out, r), ``V``: (r, in).
+
+    Either ``weight`` and ``bias`` are given or ``y``, of which no gradient is wanted or all. The backward pass is made
+    of differentiable operations on what was given.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        y: Tensor | None,
+        up: Tensor,
+        down: Tensor,
+        scale: float,
+        dropout: Dropout,
+        dtype: torch.dtype,
+        rounded: torch.dtype,
+    ) -> Tensor:
+        with _without_autocast(x):
+            if weight is not None:
+                result = F.linear(x.to(weight.dtype), weight, bias).to(rounded)
+            else:
+                assert y is not None
+                result = y.to(rounded, copy=True)
+            up, down, gain = up.to(dtype), down.to(dtype), scale * dropout.gain
+            for total, (seen, _) in zip(parts(result, x), dropout.masked_parts(x), strict=True):
+                _add_product(total, (seen.to(dtype) @ down.t()) * gain, up.t())
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, y, up, down, *ctx.options, _ = inputs
+        ctx.save_for_backward(x, weight, up, down)
+        ctx.y_dtype = (y if weight is None else weight).dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, up, down = ctx.saved_tensors
+        scale, dropout, dtype = ctx.options
+        wants_x, _, _, wants_y, wants_up, wants_down, *_ = ctx.needs_input_grad
+        with _without_autocast(x):
+            factors = up.to(dtype), down.to(dtype), scale * dropout.gain
+            to_y = grad.to(ctx.y_dtype)
+            to_up, to_down = (_zeros(up) if wants_up else None), (_zeros(down) if wants_down else None)
+            hidden_parts = [
+                (_add_gradients(to_up, to_down, own.to(dtype), seen.to(dtype), *factors), mask)
+                for own, (seen, mask) in zip(parts(grad, x), dropout.masked_parts(x), strict=True)
+            ]
+            # Last, when the float32 forms are gone.
+            to_x = None
+            if wants_x:
+                to_x = torch.zeros_like(x) if weight is None else (to_y @ weight).to(x.dtype)
+                for total, (hidden, mask) in zip(parts(to_x, x), hidden_parts, strict=True):
+                    _add_product(total, hidden, factors[1], mask)
+        return (
+            to_x,
+            None,
+            None,
+            to_y if wants_y else None,
+            None if to_up is None else to_up.to(up.dtype),
+            None if to_down is None else to_down.to(down.dtype),
+            *[None] * 4,
+        )
+
+
+def _add_gradients(
+    to_up: Tensor | None, to_down: Tensor | None, grad: Tensor, x: Tensor, up: Tensor, down: Tensor, scale: float
+) -> Tensor:
+    """Add the gradients of ``U`` and ``V`` up; return the gradient of ``x V^T``, shape ``(rows, r)``."""
+    hidden = (grad @ up) * scale
+    if to_up is not None:
+        _add_product(to_up, grad.t(), (x @ down.t()) * scale)
+    if to_down is not None:
+        _add_product(to_down, hidden.t(), x)
+    return hidden
+
+
+def _zeros(factor: Tensor) -> Tensor:
+    """Return zeros to add a factor's gradient up in, part by part."""
+    return torch.zeros_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, mask: Tensor | None = None) -> None:
+    """Add ``left @ right`` to ``total`` where ``mask`` is true, in place and rounded once."""
+    if mask is None and total.dtype is left.dtype:
+        total.addmm_(left, right)
+    else:
+        product = left @ right
+        total.add_(product if mask is None else product.mul_(mask))
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a block in which products keep their dtypes."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+class ScaledOutput(torch.autograd.Function):
+    """Computes ``g * y + c`` of the last dimension, and keeps the result in the place of ``y``; no ``g`` is zero."""
+
+    @staticmethod
+    def forward(y: Tensor, factor: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
+        scaled = y * factor
+        return (scaled if shift is None else scaled.add_(shift)).to(dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        y, factor, shift, _ = inputs
+        ctx.save_for_backward(output, factor, shift)
+        ctx.dtype = y.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        output, factor, shift = ctx.saved_tensors
+        _, wants_factor, wants_shift, _ = ctx.needs_input_grad
+        to_factor = to_shift = None
+        if wants_factor:
+            scaled = output.to(factor.dtype) if shift is None else output - shift
+            to_factor = (grad * scaled).flatten(0, -2).sum(0) / factor
+        if wants_shift:
+            to_shift = grad.flatten(0, -2).sum(0, dtype=factor.dtype).to(shift.dtype)
+        return (grad * factor).to(ctx.dtype), to_factor, to_shift, None
+
+
+def low_rank_update(
+    x: Tensor, y: Tensor | nn.Linear, up: Tensor, down: Tensor, scale: float, share: float, *, rounds: bool
+) -> Tensor:
+    """Return the updated output, shape ``(..., out)``.
+
+    Args:
+        x: shape ``(..., in)``.
+        y: the output, or a :func:`plain_linear` layer that gives it for ``x``.
+        up: ``U``.
+        down: ``V``.
+        scale: ``s``.
+        share: of ``x`` that is dropped.
+        rounds: round the result to the dtype of ``y``; else it has the dtype in which it was computed.
+    """
+    weight, bias = (y._parameters["weight"], y._parameters["bias"]) if isinstance(y, nn.Linear) else (None, None)
+    given = None if isinstance(y, nn.Linear) else y.reshape(-1, y.shape[-1])
+    y_dtype = (given if weight is None else weight).dtype  # type: ignore[union-attr]
+    wide = torch.promote_types(y_dtype, up.dtype)
+    dtype = product_dtype(x) if torch.is_autocast_enabled(x.device.type) else wide
+    flat, node = x.reshape(-1, x.shape[-1]), LowRankUpdate.apply
+    options = scale, Dropout.drawn(share), dtype, y_dtype if rounds else wide
+    updated: Tensor = node(flat, weight, bias, given, up, down, *options)  # type: ignore[no-untyped-call]
+    return updated.view(*x.shape[:-1], up.shape[0])
+
+
+# -- when it can be taken ------------------------------------------------------------------------------------------
+
+
+def is_eager(*tensors: Tensor) -> bool:
+    """Tell whether torch computes with plain tensors at once, as a node with a backward pass of its own needs it."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(tensor) in _PLAIN_TYPES and not tensor.is_meta for tensor in tensors)
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def seeds_dropout(x: Tensor, share: float) -> bool:
+    """Tell whether dropout of ``x`` is drawn from a seed: a captured CUDA graph would repeat the one of its capture."""
+    return share < 1 and is_eager(x) and not is_captured(x)
+
+
+def is_captured(x: Tensor) -> bool:
+    """Tell whether a CUDA graph of what happens to ``x`` is being captured."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def plain_linear(base: Any, x: Tensor) -> nn.Linear | None:
+    """Return a base layer that is a frozen product with its weight and nothing more; ``None`` for any other."""
+    if type(base) is not nn.Linear or _has_hooks(base):
+        return None
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    frozen = not any(tensor is not None and tensor.requires_grad for tensor in (weight, bias))
+    return base if frozen and type(weight) in _PLAIN_TYPES and weight.dtype is product_dtype(x) else None  # type: ignore[union-attr]
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or "forward" in module.__dict__ or torch_module._has_any_global_hook()
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of a layer's product with ``x``: autocast's, where that is on."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+# -- the parts of a patch ------------------------------------------------------------------------------------------
+
+
+def dropped(x: Tensor, share: float) -> Tensor:
+    """Return ``x`` with a share of its entries dropped: the same ones as in a node, from the same random state."""
+    if not seeds_dropout(x, share):
+        return F.dropout(x, share)
+    dropout = Dropout.drawn(share)
+    masked = [part for part, _ in dropout.masked_parts(x.reshape(-1, x.shape[-1]))]
+    return (torch.cat(masked) * dropout.gain).view(x.shape)
+
+
+def updated(
+    x: Tensor, y: Tensor | nn.Linear, up: Tensor, down: Tensor, scale: float, share: float, *, rounds: bool
+) -> Tensor:
+    """Return the output with a low-rank update, shape ``(..., out)``, by :class:`LowRankUpdate`.
+
+    Args:
+        x: shape ``(..., in)``.
+        y: the output without, or a :func:`plain_linear` layer that gives it for ``x``.
+        up: ``U``.
+        down: ``V``.
+        scale: ``s``.
+        share: of ``x`` that is dropped.
+        rounds: round the result to the dtype of ``y``; else it has the dtype in which it was computed.
+    """
+    if isinstance(y, nn.Linear):
+        weight, bias, given = y._parameters["weight"], y._parameters["bias"], None
+    else:
+        weight, bias, given = None, None, y.reshape(-1, y.shape[-1])
+    y_dtype = (given if weight is None else weight).dtype  # type: ignore[union-attr]
+    wide = torch.promote_types(y_dtype, up.dtype)
+    dtype = product_dtype(x) if torch.is_autocast_enabled(x.device.type) else wide
+    flat, options = x.reshape(-1, x.shape[-1]), (scale, Dropout.drawn(share), dtype, y_dtype if rounds else wide)
+    result: Tensor = LowRankUpdate.apply(flat, weight, bias, given, up, down, *options)  # type: ignore[no-untyped-call]
+    return result.view(*x.shape[:-1], up.shape[0])
+
+
+def scaled(y: Tensor, factor: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return ``g * y + c`` in ``dtype``, by :class:`ScaledOutput` where that can be."""
+    if factor.requires_grad and not bool((factor == 0).any()):
+        result: Tensor = ScaledOutput.apply(y, factor, shift, dtype)  # type: ignore[no-untyped-call]
+        return result
+    return (y * factor if shift is None else torch.addcmul(shift, y, factor)).to(dtype)
