@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -53,3 +54,21 @@ def test_gradients(arch: str, folder: Path, base_folder: Callable[[str], Path], 
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, f"nothing to compare at {name}"
         assert gap(found[name], gradient) < CLOSE, name
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_gradients_of_a_llama_to_float32s_last_digits(
+    options: dict[str, Any], base_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    config = lora_config("llama", r=4, target_modules=list(CASES["llama"].targets), **options)
+    scramble(peft.get_peft_model(base_model("llama", base_folder("llama")), config)).save_pretrained(tmp_path)
+    found, expected = (
+        gradients(
+            library.PeftModel.from_pretrained(base_model("llama", base_folder("llama")), tmp_path, is_trainable=True),
+            "llama",
+        )
+        for library in (veneer, peft)
+    )
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).norm() / gradient.norm()) < 1e-6, name

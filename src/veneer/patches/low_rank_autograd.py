@@ -60,11 +60,13 @@ class Dropout:
             yield part if mask is None else part * mask, mask
 
 
-def parts(tensor: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    """Cut a tensor that has the rows of ``x`` into parts whose float32 forms take little memory."""
+def parts(tensor: Tensor, x: Tensor) -> Iterator[Tensor]:
+    """Yield parts of a tensor that has the rows of ``x``, so small that their float32 forms take little memory."""
     values = CPU_VALUES if x.device.type == "cpu" else DEVICE_VALUES
-    pieces: tuple[Tensor, ...] = tensor.split(max(1, values // max(1, x.shape[-1])))
-    return pieces
+    rows = max(1, values // max(1, x.shape[-1]))
+    # One by one, and not by split(): autograd lets these be changed in place.
+    for start in range(0, max(1, len(tensor)), rows):
+        yield tensor[start : start + rows]
 
 
 class LowRankUpdate(torch.autograd.Function):
