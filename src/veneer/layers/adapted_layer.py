@@ -207,9 +207,10 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
     def _forward_rows(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.here(selection.used):
             return self._base(x, *args, **kwargs)
-        kept = self._forward_of_one(selection) if self.merged_copies else None
-        if not (kept is None or self.training or args or kwargs or torch.compiler.is_compiling() or kept.wants_grad(x)):
-            return kept.forward(x)  # type: ignore[misc]
+        if not (self.training or args or kwargs or torch.compiler.is_compiling()) and self.merged_copies:
+            kept = self._forward_of_one(selection)
+            if kept is not None and kept.forward is not None and not kept.wants_grad(x):
+                return kept.forward(x)
         if self.layout.dim > 0 and x.ndim > 1:
             # Contiguous again, for models take views of a layer's output.
             return self._forward_rows_first(selection, x.transpose(0, 1), *args, **kwargs).transpose(0, 1).contiguous()

@@ -34,7 +34,7 @@ class AdaptedParameter(AdaptedLayer):
         selection = self.active_selection.current
         if selection.rows is None:
             return self._through({}, *args, **kwargs)
-        if selection.of_one is not None and self.merged_copies.get(selection.of_one.names):
+        if not torch.compiler.is_compiling() and self.merged_copies and selection.of_one is not None:
             with self.active_selection.using(selection.of_one):
                 return self._through({}, *args, **kwargs)
         return self._through_rows(selection, *args, **kwargs)
@@ -55,8 +55,8 @@ class AdaptedParameter(AdaptedLayer):
     def _changed(self, names: tuple[str, ...]) -> Tensor:
         if not names:
             return self.base_stored
-        if self.merged_copies and not (self.training or torch.compiler.is_compiling() or self._wants_grad(names)):
-            copy = self.merged_copy(names)
+        if not (self.training or torch.compiler.is_compiling()) and self.merged_copies:
+            copy = None if self._wants_grad(names) else self.merged_copy(names)
             if copy is not None and copy.weight is not None:
                 return copy.weight
         weight = composed(self.base_weight(), self.patches_now(names))
