@@ -11,13 +11,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import veneer
 from tests.methods.case import cases
 from tests.methods.prompt import PromptCase
-from tests.models import CASES, VOCAB, build, gap, inputs, logits
+from tests.models import CASES, TEXT, VOCAB, build, gap, inputs, logits
 from tests.random_adapters import saved_base
 from veneer.errors import AdapterError, BindError, ConfigError, MergeError, UnsupportedError
 
@@ -318,6 +319,10 @@ def test_a_call_that_a_prompt_cannot_serve_is_refused() -> None:
     quietly(model.gradient_checkpointing_enable)
     with pytest.raises(AdapterError, match="checkpointing"):
         model.train()(**tokens)
+    base: Any = build("llama")
+    quietly(base.gradient_checkpointing_enable)
+    with pytest.raises(AdapterError, match="does not work with gradient checkpointing"):
+        veneer.get_peft_model(base, veneer.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     multi = veneer.MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_tasks=2)
     model = veneer.get_peft_model(build("llama"), multi, seed=1)
     with pytest.raises(AdapterError, match="nothing of tasks"):
@@ -425,3 +430,81 @@ def test_tasks_in_an_encoder_decoder_lengthen_the_encoder_alone(tmp_path: Path) 
     ids = {name: inputs("t5")[name] for name in ("input_ids", "attention_mask")}
     again = logits(model, {**ids, "decoder_input_ids": tokens[:, :-1]}, **case.choice).argmax(-1)
     assert torch.equal(again, tokens[:, 1:])
+
+
+def _gemma4(**sizes: Any) -> Any:
+    """A Gemma 4, whose layers have keys of two widths; the last may use those of others."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    blocks = {"num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    heads = {"head_dim": 8, "global_head_dim": 16, "num_key_value_heads": 2, "layer_types": kinds, "sliding_window": 64}
+    extra = {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    config = tf.Gemma4TextConfig(**{**TEXT, **blocks, **heads, **extra, "num_kv_shared_layers": 2, **sizes})
+    return tf.Gemma4ForCausalLM(config).eval()
+
+
+GEMMAS: dict[str, dict[str, Any]] = {
+    "keys of others": {},
+    "keys of its own": {"num_kv_shared_layers": 0},
+    "other heads": {"num_kv_shared_layers": 0, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
+    "more heads": {"num_kv_shared_layers": 0, "num_global_key_value_heads": 4, "attention_k_eq_v": True},
+}
+
+
+@pytest.mark.parametrize("kind", ["PrefixTuningConfig", "CartridgeConfig"])
+@pytest.mark.parametrize("sizes", GEMMAS.values(), ids=GEMMAS)
+def test_a_prefix_on_layers_of_different_sizes_is_as_in_peft(sizes: dict[str, Any], kind: str, tmp_path: Path) -> None:
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    theirs = enlarged(quietly(peft.get_peft_model, _gemma4(**sizes), getattr(peft, kind)(**options)))
+    wanted = quietly(logits, theirs, inputs("llama"))
+    quietly(theirs.save_pretrained, tmp_path)
+    ours = quietly(veneer.PeftModel.from_pretrained, _gemma4(**sizes), tmp_path)
+    assert gap(wanted, logits(_gemma4(**sizes), inputs("llama"))) > VISIBLE
+    assert gap(quietly(logits, ours, inputs("llama")), wanted) < CLOSE
+    assert (ours.peft_config["default"].token_dim, ours.peft_config["default"].num_layers) == (
+        theirs.peft_config["default"].token_dim,
+        theirs.peft_config["default"].num_layers,
+    )
+    made = [quietly(m.generate, **inputs("llama"), max_new_tokens=NEW, do_sample=False) for m in (ours, theirs)]
+    assert torch.equal(*made)
+
+
+def test_the_layers_that_a_prefix_skips_are_named() -> None:
+    config = veneer.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model: Any = veneer.get_peft_model(_gemma4(**GEMMAS["other heads"]), config)
+    with pytest.warns(veneer.VeneerWarning, match=r"in the layers \[1, 3\], and skipped \[0, 2\]"):
+        model(**inputs("llama"))
+    # Layers that use the keys of others see the prefix there.
+    shared: Any = veneer.get_peft_model(_gemma4(), config)
+    shared(**inputs("llama"))
+    shared.config.num_key_value_heads = 9
+    with pytest.raises(AdapterError, match="skipped every layer"):
+        shared(**inputs("llama"))
+
+
+PROMPTS: dict[str, dict[str, Any]] = {
+    "PromptTuningConfig": {},
+    "PromptEncoderConfig": {"encoder_hidden_size": 8},
+    "MultitaskPromptTuningConfig": {"num_tasks": 2},
+    "PrefixTuningConfig": {},
+    "CartridgeConfig": {"num_frozen_tokens": 1},
+}
+
+
+@pytest.mark.parametrize(("kind", "options"), PROMPTS.items(), ids=PROMPTS)
+def test_the_virtual_tokens_can_be_had_as_in_peft(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4, **options}
+    theirs = enlarged(quietly(peft.get_peft_model, build("llama"), getattr(peft, kind)(**options)))
+    quietly(theirs.save_pretrained, tmp_path)
+    ours: Any = veneer.PeftModel.from_pretrained(build("llama"), tmp_path)
+    tasks = torch.tensor([0, 1, 1]) if "num_tasks" in options else None
+    made, wanted = (model.get_prompt(3, tasks) for model in (ours, theirs))
+    if not isinstance(made, Tensor):
+        made, wanted = (torch.cat([layer.keys for layer in cache.layers]) for cache in (made, wanted))
+    assert gap(made.detach(), wanted.detach()) < CLOSE
+    assert gap(*(model.get_prompt_embedding_to_save("default") for model in (ours, theirs))) < CLOSE
+    with ours.disable_adapter(), pytest.raises(AdapterError, match="No prompt is active"):
+        ours.get_prompt(3)
+    ours.add_adapter("lora", veneer.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(AdapterError, match="'lora' is no prompt"):
+        ours.get_prompt_embedding_to_save("lora")

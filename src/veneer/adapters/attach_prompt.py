@@ -12,6 +12,7 @@ from veneer.adapters.attaching import Attaching, as_parameter
 from veneer.adapters.collection import Adapters
 from veneer.adapters.parts import PromptPart
 from veneer.adapters.prompt_sizes import complete
+from veneer.adapters.prompts import check_no_checkpointing
 from veneer.base_model import sharding
 from veneer.base_model.model_call import place_of, words_of
 from veneer.checkpoints.binding_plan import Plan
@@ -42,6 +43,8 @@ class AttachingPrompt(Attaching):
 
     def create(self, roots: list[str], generator: torch.Generator | None) -> None:
         self.adapters.check_places([], roots)
+        if self.method.fills_cache:
+            check_no_checkpointing(self.adapters.model)
         words = words_of(self.adapters.model)
         encoder = self.method.new(self.config, words, generator)
         if self.adapters.is_spread:

@@ -47,9 +47,14 @@ class PassHook(ABC):
         needed = any(self.is_for(adapter) for adapter in adapters.by_name.values())
         if needed and not self._handles:
             self.adapters, self._handles = adapters, self.hooks(adapters.model)
-        if self._handles and not needed:
+        if not needed:
+            self.stop()
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        if self._handles:
             del self.adapters
-        while self._handles and not needed:
+        while self._handles:
             self._handles.pop().remove()
 
     def selected(self) -> dict[str, Adapter]:

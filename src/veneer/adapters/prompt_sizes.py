@@ -88,18 +88,36 @@ def _of_words(model: nn.Module) -> Sizes:
 def _of_keys(model: nn.Module) -> Sizes:
     """Return the sizes for a prompt of keys and values; the heads are those of the keys."""
     config, sizes = _text_config(model), _of_words(model)
-    if _differing(config) & {"num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size"}:
+    if "hidden_size" in _differing(config):
         raise unsupported_prompt(model, "has layers of different sizes", "keys and values")
     if getattr(config, "kv_lora_rank", None):
         raise unsupported_prompt(model, "has keys and values of different widths", "keys and values")
-    if getattr(config, "num_kv_shared_layers", None):
-        raise unsupported_prompt(model, "has layers that use the keys and values of others", "keys and values")
     if not all(hasattr(layer, "update") for layer in _cache_layers(new_cache(model))):
         raise unsupported_prompt(model, "has layers without keys and values", "keys and values")
+    heads, width = max(_key_sizes(config, sizes.num_layers), key=lambda size: size[1])
+    return Sizes(heads * width, sizes.num_layers, heads)
+
+
+def own_key_sizes(module: nn.Module, layers: int) -> list[tuple[int, int]]:
+    """Return the heads of the keys of each layer and their width; without the last ones where these use others' keys.
+
+    Args:
+        module: the model.
+        layers: the number of its layers.
+    """
+    config = _text_config(module)
+    return _key_sizes(config, layers)[: layers - (getattr(config, "num_kv_shared_layers", None) or 0)]
+
+
+def _key_sizes(config: Any, layers: int) -> list[tuple[int, int]]:
+    return [_key_size(each) for each in config.per_layer_config] if _differing(config) else [_key_size(config)] * layers
+
+
+def _key_size(config: Any) -> tuple[int, int]:
     multi_query = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
-    heads = 1 if multi_query else getattr(config, "num_key_value_heads", None) or sizes.num_attention_heads
+    heads = 1 if multi_query else getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
-    return Sizes(heads * (width or config.hidden_size // sizes.num_attention_heads), sizes.num_layers, heads)
+    return heads, width or config.hidden_size // config.num_attention_heads
 
 
 def _text_config(model: nn.Module) -> Any:

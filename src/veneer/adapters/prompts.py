@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.adapters.lengthened_call import check_even, fit_mask_and_positions, joined_mask, lengthen_labels
+from veneer.adapters.prompt_sizes import own_key_sizes
 from veneer.base_model.model_call import (
     cached_positions,
     call_size,
@@ -36,8 +37,10 @@ from veneer.configs.base import PromptConfig
 from veneer.errors import AdapterError, UnsupportedError
 from veneer.layers.any_names import AnyNames
 from veneer.methods.base.prompt_method import IGNORED, AnyPrompt, PromptEncoder
+from veneer.packages import stands_in_for_peft
 from veneer.patches.active_selection import ActiveSelection
 from veneer.patches.forward_call import current, forget_after, note
+from veneer.printing import warn
 
 
 class Prompts(AnyNames):
@@ -187,7 +190,8 @@ class Prompts(AnyNames):
         cache = call["past_key_values"]
         seen = cached_positions(cache)
         if not seen:
-            _check_no_checkpointing(module)
+            if module.training:
+                check_no_checkpointing(module)
             self._fill_cache(cache, rows, mask.shape[1], module)
         fit_mask_and_positions(module, call, mask, seen, new, decoder + "attention_mask")
         return (), call
@@ -202,9 +206,30 @@ class Prompts(AnyNames):
         decoder_cache = getattr(cache, "self_attention_cache", cache)
         # With two submodules peft deals the pairs out in fours, and checkpoints are trained that way.
         step = 2 if config.num_transformer_submodules == 2 else 1
-        for layer in range(layers):
-            pair = layer * step % layers
-            decoder_cache.update(values[2 * pair], values[2 * pair + 1], layer)
+        sizes = own_key_sizes(module, layers)
+        fitting = [place for place, size in enumerate(sizes) if size[0] <= heads and size[1] <= values.shape[-1]]
+        _check_layers(layers, len(sizes), fitting)
+        for layer in fitting:
+            pair, (own, width) = layer * step % layers, sizes[layer]
+            keys, others = (values[2 * pair + kind, :, :own, :, :width] for kind in (0, 1))
+            decoder_cache.update(keys, others, layer)
+
+    def made(self, rows: int, model: nn.Module) -> Any:
+        """Return the virtual tokens of the selected prompts for each row: embeddings, or a new cache.
+
+        Raises:
+            AdapterError: no prompt is selected.
+        """
+        for fills_cache in (True, False):
+            mask = self._mask(fills_cache, rows, torch.device("cpu"))
+            if mask is not None and not fills_cache:
+                return self._values(False, rows, mask.shape[1])
+            if mask is not None:
+                module = module_called(model)
+                cache = new_cache(module)
+                self._fill_cache(cache, rows, mask.shape[1], module)
+                return cache
+        raise AdapterError("No prompt is active.", hint="Choose one with set_adapter(...).")
 
     # -- what the selection means --------------------------------------------------------------------------
 
@@ -269,9 +294,28 @@ def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     return (losses * weights).sum() / (labels != IGNORED).sum()
 
 
-def _check_no_checkpointing(module: nn.Module) -> None:
-    if module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
+def _check_layers(layers: int, own: int, fitting: list[int]) -> None:
+    """Warn of the layers in which a prefix is not, of ``own`` that have keys of their own; raise where it is in none.
+
+    In peft's place those that use the keys of others are named too.
+    """
+    if not fitting:
         raise AdapterError(
-            "Gradient checkpointing drops the cache, and with it the prefix.",
+            "The prefix skipped every layer: their keys have more or wider heads than it.",
+            hint="Use it on the model that it was made for.",
+        )
+    skipped = [layer for layer in range(layers if stands_in_for_peft() else own) if layer not in fitting]
+    if skipped:
+        warn(
+            f"The prefix is in the layers {fitting}, and skipped {skipped} due to KV shape: their keys have more or "
+            "wider heads than it, or are those of other layers."
+        )
+
+
+def check_no_checkpointing(module: nn.Module) -> None:
+    """Raise ``AdapterError`` where a model is to be trained with a prefix and with gradient checkpointing."""
+    if any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
+        raise AdapterError(
+            "A prefix does not work with gradient checkpointing, which drops the cache, and with it the prefix.",
             hint="Turn it off: model.activation_checkpointing_disable().",
         )

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from veneer.errors import CorruptFileError, IncompleteCheckpointError
-from veneer.files.names import ADAPTER_CONFIG, ADAPTER_STEM
+from veneer.files.names import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_STEM, ADAPTER_WEIGHTS
 from veneer.files.paths import exists, is_file
 from veneer.files.resolve import resolve
 from veneer.files.source import Source
@@ -115,4 +115,6 @@ def expert_source(name: str, index: int, path: str, beside: Source | None) -> So
 
 def _is_whole(source: Source) -> bool:
     """Tell whether a LoRA beside an X-LoRA is whole: peft 0.21 writes a part of it there, and a part of the base."""
+    if source.has(ADAPTER_PICKLE) and not source.has(ADAPTER_WEIGHTS):
+        return True
     return all(key.startswith(PREFIX) for header in read_headers(source, ADAPTER_STEM) for key in header.tensors)

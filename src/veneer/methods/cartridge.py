@@ -26,6 +26,11 @@ class Cartridge(PromptEncoder):
         self.frozen_embedding = nn.Parameter(values.detach()[:frozen].clone(), requires_grad=False) if frozen else None
         self.trainable_embedding = nn.Parameter(values.detach()[frozen:].clone(), requires_grad=values.requires_grad)
 
+    @property
+    def weight(self) -> Tensor:
+        """The whole table."""
+        return self.forward(None)
+
     def forward(self, tasks: Tensor | None) -> Tensor:
         if self.frozen_embedding is None:
             return self.trainable_embedding

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.configs.methods.cpt import CPTConfig
-from veneer.methods.base.prompt_method import IGNORED, PROMPT, EmbeddingTable, PromptEncoder, PromptMethod
+from veneer.methods.base.prompt_method import IGNORED, PROMPT, PromptEncoder, PromptMethod
 
 # The bound of the movement of a token that is neither input nor template.
 STILL = 1e-10
@@ -32,7 +32,7 @@ class Context(PromptEncoder):
     def __init__(self, config: CPTConfig, values: Tensor) -> None:
         super().__init__()
         self.embedding = nn.Embedding.from_pretrained(values.detach(), freeze=True)
-        self.delta_embedding = nn.Embedding.from_pretrained(torch.zeros_like(values), freeze=False)
+        self.delta_embedding = nn.Embedding.from_pretrained(torch.zeros_like(values), freeze=not values.requires_grad)
         kinds = torch.tensor(config.cpt_tokens_type_mask) % 4
         scale = math.sqrt(values.shape[1] / WIDTH)
         limits = {1: config.opt_projection_format_epsilon, 2: config.opt_projection_epsilon}
@@ -77,11 +77,11 @@ class CPT(PromptMethod[CPTConfig]):
     def new(self, config: CPTConfig, words: nn.Module, generator: torch.Generator | None) -> PromptEncoder:
         index = torch.tensor(config.cpt_token_ids, device=next(words.parameters()).device)
         with torch.no_grad():
-            return Context(config, words(index).float())
+            values: Tensor = words(index).float()
+        return Context(config, values.detach().requires_grad_())
 
     def restored(self, config: CPTConfig, tensors: Mapping[str, nn.Parameter]) -> PromptEncoder:
-        values = tensors[PROMPT]
-        return Context(config, values) if values.requires_grad else EmbeddingTable(values)
+        return Context(config, tensors[PROMPT])
 
     def counted(self, config: CPTConfig, labels: Tensor, types: Tensor | None) -> tuple[Tensor, Tensor]:
         types_of_prompt = torch.tensor(config.cpt_tokens_type_mask, device=labels.device).expand(len(labels), -1)

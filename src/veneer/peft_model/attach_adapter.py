@@ -25,6 +25,7 @@ from veneer.files.base_digest import BASE_DIGEST_KEY
 from veneer.files.source import Source
 from veneer.keywords import READING, subset
 from veneer.peft_model.adapted_model import AdaptedModel
+from veneer.peft_model.delegation import stands_for_peft
 from veneer.peft_model.load_report import AdapterReport
 from veneer.peft_model.open_adapter import OpenedAdapters, mixes_others, open_adapter
 from veneer.peft_model.peer_warnings import warn_of_name
@@ -131,7 +132,8 @@ def create_adapter(
 ) -> None:
     """Put a new, trainable adapter on a model, and train the head that its task has too if ``heads``.
 
-    Without ``values`` its tensors have no memory until they are set.
+    Without ``values`` its tensors have no memory until they are set. In peft's place (see ``veneer.as_peft``) a config
+    in ``inference_mode`` leaves it frozen.
 
     See :meth:`PeftModel.add_adapter`.
     """
@@ -144,9 +146,12 @@ def create_adapter(
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     with matching(config), model.adapters.replicated(config), _experts(model, config, None, True):
         attach.create(model.adapters, name, config, generator=generator, float32=float32)
-    config.inference_mode = False
+    frozen = config.inference_mode and stands_for_peft(model)
+    config.inference_mode = frozen
     # Selected again, the active adapters alone get gradients.
     model.adapters.select(model.adapters.active_selection.default.names or name)
+    if frozen:
+        model.adapters.set_trainable(name, False)
     if not values:
         drop_values(model.adapters, model.adapters.get(name))
     model.load_log.sync()

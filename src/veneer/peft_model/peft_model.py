@@ -40,6 +40,7 @@ from veneer.peft_model.delegation import stands_for_peft
 from veneer.peft_model.load_report import AdapterReport, LoadReport
 from veneer.peft_model.open_adapter import find_adapter, open_adapter
 from veneer.peft_model.peer_warnings import with_name_of
+from veneer.peft_model.prompt_methods import PromptMethods
 from veneer.peft_model.save_adapters import SavingMethods
 from veneer.peft_model.shadow_methods import ShadowMethods
 from veneer.peft_model.wrapped_again import without_adapters
@@ -54,7 +55,7 @@ _BY_TASK: dict[TaskType, type[PeftModel]] = {}
 
 
 @strict
-class PeftModel(XLoraMethods, ShadowMethods, BatchingMethods, SavingMethods):
+class PeftModel(PromptMethods, XLoraMethods, ShadowMethods, BatchingMethods, SavingMethods):
     """Holds a base model and any number of adapters on it.
 
     It behaves as the base model does (``generate``, ``config``, ``device``, pipelines, ``Trainer``) and adds the

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from veneer.adapters.pass_hook import PassHook
+from veneer.adapters.prompts import Prompts
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.layers.module_copies import ModuleCopies
 from veneer.layers.wrapping import take_off
@@ -27,6 +29,21 @@ def without_adapters(model: nn.Module) -> nn.Module:
     if owner is not None:
         owner.unload()
     take_off(base)
+    _stop_hooks(base)
     drop_injected(base)
     vars(base).pop("peft_config", None)
     return base
+
+
+def _stop_hooks(base: nn.Module) -> None:
+    """Take the hooks of a set of adapters off a model whose PeftModel may be gone."""
+    hooks = [
+        hook
+        for module in base.modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    ]
+    for owner in {id(owner): owner for hook in hooks if (owner := getattr(hook, "__self__", None))}.values():
+        if isinstance(owner, PassHook):
+            owner.stop()
+        elif isinstance(owner, Prompts):
+            owner.clear()
