@@ -197,3 +197,50 @@ def test_the_warnings_that_peft_s_users_expect_are_given() -> None:
     """
     )
     assert lines == ["True True", "theirs None", "True", "False False", "True", "True"]
+
+
+def test_an_alora_that_sees_no_tokens_does_nothing_with_a_warning() -> None:
+    lines = printed(
+        OPEN
+        + """
+    config.alora_invocation_tokens = [5]
+    model = peft.get_peft_model(build("llama"), config)
+    embeddings = model.get_input_embeddings()(batch["input_ids"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made = model(inputs_embeds=embeddings).logits
+    print("Cannot calculate aLoRA offsets" in str(caught[-1].message))
+    print(torch.equal(made, build("llama")(inputs_embeds=embeddings).logits))
+    """
+    )
+    assert lines == ["True", "True"]
+
+
+def test_a_config_in_inference_mode_leaves_a_new_adapter_frozen() -> None:
+    lines = printed(
+        OPEN
+        + """
+    config.inference_mode = True
+    model = peft.get_peft_model(build("llama"), config)
+    print(any(p.requires_grad for p in model.parameters()), model.peft_config["default"].inference_mode)
+    """
+    )
+    assert lines == ["False True"]
+
+
+def test_an_xlora_on_a_model_that_had_one_works_alone(tmp_path: Path) -> None:
+    lines = printed(
+        OPEN
+        + f"""
+    path = {str(tmp_path)!r}
+    peft.get_peft_model(build("llama"), config).save_pretrained(path + "/lora")
+    base = build("llama")
+    mixed = peft.XLoraConfig(task_type="CAUSAL_LM", adapters={{"0": path + "/lora"}}, hidden_size=32)
+    first = peft.get_peft_model(base, mixed).eval()
+    expected = first(**batch).logits
+    first.save_pretrained(path + "/mixed", safe_serialization=False)
+    again = peft.PeftModel.from_pretrained(base, path + "/mixed")
+    print(torch.allclose(again(**batch).logits, expected, atol=1e-5))
+    """
+    )
+    assert lines == ["True"]

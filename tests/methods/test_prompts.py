@@ -508,3 +508,52 @@ def test_the_virtual_tokens_can_be_had_as_in_peft(kind: str, options: dict[str, 
     ours.add_adapter("lora", veneer.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(AdapterError, match="'lora' is no prompt"):
         ours.get_prompt_embedding_to_save("lora")
+
+
+class _Plain(nn.Module):
+    """A model that is none of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y
+
+
+def test_a_model_that_is_none_of_transformers_carries_a_prefix_of_given_sizes(tmp_path: Path) -> None:
+    sizes = {"num_virtual_tokens": 5, "num_layers": 2, "token_dim": 10, "num_attention_heads": 2}
+    model: Any = veneer.get_peft_model(_Plain(), veneer.PrefixTuningConfig(**sizes))
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / WEIGHTS)["prompt_embeddings"].shape == (5, 40)
+    again: Any = veneer.PeftModel.from_pretrained(_Plain(), tmp_path)
+    assert torch.equal(*(m.prompt_encoder["default"].embedding.weight for m in (model, again)))
+    with pytest.raises(UnsupportedError, match="takes no past_key_values"):
+        again(torch.zeros(1, 3))
+    with again.disable_adapter():
+        assert again(torch.zeros(1, 3)).shape == (1, 3)
+    with pytest.raises(UnsupportedError, match="no transformers model"):
+        veneer.get_peft_model(_Plain(), veneer.PrefixTuningConfig(num_virtual_tokens=5))
+
+
+def test_names_of_before_are_found_by_what_a_model_itself_says_of_them(tmp_path: Path) -> None:
+    class Moved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = _Plain()
+            self._checkpoint_conversion_mapping = {r"^(?!inner)": "inner."}
+
+    config = veneer.LoraConfig(target_modules=["linear"], init_lora_weights=False)
+    old = veneer.get_peft_model(_Plain(), config, seed=1)
+    old.save_pretrained(tmp_path)
+    new: Any = veneer.PeftModel.from_pretrained(Moved(), tmp_path)
+    loaded = new.get_base_model().inner.linear.lora_A["default"].weight
+    assert torch.equal(loaded, load_file(tmp_path / WEIGHTS)["base_model.model.linear.lora_A.weight"])
+
+
+def test_a_cartridge_shows_its_whole_table() -> None:
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4, "num_frozen_tokens": 1}
+    model: Any = veneer.get_peft_model(build("llama"), veneer.CartridgeConfig(**options))
+    table = model.prompt_encoder["default"]
+    assert torch.equal(table.weight, torch.cat([table.frozen_embedding, table.trainable_embedding]))

@@ -45,11 +45,11 @@ class AttachingPrompt(Attaching):
         self.adapters.check_places([], roots)
         if self.method.fills_cache:
             check_no_checkpointing(self.adapters.model)
-        words = words_of(self.adapters.model)
-        encoder = self.method.new(self.config, words, generator)
+        model = self.adapters.model
+        encoder = self.method.new(self.config, model if self.method.fills_cache else words_of(model), generator)
         if self.adapters.is_spread:
             sharding.agree(encoder.state_dict().values())
-        self._place(encoder.to(next(words.parameters()).device))
+        self._place(encoder.to(place_of(model)))
 
     def _place(self, encoder: PromptEncoder) -> None:
         prompts = self.adapters.prompts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torch import nn
@@ -37,7 +37,7 @@ class Sizes:
 
 
 def complete(config: PromptConfig, method: AnyPrompt, model: nn.Module) -> None:
-    """Fill in the sizes that ``config`` leaves to the model.
+    """Fill in the sizes that ``config`` leaves to the model; a model that is none of transformers needs all of them.
 
     Raises:
         ConfigError: it says no length.
@@ -49,6 +49,10 @@ def complete(config: PromptConfig, method: AnyPrompt, model: nn.Module) -> None:
             f"num_virtual_tokens is missing, the length of the {config.peft_type} prompt.",
             hint="Give it, such as num_virtual_tokens=20.",
         )
+    if config.num_transformer_submodules is None:
+        config.num_transformer_submodules = 2 if config.task_type == "SEQ_2_SEQ_LM" else 1
+    if not _is_of_transformers(model) and all(getattr(config, field.name) is not None for field in fields(Sizes)):
+        return
     sizes = asdict(_of_keys(model) if method.fills_cache else _of_words(model))
     needed = sizes if method.fills_cache else {"token_dim": sizes["token_dim"]}
     wrong = [
@@ -65,8 +69,6 @@ def complete(config: PromptConfig, method: AnyPrompt, model: nn.Module) -> None:
     for name, value in sizes.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
-    if config.num_transformer_submodules is None:
-        config.num_transformer_submodules = 2 if config.task_type == "SEQ_2_SEQ_LM" else 1
     if method.fills_cache:
         module_called(model)
     elif is_encoder_decoder(model) and "input_ids" not in taken_names(encoder_of(model)):
@@ -121,10 +123,14 @@ def _key_size(config: Any) -> tuple[int, int]:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "get_text_config"):
+    if not _is_of_transformers(model):
         raise unsupported_prompt(model, "is no transformers model")
+    config: Any = model.config
     return config.get_text_config(decoder=True)
+
+
+def _is_of_transformers(model: nn.Module) -> bool:
+    return hasattr(getattr(model, "config", None), "get_text_config")
 
 
 def _differing(config: Any) -> set[str]:

@@ -12,7 +12,6 @@ none: a shorter one is masked, and positions are counted over the tokens that ar
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -106,8 +105,10 @@ class Prompts(AnyNames):
     def _hook(self, model: nn.Module) -> None:
         front = encoder_of(model) if is_encoder_decoder(model) else model
         places = [(front, self._prepend)] + ([(model, self._cross)] if is_encoder_decoder(model) else [])
-        with contextlib.suppress(UnsupportedError):
+        try:
             places.append((module_called(model), self._fill))
+        except UnsupportedError:
+            places.append((model, self._refuse))
         self._hooks = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in places]
         self._hooks += [front.register_forward_hook(self._finish), forget_after(front, "weighted_labels")]
 
@@ -195,6 +196,11 @@ class Prompts(AnyNames):
             self._fill_cache(cache, rows, mask.shape[1], module)
         fit_mask_and_positions(module, call, mask, seen, new, decoder + "attention_mask")
         return (), call
+
+    def _refuse(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise ``UnsupportedError`` where a prefix is active, on a model that takes no cache."""
+        if self._active(fills_cache=True):
+            module_called(module)
 
     def _fill_cache(self, cache: Any, rows: int, tokens: int, module: nn.Module) -> None:
         config = next(self.configs[name] for name in self._active(fills_cache=True))

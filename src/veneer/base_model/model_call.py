@@ -40,13 +40,17 @@ def words_of(model: nn.Module) -> nn.Module:
 
 def place_of(model: nn.Module) -> torch.device:
     """Return the device for a prompt's tensors: the input embedding's, or the CPU where that is offloaded."""
-    device = next(words_of(model).parameters()).device
+    try:
+        words = words_of(model)
+    except UnsupportedError:  # a prefix on a model that is none of transformers
+        words = model
+    device = next((p.device for p in words.parameters()), torch.device("cpu"))
     return torch.device("cpu") if device.type == "meta" else device
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Tell whether a model has an encoder and a decoder."""
-    return bool(getattr(model.config, "is_encoder_decoder", False))
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def encoder_of(model: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ Everything is imported where it is called, since transformers takes seconds. ``t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -81,8 +82,14 @@ def conversions_of(model: Any) -> tuple[list[Any], list[Any]]:
 def renames_of(model: Any) -> Callable[[str], str]:
     """Return what turns a module's name in an older version into its name in ``model``; others stay as they are."""
     renamings, _ = conversions_of(model)
+    # What a model's own code says, as those of transformers 4 did.
+    patterns = getattr(model, "_checkpoint_conversion_mapping", None) or {}
 
     def rename(name: str) -> str:
+        for pattern, replacement in patterns.items():
+            new, count = re.subn(pattern, replacement, name)
+            if count:
+                return new
         parameter = renamed(name + _PARAMETER, renamings)
         return parameter.removesuffix(_PARAMETER) if parameter.endswith(_PARAMETER) else name
 

@@ -107,7 +107,7 @@ class PromptMethod(StoresShared, Generic[ConfigT]):
 
         Args:
             config: completed with the model's sizes.
-            words: the model's input embedding.
+            words: the model's input embedding; for keys and values, which need none, the model.
             generator: of the random start.
         """
 
