@@ -32,12 +32,12 @@ STARTS: Mapping[str, set[str]] = {
     "unmerge {tmp}/merged {made}/base --out {tmp}/base --json": {"click", "blake3", *TORCH},
 }
 # What loading does without, although it is installed: transformers imports what else it likes.
-UNUSED = {"bitsandbytes", "blake3", "datasets", "matplotlib", "peft", "pydantic", "rich", "trl", "typer"}
+UNUSED = {"bitsandbytes", "datasets", "matplotlib", "peft", "pydantic", "rich", "trl", "typer"}
 IMPORTED = """
 import sys
 from veneer.cli import main
-main(sys.argv[1:])
-print(*{name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names)
+code = main(sys.argv[1:])
+print(code, *{name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names)
 """
 
 
@@ -45,7 +45,9 @@ def imported(command: str) -> set[str]:
     """Return the packages that a process of the command has imported at its end; there are more before its start."""
     run = subprocess.run([sys.executable, "-c", IMPORTED, *command.split()], capture_output=True, text=True, check=True)
     before = {"__main__", "__mp_main__", "_distutils_hack", "veneer"}
-    return set(run.stdout.splitlines()[-1].split()) - before
+    code, *packages = run.stdout.splitlines()[-1].split()
+    assert code == ("2" if command == "inspct" else "0"), run.stderr
+    return set(packages) - before
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_a_command_imports_what_it_uses_alone(command: str, made: Path, tmp: Pat
 
 
 def test_generating_and_loading_import_what_they_use_alone(made: Path) -> None:
-    assert not imported(f"generate {made}/adapter --prompt w5 --max-new-tokens 2 --json") & UNUSED
+    assert imported(f"generate {made}/adapter --prompt w5 --max-new-tokens 2 --json") & UNUSED == set()
 
 
 def test_the_hook_of_every_start_of_python_imports_nothing() -> None:

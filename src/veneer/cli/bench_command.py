@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from veneer.cli import options
-from veneer.cli.options import A_PATH, NumberRange, switch
+from veneer.cli.options import A_PATH, PATH_OR_ID, NumberRange, switch
 from veneer.cli.terminal import for_stdout, print_warnings, show
 from veneer.errors import PathNotFoundError, UsageError
 from veneer.files.paths import exists
@@ -24,9 +24,14 @@ _PATHS = "An adapter, a set of adapters, or a base model; then further adapters 
 
 
 @click.command()
-@click.argument("paths", metavar="[PATH]...", nargs=-1, help=_PATHS)
+@click.argument("paths", metavar="[PATH]...", type=PATH_OR_ID, nargs=-1, help=_PATHS)
 @options.base
-@click.option("--adapters", multiple=True, help="Further adapters, or some of a set by name; others may follow it.")
+@click.option(
+    "--adapters",
+    type=PATH_OR_ID,
+    multiple=True,
+    help="Further adapters, or some of a set by name; others may follow it.",
+)
 @click.option("--batch", default="1,8", help="Rows of the inputs, with commas.")
 @click.option("--prompt-tokens", help="Tokens of a row; 128,512 if they fit.")
 @click.option("--new-tokens", type=click.IntRange(min=2), default=32, help="Tokens of an answer.")

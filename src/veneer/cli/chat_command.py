@@ -11,6 +11,7 @@ import click
 
 from veneer.cli import options as shared
 from veneer.cli.generation_options import generation_options
+from veneer.cli.options import PATH_OR_ID
 from veneer.cli.terminal import decoding_stdin, print_warnings, progress
 from veneer.errors import VeneerError
 from veneer.printing import one_line, quiet
@@ -22,7 +23,7 @@ _PATHS = "An adapter, a set of adapters or a model; then further adapters of the
 
 
 @click.command()
-@click.argument("paths", metavar="PATH [ADAPTER]...", nargs=-1, required=True, help=_PATHS)
+@click.argument("paths", metavar="PATH [ADAPTER]...", type=PATH_OR_ID, nargs=-1, required=True, help=_PATHS)
 @shared.base
 @shared.generation(512)
 @shared.revision

@@ -7,11 +7,12 @@ from typing import Any
 import click
 
 from veneer.cli import options
+from veneer.cli.options import PATH_OR_ID
 from veneer.cli.terminal import show
 
 
 @click.command()
-@click.argument("path", help="The adapter's folder or hub id.")
+@click.argument("path", type=PATH_OR_ID, help="The adapter's folder or hub id.")
 @click.option("--for", "server", default="vllm", help="The server: vllm.")
 @options.as_json
 @options.revision

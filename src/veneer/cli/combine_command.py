@@ -7,13 +7,15 @@ from typing import Any
 import click
 
 from veneer.cli import options
-from veneer.cli.options import A_PATH, weighted
+from veneer.cli.options import A_PATH, PATH_OR_ID, weighted
 from veneer.cli.terminal import print_warnings, progress, show
 from veneer.printing import quiet
 
 
 @click.command()
-@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True, help="PATH or PATH=WEIGHT, several.")
+@click.argument(
+    "adapters", metavar="ADAPTER...", type=PATH_OR_ID, nargs=-1, required=True, help="PATH or PATH=WEIGHT, several."
+)
 @click.option("--out", type=A_PATH, required=True, help="The folder to write.")
 @click.option(
     "--type",

@@ -7,14 +7,14 @@ from typing import Any
 import click
 
 from veneer.cli import options
-from veneer.cli.options import A_PATH, given_base
+from veneer.cli.options import A_PATH, PATH_OR_ID, given_base
 from veneer.cli.terminal import print_warnings, progress, show
 from veneer.errors import UsageError
 from veneer.printing import quiet
 
 
 @click.command()
-@click.argument("path", help="The adapter's folder or hub id.")
+@click.argument("path", type=PATH_OR_ID, help="The adapter's folder or hub id.")
 @options.base_argument
 @click.option("--out", type=A_PATH, required=True, help="The folder to write.")
 @click.option("--to", default="lora", help="The method to convert to: lora.")

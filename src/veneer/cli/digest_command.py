@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
-from veneer.cli.options import switch
+from veneer.cli.options import PATH_OR_ID, switch
 
 
 @click.command()
-@click.argument("path", help="A full model's folder.")
+@click.argument("path", type=PATH_OR_ID, help="A full model's folder.")
 @switch("--full", "Read every byte instead of samples.")
 def digest(path: str, full: bool) -> None:
     """Print the digest that identifies a base model.

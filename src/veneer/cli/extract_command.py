@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from veneer.cli import options
-from veneer.cli.options import A_PATH
+from veneer.cli.options import A_PATH, PATH_OR_ID
 from veneer.cli.terminal import print_warnings, progress, show
 from veneer.configs.dtype_names import torch_name
 from veneer.errors import UsageError
@@ -21,8 +21,8 @@ def _dtype(context: click.Context, parameter: click.Parameter, name: str) -> str
 
 
 @click.command()
-@click.option("--tuned", required=True, help="The tuned model's folder or hub id.")
-@click.option("--base", required=True, help="The model that it was tuned from.")
+@click.option("--tuned", type=PATH_OR_ID, required=True, help="The tuned model's folder or hub id.")
+@click.option("--base", type=PATH_OR_ID, required=True, help="The model that it was tuned from.")
 @click.option("--out", type=A_PATH, required=True, help="The adapter's folder.")
 @click.option("--rank", default=16, help="Of each layer, at most.")
 @click.option("--energy", type=float, help="Share of a layer's change that suffices, such as 0.95.")

@@ -12,7 +12,7 @@ import click
 
 from veneer.cli import options as shared
 from veneer.cli.generation_options import generation_options
-from veneer.cli.options import given_base, switch
+from veneer.cli.options import PATH_OR_ID, given_base, switch
 from veneer.cli.terminal import decoding_stdin, print_warnings, progress
 from veneer.errors import UsageError
 from veneer.printing import quiet
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("path", help="An adapter, a set of adapters or a model.")
+@click.argument("path", type=PATH_OR_ID, help="An adapter, a set of adapters or a model.")
 @shared.base_argument
 @click.option("--prompt", required=True, help="What to say to it; - reads standard input.")
 @shared.base

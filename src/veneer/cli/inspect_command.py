@@ -7,11 +7,12 @@ from typing import Any
 import click
 
 from veneer.cli import options
+from veneer.cli.options import PATH_OR_ID
 from veneer.cli.terminal import show
 
 
 @click.command()
-@click.argument("path", help="A folder, a .safetensors file or a hub id.")
+@click.argument("path", type=PATH_OR_ID, help="A folder, a .safetensors file or a hub id.")
 @options.as_json
 @options.revision
 @click.option("--subfolder", help="Where below PATH to look.")

@@ -8,16 +8,18 @@ from typing import Any
 import click
 
 from veneer.cli import options
-from veneer.cli.options import A_PATH, given_base, switch, weighted
+from veneer.cli.options import A_PATH, PATH_OR_ID, given_base, switch, weighted
 from veneer.cli.terminal import print_warnings, progress, show
 from veneer.printing import quiet
 
 
 @click.command()
-@click.argument("path", metavar="[ADAPTER]", required=False, help="The adapter's folder or hub id.")
+@click.argument("path", metavar="[ADAPTER]", type=PATH_OR_ID, required=False, help="The adapter's folder or hub id.")
 @options.base_argument
 @click.option("--out", type=A_PATH, required=True, help="The folder to write.")
-@click.option("--adapter", multiple=True, help="PATH or PATH=WEIGHT; several are merged in their order.")
+@click.option(
+    "--adapter", type=PATH_OR_ID, multiple=True, help="PATH or PATH=WEIGHT; several are merged in their order."
+)
 @options.base
 @options.dtype
 @click.option("--max-shard-size", help='Of one weight file, as "5GB"; as the base if left out.')

@@ -15,7 +15,21 @@ from veneer.files.paths import exists
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-A_PATH = click.Path(path_type=Path)
+
+class _PathOrId(click.ParamType[str]):
+    """A text that the shell completes as a path."""
+
+    name = "path"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        """Let the shell list files and folders."""
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type="file")]
+
+
+A_PATH = click.Path(path_type=Path, readable=False)
+PATH_OR_ID = _PathOrId()
 
 
 class NumberRange(click.FloatRange):
@@ -40,8 +54,10 @@ def _seed(context: click.Context, parameter: click.Parameter, value: int | None)
 
 
 as_json = switch("--json", "Print JSON, for scripts.")
-base = click.option("--base", help="The base: a folder or hub id. By default what the adapter names.")
-base_argument = click.argument("base_argument", metavar="[BASE]", required=False, help="The base, as --base has it.")
+base = click.option("--base", type=PATH_OR_ID, help="The base: a folder or hub id. By default what the adapter names.")
+base_argument = click.argument(
+    "base_argument", metavar="[BASE]", type=PATH_OR_ID, required=False, help="The base, as --base has it."
+)
 dtype = click.option(
     "--dtype",
     default="auto",

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from veneer.cli import options
-from veneer.cli.options import A_PATH, given_base, switch
+from veneer.cli.options import A_PATH, PATH_OR_ID, given_base, switch
 from veneer.cli.terminal import for_stdout, print_warnings, progress, show
 from veneer.errors import UsageError, VeneerError
 from veneer.printing import quiet
@@ -20,7 +20,7 @@ from veneer.printing import quiet
 @click.argument("data", type=A_PATH, help="A file with an example (JSON) on each line.")
 @options.base_argument
 @click.option("--out", type=A_PATH, required=True, help="The folder to write: the adapter and its checkpoints.")
-@click.option("--base", help="The base: a folder or hub id.")
+@click.option("--base", type=PATH_OR_ID, help="The base: a folder or hub id.")
 @click.option("--validation", type=A_PATH, help="A file of examples to evaluate on.")
 @click.option("--validation-split", type=float, help="Hold this share of DATA back, such as 0.05.")
 @click.option("--method", help="The adapter's method; lora by default.")

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from veneer.cli import options
-from veneer.cli.options import A_PATH, given_base
+from veneer.cli.options import A_PATH, PATH_OR_ID, given_base
 from veneer.cli.terminal import progress, show
 
 
@@ -16,7 +16,7 @@ from veneer.cli.terminal import progress, show
 @click.argument("merged", type=A_PATH, help="The merged folder.")
 @options.base_argument
 @click.option("--out", type=A_PATH, required=True, help="The folder to write.")
-@click.option("--base", help="The base to copy; without it, the delta of a reversible merge is used.")
+@click.option("--base", type=PATH_OR_ID, help="The base to copy; without it, the delta of a reversible merge is used.")
 @options.overwrite_model
 @options.as_json
 @options.local_files_only

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from veneer.cli import options
-from veneer.cli.options import A_PATH, NumberRange, given_base
+from veneer.cli.options import A_PATH, PATH_OR_ID, NumberRange, given_base
 from veneer.cli.terminal import print_warnings, progress, show
 from veneer.printing import quiet
 
@@ -16,7 +16,9 @@ from veneer.printing import quiet
 @click.command()
 @click.argument("out", metavar="MERGED", type=A_PATH, help="The merged folder.")
 @options.base_argument
-@click.option("--adapter", multiple=True, help="The adapters, in their order; by default as the manifest says.")
+@click.option(
+    "--adapter", type=PATH_OR_ID, multiple=True, help="The adapters, in their order; by default as the manifest says."
+)
 @options.base
 @click.option("--sample", type=click.IntRange(min=1), help="Compute only so many pieces again; all if left out.")
 @click.option("--logits/--no-logits", default=True, help="Load both models and compare what they answer.")

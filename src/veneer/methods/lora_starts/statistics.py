@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from veneer.base_model.catalog import Catalog
@@ -28,6 +27,8 @@ def read(file: Path, names: Iterable[str]) -> dict[str, Tensor]:
     Raises:
         ConfigError: it is of other layers.
     """
+    from safetensors.torch import load_file
+
     measured = load_file(file)
     missing = [name for name in names if name not in measured]
     if missing:
@@ -40,6 +41,8 @@ def read(file: Path, names: Iterable[str]) -> dict[str, Tensor]:
 
 def write(file: Path, measured: Mapping[str, Tensor]) -> None:
     """Write what was measured of each layer, by the layers' names."""
+    from safetensors.torch import save_file
+
     with atomic_write(file) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in measured.items()}, temporary)
 
