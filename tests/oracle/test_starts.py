@@ -305,7 +305,7 @@ def test_corda_measures_once_for_a_file(option: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing was measured of 2 layers"):
         veneer.preprocess_corda(build("llama"), config)
     with pytest.raises(ConfigError, match="`run_model` must be specified"):
-        veneer.preprocess_corda(build("llama"), veneer.LoraConfig(init_lora_weights="corda"))
+        veneer.preprocess_corda(build("llama"), veneer.LoraConfig(init_lora_weights="corda", **LINEAR))  # type: ignore[arg-type]
 
 
 def test_lora_ga_measures_once_for_a_file(tmp_path: Path) -> None:
@@ -366,6 +366,29 @@ def test_only_the_adapter_learns_and_its_start_stays() -> None:
 def test_each_mistake_has_its_error(options: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         ours(build("llama"), **options)
+
+
+@pytest.mark.parametrize(("how", "name"), [("corda", "CorDA"), ("lora_ga", "LoRA-GA")])
+def test_what_is_measured_for_nothing_is_refused(how: str, name: str) -> None:
+    measure = {"corda": veneer.preprocess_corda, "lora_ga": veneer.preprocess_loraga}[how]
+    with pytest.raises(veneer.ConfigError, match=f"takes no such data.* use {name}"):
+        measure(build("llama"), veneer.LoraConfig(**LINEAR), lambda: None)  # type: ignore[arg-type]
+    config = veneer.LoraConfig(**{**LINEAR, "target_modules": ["embed_tokens"], "init_lora_weights": how})  # type: ignore[arg-type]
+    with pytest.raises(veneer.ConfigError, match="No supported layers found"):
+        measure(build("llama"), config, lambda: None)
+
+
+def test_a_rank_one_gradient_gives_a_start_of_the_weights_length() -> None:
+    """In any order of its directions: the largest one sets the length."""
+    base: Any = nn.Sequential(nn.Linear(10, 10))
+    options: dict[str, Any] = {"direction": "random", "scale": "weight_svd"}
+    config = veneer.LoraConfig(r=4, target_modules=["0"], init_lora_weights="lora_ga", lora_ga_config=options)
+    veneer.preprocess_loraga(base, config, lambda: base(torch.ones(2, 10)).sum().backward())
+    length = float(torch.linalg.matrix_norm(base[0].weight.detach(), 2))
+    for seed in range(8):
+        model = veneer.get_peft_model(copy.deepcopy(base), config, seed=seed)
+        (up,) = (up for _, up in factors(model).values())
+        assert float(up.norm(dim=0).max()) == pytest.approx(length, rel=0.2)
 
 
 @pytest.mark.parametrize("how", ["corda", "lora_ga"])

@@ -20,7 +20,7 @@ from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import ConfigError
 from veneer.keywords import takes
 from veneer.methods.lora_starts.start import StartLayer
-from veneer.methods.lora_starts.statistics import COVARIANCE, linear_layers, read, record, recorded, watching, write
+from veneer.methods.lora_starts.statistics import COVARIANCE, read, record, recorded, sites_to_measure, watching, write
 from veneer.patches.low_rank import balanced
 
 # The largest distance of C times its computed inverse from the identity.
@@ -69,9 +69,11 @@ def preprocess_corda(
         hooked_model: the model that ``run_model`` calls, if it is another object with the same modules' names.
 
     Raises:
-        ConfigError: a layer saw no data, or values that are not finite; or there is neither data nor such a file.
+        ConfigError: a layer saw no data, or values that are not finite; there is neither data nor such a file; or the
+            config is of another start.
     """
-    layers = linear_layers(model, lora_config)
+    sites = sites_to_measure(model, lora_config, "preprocess_corda", "corda")
+    layers = {name: site.module for name, site in sites.items()}
     options = lora_config.corda_config or CordaConfig()
     files = [Path(file) for file in (options.covariance_file, options.cache_file) if file]
     measured = next((file for file in files if file.is_file()), None)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from veneer.base_model.sites.site import Site
 from veneer.configs.lora_start_options import LoraGAConfig, options_of
 from veneer.configs.methods.lora import LoraConfig
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, UnsupportedError
 from veneer.keywords import takes
 from veneer.methods.lora_starts.start import StartLayer
-from veneer.methods.lora_starts.statistics import GRADIENT, linear_sites, read, record, recorded, write
+from veneer.methods.lora_starts.statistics import GRADIENT, read, record, recorded, sites_to_measure, write
 
 
 def start(layer: StartLayer) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,8 @@ def _scaled(
         return down, up * (layer.weight.shape[0] ** 0.25 / options.stable_gamma**0.5)
     if options.scale == "weight_svd":
         _, of_weight, _ = torch.svd_lowrank(layer.weight, q=layer.r, niter=4)
-        return down, up * (of_weight[0] / values[0]) if values[0] > 0 else up
+        longest = values.max()  # "random" takes them in any order
+        return down, up * (of_weight[0] / longest) if longest > 0 else up
     if options.scale == "gd_scale":
         return down / layer.scale, up / layer.scale
     return down, up
@@ -79,9 +80,10 @@ def preprocess_loraga(
         cache_file: a safetensors file for the gradients: read if it is there, instead of measuring; else written.
 
     Raises:
-        ConfigError: a layer got no gradient, or the file is of other layers.
+        ConfigError: a layer got no gradient, the file is of other layers, or the config is of another start.
+        UnsupportedError: a layer is quantised.
     """
-    sites = linear_sites(model, lora_config)
+    sites = sites_to_measure(model, lora_config, "preprocess_loraga", "lora_ga")
     file = None if cache_file is None else Path(cache_file)
     if file is not None and file.is_file():
         gradients = read(file, sites)
@@ -95,6 +97,12 @@ def preprocess_loraga(
 
 def _measure(model: nn.Module, sites: Mapping[str, Site], train_step: Callable[[], Any]) -> dict[str, Tensor]:
     """Return the mean gradient of the weight of each layer over the passes of ``train_step``."""
+    for name, site in sites.items():
+        if site.is_packed:
+            raise UnsupportedError(
+                f"preprocess_loraga: the weight of {name} is quantized, and gets no gradient.",
+                hint="Measure on the base before it is quantised, with cache_file=..., or leave the layer out.",
+            )
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     counts = dict.fromkeys(sites, 0)
     model.requires_grad_(False)

@@ -74,9 +74,31 @@ def linear_sites(model: nn.Module, config: LoraConfig) -> dict[str, Site]:
     return {site.name: site for site in Catalog(model).sites(config) if site.matrix_input}
 
 
-def linear_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    """Return the live layers of :func:`linear_sites`."""
-    return {name: site.module for name, site in linear_sites(model, config).items()}
+def sites_to_measure(model: nn.Module, config: LoraConfig, who: str, start: str) -> dict[str, Site]:
+    """Return the linear sites on which data are measured for a start, by name.
+
+    Args:
+        model: the base model.
+        config: of the adapter to come.
+        who: the function that measures, for errors.
+        start: the start that it measures for.
+
+    Raises:
+        ConfigError: there are none, or the config is of another start.
+    """
+    if config.init_lora_weights != start:
+        name = {"lora_ga": "LoRA-GA", "corda": "CorDA"}[start]
+        raise ConfigError(
+            f"{who}: the config has init_lora_weights={config.init_lora_weights!r}, which takes no such data.",
+            hint=f'If you want to use {name}, make it with init_lora_weights="{start}".',
+        )
+    sites = linear_sites(model, config)
+    if not sites:
+        raise ConfigError(
+            f"{who}: No supported layers found: target_modules={config.target_modules!r} means no linear layer.",
+            hint="Name linear layers, or begin with another init_lora_weights.",
+        )
+    return sites
 
 
 @contextmanager
