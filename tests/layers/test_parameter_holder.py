@@ -35,3 +35,13 @@ def test_a_holder_begins_without_them_and_makes_each_as_a_module_has_it() -> Non
     for name in CONTAINERS:
         assert getattr(holder, name) == fresh[name]
         assert getattr(holder, name) is getattr(holder, name)
+
+
+def test_beside_a_weight_a_bias_is_none_as_on_a_linear_layer() -> None:
+    holder = ParameterHolder(training=True)
+    assert not hasattr(holder, "bias")
+    holder.weight = nn.Parameter(torch.zeros(8, 32))
+    assert holder.bias is None
+    holder.bias = nn.Parameter(torch.zeros(8))
+    assert holder.bias.shape == (8,)
+    assert [*holder.state_dict()] == ["weight", "bias"]

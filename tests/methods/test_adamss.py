@@ -101,6 +101,16 @@ def groups(model: Any) -> dict[str, torch.Tensor]:
     return {name: p for name, p in model.named_parameters() if "adamss_A" in name and p.requires_grad}
 
 
+def test_without_a_schedule_there_is_nothing_to_allocate(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = veneer.get_peft_model(LLAMA.make(), veneer.AdamssConfig(**SIZES))
+    with pytest.raises(veneer.AdapterError, match="use_asa"):
+        model.update_and_allocate(1)
+    monkeypatch.setattr("veneer.adapters.training_step.stands_in_for_peft", lambda: True)
+    before = groups(model)
+    model.base_model.update_and_allocate(1)
+    assert groups(model).keys() == before.keys()
+
+
 def test_training_goes_on_with_the_groups_that_matter_most(tmp_path: Path) -> None:
     peft.get_peft_model(LLAMA.make(), peft.AdamssConfig(**SIZES, **SCHEDULE)).save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(LLAMA.make(), tmp_path, is_trainable=True)

@@ -316,6 +316,13 @@ def test_in_bfloat16(made: Made, tmp_path: Path) -> None:
         assert gap(made.read(model.merge_and_unload()), unmerged) < 0.1
 
 
+def test_it_trains_in_the_dtype_of_a_base_in_half_precision(made: Made) -> None:
+    model = veneer.get_peft_model(made.bare().bfloat16(), made.config(veneer), autocast_adapter_dtype=False)
+    model.train(made.case.learns_in_training)
+    made.network.output(model).float().square().mean().backward()
+    assert any(parameter.grad is not None for parameter in model.adapters.parameters("default"))
+
+
 def test_a_wrong_shape_and_a_missing_tensor_are_named(made: Made, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_bytes((made.folder / "adapter_config.json").read_bytes())
     tensors = made.tensors()

@@ -137,6 +137,17 @@ def test_without_token_ids_it_says_so(folder: Path) -> None:
         ours(inputs_embeds=embedded)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_without_token_ids_it_does_nothing_in_the_place_of_peft(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = pair(folder)
+    embedded: Tensor = ours.get_input_embeddings()(IDS)
+    monkeypatch.setattr("veneer.adapters.invocation_hook.stands_in_for_peft", lambda: True)
+    with pytest.warns(veneer.VeneerWarning, match="do nothing in this pass"):
+        here = ours(inputs_embeds=embedded).logits
+    assert gap(here, theirs(inputs_embeds=embedded).logits) < CLOSE
+    assert gap(here, logits(build("llama"), {"input_ids": IDS})) < CLOSE
+
+
 def test_taken_off_it_leaves_no_hook(folder: Path) -> None:
     ours, _ = pair(folder)
     base = ours.unload()

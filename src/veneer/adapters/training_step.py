@@ -11,6 +11,7 @@ from veneer.adapters.collection import Adapters
 from veneer.errors import AdapterError
 from veneer.methods import method_of
 from veneer.methods.base.abilities import Allocates, Allocation, Penalised
+from veneer.packages import stands_in_for_peft
 
 if TYPE_CHECKING:
     from veneer.adapters.adapter import Adapter
@@ -52,6 +53,9 @@ def allocate(adapters: Adapters, step: int) -> None:
     """
     trained = [entry for name in adapters.active if (entry := adapters.by_name[name]).trainable]
     allocations = [(entry, allocation) for entry in trained if (allocation := _allocation(entry)) is not None]
+    # The training loops of peft's users call it whatever the config says.
+    if not allocations and stands_in_for_peft() and any(isinstance(method_of(e.config), Allocates) for e in trained):
+        return
     if not allocations:
         raise AdapterError(
             "update_and_allocate needs an active, trainable AdaLoRA whose config has a total_step, or AdaMSS whose "

@@ -33,6 +33,8 @@ class ParameterHolder(AnyNames):
         except AttributeError:
             if tensors := self._tensors_of_leaf(name):
                 return tensors
+            if name == "bias" and "weight" in self._parameters:  # as of a torch layer without one
+                return None
             raise
 
     def _tensors_of_leaf(self, leaf: str) -> dict[str, nn.Parameter]:
@@ -41,6 +43,8 @@ class ParameterHolder(AnyNames):
         return {name: parameter for name, parameter in held.items() if parameter is not None}
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "bias" and isinstance(value, nn.Parameter):
+            self._parameters.setdefault(name, None)  # or the None that is read above would be in the way
         super().__setattr__(name, value)
         if isinstance(value, nn.Parameter):
             self._exchanged()

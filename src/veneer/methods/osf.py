@@ -61,9 +61,9 @@ class OSF(Method[OSFConfig, int], DerivesTensors):
 
     def lower(self, settings: int, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         count, u, s, v = settings, tensors[BASE_U], tensors[BASE_S], tensors[BASE_V]
-        left = _away_from(u[:, :count], tensors[U])
-        right = _away_from(v[:count].T, tensors[V].T).T
-        up = torch.cat([left * tensors[S], -u[:, count:] * s[count:]], 1)
+        left = _away_from(u[:, :count], tensors[U].float())
+        right = _away_from(v[:count].T, tensors[V].T.float()).T
+        up = torch.cat([left * tensors[S].float(), -u[:, count:] * s[count:]], 1)
         return Patch(up=up, down=torch.cat([right, v[count:]]))
 
 

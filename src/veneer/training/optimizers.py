@@ -210,7 +210,8 @@ def _check_configs(model: nn.Module, expected: Mapping[str, Any]) -> None:
             actual = getattr(config, option)
             if value is not None and value != actual:
                 raise ConfigError(
-                    f"{option}={value!r}, and the adapter {name!r} has {option}={actual!r}.",
+                    f"{option}={value!r} was passed to create_lorafa_optimizer, and the adapter {name!r} has "
+                    f"{option}={actual!r}.",
                     hint="Give create_lorafa_optimizer the values of the adapter's config.",
                 )
 
