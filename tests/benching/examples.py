@@ -38,9 +38,18 @@ def setup(names: Sequence[str] = NAMES, kind: str = "causal", **changes: Any) ->
     return Setup(**{**values, **changes})
 
 
-def figures(of: Setup, unmerged: float = 1.1, mixed: float = 1.2, merge: float = 0.1, jitter: Any = JITTER) -> Any:
+def figures(
+    of: Setup,
+    unmerged: float = 1.1,
+    mixed: float = 1.2,
+    merge: float = 0.1,
+    jitter: Any = JITTER,
+    resident: float | None = None,
+) -> Any:
     """Times of a model that decodes a row in 20 ms and eight in 27, and a factor for each variant."""
     factors = {"base": 1.0, "merged": 1.0, "unmerged": unmerged}
+    if resident is not None:
+        factors["resident"] = resident
     if len(of.adapters) > 1:
         factors |= {"switching": unmerged, "mixed": mixed}
     found = []
@@ -63,6 +72,8 @@ def figures(of: Setup, unmerged: float = 1.1, mixed: float = 1.2, merge: float =
     add("merge", "merged", merge)
     add("unmerge", "merged", merge / 100)
     add("attach", "unmerged", 0.01)
+    if resident is not None:
+        add("keep", "resident", merge)
     for variant, load in (("base", 0.4), ("unmerged", 0.42), ("merged", 0.6)):
         add("load", variant, load)
         add("peak", variant, 8e8, "B")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -115,6 +116,28 @@ def test_several_in_flight_share_a_batch_only_while_unmerged() -> None:
     equal = {"a": 0.5, "b": 0.5}
     assert decide(measured(), equal, in_flight=8).merged == ()
     assert decide(measured(), equal, in_flight=1).merged == ("a", "b")
+
+
+def test_merged_copies_beside_the_base_take_the_memory_of_the_adapted_layers_alone() -> None:
+    figures = measured(keep=2.0)
+    figures = replace(
+        figures,
+        first={**figures.first, "resident": 0.11},
+        step={**figures.step, "resident": Speed(0.011, 0.0)},
+    )
+    shares = {"a": 0.5, "b": 0.3, "c": 0.2}
+    needs = Requirements(shares, 100 * GB, requests_per_change=100)
+    none, one, both, every = plans(figures, needs)
+    assert [plan.resident for plan in (none, one, both, every)] == [False, True, True, False]
+    assert [plan.memory for plan in (none, one, both)] == [11.3 * GB, 19.3 * GB, 27.3 * GB]
+    assert every.memory == 31 * GB
+    # An adapter that is alone on the base is switched to as an unmerged one.
+    assert both.request == pytest.approx(0.8 * (0.11 + 1.1) + 0.2 * (0.12 + 1.2))
+    assert both.change == pytest.approx((3 * 0.01 + 2 * 2.0) / 100)
+    assert every.request == pytest.approx(0.1 + 1.0)
+    assert break_even(figures, none, both).merges == 4.0
+    assert break_even(figures, none, every).merges == 3.0
+    assert [plan.memory for plan in plans(measured(), needs)[:3]] == [11.3 * GB, 19.3 * GB, 29.3 * GB]
 
 
 def test_the_hottest_is_merged_where_there_is_room_for_no_other() -> None:

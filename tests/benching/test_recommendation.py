@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
+import veneer
 from tests.benching import examples
 from veneer.benching import formats
 from veneer.benching.decide.recommendation import recommend
@@ -68,6 +71,33 @@ def test_several_adapters() -> None:
     )
     assert "would cost" in words(advice)
     assert "that needs" in words(advice)
+
+
+def test_the_merged_copies_of_the_hottest_beside_the_base() -> None:
+    one_model = {"in_flight": 1, "memory": 1.15e9, "traffic": {"pirate": 0.5, "json": 0.3, "brief": 0.2}}
+    report = examples.report(limits=one_model, resident=1.01)
+    advice = report.recommendation
+    assert (advice.decision, advice.headline) == (
+        "merge-hottest",
+        "Keep pirate and json merged beside the base, and leave brief unmerged.",
+    )
+    assert advice.call == "model.keep_merged('pirate', 'json')"
+    line = (
+        "model.keep_merged('pirate', 'json') does it, in 210 MB for each adapter. A step takes 20.0 ms on the base, "
+        "20.0 ms merged, 20.2 ms with its copy kept and 22.0 ms unmerged."
+    )
+    assert line in formats.plain(words(advice))
+    console = Console(record=True, width=300)
+    console.print(report)
+    text = console.export_text()
+    assert line in text
+    assert "merge pirate and json, beside the base" in text
+    assert "merged copy kept" in text
+    assert "make the merged copy of one adapter" in text
+    assert veneer.BenchReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    # Without a measured copy each of the merged is a model of its own.
+    assert examples.report(limits=one_model).recommendation.call == ""
+    assert examples.report(ONE, resident=1.0).recommendation.decision == "merge"
 
 
 def test_a_merged_model_that_is_faster_alone_is_explained() -> None:

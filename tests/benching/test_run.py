@@ -56,12 +56,12 @@ def test_every_kind_of_model(folder: Folder, no_processes: list[Request], arch: 
     assert (report.setup.kind, report.setup.lengths) == (kind, lengths)
     assert [(a.name, a.method) for a in report.setup.adapters] == [("a", "LORA"), ("b", "LORA")]
     timed = ("forward",) if kind == "forward" else ("first", "decode")
-    variants = ("base", "merged", "unmerged", "switching")
-    wanted = {(q, v) for q in timed for v in (*variants, "mixed")}
+    variants = ("base", "merged", "resident", "unmerged", "switching")
+    wanted = {(q, v) for q in timed for v in (*variants, "mixed")} | {("keep", "resident")}
     assert wanted <= quantities(report)
     for figure in report.figures:
         assert all(value > 0 for value in figure.samples)
-        if (figure.quantity, figure.variant) in wanted:
+        if (figure.quantity, figure.variant) in wanted - {("keep", "resident")}:
             assert len(figure.samples) == 2
             assert figure.length in (8, None)
     assert {f.batch for f in report.figures if f.variant == "mixed"} == {3}
@@ -102,10 +102,13 @@ def test_the_three_models_are_what_they_are_called(folder: Folder) -> None:
     found = taken(folder("llama"))
     row = found.questions[0]
     plain = {
-        name: outputs(model, row)[0] for name, model in vars(found).items() if name in ("base", "merged", "single")
+        name: outputs(model, row)[0]
+        for name, model in vars(found).items()
+        if name in ("base", "merged", "resident", "single")
     }
     assert not torch.allclose(plain["base"], plain["single"], atol=1e-2)
     torch.testing.assert_close(plain["merged"], plain["single"], atol=1e-4, rtol=1e-4)
+    assert torch.equal(plain["merged"], plain["resident"])
     with torch.inference_mode(), found.several.using("a"):
         torch.testing.assert_close(outputs(found.several, row)[0], plain["single"])
     shared = {id(p) for p in found.base.parameters()}

@@ -21,6 +21,7 @@ SCHEMA = 1
 VARIANTS: Mapping[str, str] = {
     "base": "base alone",
     "merged": "merged",
+    "resident": "merged copy kept",
     "unmerged": "unmerged",
     "switching": "switching",
     "mixed": "mixed batch",
@@ -35,7 +36,7 @@ class Figure:
 
     Attributes:
         quantity: "first" (seconds to the first token), "decode" and "forward" (seconds of a step), "switch",
-            "attach", "merge", "unmerge", "load" and "import" (seconds), "peak", "serving", "weights" and "disk"
+            "attach", "merge", "unmerge", "keep", "load" and "import" (seconds), "peak", "serving", "weights" and "disk"
             (bytes).
         variant: the model measured: one of ``VARIANTS``; for bytes also "kept", or "adapter " and its name.
         unit: "s" or "B".
@@ -195,6 +196,7 @@ class Recommendation:
         requests_per_change: between two changes of the adapters; ``None`` when they never change.
         in_flight: requests answered at the same time.
         margin: gains below this share count as noise.
+        call: the call that does it on a model with these adapters; empty where none does.
     """
 
     decision: str
@@ -210,6 +212,7 @@ class Recommendation:
     requests_per_change: float | None
     in_flight: int
     margin: float
+    call: str = ""
 
 
 @dataclass(frozen=True)

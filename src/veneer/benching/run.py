@@ -228,7 +228,7 @@ def _setup(
 
 def _plan_steps(timeline: Timeline, setup: Setup, sizes: Sequence[InputSize], predicted: int) -> None:
     """Plan every step, with a guess of its seconds from the model's size."""
-    variants = {size: 3 + (len(setup.adapters) > 1) * (1 + (size.batch > 1)) for size in sizes}
+    variants = {size: 4 + (len(setup.adapters) > 1) * (1 + (size.batch > 1)) for size in sizes}
     for size in sizes:
         rows, steps = size.batch * (size.length or 256), setup.new_tokens or 1
         guess = setup.parameters * (rows / 1e11 + steps / 1e10)

@@ -1,9 +1,9 @@
 """Merge or not: the cost model. Pure functions over measured figures; `docs/bench.md` explains it in words.
 
 There are ``n`` adapters; adapter ``i`` gets the share ``s_i`` of the requests, the hottest first. Plan ``k`` merges
-the ``k`` hottest, each into a model of its own, and leaves the others unmerged on one base that they share. So
-``k = 0`` stays unmerged and ``k = n`` merges everything. ``C`` requests are in flight, each to an adapter drawn by
-its share.
+the ``k`` hottest and leaves the others unmerged on one base that they share, beside which the merged weights are kept
+(``keep_merged``). So ``k = 0`` stays unmerged; ``k = n`` merges everything, each into a model of its own. ``C``
+requests are in flight, each to an adapter drawn by its share.
 
     T(b) = F + R b                        one decode step of b rows: a part that is fixed, a part for each row
     E(s) = F (1 - (1 - s)^C) + R C s      its expected time where a model gets the share s of C rows; T(0) = 0
@@ -11,12 +11,13 @@ its share.
     step(k)    = sum of E_merged(s_i) for i <= k, + E_unmerged(S_k)
     request(k) = (1 - S_k) P_merged + S_k P_unmerged + steps * step(k) / C
     cost(k)    = request(k) + (n * attach + k * merge) / Q
-    memory(0)  = runtime + base + adapters
-    memory(k)  = memory(0) + kept + (k - 1) * merged        0 < k < n: the first is merged in place, and unmergeable
+    memory(k)  = runtime + base + adapters + k * kept       k < n
     memory(n)  = runtime + n * merged
 
 ``P`` is the time to the first token, ``steps`` the decode steps after it, ``Q`` the requests between two changes of
-the adapters, ``kept`` the original weights that an unmergeable merge keeps. Several unmerged adapters that share a
+the adapters, ``kept`` the merged weights of one adapter. For 0 < k < n "merged" means these ("resident"). Where none
+can be kept, as on a quantised base, each of the ``k`` is merged into a model of its own, the first in place with
+``kept`` for the originals, and memory(k) = memory(0) + kept + (k - 1) * merged. Several unmerged adapters that share a
 base have figures of their own ("shared"): one for each row, and a switch between requests. Times are seconds, memory
 is bytes.
 
@@ -28,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,18 @@ class MeasuredCosts:
     """The figures that the cost model requirements.
 
     Attributes:
-        first: seconds to a request's first token: "merged", "unmerged" (one adapter), "shared" (several, after a
-            switch); zero where there is no decode.
-        step: one decode step (or one forward pass): "merged", "unmerged" (one adapter), "shared" (several).
+        first: seconds to a request's first token: "merged", "resident" (its merged copy kept), "unmerged" (one
+            adapter), "shared" (several, after a switch); zero where there is no decode.
+        step: one decode step (or one forward pass), by the same names.
         steps: the number of steps of a request.
         attach: seconds to attach one adapter.
         merge: seconds to merge one.
         runtime: the most bytes that a process needs beside its weights while it answers.
         base: bytes of the base's weights.
         merged: bytes of a merged model's weights.
-        kept: bytes of the original weights that a merge in place keeps.
+        kept: bytes of the merged weights of one adapter; as many as those of the originals that a merge in place keeps.
         adapters: bytes of each adapter's tensors, by name.
+        keep: seconds to make the merged copy of one adapter; ``None`` where none can be kept.
     """
 
     first: Mapping[str, float]
@@ -91,6 +93,7 @@ class MeasuredCosts:
     merged: int
     kept: int
     adapters: Mapping[str, int]
+    keep: float | None = None
 
 
 @dataclass(frozen=True)
@@ -117,12 +120,13 @@ class ServingPlan:
     """One way of serving the adapters.
 
     Attributes:
-        merged: the adapters that are merged, each into a model of its own.
+        merged: the adapters that are merged, each into a model of its own unless they are ``resident``.
         unmerged: the adapters that share one base.
         request: seconds of the machine for one request.
         change: seconds that changes of the adapters add to a request.
         memory: bytes needed.
         fits: whether the memory suffices.
+        resident: whether the merged weights are kept beside the base of the unmerged ones.
     """
 
     merged: tuple[str, ...]
@@ -131,6 +135,7 @@ class ServingPlan:
     change: float
     memory: float
     fits: bool
+    resident: bool = False
 
     @property
     def cost(self) -> float:
@@ -162,16 +167,25 @@ def plans(measured: MeasuredCosts, requirements: Requirements) -> list[ServingPl
 def _plan(
     measured: MeasuredCosts, requirements: Requirements, merged: tuple[str, ...], unmerged: tuple[str, ...]
 ) -> ServingPlan:
-    replaced = len(merged + unmerged) * measured.attach + len(merged) * measured.merge
+    resident = bool(merged and unmerged) and measured.keep is not None
     memory = needed_memory(measured, merged, unmerged)
-    return ServingPlan(
+    plan = ServingPlan(
         merged=merged,
         unmerged=unmerged,
         request=request_seconds(measured, requirements, merged, unmerged),
-        change=replaced / requirements.requests_per_change,
+        change=0.0,
         memory=memory,
         fits=memory <= requirements.memory,
+        resident=resident,
     )
+    replaced = len(merged + unmerged) * measured.attach + merges(measured, plan)
+    return replace(plan, change=replaced / requirements.requests_per_change)
+
+
+def merges(measured: MeasuredCosts, plan: ServingPlan) -> float:
+    """Return the seconds of a plan's merges."""
+    each = measured.keep if plan.resident and measured.keep is not None else measured.merge
+    return len(plan.merged) * each
 
 
 def request_seconds(
@@ -179,10 +193,11 @@ def request_seconds(
 ) -> float:
     """Compute the seconds of the machine for one request, first token and the others."""
     rest = sum(requirements.traffic[name] for name in unmerged)
+    fast = "resident" if unmerged and measured.keep is not None else "merged"
     kind = "shared" if len(unmerged) > 1 else "unmerged"
-    step = sum(measured.step["merged"].expected(requirements.traffic[name], requirements.in_flight) for name in merged)
+    step = sum(measured.step[fast].expected(requirements.traffic[name], requirements.in_flight) for name in merged)
     step += measured.step[kind].expected(rest, requirements.in_flight)
-    first = (1 - rest) * measured.first["merged"] + rest * measured.first[kind]
+    first = (1 - rest) * measured.first[fast] + rest * measured.first[kind]
     return first + measured.steps * step / requirements.in_flight
 
 
@@ -190,9 +205,10 @@ def needed_memory(measured: MeasuredCosts, merged: Sequence[str], unmerged: Sequ
     """Compute the bytes that a plan needs while it answers."""
     if not unmerged:
         return measured.runtime + len(merged) * measured.merged
-    adapters = sum(measured.adapters.values())
-    extra = measured.kept + (len(merged) - 1) * measured.merged if merged else 0
-    return measured.runtime + measured.base + adapters + extra
+    below = measured.runtime + measured.base + sum(measured.adapters.values())
+    if measured.keep is not None:
+        return below + len(merged) * measured.kept
+    return below + (measured.kept + (len(merged) - 1) * measured.merged if merged else 0)
 
 
 def choose(candidates: Sequence[ServingPlan], margin: float) -> ServingPlan:
@@ -209,6 +225,6 @@ def choose(candidates: Sequence[ServingPlan], margin: float) -> ServingPlan:
 
 def break_even(measured: MeasuredCosts, stay: ServingPlan, other: ServingPlan) -> BreakEven:
     """Compute after how many requests ``other``, which merges, beats ``stay``, which does not."""
-    merges = len(other.merged) * measured.merge
+    seconds = merges(measured, other)
     saving = stay.request - other.request
-    return BreakEven(merges, saving, merges / saving if saving > 0 else None)
+    return BreakEven(seconds, saving, seconds / saving if saving > 0 else None)

@@ -109,10 +109,16 @@ def measured(figures: Figures) -> MeasuredCosts:
     return MeasuredCosts(
         first={
             "merged": figures.first("merged"),
+            "resident": figures.first("resident"),
             "unmerged": figures.first("unmerged"),
             "shared": figures.first("switching" if several else "unmerged"),
         },
-        step={"merged": figures.speed("merged"), "unmerged": figures.speed("unmerged"), "shared": shared},
+        step={
+            "merged": figures.speed("merged"),
+            "resident": figures.speed("resident"),
+            "unmerged": figures.speed("unmerged"),
+            "shared": shared,
+        },
         steps=figures.steps,
         attach=figures.median("attach", "unmerged"),
         merge=figures.median("merge", "merged"),
@@ -121,6 +127,7 @@ def measured(figures: Figures) -> MeasuredCosts:
         merged=round(figures.median("weights", "merged")),
         kept=round(figures.median("weights", "kept")),
         adapters={a.name: round(figures.median("weights", f"adapter {a.name}")) for a in setup.adapters},
+        keep=figures.median("keep", "resident") or None,
     )
 
 
@@ -149,7 +156,7 @@ def recommend(
     chosen = choose(weighed, margin)
     other = chosen if chosen.merged else _rival(weighed)
     even = break_even(costs, weighed[0], other)
-    verdict = _Verdict(weighed, chosen, other, even, requirements, margin, by_variant.merged_is_faster())
+    verdict = _Verdict(weighed, chosen, other, even, requirements, margin, by_variant)
     return Recommendation(
         decision=verdict.decision,
         headline=verdict.headline(),
@@ -169,6 +176,7 @@ def recommend(
         requests_per_change=None if math.isinf(requirements.requests_per_change) else requirements.requests_per_change,
         in_flight=requirements.in_flight,
         margin=margin,
+        call=verdict.call,
     )
 
 
@@ -188,7 +196,7 @@ class _Verdict:
     even: BreakEven
     requirements: Requirements
     margin: float
-    merged_is_faster: bool
+    figures: Figures
 
     @property
     def decision(self) -> str:
@@ -197,6 +205,11 @@ class _Verdict:
             return "unmerged"
         return "merge-hottest" if self.chosen.unmerged else "merge"
 
+    @property
+    def call(self) -> str:
+        """The call of a model with all of the adapters that does what is recommended; empty where none does."""
+        return f"model.keep_merged({', '.join(map(repr, self.chosen.merged))})" if self.chosen.resident else ""
+
     def headline(self) -> str:
         """Write the recommendation as a sentence."""
         merged, unmerged = self.chosen.merged, self.chosen.unmerged
@@ -204,12 +217,27 @@ class _Verdict:
             return f"Leave {formats.listed(unmerged)} unmerged" + (", on one base." if len(unmerged) > 1 else ".")
         if not unmerged:
             return f"Merge {formats.listed(merged)}" + (", each into a model of its own." if merged[1:] else ".")
+        if self.chosen.resident:
+            return (
+                f"Keep {formats.listed(merged)} merged beside the base, and leave {formats.listed(unmerged)} unmerged."
+            )
         base = " on one base" if len(unmerged) > 1 else ""
         return f"Merge {formats.listed(merged)}, and leave {formats.listed(unmerged)} unmerged{base}."
 
     def reasons(self, setup: Setup) -> list[str]:
         """Write the reasons, in numbers."""
-        return [self._gain(setup), *self._sharing(setup), self._break_even(), *self._memory()]
+        return [self._gain(setup), *self._call(), *self._sharing(setup), self._break_even(), *self._memory()]
+
+    def _call(self) -> list[str]:
+        """Write the call that does what is recommended, with what was measured of it."""
+        if not self.call:
+            return []
+        figures = self.figures
+        size = min(figures.setup.batch), figures.length
+        names = {"base": "on the base", "merged": "merged", "resident": "with its copy kept", "unmerged": "unmerged"}
+        steps = [f"{formats.seconds(figures.median(figures.step, v, *size))} {name}" for v, name in names.items()]
+        each = formats.nbytes(figures.median("weights", "kept"))
+        return [f"{self.call} does it, in {each} for each adapter. A step takes {formats.listed(steps, len(steps))}."]
 
     def _gain(self, setup: Setup) -> str:
         stay, other = self.weighed[0], self.other
@@ -229,7 +257,8 @@ class _Verdict:
 
     def _sharing(self, setup: Setup) -> list[str]:
         """Say why models that are faster each may be slower together."""
-        if self.chosen.merged or not (setup.adapters[1:] and self.merged_is_faster and self.requirements.in_flight > 1):
+        faster = self.figures.merged_is_faster()
+        if self.chosen.merged or not (setup.adapters[1:] and faster and self.requirements.in_flight > 1):
             return []
         models = "a base and a merged model" if self.other.unmerged else "several merged models"
         return [

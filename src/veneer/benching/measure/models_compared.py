@@ -18,7 +18,7 @@ from veneer.benching.evaluation_samples import EvaluationSample
 from veneer.benching.inputs import AdapterInput, Inventory
 from veneer.benching.measure.perplexity import PredictedTokens, tokenized
 from veneer.benching.measure.workloads import Inputs, Workload, workload_of
-from veneer.errors import SourceError, UsageError, VeneerError
+from veneer.errors import SourceError, UnsupportedError, UsageError, VeneerError
 from veneer.peft_model.load import load
 from veneer.peft_model.peft_model import PeftModel
 from veneer.peft_model.tokenizer import load_tokenizer
@@ -45,6 +45,7 @@ class ModelsCompared:
     Attributes:
         base: the plain base model.
         merged: a plain model with the hottest adapter merged.
+        resident: the base with that adapter, whose merged weights are kept beside it; ``None`` where none can be.
         single: the base with that adapter, unmerged.
         several: the base with all adapters, unmerged.
         workload: runs them.
@@ -56,6 +57,7 @@ class ModelsCompared:
 
     base: Any
     merged: Any
+    resident: PeftModel | None
     single: PeftModel
     several: PeftModel
     workload: Workload
@@ -106,6 +108,7 @@ def load_models(
         return ModelsCompared(
             base=base,
             merged=_on(base, adapters[:1]).merge_and_unload(),
+            resident=_resident(base, adapters[:1]),
             single=_on(base, adapters[:1]),
             several=several,
             workload=workload,
@@ -147,6 +150,15 @@ def _on(base: nn.Module, adapters: Sequence[AdapterInput]) -> PeftModel:
     model = PeftModel.from_pretrained(shared_copy(base), first.root, adapter_name=first.name)
     for adapter in others:
         model.load_adapter(adapter.root, adapter_name=adapter.name)
+    return model
+
+
+def _resident(base: nn.Module, adapters: Sequence[AdapterInput]) -> PeftModel | None:
+    model = _on(base, adapters)
+    try:
+        model.keep_merged(adapters[0].name)
+    except UnsupportedError:  # its weights are quantised
+        return None
     return model
 
 

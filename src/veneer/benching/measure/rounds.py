@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import cycle, islice
 
 import torch
@@ -59,8 +60,10 @@ def variants(models: ModelsCompared, size: InputSize, log: SampleLog) -> dict[st
         "merged": lambda inputs, n: workload.run(models.merged, inputs, n),
         "unmerged": lambda inputs, n: workload.run(models.single, inputs, n),
     }
+    if models.resident is not None:
+        runs["resident"] = lambda inputs, n: workload.run(models.resident, inputs, n)
     if len(names) == 1:
-        return runs
+        return _in_order(runs)
     turns = cycle(names)
 
     def switched(inputs: Inputs, n: int) -> dict[str, float]:
@@ -73,6 +76,10 @@ def variants(models: ModelsCompared, size: InputSize, log: SampleLog) -> dict[st
     if size.batch > 1:
         rows = list(islice(cycle(names), size.batch))
         runs["mixed"] = lambda inputs, n: workload.run(several, inputs, n, adapter_names=rows)
+    return _in_order(runs)
+
+
+def _in_order(runs: dict[str, Run]) -> dict[str, Run]:
     return {name: runs[name] for name in VARIANTS if name in runs}
 
 
@@ -108,15 +115,22 @@ def measure(
 
 
 def measure_merge(models: ModelsCompared, repeats: int, timeline: Timeline) -> list[Figure]:
-    """Measure merging the hottest adapter and unmerging it again."""
+    """Measure merging the hottest adapter and unmerging it again, and making the copy of its merged weights."""
     log = SampleLog()
-    model, row = models.single, models.questions[0]
+    model, resident, row = models.single, models.resident, models.questions[0]
+
+    def timed(quantity: str, variant: str, act: Callable[[], object]) -> None:
+        started = now(row)
+        act()
+        log.add(quantity, variant, now(row) - started)
+
     for turn in range(repeats):
         with timeline.step("merge", f"merging, {turn + 1} of {repeats}"):
-            for quantity, act in (("merge", model.merge_adapter), ("unmerge", model.unmerge_adapter)):
-                started = now(row)
-                act()
-                log.add(quantity, "merged", now(row) - started)
+            timed("merge", "merged", model.merge_adapter)
+            timed("unmerge", "merged", model.unmerge_adapter)
+            if resident is not None:
+                resident.drop_merged()
+                timed("keep", "resident", partial(resident.keep_merged, resident.active_adapter))
     return log.figures()
 
 

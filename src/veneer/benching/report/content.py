@@ -156,6 +156,7 @@ def actions_table(report: BenchData) -> ReportTable:
         "attach one adapter": ("attach", "unmerged"),
         "merge one adapter in memory": ("merge", "merged"),
         "take it out again": ("unmerge", "merged"),
+        "make the merged copy of one adapter": ("keep", "resident"),
         "switch to another adapter": ("switch", "switching"),
     }
     rows = []
@@ -209,6 +210,7 @@ def plans_table(report: BenchData) -> ReportTable:
     rows = []
     for index, plan in shown_plans(report):
         name = f"merge {formats.listed(plan.merged)}" if plan.merged else "merge none"
+        name += ", beside the base" if plan.resident else ""
         mark = "recommended" if index == advice.chosen else "" if plan.fits else "does not fit"
         change = formats.seconds(plan.change) if plan.change else ABSENT
         rows.append((name, formats.seconds(plan.request), change, formats.nbytes(plan.memory), mark))
@@ -290,7 +292,8 @@ _NOTES = {
 
 HOW = (
     "Times are medians; ± is the larger half of the median's 95 % interval, by the bootstrap over the rounds.",
-    "Base, merged and unmerged are three models in one process that share every weight they have in common. In each "
+    "Base, merged and unmerged are models in one process that share every weight they have in common; so is the one "
+    "whose merged copy is kept beside the base (keep_merged). In each "
     "round each of them runs each input once, in an order that rotates, so that drift of the machine meets all alike.",
     "Before the first round each runs each input once, untimed.",
     "The time to the first token is from the call of generate to the choice of its first token, and holds the prefill. "

@@ -15,10 +15,11 @@ from veneer.printing import printable
 # The colours are those of Okabe and Ito, which people with any kind of colour vision tell apart; lighter in the dark.
 _STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #ffffff; --ink: #1c1d1f; --faint: #56595e; --line: #d5d7da;
-  --note: #8a4b00; --base: #8c9196; --merged: #0072b2; --unmerged: #e08a00; --switching: #009e73; --mixed: #b8578f; }
+  --note: #8a4b00; --base: #8c9196; --merged: #0072b2; --unmerged: #e08a00; --switching: #009e73; --mixed: #b8578f;
+  --resident: #56b4e9; }
 @media (prefers-color-scheme: dark) { :root { --page: #131416; --card: #1c1e21; --ink: #ececea; --faint: #a9adb3;
   --line: #3a3d42; --note: #f0b95b; --base: #80868c; --merged: #56b4e9; --unmerged: #e69f00; --switching: #2fbf94;
-  --mixed: #d88bb8; } }
+  --mixed: #d88bb8; --resident: #a8d8f5; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 70rem; margin: 0 auto; padding: 1.25rem 1rem 3rem; }
