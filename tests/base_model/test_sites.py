@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import veneer
+from veneer.base_model.catalog import Catalog
 from veneer.base_model.sites import bias_site, sites_for, whole_sites
 from veneer.base_model.sites.parameter import ParameterSite
 from veneer.base_model.sites.site import Site
@@ -65,3 +66,9 @@ def test_no_lora_holds_every_change_of_these(site: Site) -> None:
     assert not site.has_low_rank_form
     with pytest.raises(veneer.UnsupportedError, match="a LoRA made from a change of the weight"):
         site.as_low_rank(torch.zeros(4, 1), torch.zeros(1, 4))
+
+
+def test_attention_whose_keys_have_another_width_is_refused_with_the_reason() -> None:
+    model = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2, kdim=4)})
+    with pytest.raises(veneer.TargetError, match=r"Only same embed for query/key/value is supported.*kdim"):
+        Catalog(model).sites(veneer.LoraConfig(target_modules=["mha"]))

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from veneer.base_model.default_targets import default_targets
-from veneer.base_model.sites import bias_site, is_linear, is_never_called, kinds, sites_for, whole_sites
+from veneer.base_model.sites import bias_site, is_linear, is_never_called, kinds, refusal, sites_for, whole_sites
 from veneer.base_model.sites.parameter import ParameterSite
 from veneer.base_model.sites.parameter_reader import LIVE, ParameterReader
-from veneer.base_model.sites.quantized.packed import refusal
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import (
     ALL_LINEAR,

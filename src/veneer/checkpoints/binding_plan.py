@@ -14,8 +14,7 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from veneer.base_model.catalog import Catalog
-from veneer.base_model.sites import kinds
-from veneer.base_model.sites.quantized.packed import refusal
+from veneer.base_model.sites import kinds, refusal
 from veneer.base_model.sites.site import Site
 from veneer.base_model.targets import is_inside, names_match
 from veneer.configs.base import AnyConfig

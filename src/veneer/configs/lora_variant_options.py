@@ -104,7 +104,7 @@ class VeloraConfig(Checked):
 
     num_groups: int = 64
     scale: float = 1.0
-    init_type: Literal["batch_average", "batch_average_once", "random"] = "batch_average"
+    init_type: Literal["batch_average_once", "batch_average", "random"] = "batch_average"
 
     def __post_init__(self) -> None:
         super().__post_init__()

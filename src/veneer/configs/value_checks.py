@@ -37,17 +37,23 @@ def check_types(config: Any, where: str = "") -> None:
     for field in fields(config):
         value = getattr(config, field.name)
         if not matches_type(value, declared[field.name]):
-            raise ConfigTypeError(f"{where}{_mismatch(field, value)}", hint=_remedy(field))
+            raise ConfigTypeError(f"{where}{_mismatch(field, value)}", hint=_remedy(field, declared[field.name]))
 
 
 def _mismatch(field: Field[Any], value: Any) -> str:
     shown = repr(value)
+    shown = shown if len(shown) <= 60 else shown[:59] + "…"
+    if "Literal[" in str(field.type):
+        return f"{field.name}={shown}: Unsupported `{field.name}` {shown}."
     wrong = "is no number that float32 holds" if _is_beyond(value) else f"is not of the type {field.type}"
-    return f"{field.name}={shown if len(shown) <= 60 else shown[:59] + '…'} {wrong}."
+    return f"{field.name}={shown} {wrong}."
 
 
-def _remedy(field: Field[Any]) -> str:
-    """Return the hint for a field that was given another type: its default, or the types in words."""
+def _remedy(field: Field[Any], declared: Any) -> str:
+    """Return the hint for a field that was given another type: the choices, its default, or the types in words."""
+    if get_origin(declared) is Literal:
+        *others, last = map(repr, get_args(declared))
+        return f"Supported values are {', '.join(others)}{',' * (len(others) > 1)} and {last}."
     if field.default not in (None, MISSING):
         return f"The default is {field.default!r}."
     words = [_WORDS.get(name.strip(), "") for name in str(field.type).split("|")]

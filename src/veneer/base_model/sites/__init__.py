@@ -14,7 +14,7 @@ from veneer.base_model.sites.linear import Conv1DSite, LinearSite, is_conv1d
 from veneer.base_model.sites.parameter import ParameterSite, VectorSite
 from veneer.base_model.sites.quantized.bitsandbytes import bitsandbytes_site
 from veneer.base_model.sites.quantized.hqq import HqqSite
-from veneer.base_model.sites.quantized.packed import PackedSite, packer, refusal
+from veneer.base_model.sites.quantized.packed import PackedSite, packer
 from veneer.base_model.sites.quantized.torchao import TorchaoSite
 from veneer.base_model.sites.site import Site
 from veneer.base_model.sites.vector import NormSite, is_norm
@@ -131,6 +131,22 @@ def is_linear(module: nn.Module) -> bool:
     # A packed layer is often no nn.Linear; all of them have a width.
     packed = hasattr(module, "in_features") and packer(module) is not None
     return isinstance(module, nn.Linear) or is_conv1d(module) or packed
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Say why a layer without a site cannot carry an adapter, and the way out; ``None`` where its kind says it all."""
+    if isinstance(module, nn.MultiheadAttention):
+        return (
+            "Only same embed for query/key/value is supported as of now for MultiheadAttention, and its kdim or vdim "
+            "is another than embed_dim"
+        )
+    library = packer(module)
+    if library is None:
+        return None
+    return (
+        f"its weight is packed by {library} in a form that Veneer does not read; load the base in its original "
+        "precision, dequantised (transformers: model.dequantize()), or quantised by bitsandbytes, torchao or HQQ"
+    )
 
 
 def kinds() -> str:

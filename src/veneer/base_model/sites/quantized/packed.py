@@ -109,17 +109,6 @@ def _library(origin: str) -> str | None:
     return next((lib for place, lib in _LIBRARIES.items() if origin == place or origin.startswith(place + ".")), None)
 
 
-def refusal(module: nn.Module) -> str | None:
-    """Say why a packed layer without a site cannot carry an adapter, and the way out; ``None`` for other layers."""
-    library = packer(module)
-    if library is None:
-        return None
-    return (
-        f"its weight is packed by {library} in a form that Veneer does not read; load the base in its original "
-        "precision, dequantised (transformers: model.dequantize()), or quantised by bitsandbytes, torchao or HQQ"
-    )
-
-
 def blank_copy(module: nn.Module, bias: nn.Parameter | None) -> nn.Module:
     """Return a copy of a layer with another bias and without hooks, its weight to be set."""
     copied = copy.copy(module)
