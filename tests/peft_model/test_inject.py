@@ -146,3 +146,14 @@ def test_a_module_that_was_replaced_is_adapted_as_it_is_now() -> None:
     injected("c", model=model, target_modules=["lm_head"])
     assert model.lm_head.get_base_layer() is head
     assert logits(model, X).shape[-1] == 5
+
+
+def test_parameters_of_a_state_dict_are_adapted_once() -> None:
+    chosen = veneer.LoraConfig(target_modules=["v_proj"], target_parameters=["q_proj.weight"], init_lora_weights=False)
+    models: list[Any] = [build("llama") for _ in range(2)]
+    veneer.inject_adapter_in_model(chosen, models[0])
+    tensors = veneer.get_peft_model_state_dict(models[0])
+    veneer.inject_adapter_in_model(chosen, models[1], state_dict=tensors)
+    veneer.set_peft_model_state_dict(models[1], tensors)
+    first, second = (logits(model, inputs("llama")) for model in models)
+    assert torch.equal(first, second)

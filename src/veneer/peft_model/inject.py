@@ -94,7 +94,8 @@ def inject_adapter_in_model(
 def _targeting(config: TargetedConfig, state_dict: Iterable[str], model: AdaptedModel) -> TargetedConfig:
     """Return a config that targets the modules that tensors are for, and warn where it means others by itself."""
     catalog = model.adapters.catalog
-    names = modules_of(state_dict, catalog.modules)
+    by_parameter = {site.name for site in catalog.parameter_sites(getattr(config, "target_parameters", None) or ())}
+    names = [name for name in modules_of(state_dict, catalog.modules) if name not in by_parameter]
     with suppress(TargetError):
         targets = catalog.targets(config)
         for whose, more in (
