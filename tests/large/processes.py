@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import veneer
 from tests.models import gap, inputs, logits
 from tests.random_adapters import WEIGHTS, config, enlarge
+from veneer.base_model.sharding import whole
 from veneer.errors import AdapterError, MergeError, UnsupportedError
 
 BATCH = inputs("llama")
@@ -132,6 +133,33 @@ def check_fully_sharded(rank: int, root: Path) -> None:
     assert gap(logits(loaded, rows(rank)), logits(model, rows(rank))) < 1e-5
 
 
+def check_gradients(rank: int, root: Path) -> None:
+    """Under DDP and FSDP2, with checkpointing: the mean of what each process would learn alone, dropout included."""
+    for options in ({}, {"use_dora": True}, {"lora_dropout": 0.3}):
+        for wrap in (data_parallel, shard):
+            alone, model = (new(plain(root), **options) for _ in range(2))
+            expected = {name: mean(gradient) for name, gradient in learned(alone, alone, rank).items()}
+            model.activation_checkpointing_enable()
+            close({name: whole(gradient) for name, gradient in learned(wrap(model), model, rank).items()}, expected)
+
+
+def data_parallel(model: Any) -> Any:
+    return torch.nn.parallel.DistributedDataParallel(model)
+
+
+def learned(wrapped: Any, model: veneer.PeftModel, rank: int) -> dict[str, Tensor]:
+    """The gradients after a pass over this process's rows."""
+    torch.manual_seed(rank)
+    loss(wrapped.train(), rows(rank)).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def mean(gradient: Tensor) -> Tensor:
+    total = gradient.clone()
+    torch.distributed.all_reduce(total)
+    return total / 2
+
+
 def check_saved_from_gathered(model: veneer.PeftModel, folder: Path, rank: int) -> None:
     """The first process saves alone what has been gathered before; the other does not even have it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -162,7 +190,7 @@ def refuses(call: Callable[[], Any], error: type[Exception], words: str) -> None
         call()
 
 
-CHECKS = (check_tensor_parallel, check_fully_sharded)
+CHECKS = (check_tensor_parallel, check_fully_sharded, check_gradients)
 
 
 def work(rank: int, root: Path, port: int) -> None:
