@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,12 +55,12 @@ from veneer.methods.lora_starts.start import StartLayer
 from veneer.methods.lora_variants import LEAVES, variant_of
 from veneer.methods.lora_variants.variant import LORA_A, LORA_B, Variant
 from veneer.methods.shared.loftq_base import LOFTQ_BASE
+from veneer.methods.shared.row_lengths import RowLengths
 from veneer.methods.shared.token_rows import TOKENS
 from veneer.packages import stands_in_for_peft
 from veneer.patches.multipliers import Diagonal
 from veneer.patches.patch import GATED, Patch
 from veneer.patches.token_gate import TokenGate
-from veneer.patches.weight_arithmetic import BLOCK, changed_rows, row_blocks
 from veneer.printing import warn
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class LoraSettings:
         of_embedding: whether an output layer uses the tensors of the embedding whose weight it shares. The change is
             then that of the embedding, transposed.
         padded: whether the tensors in memory have zeros beyond the rank.
+        row_lengths: measures the rows of a layer with DoRA.
     """
 
     r: int
@@ -102,6 +103,7 @@ class LoraSettings:
     variant: Variant | None = None
     of_embedding: bool = False
     padded: bool = False
+    row_lengths: RowLengths = field(default_factory=RowLengths, repr=False, compare=False)
 
 
 class Lora(
@@ -234,7 +236,9 @@ class Lora(
         if new.settings.dora:
             # The lengths of the weight's rows with B A: then a new adapter changes nothing.
             tensors[MAGNITUDE].copy_(
-                _lengths(self._low_rank(new.settings, tensors, new.base), new.base).view_as(tensors[MAGNITUDE])
+                _lengths(new.settings, self._low_rank(new.settings, tensors, new.base), new.base).view_as(
+                    tensors[MAGNITUDE]
+                )
             )
         return tensors
 
@@ -317,7 +321,7 @@ class Lora(
         patch = self._low_rank(settings, tensors, base)
         if MAGNITUDE not in tensors:
             return patch
-        lengths = _lengths(patch, base).to(patch.down.device)  # type: ignore[union-attr]
+        lengths = _lengths(settings, patch, base).to(patch.down.device)  # type: ignore[union-attr]
         magnitude = tensors[MAGNITUDE].float().flatten()
         # A row of zeros has no direction to be given a length; it stays zero.
         outer = Diagonal(torch.where(lengths > _NO_LENGTH, magnitude / lengths, 1.0))
@@ -406,19 +410,17 @@ def _without_start(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _lengths(patch: Patch, base: BaseLayer) -> Tensor:
+def _lengths(settings: LoraSettings, patch: Patch, base: BaseLayer) -> Tensor:
     """Return the length of each row of ``W + scale * B A``, shape ``(out,)``, float32."""
     assert patch.up is not None
     assert patch.down is not None
-    weight = base.base_weight()
+    weight, site = base.base_weight(), base.site
     # A new adapter's tensors are made on the CPU, wherever the base lies.
     up, down = patch.up.to(weight.device), patch.down.to(weight.device)
-    if base.site.groups > 1:
+    if site.groups > 1:
         return _lengths_in_groups(weight.float(), up.float(), down.float(), patch.scale)
-    low_rank = [Patch(up, down, patch.scale)]
-    blocks = row_blocks(weight.shape[0], BLOCK)
-    lengths = [changed_rows(weight[start:stop], low_rank, start, stop).norm(dim=1) for start, stop in blocks]
-    return torch.cat(lengths).clamp_min(_NO_LENGTH)
+    lengths = settings.row_lengths.of(weight, not site.stored.requires_grad, up, down, patch.scale)
+    return lengths.clamp_min(_NO_LENGTH)
 
 
 def _lengths_in_groups(weight: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
