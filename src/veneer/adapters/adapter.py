@@ -61,6 +61,11 @@ class Adapter(AdapterRecord):
         yield from ((layer.site.name, layer) for layer in self.layers.adapted)
         yield from self.whole_modules.copies.items()
 
+    @property
+    def trains_biases(self) -> bool:
+        """True if it trains biases of the base's layers."""
+        return self.trainable and getattr(self.config, "bias", "none") != "none"
+
     def parameters(self) -> list[nn.Parameter]:
         """Return every parameter that is trained, once."""
         return list({id(p): p for part in self.parts for p in part.parameters(self)}.values())

@@ -63,6 +63,8 @@ class Adapters(LayerPlacement):
         self._last_rows: tuple[dict[str, Adapter], dict[Any, Selection]] = self.by_name, {}
         # The base's own parameters that wanted gradients before the first adapter came.
         self._was_trainable: list[tuple[nn.Module, str]] | None = None
+        # The adapter whose biases are the base's own parameters.
+        self._biased_by: str | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -150,15 +152,26 @@ class Adapters(LayerPlacement):
         if adapter.trainable and sharding.is_data_parallel(self.catalog.modules.values()):
             sharding.average_gradients(adapter.parameters())
 
+    def place_biases(self) -> None:
+        """Let the base's own biases be those that the first trainable adapter trains, unless some adapter's are."""
+        adapter = next((entry for entry in self.by_name.values() if entry.trains_biases), None)
+        if adapter is None or self._biased_by is not None or self.is_spread or self.active_selection.in_call:
+            return
+        with self.changing():
+            adapter.layers.place_biases(adapter.name, self.catalog.modules.values())
+            self._biased_by = adapter.name
+
     # -- selecting -----------------------------------------------------------------------------------------
 
     def set_trainable(self, name: str, trainable: bool) -> None:
         """Make an adapter trainable, or freeze it, active or not; the next choice gives gradients to active ones."""
         adapter = self.get(name)
-        adapter.trainable = trainable
+        is_new, adapter.trainable = trainable and not adapter.trainable, trainable
         self.trains = self.trains or trainable
         adapter.require_grad(trainable)
         adapter.watch()
+        if is_new:
+            self.place_biases()
 
     def acts_by_place(self, adapter: Adapter) -> bool:
         """Tell whether an adapter acts by the place that an entry has in its row, whichever adapters a call names."""
@@ -282,6 +295,7 @@ class Adapters(LayerPlacement):
         for part in adapter.parts:
             part.remove(adapter, self)
         self.by_name = {other: entry for other, entry in self.by_name.items() if other != name}
+        self._biased_by = None if name == self._biased_by else self._biased_by
         active = self.active_selection.default.names
         if name in active:
             self.select([other for other in active if other != name] or list(self.by_name)[:1])
@@ -291,7 +305,8 @@ class Adapters(LayerPlacement):
     def concerned(self, name: str) -> Concerned:
         """Return the adapters whose calls a change of one disturbs: its own, or all where it is merged."""
         entry = self.by_name.get(name)
-        return (name,) if entry is None or not entry.layers.merged(name) else None
+        others = entry is not None and (name == self._biased_by or entry.layers.merged(name))
+        return None if others else (name,)
 
     def changing(self, concerned: Concerned = None) -> AbstractContextManager[None]:
         """Change adapters in a ``with`` block, while no call that uses ``concerned`` is under way.
@@ -319,6 +334,7 @@ class Adapters(LayerPlacement):
         for part in adapter.parts:
             part.rename(old, new)
         adapter.name = new
+        self._biased_by = new if old == self._biased_by else self._biased_by
         with self.active_selection.choosing:
             self.by_name = {entry.name: entry for entry in self.by_name.values()}
             names = self.active_selection.default.names
@@ -356,7 +372,7 @@ class Adapters(LayerPlacement):
         self.prompts.clear()
         for module, leaf in self._was_trainable or ():
             getattr(module, leaf).requires_grad_(True)
-        self.by_name = {}
+        self.by_name, self._biased_by = {}, None
         self.layouts.ready.clear()
         self.active_selection.default, self._was_trainable = NOTHING, None
         self._refresh_hooks()

@@ -10,6 +10,7 @@ A part holds layers and modules, and not the set of adapters: a cycle would keep
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,6 +108,14 @@ class LayerParts:
     def tensors_by_place(self, adapter: AdapterRecord) -> Iterator[tuple[str, Tensor]]:
         for layer in self.adapted:
             yield from ((f"{layer.site.id}.{place}", t) for place, t in layer.own_tensors(adapter.name).items())
+
+    def place_biases(self, name: str, modules: Iterable[nn.Module]) -> None:
+        """Let the biases that the adapter of that name trains be the base's own, but for those that layers share."""
+        leaves = (module for module in modules if not module._modules)
+        users = Counter(id(module._parameters.get("bias")) for module in leaves)
+        for layer in self.adapted:
+            if layer.trains_bias(name) and layer.can_place_bias() and users[id(layer.own_bias)] <= 1:
+                layer.place_bias(name)
 
     def claims(self, adapter: AdapterRecord) -> Iterator[Claim]:
         if self.exclusive:

@@ -246,13 +246,49 @@ class Catalog:
     def bias_sites(self, config: TargetedConfig, without: Iterable[Site]) -> list[Site]:
         """Return the sites of the biases of layers that are neither among ``without`` nor saved whole."""
         taken = {site.name for site in without}
+        again = {other for others in self._tied_biases.values() for other in others}
+        names = [name for name in self._biased if name not in taken | again and self._user(name) not in taken]
         saved = self.whole_modules(config)
-        sites = [
-            bias_site(name, module, self.modules[parent := name.rpartition(".")[0]], parent in taken)
-            for name, module in self.modules.items()
-            if module._parameters.get("bias") is not None and name not in taken and not is_inside(name, saved)
-        ]
-        return self._with_reader(sites)
+        return self._with_reader([self._bias_site(name, name) for name in names if not is_inside(name, saved)])
+
+    def inner_bias_sites(self, sites: Iterable[Site]) -> list[Site]:
+        """Return the sites of the biases that adapted layers use themselves: of attention's output projection."""
+        taken = {site.name for site in sites}
+        keys = {
+            name: f"{user}.base_layer{name.removeprefix(user)}" for name in self._biased if (user := self._user(name))
+        }
+        return self._with_reader(
+            [self._bias_site(name, key) for name, key in keys.items() if self._user(name) in taken]
+        )
+
+    def bias_twins(self, sites: Iterable[Site]) -> dict[str, list[Site]]:
+        """Return the sites of other modules that hold a layer's bias too: BERT's output layer is in such a one."""
+        tied = self._tied_biases
+        return {
+            site.id: [self._bias_site(other, other) for other in tied[site.name]] for site in sites if site.name in tied
+        }
+
+    def _bias_site(self, name: str, key: str) -> Site:
+        return bias_site(name, self.modules[name], self.modules[name.rpartition(".")[0]], key)
+
+    def _user(self, name: str) -> str:
+        """Return the name of the module that computes with a layer's parameters itself; nothing where that is none."""
+        return name.rpartition(".")[0] if name in self.never_called else ""
+
+    @property
+    def _biased(self) -> list[str]:
+        """The names of the modules that hold a bias."""
+        return [name for name, module in self.modules.items() if module._parameters.get("bias") is not None]
+
+    @cached_property
+    def _tied_biases(self) -> dict[str, list[str]]:
+        """A layer's name -> the names of the other modules that hold its bias."""
+        holders: dict[int, list[str]] = {}
+        for name in self._biased:
+            holders.setdefault(id(self.modules[name]._parameters["bias"]), []).append(name)
+        # The layer itself has no children.
+        groups = [sorted(names, key=lambda name: bool(self.modules[name]._modules)) for names in holders.values()]
+        return {first: others for first, *others in groups if others}
 
     def token_sites(self, tokens: Iterable[int] | Mapping[str, Iterable[int]]) -> list[Site]:
         """Return the sites of the embeddings that ``trainable_token_indices`` means: tokens, or tokens by module."""

@@ -260,10 +260,11 @@ class _Planner:
 
     def _set_twins_aside(self, part: MethodOnSites, keys_of: dict[str, dict[str, str]]) -> None:
         """Take the tensors of twins out of ``keys_of``: they are those of the layers that the twins follow."""
-        for twin in (twin for twins in part.twins.values() for twin in twins):
+        firsts = {site.id: keys_of.get(site.key, {}) for site in part.sites}
+        for site_id, twin in ((site_id, twin) for site_id, twins in part.twins.items() for twin in twins):
             for leaf, key in keys_of.pop(twin.key, {}).items():
                 self.plan.repeated_keys.append(key)
-                first = next((keys[leaf] for keys in keys_of.values() if leaf in keys), key)
+                first = firsts.get(site_id, {}).get(leaf, key)
                 if self._shape(key) != self._shape(first):
                     self._problem(f"{key}: is {self._shape(key)}, and {first} is not")
 

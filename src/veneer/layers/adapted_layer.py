@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from veneer.base_model.sites.site import Site, copy_with, unsupported
 from veneer.errors import MergeError, UnsupportedError
 from veneer.layers import token_adapter
-from veneer.layers.adapter_shares import parameter_like
 from veneer.layers.base_tuner_layer import BaseTunerLayer
-from veneer.layers.held_tensors import HeldTensors
+from veneer.layers.bias_in_place import HeldBias
 from veneer.layers.inference_cache import InferenceCache, are_small, for_inference
 from veneer.layers.merged_copy import CopyForward, MergedCopy
 from veneer.layers.read_weight import Unread
 from veneer.layers.token_adapter import TokenAdapter
+from veneer.methods.base.trained_bias import Bias
 from veneer.patches.active_selection import ActiveSelection
 from veneer.patches.fused import CachedForward, FusedPatch, can_fuse, fuse, fused_dtype, fused_forward
 from veneer.patches.patch import Patch, apply, apply_rows, biases, for_training, whole_weight
@@ -30,7 +30,7 @@ from veneer.patches.watched_parameters import unwatch_base
 from veneer.patches.weight_arithmetic import composed
 
 
-class AdaptedLayer(BaseTunerLayer, HeldTensors):
+class AdaptedLayer(BaseTunerLayer, HeldBias):
     """Stands in the place of a base layer that carries adapters.
 
     Its parameters are named as in peft: ``base_layer.weight``, ``lora_A.<adapter>.weight``. Attributes that it
@@ -98,8 +98,10 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
 
     def _base(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base layer's output with its original parameters, merged or not."""
-        if not self.original:
+        if not self.original and self.bias_in_place is None:
             return self.base_layer(*args, **kwargs)
+        if self.site.shift_only or not self.original:
+            return self.site.base_with_bias(self.base_bias, *args, **kwargs)
         return self.call_with(self.base_stored, self.base_bias, *args, **kwargs)
 
     def call_with(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
@@ -123,9 +125,22 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
         names = self.here(selection.names)
         if not torch.compiler.is_compiling():
             self.__dict__["_called"] = True
+        if self.bias_in_place is not None and not self.merged:
+            return self._forward_with_bias(self.bias_in_place.adapter, names, x, *args, **kwargs)
         if names == self.merged:
             return self.base_layer(x, *args, **kwargs)
         return self._apply_patches(self.patches_now(names), x, *args, **kwargs)
+
+    def _forward_with_bias(self, adapter: str, names: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer while its own bias is the one that ``adapter`` trains."""
+        if self.original or names[:1] != (adapter,):
+            return self._apply_patches(self.patches_now(names), x, *args, **kwargs)
+        lowered = [*self._lowered(adapter, without=Bias), *self.patches(names[1:])]
+        patches, trained = for_training(lowered) if self.training else lowered, self.trained_bias
+        if whole_weight(self.site, patches):
+            return self.call_with(*self._whole(patches, trained), x, *args, **kwargs)
+        base = self.base_layer if trained is self.own_bias else partial(self.site.base_with_bias, trained)
+        return apply(self.site, trained, base, patches, self.training, x, *args, **kwargs)
 
     def _fuse(self, selection: Selection) -> CachedForward:
         """Make the forward pass under a selection that inference keeps until a tensor changes."""
@@ -146,7 +161,7 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
             return fused_forward(fused, self._unmerged_base, self.active_selection.casts)
         patches = self.patches(names)
         if self.site.stored.ndim == 1 and whole_weight(self.site, patches):
-            return partial(self.call_with, *self._whole(patches))
+            return partial(self.call_with, *self._whole(patches, self.base_bias))
         if not are_small(patches, self.site):
             return None
         dtype = fused_dtype(self.site.device, self.site.stored.dtype)
@@ -179,19 +194,19 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
 
     def _apply_patches(self, patches: Sequence[Patch], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if patches and whole_weight(self.site, patches):
-            return self.call_with(*self._whole(patches), x, *args, **kwargs)
+            return self.call_with(*self._whole(patches, self.base_bias), x, *args, **kwargs)
         return apply(self.site, self.base_bias, self._unmerged_base, patches, self.training, x, *args, **kwargs)
 
     @property
     def _unmerged_base(self) -> Callable[..., Any]:
         """The base layer, or what computes as it did before a merge."""
-        base: Callable[..., Any] = self._base if self.merged else self.base_layer
+        base: Callable[..., Any] = self._base if self.merged or self.bias_in_place is not None else self.base_layer
         return base
 
-    def _whole(self, patches: Sequence[Patch]) -> tuple[Tensor, Tensor | None]:
-        """Return the weight, as stored, and the bias with ``patches``, rounded once."""
+    def _whole(self, patches: Sequence[Patch], bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the weight, as stored, and ``bias`` with ``patches``, rounded once."""
         weight = self.site.as_stored(composed(self.base_weight(), patches)).to(self.base_stored.dtype)
-        bias = biases(self.base_bias, patches)[-1]
+        bias = biases(bias, patches)[-1]
         return weight, None if bias is None else bias.to(weight.dtype)
 
     def follows(self, layout: Layout) -> bool:
@@ -265,14 +280,15 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
         """
         selection = self.active_selection.current
         names = self.here(selection.applied)
-        if names == (self.merged if selection.rows is None else ()):
+        held = self.computed_alone if name == "bias" or self.site.is_bias else self.merged
+        if names == held and (selection.rows is None or not names):
             return base_value
         if isinstance(base_value, nn.Module):  # it holds the weight
             rest = self.site.parameter.partition(".")[2]
             return copy_with(base_value, {rest: self._weight_in_call(rest, base_value.get_parameter(rest))})
         if torch.compiler.is_compiling():
             # Compiled code cannot hold a tensor that refuses; where it would have to, the layer counts as a called one.
-            patches = self._readable(names) if selection.rows is None else None
+            patches = self._readable(names) if selection.rows is None or not names else None
             return base_value if patches is None else self._part(name, patches)
         make = partial(self._read, name, selection, names)
         if name == "bias" or not (self._called or self._wants_grad(names)):
@@ -302,7 +318,7 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
         return self._inference_cache.read_weight(selection, partial(self.sources, names), make)
 
     def _made(self, name: str, selection: Selection, names: tuple[str, ...]) -> Any:
-        patches = self._readable(names) if selection.rows is None else None
+        patches = self._readable(names) if selection.rows is None or not names else None
         if patches is None:
             what = "such an adapter" if selection.rows is None else "one adapter for each row"
             raise UnsupportedError(
@@ -314,7 +330,7 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
     def _part(self, name: str, patches: Sequence[Patch]) -> Tensor | None:
         """Return the weight, as stored, or the bias with ``patches``."""
         if name != "bias":
-            return self.base_stored if self.site.shift_only else self._whole(patches)[0]
+            return self.base_stored if self.site.shift_only else self._whole(patches, None)[0]
         bias = biases(self.base_bias, patches)[-1]
         return None if bias is None else bias.to(self.site.stored.dtype)
 
@@ -329,6 +345,9 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
     def base_parameters(self) -> list[nn.Parameter]:
         """The weight and bias that adapters change, wherever they lie, whatever is merged into the layer now."""
         held = self.original or (None if self.site.shift_only else self.site.stored, self.site.bias)
+        if self.bias_in_place is not None:
+            own, original = self.own_bias, self.bias_in_place.original
+            held = [original if parameter is own else parameter for parameter in held]
         return [parameter for parameter in held if parameter is not None]
 
     def merged_copy(self, names: tuple[str, ...]) -> MergedCopy | None:
@@ -361,6 +380,15 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
         for names in self.merged_copies:
             self.merged_copy(names)
 
+    def place_bias(self, adapter: str) -> None:
+        self.drop_copies()
+        super().place_bias(adapter)
+
+    def take_out_bias(self) -> None:
+        if self.bias_in_place is not None:
+            self.drop_copies()
+        super().take_out_bias()
+
     def shares_changed(self, adapter: str) -> None:
         """Drop what is kept of an adapter, whose share of this layer is another now."""
         self.drop_copies(lambda names: adapter in names)
@@ -378,7 +406,7 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
         """Put the patches of ``names`` alone into the base layer's parameters, from their original bytes."""
         self.unmerge()
         names = self.here(names)
-        if names:
+        if names or self.bias_in_place is not None:
             original = [None if self.site.shift_only else self.site.stored, self.site.bias]
             self._store(*self.merged_parameters(names))
             self.original, self.merged = original, names
@@ -388,6 +416,7 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
         """Merge for good, giving up the original parameters."""
         parameters = self.merged_parameters(names)
         self.unmerge()
+        self.take_out_bias()
         self._store(*parameters)
         self.forget_cached()
 
@@ -399,8 +428,7 @@ class AdaptedLayer(BaseTunerLayer, HeldTensors):
         self.forget_cached()
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
-        # The original parameters are none of the module's, so a move or cast has to be applied to them here.
-        self.original = [None if p is None else parameter_like(fn(p.detach()), p) for p in self.original]
+        self._move_originals(fn)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.watch()
         self.forget_cached()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from veneer.base_model.sites.site import Site
 from veneer.methods import AnyMethod
-from veneer.methods.base.method import Leaf
+from veneer.methods.base.method import BaseLayer, Leaf
+from veneer.methods.base.trained_bias import Bias
 from veneer.patches.patch import Patch
 from veneer.patches.weight_arithmetic import merged, merged_bias
 
@@ -52,6 +53,36 @@ class PlainBase:
         return self.site.weight()
 
 
+@dataclass(frozen=True)
+class BaseWithBias:
+    """A base layer with a trained bias in the place of its own, as a method sees it."""
+
+    layer: BaseLayer
+    base_bias: Tensor
+
+    @property
+    def site(self) -> Site:
+        """The layer's kind, name and shape."""
+        return self.layer.site
+
+    def base_weight(self) -> Tensor:
+        """Return the weight as a canonical matrix."""
+        return self.layer.base_weight()
+
+
+@dataclass
+class BiasInPlace:
+    """The bias that an adapter trains, while it is the base layer's own parameter.
+
+    Attributes:
+        adapter: the adapter.
+        original: the values that the parameter has without it.
+    """
+
+    adapter: str
+    original: nn.Parameter
+
+
 class LayerAdapters:
     """A base layer and the adapters bound to it, as patches of its weight and bias.
 
@@ -60,6 +91,7 @@ class LayerAdapters:
         bound: adapter's name -> its shares of this layer, in the order in which they apply.
         merged: the adapters whose patches are in the base layer's weight now.
         original: the parameters that the base layer had before a merge that can be undone; empty when none is made.
+        bias_in_place: the trained bias that is the base layer's parameter, or was before the merge.
         overwrite: True where a merge may take the memory of the weight.
     """
 
@@ -67,6 +99,7 @@ class LayerAdapters:
     bound: dict[str, list[BoundAdapter]]
     merged: tuple[str, ...] = ()
     original: Sequence[nn.Parameter | None] = ()
+    bias_in_place: BiasInPlace | None = None
     overwrite = False
 
     def bind(self, adapter: str, share: BoundAdapter, tensors: Mapping[str, nn.Parameter]) -> None:
@@ -96,11 +129,17 @@ class LayerAdapters:
 
     def patches(self, names: Sequence[str]) -> list[Patch]:
         """Return the patches of adapters that are bound here, in the order in which they apply."""
-        return [
-            share.method.lower(share.settings, {**self.tensors(name, share), **share.shared}, self)
-            for name in names
-            for share in self.bound[name]
-        ]
+        return [patch for name in names for patch in self._lowered(name)]
+
+    def _lowered(self, name: str, without: type[AnyMethod] | None = None) -> Iterator[Patch]:
+        """Yield the patches of an adapter; its own change starts from the bias that it trains."""
+        base: BaseLayer = self
+        for share in self.bound[name]:
+            tensors = {**self.tensors(name, share), **share.shared}
+            if without is None or not isinstance(share.method, without):
+                yield share.method.lower(share.settings, tensors, base)
+            if isinstance(share.method, Bias):
+                base = BaseWithBias(base, tensors[share.method.name])
 
     def weight_patches(self, names: Sequence[str]) -> list[Patch]:
         """Return the patches as changes of the layer's weight; ``MergeError`` where no weight can hold one."""
@@ -125,22 +164,34 @@ class LayerAdapters:
     @property
     def base_stored(self) -> nn.Parameter:
         """The base layer's weight as stored, whatever is merged into it now."""
+        if self.bias_in_place is not None and self.site.is_bias:
+            return self._original_bias(self.bias_in_place)
         weight = self.original[0] if self.original else None
         stored: nn.Parameter = self.site.resident(
             self.site.stored if weight is None else weight, self.site.parameter, below=bool(self.original)
         )
         return stored
 
+    def _original_bias(self, in_place: BiasInPlace) -> nn.Parameter:
+        """Return the bias without a trained one, on the layer's device: FSDP moves the layer's parameters alone."""
+        own = self.site.stored if self.site.is_bias else self.site.bias
+        bias: Any = in_place.original if own is None else in_place.original.to(own.device)
+        original: nn.Parameter = bias
+        return original
+
     @property
     def base_bias(self) -> nn.Parameter | None:
         """The base layer's bias, whatever is merged into it now."""
+        if self.bias_in_place is not None and not self.site.is_bias:
+            return self._original_bias(self.bias_in_place)
         bias = self.original[1] if self.original else self.site.bias
         resident: nn.Parameter | None = self.site.resident(bias, "bias", below=bool(self.original))
         return resident
 
     def base_weight(self) -> Tensor:
         """Return the base layer's weight as a canonical matrix, whatever is merged into it now."""
-        return self.site.canonical(self.base_stored.detach()) if self.original else self.site.weight()
+        unchanged = not self.original and self.bias_in_place is None
+        return self.site.weight() if unchanged else self.site.canonical(self.base_stored.detach())
 
     def merged_parameters(self, names: tuple[str, ...]) -> tuple[nn.Parameter | None, nn.Parameter | None]:
         """Return the weight (as stored) and bias that the layer has with ``names`` merged.
@@ -152,6 +203,8 @@ class LayerAdapters:
         if self.site.shift_only:
             return None, parameter_like(merged_bias(bias, patches, torch.float32), bias)
         stored = self.base_stored
+        if not patches:
+            return stored, bias
         weight = self.site.as_stored(merged(self.base_weight(), patches, overwrite=self.overwrite))
         return parameter_like(weight, stored), parameter_like(merged_bias(bias, patches, stored.dtype), bias)
 

@@ -45,7 +45,7 @@ class AdaptedParameter(AdaptedLayer):
 
     def _through(self, changed: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         names = self.here(self.active_selection.current.names)
-        if names != self.merged:
+        if names != self.computed_alone:
             changed = {**changed, self.site.parameter: self._changed(names)}
         inner = self.base_layer
         if isinstance(inner, AdaptedParameter):

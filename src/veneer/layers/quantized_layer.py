@@ -30,6 +30,8 @@ class PackedLayer(AdaptedLayer):
         self.error: LayerError | None = None
 
     def _base(self, *args: Any, **kwargs: Any) -> Any:
+        if self.bias_in_place is not None:
+            return self.site.base_with_bias(self.base_bias, *args, **kwargs)
         return self.site.module(*args, **kwargs)
 
     def _readable(self, names: tuple[str, ...]) -> None:
@@ -45,6 +47,7 @@ class PackedLayer(AdaptedLayer):
     def store_merged(self, names: tuple[str, ...]) -> None:
         layer = self._merged_layer(self.here(names))
         self.unmerge()
+        self.take_out_bias()
         self.base_layer = layer
         self.forget_cached()
 

@@ -19,7 +19,7 @@ from veneer.base_model.sites.attention import AttentionSite
 from veneer.base_model.sites.block import BlockSite
 from veneer.base_model.sites.quantized.packed import PackedSite
 from veneer.base_model.sites.site import Site
-from veneer.errors import BaseModelError, BindError
+from veneer.errors import BaseModelError, BindError, UnsupportedError
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.layers.adapter_shares import LayerAdapters, PlainBase
 from veneer.layers.any_names import Copies
@@ -61,6 +61,7 @@ def take_off(model: nn.Module) -> None:
             while isinstance(module, AdaptedLayer):
                 module.unmerge()
                 module.drop_copies()
+                module.take_out_bias()
                 module = module.base_layer
             parent._modules[name] = module.original_module if isinstance(module, ModuleCopies) else module
 
@@ -141,12 +142,19 @@ class LayerPlacement:
 
     def wrap(self, site: Site) -> LayerAdapters:
         """Return the adapted layer of a site, put in its place if none was."""
-        if site.id not in self.layers:
+        if self._layer_at(site) is None:
             there = self.standing_at(site.name)
             self.layers[site.id] = layer = self._wrapped(site, there if isinstance(there, AdaptedLayer) else None)
             if isinstance(layer, AdaptedLayer):
                 self.place(site.name, layer)
         return self.layers[site.id]
+
+    def _layer_at(self, site: Site) -> LayerAdapters | None:
+        """Return the adapted layer of a site; where its bias alone was adapted so far, its weight can be now."""
+        layer = self.layers.get(site.id)
+        if layer is not None and layer.site.shift_only:
+            layer.site = site
+        return layer
 
     @property
     def adapted_layers(self) -> list[AdaptedLayer]:
@@ -179,6 +187,7 @@ class LayerPlacement:
         if not isinstance(layer, AdaptedLayer):  # it never stood in the model
             return
         layer.drop_copies()
+        layer.take_out_bias()
         outer = self.standing_at(layer.site.name)
         if outer is layer:
             self.place(layer.site.name, layer.base_layer)
@@ -227,12 +236,19 @@ class LayerPlacement:
 
     def base(self, site: Site) -> BaseLayer:
         """Return a base layer as it was before any adapter, for a method to start from."""
-        return self.layers.get(site.id) or PlainBase(site)
+        return self._layer_at(site) or PlainBase(site)
 
     def check_spread(self, sites: list[Site], roots: list[str]) -> None:
         """Raise where a base that is spread over processes cannot be adapted so."""
         for site in sites:
             sharding.check_site(site)
+            present = self.layers.get(site.id)
+            if present is not None and present.site.shift_only and isinstance(site, PackedSite):
+                raise UnsupportedError(
+                    f"{site.name}: {next(iter(present.bound))!r} trains the bias of this packed layer, and another "
+                    "adapter is to change its weight.",
+                    hint="Load that other adapter first.",
+                )
         for root in roots:
             sharding.check_copy(root, self.catalog.modules[root])
 

@@ -62,7 +62,7 @@ class Glora(UniformMethod[GloraConfig]):
         parts = [_part(tensors, part) for part in (C, D, E)]
         if base.base_bias is None or all(part is None for part in parts):
             return patch
-        bias = base.base_bias.detach().float()
+        bias = base.base_bias.float()
         share, scale, added = parts
         shift = torch.zeros_like(bias) if scale is None or added is None else bias * scale + added
         if share is not None:

@@ -110,6 +110,7 @@ def attach_adapter(
         if first_name != name:
             adapter = replacing.replace(adapters, name, first_name)
     _select_if_none(model, name)
+    adapters.place_biases()
     return _record(model, adapter, checkpoint, base_check)
 
 
@@ -152,6 +153,7 @@ def create_adapter(
     model.adapters.select(model.adapters.active_selection.default.names or name)
     if frozen:
         model.adapters.set_trainable(name, False)
+    model.adapters.place_biases()
     if not values:
         drop_values(model.adapters, model.adapters.get(name))
     model.load_log.sync()

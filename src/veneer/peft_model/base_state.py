@@ -33,15 +33,24 @@ def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
         BaseModelError: it is another model.
     """
     adapted = adapted_model(model)
+    layers = adapted.adapters.adapted_layers
     own = {id(t) for entry in adapted.adapters.by_name.values() for t in entry.tensors_by_place().values()}
     unmerged = {
         f"{layer.site.name}.{leaf}": tensor
-        for layer in adapted.adapters.adapted_layers
+        for layer in layers
         for leaf, tensor in zip((layer.site.parameter, "bias"), layer.original, strict=False)
+        if tensor is not None
     }
+    # By the tensor, which other modules may hold too.
+    biases = {id(layer.own_bias): layer.bias_in_place.original for layer in layers if layer.bias_in_place is not None}
     state = adapted.get_base_model().state_dict(keep_vars=True)
-    plain = {_WRAPPER.sub("", name): t for name, t in state.items() if id(t) not in own and not _COPY.search(name)}
-    return {name: (unmerged.get(name, tensor)).detach() for name, tensor in plain.items()}
+    plain = {
+        _WRAPPER.sub("", name): tensor
+        for name, tensor in state.items()
+        if id(tensor) in biases or (id(tensor) not in own and not _COPY.search(name))
+    }
+    tensors = {name: unmerged.get(name, tensor) for name, tensor in plain.items()}
+    return {name: biases.get(id(tensor), tensor).detach() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()

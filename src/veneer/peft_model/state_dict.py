@@ -115,7 +115,8 @@ def set_peft_model_state_dict(
     origin = f"the state dict for {adapter_name!r}"
     checkpoint = in_current_layout(in_memory_checkpoint(adapter.config, given, origin), adapters.catalog)
     current = _tensors_by_key(adapter)
-    rows = {k: t for k, t in embeddings_to_save(adapters, adapter, True).items() if k not in current}
+    ends = embeddings_to_save(adapters, adapter, True) if hasattr(adapters.model, "get_input_embeddings") else {}
+    rows = {key: tensor for key, tensor in ends.items() if key not in current}
     known = {**rows, **current}
     tensors = checkpoint.read(key for key in checkpoint.tensors if key in known)
     unfit = [key for key, tensor in tensors.items() if tensor.shape != known[key].shape]

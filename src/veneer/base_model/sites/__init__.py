@@ -98,19 +98,18 @@ def _attention(name: str, module: nn.MultiheadAttention) -> list[Site]:
     ]
 
 
-def bias_site(name: str, module: nn.Module, parent: nn.Module, adapted: bool) -> Site:
+def bias_site(name: str, module: nn.Module, parent: nn.Module, key: str) -> Site:
     """Return the site of a bias that is trained alone.
 
     Args:
         name: the layer's name.
         module: the layer.
         parent: the module that holds the layer.
-        adapted: whether the parent carries an adapter, which changes the bias's key.
+        key: the prefix of its key in a checkpoint.
     """
     if not is_never_called(module):
         return ShiftSite(name, module)
     owner, _, child = name.rpartition(".")
-    key = f"{owner}.base_layer.{child}.base_layer" if adapted else name
     return VectorSite(owner, parent, f"{child}.bias", key)
 
 

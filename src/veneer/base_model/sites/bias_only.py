@@ -22,7 +22,7 @@ class ShiftSite(Site):
     shift_only = True
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        super().__init__(name, module)
+        super().__init__(name, module, "weight" if isinstance(getattr(module, "weight", None), Tensor) else "bias")
         self.channel = 1 if isinstance(module, _CHANNELS_FIRST) else -1  # type: ignore[misc]
 
     @property

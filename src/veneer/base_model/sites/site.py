@@ -218,6 +218,10 @@ class Site(ABC):
             tensors["bias"] = bias  # type: ignore[assignment]
         return call_with(self.module, tensors, *args, **kwargs)
 
+    def base_with_bias(self, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        """Return the layer's output with another bias. Other threads do not see it."""
+        return call_with(self.module, {"bias": bias}, *args, **kwargs)
+
     def product(self, x: Tensor, matrix: Tensor) -> Tensor:
         """Apply ``matrix``, shape ``(rows, in)``, to the layer's input as the layer applies its weight."""
         raise NotImplementedError(f"{type(self).__name__} has no product")

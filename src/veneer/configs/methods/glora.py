@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 from veneer.configs.base import TargetedConfig
 from veneer.configs.names import PeftType
@@ -17,6 +16,7 @@ class GloraConfig(TargetedConfig, peft_type=PeftType.GLORA):
 
     Args, beside those of :class:`TargetedConfig`:
         r: the rank of the parts that are ``"lora"``.
+        bias: ``"none"``, ``"glora_only"`` or ``"all"``: the biases that are trained too.
         config_A_B: the form of the weight's scale A and shift B: ``"lora"``, ``"vector"`` (a number a row),
             ``"constant"`` (one number) or ``"none"``.
         config_C: the form of the weight's share in the bias: ``"lora"``, ``"vector"`` or ``"none"``.
@@ -29,8 +29,6 @@ class GloraConfig(TargetedConfig, peft_type=PeftType.GLORA):
     config_C: Literal["lora", "vector", "none"] = "lora"
     config_D_E: Literal["vector", "constant", "none"] = "constant"
     init_weights: bool = True
-
-    supported_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none",)}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,7 +6,7 @@ from typing import Any
 
 from veneer.base_model.catalog import Catalog
 from veneer.configs.base import TargetedConfig
-from veneer.errors import ConfigError
+from veneer.errors import UnsupportedError
 from veneer.methods.base.abilities import ChoosesLayers, specialised
 from veneer.methods.base.method import AnyMethod, Method, MethodOnSites
 from veneer.methods.base.prompt_method import AnyPrompt
@@ -23,7 +23,7 @@ def parts_of(method: AnyMethod | AnyPrompt, config: Any, catalog: Catalog) -> li
         catalog: the base model.
 
     Raises:
-        ConfigError: ``bias`` is none of its choices. TargetError: the config means no layer of the model.
+        UnsupportedError: ``bias`` is none of its choices. TargetError: the config means no layer of the model.
     """
     parts: list[MethodOnSites] = []
     for part in _own_parts(method, config, catalog):
@@ -44,22 +44,24 @@ def _with_companions(part: MethodOnSites, config: TargetedConfig, catalog: Catal
     """Return ``own`` and the parts of its companions, in the order in which they apply.
 
     Raises:
-        ConfigError: ``bias`` is neither ``"none"``, ``"all"`` nor ``"<method>_only"``.
+        UnsupportedError: ``bias`` is neither ``"none"``, ``"all"`` nor ``"<method>_only"``.
     """
     ends = [site for site in part.sites if catalog.is_embedding(site.name)]
     # These are the base's own rows, so all layers that share them get them.
-    parts = [
-        MethodOnSites(SAVED_WEIGHT, ends, {site.id: catalog.sharing(site.name) for site in ends}, optional=True),
-        part,
-    ]
+    parts = [MethodOnSites(SAVED_WEIGHT, ends, {site.id: catalog.sharing(site.name) for site in ends}, optional=True)]
     bias = getattr(config, "bias", "none")
     if bias not in ("none", "all") and not bias.endswith("_only"):
         method = str(config.peft_type).lower()
-        raise ConfigError(f"bias={bias!r} is none of the choices.", hint=f'They are "none", "all", "{method}_only".')
+        raise UnsupportedError(
+            f"bias={bias!r} is none of the choices.", hint=f'They are "none", "all", "{method}_only".'
+        )
     if bias == "none":
         parts.append(MethodOnSites(SAVED_BIAS, [site for site in ends if site.bias is not None], optional=True))
     else:
-        parts.append(MethodOnSites(ADAPTED_BIAS, [site for site in part.sites if site.bias is not None]))
+        biased, inner = [site for site in part.sites if site.bias is not None], catalog.inner_bias_sites(part.sites)
+        parts.append(MethodOnSites(ADAPTED_BIAS, [*biased, *inner]))
     if bias == "all":
-        parts.append(MethodOnSites(OTHER_BIAS, catalog.bias_sites(config, without=part.sites)))
-    return parts
+        others = catalog.bias_sites(config, without=part.sites)
+        parts.append(MethodOnSites(OTHER_BIAS, others, catalog.bias_twins([*biased, *others])))
+    # The adapter's own change comes last, for it may start from the trained bias.
+    return [*parts, part]

@@ -1,6 +1,7 @@
 """Biases that are trained whole beside an adapter (``bias="lora_only"`` and ``"all"``): ``b' = b + (trained - b)``.
 
-In peft they are shared by all adapters, which overwrite each other's; here each adapter brings its own.
+In peft they are shared by all adapters, which overwrite each other's; here each adapter brings its own. Those of the
+first that is trained take the places of the base's (``layers/bias_in_place.py``).
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from torch import Tensor
 
 from veneer.base_model.sites.site import Site
 from veneer.configs.base import TargetedConfig
+from veneer.methods.base.abilities import AdaptsTwins
 from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.patches.patch import Patch
 
 
-class Bias(Method[TargetedConfig, None]):
+class Bias(Method[TargetedConfig, None], AdaptsTwins):
     """Puts a trained bias in the place of a layer's own.
+
+    Other modules may hold the same bias. The layer computes with it, so they are left as they are.
 
     Args:
         leaf: the one tensor.
@@ -27,6 +31,9 @@ class Bias(Method[TargetedConfig, None]):
         self.leaves = (leaf,)
 
     def settings(self, config: TargetedConfig, site: Site) -> None:
+        return None
+
+    def twin_settings(self, settings: None, twin: Site) -> None:
         return None
 
     def shapes(self, settings: None, site: Site) -> dict[str, tuple[int, ...]]:
@@ -49,6 +56,7 @@ def base_bias(base: BaseLayer) -> Tensor:
     return base.base_bias.detach()
 
 
+TRAINED_BIAS = "trained_bias"
 # The bias of a layer that the adapter changes otherwise too, and of any other layer.
-ADAPTED_BIAS = Bias(Leaf("base_layer.bias", memory_name="trained_bias"))
-OTHER_BIAS = Bias(Leaf("bias", memory_name="trained_bias"))
+ADAPTED_BIAS = Bias(Leaf("base_layer.bias", memory_name=TRAINED_BIAS))
+OTHER_BIAS = Bias(Leaf("bias", memory_name=TRAINED_BIAS))
