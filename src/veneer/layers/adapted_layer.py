@@ -145,7 +145,7 @@ class AdaptedLayer(BaseTunerLayer, HeldBias):
     def _fuse(self, selection: Selection) -> CachedForward:
         """Make the forward pass under a selection that inference keeps until a tensor changes."""
         cache, names, merged = self._inference_cache, self.here(selection.names), self.merged
-        if self.merged_copies and (kept := self._forward_with_copy(selection, names)):
+        if self.merged_copies and (kept := self._forward_with_copy(cache, selection, names)):
             cache.forward = kept
             return kept
         cached = CachedForward(selection, self.sources(names))
@@ -179,9 +179,11 @@ class AdaptedLayer(BaseTunerLayer, HeldBias):
         """Return the tensors of adapters, and those that they share with other layers."""
         return [t for n in names for s in self.bound[n] for t in (*self.tensors(n, s).values(), *s.shared.values())]
 
-    def _forward_with_copy(self, selection: Selection, names: tuple[str, ...]) -> CopyForward | None:
+    def _forward_with_copy(
+        self, cache: InferenceCache, selection: Selection, names: tuple[str, ...]
+    ) -> CopyForward | None:
         """Return the forward pass with the merged copy of ``names``, which are here; ``None`` without one."""
-        kept = self._inference_cache.copies.get(selection.names)
+        kept = cache.copies.get(selection.names)
         if kept is not None and kept.is_current(selection):
             return kept
         copy = self.merged_copy(names)
@@ -189,7 +191,7 @@ class AdaptedLayer(BaseTunerLayer, HeldBias):
             return None
         kept = CopyForward(selection, self, copy)
         if names == selection.names:
-            self._inference_cache.copies[names] = kept
+            cache.copies[names] = kept
         return kept
 
     def _apply_patches(self, patches: Sequence[Patch], x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -233,8 +235,8 @@ class AdaptedLayer(BaseTunerLayer, HeldBias):
 
     def _forward_of_one(self, selection: Selection) -> CopyForward | None:
         """Return the forward pass with a merged copy for rows that all name the same adapter."""
-        one = selection.of_one
-        return None if one is None else self._forward_with_copy(one, one.names)
+        cache, one = self._inference_cache, selection.of_one
+        return None if one is None else self._forward_with_copy(cache, one, one.names)
 
     def _forward_rows_first(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if selection.packed(x):
@@ -391,7 +393,8 @@ class AdaptedLayer(BaseTunerLayer, HeldBias):
 
     def shares_changed(self, adapter: str) -> None:
         """Drop what is kept of an adapter, whose share of this layer is another now."""
-        self.drop_copies(lambda names: adapter in names)
+        if self.merged_copies:
+            self.drop_copies(lambda names: adapter in names)
         self.forget_cached()
 
     def rename(self, old: str, new: str) -> None:

@@ -7,7 +7,7 @@ a version.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,25 +59,29 @@ class MergedCopy:
     Attributes:
         base: the base's parameters that it was made of.
         sources: the adapters' tensors that it was made of.
+        edits: the last edit of any adapter that it is known to have outlived.
         weight: as stored; ``None`` where the adapters move the bias alone.
         bias: the bias, in the base's memory where it stays the same.
     """
 
-    __slots__ = ("_base_version", "_digest", "_edits", "_version", "base", "bias", "sources", "weight")
+    __slots__ = ("_base_version", "_digest", "_sources_version", "base", "bias", "edits", "sources", "weight")
 
     def __init__(self, layer: AdaptedLayer, names: tuple[str, ...]) -> None:
         self.base = layer.base_parameters
         watch_base(self.base)
         self._base_version = _version(self.base)
-        self._note(Edits.last, layer.sources(names))
+        self.edits, self.sources = Edits.last, layer.sources(names)
+        self._sources_version = _version(self.sources)
         self._digest = digest(self.sources)
         with torch.inference_mode(False), torch.no_grad():
             weight, bias = layer.merged_parameters(names)
             self.weight: Tensor | None = None if weight is None else weight.detach()
             self.bias: Tensor | None = _bias(None if bias is None else bias.detach(), layer.base_bias)
 
-    def _note(self, edits: object, sources: Sequence[Tensor]) -> None:
-        self._edits, self.sources, self._version = edits, sources, _version(sources)
+    @property
+    def version(self) -> int:
+        """The sum of the versions that the tensors had which it was made of."""
+        return self._base_version + self._sources_version
 
     @property
     def own_tensors(self) -> list[Tensor]:
@@ -92,12 +96,13 @@ class MergedCopy:
             return False
         if _version(base) != self._base_version:
             return False
-        if edits is self._edits and _version(self.sources) == self._version:
+        if edits is self.edits and _version(self.sources) == self._sources_version:
             return True
         sources = layer.sources(names)
+        version = _version(sources)
         if not _are_watched(sources) or digest(sources) != self._digest:
             return False
-        self._note(edits, sources)
+        self.edits, self.sources, self._sources_version = edits, sources, version
         return True
 
 
@@ -156,6 +161,7 @@ class CopyForward(CachedForward):
     def __init__(self, selection: Selection, layer: AdaptedLayer, copy: MergedCopy) -> None:
         super().__init__(selection, [*copy.sources, *copy.base])
         self._call = None  # the base's parameters are watched, too
+        self._edits, self._version = copy.edits, copy.version
         self._base = copy.base
         held: dict[str, Any] = layer.site.module._parameters
         # While adapters are merged, others than the base's parameters lie in the module.
