@@ -191,7 +191,9 @@ class AttachingLayers(Attaching):
             missing = method.shared_shapes(self.config, [layer.site for layer in layers]).keys() - stored.keys()
             fresh = method.make_shared(self.config, bases, generator) if missing else {}
             self.shared = {
-                name: as_parameter(tensor, layers[0].site.device, self.float32, self._trains_shared(method, name))
+                name: as_parameter(
+                    tensor, layers[0].site.device, self.float32, self.adapter.trainable and self._may_train_shared(name)
+                )
                 for name, tensor in {**fresh, **stored}.items()
             }
         if isinstance(method, HoldsModules):
@@ -202,8 +204,8 @@ class AttachingLayers(Attaching):
             extra = method.extra_tensors(self.config, bases, self.shared)
         self._extra = {layer.site.id: tensors for layer, tensors in zip(layers, extra, strict=True)}
 
-    def _trains_shared(self, method: SharesTensors, name: str) -> bool:
-        return self.adapter.trainable and method.trains_shared(self.config, name)
+    def _may_train_shared(self, name: str) -> bool:
+        return isinstance(self.method, SharesTensors) and self.method.trains_shared(self.config, name)
 
     def _take_extra_tensors(self) -> None:
         """Give new layers those of their tensors that their method derives instead of making them."""
@@ -259,7 +261,8 @@ class AttachingLayers(Attaching):
         self.adapter.beside.place(self.adapter.name, self.modules, self.adapters)
         if self.shared and not self.modules:
             self.adapter.layers.shared = self.shared
-            self.adapters.wrap(self.pending[0].site).hold(self.adapter.name, self.shared)
+            trained = [name for name in self.shared if self._may_train_shared(name)]
+            self.adapters.wrap(self.pending[0].site).hold(self.adapter.name, self.shared, trained)
         for pending in self.pending:
             self._bind_layer(pending)
         self.adapter.layers.exclusive = any(isinstance(pending.method, Exclusive) for pending in self.pending)

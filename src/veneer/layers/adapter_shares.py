@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -106,8 +106,14 @@ class LayerAdapters:
         """Add an adapter's tensors (leaf -> parameter), used as they are."""
         raise NotImplementedError
 
-    def hold(self, adapter: str, tensors: Mapping[str, nn.Parameter]) -> None:
-        """Keep tensors that are no share's own among the layer's, so that they move with the model."""
+    def hold(self, adapter: str, tensors: Mapping[str, nn.Parameter], trained: Collection[str] = ()) -> None:
+        """Keep tensors that are no share's own among the layer's, so that they move with the model.
+
+        Args:
+            adapter: the adapter that they belong to.
+            tensors: the tensors by name.
+            trained: the names of those that training may change; all others are buffers.
+        """
         raise NotImplementedError
 
     def unbind(self, adapter: str) -> None:

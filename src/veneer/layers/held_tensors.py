@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,31 +35,31 @@ class HeldTensors(LayerAdapters, nn.Module):
     def bind(self, adapter: str, share: BoundAdapter, tensors: Mapping[str, nn.Parameter]) -> None:
         """Add an adapter's tensors (leaf -> parameter), used as they are."""
         for leaf in share.leaves:
-            self._place(adapter, leaf.memory_name, tensors[leaf.name])
+            self._place(adapter, leaf.memory_name, tensors[leaf.name], bool(leaf.buffer))
         watch([*tensors.values(), *share.shared.values()])
         self.bound.setdefault(adapter, []).append(share)
         self.shares_changed(adapter)
 
-    def _place(self, adapter: str, name: str, parameter: nn.Parameter) -> None:
+    def _place(self, adapter: str, name: str, tensor: nn.Parameter, is_buffer: bool) -> None:
         """Put a tensor among the layer's own, the adapter's name after its head."""
         # "lora_embedding_A" has no tail: the parameter itself is named by the adapter.
         head, tail = around_adapter(name)
         if not tail:
-            self._holder(head)._parameters[adapter] = parameter
+            _tensors(self._holder(head), is_buffer)[adapter] = tensor
             return
         # "encoders.0.weight" has the tail "0.weight": a parameter's own name has no dots.
         path, _, leaf = tail.rpartition(".")
         holder = self._holder(head)
         for name in [adapter, *path.split(".")] if path else [adapter]:
             holder = holder._modules.setdefault(name, ParameterHolder(self.training))  # type: ignore[assignment]
-        holder._parameters[leaf] = parameter
+        _tensors(holder, is_buffer)[leaf] = tensor
 
-    def hold(self, adapter: str, tensors: Mapping[str, nn.Parameter]) -> None:
+    def hold(self, adapter: str, tensors: Mapping[str, nn.Parameter], trained: Collection[str] = ()) -> None:
         """Keep tensors that are not this layer's own share among its own, so that they move with the model."""
         if not tensors:
             return
-        for leaf, parameter in tensors.items():
-            self._place(adapter, leaf, parameter)
+        for name, tensor in tensors.items():
+            self._place(adapter, name, tensor, name not in trained)
         self.held[adapter] = {**self.held.get(adapter, {}), **tensors}
 
     def unbind(self, adapter: str) -> None:
@@ -68,9 +68,8 @@ class HeldTensors(LayerAdapters, nn.Module):
         self.shares_changed(adapter)
         names = [leaf.memory_name for share in shares for leaf in share.leaves] + [*self.held.pop(adapter, ())]
         for head in {around_adapter(name)[0] for name in names}:
-            holder = self._holder(head)
-            holder._parameters.pop(adapter, None)
-            holder._modules.pop(adapter, None)
+            for contents in _contents(self._holder(head)):
+                contents.pop(adapter, None)
             self._drop_empty(head)
 
     def _drop_empty(self, head: str) -> None:
@@ -84,13 +83,12 @@ class HeldTensors(LayerAdapters, nn.Module):
 
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name; its tensors stay the same objects."""
-        shares = [(share, self.tensors(old, share)) for share in self.bound[old]]
-        held = self.held.get(old, {})
-        self.unbind(old)
-        self.hold(new, held)
-        for share, tensors in shares:
-            self.bind(new, share, tensors)
+        contents = [contents for _, holder in self._holders() for contents in _contents(holder)]
+        for by_adapter in (self.bound, self.held, *contents):
+            if old in by_adapter:
+                by_adapter[new] = by_adapter.pop(old)
         self.merged = tuple(new if name == old else name for name in self.merged)
+        self.forget_cached()
 
     def reset(self, adapter: str, share: BoundAdapter, settings: Any) -> None:
         super().reset(adapter, share, settings)
@@ -105,11 +103,11 @@ class HeldTensors(LayerAdapters, nn.Module):
         head, tail = around_adapter(name)
         holder = self._holder(head)
         if not tail:
-            return holder._parameters[adapter]  # type: ignore[return-value]
+            return _tensor(holder, adapter)
         path, _, leaf = tail.rpartition(".")
         for inner in [adapter, *path.split(".")] if path else [adapter]:
             holder = holder._modules[inner]  # type: ignore[assignment]
-        return holder._parameters[leaf]  # type: ignore[return-value]
+        return _tensor(holder, leaf)
 
     def _holder(self, head: str) -> nn.Module:
         """Return the module that holds each adapter's tensors under ``head``; made if there was none."""
@@ -132,12 +130,10 @@ class HeldTensors(LayerAdapters, nn.Module):
         """Put other tensors in the places of an adapter's own."""
         for _, holder in self._holders():
             leaves = holder._modules.get(adapter)
-            below = [] if leaves is None else [(module._parameters, None) for module in leaves.modules()]
-            for tensors, names in [(holder._parameters, [adapter]), *below]:
-                for name in names or list(tensors):
-                    old = tensors.get(name)
-                    if old is not None:
-                        tensors[name] = nn.Parameter(other(old), requires_grad=old.requires_grad)
+            below = [] if leaves is None else [(module, None) for module in leaves.modules()]
+            for module, names in [(holder, [adapter]), *below]:
+                for tensors in (module._parameters, module._buffers):
+                    _exchange(tensors, names or list(tensors), other)
         self.watch()
         self.shares_changed(adapter)
 
@@ -145,11 +141,11 @@ class HeldTensors(LayerAdapters, nn.Module):
         """Return every tensor of an adapter that lies at this layer, frozen and common ones included, by its place."""
         tensors: dict[str, Tensor] = {}
         for head, holder in self._holders():
-            leaves, parameter = holder._modules.get(adapter), holder._parameters.get(adapter)
-            if parameter is not None:
-                tensors[head] = parameter
+            leaves, tensor = holder._modules.get(adapter), (holder._parameters | holder._buffers).get(adapter)
+            if tensor is not None:
+                tensors[head] = tensor
             elif leaves is not None:
-                tensors.update((f"{head}.{leaf}", p) for leaf, p in leaves.named_parameters(remove_duplicate=False))
+                tensors.update((f"{head}.{leaf}", tensor) for leaf, tensor in named_tensors(leaves))
         return tensors
 
     def train_adapters(self) -> None:
@@ -169,4 +165,31 @@ class HeldTensors(LayerAdapters, nn.Module):
     def watch(self) -> None:
         """Watch those tensors of the adapters that are not trained, which may be other objects than before."""
         for _, holder in self._holders():
-            watch(holder.parameters())
+            watch(tensor for _, tensor in named_tensors(holder))
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Return the parameters and buffers of a module and of those in it, each under all of its names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _tensors(holder: nn.Module, are_buffers: bool) -> dict[str, Any]:
+    return holder._buffers if are_buffers else holder._parameters
+
+
+def _tensor(holder: nn.Module, name: str) -> nn.Parameter:
+    tensor = holder._parameters.get(name)
+    return holder._buffers[name] if tensor is None else tensor  # type: ignore[return-value]
+
+
+def _contents(holder: nn.Module) -> tuple[Any, ...]:
+    """Return what a module holds, by name: the tensors and modules of each adapter."""
+    return holder._modules, holder._parameters, holder._buffers
+
+
+def _exchange(tensors: dict[str, Any], names: Collection[str], other: Callable[[Tensor], Tensor]) -> None:
+    for name in names:
+        old = tensors.get(name)
+        if old is not None:
+            tensors[name] = nn.Parameter(other(old), requires_grad=old.requires_grad)

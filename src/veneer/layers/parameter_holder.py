@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.layers.any_names import AnyNames
 from veneer.patches.watched_parameters import note_edit, watch
@@ -37,10 +37,12 @@ class ParameterHolder(AnyNames):
                 return None
             raise
 
-    def _tensors_of_leaf(self, leaf: str) -> dict[str, nn.Parameter]:
+    def _tensors_of_leaf(self, leaf: str) -> dict[str, Tensor]:
         """Return adapter -> its tensor of that name: ``token_adapter.trainable_tokens_delta["default"]``."""
-        held = {name: leaves._parameters.get(leaf) for name, leaves in self._modules.items() if leaves is not None}
-        return {name: parameter for name, parameter in held.items() if parameter is not None}
+        held = {
+            name: (leaves._parameters | leaves._buffers).get(leaf) for name, leaves in self._modules.items() if leaves
+        }
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "bias" and isinstance(value, nn.Parameter):
@@ -50,39 +52,60 @@ class ParameterHolder(AnyNames):
             self._exchanged()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        buffers = dict(self._buffers)
         super()._load_from_state_dict(*args, **kwargs)
+        self._keep_buffers(buffers)
         self._exchanged()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        buffers = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._keep_buffers(buffers)
+        return self
+
+    def _keep_buffers(self, buffers: dict[str, Any]) -> None:
+        """Give buffers the values that torch has put in their places: other layers know them by these objects."""
+        for name, buffer in buffers.items():
+            # Assigned by load_state_dict, one becomes a parameter.
+            current = self._parameters.pop(name) if name in self._parameters else self._buffers[name]
+            if current is not buffer:
+                buffer.data, self._buffers[name] = current, buffer
 
     def _exchanged(self) -> None:
         """Watch the tensors, which are others than before, and drop what inference kept of those."""
-        watch(self._parameters.values())
+        watch([*self._parameters.values(), *self._buffers.values()])
         note_edit()
 
     def extra_repr(self) -> str:
         """Return shape and dtype of the tensors, for a model's print-out."""
-        shown = [f"{name}: {list(p.shape)}, {p.dtype}" for name, p in self._parameters.items() if p is not None]
+        shown = [f"{name}: {list(p.shape)}, {p.dtype}" for name, p in self._tensors.items() if p is not None]
         return "; ".join(shown)
 
+    @property
+    def _tensors(self) -> dict[str, Any]:
+        return self._parameters | self._buffers
+
     def __getitem__(self, name: str) -> Any:
-        return self._modules[name] if name in self._modules else self._parameters[name]
+        return self._modules[name] if name in self._modules else self._tensors[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        (self._modules if isinstance(value, nn.Module) else self._parameters)[name] = value
+        is_module = isinstance(value, nn.Module)
+        (self._modules if is_module else self._buffers if name in self._buffers else self._parameters)[name] = value
         watch(value.parameters() if isinstance(value, nn.Module) else [value])
         note_edit()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._modules or name in self._parameters
+        return name in self._modules or name in self._tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())
 
     def __len__(self) -> int:
-        return len(self._modules) + len(self._parameters)
+        return len(self._modules) + len(self._tensors)
 
     def keys(self) -> list[str]:
         """Return the names."""
-        return [*self._modules, *self._parameters]
+        return [*self._modules, *self._tensors]
 
     def values(self) -> list[Any]:
         """Return the tensors and modules."""

@@ -32,6 +32,7 @@ class Leaf:
         loaded: whether it is read from a checkpoint; peft writes some that say nothing.
         moves_bias: whether it moves a layer's output as a bias does, even where the layer has none.
         integer: whether it holds whole numbers, such as the places of values.
+        buffer: whether it is a buffer of its module, and no parameter; by default where training never changes it.
         memory_name: its name in memory, where the adapter's name follows its first part, or its last where it ends
             with a dot; by default its name.
     """
@@ -43,9 +44,11 @@ class Leaf:
     loaded: bool = True
     moves_bias: bool = False
     integer: bool = False
+    buffer: bool | None = None
     memory_name: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "buffer", not self.trained if self.buffer is None else self.buffer)
         object.__setattr__(self, "memory_name", self.memory_name or self.name)
 
 
