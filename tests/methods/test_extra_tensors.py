@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import veneer
 from tests.models import build, inputs, logits
 from tests.random_adapters import bits, enlarge, same_bits
 from veneer.errors import BindError
+from veneer.patches.watched_parameters import Watched
 
 OPTIONS = {"target_modules": ["q_proj", "down_proj"], "u": 8, "weight_tying": 0.5, "save_projection": False}
 
@@ -22,9 +24,13 @@ def _model() -> veneer.PeftModel:
 
 
 def test_they_are_named_as_in_peft() -> None:
-    names = dict(_model().named_parameters())
-    assert names["base_model.model.model.layers.0.self_attn.q_proj.tinylora_v.default.1"].requires_grad
-    assert not names["base_model.model.model.layers.1.self_attn.q_proj.tinylora_P.default"].requires_grad
+    model = _model()
+    trained = "base_model.model.model.layers.0.self_attn.q_proj.tinylora_v.default.1"
+    assert dict(model.named_parameters())[trained].requires_grad
+    frozen = "base_model.model.model.layers.1.self_attn.q_proj.tinylora_P.default"
+    assert frozen in dict(model.named_buffers())
+    assert frozen in model.state_dict()
+    assert all(p.requires_grad for n, p in model.named_parameters() if "tinylora" in n)
 
 
 def test_a_renamed_adapter_keeps_them() -> None:
@@ -32,7 +38,7 @@ def test_a_renamed_adapter_keeps_them() -> None:
     expected = logits(model, inputs("llama"))
     model.adapters.rename("default", "other")
     assert torch.equal(logits(model, inputs("llama")), expected)
-    assert not [name for name, _ in model.named_parameters() if ".default" in name]
+    assert not [name for name in model.state_dict() if ".default" in name]
 
 
 def test_a_deleted_adapter_takes_them_along() -> None:
@@ -44,6 +50,7 @@ def test_a_deleted_adapter_takes_them_along() -> None:
 
 def test_a_cast_reaches_them() -> None:
     model = _model().bfloat16()
+    assert {t.dtype for n, t in model.state_dict().items() if "tinylora" in n} == {torch.bfloat16}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
@@ -54,3 +61,20 @@ def test_one_of_a_group_too_many_is_named(tmp_path: Path) -> None:
     more.save_pretrained(tmp_path)
     with pytest.raises(BindError, match=r"tinylora_v\.1: in the checkpoint, and this model and config have no such"):
         veneer.PeftModel.from_pretrained(build("llama"), tmp_path)
+
+
+def test_buffers_that_layers_share_stay_one_through_moves_and_loads() -> None:
+    config = veneer.VeraConfig(target_modules=["q_proj", "o_proj"], init_weights=False)
+    model: Any = veneer.get_peft_model(build("llama"), config, seed=1).eval()
+    layers, entry = list(model.adapters.layers.values()), model.adapters.by_name["default"]
+    expected = logits(model, inputs("llama"))
+    model.double().float()
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    buffers = {id(buffer) for name, buffer in model.named_buffers() if "vera_A" in name}
+    assert buffers == {id(layer.bound["default"][0].shared["vera_A"]) for layer in layers}
+    assert buffers == {id(entry.layers.shared["vera_A"])}
+    assert all(type(buffer) is Watched for name, buffer in model.named_buffers() if "vera_" in name)
+    assert torch.equal(logits(model, inputs("llama")), expected)
+    with torch.no_grad():
+        entry.layers.shared["vera_A"].mul_(2)
+    assert not torch.equal(logits(model, inputs("llama")), expected)

@@ -53,6 +53,17 @@ def test_first_values(kind: str, options: dict[str, Any], layer: str) -> None:
         assert float(ours[name].std()) == pytest.approx(float(tensor.std()), rel=0.15), name
 
 
+@pytest.mark.parametrize("kind", ["VeraConfig", "PveraConfig", "RandLoraConfig"])
+@pytest.mark.parametrize("start", [True, False])
+def test_first_values_beside_a_frozen_projection(kind: str, start: bool) -> None:
+    options = {"r": 64, "target_modules": ["linear"], "init_weights": start}
+    theirs, ours = drawn(peft, kind, options), drawn(veneer, kind, options)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert float(ours[name].mean()) == pytest.approx(float(tensor.mean()), abs=0.4), name
+        assert float(ours[name].std()) == pytest.approx(float(tensor.std()), rel=0.3, abs=1e-6), name
+
+
 @pytest.mark.parametrize("options", [{}, {"lora_bias": True}], ids=["all layers", "biases"])
 @pytest.mark.parametrize("start", [True, False, "gaussian"])
 def test_in_the_place_of_peft_a_seed_gives_the_same_values(

@@ -47,7 +47,7 @@ class Call:
         active = self.adapters.active_selection
         selection = self._begin()
         try:
-            for name in selection.applied:
+            for name in selection.concerned:
                 self.adapters.get(name)
             self._token = active.push(selection.for_call(self.task_ids), self, self.prompt)
         except BaseException:
@@ -59,7 +59,7 @@ class Call:
         active = self.adapters.active_selection
         while True:
             selection = self.chosen or active.current
-            active.underway.begin(self, self._used(selection.applied), active.calls)
+            active.underway.begin(self, self._used(selection.concerned), active.calls)
             if self.chosen is not None or active.current is selection:
                 return selection
             active.underway.end(self)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Protocol
 
@@ -16,6 +16,7 @@ from veneer.adapters.adapter import Adapter
 from veneer.adapters.adapter_part import Claim
 from veneer.adapters.guard import guarded
 from veneer.adapters.known_layouts import Layouts
+from veneer.adapters.layer_choices import LayerChoices
 from veneer.adapters.prompts import Prompts
 from veneer.base_model import sharding
 from veneer.configs.base import PeftConfig
@@ -198,6 +199,10 @@ class Adapters(LayerPlacement):
             if adapter.trainable:
                 adapter.require_grad(adapter.name in used)
 
+    def of_layer(self, layer: Any) -> LayerChoices:
+        """Return what chooses, enables and freezes adapters on one layer."""
+        return LayerChoices(self, layer)
+
     def selection(self, names: str | Sequence[str]) -> Selection:
         """Return the selection of one adapter or of several at once, checked."""
         names = (names,) if isinstance(names, str) else tuple(names)
@@ -299,6 +304,8 @@ class Adapters(LayerPlacement):
         active = self.active_selection.default.names
         if name in active:
             self.select([other for other in active if other != name] or list(self.by_name)[:1])
+        else:
+            self._rename_selected({name: None})
         self.layouts.ready.clear()
         self._refresh_hooks()
 
@@ -337,9 +344,12 @@ class Adapters(LayerPlacement):
         self._biased_by = new if old == self._biased_by else self._biased_by
         with self.active_selection.choosing:
             self.by_name = {entry.name: entry for entry in self.by_name.values()}
-            names = self.active_selection.default.names
-            self.active_selection.default = Selection(tuple(new if name == old else name for name in names))
+            self._rename_selected({old: new})
         self.layouts.ready.clear()
+
+    def _rename_selected(self, names: Mapping[str, str | None]) -> None:
+        """Give adapters other names in the default selection; ``None`` leaves one out."""
+        self.active_selection.default = self.active_selection.default.renamed(names)
 
     # -- taking off ----------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import nn
 
@@ -16,12 +16,14 @@ from veneer.configs.base import PromptConfig
 from veneer.configs.names import PeftType
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.layers.adapter_shares import BoundAdapter
+from veneer.layers.base_tuner_layer import SelectsForLayer
 from veneer.layers.module_copies import ModuleCopies
 from veneer.methods.base.replaced_weight import SavedWeight
 from veneer.methods.base.trained_bias import Bias
 from veneer.methods.shared.token_rows import LoraTokens
 
 Irregular = Literal["irregular"]
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class TunerModelStatus:
         trainable_params: the number of parameters that are trained.
         total_params: the number of parameters, the adapters' included.
         num_adapter_layers: the number of adapted layers.
-        enabled: False while adapters are disabled.
-        active_adapters: the selected adapters, in the order in which they apply.
+        enabled: False while adapters are disabled; ``"irregular"`` if on some layers only.
+        active_adapters: the selected adapters, in the order in which they apply; ``"irregular"`` if layers differ.
         merged_adapters: those merged into every layer that they change; ``"irregular"`` if one is in some only.
         requires_grad: adapter -> True if it is trained, ``"irregular"`` if only some of its tensors are.
         available_adapters: all adapters.
@@ -79,8 +81,8 @@ class TunerModelStatus:
     trainable_params: int
     total_params: int
     num_adapter_layers: int
-    enabled: bool
-    active_adapters: list[str]
+    enabled: bool | Irregular
+    active_adapters: list[str] | Irregular
     merged_adapters: list[str] | Irregular
     requires_grad: dict[str, bool | Irregular]
     available_adapters: list[str]
@@ -101,16 +103,16 @@ def layer_status(adapters: Adapters) -> list[TunerLayerStatus]:
 def _of_module(adapters: Adapters, name: str, module: nn.Module) -> Iterator[TunerLayerStatus]:
     if isinstance(module, ModuleCopies):
         copies = {adapter: list(copy.parameters()) for adapter, copy in module.copies.items()}
-        yield _status(adapters, name, "ModulesToSaveWrapper", (), {a: (p, p) for a, p in copies.items()})
+        yield _status(module, name, "ModulesToSaveWrapper", (), {a: (p, p) for a, p in copies.items()})
     if not isinstance(module, AdaptedLayer):
         return
     tokens = _tensors(module, lambda share: isinstance(share.method, LoraTokens))
     own = _tensors(module, lambda share: not isinstance(share.method, (LoraTokens, Bias, SavedWeight)))
     if tokens:
-        yield _status(adapters, f"{name}.token_adapter", _TOKENS, module.merged, tokens)
+        yield _status(module, f"{name}.token_adapter", _TOKENS, module.merged, tokens)
     if own:
         method = adapters.by_name[next(iter(own))].config.peft_type
-        yield _status(adapters, name, _module_type(str(method), module.site), module.merged, own)
+        yield _status(module, name, _module_type(str(method), module.site), module.merged, own)
 
 
 _TOKENS = "TrainableTokensLayer"
@@ -138,13 +140,13 @@ def _module_type(method: str, site: Site) -> str:
 
 
 def _status(
-    adapters: Adapters, name: str, module_type: str, merged: Sequence[str], tensors: _Tensors
+    module: SelectsForLayer, name: str, module_type: str, merged: Sequence[str], tensors: _Tensors
 ) -> TunerLayerStatus:
     return TunerLayerStatus(
         name=name,
         module_type=module_type,
-        enabled=adapters.active_selection.is_enabled,
-        active_adapters=_active(adapters),
+        enabled=not module.disable_adapters,
+        active_adapters=list(module.chosen_adapters),
         merged_adapters=[adapter for adapter in merged if adapter in tensors],
         requires_grad={adapter: _trained(trained) for adapter, (_, trained) in tensors.items()},
         available_adapters=list(tensors),
@@ -155,15 +157,16 @@ def _status(
 def model_status(model: nn.Module, adapters: Adapters) -> TunerModelStatus:
     """Return the status of the whole model."""
     parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    layers, selection = layer_status(adapters), adapters.active_selection
     return TunerModelStatus(
         base_model_type=type(adapters.model).__name__,
         adapter_model_type=_tuner(adapters) or type(model).__name__,
         peft_types={name: str(entry.config.peft_type) for name, entry in adapters.by_name.items()},
         trainable_params=sum(n for n, trained in parameters if trained),
         total_params=sum(n for n, _ in parameters),
-        num_adapter_layers=len(layer_status(adapters)),
-        enabled=adapters.active_selection.is_enabled,
-        active_adapters=_active(adapters),
+        num_adapter_layers=len(layers),
+        enabled=_common([layer.enabled for layer in layers], selection.is_enabled),
+        active_adapters=_common([layer.active_adapters for layer in layers], list(selection.asked)),
         merged_adapters=_merged(adapters),
         requires_grad={name: _trained(adapters.parameters(name)) for name in adapters.by_name},
         available_adapters=list(adapters.by_name),
@@ -179,10 +182,10 @@ def _tuner(adapters: Adapters) -> str | None:
     return type(config).__name__.removesuffix("Config") + "Model"
 
 
-def _active(adapters: Adapters) -> list[str]:
-    """Return the selected adapters, which are the same while adapters are disabled."""
-    selection = adapters.active_selection
-    return adapters.active if selection.is_enabled else list(selection.default.names)
+def _common(of_layers: Sequence[_Value], of_model: _Value) -> _Value | Irregular:
+    """Return what all layers have in common, or the model where it has none."""
+    first = next(iter(of_layers), of_model)
+    return first if all(value == first for value in of_layers) else "irregular"
 
 
 def _devices(tensors: Iterable[nn.Parameter]) -> list[str]:

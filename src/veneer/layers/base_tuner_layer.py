@@ -1,7 +1,7 @@
 """Gives adapted layers the attributes and methods of peft's layers, for libraries that visit a model layer by layer.
 
-There is one selection for all layers of a model. So where peft chooses, disables or deletes adapters for one layer,
-this does so for the model that the layer belongs to; a library that visits all layers sees no difference.
+A layer that is asked to choose, enable or freeze adapters does so alone. What all layers have been asked for is the
+model's selection again, as if it had been asked. Deleting an adapter on one layer deletes it from the model.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from veneer.layers.parameter_holder import ParameterHolder
 from veneer.printing import warn
 
 
-class SelectsForModel:
-    """A module of an adapted model through which the adapters of the whole model are chosen."""
+class SelectsForLayer:
+    """A module of an adapted model which can have other adapters active than the model."""
 
     # True for a module that adapters bring whole or by its rows: it counts its own adapters alone as active.
     counts_own: bool = False
@@ -29,9 +29,14 @@ class SelectsForModel:
     @property
     def active_adapters(self: Any) -> list[str]:
         """The active adapters, disabled or not; of a LoRA's layer also those that are not on it."""
-        current = self.active_selection.current
-        names = self.active_selection.asked_of(self.active_selection.default if current.disabled else current)
+        names = self.chosen_adapters
         return list(self.here(tuple(names)) if self.counts_own else names)
+
+    @property
+    def chosen_adapters(self: Any) -> Sequence[str]:
+        """The adapters that this layer was asked for, whether they are on it or not."""
+        names: Sequence[str] = self.active_selection.asked
+        return names
 
     @property
     def active_adapter(self: Any) -> list[str]:
@@ -39,34 +44,44 @@ class SelectsForModel:
         return list(self.active_adapters)
 
     @property
+    def _active_adapter(self: Any) -> list[str]:
+        """The active adapters: peft's private name for them, which programs set."""
+        return list(self.active_adapters)
+
+    @_active_adapter.setter
+    def _active_adapter(self: Any, names: str | Sequence[str]) -> None:
+        self.set_adapter(names)
+
+    @property
     def disable_adapters(self: Any) -> bool:
-        """True while the base runs alone."""
+        """True while the layer runs as in the base."""
         disabled: bool = self.active_selection.current.disabled
         return disabled
 
     def set_adapter(self: Any, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Choose the adapters of the model that this module belongs to; in ``inference_mode`` freeze them.
+        """Choose the adapters of this layer; in ``inference_mode`` freeze them.
 
         Names of adapters that are not on the model are kept: a pipeline asks all of its models for the same ones.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         adapters = self.active_selection.adapters
-        present = [name for name in names if name in adapters.by_name]
-        if present != list(self.active_selection.default.names):
-            adapters.select(present)
-        self.active_selection.note_asked(names)
+        adapters.of_layer(self).select(names)
         if inference_mode:
-            self.set_requires_grad(present, False)
+            self.set_requires_grad([name for name in names if name in adapters.by_name], False)
 
     def enable_adapters(self: Any, enabled: bool) -> None:
-        """Run the model's adapters from now on, or the base alone."""
-        self.active_selection.enabled = enabled
+        """Run the adapters of this layer from now on, or the layer as in the base."""
+        self.active_selection.adapters.of_layer(self).enable(enabled)
 
     def set_requires_grad(self: Any, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Make adapters of the model trainable, or freeze them."""
-        adapters = self.active_selection.adapters
+        """Make adapters trainable on this layer, or freeze them here."""
+        layer = self.active_selection.adapters.of_layer(self)
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            adapters.set_trainable(name, requires_grad)
+            layer.require_grad(name, requires_grad)
+
+    def trained(self, adapter: str) -> Iterator[nn.Parameter]:
+        """Return the parameters of an adapter here that training may change."""
+        raise NotImplementedError
 
     def delete_adapter(self: Any, adapter_name: str, new_active_adapters: Sequence[str] | None = None) -> None:
         """Delete an adapter of the model that this module belongs to; nothing happens when it is gone."""
@@ -77,7 +92,7 @@ class SelectsForModel:
             self.set_adapter(new_active_adapters)
 
 
-class BaseTunerLayer(SelectsForModel):
+class BaseTunerLayer(SelectsForLayer):
     """Gives an adapted layer the attributes and methods of peft's layers."""
 
     @property
@@ -85,6 +100,11 @@ class BaseTunerLayer(SelectsForModel):
         """True while the only adapters here are rows of tokens beside their LoRAs on other layers."""
         heads = {name.partition(".")[0] for name in self.adapter_layer_names}
         return token_adapter.NAME in heads and len(heads) == 1
+
+    def trained(self: Any, adapter: str) -> Iterator[nn.Parameter]:
+        """Return the parameters of an adapter here that training may change."""
+        for share in self.bound.get(adapter, ()):
+            yield from (p for leaf, p in self.tensors(adapter, share).items() if share.method.leaf(leaf).trained)
 
     @property
     def merged_adapters(self: Any) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from veneer.base_model.sites.offload import copy_resident
 from veneer.errors import AdapterError, UnsupportedError
 from veneer.layers.any_names import Copies
-from veneer.layers.base_tuner_layer import SelectsForModel
+from veneer.layers.base_tuner_layer import SelectsForLayer
 from veneer.layers.read_weight import Unread
 from veneer.patches.active_selection import ActiveSelection
 from veneer.patches.row_layout import ROWS, Layout, refused
 from veneer.patches.selection import Selection
 
 
-class ModuleCopies(SelectsForModel, nn.Module):
+class ModuleCopies(SelectsForLayer, nn.Module):
     """Stands in the place of a module; each adapter that trains it whole has a copy of its own.
 
     Its parameters are named as in peft: ``original_module.<p>``, ``modules_to_save.<adapter>.<p>``. Attributes
@@ -96,6 +96,10 @@ class ModuleCopies(SelectsForModel, nn.Module):
     def remove(self, adapter: str) -> None:
         """Drop an adapter's copy."""
         del self.copies[adapter]
+
+    def trained(self, adapter: str) -> Iterator[nn.Parameter]:
+        """Return the parameters of an adapter's copy."""
+        yield from self.copies[adapter].parameters() if adapter in self.copies else ()
 
     def rename(self, old: str, new: str) -> None:
         """Give a copy another adapter's name."""

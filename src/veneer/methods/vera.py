@@ -41,7 +41,9 @@ class Vera(UniformMethod[VeraConfig], SharesProjection):
         return {SHARED_A: (config.r, inner), SHARED_B: (out, config.r)}
 
     def init(self, new: NewLayer[VeraConfig, VeraConfig]) -> dict[str, Tensor]:
-        return {B: torch.zeros(new.site.shape[0]), D: torch.full((new.config.r,), float(new.config.d_initial))}
+        if new.config.init_weights:
+            return {B: torch.zeros(new.site.shape[0]), D: torch.full((new.config.r,), float(new.config.d_initial))}
+        return {B: torch.ones(new.site.shape[0]), D: new.normal((new.config.r,))}
 
     def lower(self, settings: VeraConfig, tensors: Mapping[str, Tensor], base: BaseLayer) -> Patch:
         out, inner = base.site.shape

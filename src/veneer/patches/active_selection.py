@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import Token
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from veneer.errors import BaseModelError
 from veneer.patches.cast_cache import CastCache
 from veneer.patches.forward_call import ForwardCall, begin, current, end
-from veneer.patches.selection import DISABLED, NOTHING, Selection
+from veneer.patches.selection import DISABLED, NOTHING, LayerChoice, Selection
 from veneer.patches.underway import Concerned, Underway
 
 
@@ -45,6 +46,9 @@ class ActiveSelection:
         casts: inputs of layers, cast to the dtype of their adapters; layers share them.
     """
 
+    default: Selection
+    enabled: bool
+    choosing: Any
     # The names that a layer was asked to select last, and the default selection that came of them.
     _asked: tuple[Sequence[str], Selection]
 
@@ -64,10 +68,30 @@ class ActiveSelection:
         """False while adapters are disabled in this context."""
         return not self.current.disabled
 
+    @property
+    def asked(self) -> Sequence[str]:
+        """The names that were asked for, disabled or not, those of adapters that are not on the model included."""
+        current = self.current
+        return self.asked_of(self.default if current.disabled else current)
+
     def asked_of(self, selection: Selection) -> Sequence[str]:
         """Return the names that a selection was made of, those of adapters that are not on the model included."""
         names, made = self._asked
         return names if made is selection else selection.names
+
+    def enable(self, enabled: bool) -> None:
+        """Run the adapters in all layers from now on, or the base alone."""
+        with self.choosing:
+            self.enabled = enabled
+            if self.default.by_layer:
+                choices = self.default.by_layer.items()
+                self.set_by_layer({layer: replace(choice, enabled=enabled) for layer, choice in choices})
+
+    def set_by_layer(self, by_layer: Mapping[object, LayerChoice]) -> None:
+        """Give layers other adapters than the model in the default selection."""
+        asked = self.asked_of(self.default)
+        self.default = replace(self.default, by_layer=by_layer)
+        self.note_asked(asked)
 
     def note_asked(self, names: Sequence[str]) -> None:
         """Note the names that the default selection was made of."""
@@ -174,8 +198,8 @@ class ActiveSelection:
         return {"default": self.default, "enabled": self.enabled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.default: Selection = state["default"]
-        self.enabled: bool = state["enabled"]
+        self.default = state["default"]
+        self.enabled = state["enabled"]
         self.blocks_without = 0
         self._asked = (), NOTHING
         # The set of adapters makes it known, also to a copy of this.
@@ -185,3 +209,33 @@ class ActiveSelection:
         # A copy for compiled code, which cannot read the context variable.
         self._thread = _Thread()
         self.casts = CastCache()
+
+
+class LayerSelection:
+    """The selection of a layer that may have other adapters than the model, in the place of the model's.
+
+    Which ones is a part of the model's selection, so that each call has them pinned: it cannot be seen here whether
+    the layer differs, only in a selection's ``by_layer``.
+    """
+
+    def __init__(self, of_model: ActiveSelection) -> None:
+        self.of_model = of_model
+
+    @property
+    def current(self) -> Selection:
+        """The selection of a forward pass of the layer in this context."""
+        selection = self.of_model.current
+        choice = selection.by_layer.get(self)
+        return selection if choice is None else choice.current
+
+    @property
+    def asked(self) -> Sequence[str]:
+        """The names that the layer was asked to select, or else the model."""
+        current = self.of_model.current
+        choice = (self.of_model.default if current.disabled else current).by_layer.get(self)
+        return self.of_model.asked if choice is None else choice.asked
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "of_model":  # it is being copied
+            raise AttributeError(name)
+        return getattr(self.of_model, name)

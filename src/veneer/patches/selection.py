@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,31 @@ BASE = "__base__"
 
 
 @dataclass(frozen=True)
+class LayerChoice:
+    """The adapters of one layer that has others than the model.
+
+    Attributes:
+        asked: the names that the layer was asked to select, those of adapters that are not on the model included.
+        selection: the adapters of those that are.
+        enabled: False where the layer runs as in the base.
+    """
+
+    asked: tuple[str, ...]
+    selection: Selection
+    enabled: bool
+
+    @property
+    def current(self) -> Selection:
+        """The selection of a forward pass of the layer."""
+        return self.selection if self.enabled else DISABLED
+
+    def renamed(self, names: Mapping[str, str | None]) -> LayerChoice:
+        """Return the same with other names for adapters; ``None`` leaves one out."""
+        asked, selected = (_renamed(own, names) for own in (self.asked, self.selection.names))
+        return LayerChoice(asked, Selection(selected), self.enabled)
+
+
+@dataclass(frozen=True)
 class Selection:
     """The adapters of one forward pass.
 
@@ -30,6 +55,7 @@ class Selection:
         shares: the rows' shares of the images of the call, for layers that see those; ``None`` without any.
         for_one_call: True where it was made for one call of the model, and is no other's.
         disabled: True where adapters are switched off, which rows of a call do not change.
+        by_layer: a layer's ``LayerSelection`` -> its adapters, for layers that have others.
     """
 
     names: tuple[str, ...] = ()
@@ -41,12 +67,27 @@ class Selection:
     _orders: dict[Any, RowOrder] = field(default_factory=dict, repr=False, compare=False)
     for_one_call: bool = field(default=False, repr=False, compare=False)
     disabled: bool = field(default=False, compare=False)
+    by_layer: Mapping[object, LayerChoice] = field(default_factory=dict, hash=False)
 
     def for_call(self, task_ids: Tensor | None) -> Selection:
         """Return the same for one call, with the call's tasks if it names any."""
         tasks = self.task_ids if task_ids is None else task_ids
         shared = (self.by_token, self.shares, self._groups, self._orders)
-        return Selection(self.names, self.rows, tasks, *shared, True, self.disabled)
+        choices = self.by_layer.items()
+        by_layer = {layer: replace(choice, selection=choice.selection.for_call(tasks)) for layer, choice in choices}
+        return Selection(self.names, self.rows, tasks, *shared, True, self.disabled, by_layer)
+
+    def renamed(self, names: Mapping[str, str | None]) -> Selection:
+        """Return the same for all rows with other names for adapters; ``None`` leaves one out."""
+        by_layer = {layer: choice.renamed(names) for layer, choice in self.by_layer.items()}
+        return Selection(_renamed(self.names, names), by_layer=by_layer)
+
+    @property
+    def concerned(self) -> tuple[str, ...]:
+        """The adapters that the pass uses in any layer."""
+        if not self.by_layer:
+            return self.applied
+        return (*self.applied, *(name for choice in self.by_layer.values() for name in choice.selection.names))
 
     @property
     def used(self) -> tuple[str, ...]:
@@ -151,6 +192,10 @@ def keep_few(kept: dict[Any, Any], key: Any, value: Any) -> None:
     if len(kept) >= _FEW:
         kept.clear()
     kept[key] = value
+
+
+def _renamed(own: tuple[str, ...], names: Mapping[str, str | None]) -> tuple[str, ...]:
+    return tuple(name for name in (names.get(name, name) for name in own) if name is not None)
 
 
 NOTHING = Selection()

@@ -394,11 +394,11 @@ class PeftModel(PromptMethods, XLoraMethods, ShadowMethods, BatchingMethods, Sav
 
     def disable_adapters(self) -> None:
         """Run the base alone until :meth:`enable_adapters`."""
-        self.adapters.active_selection.enabled = False
+        self.adapters.active_selection.enable(False)
 
     def enable_adapters(self) -> None:
         """Undo :meth:`disable_adapters`."""
-        self.adapters.active_selection.enabled = True
+        self.adapters.active_selection.enable(True)
 
     # peft's names for the two, on its tuners.
     disable_adapter_layers = disable_adapters

@@ -40,7 +40,7 @@ def merge(adapters: Adapters, names: Sequence[str] | None, *, check: bool = Fals
 
 
 def _merge(adapters: Adapters, names: Sequence[str] | None, check: bool, into: str | None) -> None:
-    to_merge = list(adapters.active_selection.default.names if names is None else names)
+    to_merge = _chosen(adapters, names)
     merged = [name for name in adapters.by_name if any(name in layer.merged for layer in adapters.layers.values())]
     selection = adapters.selection(list(dict.fromkeys([*merged, *to_merge])))
     if to_merge and set(to_merge) <= set(merged):
@@ -63,7 +63,7 @@ def merge_and_unload(
 
 
 def _merge_and_unload(adapters: Adapters, names: Sequence[str] | None, check: bool, into: str | None) -> nn.Module:
-    merged = adapters.selection(list(adapters.active_selection.default.names if names is None else names)).names
+    merged = adapters.selection(_chosen(adapters, names)).names
     check_mergeable(adapters, merged)
     packed = choose(adapters.layers.values(), merged, into, adapters.catalog.dtype)
     biases = new_biases(adapters.layers.values(), merged, adapters.catalog.model)
@@ -86,6 +86,17 @@ def _merge_and_unload(adapters: Adapters, names: Sequence[str] | None, check: bo
         forget_packing_rules(model)
     adapters.catalog = Catalog(model)
     return model
+
+
+def _chosen(adapters: Adapters, names: Sequence[str] | None) -> list[str]:
+    """Return the adapters to merge: the selected ones, unless they are named."""
+    selection = adapters.active_selection.default
+    if names is None and selection.by_layer:
+        raise MergeError(
+            f"{len(selection.by_layer)} layers have other adapters active than the model, and one selection is merged.",
+            hint="Name the adapters to merge, or select them on the model first: set_adapter(...), enable_adapters().",
+        )
+    return list(selection.names if names is None else names)
 
 
 def check_mergeable(adapters: Adapters, names: Sequence[str]) -> None:
