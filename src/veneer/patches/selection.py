@@ -17,6 +17,9 @@ from veneer.patches.row_order import RowOrder, on_device, row_order
 # The name that stands for "no adapter" in a per-row choice, as in peft.
 BASE = "__base__"
 
+# The layers that have other adapters than the model, in most selections.
+_NONE: Mapping[object, LayerChoice] = {}
+
 
 @dataclass(frozen=True)
 class LayerChoice:
@@ -36,6 +39,10 @@ class LayerChoice:
     def current(self) -> Selection:
         """The selection of a forward pass of the layer."""
         return self.selection if self.enabled else DISABLED
+
+    def for_call(self, task_ids: Tensor | None) -> LayerChoice:
+        """Return the same for one call."""
+        return replace(self, selection=self.selection.for_call(task_ids))
 
     def renamed(self, names: Mapping[str, str | None]) -> LayerChoice:
         """Return the same with other names for adapters; ``None`` leaves one out."""
@@ -67,14 +74,13 @@ class Selection:
     _orders: dict[Any, RowOrder] = field(default_factory=dict, repr=False, compare=False)
     for_one_call: bool = field(default=False, repr=False, compare=False)
     disabled: bool = field(default=False, compare=False)
-    by_layer: Mapping[object, LayerChoice] = field(default_factory=dict, hash=False)
+    by_layer: Mapping[object, LayerChoice] = field(default_factory=lambda: _NONE, hash=False)
 
     def for_call(self, task_ids: Tensor | None) -> Selection:
         """Return the same for one call, with the call's tasks if it names any."""
         tasks = self.task_ids if task_ids is None else task_ids
         shared = (self.by_token, self.shares, self._groups, self._orders)
-        choices = self.by_layer.items()
-        by_layer = {layer: replace(choice, selection=choice.selection.for_call(tasks)) for layer, choice in choices}
+        by_layer = self.by_layer and {layer: choice.for_call(tasks) for layer, choice in self.by_layer.items()}
         return Selection(self.names, self.rows, tasks, *shared, True, self.disabled, by_layer)
 
     def renamed(self, names: Mapping[str, str | None]) -> Selection:
