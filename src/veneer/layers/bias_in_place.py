@@ -72,7 +72,7 @@ class HeldBias(HeldTensors):
         own, in_place = self._own, self.bias_in_place
         self.bias_in_place = None
         trained = nn.Parameter(own.data, requires_grad=own.requires_grad)
-        self._place(in_place.adapter, TRAINED_BIAS, trained)
+        self._place(in_place.adapter, TRAINED_BIAS, trained, is_buffer=False)
         own.data, own.grad = in_place.original.data, None
         own.requires_grad_(False)
         self.forget_cached()
