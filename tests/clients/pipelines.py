@@ -91,6 +91,30 @@ def flux(channels: int = 16) -> Any:
     ).eval()
 
 
+def flux2(heads: int = 2, layers: int = 2) -> Any:
+    torch.manual_seed(heads)
+    return diffusers.Flux2Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=layers,
+        num_single_layers=layers + 1,
+        attention_head_dim=8,
+        num_attention_heads=heads,
+        joint_attention_dim=8,
+        timestep_guidance_channels=8,
+        mlp_ratio=2.0,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=False,
+    ).eval()
+
+
+def flux2_inputs() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(7)
+    hidden, prompt = (torch.randn(*shape, generator=generator) for shape in ((1, 4, 4), (1, 3, 8)))
+    places = {"img_ids": torch.zeros(1, 4, 4), "txt_ids": torch.zeros(1, 3, 4)}
+    return {"hidden_states": hidden, "encoder_hidden_states": prompt, "timestep": torch.tensor([0.5]), **places}
+
+
 def flux_pipeline(transformer: Any = None) -> Any:
     """Make a pipeline of a transformer alone: prompts and latents are given to it as tensors."""
     vae = diffusers.AutoencoderKL(block_out_channels=[4], norm_num_groups=2).eval()

@@ -356,3 +356,63 @@ def test_a_flux_lora_that_widens_the_input(after: bool, as_recorded: AsRecorded)
     pipeline.unload_lora_weights(reset_to_overwritten_params=True)
     assert flux_output(model) == pytest.approx(base, abs=1e-3)
     as_recorded(figures)
+
+
+SHADOWS: dict[str, dict[str, Any]] = {
+    "mirror": {},
+    "own embedders": {"share_embeddings": False},
+    "small": {"shadow_num_attention_heads": 1, "shadow_intermediate_size": 8},
+    "on disk": {"shadow_model": "small", "share_embeddings": False},
+}
+
+
+def sums(model: Any, part: str) -> dict[str, float]:
+    """Return the sum of the values of each tensor of an adapter that has a part of that name."""
+    state = peft.get_peft_model_state_dict(model)
+    return {key: float(tensor.double().abs().sum()) for key, tensor in state.items() if part in key}
+
+
+def shadow_gradients(model: Any) -> list[Any]:
+    """Return the number of an adapter's gradients and their sum, after a step of training."""
+    model.train()
+    model.zero_grad()
+    model(**make.flux2_inputs(), return_dict=False)[0].square().mean().backward()
+    gradients = [p.grad for name, p in model.named_parameters() if "shadow_" in name and p.grad is not None]
+    return [len(gradients), float(sum(gradient.abs().sum() for gradient in gradients))]
+
+
+@pytest.mark.parametrize("kind", SHADOWS)
+def test_a_shadow_beside_flux_2(kind: str, tmp_path: Path, monkeypatch: Any, as_recorded: AsRecorded) -> None:
+    monkeypatch.chdir(tmp_path)
+    make.flux2(heads=1, layers=1).save_pretrained("small")
+    blocks = {"target_modules": r"single_transformer_blocks\.\d+$", "shadow_alpha": 2.0, "shadow_dropout": 0.0}
+    model = peft.get_peft_model(make.flux2(), peft.ShadowConfig(**blocks, **SHADOWS[kind]))
+    figures: dict[str, Any] = {"start": sums(model, "shadow_backbone"), "projection": sums(model, "shadow_projection")}
+    shapes = {key: tuple(tensor.shape) for key, tensor in peft.get_peft_model_state_dict(model).items()}
+    peft.set_peft_model_state_dict(model, make.drawn({key: s for key, s in shapes.items() if "backbone" not in key}, 3))
+    with torch.no_grad():
+        made = model(**make.flux2_inputs(), return_dict=False)[0]
+    figures["output"] = float(made.abs().sum())
+    figures["gradients"] = shadow_gradients(model)
+    model.get_base_model().enable_gradient_checkpointing()
+    figures["checkpointed"] = shadow_gradients(model)
+    model.save_pretrained("saved")
+    again = peft.PeftModel.from_pretrained(make.flux2(), "saved")
+    with torch.no_grad():
+        assert torch.allclose(again(**make.flux2_inputs(), return_dict=False)[0], made, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="not supported for Diffusers models"):
+        model.base_model.unload_shadow()
+    as_recorded(figures)
+
+
+def test_a_shadow_that_does_not_fit_flux_2(tmp_path: Path) -> None:
+    def refused(match: str, **options: Any) -> None:
+        config = peft.ShadowConfig(target_modules=r"single_transformer_blocks\.\d+$", **options)
+        with pytest.raises(ValueError, match=match):
+            peft.get_peft_model(make.flux2(), config)
+
+    refused("preserve the base attention head dimension", shadow_hidden_size=10, shadow_num_attention_heads=1)
+    refused("must be between 1", shadow_num_attention_heads=3)
+    refused("shadow_num_hidden_layers=5|between 1 and 2 layers", shadow_num_hidden_layers=5)
+    make.flux2(heads=3).save_pretrained(tmp_path / "wide")
+    refused("wider than the base|between 1 and the base value", shadow_model=str(tmp_path / "wide"))

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -16,6 +17,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import veneer
 from tests.models import BLOCKS, LLAMA, TEXT, build, gap, inputs, logits
@@ -552,3 +554,103 @@ def test_the_decoder_alone_is_refused_where_there_is_none() -> None:
     bare: Any = veneer.get_peft_model(build("llama").model, veneer.ShadowConfig())
     with pytest.raises(AdapterError, match=r"nothing that predicts.*SEQ_CLS"):
         bare.unload_shadow()
+
+
+class _Block(torch.nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.linear = torch.nn.LayerNorm(width), torch.nn.Linear(width, width)
+
+    def forward(self, hidden_states: Tensor, scale: float = 1.0) -> Tensor:
+        return hidden_states + scale * self.linear(self.norm(hidden_states))
+
+
+class _Denoiser(torch.nn.Module):
+    """A transformer as those of diffusers are, whose states no tokens of the call are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = SimpleNamespace(num_attention_heads=2, attention_head_dim=4, to_dict=dict)
+        self.embed = torch.nn.Linear(8, 8)
+        self.single_transformer_blocks = torch.nn.ModuleList(_Block(8) for _ in range(3))
+        self.checkpoints = False
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        states: Tensor = self.embed(hidden_states)
+        for block in self.single_transformer_blocks:
+            states = (
+                checkpoint(block.__call__, states, 0.5, use_reentrant=False) if self.checkpoints else block(states, 0.5)
+            )
+        return states
+
+
+BLOCKS_OF_IT: dict[str, Any] = {"target_modules": r"single_transformer_blocks\.\d+$", "shadow_dropout": 0.0}
+BESIDE: dict[str, dict[str, Any]] = {
+    "as wide": BLOCKS_OF_IT,
+    "small": {**BLOCKS_OF_IT, "shadow_hidden_size": 4, "shadow_intermediate_size": 6, "shadow_num_hidden_layers": 2},
+    "some": {**BLOCKS_OF_IT, "target_modules": ["single_transformer_blocks.1", "single_transformer_blocks.2"]},
+}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("options", BESIDE.values(), ids=BESIDE)
+def test_beside_a_diffusion_transformer_it_is_as_in_peft_both_ways(options: dict[str, Any], tmp_path: Path) -> None:
+    x = torch.randn(2, 5, 8)
+    theirs = _theirs(_Denoiser(), **options, task_type=None)
+    wanted = theirs(hidden_states=x)
+    assert gap(wanted.detach(), _Denoiser()(hidden_states=x).detach()) > 0.1
+    ours: Any = veneer.PeftModel.from_pretrained(_Denoiser(), _saved(theirs, tmp_path / "a"), is_trainable=True)
+    assert gap(ours(hidden_states=x).detach(), wanted.detach()) < 1e-6
+    ours.save_pretrained(tmp_path / "b")
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
+    gradients = []
+    for model, checkpoints in ((theirs, False), (ours, False), (ours, True)):
+        model.zero_grad()
+        model.train().base_model.model.checkpoints = checkpoints
+        # Two calls before the gradients of either.
+        first, second = model(hidden_states=x), model(hidden_states=x.flip(0) + 1)
+        (second.square().mean() + 2 * first.square().mean()).backward()
+        gradients.append({n: g.clone() for n, g in _gradients(model).items() if "shadow_" in n})
+    assert gradients[0].keys() == gradients[1].keys() == gradients[2].keys()
+    assert any("shadow_backbone" in name for name in gradients[0])
+    for found in gradients[1:]:
+        assert all(gap(found[name], tensor) < 1e-4 for name, tensor in gradients[0].items())
+
+
+def test_beside_a_diffusion_transformer_rows_have_their_own_and_it_goes_again() -> None:
+    x = torch.randn(2, 5, 8)
+    model: Any = veneer.get_peft_model(_Denoiser(), veneer.ShadowConfig(init_weights=False, shadow_alpha=2.0), seed=1)
+    assert model.peft_config["default"].target_modules == [f"single_transformer_blocks.{place}" for place in range(3)]
+    model.add_adapter("other", veneer.ShadowConfig(init_weights=False, shadow_alpha=2.0), seed=2)
+    model.eval()
+    with torch.no_grad():
+        alone = [model(x, adapter_names=[name] * 2) for name in ("other", "default")]
+        mixed = model(x, adapter_names=["other", "default"])
+        assert gap(alone[0], alone[1]) > 0.01
+        assert all(gap(mixed[row], alone[row][row]) < 1e-5 for row in range(2))
+        assert gap(copy.deepcopy(model)(x), alone[1]) < 1e-6
+        bare = model.unload()
+        assert torch.equal(bare(x), _Denoiser()(x))
+
+
+def test_what_it_cannot_do_beside_a_diffusion_transformer_is_refused() -> None:
+    model: Any = veneer.get_peft_model(_Denoiser(), veneer.ShadowConfig())
+    with pytest.raises(UnsupportedError, match="not supported for Diffusers models"):
+        model.unload_shadow()
+    with pytest.raises(AdapterError, match="was not run for this call"):
+        model.base_model.model.single_transformer_blocks[0](torch.zeros(1, 2, 8))
+    with pytest.raises(UnsupportedError, match="cannot run beside a _Denoiser"):
+        veneer.get_peft_model(_Denoiser(), veneer.ShadowConfig(shadow_model="somewhere"))
+    with pytest.raises(TargetError, match="is no block of the decoder"):
+        veneer.get_peft_model(_Denoiser(), veneer.ShadowConfig(target_modules=["embed"]))
+
+    class Pairs(_Block):
+        def forward(self, hidden_states: Tensor, scale: float = 1.0) -> Any:
+            return hidden_states, super().forward(hidden_states, scale)
+
+    base = _Denoiser()
+    base.single_transformer_blocks[0] = Pairs(8)
+    pairs = veneer.get_peft_model(base, veneer.ShadowConfig(target_modules=["single_transformer_blocks.0"]))
+    with pytest.raises(UnsupportedError, match="gives 2 tensors"):
+        pairs(torch.zeros(1, 2, 8))

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
 
-from veneer.methods.shadow import BACKBONE, PROJECTION, BaseEmbedding
+from veneer.methods.shadow import BACKBONE, PROJECTION
+from veneer.methods.shared.shadow_denoiser import SharedModule
 from veneer.methods.shared.shadow_prediction import classification_loss, last_tokens, prediction_loss, projected
 
 
@@ -112,7 +113,7 @@ def complete_copy(model: DetachedShadowModel) -> DetachedShadowModel:
     if words is None:
         return copied
     words = copy.deepcopy(words)
-    if isinstance(copied.backbone.get_input_embeddings(), BaseEmbedding):  # type: ignore[operator]
+    if isinstance(copied.backbone.get_input_embeddings(), SharedModule):  # type: ignore[operator]
         copied.backbone.set_input_embeddings(words)  # type: ignore[operator]
         copied._words = (None,)
     else:

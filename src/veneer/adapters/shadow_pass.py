@@ -7,6 +7,7 @@ values of its own behind the model's layers in it, so what reorders or crops the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +43,10 @@ class ShadowPass(PassHook):
 
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:
         decoder = find_decoder_blocks(model)
-        stack = model if decoder is None else decoder.stack
+        if decoder is None:
+            hook = model.register_forward_pre_hook(self._before_denoiser, with_kwargs=True)
+            return [hook, forget_after(model, "shadow_states", "shadow_seeds")]
+        stack = decoder.stack
         return [
             stack.register_forward_pre_hook(self._before, with_kwargs=True),
             forget_after(stack, "shadow_states"),
@@ -69,6 +73,14 @@ class ShadowPass(PassHook):
             first[name] = states if rows is None else states[rows]
         note(first_shadow_states=first, shadow_states=dict(first))
         return (), call
+
+    def _before_denoiser(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        adapters = self.selected()
+        names = [name for name, adapter in adapters.items() if self.is_for(adapter)]
+        if names:
+            _check_alone(names[0], adapters.values(), self.adapters.active_selection.current)
+            modules = {name: adapters[name].beside.modules(name) for name in names}
+            note(shadow_states={}, shadow_seeds={name: partial(_seed, own) for name, own in modules.items()})
 
     def _run(self, stack: nn.Module, call: Mapping[str, Any], adapter: Adapter) -> Tensor:
         """Return the small decoder's last states in the base's width, for all rows."""
@@ -129,6 +141,11 @@ class ShadowPass(PassHook):
     def _own_rows(self, name: str, value: Tensor) -> Tensor:
         rows = self.adapters.active_selection.current.rows_of(name, len(value), value.device)
         return value if rows is None else value[rows]
+
+
+def _seed(modules: Mapping[str, nn.Module], h: Tensor, call: Mapping[str, Any]) -> Tensor:
+    """Return the first states beside a diffusion transformer, of the first block's input and the rest of its call."""
+    return projected(modules[BACKBONE](h, call), modules[PROJECTION])
 
 
 def _config_of(adapter: Adapter) -> ShadowConfig:

@@ -218,7 +218,10 @@ _OTHERS: dict[str, dict[str, Home]] = {
     "peft.tuners.prompt_tuning": _public(["PromptTuningInit"]),
     "peft.tuners.prompt_tuning.config": _public(["PromptTuningInit"]),
     "peft.tuners.shadow": _DETACHED_SHADOW,
-    "peft.tuners.shadow.layers": _DETACHED_SHADOW,
+    "peft.tuners.shadow.layers": {**_DETACHED_SHADOW, **_at(_CLASSES, "ShadowLayer")},
+    "peft.tuners.shadow.diffusion_models": {
+        "DetachedFluxShadowModel": Home("veneer.methods.shared.shadow_denoiser", "Flux2Backbone")
+    },
     "peft.tuners.lora.config": _public(_LORA_CONFIGS.split()),
     "peft.tuners.lora": {
         **_public([*_LORA_CONFIGS.split(), *_LORA_FUNCTIONS.split()]),

@@ -10,7 +10,8 @@
 another. Training adds the loss of its own prediction: of the base's output layer on those states, or, for sequence
 classification, of a second classifier, ``shadow_head``, on the last of them. It reads the base's embeddings if it is as
 wide and no model of its own (``shadow_model``); its keys and values lie behind the base's in the cache, so generation
-works with it.
+works with it. Beside a diffusion transformer it is another small network, which makes ``s`` of the first block's input
+and predicts nothing.
 """
 
 from __future__ import annotations
@@ -35,6 +36,14 @@ from veneer.methods.base.abilities import ChoosesLayers, CompletesConfig, HoldsM
 from veneer.methods.base.method import BaseLayer, Leaf, MethodOnSites, NewLayer
 from veneer.methods.base.routed_method import RoutedMethod
 from veneer.methods.shared.shadow_decoder_files import embedding_leaves, shadow_source
+from veneer.methods.shared.shadow_denoiser import (
+    SharedModule,
+    denoiser_start,
+    embeds,
+    is_denoiser,
+    is_flux2_on_disk,
+    small_denoiser,
+)
 from veneer.patches.forward_call import current
 from veneer.patches.patch import Patch
 
@@ -102,13 +111,18 @@ class Shadow(RoutedMethod[ShadowConfig, ShadowConfig], HoldsModules, ChoosesLaye
         if config.shadow_model == MIRROR:
             return True
         # As in peft: embeddings may be most of a model of its own.
-        return name.removeprefix(f"{BACKBONE}{_NAMED}") not in embedding_leaves(config.shadow_model)
+        leaf = name.removeprefix(f"{BACKBONE}{_NAMED}")
+        if is_flux2_on_disk(config.shadow_model):
+            return not embeds(leaf)
+        return leaf not in embedding_leaves(config.shadow_model)
 
     def complete(self, config: ShadowConfig, catalog: Catalog) -> None:
-        blocks = _blocks(catalog)
+        blocks = list(_blocks(catalog))
         if config.target_modules is None:
             layers = config.layers_to_transform
             places = [layers] if isinstance(layers, int) else layers
+            # Of several lists the one whose blocks give one tensor, the joined text's and picture's.
+            blocks = [name for name in blocks if name.startswith("single_")] or blocks
             config.target_modules = [n for i, n in enumerate(blocks) if places is None or i in places]
 
     def parts(self, config: ShadowConfig, catalog: Catalog) -> list[MethodOnSites]:
@@ -142,8 +156,8 @@ class Shadow(RoutedMethod[ShadowConfig, ShadowConfig], HoldsModules, ChoosesLaye
             decoder = small_decoder(config, site.decoder)
         tensors = {**stored(decoder.state_dict(), config, site.decoder), **_head_start(config, site)}
         shapes = {leaf: tuple(tensor.shape) for leaf, tensor in tensors.items()}
-        decoder_width, width = int(decoder.config.hidden_size), site.shape[0]  # type: ignore[union-attr, arg-type]
-        if decoder_width != width or (config.shadow_model != MIRROR and shadow_source(config.shadow_model).projected):
+        decoder_width, width = _width_of(decoder), site.shape[0]
+        if decoder_width != width or _brings_projection(config, site.decoder):
             shapes[_WIDENING] = (width, decoder_width)
         return shapes
 
@@ -195,6 +209,8 @@ def small_decoder(config: ShadowConfig, stack: nn.Module) -> nn.Module:
         SourceError: there is no such model.
         UnsupportedError: it is no decoder, or the base's config has no such size.
     """
+    if is_denoiser(stack):
+        return small_denoiser(config, stack)
     if config.shadow_model != MIRROR:
         return shadow_source(config.shadow_model).decoder()
     sizes: Any = copy.deepcopy(stack.config)
@@ -226,6 +242,8 @@ def _fit_lists(sizes: Any, count: int) -> None:
 
 def shares(config: ShadowConfig, stack: nn.Module) -> bool:
     """Tell whether the small decoder reads the base's embeddings."""
+    if is_denoiser(stack):
+        return False
     as_wide = config.shadow_hidden_size in (None, stack.config.hidden_size)  # type: ignore[union-attr]
     return config.share_embeddings and config.shadow_model == MIRROR and as_wide
 
@@ -247,30 +265,12 @@ def own_tensors(tensors: Mapping[str, nn.Parameter], part: str) -> dict[str, nn.
     return {leaf.removeprefix(start): tensor for leaf, tensor in tensors.items() if leaf.startswith(start)}
 
 
-class BaseEmbedding(nn.Module):
-    """Looks tokens up in the base's embedding, which is no part of the small decoder."""
-
-    def __init__(self, words: nn.Module) -> None:
-        super().__init__()
-        # In a tuple, so that torch does not take it for a submodule.
-        self._words = (words,)
-
-    @property
-    def words(self) -> nn.Module:
-        """The base's embedding."""
-        return self._words[0]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the embeddings of tokens."""
-        return self.words(*args, **kwargs)
-
-
 def _backbone(config: ShadowConfig, stack: nn.Module, tensors: Mapping[str, nn.Parameter]) -> nn.Module:
     """Return the small decoder with these tensors, on their device."""
     with torch.random.fork_rng(devices=[]):
         decoder = small_decoder(config, stack)
     if shares(config, stack) and "embed_tokens" in decoder._modules:
-        decoder._modules["embed_tokens"] = BaseEmbedding(stack.get_input_embeddings())  # type: ignore[operator]
+        decoder._modules["embed_tokens"] = SharedModule(stack.get_input_embeddings())  # type: ignore[operator]
     return _filled(decoder.to(next(iter(tensors.values())).device), tensors)
 
 
@@ -308,6 +308,8 @@ def _head_start(config: ShadowConfig, site: BlockSite) -> dict[str, Tensor]:
 
 def _start(config: ShadowConfig, stack: nn.Module) -> tuple[Mapping[str, Tensor], Tensor | None]:
     """Return the small decoder's tensors as it starts, and its projection where one comes with it."""
+    if is_denoiser(stack):
+        return denoiser_start(config, stack)
     if config.shadow_model != MIRROR:
         return shadow_source(config.shadow_model).values()
     return small_decoder(config, stack).state_dict(), None
@@ -325,16 +327,36 @@ def _check_widening(weight: Tensor, shape: tuple[int, ...], config: ShadowConfig
 def _blocks(catalog: Catalog) -> dict[str, BlockSite]:
     """Return the decoder's blocks by their names."""
     decoder = find_decoder_blocks(catalog.model)
+    if decoder is None and is_denoiser(catalog.model):
+        return _denoiser_blocks(catalog)
     if decoder is None:
         raise UnsupportedError(
             f"SHADOW runs beside a decoder of transformers, and {catalog.describe()} has no list of blocks that it "
             "knows.",
-            hint="Use it on a causal language model.",
+            hint="Use it on a causal language model, or on a diffusion transformer of diffusers.",
         )
     head = classifier(catalog)
     names = [f"{decoder.name}.{index}" for index in range(len(decoder.blocks))]
     # The base's own modules, as in the catalog: those in the list may be adapted layers.
     return {name: BlockSite(name, catalog.modules[name], decoder.stack, head) for name in names}
+
+
+def _denoiser_blocks(catalog: Catalog) -> dict[str, BlockSite]:
+    """Return the blocks of a diffusion transformer by their names: the entries of its lists of modules."""
+    model = catalog.model
+    lists = [name for name, module in model.named_children() if isinstance(module, nn.ModuleList)]
+    names = [f"{name}.{place}" for name in lists for place in range(len(getattr(model, name)))]
+    return {name: BlockSite(name, catalog.modules[name], model) for name in names}
+
+
+def _width_of(decoder: nn.Module) -> int:
+    width: Any = decoder.width if hasattr(decoder, "width") else decoder.config.hidden_size  # type: ignore[union-attr]
+    return int(width)
+
+
+def _brings_projection(config: ShadowConfig, stack: nn.Module) -> bool:
+    """Tell whether a small decoder of its own comes with a projection."""
+    return config.shadow_model != MIRROR and not is_denoiser(stack) and shadow_source(config.shadow_model).projected
 
 
 def _uniform(shape: tuple[int, ...], inner: int, generator: torch.Generator | None) -> Tensor:

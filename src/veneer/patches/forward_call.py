@@ -11,7 +11,7 @@ takes its place, which does not reach the contexts that were copied before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,6 +41,8 @@ class ForwardCall:
         xlora_weights: id of an X-LoRA's config -> the weights of its experts, ``(rows, length, layers, experts)``.
         shadow_states: name of a SHADOW adapter -> its states now, ``(its rows, length, hidden)``.
         first_shadow_states: the same at the beginning of the pass.
+        shadow_seeds: name of a SHADOW adapter -> what makes its first states of the first block's input and call, where
+            they cannot be had before.
     """
 
     owner: object = None
@@ -53,6 +55,7 @@ class ForwardCall:
     xlora_weights: Mapping[int, Tensor] | None = None
     shadow_states: dict[str, Tensor] | None = None
     first_shadow_states: Mapping[str, Tensor] | None = None
+    shadow_seeds: Mapping[str, Callable[[Tensor, Mapping[str, Any]], Tensor]] | None = None
 
 
 # The state outside of any call.

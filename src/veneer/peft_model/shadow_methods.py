@@ -10,7 +10,7 @@ from veneer.adapters.adapter import Adapter
 from veneer.base_model.blocks import find_decoder_blocks
 from veneer.configs.methods.shadow import ShadowConfig
 from veneer.configs.names import TaskType
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, UnsupportedError
 from veneer.methods.shadow import HEAD, shares
 
 if TYPE_CHECKING:
@@ -49,9 +49,16 @@ class ShadowMethods:
         config = adapter.config
         if not isinstance(config, ShadowConfig):
             raise AdapterError(f"{adapter.name!r} is no SHADOW but {config.peft_type}.", hint="Name one that is.")
+        decoder = find_decoder_blocks(self.adapters.model)
+        if decoder is None:
+            raise UnsupportedError(
+                "unload_shadow is not supported for Diffusers models: a small network beside one predicts nothing by "
+                "itself.",
+                hint="Use it with the model.",
+            )
         modules = adapter.beside.modules(adapter.name)
         head = modules.get(HEAD) or self._output_layer(adapter)
-        stack: Any = find_decoder_blocks(self.adapters.model).stack  # type: ignore[union-attr]
+        stack: Any = decoder.stack
         words = stack.get_input_embeddings() if shares(config, stack) else None
         detached = DetachedShadowClassifier if config.task_type == TaskType.SEQ_CLS else DetachedShadowModel
         model = detached(modules, head, words)

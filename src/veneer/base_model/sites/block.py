@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -36,8 +38,9 @@ class BlockSite(Site):
 
     @property
     def shape(self) -> tuple[int, int]:
-        width = int(self.decoder.config.hidden_size)  # type: ignore[union-attr, arg-type]
-        return width, width
+        config: Any = self.decoder.config
+        width = getattr(config, "hidden_size", None) or config.num_attention_heads * config.attention_head_dim
+        return int(width), int(width)
 
     def canonical(self, stored: Tensor) -> Tensor:
         raise unsupported(self, "a change of the weight")

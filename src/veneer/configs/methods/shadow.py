@@ -24,7 +24,8 @@ _SIZES = (
 class ShadowConfig(TargetedConfig, peft_type=PeftType.SHADOW):
     """SHADOW: a small trained copy of the decoder runs beside it, and its states move the blocks' inputs.
 
-    Args, beside those of :class:`TargetedConfig` (``target_modules``: whole blocks; all of the decoder when ``None``):
+    Args, beside those of :class:`TargetedConfig` (``target_modules``: whole blocks; when ``None`` all of the decoder,
+    and of a diffusion transformer the single-stream ones if it has such):
         r: the rank of the change of a block's input.
         shadow_alpha: multiplies the change.
         shadow_dropout: dropout on the input of the change while training.
@@ -61,6 +62,7 @@ class ShadowConfig(TargetedConfig, peft_type=PeftType.SHADOW):
         sizes = [name for name in _SIZES if getattr(self, name) is not None]
         if self.shadow_model != MIRROR and sizes:
             raise ConfigError(
-                f"shadow_model={self.shadow_model!r} has sizes of its own, and the config gives {sizes[0]}.",
+                f"shadow_model={self.shadow_model!r} has sizes of its own, and the config gives {sizes[0]}; sizes are "
+                "mirror-only overrides.",
                 hint=f"Leave out {', '.join(sizes)}.",
             )
