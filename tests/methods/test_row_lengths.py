@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import veneer
-from veneer.methods.shared import row_lengths
-from veneer.methods.shared.row_lengths import RowLengths
+from veneer.methods.shared.row_lengths import RowLengths, row_lengths
 
 SCALE = 0.7
 
@@ -118,12 +117,6 @@ def test_a_weight_that_is_trained_is_read_each_time(values: tuple[Tensor, Tensor
     assert computed == ["squares", "squares"]
 
 
-def test_nothing_is_kept_of_factors_that_are_not_trained(values: tuple[Tensor, Tensor, Tensor]) -> None:
-    lengths, (weight, up, down) = RowLengths(), values
-    lengths.of(weight, True, up.detach(), down.detach(), SCALE)
-    assert lengths._lengths is None
-
-
 def test_threads_share_them(values: tuple[Tensor, Tensor, Tensor]) -> None:
     lengths, (weight, up, down) = RowLengths(), values
     factors = [((up * k).detach().requires_grad_(), (down / k).detach().requires_grad_()) for k in (1, 2, 4, 8)]
@@ -165,12 +158,17 @@ def test_checkpointing_and_accumulation_measure_once_a_step(computed: list[str])
     assert len(computed) == 2
 
 
-def test_nothing_is_measured_twice_where_values_cannot_be_compared(
-    values: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In a transform of functions the rows themselves are measured."""
-    monkeypatch.setattr(row_lengths.RowLengths, "_computed", None)
+def test_rows_are_measured_in_transforms_of_functions(values: tuple[Tensor, Tensor, Tensor]) -> None:
     weight, up, down = values
-    scaled = torch.func.vmap(lambda factor: RowLengths().of(weight, True, up * factor, down, SCALE))
-    found = scaled(torch.tensor([1.0, 2.0]))
-    assert close(found[1], direct(weight, 2 * up, down))
+    scaled = torch.func.vmap(lambda factor: row_lengths(weight, up * factor, down, SCALE))
+    assert close(scaled(torch.tensor([1.0, 2.0]))[1], direct(weight, 2 * up, down))
+
+
+def test_inference_keeps_nothing(computed: list[str]) -> None:
+    model = veneer.get_peft_model(
+        nn.Sequential(nn.Linear(8, 8)), veneer.LoraConfig(target_modules=["0"], use_dora=True)
+    )
+    with torch.no_grad():
+        model(torch.randn(3, 8))
+        model.eval()(torch.randn(3, 8))
+    assert not computed

@@ -55,9 +55,10 @@ from veneer.methods.lora_starts.start import StartLayer
 from veneer.methods.lora_variants import LEAVES, variant_of
 from veneer.methods.lora_variants.variant import LORA_A, LORA_B, Variant
 from veneer.methods.shared.loftq_base import LOFTQ_BASE
-from veneer.methods.shared.row_lengths import RowLengths
+from veneer.methods.shared.row_lengths import RowLengths, row_lengths
 from veneer.methods.shared.token_rows import TOKENS
 from veneer.packages import stands_in_for_peft
+from veneer.patches.low_rank_autograd import is_eager
 from veneer.patches.multipliers import Diagonal
 from veneer.patches.patch import GATED, Patch
 from veneer.patches.token_gate import TokenGate
@@ -409,7 +410,6 @@ def _without_start(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {A: torch.cat([tensors[A], start_down]), B: torch.cat([tensors[B], -start_up], 1)}
 
 
-@torch.no_grad()
 def _lengths(settings: LoraSettings, patch: Patch, base: BaseLayer) -> Tensor:
     """Return the length of each row of ``W + scale * B A``, shape ``(out,)``, float32."""
     assert patch.up is not None
@@ -419,10 +419,15 @@ def _lengths(settings: LoraSettings, patch: Patch, base: BaseLayer) -> Tensor:
     up, down = patch.up.to(weight.device), patch.down.to(weight.device)
     if site.groups > 1:
         return _lengths_in_groups(weight.float(), up.float(), down.float(), patch.scale)
-    lengths = settings.row_lengths.of(weight, not site.stored.requires_grad, up, down, patch.scale)
+    if torch.is_grad_enabled() and down.requires_grad and is_eager(weight, up, down):
+        lengths = settings.row_lengths.of(weight, not site.stored.requires_grad, up, down, patch.scale)
+    else:
+        with torch.no_grad():
+            lengths = row_lengths(weight, up, down, patch.scale)
     return lengths.clamp_min(_NO_LENGTH)
 
 
+@torch.no_grad()
 def _lengths_in_groups(weight: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
     """Return the lengths by which peft divides on a convolution in groups, for adapters that were trained by them.
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from veneer.patches.low_rank_autograd import is_eager
 from veneer.patches.weight_arithmetic import BLOCK, row_blocks
 
 # Squares below this share of the weight's have lost digits.
@@ -38,7 +37,7 @@ class RowLengths:
 
     @torch.no_grad()
     def of(self, weight: Tensor, frozen: bool, up: Tensor, down: Tensor, scale: float) -> Tensor:
-        """Return the length of each row, shape ``(out,)``, float32.
+        """Return the length of each row in a training step, shape ``(out,)``, float32.
 
         Args:
             weight: canonical, shape ``(out, in)``.
@@ -47,14 +46,12 @@ class RowLengths:
             down: ``V``.
             scale: ``s``.
         """
-        if not is_eager(weight, up, down):
-            return _measured(weight, up, down, scale)
         version = _Version.of(weight) if frozen and not weight.is_inference() else None
         known = self._lengths
         if version is not None and known is not None and known.fit(version, up, down, scale):
             return known.lengths
         lengths = self._computed(weight, version, up.float(), down.float(), scale)
-        if version is not None and down.requires_grad and weight.device.type == "cpu":
+        if version is not None and weight.device.type == "cpu":
             self._lengths = _Lengths(version, up.clone(), down.clone(), scale, lengths)
         return lengths
 
@@ -74,7 +71,7 @@ class RowLengths:
         lengths = (squares + changes).clamp_min(0).sqrt()
         cancelled = squares + changes < _CANCELLED * squares
         if bool(cancelled.any()):
-            lengths[cancelled] = _measured(weight[cancelled], up[cancelled], down, scale)
+            lengths[cancelled] = row_lengths(weight[cancelled], up[cancelled], down, scale)
         return lengths
 
 
@@ -117,8 +114,8 @@ class _Lengths:
         )
 
 
-def _measured(weight: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
-    """Return the lengths of rows from the rows themselves."""
+def row_lengths(weight: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
+    """Return the lengths from the rows themselves, without a look at any value."""
     up, down = up.float(), down.float()
     blocks = row_blocks(len(weight), BLOCK)
     # Not in place, which the transforms of torch.func do not allow.
