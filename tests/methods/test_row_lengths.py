@@ -165,10 +165,11 @@ def test_rows_are_measured_in_transforms_of_functions(values: tuple[Tensor, Tens
 
 
 def test_inference_keeps_nothing(computed: list[str]) -> None:
-    model = veneer.get_peft_model(
-        nn.Sequential(nn.Linear(8, 8)), veneer.LoraConfig(target_modules=["0"], use_dora=True)
-    )
+    config = veneer.LoraConfig(target_modules=["0"], use_dora=True)
+    model = veneer.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+    computed.clear()
     with torch.no_grad():
         model(torch.randn(3, 8))
         model.eval()(torch.randn(3, 8))
     assert not computed
+    assert model.get_base_model()[0].bound["default"][0].settings.row_lengths._lengths is None
