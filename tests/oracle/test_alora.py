@@ -142,7 +142,7 @@ def test_without_token_ids_it_does_nothing_in_the_place_of_peft(folder: Path, mo
     ours, theirs = pair(folder)
     embedded: Tensor = ours.get_input_embeddings()(IDS)
     monkeypatch.setattr("veneer.adapters.invocation_hook.stands_in_for_peft", lambda: True)
-    with pytest.warns(veneer.VeneerWarning, match="do nothing in this pass"):
+    with pytest.warns(veneer.VeneerWarning, match="does nothing in this call"):
         here = ours(inputs_embeds=embedded).logits
     assert gap(here, theirs(inputs_embeds=embedded).logits) < CLOSE
     assert gap(here, logits(build("llama"), {"input_ids": IDS})) < CLOSE

@@ -34,20 +34,12 @@ class InvocationHook(PassHook):
         return [model.register_forward_pre_hook(_before, with_kwargs=True), forget_after(model, "tokens")]
 
 
-# Stands where a token is not known.
-NO_TOKEN = -1
-
-
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     ids, cache, prompt = (
         kwargs.get("input_ids", args[0] if args else None),
         kwargs.get("past_key_values"),
         current().prompt,
     )
-    embeddings = kwargs.get("inputs_embeds")
-    if ids is None and prompt is None and isinstance(embeddings, Tensor) and stands_in_for_peft():
-        warn("Only inputs_embeds are given, in which no invocation is found: aLoRA adapters do nothing in this pass.")
-        ids = embeddings.new_full(embeddings.shape[:2], NO_TOKEN, dtype=torch.int64)
     if not isinstance(ids, Tensor) or ids.is_floating_point():
         note(tokens=_of_embeddings(kwargs.get("inputs_embeds")) if stands_in_for_peft() else None)
         return
