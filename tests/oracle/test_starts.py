@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import veneer
+from tests.large.quantized import quantized
 from tests.models import CASES, build, gap, inputs, logits
 from tests.oracle.peer import VISIBLE, WEIGHTS, config_of, scramble
 from tests.random_adapters import bits, edit_config, same_bits
@@ -376,6 +377,20 @@ def test_what_is_measured_for_nothing_is_refused(how: str, name: str) -> None:
     config = veneer.LoraConfig(**{**LINEAR, "target_modules": ["embed_tokens"], "init_lora_weights": how})  # type: ignore[arg-type]
     with pytest.raises(veneer.ConfigError, match="No supported layers found"):
         measure(build("llama"), config, lambda: None)
+
+
+def test_a_packed_weight_gets_no_gradient_to_measure() -> None:
+    config = veneer.LoraConfig(init_lora_weights="lora_ga", **LINEAR)  # type: ignore[arg-type]
+    with pytest.raises(veneer.UnsupportedError, match=r"q_proj is quantized, and gets no gradient"):
+        veneer.preprocess_loraga(quantized("bitsandbytes 4 bits"), config, lambda: None)
+
+
+def test_a_packed_weight_keeps_its_start() -> None:
+    model = ours(quantized("bitsandbytes 4 bits"), "pissa")
+    with pytest.raises(veneer.UnsupportedError, match="is packed, and its start cannot be taken off it"):
+        model.unload(take_starts_off=True)
+    assert model.active_adapters == ["default"]
+    assert isinstance(model.unload(), nn.Module)
 
 
 def test_a_rank_one_gradient_gives_a_start_of_the_weights_length() -> None:
