@@ -42,7 +42,7 @@ def change_of(layer: LayerAdapters, patches: Sequence[Patch]) -> WeightChange:
     """Return the change that patches make of a layer."""
     if layer.site.shift_only:
         raise UnsupportedError(
-            f"The adapter's config sets bias: it trains that of {layer.site.name} and not the weight. No LoRA can be so.",
+            f"The adapter's config sets bias: it trains the bias of {layer.site.name} alone, as no LoRA can.",
             hint='Combine adapters with bias="none".',
         )
     bias = biases(layer.base_bias, patches)
