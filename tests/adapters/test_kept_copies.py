@@ -130,6 +130,33 @@ def test_the_weights_are_bit_for_bit_those_of_a_merge(dtype: torch.dtype) -> Non
         assert layer.site.bias is None or torch.equal(copies[name].bias, layer.site.bias)
 
 
+@pytest.mark.parametrize("trained", ["all", "lora_only"])
+@pytest.mark.parametrize("arch", ["qwen2", "opt", "bert"])
+def test_an_adapter_that_brings_biases(arch: str, trained: str) -> None:
+    batch = inputs(arch)
+    model = veneer.get_peft_model(build(arch), config(arch, bias=trained), "a", seed=1).eval()
+    enlarge(model, "a")
+    model.add_adapter("b", config(arch, bias="none"))
+    model.set_requires_grad(["a", "b"], False)
+    before = {name: under(model, name, batch=batch) for name in "ab"}
+    with model.disable_adapter():
+        base = logits(model, batch)
+    report = model.keep_merged("a", "b")
+    assert report is not None
+    assert not any("memory" in warning for warning in report.warnings)
+    held = {t.data_ptr(): t.nbytes for layer in model.adapters.adapted_layers for t in own_tensors(layer)}
+    assert report.nbytes == sum(held.values()) <= (model.keep_merged("a", "b", memory=report.nbytes) or report).nbytes
+    assert not (model.keep_merged("a", "b", memory=report.nbytes) or report).warnings
+    for name in "ab":
+        assert gap(under(model, name, batch=batch), before[name]) < CLOSE
+    assert torch.equal(under(model, "a", batch=batch), merged(model, "a", batch=batch))
+    with model.disable_adapter():
+        assert torch.equal(logits(model, batch), base)
+    mixed = logits(model, batch, adapter_names=["a", "b"])
+    assert gap(mixed[0], before["a"][0]) < CLOSE
+    assert gap(mixed[1], before["b"][1]) < CLOSE
+
+
 def test_a_layer_runs_the_bases_own_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     model = two()
     model.keep_merged("a")

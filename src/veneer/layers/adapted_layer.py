@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,9 +14,8 @@ from veneer.base_model.sites.site import Site, copy_with, unsupported
 from veneer.errors import MergeError, UnsupportedError
 from veneer.layers import token_adapter
 from veneer.layers.base_tuner_layer import BaseTunerLayer
-from veneer.layers.bias_in_place import HeldBias
 from veneer.layers.inference_cache import InferenceCache, are_small, for_inference
-from veneer.layers.merged_copy import CopyForward, MergedCopy
+from veneer.layers.merged_copy import CopyForward, HoldsCopies
 from veneer.layers.read_weight import Unread
 from veneer.layers.token_adapter import TokenAdapter
 from veneer.methods.base.trained_bias import Bias
@@ -26,11 +24,10 @@ from veneer.patches.fused import CachedForward, FusedPatch, can_fuse, fuse, fuse
 from veneer.patches.patch import Patch, apply, apply_rows, biases, for_training, whole_weight
 from veneer.patches.row_layout import ROWS, Layout, refused
 from veneer.patches.selection import Selection
-from veneer.patches.watched_parameters import unwatch_base
 from veneer.patches.weight_arithmetic import composed
 
 
-class AdaptedLayer(BaseTunerLayer, HeldBias):
+class AdaptedLayer(BaseTunerLayer, HoldsCopies):
     """Stands in the place of a base layer that carries adapters.
 
     Its parameters are named as in peft: ``base_layer.weight``, ``lora_A.<adapter>.weight``. Attributes that it
@@ -44,12 +41,10 @@ class AdaptedLayer(BaseTunerLayer, HeldBias):
 
     Attributes:
         layout: the way in which its input holds the rows of a batch.
-        merged_copies: adapters -> the merged copy that is kept for them; replaced whole.
     """
 
     base_layer: Any
     layout: Layout = ROWS
-    merged_copies: Mapping[tuple[str, ...], MergedCopy] = MappingProxyType({})
     active_selection: ActiveSelection
     # The adapters whose patches are in the base layer's weight now, and the parameters that it had before.
     merged: tuple[str, ...]
@@ -103,10 +98,6 @@ class AdaptedLayer(BaseTunerLayer, HeldBias):
         if self.site.shift_only or not self.original:
             return self.site.base_with_bias(self.base_bias, *args, **kwargs)
         return self.call_with(self.base_stored, self.base_bias, *args, **kwargs)
-
-    def call_with(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-        """Return the base layer's output with other parameters."""
-        return self.site.base_with(weight, bias, *args, **kwargs)
 
     # -- the forward pass ----------------------------------------------------------------------------------
 
@@ -174,10 +165,6 @@ class AdaptedLayer(BaseTunerLayer, HeldBias):
         patches = self.patches(names)
         dtype = fused_dtype(self.site.device, self.site.stored.dtype)
         return fuse(patches, self.base_bias, dtype) if can_fuse(patches) else None
-
-    def sources(self, names: tuple[str, ...]) -> list[Tensor]:
-        """Return the tensors of adapters, and those that they share with other layers."""
-        return [t for n in names for s in self.bound[n] for t in (*self.tensors(n, s).values(), *s.shared.values())]
 
     def _forward_with_copy(
         self, cache: InferenceCache, selection: Selection, names: tuple[str, ...]
@@ -335,73 +322,6 @@ class AdaptedLayer(BaseTunerLayer, HeldBias):
             return self.base_stored if self.site.shift_only else self._whole(patches, None)[0]
         bias = biases(self.base_bias, patches)[-1]
         return None if bias is None else bias.to(self.site.stored.dtype)
-
-    # -- merged copies -------------------------------------------------------------------------------------
-
-    @property
-    def is_nested(self) -> bool:
-        """True where it wraps another adapted layer of the same module."""
-        return self.base_layer is not self.site.module
-
-    @property
-    def base_parameters(self) -> list[nn.Parameter]:
-        """The weight and bias that adapters change, wherever they lie, whatever is merged into the layer now."""
-        held = self.original or (None if self.site.shift_only else self.site.stored, self.site.bias)
-        if self.bias_in_place is not None:
-            own, original = self.own_bias, self.bias_in_place.original
-            held = [original if parameter is own else parameter for parameter in held]
-        return [parameter for parameter in held if parameter is not None]
-
-    def merged_copy(self, names: tuple[str, ...]) -> MergedCopy | None:
-        """Return the merged copy of ``names``, which are here; one that is out of date is dropped."""
-        copy = self.merged_copies.get(names)
-        if copy is None or copy.is_current(self, names):
-            return copy
-        self.drop_copies(lambda others: others == names)
-        return None
-
-    def drop_copies(self, drops: Callable[[tuple[str, ...]], bool] = lambda names: True) -> None:
-        """Drop the merged copies of those adapters for which ``drops`` says so."""
-        if not self.merged_copies:
-            return
-        with self.active_selection.choosing:
-            before = self.merged_copies
-            self.merged_copies = {names: copy for names, copy in before.items() if not drops(names)}
-            if not self.merged_copies:
-                unwatch_base(*(parameter for copy in before.values() for parameter in copy.base))
-        self.forget_cached()
-
-    def keep_copy(self, names: tuple[str, ...], copy: MergedCopy) -> None:
-        """Keep a merged copy of ``names``, which are here."""
-        with self.active_selection.choosing:
-            self.merged_copies = {**self.merged_copies, names: copy}
-        self.forget_cached()
-
-    def drop_outdated_copies(self) -> None:
-        """Drop the merged copies whose weights have changed, so that their memory is free at once."""
-        for names in self.merged_copies:
-            self.merged_copy(names)
-
-    def place_bias(self, adapter: str) -> None:
-        self.drop_copies()
-        super().place_bias(adapter)
-
-    def take_out_bias(self) -> None:
-        if self.bias_in_place is not None:
-            self.drop_copies()
-        super().take_out_bias()
-
-    def shares_changed(self, adapter: str) -> None:
-        """Drop what is kept of an adapter, whose share of this layer is another now."""
-        if self.merged_copies:
-            self.drop_copies(lambda names: adapter in names)
-        self.forget_cached()
-
-    def rename(self, old: str, new: str) -> None:
-        copies = self.merged_copies
-        self.merged_copies = {}
-        super().rename(old, new)
-        self.merged_copies = {tuple(new if n == old else n for n in names): copy for names, copy in copies.items()}
 
     # -- merging -------------------------------------------------------------------------------------------
 

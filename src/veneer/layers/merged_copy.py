@@ -7,8 +7,9 @@ a version.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from blake3 import blake3
@@ -18,25 +19,24 @@ from torch.nn import functional as F
 from veneer.base_model import sharding
 from veneer.base_model.sites import offload
 from veneer.base_model.sites.site import copy_with
+from veneer.layers.bias_in_place import HeldBias
+from veneer.patches.active_selection import ActiveSelection
 from veneer.patches.fused import CachedForward
 from veneer.patches.selection import Selection
-from veneer.patches.watched_parameters import Edits, Watched, WatchedBase, watch_base
+from veneer.patches.watched_parameters import Edits, Watched, WatchedBase, unwatch_base, watch_base
 from veneer.patches.weight_arithmetic import merged_bias
 
-if TYPE_CHECKING:
-    from veneer.layers.adapted_layer import AdaptedLayer
 
-
-def obstacle(layer: AdaptedLayer, names: tuple[str, ...]) -> str | None:
+def obstacle(layer: HoldsCopies, names: tuple[str, ...]) -> str | None:
     """Return the reason why no merged weight of a layer can be kept; ``None`` where one can."""
-    site, base = layer.site, layer.base_parameters
+    site, base = layer.site, layer.parameters_below(names)
     reasons = {
         "its weight is quantised": site.is_packed,
         "its weight is spread over processes": any(map(sharding.is_sharded, base)),
         "its weight is offloaded": any(p.is_meta for p in base) or offload.offloading_hook(site.module) is not None,
         "its weight is no plain parameter of torch's": not all(map(_can_be_watched, base)),
         "several adapters change its weight and its bias by themselves": layer.is_nested and not site.inside_layer,
-        "the adapter is trained, or was loaded in torch.inference_mode()": not _are_watched(layer.sources(names)),
+        "the adapter is trained, or was loaded in torch.inference_mode()": not _are_watched(layer.sources_above(names)),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -66,11 +66,11 @@ class MergedCopy:
 
     __slots__ = ("_base_version", "_digest", "_sources_version", "base", "bias", "edits", "sources", "weight")
 
-    def __init__(self, layer: AdaptedLayer, names: tuple[str, ...]) -> None:
-        self.base = layer.base_parameters
+    def __init__(self, layer: HoldsCopies, names: tuple[str, ...]) -> None:
+        self.base = layer.parameters_below(names)
         watch_base(self.base)
         self._base_version = _version(self.base)
-        self.edits, self.sources = Edits.last, layer.sources(names)
+        self.edits, self.sources = Edits.last, layer.sources_above(names)
         self._sources_version = _version(self.sources)
         self._digest = digest(self.sources)
         with torch.inference_mode(False), torch.no_grad():
@@ -89,16 +89,16 @@ class MergedCopy:
         tensors = (self.weight, self.bias)
         return [tensor for tensor in tensors if tensor is not None and not _is_in_memory_of(tensor, self.base)]
 
-    def is_current(self, layer: AdaptedLayer, names: tuple[str, ...]) -> bool:
+    def is_current(self, layer: HoldsCopies, names: tuple[str, ...]) -> bool:
         """Tell whether a merge would give the same now."""
-        base, edits = layer.base_parameters, Edits.last
+        base, edits = layer.parameters_below(names), Edits.last
         if len(base) != len(self.base) or not all(map(_is_watched_still, base, self.base)):
             return False
         if _version(base) != self._base_version:
             return False
         if edits is self.edits and _version(self.sources) == self._sources_version:
             return True
-        sources = layer.sources(names)
+        sources = layer.sources_above(names)
         version = _version(sources)
         if not _are_watched(sources) or digest(sources) != self._digest:
             return False
@@ -107,7 +107,7 @@ class MergedCopy:
 
 
 @torch.no_grad()
-def copy_nbytes(layer: AdaptedLayer, names: tuple[str, ...]) -> int:
+def copy_nbytes(layer: HoldsCopies, names: tuple[str, ...]) -> int:
     """Return the bytes that a merged copy takes beside the base's, before it is made."""
     weight = None if layer.site.shift_only else layer.base_stored
     base, dtype = layer.base_bias, torch.float32 if weight is None else weight.dtype
@@ -158,7 +158,7 @@ class CopyForward(CachedForward):
 
     __slots__ = ("_base", "_places")
 
-    def __init__(self, selection: Selection, layer: AdaptedLayer, copy: MergedCopy) -> None:
+    def __init__(self, selection: Selection, layer: HoldsCopies, copy: MergedCopy) -> None:
         super().__init__(selection, [*copy.sources, *copy.base])
         self._call = None  # the base's parameters are watched, too
         self._edits, self._version = copy.edits, copy.version
@@ -187,7 +187,7 @@ class CopyForward(CachedForward):
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.sources)
 
 
-def _forward_with(layer: AdaptedLayer, copy: MergedCopy) -> Callable[[Tensor], Any]:
+def _forward_with(layer: HoldsCopies, copy: MergedCopy) -> Callable[[Tensor], Any]:
     """Return the base layer's own operation with the tensors of a copy."""
     module, weight, bias = layer.site.module, copy.weight, copy.bias
     attributes = module.__dict__
@@ -208,3 +208,95 @@ def _forward_with(layer: AdaptedLayer, copy: MergedCopy) -> Callable[[Tensor], A
         return F.linear(x, weight, bias)  # type: ignore[arg-type]
 
     return linear if type(module) is nn.Linear and weight is not None else call
+
+
+class HoldsCopies(HeldBias):
+    """A layer that may hold merged copies beside its base's weight, and drops them in time.
+
+    Attributes:
+        merged_copies: adapters -> the merged copy that is kept for them; replaced whole.
+    """
+
+    base_layer: Any
+    active_selection: ActiveSelection
+    merged_copies: Mapping[tuple[str, ...], MergedCopy] = MappingProxyType({})
+
+    def call_with(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        """Return the base layer's output with other parameters."""
+        return self.site.base_with(weight, bias, *args, **kwargs)
+
+    def sources(self, names: tuple[str, ...]) -> list[Tensor]:
+        """Return the tensors of adapters, and those that they share with other layers."""
+        return [t for n in names for s in self.bound[n] for t in (*self.tensors(n, s).values(), *s.shared.values())]
+
+    @property
+    def is_nested(self) -> bool:
+        """True where it wraps another adapted layer of the same module."""
+        return self.base_layer is not self.site.module
+
+    def parameters_below(self, names: tuple[str, ...]) -> list[Tensor]:
+        """Return the module's own parameters of which a copy for ``names`` is made, wherever they lie.
+
+        These are its weight and bias, whatever is merged into it now, and the bias that one of ``names`` trains there.
+        """
+        held = [*(self.original or (None if self.site.shift_only else self.site.stored, self.site.bias))]
+        own, in_place = self.own_bias, self.bias_in_place
+        if in_place is not None:
+            held = [in_place.original if parameter is own else parameter for parameter in held]
+            held += [own] if in_place.adapter in names else []
+        return [parameter for parameter in held if parameter is not None]
+
+    def sources_above(self, names: tuple[str, ...]) -> list[Tensor]:
+        """Return the adapters' tensors of which a copy is made, but for a bias that lies in the module."""
+        return [tensor for tensor in self.sources(names) if tensor is not self.own_bias]
+
+    def merged_copy(self, names: tuple[str, ...]) -> MergedCopy | None:
+        """Return the merged copy of ``names``, which are here; one that is out of date is dropped."""
+        copy = self.merged_copies.get(names)
+        if copy is None or copy.is_current(self, names):
+            return copy
+        self.drop_copies(lambda others: others == names)
+        return None
+
+    def drop_copies(self, drops: Callable[[tuple[str, ...]], bool] = lambda names: True) -> None:
+        """Drop the merged copies of those adapters for which ``drops`` says so."""
+        if not self.merged_copies:
+            return
+        with self.active_selection.choosing:
+            before = self.merged_copies
+            self.merged_copies = {names: copy for names, copy in before.items() if not drops(names)}
+            if not self.merged_copies:
+                unwatch_base(*(parameter for copy in before.values() for parameter in copy.base))
+        self.forget_cached()
+
+    def keep_copy(self, names: tuple[str, ...], copy: MergedCopy) -> None:
+        """Keep a merged copy of ``names``, which are here."""
+        with self.active_selection.choosing:
+            self.merged_copies = {**self.merged_copies, names: copy}
+        self.forget_cached()
+
+    def drop_outdated_copies(self) -> None:
+        """Drop the merged copies whose weights have changed, so that their memory is free at once."""
+        for names in self.merged_copies:
+            self.merged_copy(names)
+
+    def place_bias(self, adapter: str) -> None:
+        self.drop_copies()
+        super().place_bias(adapter)
+
+    def take_out_bias(self) -> None:
+        if self.bias_in_place is not None:
+            self.drop_copies()
+        super().take_out_bias()
+
+    def shares_changed(self, adapter: str) -> None:
+        """Drop what is kept of an adapter, whose share of this layer is another now."""
+        if self.merged_copies:
+            self.drop_copies(lambda names: adapter in names)
+        self.forget_cached()
+
+    def rename(self, old: str, new: str) -> None:
+        copies = self.merged_copies
+        self.merged_copies = {}
+        super().rename(old, new)
+        self.merged_copies = {tuple(new if n == old else n for n in names): copy for names, copy in copies.items()}

@@ -116,7 +116,7 @@ class _Place:
     @property
     def tensors(self) -> frozenset[int]:
         """The tensors that the copy is made of, which tied layers may share."""
-        return frozenset(map(id, (*self.layer.base_parameters, *self.layer.sources(self.names))))
+        return frozenset(map(id, (*self.layer.parameters_below(self.names), *self.layer.sources(self.names))))
 
 
 @dataclass
@@ -319,7 +319,7 @@ def _made(plan: _Plan) -> dict[_Place, MergedCopy]:
     except BaseException:
         for place in (*plan.chosen, *plan.twins):
             if not place.layer.merged_copies:
-                unwatch_base(*place.layer.base_parameters)
+                unwatch_base(*place.layer.parameters_below(place.names))
         raise
     return copies
 
