@@ -37,7 +37,8 @@ def method_config(
         raise UsageError(f"A config is given, and {names} beside it.", hint="Put it into the config.")
     else:
         made = config if isinstance(config, PeftConfig) else _read(Path(config))
-    return made if made.task_type is not None else dataclasses.replace(made, task_type=TaskType.CAUSAL_LM)
+    # A config that an adapter was saved with says that it is for inference, which in peft's place leaves it frozen.
+    return dataclasses.replace(made, task_type=made.task_type or TaskType.CAUSAL_LM, inference_mode=False)
 
 
 def _made(method: str, options: dict[str, Any]) -> PeftConfig:
