@@ -157,3 +157,18 @@ def test_parameters_of_a_state_dict_are_adapted_once() -> None:
     veneer.set_peft_model_state_dict(models[1], tensors)
     first, second = (logits(model, inputs("llama")) for model in models)
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kind", ["VeraConfig", "ShadowConfig"])
+def test_tensors_that_layers_share_are_got_and_set(kind: str) -> None:
+    options = {
+        "VeraConfig": {"target_modules": ["q_proj"], "init_weights": False},
+        "ShadowConfig": {"init_weights": False},
+    }
+    first, second = build("llama"), build("llama")
+    for model in (first, second):
+        veneer.inject_adapter_in_model(getattr(veneer, kind)(**options[kind]), model)
+    made = veneer.set_peft_model_state_dict(second, veneer.get_peft_model_state_dict(first))
+    assert (made.missing_keys, made.unexpected_keys) == ([], [])
+    assert torch.equal(logits(first, X), logits(second, X))
+    assert not torch.equal(logits(first, X), logits(build("llama"), X))

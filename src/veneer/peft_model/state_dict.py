@@ -20,7 +20,7 @@ from veneer.checkpoints.checkpoint import in_memory_checkpoint
 from veneer.checkpoints.layouts.key_mapping import with_keys
 from veneer.checkpoints.layouts.older_layouts import in_current_layout
 from veneer.errors import AdapterError, BindError, MergeError, UnsupportedError
-from veneer.files.tensor_keys import PREFIX, encode
+from veneer.files.tensor_keys import PREFIX, SHARED_PREFIX, encode
 from veneer.keywords import IGNORED, SOURCE, TOKEN, takes
 from veneer.peft_model.adapted_model import AdaptedModel, adapted_model, injected_in
 from veneer.peft_model.base_checks import note_changed
@@ -110,7 +110,10 @@ def set_peft_model_state_dict(
     adapters = model.adapters
     adapter = adapters.get(adapter_name)
     make_room(adapters, adapter)
-    given = {key if key.startswith(prefix) else prefix + key: t for key, t in peft_model_state_dict.items()}
+    shared = {SHARED_PREFIX + leaf for leaf in adapter.shared}
+    given = {
+        key if key.startswith(prefix) or key in shared else prefix + key: t for key, t in peft_model_state_dict.items()
+    }
     _check_can_be_set(model, adapter)
     origin = f"the state dict for {adapter_name!r}"
     checkpoint = in_current_layout(in_memory_checkpoint(adapter.config, given, origin), adapters.catalog)
