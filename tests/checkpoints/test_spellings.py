@@ -225,3 +225,11 @@ def test_one_embedding_cannot_have_two_lists_of_tokens(tmp_path: Path) -> None:
     change(tmp_path, trainable_token_indices=tokens)
     with pytest.raises(veneer.ConfigError, match="other tokens are to be trained in each"):
         veneer.PeftModel.from_pretrained(tied(), tmp_path)
+
+
+def test_a_config_that_is_given_is_completed_and_kept(tmp_path: Path) -> None:
+    config = veneer.LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
+    veneer.get_peft_model(bert(tf.BertForSequenceClassification), config).save_pretrained(tmp_path)
+    model = veneer.PeftModel.from_pretrained(bert(tf.BertForSequenceClassification), tmp_path, config=config)
+    assert model.peft_config["default"] is config
+    assert config.modules_to_save == ["classifier"]

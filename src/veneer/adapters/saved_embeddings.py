@@ -61,11 +61,6 @@ def embeddings_to_save(adapters: Adapters, adapter: Adapter, choice: SaveEmbeddi
                 "False to choose."
             )
         choice = grown or targeted
-    if choice is True and not hasattr(adapters.model, "get_input_embeddings"):
-        warn(
-            "Could not identify embedding layer(s) because the model is not a 🤗 transformers model. They are not "
-            "saved, as save_embedding_layers=True asks: name them in modules_to_save of a new adapter."
-        )
     if not choice:
         return {}
     # The rows under an adapted layer are the base's own, and so are those of a layer that shares them.

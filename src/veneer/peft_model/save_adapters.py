@@ -217,6 +217,11 @@ def _tensors_to_save(
     model: AdaptedModel, adapter: Adapter, state: Mapping[str, Tensor], ends: SaveEmbeddings
 ) -> dict[str, Tensor]:
     """Return checkpoint key -> tensor, in the dtype that it had on disk; from ``state`` where that has it."""
+    if ends is True and not hasattr(model.get_base_model(), "get_input_embeddings"):
+        warn(
+            "Could not identify embedding layer(s) because the model is not a 🤗 transformers model. They are not "
+            "saved, as save_embedding_layers=True asks: name them in modules_to_save of a new adapter."
+        )
     embeddings = embeddings_to_save(model.adapters, adapter, ends)
     value = value_of(model, adapter, state)
     named = adapter.named_tensors(value)

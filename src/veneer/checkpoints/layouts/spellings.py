@@ -8,7 +8,6 @@ score.weight, and "modules_to_save": null   PEFT up to 0.10 saved a task's head 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.checkpoints.layouts.renamed_checkpoint import RenamedCheckpoint
@@ -70,7 +69,10 @@ def _parts(key: str, leaves: Mapping[str, str]) -> tuple[str, str] | None:
 
 
 def _with_heads(checkpoint: Checkpoint, endings: tuple[str, ...]) -> Checkpoint:
-    """Return a checkpoint whose config names, among the whole modules, the task's heads that it holds."""
+    """Name the task's heads that a checkpoint holds among its config's whole modules, and return the checkpoint.
+
+    A config that the caller has given is completed itself, as in peft.
+    """
     config = checkpoint.config
     if not isinstance(config, (TargetedConfig, PromptConfig)):
         return checkpoint
@@ -81,4 +83,6 @@ def _with_heads(checkpoint: Checkpoint, endings: tuple[str, ...]) -> Checkpoint:
         for head in HEADS.get(str(config.task_type), ())
         if head not in named and any(word.endswith(head) for word in modules)
     ]
-    return replace(checkpoint, config=replace(config, modules_to_save=[*named, *unnamed])) if unnamed else checkpoint
+    if unnamed:
+        config.modules_to_save = [*named, *unnamed]
+    return checkpoint
