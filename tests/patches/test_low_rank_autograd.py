@@ -13,10 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 import veneer
 from veneer.base_model.sites.linear import LinearSite
-from veneer.patches import low_rank_autograd
-from veneer.patches.low_rank_autograd import Dropout
+from veneer.errors import UnsupportedError
+from veneer.patches import seeded_dropout
 from veneer.patches.multipliers import Diagonal
 from veneer.patches.patch import Patch, apply
+from veneer.patches.seeded_dropout import Dropout
 
 EXACT = 1e-12
 ROWS, IN, OUT, RANK = 7, 6, 5, 3
@@ -26,7 +27,7 @@ SHARE = 0.4
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut the rows into parts of two."""
-    monkeypatch.setattr(low_rank_autograd, "CPU_VALUES", 2 * IN)
+    monkeypatch.setattr(seeded_dropout, "CPU_VALUES", 2 * IN)
 
 
 @pytest.fixture
@@ -171,6 +172,12 @@ def test_the_output_may_be_changed_in_place() -> None:
     assert parts.up.grad is not None
 
 
+def test_an_output_of_dora_that_is_changed_in_place_is_refused() -> None:
+    parts = Parts(dora=True)
+    with pytest.raises(UnsupportedError, match="in place"):
+        parts.run(*parts.inputs).relu_().sum().backward()
+
+
 # -- dropout -----------------------------------------------------------------------------------------------
 
 
@@ -180,13 +187,13 @@ def mask(share: float, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
 def test_dropout_drops_its_share_and_keeps_the_mean(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(low_rank_autograd, "CPU_VALUES", 64 * 100)
+    monkeypatch.setattr(seeded_dropout, "CPU_VALUES", 64 * 100)
     torch.manual_seed(0)
     kept = mask(share, torch.ones(1000, 100))
     assert kept.float().mean().item() == pytest.approx(1 - share, abs=0.01)
     assert (kept.float().mean(0) - (1 - share)).abs().max() < 0.08, "every column"
     assert (kept.float().mean(1) - (1 - share)).abs().max() < 0.25, "every row"
-    assert low_rank_autograd.dropped(torch.ones(1000, 100), share).mean().item() == pytest.approx(1, abs=0.1)
+    assert seeded_dropout.dropped(torch.ones(1000, 100), share).mean().item() == pytest.approx(1, abs=0.1)
 
 
 def test_masks_differ_and_come_again_from_one_state() -> None:

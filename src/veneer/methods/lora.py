@@ -58,9 +58,9 @@ from veneer.methods.shared.loftq_base import LOFTQ_BASE
 from veneer.methods.shared.row_lengths import RowLengths, row_lengths
 from veneer.methods.shared.token_rows import TOKENS
 from veneer.packages import stands_in_for_peft
-from veneer.patches.low_rank_autograd import is_eager
 from veneer.patches.multipliers import Diagonal
 from veneer.patches.patch import GATED, Patch
+from veneer.patches.plain_calls import is_eager
 from veneer.patches.token_gate import TokenGate
 from veneer.printing import warn
 

@@ -9,64 +9,16 @@ from its seed. The sum is formed in the wider of the dtypes and rounded once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.nn.modules import module as torch_module
 
-from veneer.patches.watched_parameters import Watched
-
-# The values of an input that are in float32 at a time: 4 MB on a CPU; elsewhere as many as keep a product quick.
-CPU_VALUES, DEVICE_VALUES = 1 << 20, 1 << 24
-_PLAIN_TYPES = (Tensor, nn.Parameter, Watched)
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """Drops a share of an input's entries, the same ones each time: no mask has to be kept.
-
-    Attributes:
-        share: from 0 to below 1.
-        seed: of the generator that draws the masks.
-    """
-
-    share: float = 0.0
-    seed: int = 0
-
-    @staticmethod
-    def drawn(share: float) -> Dropout:
-        """Return dropout with a seed from torch's CPU generator, whose state checkpointing restores."""
-        return Dropout(share, int(torch.randint(1 << 62, (), device="cpu"))) if share else Dropout()
-
-    @property
-    def gain(self) -> float:
-        """The factor that makes up for what is dropped."""
-        return 1 / (1 - self.share)
-
-    def masked_parts(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield the :func:`parts` of ``x``, shape ``(rows, in)``, without what is dropped, and the mask of each."""
-        generator = torch.Generator(x.device).manual_seed(self.seed) if self.share else None
-        for part in parts(x, x):
-            mask = None
-            if generator is not None:
-                mask = torch.empty(part.shape, dtype=torch.bool, device=x.device)
-                mask.bernoulli_(1 - self.share, generator=generator)
-            yield part if mask is None else part * mask, mask
-
-
-def parts(tensor: Tensor, x: Tensor) -> Iterator[Tensor]:
-    """Yield parts of a tensor that has the rows of ``x``, so small that their float32 forms take little memory."""
-    values = CPU_VALUES if x.device.type == "cpu" else DEVICE_VALUES
-    rows = max(1, values // max(1, x.shape[-1]))
-    # One by one, and not by split(): autograd lets these be changed in place.
-    for start in range(0, max(1, len(tensor)), rows):
-        yield tensor[start : start + rows]
+from veneer.errors import UnsupportedError
+from veneer.patches.plain_calls import product_dtype
+from veneer.patches.seeded_dropout import Dropout, parts
 
 
 class LowRankUpdate(torch.autograd.Function):
@@ -184,7 +136,7 @@ class ScaledOutput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        output, factor, shift = ctx.saved_tensors
+        output, factor, shift = _unchanged(ctx)
         _, wants_factor, wants_shift, _ = ctx.needs_input_grad
         to_factor = to_shift = None
         if wants_factor:
@@ -195,87 +147,18 @@ class ScaledOutput(torch.autograd.Function):
         return (grad * factor).to(ctx.dtype), to_factor, to_shift, None
 
 
-def low_rank_update(
-    x: Tensor, y: Tensor | nn.Linear, up: Tensor, down: Tensor, scale: float, share: float, *, rounds: bool
-) -> Tensor:
-    """Return the updated output, shape ``(..., out)``.
-
-    Args:
-        x: shape ``(..., in)``.
-        y: the output, or a :func:`plain_linear` layer that gives it for ``x``.
-        up: ``U``.
-        down: ``V``.
-        scale: ``s``.
-        share: of ``x`` that is dropped.
-        rounds: round the result to the dtype of ``y``; else it has the dtype in which it was computed.
-    """
-    weight, bias = (y._parameters["weight"], y._parameters["bias"]) if isinstance(y, nn.Linear) else (None, None)
-    given = None if isinstance(y, nn.Linear) else y.reshape(-1, y.shape[-1])
-    y_dtype = (given if weight is None else weight).dtype  # type: ignore[union-attr]
-    wide = torch.promote_types(y_dtype, up.dtype)
-    dtype = product_dtype(x) if torch.is_autocast_enabled(x.device.type) else wide
-    flat, node = x.reshape(-1, x.shape[-1]), LowRankUpdate.apply
-    options = scale, Dropout.drawn(share), dtype, y_dtype if rounds else wide
-    updated: Tensor = node(flat, weight, bias, given, up, down, *options)  # type: ignore[no-untyped-call]
-    return updated.view(*x.shape[:-1], up.shape[0])
-
-
-# -- when it can be taken ------------------------------------------------------------------------------------------
-
-
-def is_eager(*tensors: Tensor) -> bool:
-    """Tell whether torch computes with plain tensors at once, as a node with a backward pass of its own needs it."""
-    return (
-        not torch.compiler.is_compiling()
-        and all(type(tensor) in _PLAIN_TYPES and not tensor.is_meta for tensor in tensors)
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-        and forward_ad._current_level < 0
-    )
-
-
-def seeds_dropout(x: Tensor, share: float) -> bool:
-    """Tell whether dropout of ``x`` is drawn from a seed: a captured CUDA graph would repeat the one of its capture."""
-    return share < 1 and is_eager(x) and not is_captured(x)
-
-
-def is_captured(x: Tensor) -> bool:
-    """Tell whether a CUDA graph of what happens to ``x`` is being captured."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def plain_linear(base: Any, x: Tensor) -> nn.Linear | None:
-    """Return a base layer that is a frozen product with its weight and nothing more; ``None`` for any other."""
-    if type(base) is not nn.Linear or _has_hooks(base):
-        return None
-    weight, bias = base._parameters["weight"], base._parameters["bias"]
-    frozen = not any(tensor is not None and tensor.requires_grad for tensor in (weight, bias))
-    return base if frozen and type(weight) in _PLAIN_TYPES and weight.dtype is product_dtype(x) else None  # type: ignore[union-attr]
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or "forward" in module.__dict__ or torch_module._has_any_global_hook()
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of a layer's product with ``x``: autocast's, where that is on."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
-
-
-# -- the parts of a patch ------------------------------------------------------------------------------------------
-
-
-def dropped(x: Tensor, share: float) -> Tensor:
-    """Return ``x`` with a share of its entries dropped: the same ones as in a node, from the same random state."""
-    if not seeds_dropout(x, share):
-        return F.dropout(x, share)
-    dropout = Dropout.drawn(share)
-    masked = [part for part, _ in dropout.masked_parts(x.reshape(-1, x.shape[-1]))]
-    return (torch.cat(masked) * dropout.gain).view(x.shape)
+def _unchanged(ctx: Any) -> tuple[Any, ...]:
+    """Return the saved tensors of a node that keeps its output."""
+    try:
+        saved: tuple[Any, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise UnsupportedError(
+            "The model changes the output of a layer with DoRA in place, from which the magnitude's gradient is made.",
+            hint="Let its activation make a new tensor (inplace=False), or leave the layer out of target_modules.",
+        ) from error
+    return saved
 
 
 def updated(
@@ -285,7 +168,7 @@ def updated(
 
     Args:
         x: shape ``(..., in)``.
-        y: the output without, or a :func:`plain_linear` layer that gives it for ``x``.
+        y: the output without, or a :func:`.plain_linear` layer that gives it for ``x``.
         up: ``U``.
         down: ``V``.
         scale: ``s``.
@@ -306,6 +189,7 @@ def updated(
 
 def scaled(y: Tensor, factor: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return ``g * y + c`` in ``dtype``, by :class:`ScaledOutput` where that can be."""
+    # Of a zero, the result does not tell y.
     if factor.requires_grad and not bool((factor == 0).any()):
         result: Tensor = ScaledOutput.apply(y, factor, shift, dtype)  # type: ignore[no-untyped-call]
         return result

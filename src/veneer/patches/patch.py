@@ -22,18 +22,12 @@ from torch.nn import functional as F
 
 from veneer.errors import MergeError
 from veneer.patches.layer_form import LayerForm
-from veneer.patches.low_rank_autograd import (
-    dropped,
-    is_captured,
-    is_eager,
-    plain_linear,
-    scaled,
-    seeds_dropout,
-    updated,
-)
+from veneer.patches.low_rank_autograd import scaled, updated
 from veneer.patches.multipliers import Diagonal, Multiplier
 from veneer.patches.operators import DenseMatrix, LinearOperator
+from veneer.patches.plain_calls import is_captured, is_eager, plain_linear
 from veneer.patches.route import Route
+from veneer.patches.seeded_dropout import dropped, seeds_dropout
 from veneer.patches.token_gate import TokenGate
 
 GATED = "An adapter that acts on some tokens only (alora_invocation_tokens) cannot be a part of a weight."
