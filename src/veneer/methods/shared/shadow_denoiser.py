@@ -40,9 +40,10 @@ _OUT_PARTS = {
 
 
 def is_denoiser(model: nn.Module) -> bool:
-    """Tell whether a model is a diffusion transformer, by its config."""
+    """Tell whether a model is a diffusion transformer, by its config; one of transformers is none."""
     config = getattr(model, "config", None)
-    return hasattr(config, "attention_head_dim") and hasattr(config, "num_attention_heads")
+    sizes = ("attention_head_dim", "num_attention_heads")
+    return not hasattr(config, "get_text_config") and all(hasattr(config, size) for size in sizes)
 
 
 class SharedModule(nn.Module):
