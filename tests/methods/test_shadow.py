@@ -675,3 +675,18 @@ def test_its_tensors_are_gathered_from_fsdp() -> None:
     again: Any = veneer.get_peft_model(build("llama"), config, seed=2).eval()
     assert veneer.set_peft_model_state_dict(again, state).unexpected_keys == []
     assert gap(logits(again, inputs("llama")), wanted) < 1e-6
+
+
+@pytest.mark.parametrize("swap", [True, False], ids=["swapped", "loaded again"])
+def test_one_in_the_place_of_another_has_its_own_heads(swap: bool, tmp_path: Path) -> None:
+    sizes = {"shadow_hidden_size": 16}
+    first, second = (_ours(tmp_path / str(h), h, "gpt2", **sizes, shadow_num_attention_heads=h) for h in (2, 4))
+    wanted = logits(veneer.PeftModel.from_pretrained(build("gpt2"), second), inputs("gpt2"))
+    model: Any = veneer.PeftModel.from_pretrained(build("gpt2"), first)
+    tensors = [id(tensor) for tensor in model.base_model.shadow_backbone["default"].parameters()]
+    if swap:
+        veneer.hotswap_adapter(model, second, "default")
+    else:
+        model.load_adapter(second)
+    assert torch.equal(logits(model, inputs("gpt2")), wanted)
+    assert [id(tensor) for tensor in model.base_model.shadow_backbone["default"].parameters()] == tensors

@@ -52,6 +52,11 @@ class Adapter(AdapterRecord):
         """The tensors that all of its layers use, by the names of their leaves."""
         return {**self.layers.shared, **self.beside.shared(self.name)}
 
+    def remake_modules(self) -> None:
+        """Let the modules beside the base's layers be as the config says, which is another than before."""
+        if self.beside.holders:
+            self.beside.remake(self, [layer.site for layer in self.layers])
+
     def bound_layers(self) -> Iterator[tuple[LayerAdapters, BoundAdapter]]:
         """Yield each adapted layer with each of the adapter's shares of it."""
         return self.layers.bound(self.name)

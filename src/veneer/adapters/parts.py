@@ -11,7 +11,7 @@ A part holds layers and modules, and not the set of adapters: a cycle would keep
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from veneer.adapters.adapter_part import AdapterRecord, Claim
 from veneer.adapters.prompts import Prompts
 from veneer.base_model import sharding
+from veneer.base_model.sites.site import Site
 from veneer.errors import NoMergedFormError
 from veneer.files.tensor_keys import SHARED_PREFIX, encode
 from veneer.layers.adapted_layer import AdaptedLayer
@@ -295,6 +296,14 @@ class ModulesBeside:
             if module is not None:
                 self.holders[kind]._modules[name] = module
 
+    def remake(self, adapter: AdapterRecord, sites: Sequence[Site]) -> None:
+        """Put modules of an adapter's config into the places of those that it has, with the same tensors."""
+        method = method_of(adapter.config)
+        if isinstance(method, HoldsModules):
+            for kind, module in method.modules(adapter.config, sites, self.shared(adapter.name)).items():
+                if module is not None:
+                    self.holders[kind]._modules[adapter.name] = module
+
     def modules(self, name: str) -> dict[str, nn.Module]:
         """Return the modules of the adapter ``name``."""
         modules = {kind: holder._modules.get(name) for kind, holder in self.holders.items()}
@@ -330,7 +339,7 @@ class ModulesBeside:
         """Do nothing, for the layers that read their states refuse it."""
 
     def take_settings(self, name: str, other: ModulesBeside, other_name: str) -> None:
-        """Do nothing, for modules of the same shapes have the same settings."""
+        """Do nothing, for modules are made anew of the config: see :meth:`remake`."""
 
     def rename(self, old: str, new: str) -> None:
         for kind in self.modules(old):

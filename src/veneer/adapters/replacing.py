@@ -64,6 +64,7 @@ def _filled(old: Adapter, new: Adapter) -> Adapter:
     fields = ("config", "origin", "tensors_bound", "unused_keys", "notes", "allocation", "saved_dtypes", "trainable")
     for field in fields:
         setattr(old, field, getattr(new, field))
+    old.remake_modules()
     return old
 
 

@@ -255,6 +255,7 @@ def _hotswap(model: AdaptedModel, checkpoint: Checkpoint, adapter_name: str) -> 
     entry.layers.idle = [name for name in entry.layers.names if name not in bound]
     _swap_shared(entry, plan, tensors)
     entry.config, entry.saved_config = config, None
+    entry.remake_modules()
     entry.origin, entry.notes = checkpoint.origin, [*checkpoint.notes, *plan.notes]
     entry.tensors_bound = len(plan.keys)
     note_swapped(model, entry, checkpoint)
