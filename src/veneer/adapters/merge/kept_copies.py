@@ -118,6 +118,10 @@ class _Place:
         """The tensors that the copy is made of, which tied layers may share."""
         return frozenset(map(id, (*self.layer.parameters_below(self.names), *self.layer.sources(self.names))))
 
+    def may_share(self, first: _Place | None) -> bool:
+        """Tell whether the copy may be that of another place, if there is one, whose tensors are the same."""
+        return first is not None and (self.copy is None or first.copy is None or self.copy.weight is first.copy.weight)
+
 
 @dataclass
 class _Plan:
@@ -247,11 +251,11 @@ class MergedCopies:
             reason = obstacle(place.layer, place.names)
             if reason is not None:
                 plan.left[place.key] = reason
-            elif place.tensors in first:
+            elif place.may_share(first.get(place.tensors)):
                 plan.twins[place] = first[place.tensors]
             elif plan.takes(place):
                 plan.chosen.append(place)
-                first[place.tensors] = place
+                first.setdefault(place.tensors, place)
         return plan
 
     def _drop_all_but(self, keys: Collection[tuple[str, Names]]) -> None:

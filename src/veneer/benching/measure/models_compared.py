@@ -157,7 +157,7 @@ def _resident(base: nn.Module, adapters: Sequence[AdapterInput]) -> PeftModel | 
     model = _on(base, adapters)
     try:
         model.keep_merged(adapters[0].name)
-    except UnsupportedError:  # its weights are quantised
+    except UnsupportedError:  # none of its layers can keep one
         return None
     return model
 
