@@ -112,8 +112,12 @@ class Hashing:
                 self._begin(path, stamp_of(path))
 
     def _begin(self, path: Path, stamp: Stamp) -> None:
-        if digest_in_cache(path) is None:
-            self._begun[path] = stamp, self._pool.submit(digest_of, path, self._closed.is_set)
+        if (known := digest_in_cache(path)) is None:
+            digest = self._pool.submit(digest_of, path, self._closed.is_set)
+        else:
+            digest = Future()
+            digest.set_result(known)
+        self._begun[path] = stamp, digest
 
     def expect(self, paths: Mapping[str, Path], stamps: Mapping[str, Stamp]) -> None:
         """Name the files that are needed, and begin those that have not begun or had another stamp then.
@@ -129,7 +133,7 @@ class Hashing:
 
     def result(self) -> dict[str, str]:
         """Wait for the files that are needed, and return the digest of each by name."""
-        return {name: digest_in_cache(path) or self._begun[path][1].result() for name, path in self._expected.items()}
+        return {name: self._begun[path][1].result() for name, path in self._expected.items()}
 
     def close(self) -> None:
         """Stop hashing; files that are not finished are given up."""
