@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import BertConfig, BertForMaskedLM
 
 import veneer
@@ -191,6 +194,41 @@ def test_a_state_dict_is_set_in_place() -> None:
     assert veneer.set_peft_model_state_dict(other, state).missing_keys == []
     assert other.base_model.model.first.bias is bias
     assert gap(read(other), read(model)) < 1e-6
+
+
+def test_a_state_dict_with_biases_of_an_adapter_without_changes_the_base() -> None:
+    model = train(veneer.get_peft_model(net(), config("all", ("first", "attention"))))
+    state = veneer.get_peft_model_state_dict(model)
+    other = veneer.get_peft_model(net(), config("none", ("first", "attention"))).eval()
+    result = veneer.set_peft_model_state_dict(other, {**state, "base_model.model.none.bias": torch.ones(2)})
+    assert result.missing_keys == []
+    assert result.unexpected_keys == ["base_model.model.none.bias"]
+    assert gap(read(other), read(model)) < 1e-6
+    assert torch.equal(veneer.get_base_model_state_dict(other)["last.bias"], state["base_model.model.last.bias"])
+
+
+@pytest.fixture
+def processes() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("processes")
+@pytest.mark.filterwarnings("ignore")  # torch's, that one process is few, and that there is a newer way
+def test_in_fsdp() -> None:
+    model = train(veneer.get_peft_model(net(), config("all", ("first",))))
+    expected = read(model)
+    sharded: Any = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    assert gap(read(sharded), expected) < 1e-6
+    with model.disable_adapter():
+        assert gap(read(sharded), read(net())) < 1e-6
+    train(sharded)
+    after = read(sharded)
+    assert gap(after, expected) > 1e-3
+    other = veneer.get_peft_model(net(), config("all", ("first",))).eval()
+    veneer.set_peft_model_state_dict(other, veneer.get_peft_model_state_dict(sharded))
+    assert gap(read(other), after) < 1e-6
 
 
 def test_copies_moves_and_casts() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from veneer.adapters import attach, replacing
 from veneer.adapters.adapter import Adapter
+from veneer.adapters.collection import Adapters
 from veneer.adapters.saved_embeddings import SaveEmbeddings, embeddings_to_save
 from veneer.adapters.without_values import make_room
 from veneer.checkpoints.checkpoint import in_memory_checkpoint
@@ -24,6 +25,7 @@ from veneer.files.tensor_keys import PREFIX, SHARED_PREFIX, encode
 from veneer.keywords import IGNORED, SOURCE, TOKEN, takes
 from veneer.peft_model.adapted_model import AdaptedModel, adapted_model, injected_in
 from veneer.peft_model.base_checks import note_changed
+from veneer.peft_model.base_state import set_base_model_state_dict
 from veneer.peft_model.open_adapter import find_adapter, open_adapter
 from veneer.peft_model.save_adapters import value_of
 from veneer.peft_model.trainer_state import adapter_state
@@ -88,7 +90,8 @@ def set_peft_model_state_dict(
     """Give an adapter on a model the values of a dictionary with a checkpoint's keys.
 
     The values are copied into the adapter's tensors, so that an optimizer goes on with them. Where memory holds
-    other tensors than a checkpoint (a prompt's encoder, VB-LoRA's logits), the adapter is put in place anew.
+    other tensors than a checkpoint (a prompt's encoder, VB-LoRA's logits), the adapter is put in place anew. Biases
+    that the adapter does not train are given to the base's own layers, as in peft.
 
     Args:
         model: the model with adapters, compiled or not.
@@ -132,8 +135,13 @@ def set_peft_model_state_dict(
     attach.check_finite(fitting, origin)
     names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
     missing = [names.get(id(tensor), key) for key, tensor in current.items() if key not in fitting]
+    biases = _base_biases(adapters, [key for key in checkpoint.tensors if key not in known])
+    if biases:
+        values = checkpoint.read(biases)
+        attach.check_finite(values, origin)
+        set_base_model_state_dict(model, {name: values[key] for key, name in biases.items()}, strict=False)
     _set_values(model, adapter, current, rows, fitting)
-    unexpected = [key for key in checkpoint.tensors if key not in known]
+    unexpected = [key for key in checkpoint.tensors if key not in known and key not in biases]
     return _IncompatibleKeys(*([key.removeprefix(prefix) for key in keys] for keys in (missing, unexpected)))
 
 
@@ -192,6 +200,14 @@ def _check_can_be_set(model: AdaptedModel, adapter: Adapter) -> None:
             "This model is spread over processes; a state dict cannot be set on it.",
             hint="Load the adapter from its folder with load_adapter(...).",
         )
+
+
+def _base_biases(adapters: Adapters, keys: Iterable[str]) -> dict[str, str]:
+    """Return key -> its tensor's name in the base, for those keys that name the bias of a base's layer."""
+    ends = {key: key.removeprefix(PREFIX).replace(".base_layer", "") for key in keys}
+    modules = {key: name.removesuffix(".bias") for key, name in ends.items() if name.endswith(".bias")}
+    held = {name for name, module in adapters.catalog.modules.items() if module._parameters.get("bias") is not None}
+    return {key: f"{name}.bias" for key, name in modules.items() if name in held}
 
 
 def _mismatch(origin: str, unfit: list[str], given: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> BindError:

@@ -277,6 +277,8 @@ def copy_with(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Mod
             modules[head] = copy_with(child, {rest: tensor})
         else:
             parameters[name] = tensor  # type: ignore[assignment]
+            # Where FSDP1 lays a plain tensor over the parameter for a call, that would be found first.
+            copied.__dict__.pop(name, None)
     return copied
 
 
