@@ -176,3 +176,12 @@ def test_a_module_that_is_brought_whole_counts_its_own_adapters() -> None:
     assert [wrapper.active_adapters for wrapper in wrappers] == [[], [], ["default"]]
     model.set_adapter("b")
     assert [wrapper.active_adapters for wrapper in wrappers] == [["b"], ["b"], ["b"]]
+
+
+def test_a_layer_by_itself_takes_an_adapter_for_each_row() -> None:
+    model = both()[1]
+    layer, x = layers(model)[0], torch.randn(3, 5, 32)
+    rows = layer(x, adapter_names=["b", "__base__", "default"])
+    for row, name in enumerate(["b", "__base__", "default"]):
+        with model.disable_adapter() if name == "__base__" else model.using(name):
+            assert torch.allclose(layer(x[row : row + 1]), rows[row : row + 1], atol=1e-6)

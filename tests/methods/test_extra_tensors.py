@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
@@ -29,7 +30,7 @@ def test_they_are_named_as_in_peft() -> None:
     assert dict(model.named_parameters())[trained].requires_grad
     frozen = "base_model.model.model.layers.1.self_attn.q_proj.tinylora_P.default"
     assert frozen in dict(model.named_buffers())
-    assert frozen in model.state_dict()
+    assert (frozen in model.state_dict()) is OPTIONS["save_projection"]
     assert all(p.requires_grad for n, p in model.named_parameters() if "tinylora" in n)
 
 
@@ -38,7 +39,8 @@ def test_a_renamed_adapter_keeps_them() -> None:
     expected = logits(model, inputs("llama"))
     model.adapters.rename("default", "other")
     assert torch.equal(logits(model, inputs("llama")), expected)
-    assert not [name for name in model.state_dict() if ".default" in name]
+    assert not [n for n in (*model.state_dict(), *dict(model.named_buffers())) if ".default" in n]
+    assert not [name for name in model.state_dict() if "tinylora_P" in name]
 
 
 def test_a_deleted_adapter_takes_them_along() -> None:
@@ -50,7 +52,7 @@ def test_a_deleted_adapter_takes_them_along() -> None:
 
 def test_a_cast_reaches_them() -> None:
     model = _model().bfloat16()
-    assert {t.dtype for n, t in model.state_dict().items() if "tinylora" in n} == {torch.bfloat16}
+    assert {t.dtype for n, t in model.named_buffers() if "tinylora" in n} == {torch.bfloat16}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
@@ -78,3 +80,19 @@ def test_buffers_that_layers_share_stay_one_through_moves_and_loads() -> None:
     with torch.no_grad():
         entry.layers.shared["vera_A"].mul_(2)
     assert not torch.equal(logits(model, inputs("llama")), expected)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.filterwarnings("ignore:Specified to not save:UserWarning")
+@pytest.mark.filterwarnings("ignore:save_precomputed_indices=False:UserWarning")
+@pytest.mark.parametrize("kind", ["VeraConfig", "FrodConfig", "UniLoraConfig", "SupertuningConfig"])
+def test_state_dicts_hold_what_those_of_peft_hold(kind: str, saved: bool) -> None:
+    option = {"UniLoraConfig": "save_indices", "SupertuningConfig": "save_precomputed_indices"}.get(kind)
+    options = {"target_modules": ["q_proj"], option or "save_projection": saved}
+    leaves = []
+    for library in (peft, veneer):
+        model = library.get_peft_model(build("llama"), getattr(library, kind)(**options))
+        own = [name.split(".default")[0] for name in model.state_dict() if "default" in name]
+        leaves.append({part for name in own for part in name.split(".") if part.startswith(kind[:4].lower())})
+    assert leaves[0] == leaves[1]

@@ -21,7 +21,7 @@ from veneer.base_model.sites.site import Site
 from veneer.base_model.tied_embeddings import check_both, pairs_kept_tied, parted
 from veneer.checkpoints.binding_plan import Binding, Plan
 from veneer.configs.base import targeted
-from veneer.layers.adapter_shares import BoundAdapter
+from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters
 from veneer.methods import AnyMethod, method_of
 from veneer.methods.base.abilities import (
     AdaptsTwins,
@@ -261,11 +261,15 @@ class AttachingLayers(Attaching):
         self.adapter.beside.place(self.adapter.name, self.modules, self.adapters)
         if self.shared and not self.modules:
             self.adapter.layers.shared = self.shared
-            trained = [name for name in self.shared if self._may_train_shared(name)]
-            self.adapters.wrap(self.pending[0].site).hold(self.adapter.name, self.shared, trained)
+            self._hold_shared(self.adapters.wrap(self.pending[0].site))
         for pending in self.pending:
             self._bind_layer(pending)
         self.adapter.layers.exclusive = any(isinstance(pending.method, Exclusive) for pending in self.pending)
+
+    def _hold_shared(self, layer: LayerAdapters) -> None:
+        trained = [name for name in self.shared if self._may_train_shared(name)]
+        saved = isinstance(self.method, SharesTensors) and self.method.saves_shared(self.config)
+        layer.hold(self.adapter.name, self.shared, trained, saved)
 
     def _bind_layer(self, pending: PendingLayer) -> None:
         name, method, tensors = self.adapter.name, pending.method, pending.tensors
@@ -274,7 +278,8 @@ class AttachingLayers(Attaching):
         # The adapter's own method alone has extra tensors; its companions (biases ...) have none.
         extra = self._extra.get(pending.site.id, {}) if method is self.method else {}
         joining = _frozen(extra, tensors, pending.site)
-        layer.hold(name, {k: t for k, t in joining.items() if not any(t is s for s in self.shared.values())})
+        derived = {k: t for k, t in joining.items() if not any(t is s for s in self.shared.values())}
+        layer.hold(name, derived, saved=False)
         leaves = tuple(map(method.leaf, tensors))
         layer.bind(name, BoundAdapter(method, settings, leaves, pending.site.key, joining), tensors)
         self.adapter.layers.by_id[pending.site.id] = layer

@@ -113,6 +113,8 @@ class AdaptedLayer(BaseTunerLayer, HoldsCopies):
                 self.__dict__["_called"] = True
             if cached.forward is not None and not cached.wants_grad(x):
                 return cached.forward(x)
+        if kwargs and "adapter_names" in kwargs:
+            return self._forward_named(x, *args, **kwargs)
         names = self.here(selection.names)
         if not torch.compiler.is_compiling():
             self.__dict__["_called"] = True
@@ -132,6 +134,12 @@ class AdaptedLayer(BaseTunerLayer, HoldsCopies):
             return self.call_with(*self._whole(patches, trained), x, *args, **kwargs)
         base = self.base_layer if trained is self.own_bias else partial(self.site.base_with_bias, trained)
         return apply(self.site, trained, base, patches, self.training, x, *args, **kwargs)
+
+    def _forward_named(self, x: Tensor, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Any:
+        """Run the layer by itself under one adapter for each row."""
+        adapters = self.active_selection.adapters
+        with adapters.using(adapters.rows(adapter_names)):
+            return self(x, *args, **kwargs)
 
     def _fuse(self, selection: Selection) -> CachedForward:
         """Make the forward pass under a selection that inference keeps until a tensor changes."""

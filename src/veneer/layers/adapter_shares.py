@@ -106,13 +106,16 @@ class LayerAdapters:
         """Add an adapter's tensors (leaf -> parameter), used as they are."""
         raise NotImplementedError
 
-    def hold(self, adapter: str, tensors: Mapping[str, nn.Parameter], trained: Collection[str] = ()) -> None:
+    def hold(
+        self, adapter: str, tensors: Mapping[str, nn.Parameter], trained: Collection[str] = (), saved: bool = True
+    ) -> None:
         """Keep tensors that are no share's own among the layer's, so that they move with the model.
 
         Args:
             adapter: the adapter that they belong to.
             tensors: the tensors by name.
             trained: the names of those that training may change; all others are buffers.
+            saved: put these into the model's state dict; those that base and config tell need not be there.
         """
         raise NotImplementedError
 

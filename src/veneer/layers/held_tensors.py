@@ -40,26 +40,28 @@ class HeldTensors(LayerAdapters, nn.Module):
         self.bound.setdefault(adapter, []).append(share)
         self.shares_changed(adapter)
 
-    def _place(self, adapter: str, name: str, tensor: nn.Parameter, is_buffer: bool) -> None:
-        """Put a tensor among the layer's own, the adapter's name after its head."""
+    def _place(self, adapter: str, name: str, tensor: nn.Parameter, is_buffer: bool, saved: bool = True) -> None:
+        """Put a tensor among the layer's own, the adapter's name after its head; in state dicts if ``saved``."""
         # "lora_embedding_A" has no tail: the parameter itself is named by the adapter.
         head, tail = around_adapter(name)
         if not tail:
-            _tensors(self._holder(head), is_buffer)[adapter] = tensor
+            _put(self._holder(head), adapter, tensor, is_buffer, saved)
             return
         # "encoders.0.weight" has the tail "0.weight": a parameter's own name has no dots.
         path, _, leaf = tail.rpartition(".")
         holder = self._holder(head)
         for name in [adapter, *path.split(".")] if path else [adapter]:
             holder = holder._modules.setdefault(name, ParameterHolder(self.training))  # type: ignore[assignment]
-        _tensors(holder, is_buffer)[leaf] = tensor
+        _put(holder, leaf, tensor, is_buffer, saved)
 
-    def hold(self, adapter: str, tensors: Mapping[str, nn.Parameter], trained: Collection[str] = ()) -> None:
+    def hold(
+        self, adapter: str, tensors: Mapping[str, nn.Parameter], trained: Collection[str] = (), saved: bool = True
+    ) -> None:
         """Keep tensors that are not this layer's own share among its own, so that they move with the model."""
         if not tensors:
             return
         for name, tensor in tensors.items():
-            self._place(adapter, name, tensor, name not in trained)
+            self._place(adapter, name, tensor, name not in trained, saved)
         self.held[adapter] = {**self.held.get(adapter, {}), **tensors}
 
     def unbind(self, adapter: str) -> None:
@@ -70,6 +72,7 @@ class HeldTensors(LayerAdapters, nn.Module):
         for head in {around_adapter(name)[0] for name in names}:
             for contents in _contents(self._holder(head)):
                 contents.pop(adapter, None)
+            self._holder(head)._non_persistent_buffers_set.discard(adapter)
             self._drop_empty(head)
 
     def _drop_empty(self, head: str) -> None:
@@ -83,10 +86,13 @@ class HeldTensors(LayerAdapters, nn.Module):
 
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name; its tensors stay the same objects."""
-        contents = [contents for _, holder in self._holders() for contents in _contents(holder)]
-        for by_adapter in (self.bound, self.held, *contents):
+        holders = [holder for _, holder in self._holders()]
+        for by_adapter in (self.bound, self.held, *(contents for holder in holders for contents in _contents(holder))):
             if old in by_adapter:
                 by_adapter[new] = by_adapter.pop(old)
+        for holder in holders:
+            if old in holder._non_persistent_buffers_set:
+                holder._non_persistent_buffers_set = {*holder._non_persistent_buffers_set - {old}, new}
         self.merged = tuple(new if name == old else name for name in self.merged)
         self.forget_cached()
 
@@ -174,8 +180,10 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers(remove_duplicate=False)
 
 
-def _tensors(holder: nn.Module, are_buffers: bool) -> dict[str, Any]:
-    return holder._buffers if are_buffers else holder._parameters
+def _put(holder: nn.Module, name: str, tensor: nn.Parameter, is_buffer: bool, saved: bool) -> None:
+    (holder._buffers if is_buffer else holder._parameters)[name] = tensor
+    if not saved:
+        holder._non_persistent_buffers_set.add(name)
 
 
 def _tensor(holder: nn.Module, name: str) -> nn.Parameter:

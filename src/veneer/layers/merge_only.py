@@ -31,7 +31,9 @@ class MergeOnlyLayer(LayerAdapters):
         self._tensors.update({(adapter, leaf.memory_name): tensors[leaf.name] for leaf in share.leaves})
         self.bound.setdefault(adapter, []).append(share)
 
-    def hold(self, adapter: str, tensors: Mapping[str, nn.Parameter], trained: Collection[str] = ()) -> None:
+    def hold(
+        self, adapter: str, tensors: Mapping[str, nn.Parameter], trained: Collection[str] = (), saved: bool = True
+    ) -> None:
         """Do nothing: tensors that are no share's own need a place only in a model that is moved or saved."""
 
     def unbind(self, adapter: str) -> None:
