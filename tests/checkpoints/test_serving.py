@@ -59,6 +59,18 @@ def test_converted_as_the_hint_says_it_is_taken(tmp_path: Path) -> None:
         assert veneer.check_serving(tmp_path / f"{name}-lora").fits
 
 
+def test_a_start_that_loading_computes_is_not_served(tmp_path: Path) -> None:
+    base = saved_base(tmp_path / "base")
+    config = veneer.LoraConfig(init_lora_weights="pissa", r=4, **TARGETS)
+    veneer.get_peft_model(build("llama"), config).save_pretrained(tmp_path / "own", convert_start=False)
+    (problem,) = veneer.check_serving(tmp_path / "own").problems
+    assert problem.code == "start"
+    assert f"veneer convert {tmp_path / 'own'}" in problem.hint
+    report = veneer.convert_to_lora(tmp_path / "own", out=tmp_path / "plain", base=base)
+    assert report.rank == 8
+    assert veneer.check_serving(tmp_path / "plain").fits
+
+
 def test_keys_that_others_write_are_told(tmp_path: Path) -> None:
     adapter = saved(tmp_path / "a")
     edit_tensors(adapter, lambda tensors: {key.replace(".weight", ".x.weight"): t for key, t in tensors.items()})

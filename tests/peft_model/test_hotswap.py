@@ -110,6 +110,19 @@ def test_one_of_another_method_is_not_swapped_in(tmp_path: Path) -> None:
         veneer.hotswap_adapter(model, tmp_path / "b")
 
 
+def test_one_for_a_base_without_its_start_is_not_swapped_in(tmp_path: Path) -> None:
+    first, start = load(adapter(tmp_path, "a", 1)), load(adapter(tmp_path, "b", 2, init_lora_weights="pissa"))
+    config = veneer.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights="pissa")
+    begun = veneer.get_peft_model(build("llama"), config)
+    begun.save_pretrained(tmp_path / "c", convert_start=False)
+    with pytest.raises(AdapterError, match="convert_start=True saves it for this one"):
+        veneer.hotswap_adapter(first, tmp_path / "c")
+    expected = logits(start, X)
+    start.save_pretrained(tmp_path / "d")
+    veneer.hotswap_adapter(first, tmp_path / "d")
+    assert gap(logits(first, X), expected) < CLOSE
+
+
 def test_a_merged_adapter_is_not_swapped(tmp_path: Path) -> None:
     model = load(adapter(tmp_path, "a", 1))
     model.merge_adapter()

@@ -15,6 +15,7 @@ from typing import Any
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.checkpoints.inspection.facts import Problem
 from veneer.checkpoints.open_checkpoint import open_checkpoint
+from veneer.configs.lora_start_options import is_moved
 from veneer.errors import UsageError
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_CONFIG
@@ -149,6 +150,10 @@ def _option_problems(values: Mapping[str, Any], path: str) -> list[Problem]:
         problems.append(Problem("bias", f"It trains biases (bias {values['bias']!r}), which is refused.", _merge(path)))
     if values.get("lora_bias"):
         problems.append(Problem("lora_bias", "Its factors have a bias (lora_bias), which is refused.", _merge(path)))
+    start = values.get("init_lora_weights")
+    if is_moved(start):
+        text = f"It is for a base without its start, which vLLM does not compute (init_lora_weights {start!r})."
+        problems.append(Problem("start", text, _convert(path)))
     for name in (name for name in _UNREAD if values.get(name)):
         mend = _merge(path) if name in _NO_LORA else _convert(path, 16 if name in _NEED_RANK else None)
         problems.append(Problem(name, f"vLLM does not read {name}, which {_UNREAD[name]}.", mend))

@@ -14,6 +14,13 @@ from veneer.errors import ConfigError, ConfigTypeError, UnknownKeyError, did_you
 
 StartT = TypeVar("StartT")
 
+_MOVED = frozenset({"corda", "lora_ga", "olora", "pissa"})
+
+
+def is_moved(how: object) -> bool:
+    """Tell whether a start is taken off the base's weight, so that a new adapter changes nothing."""
+    return isinstance(how, str) and how.partition("_niter_")[0] in _MOVED
+
 
 @dataclass
 class CordaConfig(Checked):

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from veneer.base_model.sites.embedding import EmbeddingSite
 from veneer.base_model.sites.site import Site, unsupported
 from veneer.base_model.targets import pattern_value
+from veneer.configs.lora_start_options import is_moved
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import MergeError, UnsupportedError
 from veneer.methods.base.abilities import (
@@ -50,7 +51,7 @@ from veneer.methods.base.abilities import (
 )
 from veneer.methods.base.method import BaseLayer, Leaf, Method, MethodOnSites, NewLayer
 from veneer.methods.base.replaced_weight import TOKEN_BASE
-from veneer.methods.lora_starts import begin, can_be_repeated, is_moved
+from veneer.methods.lora_starts import begin, can_be_repeated
 from veneer.methods.lora_starts.start import StartLayer
 from veneer.methods.lora_variants import LEAVES, variant_of
 from veneer.methods.lora_variants.variant import LORA_A, LORA_B, Variant

@@ -24,6 +24,7 @@ from veneer.checkpoints.checkpoint import Checkpoint, in_memory_checkpoint
 from veneer.checkpoints.layouts.older_layouts import in_current_layout
 from veneer.checkpoints.open_checkpoint import open_checkpoint
 from veneer.configs.base import PeftConfig, targeted
+from veneer.configs.lora_start_options import is_moved
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import AdapterError, MergeError, UnsupportedError, UsageError
 from veneer.files.tensor_keys import PREFIX
@@ -276,6 +277,11 @@ def _check_swappable(model: AdaptedModel, entry: Adapter, checkpoint: Checkpoint
     reason = None
     if beyond:
         reason = f"adapts {len(beyond)} layers that {entry.name!r} does not (first: {beyond[0]})"
+    elif isinstance(checkpoint.config, LoraConfig) and is_moved(checkpoint.config.init_lora_weights):
+        start = checkpoint.config.init_lora_weights
+        reason = (
+            f"is for a base without its start (init_lora_weights={start!r}; convert_start=True saves it for this one)"
+        )
     elif plan.whole_modules or entry.whole_modules.names:
         reason = "or the old one brings whole modules"
     if reason:

@@ -18,10 +18,11 @@ from torch import Tensor
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.collection import Adapters
 from veneer.configs.base import PeftConfig
+from veneer.configs.lora_start_options import is_moved
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import UnsupportedError
 from veneer.methods.lora import METHOD, RANK_DIMS, START_A, A
-from veneer.methods.lora_starts import is_by_chance, is_moved, repeats
+from veneer.methods.lora_starts import is_by_chance, repeats
 from veneer.packages import stands_in_for_peft
 from veneer.peft_model.open_adapter import find_adapter, open_adapter
 

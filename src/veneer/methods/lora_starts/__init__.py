@@ -1,8 +1,8 @@
 """Starting points of LoRA: one file for each name that ``init_lora_weights`` takes.
 
-Each returns the ``A`` and ``B`` that training begins from. Those in :data:`MOVED` begin with ``B A`` other than zero,
-which is subtracted from the weight, so that a new adapter changes nothing: ``W' = W + scale * (B A - B_0 A_0)``. The
-base itself is never changed; the start is kept beside the adapter, and saved within it (:mod:`veneer.methods.lora`).
+Each returns the ``A`` and ``B`` that training begins from. Moved ones begin with ``B A`` other than zero, which
+is subtracted from the weight, so that a new adapter changes nothing: ``W' = W + scale * (B A - B_0 A_0)``. The base
+itself is never changed; the start is kept beside the adapter, and saved within it (:mod:`veneer.methods.lora`).
 """
 
 from __future__ import annotations
@@ -11,17 +11,11 @@ import importlib
 
 from torch import Tensor, nn
 
+from veneer.configs.lora_start_options import is_moved
 from veneer.methods.lora_starts.start import StartLayer
 from veneer.methods.lora_starts.statistics import COVARIANCE, is_recorded
 
-__all__ = ["MOVED", "StartLayer", "begin", "can_be_repeated", "is_by_chance", "is_moved", "repeats"]
-
-MOVED = frozenset({"corda", "lora_ga", "olora", "pissa"})
-
-
-def is_moved(how: object) -> bool:
-    """Tell whether a start is subtracted from the base's weight."""
-    return isinstance(how, str) and how.partition("_niter_")[0] in MOVED
+__all__ = ["StartLayer", "begin", "can_be_repeated", "is_by_chance", "repeats"]
 
 
 def repeats(how: object) -> bool:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from veneer.base_model.sites.site import Site, unsupported
+from veneer.configs.lora_start_options import is_moved
 from veneer.configs.methods.lora import VARIANTS, LoraConfig
 from veneer.errors import UnsupportedError
-from veneer.methods.lora_starts import is_moved
 from veneer.methods.lora_variants.bdlora import block_diagonal
 from veneer.methods.lora_variants.kasa import Kasa
 from veneer.methods.lora_variants.monteclora import MonteClora
