@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -600,6 +601,31 @@ def test_a_second_call_makes_only_what_is_missing() -> None:
     assert model.keep_merged() is None
     assert not any(layer.merged_copies for layer in model.adapters.adapted_layers)
     assert all(type(p) is not WatchedBase for p in model.parameters())
+
+
+DROPS: dict[str, Callable[[veneer.PeftModel], Any]] = {
+    "drop_merged": lambda model: model.drop_merged(),
+    "others": lambda model: model.keep_merged("b"),
+    "deleted": lambda model: model.delete_adapter("a"),
+    "unloaded": lambda model: model.unload(),
+    "merged": lambda model: model.merge_and_unload(),
+    "cast": lambda model: model.half(),
+    "changed, then called": lambda model: (of_base_in_place(model), logits(model, X)),
+    "changed, then reported": lambda model: (of_base_in_place(model), model.load_report, model.merged_copies),
+}
+
+
+@pytest.mark.parametrize("how", DROPS)
+def test_the_memory_of_a_dropped_copy_is_free_at_once(how: str) -> None:
+    model = two()
+    model.keep_merged("a")
+    for name in "aba":
+        under(model, name)
+    logits(model, X, adapter_names=["a", "a"])
+    weights = [weakref.ref(layer.merged_copies["a",].weight) for layer in layers_of(model, "a")]
+    assert all(weight() is not None for weight in weights)
+    DROPS[how](model)
+    assert all(weight() is None for weight in weights)
 
 
 def test_tied_layers_that_are_changed_alike_share_a_copy() -> None:
