@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,24 @@ def test_a_bias_that_two_modules_hold_is_trained_once(tmp_path: Path) -> None:
     with torch.no_grad():
         assert gap(loaded(ids).logits, expected) < 1e-6
         assert gap(loaded.merge_and_unload()(ids).logits, expected) < 1e-6
+
+
+def test_threads_see_their_own_choice_while_a_bias_is_in_place() -> None:
+    model = train(veneer.get_peft_model(net(), config("all", ("first",))))
+    model.add_adapter("other", config("none", ("last",)))
+    expected = {"default": read(model)}
+    with model.using("other"):
+        expected["other"] = read(model)
+    with model.disable_adapter():
+        expected["base"] = read(model)
+    assert torch.equal(expected["base"], read(net()))
+
+    def ask(name: str) -> bool:
+        with model.disable_adapter() if name == "base" else model.using(name):
+            return all(gap(read(model), expected[name]) < 1e-6 for _ in range(20))
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(ask, [*expected] * 4))
 
 
 def test_what_bias_can_be() -> None:
