@@ -244,3 +244,29 @@ def test_an_xlora_on_a_model_that_had_one_works_alone(tmp_path: Path) -> None:
     """
     )
     assert lines == ["True"]
+
+
+def test_virtual_tokens_can_be_made_by_themselves_and_told_apart() -> None:
+    lines = printed(
+        OPEN
+        + """
+    from peft.tuners import MultitaskPromptEmbedding
+    sizes = dict(num_virtual_tokens=3, token_dim=32, num_layers=2, num_attention_heads=2, num_transformer_submodules=1)
+    places = torch.tensor([[0, 2]])
+    words = build("llama").get_input_embeddings()
+    table = peft.PromptEmbedding(peft.PromptTuningConfig(**sizes), words)
+    print(torch.equal(table(places)[0], table.embedding.weight[[0, 2]]), isinstance(table, peft.PromptEmbedding))
+    print(*peft.PrefixEncoder(peft.PrefixTuningConfig(**sizes))(places).shape)
+    tasks = MultitaskPromptEmbedding(peft.MultitaskPromptTuningConfig(**sizes, num_tasks=2), words)
+    print(*tasks(places.repeat(2, 1), torch.tensor([0, 1])).shape)
+    model = peft.get_peft_model(build("llama"), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    kinds = (peft.PrefixEncoder, peft.PromptEmbedding, peft.CartridgeEncoder)
+    print(*(isinstance(model.prompt_encoder["default"], kind) for kind in kinds))
+    try:
+        peft.PrefixEncoder(peft.PrefixTuningConfig(num_virtual_tokens=3))
+    except ValueError as error:
+        print(error)
+    """
+    )
+    assert lines[:4] == ["True True", "1 2 128", "2 2 32", "True False False"]
+    assert "PrefixEncoder: the config does not say token_dim" in lines[4]

@@ -60,6 +60,7 @@ class Prompts(AnyNames):
 
     def add(self, name: str, config: PromptConfig, method: AnyPrompt, encoder: PromptEncoder, model: nn.Module) -> None:
         """Add a prompt, with a config that is complete."""
+        encoder.peft_type = str(config.peft_type)
         self._modules[name] = encoder.train(model.training)
         self.methods[name], self.configs[name] = method, config
         if not self._hooks:

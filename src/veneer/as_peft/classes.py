@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from veneer.as_peft.names import METHOD_STEMS, PROMPT_CLASSES
+from veneer.as_peft.prompt_encoders import made_alone
 from veneer.configs.base import config_class
 from veneer.configs.names import PeftType
 from veneer.errors import UnsupportedError
@@ -22,6 +23,7 @@ from veneer.layers.parameter_holder import ParameterHolder
 from veneer.layers.parameter_layer import AdaptedParameter
 from veneer.layers.token_adapter import TokenAdapter
 from veneer.methods import method_of
+from veneer.methods.base import prompt_method
 from veneer.peft_model.peft_model import PeftModel, get_peft_model
 from veneer.peft_model.tuner import Tuner
 
@@ -61,6 +63,14 @@ class TunerClass(AnsweredByState):
         return peft_model.base_model
 
 
+class PromptClass(AnsweredByState):
+    """The class of the classes of virtual tokens."""
+
+    def __call__(cls, config: Any, word_embeddings: nn.Module | None = None) -> prompt_method.PromptEncoder:
+        """Return new virtual tokens, which belong to no model."""
+        return made_alone(cls.__name__, config, word_embeddings)
+
+
 def _class(
     name: str, answers: Callable[[Any], bool], *bases: type, kind: type = AnsweredByState, **attributes: Any
 ) -> Any:
@@ -70,6 +80,10 @@ def _class(
 
 def _carries(methods: tuple[str, ...]) -> Callable[[Any], bool]:
     return lambda layer: isinstance(layer, AdaptedLayer) and not {*layer.peft_types.values()}.isdisjoint(methods)
+
+
+def _makes_tokens(method: str) -> Callable[[Any], bool]:
+    return lambda module: isinstance(module, prompt_method.PromptEncoder) and module.peft_type == method
 
 
 def _is_tuner(methods: tuple[str, ...]) -> Callable[[Any], bool]:
@@ -109,8 +123,8 @@ def _method_classes() -> dict[str, Any]:
         classes[f"{stem}Layer"] = _class(f"{stem}Layer", _carries(methods), BaseTunerLayer, methods=methods)
         classes[f"{stem}Model"] = _class(f"{stem}Model", _is_tuner(methods), Tuner, kind=TunerClass)
         classes[f"{stem}Model"].uses_shared_state = package in _SHARING
-    for _, name in PROMPT_CLASSES.values():
-        classes[name] = _class(name, lambda module: False)
+    for package, (_, name) in PROMPT_CLASSES.items():
+        classes[name] = _class(name, _makes_tokens(package.upper()), kind=PromptClass)
     return classes
 
 

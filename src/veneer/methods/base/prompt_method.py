@@ -30,9 +30,11 @@ class PromptEncoder(nn.Module, ABC):
 
     Attributes:
         frozen: those of its parameters that are not trained.
+        peft_type: the method that it is of, once that is known.
     """
 
     frozen: ClassVar[frozenset[str]] = frozenset()
+    peft_type: str | None = None
 
     @abstractmethod
     def forward(self, tasks: Tensor | None) -> Tensor:
