@@ -31,8 +31,8 @@ class TunerLayerStatus:
     """The status of one adapted layer.
 
     Attributes:
-        name: the layer's name below the PeftModel's ``base_model``; that of trained tokens beside a LoRA ends in
-            ``.token_adapter``.
+        name: the layer's name below the PeftModel's ``base_model``, or in the base model that was asked; that of
+            trained tokens beside a LoRA ends in ``.token_adapter``.
         module_type: the method and the kind of layer, such as ``lora.Linear``; ``ModulesToSaveWrapper`` for a module
             that adapters bring whole, ``TrainableTokensLayer`` for trained tokens.
         enabled: False while adapters are disabled.
@@ -94,10 +94,10 @@ class TunerModelStatus:
 _Tensors = dict[str, tuple[list[nn.Parameter], list[nn.Parameter]]]
 
 
-def layer_status(adapters: Adapters) -> list[TunerLayerStatus]:
-    """Return the status of each adapted layer, in the model's order."""
+def layer_status(adapters: Adapters, prefix: str = "model.") -> list[TunerLayerStatus]:
+    """Return the status of each adapted layer, in the model's order; names begin with ``prefix``."""
     modules = adapters.model.named_modules()
-    return [status for name, module in modules for status in _of_module(adapters, f"model.{name}", module)]
+    return [status for name, module in modules for status in _of_module(adapters, prefix + name, module)]
 
 
 def _of_module(adapters: Adapters, name: str, module: nn.Module) -> Iterator[TunerLayerStatus]:
