@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from click import shell_completion
@@ -9,7 +10,7 @@ from click import shell_completion
 from veneer.errors import UsageError
 
 # The line of a shell's start-up file that reads a script.
-_READ = {"bash": ". '{}'", "zsh": "autoload -Uz compinit && compinit && . '{}'"}
+_READ = {"bash": ". {}", "zsh": "autoload -Uz compinit && compinit && . {}"}
 
 
 def run(option: str, shell: str) -> str:
@@ -50,7 +51,7 @@ def _install(shell: str, script: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(script, encoding="utf-8")
     if shell in _READ:
-        line, start_up = _READ[shell].format(path), Path.home() / f".{shell}rc"
+        line, start_up = _READ[shell].format(shlex.quote(str(path))), Path.home() / f".{shell}rc"
         before = start_up.read_text(encoding="utf-8") if start_up.exists() else ""
         if line not in before.splitlines():
             start_up.write_text(f"{before.rstrip()}\n{line}\n".lstrip(), encoding="utf-8")
