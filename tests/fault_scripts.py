@@ -25,6 +25,7 @@ FORMER = {
     r"\bveneer\.layer\b": "veneer.layers.adapted_layer",
     r"AdaptedLayer\._fold\b": "AdaptedLayer._fuse",
     r"layer\._forget\b": "layer.forget_cached",
+    r'\["sha256"\]\["\.\./\.\./payload\.pth"\] = ': '["digests"]["../../payload.pth"] = "sha256:" + ',
     # A function of the tokenizer, the prompt, the system's message, and whether the template is used.
     r"from veneer\.cli\.generate_command import _inputs\n": (
         "from types import SimpleNamespace as S; from veneer.cli.text_generator import TextGenerator as G\n"

@@ -124,8 +124,8 @@ unknown = st.dictionaries(
     max_size=2,
 )
 patterns = st.dictionaries(st.sampled_from(["q", "layers.1.q", "é", ".*q", "b", "a"]), st.integers(1, 64), max_size=4)
-# AdaLoRA's ranks are masks; X-LoRA's layers are its experts'.
-NOT_SAVED = {"ADALORA": {"rank_pattern"}, "XLORA": {"target_modules"}}
+# AdaLoRA's ranks are masks; X-LoRA's layers are its experts'; SuperTuning scales a LoRA where it has a rank.
+NOT_SAVED = {"ADALORA": {"rank_pattern"}, "XLORA": {"target_modules"}, "SUPERTUNING": {"lora_alpha"}}
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "target_modules": targets,
     "modules_to_save": st.none() | st.lists(st.text(min_size=1, max_size=5), max_size=2),
