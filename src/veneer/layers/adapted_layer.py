@@ -147,24 +147,28 @@ class AdaptedLayer(BaseTunerLayer, HoldsCopies):
         if self.merged_copies and (kept := self._forward_with_copy(cache, selection, names)):
             cache.forward = kept
             return kept
-        cached = CachedForward(selection, self.sources(names))
-        if names and names != merged and cached.lasts:
-            cached.forward = self._kept_forward(names)
-        cache.forward = cached
+        cached = cache.earlier_forward(selection, self.site)
+        if cached is None:
+            cached = CachedForward(selection, self.sources(names))
+            if names and names != merged and cached.lasts:
+                cached.forward, cached.nbytes = self._kept_forward(names)
+        cache.keep_forward(cached, self.site)
         return cached
 
     @torch.no_grad()
-    def _kept_forward(self, names: tuple[str, ...]) -> Callable[[Tensor], Any] | None:
+    def _kept_forward(self, names: tuple[str, ...]) -> tuple[Callable[[Tensor], Any] | None, int]:
+        """Return the forward pass that inference keeps, if it keeps one, and the memory that it takes."""
         fused = self._fused_patch(names)
         if fused is not None:
-            return fused_forward(fused, self._unmerged_base, self.active_selection.casts)
+            return fused_forward(fused, self._unmerged_base, self.active_selection.casts), fused.nbytes
         patches = self.patches(names)
         if self.site.stored.ndim == 1 and whole_weight(self.site, patches):
-            return partial(self.call_with, *self._whole(patches, self.base_bias))
+            return partial(self.call_with, *self._whole(patches, self.base_bias)), self.site.stored.nbytes
         if not are_small(patches, self.site):
-            return None
+            return None, 0
         dtype = fused_dtype(self.site.device, self.site.stored.dtype)
-        return partial(self._apply_patches, [for_inference(patch, dtype) for patch in patches])
+        nbytes = sum(patch.nbytes for patch in patches)
+        return partial(self._apply_patches, [for_inference(patch, dtype) for patch in patches]), nbytes
 
     @torch.no_grad()
     def _fused_patch(self, names: tuple[str, ...]) -> FusedPatch | None:

@@ -19,6 +19,8 @@ from veneer.patches.selection import Selection
 
 # Lowered patches are kept up to one such part of the weight's own memory.
 KEPT_PART = 2
+# The selections whose forward passes are kept.
+KEPT_SELECTIONS = 4
 
 
 class InferenceCache:
@@ -28,18 +30,38 @@ class InferenceCache:
 
     Attributes:
         forward: the forward pass under the last selection.
+        forwards: selected adapters -> the forward pass, for the last few selections; the last used comes last.
         mixed: that of the adapters of the last batch that held several.
         weight: the weight for a model that reads it instead of calling the layer.
         copies: selected adapters -> the forward pass with their merged copy.
     """
 
-    __slots__ = ("copies", "forward", "mixed", "weight")
+    __slots__ = ("copies", "forward", "forwards", "mixed", "weight")
 
     def __init__(self) -> None:
         self.forward: CachedForward | None = None
         self.mixed: CachedMixedForward | None = None
         self.weight: CachedWeight | None = None
         self.copies: dict[tuple[str, ...], CopyForward] = {}
+        self.forwards: dict[tuple[str, ...], tuple[CachedForward, object]] = {}
+
+    def earlier_forward(self, selection: Selection, site: Site) -> CachedForward | None:
+        """Return the forward pass under a selection that was used before, unless a tensor changed since."""
+        cached, base = self.forwards.get(selection.names, (None, None))
+        return cached if cached is not None and cached.is_current(selection) and base == _base_state(site) else None
+
+    def keep_forward(self, cached: CachedForward, site: Site) -> None:
+        """Make ``cached`` the forward pass under the last selection, and keep as many before it as memory allows."""
+        self.forward = cached
+        if cached.forward is None:
+            return
+        kept, room = [(cached, _base_state(site))], site.stored.nbytes // KEPT_PART - cached.nbytes
+        for earlier, base in reversed(self.forwards.values()):
+            if earlier.selected != cached.selected and earlier.nbytes <= room and len(kept) < KEPT_SELECTIONS:
+                kept.append((earlier, base))
+                room -= earlier.nbytes
+        # Replaced whole, for threads share it.
+        self.forwards = {entry[0].selected: entry for entry in reversed(kept)}
 
     def mixed_forward(
         self,
@@ -95,6 +117,12 @@ class CachedWeight(TensorVersions):
         super().__init__(selection, sources)
         self.selected = selection.names
         self.weight = make()
+
+
+def _base_state(site: Site) -> object:
+    """Return what differs once the base layer's parameters are exchanged or changed in place."""
+    tensors = [tensor for tensor in (site.stored, site.bias) if tensor is not None]
+    return [(id(tensor), None if tensor.is_inference() else tensor._version) for tensor in tensors]
 
 
 def are_small(patches: Sequence[Patch], site: Site) -> bool:

@@ -45,6 +45,12 @@ class FusedPatch:
     shift: Tensor | None = None
 
     @property
+    def nbytes(self) -> int:
+        """The memory that its tensors take."""
+        tensors = (self.down, self.up, self.inner, self.outer, self.shift)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    @property
     def only_adds(self) -> bool:
         """True if the patch only adds ``A B``."""
         return self.inner is None and self.outer is None and self.shift is None
@@ -189,14 +195,16 @@ class CachedForward(TensorVersions):
     Attributes:
         selected: the selected adapters.
         forward: returns the layer's output for its input; ``None`` where nothing is cached.
+        nbytes: the memory that it takes.
     """
 
-    __slots__ = ("forward", "selected")
+    __slots__ = ("forward", "nbytes", "selected")
 
     def __init__(self, selection: Selection, sources: Sequence[Tensor]) -> None:
         super().__init__(selection, sources)
         self.selected = selection.names
         self.forward: Callable[[Tensor], Tensor] | None = None
+        self.nbytes = 0
 
 
 def fused_forward(fused: FusedPatch, base: Any, casts: CastCache) -> Callable[[Tensor], Tensor]:
