@@ -142,6 +142,14 @@ def test_methods_and_configs(base: Path, data: Path, tmp_path: Path) -> None:
     assert len(trained["default"].target_modules) > 4  # type: ignore[attr-defined]
 
 
+def test_a_start_that_was_taken_off_is_converted(base: Path, data: Path, tmp_path: Path) -> None:
+    config = veneer.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    veneer.train(data, base, out=tmp_path / "out", config=config, max_steps=2, save_steps=1)
+    last = veneer.PeftConfig.from_pretrained(tmp_path / "out" / "checkpoint-2")
+    whole = veneer.PeftConfig.from_pretrained(tmp_path / "out")
+    assert [(c.r, c.init_lora_weights) for c in (last, whole)] == [(2, "pissa"), (4, True)]  # type: ignore[attr-defined]
+
+
 def test_a_prompt(base: Path, data: Path, tmp_path: Path) -> None:
     config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}
     (tmp_path / "prompt.json").write_text(json.dumps(config))

@@ -20,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 from veneer.base_model.transformers_errors import transformers_errors_as
 from veneer.configs.base import PeftConfig
+from veneer.configs.lora_start_options import is_moved
 from veneer.errors import BaseModelError, ConfigError, UnsupportedError, UsageError
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_CONFIG
@@ -113,6 +114,7 @@ class TrlRun:
             output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             self.on_step("writing")
             trainer.save_model(str(self.folder))
+            self._convert_start()
             eval_loss = self._final_eval_loss()
         return {
             "parameters": sum(parameter.numel() for parameter in self.model.adapters.parameters("default")),
@@ -123,6 +125,12 @@ class TrlRun:
             "train_loss": output.training_loss if self._has_made_steps(checkpoint) else None,
             "eval_loss": eval_loss,
         }
+
+    def _convert_start(self) -> None:
+        """Write an adapter whose start was taken off the base once more, as one that any server takes."""
+        if is_moved(getattr(self.model.peft_config["default"], "init_lora_weights", None)):
+            writes = self.trainer.args.should_save
+            self.model.save_pretrained(self.folder, is_main_process=writes, convert_start=True)
 
     def _final_eval_loss(self) -> float | None:
         """Return the loss of the examples to evaluate on after the last step, measured anew where it is not logged."""
