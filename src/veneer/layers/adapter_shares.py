@@ -143,11 +143,12 @@ class LayerAdapters:
     def _lowered(self, name: str, without: type[AnyMethod] | None = None) -> Iterator[Patch]:
         """Yield the patches of an adapter; its own change starts from the bias that it trains."""
         base: BaseLayer = self
-        for share in self.bound[name]:
+        *_, last = shares = self.bound[name]
+        for share in shares:
             tensors = {**self.tensors(name, share), **share.shared}
             if without is None or not isinstance(share.method, without):
                 yield share.method.lower(share.settings, tensors, base)
-            if isinstance(share.method, Bias):
+            if share is not last and isinstance(share.method, Bias):
                 base = BaseWithBias(base, tensors[share.method.name])
 
     def weight_patches(self, names: Sequence[str]) -> list[Patch]:
