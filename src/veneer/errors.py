@@ -131,8 +131,8 @@ class BaseModelError(VeneerError):
     """The base model is missing, not named, of the wrong kind, or already carries adapters."""
 
 
-class NoAdaptersError(BaseModelError, ValueError):
-    """A model without adapters was given where one with adapters is needed."""
+class NoAdaptersError(BaseModelError, ValueError, TypeError):
+    """A model without adapters was given where one with adapters is needed; both kinds of error that peft raises."""
 
 
 class BaseMismatchError(BaseModelError):

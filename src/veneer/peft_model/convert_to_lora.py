@@ -20,7 +20,7 @@ from veneer.adapters.merge.combining import Combination, check_rank, combine
 from veneer.adapters.merge.in_memory import check_mergeable
 from veneer.checkpoints.checkpoint import write_checkpoint
 from veneer.configs.methods.lora import LoraConfig
-from veneer.errors import AdapterError, NotConvertibleError, UnsupportedError
+from veneer.errors import AdapterError, NoAdaptersError, NotConvertibleError, UnsupportedError
 from veneer.files.adapter_folders import DEFAULT
 from veneer.files.base_digest import BASE_DIGEST_KEY
 from veneer.files.output_folder import check_output
@@ -35,6 +35,7 @@ from veneer.printing import Report, progress, warn
 
 # Errors up to this come from float32, not from the rank.
 _ROUNDING = 1e-5
+_NOTHING = "Could not detect any layer that supports LoRA conversion"
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def convert_to_lora(
     check_rank("rank", rank)
     if out is not None:
         check_output(Path(out))
-    model = adapted_model(source) if isinstance(source, nn.Module) else load(source, base=base, **load_options)
+    model = _adapted_model(source) if isinstance(source, nn.Module) else load(source, base=base, **load_options)
     adapter = model.adapters.get(_name(model, adapter_name))
     with progress("Converting to LoRA", progressbar):
         config, tensors = _as_lora(model, adapter, rank)
@@ -180,13 +181,19 @@ def save_as_lora(
     convert_to_lora(model, rank, adapter_name, progressbar, out=path)
 
 
+def _adapted_model(model: nn.Module) -> AdaptedModel:
+    try:
+        return adapted_model(model)
+    except NoAdaptersError as error:
+        raise NoAdaptersError(f"{_NOTHING}: {error.message}", hint=error.hint) from None
+
+
 def _as_lora(model: AdaptedModel, adapter: Adapter, rank: float | None) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Return the config and tensors (checkpoint key -> float32 tensor) of an adapter as a LoRA."""
     if not adapter.layers.by_id:
         kind = "a prompt" if adapter.prompt else "of whole modules"
         raise NotConvertibleError(
-            "Could not detect any layer that supports LoRA conversion: "
-            f"{adapter.name!r} ({adapter.config.peft_type}) is {kind}.",
+            f"{_NOTHING}: {adapter.name!r} ({adapter.config.peft_type}) is {kind}.",
             hint="Convert an adapter of layers, such as LoKr.",
         )
     check_mergeable(model.adapters, [adapter.name])
