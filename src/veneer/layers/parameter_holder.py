@@ -5,13 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from veneer.layers.any_names import AnyNames
 from veneer.patches.watched_parameters import note_edit, watch
 
+
+class Exchanged(dict[str, Any]):
+    """Holds tensors by name, and notes an edit when one takes another's place.
+
+    ``torch.func.functional_call`` puts tensors straight into a module's containers.
+    """
+
+    def __setitem__(self, name: str, tensor: Any) -> None:
+        if self.get(name) is not None and not torch.compiler.is_compiling():
+            note_edit()
+        super().__setitem__(name, tensor)
+
+
 # The containers of a fresh nn.Module (hooks, buffers ...) beside its parameters: attribute -> type.
-_KEPT = {k: type(v) for k, v in vars(nn.Module()).items() if k not in ("training", "_parameters")}
+_KEPT = {k: type(v) for k, v in vars(nn.Module()).items() if k not in ("training", "_parameters")} | {
+    "_buffers": Exchanged
+}
 
 
 class ParameterHolder(AnyNames):
@@ -23,7 +39,7 @@ class ParameterHolder(AnyNames):
     def __init__(self, training: bool) -> None:
         # Not nn.Module's own, which makes a dozen containers; these are made when something asks for them.
         # 3.4 -> 0.2 ms a load, and most garbage collections: benchmarks/notes.md, Attach.
-        vars(self).update(training=training, _parameters={})
+        vars(self).update(training=training, _parameters=Exchanged())
 
     def __getattr__(self, name: str) -> Any:
         if name in _KEPT:
