@@ -183,3 +183,16 @@ def test_what_cannot_be_active_together_is_refused_on_a_layer() -> None:
     layers(model)[0].set_adapter(["nothing"])
     assert layers(model)[0].active_adapters == ["nothing"]
     assert veneer.get_layer_status(model)[0].active_adapters == ["nothing"]
+
+
+def test_a_new_adapter_changes_nothing_of_others() -> None:
+    model = two()
+    first = layers(model)[0]
+    first.set_adapter("b")
+    model.set_requires_grad("b", True)
+    expected = logits(model, X)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.add_adapter("c", config())
+    after = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert after == {**dict.fromkeys(after, False), **before}
+    assert torch.equal(logits(model, X), expected)

@@ -149,8 +149,9 @@ def create_adapter(
         attach.create(model.adapters, name, config, generator=generator, float32=float32)
     frozen = config.inference_mode and stands_for_peft(model)
     config.inference_mode = frozen
-    # Selected again, the active adapters alone get gradients.
-    model.adapters.select(model.adapters.active_selection.default.names or name)
+    _select_if_none(model, name)
+    # Of others that are on the model nothing changes.
+    model.adapters.get(name).require_grad(name in model.adapters.active_selection.default.names)
     if frozen:
         model.adapters.set_trainable(name, False)
     model.adapters.place_biases()
