@@ -19,9 +19,10 @@ class Exchanged(dict[str, Any]):
     """
 
     def __setitem__(self, name: str, tensor: Any) -> None:
-        if self.get(name) is not None and not torch.compiler.is_compiling():
-            note_edit()
+        before = self.get(name)
         super().__setitem__(name, tensor)
+        if before is not None and not torch.compiler.is_compiling():
+            note_edit()
 
 
 # The containers of a fresh nn.Module (hooks, buffers ...) beside its parameters: attribute -> type.
