@@ -200,7 +200,7 @@ class LayerAdapters:
 
     def base_weight(self) -> Tensor:
         """Return the base layer's weight as a canonical matrix, whatever is merged into it now."""
-        unchanged = not self.original and self.bias_in_place is None
+        unchanged = not self.original and (self.bias_in_place is None or not self.site.is_bias)
         return self.site.weight() if unchanged else self.site.canonical(self.base_stored.detach())
 
     def merged_parameters(self, names: tuple[str, ...]) -> tuple[nn.Parameter | None, nn.Parameter | None]:

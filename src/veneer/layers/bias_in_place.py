@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from veneer.base_model.sites import offload
+from veneer.base_model.sites.quantized.packed import packer
 from veneer.layers.adapter_shares import BiasInPlace, parameter_like
 from veneer.layers.held_tensors import HeldTensors
 from veneer.methods.base.trained_bias import TRAINED_BIAS, Bias
@@ -52,8 +53,14 @@ class HeldBias(HeldTensors):
         return any(leaf.memory_name == TRAINED_BIAS for share in self.bound[adapter] for leaf in share.leaves)
 
     def can_place_bias(self) -> bool:
-        """Tell whether the layer's own bias can be an adapter's: it lies in memory, whole."""
-        return type(self.own_bias) in (nn.Parameter, WatchedBase) and offload.offloading_hook(self.site.module) is None
+        """Tell whether the layer's own bias can be an adapter's: it lies in memory, whole, in a layer of torch.
+
+        Libraries that pack weights do not all run a bias that is trained.
+        """
+        module = self.site.module
+        if packer(module) is not None or offload.offloading_hook(module) is not None:
+            return False
+        return type(self.own_bias) in (nn.Parameter, WatchedBase)
 
     def place_bias(self, adapter: str) -> None:
         """Let the base layer's bias be the one that an adapter trains."""
