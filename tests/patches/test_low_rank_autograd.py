@@ -178,6 +178,25 @@ def test_an_output_of_dora_that_is_changed_in_place_is_refused() -> None:
         parts.run(*parts.inputs).relu_().sum().backward()
 
 
+def test_it_is_refused_under_checkpointing_too() -> None:
+    parts = Parts(dora=True)
+    output = checkpoint(lambda *inputs: parts.run(*inputs).relu_(), *parts.inputs, use_reentrant=False)
+    with pytest.raises(UnsupportedError, match="in place"):
+        output.sum().backward()
+
+
+def test_it_is_right_where_hooks_keep_a_copy(plain_way: Callable[[], None]) -> None:
+    def gradient() -> Tensor:
+        parts = Parts(dora=True)
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
+            output = parts.run(*parts.inputs).relu_()
+        return torch.autograd.grad(output.sum(), parts.up)[0]
+
+    ours = gradient()
+    plain_way()
+    assert far(ours, gradient()) < 1e-12
+
+
 # -- dropout -----------------------------------------------------------------------------------------------
 
 

@@ -132,7 +132,7 @@ class ScaledOutput(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         y, factor, shift, _ = inputs
         ctx.save_for_backward(output, factor, shift)
-        ctx.dtype = y.dtype
+        ctx.dtype, ctx.output_version = y.dtype, output._version
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -154,11 +154,18 @@ def _unchanged(ctx: Any) -> tuple[Any, ...]:
     except RuntimeError as error:
         if "inplace operation" not in str(error):
             raise
-        raise UnsupportedError(
-            "The model changes the output of a layer with DoRA in place, from which the magnitude's gradient is made.",
-            hint="Let its activation make a new tensor (inplace=False), or leave the layer out of target_modules.",
-        ) from error
+        raise _changed_in_place() from error
+    # torch looks at no versions where hooks keep the tensors, as those of checkpointing do.
+    if saved[0]._version != ctx.output_version:
+        raise _changed_in_place()
     return saved
+
+
+def _changed_in_place() -> UnsupportedError:
+    return UnsupportedError(
+        "The model changes the output of a layer with DoRA in place, from which the magnitude's gradient is made.",
+        hint="Let its activation make a new tensor (inplace=False), or leave the layer out of target_modules.",
+    )
 
 
 def updated(
