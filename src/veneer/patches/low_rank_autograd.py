@@ -155,8 +155,8 @@ def _unchanged(ctx: Any) -> tuple[Any, ...]:
         if "inplace operation" not in str(error):
             raise
         raise _changed_in_place() from error
-    # torch looks at no versions where hooks keep the tensors, as those of checkpointing do.
-    if saved[0]._version != ctx.output_version:
+    # torch looks at no versions where hooks keep the tensors, as those of checkpointing do; a copy begins at 0.
+    if saved[0]._version > ctx.output_version:
         raise _changed_in_place()
     return saved
 
