@@ -18,6 +18,8 @@ class Exchanged(dict[str, Any]):
     ``torch.func.functional_call`` puts tensors straight into a module's containers.
     """
 
+    __slots__ = ()
+
     def __setitem__(self, name: str, tensor: Any) -> None:
         before = self.get(name)
         super().__setitem__(name, tensor)
