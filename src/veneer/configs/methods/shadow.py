@@ -24,8 +24,10 @@ _SIZES = (
 class ShadowConfig(TargetedConfig, peft_type=PeftType.SHADOW):
     """SHADOW: a small trained copy of the decoder runs beside it, and its states move the blocks' inputs.
 
-    Args, beside those of :class:`TargetedConfig` (``target_modules``: whole blocks; when ``None`` all of the decoder,
-    and of a diffusion transformer the single-stream ones if it has such):
+    ``target_modules`` are whole blocks; when ``None`` all of the decoder, and of a diffusion transformer the
+    single-stream ones if it has such.
+
+    Args, beside those of :class:`TargetedConfig`:
         r: the rank of the change of a block's input.
         shadow_alpha: multiplies the change.
         shadow_dropout: dropout on the input of the change while training.
