@@ -56,3 +56,13 @@ def network_unused(no_network: list[str]) -> Iterator[None]:
     no_network.clear()
     yield
     assert not no_network, f"this test reached for the network: {no_network}"
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """Open torch's process group, of this process alone."""
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()

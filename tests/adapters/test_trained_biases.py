@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import BertConfig, BertForMaskedLM
@@ -215,14 +214,7 @@ def test_a_state_dict_with_biases_of_an_adapter_without_changes_the_base() -> No
     assert torch.equal(veneer.get_base_model_state_dict(other)["last.bias"], state["base_model.model.last.bias"])
 
 
-@pytest.fixture
-def processes() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("processes")
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.filterwarnings("ignore")  # torch's, that one process is few, and that there is a newer way
 def test_in_fsdp() -> None:
     model = train(veneer.get_peft_model(net(), config("all", ("first",))))

@@ -656,22 +656,18 @@ def test_what_it_cannot_do_beside_a_diffusion_transformer_is_refused() -> None:
         pairs(torch.zeros(1, 2, 8))
 
 
+@pytest.mark.usefixtures("process_group")
 def test_its_tensors_are_gathered_from_fsdp() -> None:
-    from torch import distributed
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     config = veneer.ShadowConfig(**SHARP, **SMALL)
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model: Any = veneer.get_peft_model(build("llama"), config, seed=1).eval()
-        wanted = logits(model, inputs("llama"))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            spread = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-            assert gap(logits(spread, inputs("llama")), wanted) < 1e-6
-            state = veneer.get_peft_model_state_dict(spread)
-    finally:
-        distributed.destroy_process_group()
+    model: Any = veneer.get_peft_model(build("llama"), config, seed=1).eval()
+    wanted = logits(model, inputs("llama"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        spread = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        assert gap(logits(spread, inputs("llama")), wanted) < 1e-6
+        state = veneer.get_peft_model_state_dict(spread)
     again: Any = veneer.get_peft_model(build("llama"), config, seed=2).eval()
     assert veneer.set_peft_model_state_dict(again, state).unexpected_keys == []
     assert gap(logits(again, inputs("llama")), wanted) < 1e-6

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -177,14 +175,7 @@ def test_mistakes_leave_the_adapter_as_it_was(tmp_path: Path) -> None:
         veneer.set_peft_model_state_dict(model, state)
 
 
-@pytest.fixture
-def processes() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("processes")
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.filterwarnings("ignore")  # torch's, that one process is few, and that there is a newer way
 @pytest.mark.parametrize(
     "config",
