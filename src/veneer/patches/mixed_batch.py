@@ -63,23 +63,29 @@ class StackedPatches:
     def _add(self, y: Tensor, x: Tensor, order: RowOrder) -> Tensor:
         if self.down is None or self.up is None:
             return y
-        if order.rows is None and y.dtype is self.up.dtype:
-            hidden = torch.bmm(x.reshape(self.down.shape[0], -1, x.shape[-1]).to(self.down.dtype), self.down)
-            y.view(self.up.shape[0], -1, y.shape[-1]).baddbmm_(hidden, self.up)
+        if order.rows is None:
+            hidden, stacked = _hidden(x, self.down), y.view(len(self.up), -1, y.shape[-1])
+            if y.dtype is self.up.dtype:
+                stacked.baddbmm_(hidden, self.up)
+            else:
+                stacked.add_(torch.bmm(hidden, self.up))
             return y
         product = _padded if order.is_even else _one_by_one
         change = product(x, self.down, self.up, order)
-        if order.rows is None:
-            return y.add_(change.view_as(y))
         changed = y.index_select(0, order.rows)
         return y.index_copy_(0, order.rows, changed.add_(change.view_as(changed)))
 
 
+def _hidden(x: Tensor, down: Tensor) -> Tensor:
+    """Return ``x A`` of rows that are sorted by adapter, as many for each; shape ``(adapters, places, R)``."""
+    return torch.bmm(x.reshape(len(down), -1, x.shape[-1]).to(down.dtype), down)
+
+
 def _padded(x: Tensor, down: Tensor, up: Tensor, order: RowOrder) -> Tensor:
     """Return ``(x A) B`` of the rows that name an adapter, sorted by adapter; shape ``(rows, ..., out)``."""
-    taken = x if order.take is None else x.index_select(0, order.take)
-    flat = taken.reshape(down.shape[0], -1, x.shape[-1]).to(down.dtype)
-    change = torch.bmm(torch.bmm(flat, down), up)
+    assert order.take is not None
+    taken = x.index_select(0, order.take)
+    change = torch.bmm(_hidden(taken, down), up)
     if order.keep is None:
         return change
     return change.view(taken.shape[0], -1).index_select(0, order.keep)

@@ -48,10 +48,10 @@ def row_order(groups: Sequence[Sequence[int]], length: int, device: torch.device
     even = min(sizes) == places
     if even and rows == list(range(length)):
         return RowOrder(None, None, None, on_device(device, owner)[0], sizes)
-    take = [row for group in groups for row in (*group, *[0] * (places - len(group)))]
-    keep = [number * places + place for number, size in enumerate(sizes) for place in range(size)]
-    by_device = on_device(device, take, rows, owner, keep)
-    return RowOrder(by_device[0], by_device[1], None if even else by_device[3], by_device[2], sizes)
+    padded = [row for group in groups for row in (*group, *[0] * (places - len(group)))]
+    filled = [number * places + place for number, size in enumerate(sizes) for place in range(size)]
+    take, sorted_rows, keep, owners = on_device(device, padded, rows, filled, owner)
+    return RowOrder(take, sorted_rows, None if even else keep, owners, sizes)
 
 
 def on_device(device: torch.device, *numbers: Sequence[int]) -> tuple[Tensor, ...]:
