@@ -289,7 +289,7 @@ class AdaptedLayer(BaseTunerLayer, HoldsCopies):
             return copy_with(base_value, {rest: self._weight_in_call(rest, base_value.get_parameter(rest))})
         if torch.compiler.is_compiling():
             # Compiled code cannot hold a tensor that refuses; where it would have to, the layer counts as a called one.
-            patches = self._readable(names) if selection.rows is None or not names else None
+            patches = self._readable(selection, names)
             return base_value if patches is None else self._part(name, patches)
         make = partial(self._read, name, selection, names)
         if name == "bias" or not (self._called or self._wants_grad(names)):
@@ -300,8 +300,10 @@ class AdaptedLayer(BaseTunerLayer, HoldsCopies):
     def _wants_grad(self, names: tuple[str, ...]) -> bool:
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.sources(names))
 
-    def _readable(self, names: tuple[str, ...]) -> list[Patch] | None:
-        """Return the patches of ``names``; ``None`` when the layer's weight cannot hold one."""
+    def _readable(self, selection: Selection, names: tuple[str, ...]) -> list[Patch] | None:
+        """Return the patches of ``names``; ``None`` where no weight can hold one, or each row has its own."""
+        if selection.rows is not None and names:
+            return None
         try:
             patches = self.weight_patches(names)
         except MergeError:
@@ -319,7 +321,7 @@ class AdaptedLayer(BaseTunerLayer, HoldsCopies):
         return self._inference_cache.read_weight(selection, partial(self.sources, names), make)
 
     def _made(self, name: str, selection: Selection, names: tuple[str, ...]) -> Any:
-        patches = self._readable(names) if selection.rows is None or not names else None
+        patches = self._readable(selection, names)
         if patches is None:
             what = "such an adapter" if selection.rows is None else "one adapter for each row"
             raise UnsupportedError(

@@ -11,6 +11,7 @@ from veneer.base_model.sites.quantized.packed import PackedSite
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.layers.quantized_merge import DEQUANTIZED, Into, LayerError, into_missing, layer_error
 from veneer.patches.active_selection import ActiveSelection
+from veneer.patches.selection import Selection
 from veneer.patches.weight_arithmetic import merged, merged_bias
 
 
@@ -34,7 +35,7 @@ class PackedLayer(AdaptedLayer):
             return self.site.base_with_bias(self.base_bias, *args, **kwargs)
         return self.site.module(*args, **kwargs)
 
-    def _readable(self, names: tuple[str, ...]) -> None:
+    def _readable(self, selection: Selection, names: tuple[str, ...]) -> None:
         """Return ``None``, for a packed weight holds no adapter without a merge."""
 
     def merge_adapters(self, names: tuple[str, ...]) -> None:

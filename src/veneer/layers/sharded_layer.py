@@ -11,6 +11,7 @@ from veneer.base_model.sharding import gathered, spread
 from veneer.base_model.sites.site import Site
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.patches.active_selection import ActiveSelection
+from veneer.patches.selection import Selection
 
 
 class ShardedLayer(AdaptedLayer):
@@ -53,5 +54,5 @@ class ShardedLayer(AdaptedLayer):
     def _fused_patch(self, names: tuple[str, ...]) -> None:
         """Return ``None``: a fused patch is added to the base layer's own output, and here that is a part."""
 
-    def _readable(self, names: tuple[str, ...]) -> None:
+    def _readable(self, selection: Selection, names: tuple[str, ...]) -> None:
         """Return ``None``, for a process has a part of the weight."""
