@@ -147,6 +147,9 @@ from veneer.errors import (
     DuplicateAdapterError as DuplicateAdapterError,
 )
 from veneer.errors import (
+    EngineError as EngineError,
+)
+from veneer.errors import (
     IncompleteCheckpointError as IncompleteCheckpointError,
 )
 from veneer.errors import (

@@ -30,6 +30,7 @@
     │   └── NoMergedFormError       no weight can hold what an adapter does (also NotImplementedError)
     ├── OutputError                 an output cannot be written there (also a SourceError, AdapterError and MergeError,
     │                               which it was called in earlier versions)
+    ├── EngineError                 an engine of `veneer serve` cannot answer a request
     └── UnknownKeywordError         a keyword that a call does not take (also TypeError)
 
 Every error says what is wrong and where in ``message``, and how to mend it in ``hint``; ``str(error)`` is
@@ -172,6 +173,10 @@ class OutputError(SourceError, AdapterError, MergeError):
 
     It is all three of its parents because reports, conversions and merges raised one of them each in earlier versions.
     """
+
+
+class EngineError(VeneerError):
+    """An engine cannot answer a request: a step failed, it is being started anew, or it does not hold the adapter."""
 
 
 class UnknownKeywordError(VeneerError, TypeError):
