@@ -23,12 +23,15 @@ class Base:
         config: its ``config.json``; empty where it has none.
         shapes: the path of each parameter, as the model in memory names it -> shape.
         tied: the pairs of parameters that are one (``lm_head.weight`` -> ``model.embed_tokens.weight``).
+        components: the models of a pipeline of diffusers by their folders' names: ``unet``, ``transformer``,
+            ``text_encoder`` ...; empty for a model alone. A pipeline has no shapes of its own.
     """
 
     origin: str
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     tied: Mapping[str, str] = field(default_factory=dict)
+    components: Mapping[str, Base] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
