@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,4 +113,35 @@ def test_what_is_removed_is_not_kept(model: veneer.PeftModel) -> None:
     for name in ("a", "b"):
         output(model, name)
     model.delete_adapter("b")
-    assert not model.get_base_model()[0]._inference_cache.forwards
+    assert list(model.get_base_model()[0]._inference_cache.forwards) == [("a",)]
+
+
+@torch.no_grad()
+def test_an_adapter_that_comes_or_goes_leaves_the_others_fused(
+    model: veneer.PeftModel, fused: list[None], tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path, selected_adapters=["f"])
+    rows = ["a", "b"]
+    alone, mixed = output(model, "a"), model(X, adapter_names=rows)
+    count = len(fused)
+    model.load_adapter(tmp_path / "f", "new")
+    assert torch.equal(model(X, adapter_names=rows), mixed)
+    model.delete_adapter("new")
+    assert torch.equal(model(X, adapter_names=rows), mixed)
+    assert torch.equal(output(model, "a"), alone)
+    model.delete_adapter("b")
+    assert torch.equal(output(model, "a"), alone)
+    model(X, adapter_names=["a", "__base__"])
+    assert len(fused) == count
+    model.load_adapter(tmp_path / "f", "b")
+    assert torch.allclose(model(X, adapter_names=rows)[1], output(model, "b")[1], atol=1e-6)
+    assert not torch.allclose(model(X, adapter_names=rows), mixed, atol=1e-3)
+
+
+def test_weights_that_another_load_replaces_are_fused_anew(model: veneer.PeftModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path, selected_adapters=["f"])
+    expected = output(model, "f")
+    output(model, "b")
+    output(model, "a")
+    model.load_adapter(tmp_path / "f", "b")
+    assert torch.equal(output(model, "b"), expected)

@@ -21,6 +21,7 @@ from tests.models import gap
 from tests.random_adapters import bits
 from veneer.errors import BindError, IncompleteCheckpointError, MergeError
 from veneer.layers.adapted_layer import AdaptedLayer
+from veneer.patches.watched_parameters import Edits
 
 pytestmark = pytest.mark.oracle
 
@@ -108,6 +109,17 @@ def test_merged_is_unmerged(made: Made) -> None:
     model = made.load()
     expected = made.read(model)
     assert gap(made.read(model.merge_and_unload()), expected) < made.case.close
+
+
+def test_it_comes_and_goes_beside_what_others_have_folded(made: Made) -> None:
+    model = made.load(adapter_name="first")
+    made.read(model)
+    edits = Edits.last
+    model.load_adapter(made.folder, "second")
+    model.set_adapter("second")
+    made.read(model)
+    model.delete_adapter("second")
+    assert Edits.last is edits
 
 
 def test_merging_into_the_weights_own_memory_is_the_same_merge(made: Made) -> None:

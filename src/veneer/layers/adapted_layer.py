@@ -271,6 +271,10 @@ class AdaptedLayer(BaseTunerLayer, HoldsCopies):
         """Drop what inference keeps, because the layer is in another state now."""
         self._inference_cache = InferenceCache()
 
+    def forget_adapter(self, adapter: str) -> None:
+        """Drop what inference keeps of an adapter alone."""
+        self._inference_cache = self._inference_cache.without(adapter, self.sources)
+
     # -- a weight that the model reads ---------------------------------------------------------------------
 
     def _weight_in_call(self, name: str, base_value: Any) -> Any:

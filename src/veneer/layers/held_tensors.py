@@ -28,6 +28,10 @@ class HeldTensors(LayerAdapters, nn.Module):
         """Drop what inference keeps, because the layer is in another state now."""
         raise NotImplementedError
 
+    def forget_adapter(self, adapter: str) -> None:
+        """Drop what inference keeps of an adapter alone."""
+        raise NotImplementedError
+
     def shares_changed(self, adapter: str) -> None:
         """Drop what is kept of an adapter, whose share of this layer is another now."""
         raise NotImplementedError

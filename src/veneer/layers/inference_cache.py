@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import NoneType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from veneer.patches.mixed_batch import CachedMixedForward
 from veneer.patches.patch import Patch
 from veneer.patches.route import CacheableRoute
 from veneer.patches.selection import Selection
+
+Kept = TypeVar("Kept", "CachedForward", "CachedWeight")
 
 # Lowered patches are kept up to one such part of the weight's own memory.
 KEPT_PART = 2
@@ -44,6 +47,21 @@ class InferenceCache:
         self.weight: CachedWeight | None = None
         self.copies: dict[tuple[str, ...], CopyForward] = {}
         self.forwards: dict[tuple[str, ...], tuple[CachedForward, object]] = {}
+
+    def without(self, adapter: str, sources: Callable[[tuple[str, ...]], list[Tensor]]) -> InferenceCache:
+        """Return the cache of the next state, in which nothing is kept of an adapter and all of the others.
+
+        Args:
+            adapter: its name.
+            sources: gives the tensors of adapters.
+        """
+        rest = InferenceCache()
+        rest.forward = _without(adapter, self.forward)
+        rest.weight = _without(adapter, self.weight)
+        rest.copies = {names: kept for names, kept in self.copies.items() if adapter not in names}
+        rest.forwards = {names: kept for names, kept in self.forwards.items() if adapter not in names}
+        rest.mixed = None if self.mixed is None else self.mixed.without(adapter, sources)
+        return rest
 
     def earlier_forward(self, selection: Selection, site: Site) -> CachedForward | None:
         """Return the forward pass under a selection that was used before, unless a tensor changed since."""
@@ -117,6 +135,11 @@ class CachedWeight(TensorVersions):
         super().__init__(selection, sources)
         self.selected = selection.names
         self.weight = make()
+
+
+def _without(adapter: str, kept: Kept | None) -> Kept | None:
+    """Return what is kept for a selection, unless it holds an adapter."""
+    return None if kept is None or adapter in kept.selected else kept
 
 
 def _base_state(site: Site) -> object:

@@ -23,7 +23,7 @@ from veneer.layers.bias_in_place import HeldBias
 from veneer.patches.active_selection import ActiveSelection
 from veneer.patches.fused import CachedForward
 from veneer.patches.selection import Selection
-from veneer.patches.watched_parameters import Edits, Watched, WatchedBase, unwatch_base, watch_base
+from veneer.patches.watched_parameters import Edits, Watched, WatchedBase, detached, unwatch_base, watch_base
 from veneer.patches.weight_arithmetic import merged_bias
 
 
@@ -141,7 +141,7 @@ def digest(tensors: Iterable[Tensor]) -> bytes:
     """Return a digest of the values of tensors."""
     hasher = blake3()
     for tensor in tensors:
-        values = Tensor.detach(tensor).cpu().contiguous()  # not a watched tensor's own method, which notes an edit
+        values = detached(tensor).cpu().contiguous()
         hasher.update(f"{values.dtype} {tuple(values.shape)}".encode())
         hasher.update(memoryview(values.flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
     return hasher.digest()
@@ -291,9 +291,9 @@ class HoldsCopies(HeldBias):
 
     def shares_changed(self, adapter: str) -> None:
         """Drop what is kept of an adapter, whose share of this layer is another now."""
-        if self.merged_copies:
+        if any(adapter in names for names in self.merged_copies):
             self.drop_copies(lambda names: adapter in names)
-        self.forget_cached()
+        self.forget_adapter(adapter)
 
     def rename(self, old: str, new: str) -> None:
         copies = self.merged_copies

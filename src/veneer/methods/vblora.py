@@ -21,6 +21,7 @@ from veneer.errors import UnsupportedError
 from veneer.methods.base.abilities import ChangesWhenSaved, SharesTensors
 from veneer.methods.base.method import BaseLayer, Leaf, Method, NewLayer
 from veneer.patches.patch import Patch
+from veneer.patches.watched_parameters import detached
 
 LOGITS_A = "vblora_logits_A"
 LOGITS_B = "vblora_logits_B"
@@ -82,7 +83,7 @@ class VBLora(Method[VBLoRAConfig, VBLoRAConfig], SharesTensors, ChangesWhenSaved
             return tensors
         saved = {}
         for leaf, logits in tensors.items():
-            best, choice = logits.detach().topk(settings.topk)
+            best, choice = detached(logits).topk(settings.topk)
             saved[leaf + CHOICE] = choice.to(_index_dtype(settings.num_vectors))
             saved[leaf + SHARES] = best.softmax(-1)[..., :-1].contiguous()
         return saved

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from veneer.patches.fused import FusedPatch, TensorVersions, base_output
 from veneer.patches.row_order import RowOrder
-from veneer.patches.selection import Selection
+from veneer.patches.selection import NOTHING, Selection
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,9 @@ class CachedMixedForward(TensorVersions):
     Attributes:
         members: adapter's name -> its fused form.
         together: the adapters that have one.
-        stacked: their fused forms.
     """
 
-    __slots__ = ("members", "names", "stacked", "together")
+    __slots__ = ("_stacked", "members", "names", "together")
 
     def __init__(
         self,
@@ -169,9 +168,34 @@ class CachedMixedForward(TensorVersions):
         self.names = names
         self.members = {name: known[name] if name in known else fuse((name,)) for name in names}
         self.together = tuple(name for name in names if self.members[name] is not None)
-        self.stacked = stack([member for member in self.members.values() if member is not None])
+        self._stacked: StackedPatches | None = None
+
+    def without(
+        self, adapter: str, sources: Callable[[tuple[str, ...]], Sequence[Tensor]]
+    ) -> CachedMixedForward | None:
+        """Return the same without an adapter; ``None`` where nothing is left, or made for one call.
+
+        Args:
+            adapter: its name.
+            sources: gives the tensors of adapters.
+        """
+        if adapter not in self.names:
+            return self
+        names = tuple(name for name in self.names if name != adapter)
+        if not names or not self.is_current(NOTHING):
+            return None
+        return CachedMixedForward(NOTHING, names, sources(names), self.members, lambda _: None)
+
+    @property
+    def stacked(self) -> StackedPatches:
+        """The fused forms of the adapters that have one, stacked when they are first computed with."""
+        stacked = self._stacked
+        if stacked is None:
+            stacked = self._stacked = stack([member for member in self.members.values() if member is not None])
+        return stacked
 
     def forward(self, base: Callable[[Tensor], Tensor], x: Tensor, order: RowOrder) -> Tensor:
         """Return the output for rows ``x``, shape ``(rows, ..., in)``, of the adapters in :attr:`together`."""
-        y, overwrite = base_output(base, self.stacked.seen(x, order))
-        return self.stacked.change(y, x, order, overwrite)
+        stacked = self.stacked
+        y, overwrite = base_output(base, stacked.seen(x, order))
+        return stacked.change(y, x, order, overwrite)

@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from veneer.patches.watched_parameters import detached
+
 # A multiplier this near to the identity is one.
 ROUNDING = 1e-6
 
@@ -73,7 +75,7 @@ class Diagonal(Multiplier):
         return Diagonal(self.values[index])
 
     def changes(self) -> bool:
-        return bool((self.values.detach().float() - 1).abs().max() > ROUNDING)
+        return bool((detached(self.values).float() - 1).abs().max() > ROUNDING)
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ class IdentityPlusLowRank(Multiplier):
         return IdentityPlusLowRank(self.left[index], self.right[index])
 
     def changes(self) -> bool:
-        return bool((self.left.detach().float() @ self.right.detach().float()).abs().max() > ROUNDING)
+        return bool((detached(self.left).float() @ detached(self.right).float()).abs().max() > ROUNDING)
 
 
 def _widened(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -160,4 +162,4 @@ def _widened(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _differs(matrices: Tensor) -> bool:
     identity = torch.eye(matrices.shape[-1], device=matrices.device)
-    return bool((matrices.detach().float() - identity).abs().max() > ROUNDING)
+    return bool((detached(matrices).float() - identity).abs().max() > ROUNDING)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.patches.layer_form import LayerForm
+from veneer.patches.watched_parameters import detached
 
 # The rows of an input for which HadamardLowRank needs no matrix; with more the matrix is cheaper.
 _FEW_ROWS = 2
@@ -205,7 +206,7 @@ class Sparse(LinearOperator):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
             places = torch.stack([self.row, self.column])
-            values = _wide(self.values.detach())
+            values = _wide(detached(self.values))
             entries = torch.sparse_coo_tensor(places, values, self.shape, check_invariants=True)
             return entries.to_sparse_csr()
 

@@ -64,6 +64,11 @@ class Watched(nn.Parameter):
     untyped_storage = _noting_edit("untyped_storage")
 
 
+def detached(tensor: Tensor) -> Tensor:
+    """Return a tensor without its history, to be read only: no edit is noted."""
+    return Tensor.detach(tensor)
+
+
 def watch(parameters: Iterable[Tensor | None]) -> None:
     """Watch those parameters that are torch's own and want no gradient."""
     for parameter in parameters:
