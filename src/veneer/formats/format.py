@@ -42,11 +42,13 @@ class ReadOptions:
         base: the base, where one is given or found.
         experts: ``"grouped"`` or ``"rank-major"``: the order of the columns of ``lora_B`` of fused experts.
         component: the part of a pipeline that is wanted: ``unet``, ``transformer``, ``text_encoder`` ...
+        scaling: ``"plain"`` or ``"alpha/rank"``: what a file's alpha meant to the version of MLX that trained it.
     """
 
     base: Base | None = None
     experts: str | None = None
     component: str | None = None
+    scaling: str | None = None
 
 
 @dataclass(frozen=True)
