@@ -301,9 +301,8 @@ from veneer.peft_model.base_state import (
 from veneer.peft_model.base_state import (
     set_base_model_state_dict as set_base_model_state_dict,
 )
-from veneer.peft_model.convert_to_lora import (
-    ConversionReport as ConversionReport,
-)
+from veneer.peft_model.conversion_report import ConversionReport as ConversionReport
+from veneer.peft_model.convert import convert as convert
 from veneer.peft_model.convert_to_lora import (
     convert_to_lora as convert_to_lora,
 )

@@ -14,8 +14,8 @@ import veneer
 from tests.models import build, inputs, logits
 from tests.random_adapters import WEIGHTS, adapted, saved
 from veneer.checkpoints.binding_plan import PLANS
-from veneer.checkpoints.mapped_tensors import read_mapped
 from veneer.errors import BindError, CorruptFileError
+from veneer.files.mapped_tensors import read_mapped
 from veneer.files.safetensors_header import read_header
 from veneer.layers.parameter_holder import ParameterHolder
 

@@ -159,7 +159,6 @@ def test_the_base_as_second_argument(run: Run, made: Path, tmp_path: Path) -> No
         ("merge", adapter, base, *out),
         ("verify", tmp_path / "out", base),
         ("unmerge", tmp_path / "out", base, "--out", tmp_path / "restored"),
-        ("convert", adapter, base, "--out", tmp_path / "lora"),
     ):
         result = run(*command)
         assert result.code == 0, result.err

@@ -80,7 +80,7 @@ CALLED = {
     "generate": "veneer.peft_model.load.load",
     "train": "veneer.finetuning.supervised.train",
     "merge": "veneer.merging.merge_folder.merge",
-    "convert": "veneer.peft_model.convert_to_lora.convert_to_lora",
+    "convert": "veneer.peft_model.convert.convert",
     "combine": "veneer.merging.combine_folders.combine",
     "verify": "veneer.merging.verify.verify",
     "unmerge": "veneer.merging.output.unmerge.unmerge",

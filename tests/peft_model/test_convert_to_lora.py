@@ -72,13 +72,16 @@ def test_another_change_is_approached_and_the_error_said(tmp_path: Path) -> None
 
 def test_from_a_folder_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, adapter = saved_base(tmp_path / "base"), saved(tmp_path / "adapter")
-    options = ["--base", str(base), "--out", str(tmp_path / "out"), "--json"]
-    assert run(["convert", str(adapter), "--rank", "3", *options]) == 0
+    options = ["--base", str(base), "--as-lora", "--json"]
+    assert run(["convert", str(adapter), str(tmp_path / "out"), "--rank", "3", *options]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["rank"] == 3
     assert 0 < told["error"] < 1
-    with pytest.raises(ConfigError, match="none of the methods"):
-        run(["convert", str(adapter), "--to", "ia3", *options])
+    with pytest.raises(ConfigError, match="no format that can be written"):
+        run(["convert", str(adapter), str(tmp_path / "ia3"), "--to", "ia3", *options])
+    old = ["convert", str(adapter), str(base), "--out", str(tmp_path / "lora")]
+    with pytest.raises(ConfigError, match=f"veneer convert {adapter} {tmp_path / 'lora'} --as-lora --base {base}"):
+        run(old)
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:

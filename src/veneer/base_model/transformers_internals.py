@@ -6,7 +6,7 @@ Everything is imported where it is called, since transformers takes seconds. ``t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,17 @@ def classes_for(auto_class: str, model_type: str) -> tuple[str, ...]:
 
     names = getattr(transformers, auto_class)._model_mapping._model_mapping.get(model_type, ())
     return tuple(names) if isinstance(names, (tuple, list)) else (names,)
+
+
+def named_class(config: Mapping[str, Any]) -> Any:
+    """Return the class that a base's config names; ``None`` where transformers does not have it."""
+    import transformers
+
+    # A config may name anything that transformers has.
+    named = [getattr(transformers, name, None) for name in config.get("architectures") or []]
+    return next(
+        (kind for kind in named if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)), None
+    )
 
 
 def build(kind: Any, config: Any, trust_remote_code: bool = False) -> Any:

@@ -46,7 +46,7 @@ class Checkpoint:
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors as they lie in the file, each in its dtype; floating-point numbers of 8 bits become float32."""
-        from veneer.checkpoints.mapped_tensors import read_mapped
+        from veneer.files.mapped_tensors import read_mapped
 
         names = set(keys)
         parts = (read_mapped(header, names) for header in self._headers)

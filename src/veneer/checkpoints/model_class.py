@@ -9,7 +9,7 @@ import torch
 
 from veneer.base_model.catalog import Catalog
 from veneer.base_model.meta_model import meta_model
-from veneer.base_model.transformers_internals import classes_for
+from veneer.base_model.transformers_internals import classes_for, named_class
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.checkpoints.layouts.closeness import Closeness
 from veneer.checkpoints.layouts.older_layouts import closeness
@@ -61,7 +61,7 @@ def class_for(
         _check_has_class(config, task, source.origin)
         return kind
     task = wanted_task(None, checkpoints)
-    kind, named = _class_of(config, task, source.origin), _named_class(config)
+    kind, named = _class_of(config, task, source.origin), named_class(config)
     if task is None or named is None or kind is named or "auto_map" in config:
         return kind
     if not _classes(config, task):
@@ -81,7 +81,7 @@ def wanted_task(task: str | None, checkpoints: Sequence[Checkpoint]) -> str | No
 def note_of(kind: Any, config: dict[str, Any], checkpoints: Sequence[Checkpoint], task: str | None) -> list[str]:
     """Note where the base is built as the class in its config, though the adapter's task has another."""
     recorded = None if task is not None else wanted_task(None, checkpoints)
-    if recorded is None or kind is not _named_class(config) or kind.__name__ in _classes(config, recorded):
+    if recorded is None or kind is not named_class(config) or kind.__name__ in _classes(config, recorded):
         return []
     return [
         f"The adapter says task_type={recorded}, and no {TASK_CLASSES[recorded]} of this base has the layers that it "
@@ -92,17 +92,6 @@ def note_of(kind: Any, config: dict[str, Any], checkpoints: Sequence[Checkpoint]
 def _classes(config: dict[str, Any], task: str) -> tuple[str, ...]:
     """Return the names of the classes that transformers has for a model type and a task."""
     return classes_for(TASK_CLASSES[task], config.get("model_type", ""))
-
-
-def _named_class(config: dict[str, Any]) -> Any:
-    """Return the class that a base's config names; ``None`` where transformers does not have it."""
-    import transformers
-
-    # A config may name anything that transformers has.
-    named = [getattr(transformers, name, None) for name in config.get("architectures") or []]
-    return next(
-        (kind for kind in named if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)), None
-    )
 
 
 def _class_of(config: dict[str, Any], task: str | None, origin: str) -> Any:
@@ -117,7 +106,7 @@ def _class_of(config: dict[str, Any], task: str | None, origin: str) -> Any:
             f"{origin}/{MODEL_CONFIG}: architectures={names!r} and model_type={model_type!r} name no model class.",
             hint="Copy the config again from where the model came from.",
         )
-    named = _named_class(config)
+    named = named_class(config)
     if task is None:
         return named or transformers.AutoModel
     if named is not None and named.__name__ in _classes(config, task):
@@ -127,7 +116,7 @@ def _class_of(config: dict[str, Any], task: str | None, origin: str) -> Any:
 
 def _check_has_class(config: dict[str, Any], task: str, origin: str) -> None:
     """Raise ``BaseModelError`` where a known model type has no class for a task that was asked for."""
-    named = _named_class(config)
+    named = named_class(config)
     if named is None or "auto_map" in config or _classes(config, task):
         return
     usual = [other for other in TASK_CLASSES if named.__name__ in _classes(config, other)]

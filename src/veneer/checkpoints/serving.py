@@ -183,8 +183,9 @@ def _rank_problems(rank: int, limit: int | None, path: str) -> list[Problem]:
 
 def _convert(path: str, rank: int | None = None) -> str:
     if rank is None:
-        return f"Make a plain LoRA of it: veneer convert {path} --out NEW."
-    return f"Make a plain LoRA of it, and see what error that leaves: veneer convert {path} --rank {rank} --out NEW."
+        return f"Make a plain LoRA of it: veneer convert {path} NEW --as-lora."
+    what = "Make a plain LoRA of it, and see what error that leaves"
+    return f"{what}: veneer convert {path} NEW --as-lora --rank {rank}."
 
 
 def _merge(path: str) -> str:

@@ -35,7 +35,7 @@ COMMANDS = {
 _ELSEWHERE = {
     "serve": "Any server takes the folder that `veneer merge` writes; `veneer check ADAPTER --for vllm` tells whether "
     "vLLM takes the adapter itself.",
-    "export": "`veneer merge` writes a plain model folder, and `veneer convert` a plain LoRA.",
+    "export": "`veneer merge` writes a plain model folder, and `veneer convert` an adapter for another tool.",
 }
 
 

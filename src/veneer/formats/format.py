@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from veneer.files.source import Source
 from veneer.formats.canonical import CanonicalAdapter
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

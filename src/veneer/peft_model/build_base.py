@@ -13,12 +13,12 @@ from veneer.base_model.transformers_internals import set_name
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.checkpoints.model_class import class_for, dtype_of, labels_of, note_of, wanted_task
 from veneer.checkpoints.resized_vocabulary import required_vocabulary
-from veneer.checkpoints.torch_dtypes import DTYPES
 from veneer.errors import BaseModelError, SourceError
 from veneer.files.base_folder import origin_of, without_adapter
 from veneer.files.names import MODEL_CONFIG, MODEL_STEM
 from veneer.files.source import Source
 from veneer.files.tensor_keys import PREFIX, SHARED_PREFIX
+from veneer.files.torch_dtypes import DTYPES
 from veneer.files.weight_files import read_headers
 from veneer.packages import GGUF_PACKAGES, require
 

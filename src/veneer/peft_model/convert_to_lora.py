@@ -8,7 +8,7 @@ becomes the nearest matrix of rank ``r``, by its singular values (Eckart and You
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -30,52 +30,11 @@ from veneer.layers.adapter_shares import LayerAdapters
 from veneer.layers.weight_change import change_of
 from veneer.methods.lora import METHOD as LORA
 from veneer.peft_model.adapted_model import AdaptedModel, adapted_model
+from veneer.peft_model.conversion_report import ConversionReport
 from veneer.peft_model.load import load
-from veneer.printing import Report, progress, warn
+from veneer.printing import progress, warn
 
-# Errors up to this come from float32, not from the rank.
-_ROUNDING = 1e-5
 _NOTHING = "Could not detect any layer that supports LoRA conversion"
-
-
-@dataclass(frozen=True)
-class ConversionReport(Report):
-    """Reports on a conversion.
-
-    Attributes:
-        adapter: the adapter that was converted.
-        method: its ``peft_type``.
-        out: the folder that was written.
-        rank: the rank of the LoRA; the largest where layers have different ones.
-        error: the relative error over all layers together, 0 to 1.
-        errors: layer -> its relative error.
-    """
-
-    adapter: str
-    method: str
-    out: str
-    rank: int
-    error: float
-    errors: dict[str, float]
-
-    _title = "conversion report"
-
-    @property
-    def worst(self) -> str:
-        """The layer with the largest error."""
-        return max(self.errors, key=lambda name: self.errors[name])
-
-    def _facts(self) -> list[tuple[str, str]]:
-        return [
-            ("adapter", f"{self.adapter} ({self.method})"),
-            ("out", f"{self.out}: LoRA of rank {self.rank} on {len(self.errors)} layers"),
-            ("left out", self._left_out()),
-        ]
-
-    def _left_out(self) -> str:
-        if self.errors[self.worst] < _ROUNDING:
-            return "nothing but rounding: the LoRA makes the same change"
-        return f"{self.error:.2%} of the change; the most, {self.errors[self.worst]:.2%}, in {self.worst}"
 
 
 @overload
@@ -148,7 +107,7 @@ def convert_to_lora(
     model = _adapted_model(source) if isinstance(source, nn.Module) else load(source, base=base, **load_options)
     adapter = model.adapters.get(_name(model, adapter_name))
     with progress("Converting to LoRA", progressbar):
-        config, tensors = _as_lora(model, adapter, rank)
+        config, tensors = as_lora(model, adapter, rank)
         if out is None:
             if isinstance(adapter.config, LoraConfig):
                 warn("Converting a PEFT adapter to LoRA that is already a LoRA adapter.")
@@ -188,7 +147,7 @@ def _adapted_model(model: nn.Module) -> AdaptedModel:
         raise NoAdaptersError(f"{_NOTHING}: {error.message}", hint=error.hint) from None
 
 
-def _as_lora(model: AdaptedModel, adapter: Adapter, rank: float | None) -> tuple[LoraConfig, dict[str, Tensor]]:
+def as_lora(model: AdaptedModel, adapter: Adapter, rank: float | None) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Return the config and tensors (checkpoint key -> float32 tensor) of an adapter as a LoRA."""
     if not adapter.layers.by_id:
         kind = "a prompt" if adapter.prompt else "of whole modules"
@@ -209,21 +168,30 @@ def _in_dtype_of(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, T
     return dict(tensors) if others else {key: tensor.to(dtype) for key, tensor in tensors.items()}
 
 
+def errors_of(
+    model: AdaptedModel, adapter: Adapter, config: LoraConfig, tensors: Mapping[str, Tensor]
+) -> tuple[float, dict[str, float]]:
+    """Return the relative error of a LoRA that stands for an adapter: over all layers together, and of each layer."""
+    norms = {layer.site.id: _norms(layer, adapter.name, config, tensors) for layer in adapter.layers}
+    total = sum(size for _, size in norms.values())
+    error = (sum(rest for rest, _ in norms.values()) / total) ** 0.5 if total else 0.0
+    return error, {name: (rest / size) ** 0.5 if size else 0.0 for name, (rest, size) in norms.items()}
+
+
+def base_metadata(model: AdaptedModel, adapter: Adapter) -> dict[str, str]:
+    """Return the metadata that record an adapter's base."""
+    digest = adapter.base_digest or model.base_digest
+    return {} if digest is None else {BASE_DIGEST_KEY: digest}
+
+
 def _written(
     model: AdaptedModel, adapter: Adapter, config: LoraConfig, tensors: Mapping[str, Tensor], target: Path
 ) -> ConversionReport:
-    norms = {layer.site.id: _norms(layer, adapter.name, config, tensors) for layer in adapter.layers}
-    digest = adapter.base_digest or model.base_digest
-    write_checkpoint(target, config, tensors, {} if digest is None else {BASE_DIGEST_KEY: digest})
-    total = sum(size for _, size in norms.values())
-    return ConversionReport(
-        adapter=str(adapter.origin or adapter.name),
-        method=str(adapter.config.peft_type),
-        out=str(target),
-        rank=max(config.rank_pattern.values(), default=config.r),
-        error=(sum(rest for rest, _ in norms.values()) / total) ** 0.5 if total else 0.0,
-        errors={name: (rest / size) ** 0.5 if size else 0.0 for name, (rest, size) in norms.items()},
-    )
+    error, errors = errors_of(model, adapter, config, tensors)
+    write_checkpoint(target, config, tensors, base_metadata(model, adapter))
+    rank = max(config.rank_pattern.values(), default=config.r)
+    name = str(adapter.origin or adapter.name)
+    return ConversionReport(name, str(adapter.config.peft_type), str(target), rank, error, errors)
 
 
 def _name(model: AdaptedModel, adapter_name: str | None) -> str:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.checkpoints.model_class import note_of, wanted_task
 from veneer.checkpoints.resized_vocabulary import required_vocabulary
-from veneer.checkpoints.torch_dtypes import DTYPES
 from veneer.errors import BaseModelError
 from veneer.files.names import MODEL_CONFIG
 from veneer.files.source import Source
+from veneer.files.torch_dtypes import DTYPES
 from veneer.merging.base.plain_skeleton import plain_skeleton, plainly_stored
 from veneer.merging.base.quantized_tensors import Packed, as_in_model, packed_tensors
 from veneer.merging.base.repeated_files import repeated_blocks

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from veneer.checkpoints.checkpoint import Checkpoint
-from veneer.checkpoints.torch_dtypes import DTYPES
 from veneer.configs.base import PeftConfig
 from veneer.configs.methods.lora import LoraConfig
 from veneer.configs.names import TaskType
 from veneer.files.names import MODEL_CONFIG
 from veneer.files.source import Source
+from veneer.files.torch_dtypes import DTYPES
 from veneer.merging.base.plain_families import AFTER_BLOCKS, BEFORE_BLOCKS, EMBEDDING, FAMILIES, HEAD, SIZES, Family
 from veneer.merging.base.skeleton import StoredNames
 from veneer.merging.base.weight_files import WeightFiles

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from veneer.checkpoints.torch_dtypes import DTYPES
 from veneer.errors import CorruptFileError, SourceError, UnsupportedError
 from veneer.files.names import MODEL_STEM, SAFETENSORS
 from veneer.files.safetensors_header import Header, TensorInfo
 from veneer.files.source import Source
+from veneer.files.torch_dtypes import DTYPES
 from veneer.files.weight_files import read_checked_headers, weight_files
 from veneer.merging.base.companion_files import check_inside
 from veneer.merging.base.hashing import Stamp, check_unchanged, stamp_of

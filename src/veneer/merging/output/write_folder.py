@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from veneer.checkpoints.torch_dtypes import DTYPES
 from veneer.errors import OutputError
 from veneer.files.atomic_write import writing
 from veneer.files.names import INDEX, MODEL_CONFIG, MODEL_STEM
 from veneer.files.source import Source
+from veneer.files.torch_dtypes import DTYPES
 from veneer.merging.base.companion_files import copy_companions, files_of_adapter
 from veneer.merging.base.hashing import Hashing, digest_in_cache, digest_of, stamp_of
 from veneer.merging.output.file_writer import FileSink, write_files

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from veneer.checkpoints.model_class import dtype_of
-from veneer.checkpoints.torch_dtypes import DTYPES
 from veneer.errors import UsageError
+from veneer.files.torch_dtypes import DTYPES
 from veneer.merging.base.weight_files import FLOATS, NAMES
 from veneer.merging.work.file_layout import size_in_bytes
 from veneer.merging.work.rounding import NEAREST

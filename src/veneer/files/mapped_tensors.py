@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from veneer.checkpoints.torch_dtypes import DTYPES
 from veneer.errors import CorruptFileError
 from veneer.files.safetensors_header import Header, TensorInfo
+from veneer.files.torch_dtypes import DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,0 +1,129 @@
+"""Finds what formats need of a base: its config, and its parameters as the model in memory names them.
+
+Nothing of it is looked at before it is needed: building a model without memory takes seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from veneer.errors import BaseModelError, SourceError
+from veneer.files.base_map import places_of
+from veneer.files.lookup_options import OFFLINE
+from veneer.files.names import MODEL_CONFIG, SAFETENSORS
+from veneer.files.resolve import resolve
+from veneer.files.safetensors_header import read_header
+from veneer.files.source import Source
+from veneer.formats.format import Base
+
+if TYPE_CHECKING:
+    from torch import nn
+
+V = TypeVar("V")
+
+_PIPELINE = "model_index.json"
+
+
+class OnDemand(Mapping[str, V], Generic[V]):
+    """A mapping that is made when it is first used.
+
+    Args:
+        make: makes it.
+    """
+
+    def __init__(self, make: Callable[[], Mapping[str, V]]) -> None:
+        self._make = make
+
+    @cached_property
+    def _made(self) -> Mapping[str, V]:
+        return self._make()
+
+    def __getitem__(self, key: str) -> V:
+        return self._made[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
+def base_on_disk(source: Source) -> Base:
+    """Return the facts of a base on disk: a model of transformers, one of another library, or a pipeline of several.
+
+    Raises:
+        BaseModelError: there is none.
+    """
+    if source.file is None and source.has(_PIPELINE):
+        return _pipeline(source)
+    config = source.json(MODEL_CONFIG) if source.file is None and source.has(MODEL_CONFIG) else {}
+    if "model_type" in config:
+        model = OnDemand(lambda: {"": _meta(source, config)})
+        return Base(source.origin, config, OnDemand(lambda: shapes_of(model[""])), OnDemand(lambda: ties_of(model[""])))
+    if not _weight_files(source):
+        raise BaseModelError(f"{source.origin} holds no model.", hint="Give the folder of the adapter's base.")
+    return Base(source.origin, config, OnDemand(lambda: _stored_shapes(source)))
+
+
+def base_in_memory(model: nn.Module) -> Base:
+    """Return the facts of a base in memory."""
+    config = getattr(model, "config", None)
+    values = dict(config or {}) if config is None or isinstance(config, Mapping) else config.to_dict()
+    return Base(f"the {type(model).__name__} in memory", values, shapes_of(model), ties_of(model))
+
+
+def named_base(name: str | None, source: Source) -> Base | None:
+    """Return the facts of the base that an adapter at ``source`` names, where it is on this machine."""
+    for place in places_of(name, source.root) if name else ():
+        with suppress(SourceError, BaseModelError):
+            return base_on_disk(resolve(place, OFFLINE, what="base"))
+    return None
+
+
+def _pipeline(source: Source) -> Base:
+    """Return the facts of a pipeline of diffusers, whose components are folders with models."""
+    folders = [source.root / name for name in source.json(_PIPELINE)]
+    components = {
+        folder.name: base_on_disk(Source(folder, f"{source.origin}/{folder.name}"))
+        for folder in folders
+        if (folder / MODEL_CONFIG).is_file()
+    }
+    return Base(source.origin, source.json(_PIPELINE), {}, components=components)
+
+
+def _meta(source: Source, config: dict[str, Any]) -> nn.Module:
+    import transformers
+
+    from veneer.base_model.meta_model import meta_model
+    from veneer.base_model.transformers_internals import named_class
+
+    return meta_model(named_class(config) or transformers.AutoModel, source)
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter of a model, one of several names under all of them."""
+    return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def ties_of(model: nn.Module) -> dict[str, str]:
+    """Return the names of parameters that are one, each with the first of them: ``lm_head.weight`` -> the embedding."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first.setdefault(id(parameter), name)
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(parameter)] for name, parameter in named if first[id(parameter)] != name}
+
+
+def _weight_files(source: Source) -> list[str]:
+    if source.file is not None:
+        return [source.file.name]
+    return [name for name in source.files() if name.endswith(SAFETENSORS)]
+
+
+def _stored_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor in the files of a model whose library stores parameters by their names."""
+    headers = [read_header(source.path(name)) for name in _weight_files(source)]
+    return {name: info.shape for header in headers for name, info in header.tensors.items()}

@@ -1,0 +1,181 @@
+"""Converts an adapter from any tool's format to another, by way of a plain LoRA where that is asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from veneer.adapters.merge.combining import check_rank
+from veneer.errors import NotACheckpointError, OutputError, UsageError
+from veneer.files.lookup_options import LookupOptions
+from veneer.files.paths import exists
+from veneer.files.resolve import resolve
+from veneer.files.source import Source
+from veneer.formats import registry
+from veneer.formats.base_facts import base_in_memory, base_on_disk, named_base
+from veneer.formats.canonical import CanonicalAdapter
+from veneer.formats.format import Base, ReadOptions, Step
+from veneer.formats.peft_layout import canonical
+from veneer.keywords import TOKEN, takes
+from veneer.peft_model.conversion_report import ROUNDING, ConversionReport
+from veneer.peft_model.convert_to_lora import as_lora as lora_of
+from veneer.peft_model.convert_to_lora import base_metadata, errors_of
+from veneer.peft_model.load import load
+
+EXPERTS = ("grouped", "rank-major")
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """Holds what is to be written.
+
+    Attributes:
+        adapters: component -> adapter.
+        method: the method of the source.
+        source: the title of its format.
+        steps: what was done to get here.
+        error: the relative error over all layers together.
+        errors: layer -> its relative error.
+    """
+
+    adapters: Mapping[str, CanonicalAdapter]
+    method: str
+    source: str
+    steps: tuple[Step, ...]
+    error: float
+    errors: dict[str, float]
+
+
+@takes(renamed=TOKEN)
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    to: str = "peft",
+    base: str | Path | nn.Module | None = None,
+    as_lora: bool = False,
+    rank: float | None = None,
+    experts: str | None = None,
+    component: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> ConversionReport:
+    """Convert an adapter from any tool's format to another: the same change of each weight, or an error.
+
+    Args:
+        source: the adapter: a folder, a file or a hub id.
+        out: the folder or file to write. Nothing may be there.
+        to: the format: ``"peft"``, ``"mlx"``, ``"gguf"``, ``"diffusers"``, ``"kohya"``, ``"lycoris"``, or ``"serving"``
+            for a PEFT folder that every server of LoRA reads rightly.
+        base: the adapter's base, as a path, a hub id or a model in memory; by default what the adapter names, where it
+            is on this machine. Formats that rename modules need it.
+        as_lora: make a plain LoRA of the adapter first, as :func:`convert_to_lora` does.
+        rank: with ``as_lora``, the rank of the LoRA; needed where the change has no low rank of its own.
+        experts: ``"grouped"`` or ``"rank-major"``, how a file lays out fused experts that does not say so itself.
+        component: the part of a pipeline that is converted, such as ``"unet"``; by default all.
+        revision: branch, tag or commit on the hub.
+        subfolder: where below ``source`` to look.
+        token: for the hub.
+        local_files_only: use no network.
+
+    Returns:
+        A report: for each kind of step what was exact, folded, padded, or approximated, and its error.
+
+    Raises:
+        NotACheckpointError: no format of adapters is recognised. UnsupportedError: the format cannot hold the adapter;
+        the hint says the way out. BaseModelError: a base is needed. UsageError: an option must decide, or is not valid.
+        OutputError: ``out`` is taken or cannot be written. SourceError, BindError: a file is damaged or incomplete.
+    """
+    target = registry.target(to)
+    _check_options(as_lora, rank, experts)
+    lookup = LookupOptions(revision, subfolder, token, local_files_only)
+    place = resolve(source, lookup, what="adapter")
+    _check_free(Path(out))
+    facts = _facts_of(base, lookup)
+    converted = (
+        _as_lora(place, base, rank, lookup)
+        if as_lora
+        else _read(place, ReadOptions(base=facts, experts=experts, component=component))
+    )
+    named = next((adapter.base for adapter in converted.adapters.values() if adapter.base), None)
+    steps = target.write(converted.adapters, Path(out), facts or named_base(named, place))
+    return _report(converted, os.fspath(source), os.fspath(out), target.title, steps)
+
+
+def _check_options(as_lora: bool, rank: float | None, experts: str | None) -> None:
+    check_rank("rank", rank)
+    if rank is not None and not as_lora:
+        raise UsageError("A rank is given, and no LoRA is made.", hint="Give --as-lora too (as_lora=True).")
+    if experts not in (None, *EXPERTS):
+        raise UsageError(f"experts={experts!r} is no layout of experts.", hint=f"There are: {', '.join(EXPERTS)}.")
+
+
+def _check_free(out: Path) -> None:
+    """Refuse a place where something is already, before any work is done."""
+    if exists(out) and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out} exists already.", hint="Give a path where nothing is yet.")
+
+
+def _facts_of(base: str | Path | nn.Module | None, lookup: LookupOptions) -> Base | None:
+    if base is None:
+        return None
+    if isinstance(base, nn.Module):
+        return base_in_memory(base)
+    return base_on_disk(resolve(base, lookup.for_base(None), what="base"))
+
+
+def _read(source: Source, options: ReadOptions) -> _Converted:
+    """Read an adapter in its own format."""
+    own_format = registry.recognise(source)
+    if own_format is None:
+        raise NotACheckpointError(
+            f"{source.origin}: no format of adapters is recognised there.",
+            hint=f"`veneer inspect {source.origin}` tells what is there.",
+        )
+    adapters = own_format.read(source, options)
+    methods = {change.method for adapter in adapters.values() for change in adapter.modules.values()}
+    return _Converted(adapters, ", ".join(sorted(methods)), own_format.title, (), 0.0, {})
+
+
+def _as_lora(
+    source: Source, base: str | Path | nn.Module | None, rank: float | None, lookup: LookupOptions
+) -> _Converted:
+    """Make a plain LoRA of an adapter."""
+    model = load(
+        source.root if source.file is None else source.file, base=base, local_files_only=lookup.local_files_only
+    )
+    adapter = model.adapters.get(model.active_adapter)
+    config, tensors = lora_of(model, adapter, rank)
+    error, errors = errors_of(model, adapter, config, tensors)
+    lora = canonical(
+        config, tensors, base_metadata(model, adapter), base_in_memory(model.get_base_model()), source.origin
+    )
+    kind = "exact" if max(errors.values(), default=0.0) < ROUNDING else "approximated"
+    step = Step(kind, "made a plain LoRA", tuple(errors), error)
+    own_format = registry.recognise(source)
+    title = "PEFT" if own_format is None else own_format.title
+    return _Converted({"": lora}, str(adapter.config.peft_type), title, (step,), error, errors)
+
+
+def _report(converted: _Converted, source: str, out: str, to: str, steps: list[Step]) -> ConversionReport:
+    changes = [change for adapter in converted.adapters.values() for change in adapter.modules.values()]
+    errors = {change.path: 0.0 for change in changes} | {path: step.error for step in steps for path in step.modules}
+    rounding = max((step.error for step in steps), default=0.0)
+    return ConversionReport(
+        source,
+        converted.method,
+        out,
+        max((change.rank for change in changes), default=0),
+        max(converted.error, rounding),
+        converted.errors or errors,
+        converted.source,
+        to,
+        (*converted.steps, *steps),
+        notes=tuple(note for adapter in converted.adapters.values() for note in adapter.notes),
+    )
