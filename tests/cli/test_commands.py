@@ -24,7 +24,7 @@ from tests.models import gap, inputs, logits
 from tests.random_adapters import WEIGHTS, edit_config, edit_tensors
 from veneer.checkpoints.model_class import dtype_of
 from veneer.cli.app import COMMANDS
-from veneer.cli.stop_strings import before_stop, settled, stopping_criterion
+from veneer.peft_model.stop_strings import before_stop, settled, stopping_criterion
 
 Run = Callable[..., Any]
 WITHOUT_TORCH = [

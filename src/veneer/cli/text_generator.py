@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.base_model.transformers_errors import transformers_errors_as
 from veneer.cli.generation_options import GenerationOptions
-from veneer.cli.stop_strings import before_stop, settled, stopping_criterion
 from veneer.errors import ConfigError, UsageError, VeneerError
+from veneer.peft_model.stop_strings import before_stop, settled, stopping_criterion
 from veneer.printing import first_line, printable_prose
 
 if TYPE_CHECKING:

@@ -87,6 +87,21 @@ class TokenEvent:
 
 
 @dataclass(frozen=True)
+class LoadedVersion:
+    """An adapter's version that an engine holds.
+
+    Attributes:
+        version: its digest.
+        changes_output: False where it computes exactly what the base does, as an adapter that was never trained.
+        seconds: how long it took to load.
+    """
+
+    version: str
+    changes_output: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
 class EngineStatus:
     """The state of an engine at one moment.
 
@@ -128,8 +143,10 @@ class Engine(Protocol):
     def stop(self, timeout: float) -> None:
         """End what runs after at most ``timeout`` seconds, and the thread."""
 
-    async def load(self, version: str, folder: Path) -> None:
+    async def load(self, version: str, folder: Path) -> LoadedVersion:
         """Load a version of an adapter from its folder in the store, and check that it acts as it should.
+
+        A version that is loaded already stays as it is.
 
         Raises:
             VeneerError: it cannot be served; nothing of it is kept.

@@ -1,0 +1,96 @@
+"""Checks, when a version is loaded, that a mixed batch computes what the adapter alone does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.errors import AdapterError
+from veneer.patches.selection import BASE
+from veneer.peft_model.peft_model import PeftModel
+from veneer.serving.lane import Lane
+
+_TOKENS = 8
+# The most that two ways to compute the same logits may differ, relative to the largest.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+_HALF_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class CanaryResult:
+    """The outcome of a check that an adapter passed.
+
+    Attributes:
+        changes_output: False where the adapter computes exactly what the base does.
+    """
+
+    changes_output: bool
+
+
+class Canary:
+    """Compares the logits of a few tokens. Each of its steps runs while the lane is paused, and no longer.
+
+    Args:
+        model: of the engine.
+        lane: that it stands still for.
+    """
+
+    def __init__(self, model: PeftModel, lane: Lane) -> None:
+        self.model, self.lane = model, lane
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(vocabulary, (_TOKENS,), generator=generator).to(model.device)
+
+    def check(self, adapter: str) -> CanaryResult:
+        """Run an adapter in a mixed batch and alone.
+
+        Raises:
+            AdapterError: the results differ, or are not finite.
+            VeneerError: the adapter cannot run in a mixed batch.
+        """
+        with self.lane.paused():
+            mixed = self._mixed(adapter)
+        with self.lane.paused():
+            alone = self._alone(adapter)
+        with self.lane.paused():
+            base = self._alone(BASE)
+        if not bool(mixed.isfinite().all()):
+            raise AdapterError("The adapter's logits are not finite.", hint="Check its tensors: veneer inspect.")
+        gap = difference(mixed, alone)
+        if gap > tolerance(self.model):
+            raise AdapterError(
+                f"The adapter computes other logits in a mixed batch than alone: they differ by {gap:.2g} of the "
+                "largest.",
+                hint="It cannot be served; report it with the adapter's config.",
+            )
+        return CanaryResult(changes_output=not torch.equal(mixed, base))
+
+    def _mixed(self, adapter: str) -> Tensor:
+        if self.lane.packed:
+            names: list[Any] = [(adapter, _TOKENS), (BASE, _TOKENS)]
+            return self._logits(self.tokens.repeat(2)[None], names)
+        return self._logits(self.tokens.repeat(2, 1), [adapter, BASE])
+
+    def _alone(self, adapter: str) -> Tensor:
+        chosen = self.model.disable_adapter() if adapter == BASE else self.model.using(adapter)
+        with chosen:
+            return self._logits(self.tokens[None], None)
+
+    @torch.no_grad()
+    def _logits(self, tokens: Tensor, names: Any) -> Tensor:
+        """Return the logits of the first sequence, in float32."""
+        output = self.model(input_ids=tokens, adapter_names=names, use_cache=False)
+        return output.logits[0, :_TOKENS].float()  # type: ignore[no-any-return]
+
+
+def tolerance(model: PeftModel) -> float:
+    """Return the relative gap that rounding may make in a model's dtype."""
+    return _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
+
+
+def difference(logits: Tensor, other: Tensor) -> float:
+    """Return the largest difference of two tensors, relative to the largest value."""
+    return float((logits - other).abs().amax() / other.abs().amax().clamp(min=torch.finfo(torch.float32).tiny))

@@ -1,0 +1,302 @@
+"""Runs a model and its adapters in transformers' continuous batching.
+
+All that is relied upon of its internals stands here, and has a test of its own:
+
+- a scheduler of ours in its registry, whose list of scheduled requests is the order in which they are packed;
+- a model of ours with its exported mixin, which names the adapter of each packed sequence;
+- a logits processor of ours, which chooses the tokens: the engine itself only takes the likeliest.
+
+Sequences never share a prefix in the cache: keys and values depend on the adapter, and its hash on the tokens alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import (
+    ContinuousBatchingConfig,
+    ContinuousMixin,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
+from transformers.generation.continuous_batching import ContinuousBatchingManager, FIFOScheduler
+from transformers.generation.continuous_batching import scheduler as registry
+from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
+from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
+from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
+
+from veneer.errors import EngineError
+from veneer.patches.selection import BASE
+from veneer.peft_model.peft_model import PeftModel
+from veneer.printing import first_line
+from veneer.serving.job import Job
+from veneer.serving.lane import DEFAULT_CACHE_TOKENS, Lane, LaneLoad, LaneOptions
+from veneer.serving.sampler import SamplingRow, choose
+
+_SCHEDULER = "veneer"
+# Seconds that a thread may take to end its last step.
+_JOIN = 5.0
+
+
+class AdapterScheduler(FIFOScheduler):
+    """Schedules as transformers does, and keeps what it scheduled: the batch, in the order of its packing."""
+
+    scheduled: Sequence[Any] = ()
+
+    def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[list[Any] | None, bool, int, int]:
+        batch = super().schedule_batch(token_budget, cache_budget)
+        self.scheduled = batch[0] or ()
+        return batch
+
+
+registry.SCHEDULER_MAPPING[_SCHEDULER] = AdapterScheduler
+
+
+class ServedModel(nn.Module, ContinuousMixin):
+    """Stands for a model in the continuous batching: one forward pass, each packed sequence under its adapter."""
+
+    def __init__(self, model: PeftModel, lane: ContinuousLane) -> None:
+        super().__init__()
+        self.inner = model
+        self.lane = lane
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model: Any = super().__getattr__("inner")
+            return getattr(model.get_base_model(), name)
+
+    def forward(self, **inputs: Any) -> Any:
+        """Compute the logits of a packed batch."""
+        with self.lane.computing(inputs["input_ids"].shape[1]) as names:
+            return self.inner(**inputs, adapter_names=names)
+
+    def _get_logits_processor(self, generation_config: GenerationConfig, **_: Any) -> LogitsProcessorList:
+        return LogitsProcessorList([RequestSampler(self.lane)])
+
+    def _supports_logits_to_keep(self) -> bool:
+        # An adapter of the head names all tokens of the batch.
+        return False
+
+
+class RequestSampler(LogitsProcessor):
+    """Chooses each row's token, and makes it the likeliest one."""
+
+    supports_continuous_batching = True
+
+    def __init__(self, lane: ContinuousLane) -> None:
+        self.lane = lane
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Choose the tokens of a batch, ``scores`` of shape ``(rows, vocabulary)``."""
+        rows = self.lane.sampling_rows(scores)
+        return scores.scatter_(1, choose(scores, rows)[:, None], float("inf"))
+
+
+class ContinuousLane(Lane):
+    """Computes answers by continuous batching: requests join and leave the batch between any two steps."""
+
+    packed = True
+
+    def __init__(self, model: PeftModel, options: LaneOptions) -> None:
+        super().__init__()
+        self.options = options
+        self.served = ServedModel(model, self)
+        self.config = batching_config(model, options)
+        self.manager: ContinuousBatchingManager | None = None
+
+    # -- the thread ----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        manager = self.served.init_continuous_batching(
+            generation_config=GenerationConfig(do_sample=False, max_new_tokens=1, eos_token_id=-1),
+            continuous_batching_config=self.config,
+        )
+        manager.warmup()  # makes the cache
+        cache = _processor(manager).cache
+        self.max_context = min(_max_context(self.served, self.options), infer_max_single_request_tokens(cache))
+        manager.start()
+        self.manager = manager
+
+    def stop(self) -> None:
+        with self.lock:
+            manager, self.manager = self.manager, None
+        if manager is None:
+            return
+        manager.stop(block=True, timeout=_JOIN, hard_stop=True)
+        if not manager.is_running():
+            manager.destroy()
+
+    @property
+    def alive(self) -> bool:
+        return self.manager is not None and self.failure is None
+
+    @property
+    def failure(self) -> BaseException | None:
+        manager = self.manager
+        if manager is None or manager.is_running():
+            return None
+        return manager.background_thread_status.fatal_error or EngineError("The engine's thread ended.")
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._running().pause())
+            except RuntimeError as error:  # it died meanwhile
+                raise _not_running() from error
+            self.step()
+            yield
+            self.step()
+
+    def _running(self) -> ContinuousBatchingManager:
+        if self.manager is None:
+            raise _not_running()
+        return self.manager
+
+    # -- requests ------------------------------------------------------------------------------------------
+
+    def _add(self, job: Job) -> None:
+        request = job.request
+        accepted = self._running().add_request(
+            list(request.prompt),
+            request_id=request.id,
+            max_new_tokens=request.sampling.max_tokens,
+            streaming=True,
+            eos_token_id=sorted(job.end_tokens) or -1,
+        )
+        if not accepted:
+            raise _not_running()
+
+    def _cancel(self, job: Job) -> None:
+        manager = self.manager
+        if manager is not None:
+            manager.cancel_request(job.request.id)
+
+    def deliver(self, timeout: float) -> None:
+        manager = self.manager
+        if manager is None:
+            time.sleep(timeout)
+            return
+        output = manager.get_result(timeout=timeout)
+        while output is not None:
+            self._hand_on(output)
+            output = None if manager.output_router.output_queue.empty() else manager.get_result(timeout=0)
+
+    def _hand_on(self, output: Any) -> None:
+        job = self.jobs.get(output.request_id)
+        if job is None or output.error is not None:  # cancelled; or all jobs fail together, see `failure`
+            return
+        try:
+            job.accept(output.generated_tokens, output.is_finished())
+        except Exception as error:  # of its tokenizer: it ends this answer, and no other
+            job.fail(EngineError(f"The answer cannot be put together: {first_line(error)}"))
+        if job.ended:
+            self.forget(job)
+
+    def load(self) -> LaneLoad:
+        manager = self.manager
+        processor = None if manager is None else manager.batch_processor
+        if processor is None:
+            return LaneLoad(0, len(self.jobs))
+        running = len(processor.scheduler.active_requests)
+        return LaneLoad(running, max(0, len(self.jobs) - running), 1.0 - processor.cache.compute_free_capacity())
+
+    # -- a step, on the engine's thread --------------------------------------------------------------------
+
+    @property
+    def scheduled(self) -> Sequence[Any]:
+        """The requests of the batch, in the order of its packing."""
+        scheduler: Any = _processor(self._running()).scheduler
+        return tuple(scheduler.scheduled)
+
+    @contextmanager
+    def computing(self, tokens: int) -> Iterator[list[tuple[str, int]]]:
+        """Yield the adapter and the length of each sequence of a packed batch of so many tokens."""
+        names = [(self._adapter(request.state.request_id), request.query_length) for request in self.scheduled]
+        missing = tokens - sum(length for _, length in names)
+        if missing < 0:
+            raise EngineError(f"The batch has {tokens} tokens, and its schedule {tokens - missing}.")
+        self.batch = tuple({name for name, _ in names} - {BASE})
+        self.step()
+        yield [*names, (BASE, missing)] if missing else names
+        self.step()
+
+    def _adapter(self, request: str) -> str:
+        # A cancelled request may be in one more step, and its adapter gone.
+        job = self.jobs.get(request)
+        return BASE if job is None else job.adapter
+
+    def sampling_rows(self, logits: Tensor) -> list[SamplingRow | None]:
+        """Return what the sampler needs of each row of the logits."""
+        rows = []
+        for number, request in enumerate(one for one in self.scheduled if one.has_new_token):
+            job = self.jobs.get(request.state.request_id)
+            if job is not None and job.keeps_logits:
+                job.logits = logits[number].clone()
+            rows.append(None if job is None else _sampling_row(job, request.state))
+        return rows
+
+
+def _sampling_row(job: Job, state: Any) -> SamplingRow:
+    # A request that was put off has its tokens among its prompt's.
+    tokens = [*state.initial_tokens, *state.generated_tokens]
+    return SamplingRow(job.state, job.request.prompt, tokens[len(job.request.prompt) :])
+
+
+def _processor(manager: ContinuousBatchingManager) -> ContinuousBatchProcessor:
+    assert manager.batch_processor is not None  # it is made by warmup()
+    return manager.batch_processor
+
+
+def batches_continuously(model: PeftModel) -> bool:
+    """Tell whether transformers can batch a base continuously, as far as its config tells."""
+    base = model.get_base_model()
+    if not getattr(base, "_supports_attention_backend", False) or getattr(base, "_is_stateful", False):
+        return False
+    try:
+        group_layers_by_attn_type(base.config.get_text_config())
+    except ValueError:  # layers that are neither full nor sliding attention
+        return False
+    return True
+
+
+def batching_config(model: PeftModel, options: LaneOptions) -> ContinuousBatchingConfig:
+    """Return the options of transformers' continuous batching: our own sizes, no shared prefixes, no graphs."""
+    on_gpu = model.device.type == "cuda"
+    page_size = options.page_size or (256 if on_gpu else 32)
+    return ContinuousBatchingConfig(
+        scheduler_type=_SCHEDULER,
+        page_size=page_size,
+        num_blocks=max(1, _cache_tokens(model, options) // page_size),
+        max_batch_tokens=options.max_batch_tokens,
+        max_requests_per_batch=min(options.max_requests, options.max_batch_tokens),
+        allow_block_sharing=False,
+        use_async_batching=False,
+        use_cuda_graph=False,
+        auto_switch_to_flash=on_gpu,
+    )
+
+
+def _cache_tokens(model: PeftModel, options: LaneOptions) -> int:
+    if options.cache_bytes is None:
+        return DEFAULT_CACHE_TOKENS
+    config = model.config.get_text_config()
+    values = 2 * config.num_hidden_layers * find_num_key_value_heads(config) * find_head_dim(config)
+    return int(options.cache_bytes // (values * model.dtype.itemsize))
+
+
+def _max_context(model: ServedModel, options: LaneOptions) -> int:
+    bounds = options.max_context, getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min((bound for bound in bounds if bound), default=DEFAULT_CACHE_TOKENS)
+
+
+def _not_running() -> EngineError:
+    return EngineError("The engine is not running.", hint="It starts again after a failure: try again in a moment.")

@@ -1,0 +1,340 @@
+"""Answers requests with one base and many adapters, by transformers: the engine of ``veneer serve``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from veneer.errors import EngineError, UnsupportedError, VeneerError
+from veneer.peft_model.load import load
+from veneer.peft_model.peft_model import PeftModel, wrap
+from veneer.peft_model.tokenizer import load_tokenizer
+from veneer.serving.canary import Canary
+from veneer.serving.continuous_batching import ContinuousLane, batches_continuously
+from veneer.serving.engine_types import EngineRequest, EngineStatus, LoadedVersion, TokenEvent
+from veneer.serving.job import Job
+from veneer.serving.lane import Lane, LaneOptions
+from veneer.serving.sampler import check_sampling
+from veneer.serving.supervisor import Supervisor
+
+# Seconds that a change of the adapters waits for an engine that is being started anew.
+_PATIENCE = 10.0
+_POLL = 0.01
+_READ = 1 << 24
+
+
+@dataclass(frozen=True)
+class EngineOptions(LaneOptions):
+    """How an engine runs.
+
+    Attributes:
+        device: of the base; where it is when ``None``.
+        dtype: of the base; ``"auto"`` keeps that of its files.
+        slots: how many adapters a batch can hold.
+        step_timeout: the engine hangs when a step takes more seconds.
+        trust_remote_code: run code that comes with the base.
+    """
+
+    device: str | None = None
+    dtype: Any = "auto"
+    slots: int = 64
+    step_timeout: float = 30.0
+    trust_remote_code: bool = False
+
+
+class TransformersEngine:
+    """Answers requests by transformers; an adapter is named by its version, and always selected explicitly.
+
+    Args:
+        base: a path, a hub id, or a model in memory.
+        options: sizes, device and dtype.
+        tokenizer: the base's own when ``None``; a model in memory has none.
+    """
+
+    def __init__(
+        self, base: str | Path | nn.Module, options: EngineOptions | None = None, tokenizer: Any = None
+    ) -> None:
+        self.options = options or EngineOptions()
+        self.tokenizer = tokenizer
+        self.resident: dict[str, LoadedVersion] = {}
+        self._base = base
+        self._model: PeftModel | None = None
+        self._lane: Lane | None = None
+        self._supervisor: Supervisor | None = None
+        self._canary: Canary | None = None
+        self._end_tokens: tuple[int, ...] = ()
+        # Held while a request is checked and begins, and while a version goes.
+        self._admitting = threading.Lock()
+        # Held while a version comes or goes.
+        self._changing = threading.Lock()
+
+    # -- starting and stopping -----------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Load the base, start the thread, and warm up."""
+        model = self._model = self._build()
+        lane = self._lane = _lane_for(model, self.options)
+        lane.start()
+        self._end_tokens = _end_tokens(model, self.tokenizer)
+        self._canary = Canary(model, lane)
+        self._supervisor = Supervisor(lane)
+        self._supervisor.start()
+
+    def stop(self, timeout: float) -> None:
+        """End what runs after at most ``timeout`` seconds, and the thread."""
+        if self._lane is None or self._supervisor is None:
+            return
+        lane, supervisor, self._supervisor = self._lane, self._supervisor, None  # from now on nothing is admitted
+        deadline = time.monotonic() + timeout
+        while lane.jobs and time.monotonic() < deadline and supervisor.is_alive():
+            time.sleep(_POLL)
+        supervisor.end()
+        lane.stop()
+        lane.abort_all()
+
+    def _build(self) -> PeftModel:
+        options = self.options
+        if isinstance(self._base, nn.Module):
+            model = self._base if isinstance(self._base, PeftModel) else wrap(self._base)
+        else:
+            model = load(self._base, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+            if self.tokenizer is None:
+                self.tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
+        if not model.can_generate():
+            raise UnsupportedError(
+                f"{type(model.get_base_model()).__name__} does not generate text.",
+                hint="Serve a model with a language head.",
+            )
+        if options.device is not None:
+            model.to(options.device)
+        return model.eval().requires_grad_(False)
+
+    # -- requests ------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> PeftModel:
+        """The base with the adapters that are loaded; only the engine may call it."""
+        if self._model is None:
+            raise _not_started()
+        return self._model
+
+    @property
+    def max_context(self) -> int:
+        """The most tokens that a prompt and its answer may have together."""
+        return self._running[0].max_context
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[TokenEvent]:
+        """Generate; closing the iterator cancels the request and frees all that it held.
+
+        Raises:
+            EngineError: the version is not loaded, the prompt is too long for the cache, or a step failed.
+        """
+        events: asyncio.Queue[TokenEvent | EngineError] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def send(event: TokenEvent | EngineError) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        job = Job(request, send, self.tokenizer, self._end_tokens)
+        lane = self._admit(job)
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, EngineError):
+                    raise event
+                yield event
+                if event.finish is not None:
+                    return
+        finally:
+            lane.forget(job)
+
+    def _admit(self, job: Job) -> Lane:
+        request = job.request
+        with self._admitting:
+            lane, supervisor = self._running
+            if request.version is not None:
+                self._check_version(request.version, supervisor)
+            self._check_request(request, lane)
+            lane.submit(job)
+            return lane
+
+    def _check_version(self, version: str, supervisor: Supervisor) -> None:
+        why = supervisor.deaths.quarantined.get(version)
+        if why is not None:
+            raise EngineError(f"The adapter's version {version} is quarantined. {why}", hint="Load another version.")
+        if version not in self.resident:
+            raise EngineError(f"The adapter's version {version} is not loaded.", hint="Load it first.")
+
+    def _check_request(self, request: EngineRequest, lane: Lane) -> None:
+        if request.id in lane.jobs:
+            raise EngineError(f"There is a request {request.id!r} already.")
+        if self.tokenizer is None and request.sampling.stop:
+            raise EngineError("Stop strings need a tokenizer.", hint="Give the engine the base's.")
+        length, limit = len(request.prompt) + request.sampling.max_tokens, lane.max_context
+        if not request.prompt or request.sampling.max_tokens < 1:
+            raise EngineError("A request needs a prompt, and at least one token to generate.")
+        if length > limit:
+            raise EngineError(
+                f"The prompt has {len(request.prompt)} tokens; with max_tokens={request.sampling.max_tokens} these are "
+                f"{length}, and there is room for {limit}.",
+                hint="Shorten the prompt or max_tokens.",
+            )
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        outside = next((token for token in request.prompt if not 0 <= token < vocabulary), None)
+        if outside is not None:
+            raise EngineError(
+                f"The prompt has the token {outside}, and the base knows {vocabulary}.",
+                hint="Is it made by the base's own tokenizer?",
+            )
+        check_sampling(request.sampling, vocabulary)
+
+    # -- versions ------------------------------------------------------------------------------------------
+
+    async def load(self, version: str, folder: Path) -> LoadedVersion:
+        """Load a version of an adapter from its folder in the store, and check that it acts as it should.
+
+        A version that is loaded already stays as it is.
+
+        Raises:
+            VeneerError: it cannot be served; nothing of it is kept.
+        """
+        return await asyncio.to_thread(self._load, version, Path(folder))
+
+    async def drop(self, version: str) -> None:
+        """Free a version that no request uses; raise ``EngineError`` where one does."""
+        await asyncio.to_thread(self._drop, version)
+
+    def _load(self, version: str, folder: Path) -> LoadedVersion:
+        with self._changing:
+            _, supervisor = self._running
+            if version in self.resident and version not in supervisor.deaths.quarantined:
+                return self.resident[version]
+            if version not in self.resident:
+                self.resident[version] = self._attach(version, folder)
+            supervisor.deaths.forgive(version)
+            return self.resident[version]
+
+    def _attach(self, version: str, folder: Path) -> LoadedVersion:
+        started = time.monotonic()
+        assert self._canary is not None
+        _read_ahead(folder)
+        try:
+            with self._between_steps():
+                self.model.load_adapter(folder, adapter_name=version, strict_base=True)
+            result = self._canary.check(version)
+        except Exception as error:
+            self._detach(version)
+            if isinstance(error, VeneerError):
+                raise
+            raise UnsupportedError(
+                f"The adapter cannot run in a mixed batch: {type(error).__name__}: {error}"
+            ) from error
+        return LoadedVersion(version, result.changes_output, time.monotonic() - started)
+
+    def _drop(self, version: str) -> None:
+        with self._changing:
+            with self._admitting:
+                if version not in self.resident:
+                    raise EngineError(f"The adapter's version {version} is not loaded.")
+                if self._lane is not None and self._lane.uses(version):
+                    raise EngineError(
+                        f"The adapter's version {version} answers a request.",
+                        hint="Drop it when its requests are over.",
+                    )
+                del self.resident[version]
+            self._detach(version)
+
+    def _detach(self, version: str) -> None:
+        if version not in self.model.adapters.by_name:
+            return
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(EngineError):  # it is not running, and uses no adapter
+                stack.enter_context(self._between_steps())
+            self.model.delete_adapter(version)
+
+    @contextlib.contextmanager
+    def _between_steps(self) -> Iterator[None]:
+        """Keep the lane between two steps; wait for one that is being started anew.
+
+        Raises:
+            EngineError: it is not running.
+        """
+        deadline = time.monotonic() + _PATIENCE
+        with contextlib.ExitStack() as stack:
+            while True:
+                lane, _ = self._running
+                try:
+                    stack.enter_context(lane.paused())
+                    break
+                except EngineError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(_POLL)
+            yield
+
+    # -- state ---------------------------------------------------------------------------------------------
+
+    @property
+    def _running(self) -> tuple[Lane, Supervisor]:
+        if self._lane is None or self._supervisor is None:
+            raise _not_started()
+        return self._lane, self._supervisor
+
+    def status(self) -> EngineStatus:
+        """Return the state; never waits for the engine's thread."""
+        if self._lane is None or self._supervisor is None:
+            return EngineStatus(alive=False, error="The engine is not started.")
+        lane, supervisor = self._lane, self._supervisor
+        hangs, dead = lane.hangs(self.options.step_timeout), not lane.alive or not supervisor.is_alive()
+        load = lane.load()
+        return EngineStatus(
+            alive=not hangs and not dead,
+            error=f"A step takes more than {self.options.step_timeout:g} s." if hangs else supervisor.error,
+            restarts=supervisor.restarts,
+            running=load.running,
+            waiting=load.waiting,
+            cache_used=load.cache_used,
+            slots=self.options.slots,
+            slots_used=len({job.request.version for job in list(lane.jobs.values())} - {None}),
+            resident=tuple(self.resident),
+            quarantined=dict(supervisor.deaths.quarantined),
+        )
+
+
+def _lane_for(model: PeftModel, options: EngineOptions) -> Lane:
+    if not batches_continuously(model):
+        raise UnsupportedError(
+            f"{type(model.get_base_model()).__name__} cannot be batched continuously.",
+            hint="Serve a base whose layers are full or sliding attention.",
+        )
+    return ContinuousLane(model, options)
+
+
+def _end_tokens(model: PeftModel, tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens that end an answer, as ``generate`` has them."""
+    tokens = getattr(model.generation_config, "eos_token_id", None)
+    if tokens is None and tokenizer is not None:
+        tokens = tokenizer.eos_token_id
+    return () if tokens is None else (tokens,) if isinstance(tokens, int) else tuple(tokens)
+
+
+def _read_ahead(folder: Path) -> None:
+    """Read an adapter's files once, so that no step waits for a disk."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_file():
+            with path.open("rb") as file:
+                while file.read(_READ):
+                    pass
+
+
+def _not_started() -> EngineError:
+    return EngineError("The engine is not started.", hint="Call its start().")

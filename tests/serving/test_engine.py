@@ -1,0 +1,41 @@
+"""The engine answers as ``generate`` does under each request's adapter, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.serving.engine_world import CONFIGS, World, prompts, request, run, running, tokens_of
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("adapters"))
+
+
+def test_mixed_requests_get_the_answers_of_their_adapters(world: World) -> None:
+    asked = [
+        request(number, prompt, [None, *CONFIGS][number % (len(CONFIGS) + 1)])
+        for number, prompt in enumerate(prompts(24))
+    ]
+
+    async def main() -> list[list[int]]:
+        for name, folder in world.folders.items():
+            assert (await engine.load(name, folder)).changes_output
+        return await asyncio.gather(*(tokens_of(engine, one) for one in asked))
+
+    with running() as engine:
+        answers = run(main())
+        status = engine.status()
+    assert answers == [world.answer(one.version, one.prompt, 8) for one in asked]
+    assert len({tuple(answer) for answer in answers}) > 20
+    assert (status.alive, status.running, status.waiting, status.slots_used) == (True, 0, 0, 0)
+    assert set(status.resident) == set(CONFIGS)
+
+
+def test_the_folders_are_there(world: World) -> None:
+    assert all(
+        isinstance(folder, Path) and (folder / "adapter_config.json").is_file() for folder in world.folders.values()
+    )
