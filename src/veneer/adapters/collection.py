@@ -147,7 +147,7 @@ class Adapters(LayerPlacement):
                 getattr(module, leaf).requires_grad_(False)
         # A new dict, for another thread may be going through the old one.
         self.by_name = {**self.by_name, adapter.name: adapter}
-        self.layouts.ready.clear()
+        self.layouts.give_to(adapter.wrappers())
         self.trains = self.trains or adapter.trainable
         self._refresh_hooks()
         if adapter.trainable and sharding.is_data_parallel(self.catalog.modules.values()):
@@ -228,22 +228,23 @@ class Adapters(LayerPlacement):
         kept, and with them where their rows lie, for a decoding loop asks for the same in each step.
         """
         names = list(names)
-        by_token = any(not isinstance(name, str) for name in names)
-        if by_token:
-            names = [name for name, tokens in map(_segment, names) for _ in range(tokens)]
+        counts: tuple[int, ...] | None = None
+        if any(not isinstance(name, str) for name in names):
+            parts = list(map(_segment, names))
+            names, counts = [name for name, _ in parts], tuple(tokens for _, tokens in parts)
         rows = tuple(map(str, names))
         if torch.compiler.is_compiling():
             self._check_rows(rows)
-            return Selection(rows=rows, by_token=by_token)
+            return Selection(rows=rows, counts=counts)
         present = self.by_name
         if self._last_rows[0] is not present:
             self._last_rows = present, {}
         last = self._last_rows[1]
-        selection = last.get((rows, by_token))
+        selection = last.get((rows, counts))
         if selection is None:
             self._check_rows(rows)
-            selection = Selection(rows=rows, by_token=by_token)
-            keep_few(last, (rows, by_token), selection)
+            selection = Selection(rows=rows, counts=counts)
+            keep_few(last, (rows, counts), selection)
         return selection
 
     def _check_rows(self, rows: Sequence[str]) -> None:
@@ -306,7 +307,7 @@ class Adapters(LayerPlacement):
             self.select([other for other in active if other != name] or list(self.by_name)[:1])
         else:
             self._rename_selected({name: None})
-        self.layouts.ready.clear()
+        self.layouts.forget(name)
         self._refresh_hooks()
 
     def concerned(self, name: str) -> Concerned:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from veneer.patches.row_layout import Layout
 from veneer.patches.selection import Selection
@@ -30,6 +31,12 @@ class Demands(NamedTuple):
         return cls(selection.applied, selection.is_mixed, selection.rows is not None, selection.task_ids is not None)
 
 
+class HasLayout(Protocol):
+    """A module whose input holds the rows of a batch in some layout."""
+
+    layout: Layout
+
+
 @dataclass(frozen=True)
 class Readiness:
     """Tells whether the layers of adapters meet the demands of a call.
@@ -54,9 +61,18 @@ class Layouts:
     Attributes:
         known: a layer's name -> its layout; ``UNKNOWN`` for one that follows no rule.
         attempted: the layers that a pass over random tokens has not reached.
-        ready: demands on an adapter's layers -> the answer; to be emptied when an adapter comes, goes or is renamed.
+        ready: demands on an adapter's layers -> the answer.
     """
 
     known: dict[str, Layout] = field(default_factory=dict)
     attempted: set[str] = field(default_factory=set)
     ready: dict[Demands, Readiness] = field(default_factory=dict)
+
+    def give_to(self, wrappers: Iterable[tuple[str, HasLayout]]) -> None:
+        """Let new wrappers, given with their names, have the layouts that are known."""
+        for name, wrapper in wrappers:
+            wrapper.layout = self.known.get(name, wrapper.layout)
+
+    def forget(self, adapter: str) -> None:
+        """Forget the answers for an adapter, whose name may become another's."""
+        self.ready = {demands: answer for demands, answer in self.ready.items() if adapter not in demands.names}

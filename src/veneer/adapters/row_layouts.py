@@ -31,7 +31,7 @@ from veneer.base_model.model_call import taken_names
 from veneer.configs.names import PeftType
 from veneer.errors import AdapterError, VeneerError
 from veneer.patches.row_layout import ONE_BY_ONE, ROWS, UNKNOWN, Fingerprints, Layout, differ, layout_of, refused
-from veneer.patches.selection import BASE, NOTHING, Selection
+from veneer.patches.selection import NOTHING, Selection, wrong_count
 
 if TYPE_CHECKING:
     from veneer.adapters.adapter import Adapter
@@ -68,6 +68,7 @@ class RowCheck:
             _check_count(selection, rows, call)
         if selection.by_token:
             rows = None  # what holds for the rows of a batch holds for the tokens of one
+            selection = replace(selection, kept=kwargs.get("logits_to_keep"))
         if not demands.names or rows == 1:
             return selection
         if not self._sees_images(demands, call, rows) or rows is None:
@@ -212,17 +213,11 @@ class RowCheck:
 
 
 def _check_count(selection: Selection, rows: int | None, call: CallTensors) -> None:
-    names, (given, what) = len(selection.rows or ()), ("names", "rows")
     if selection.by_token:
         ids = call.get("input_ids")
         rows = None if ids is None or ids.ndim != 2 or len(ids) != 1 else ids.shape[1]
-        given = what = "tokens"
-    if rows not in (None, names):
-        raise AdapterError(
-            f"adapter_names has {names} {given}, and the batch {rows} {what}. "
-            f"Length of `adapter_names` should be the same as the number of inputs, but got {names} and {rows}.",
-            hint=f'Name the adapter of each of the {what}; "{BASE}" is the base model.',
-        )
+    if rows is not None and rows != selection.entries:
+        raise wrong_count(selection, rows)
 
 
 def _cannot(layer: str, error: Exception | None) -> AdapterError:

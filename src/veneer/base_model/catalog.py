@@ -120,6 +120,11 @@ class Catalog:
         """The name of the output embedding, in a list; empty for a model without one."""
         return self._embedding("output")
 
+    def is_behind_backbone(self, name: str) -> bool:
+        """Tell whether a module sees the backbone's output, of which ``logits_to_keep`` may leave some tokens alone."""
+        backbone = str(getattr(self.model, "base_model_prefix", ""))
+        return bool(backbone) and backbone in self.modules and not is_inside(name, [backbone])
+
     @cached_property
     def shared(self) -> list[list[tuple[str, str]]]:
         """The places of each parameter that the base has in several: the module, and the parameter's name there."""

@@ -41,10 +41,12 @@ class AdaptedLayer(BaseTunerLayer, HoldsCopies):
 
     Attributes:
         layout: the way in which its input holds the rows of a batch.
+        behind_backbone: True where its input is the backbone's output, or some of its tokens.
     """
 
     base_layer: Any
     layout: Layout = ROWS
+    behind_backbone: bool = False
     active_selection: ActiveSelection
     # The adapters whose patches are in the base layer's weight now, and the parameters that it had before.
     merged: tuple[str, ...]
@@ -105,6 +107,8 @@ class AdaptedLayer(BaseTunerLayer, HoldsCopies):
         """Run the base layer under the selected adapters; arguments and shapes are the base layer's."""
         selection = self.active_selection.current
         if selection.rows is not None:
+            if self.behind_backbone:
+                selection = selection.behind_backbone(x)
             return self._forward_rows(selection, x, *args, **kwargs)
         if not (self.training or args or kwargs or torch.compiler.is_compiling()):
             cached = self._inference_cache.forward

@@ -28,9 +28,11 @@ class ModuleCopies(SelectsForLayer, nn.Module):
 
     Attributes:
         layout: the way in which its input holds the rows of a batch.
+        behind_backbone: True where its input is the backbone's output, or some of its tokens.
     """
 
     layout: Layout = ROWS
+    behind_backbone: bool = False
     counts_own = True
     # As in peft: the name under which the copies are held.
     adapter_layer_names = ("modules_to_save",)
@@ -113,6 +115,8 @@ class ModuleCopies(SelectsForLayer, nn.Module):
         return self._forward_rows(selection, *args, **kwargs)
 
     def _forward_rows(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.behind_backbone:
+            selection = selection.behind_backbone(x)
         if selection.packed(x):
             return self._forward_rows(selection, x.squeeze(0), *args, **kwargs).unsqueeze(0)
         if not self.here(selection.used):

@@ -146,6 +146,7 @@ class LayerPlacement:
             there = self.standing_at(site.name)
             self.layers[site.id] = layer = self._wrapped(site, there if isinstance(there, AdaptedLayer) else None)
             if isinstance(layer, AdaptedLayer):
+                layer.behind_backbone = self.catalog.is_behind_backbone(site.name)
                 self.place(site.name, layer)
         return self.layers[site.id]
 
@@ -200,7 +201,8 @@ class LayerPlacement:
     def place_copies(self, root: str) -> ModuleCopies:
         """Return the wrapper that holds the copies of a module, put in its place if none was."""
         if root not in self.module_copies:
-            self.module_copies[root] = ModuleCopies(self.catalog.modules[root], self.active_selection)
+            self.module_copies[root] = copies = ModuleCopies(self.catalog.modules[root], self.active_selection)
+            copies.behind_backbone = self.catalog.is_behind_backbone(root)
             if self._wraps:
                 self.place(root, self.module_copies[root])
         return self.module_copies[root]

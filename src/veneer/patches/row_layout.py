@@ -11,6 +11,7 @@ It is found by comparing the layer's inputs of two passes in which one row of th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -38,8 +39,8 @@ ROWS = Layout()
 UNKNOWN = Layout(dim=-1)
 
 
-def owners(layout: Layout, length: int, shares: Sequence[int]) -> list[int] | None:
-    """Return the row of each of ``length`` entries; ``None`` where they cannot be divided so.
+def spans(layout: Layout, length: int, shares: Sequence[int]) -> list[tuple[int, range]] | None:
+    """Return rows and the entries of each, in order, of ``length`` entries; ``None`` where they cannot be divided so.
 
     Args:
         layout: of the entries.
@@ -50,7 +51,19 @@ def owners(layout: Layout, length: int, shares: Sequence[int]) -> list[int] | No
     total = sum(shares)
     if left or not total or any(inner * share % total for share in shares):
         return None
-    return [row for row, share in enumerate(shares) for _ in range(inner * share // total)] * layout.repeats
+    stops = list(accumulate(inner * share // total for share in shares))
+    starts = (0, *stops[:-1])
+    return [
+        (row, range(copy * inner + start, copy * inner + stop))
+        for copy in range(layout.repeats)
+        for row, (start, stop) in enumerate(zip(starts, stops, strict=True))
+    ]
+
+
+def owners(layout: Layout, length: int, shares: Sequence[int]) -> list[int] | None:
+    """Return the row of each of ``length`` entries; ``None`` where they cannot be divided so."""
+    by_row = spans(layout, length, shares)
+    return None if by_row is None else [row for row, span in by_row for _ in span]
 
 
 def refused(layer: str) -> AdapterError:

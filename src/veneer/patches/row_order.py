@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -33,32 +34,60 @@ class RowOrder:
         return len(self.sizes) * max(self.sizes) <= 2 * sum(self.sizes)
 
 
-def row_order(groups: Sequence[Sequence[int]], length: int, device: torch.device) -> RowOrder:
-    """Sort a batch of ``length`` rows by adapter; ``groups`` are the rows of each.
+Spans = Sequence[range]
+
+
+def row_order(groups: Sequence[Spans], length: int, device: torch.device) -> RowOrder:
+    """Sort a batch of ``length`` rows by adapter; ``groups`` are the rows of each, in their order.
 
     All is worked out on the host and copied in one piece, so that nothing waits for the device.
     """
-    sizes = tuple(map(len, groups))
+    sizes = tuple(sum(map(len, spans)) for spans in groups)
     places = max(sizes)
-    rows = [row for group in groups for row in group]
-    owner = [len(groups)] * length
-    for number, group in enumerate(groups):
-        for row in group:
-            owner[row] = number
+    rows = [span for spans in groups for span in spans]
     even = min(sizes) == places
-    if even and rows == list(range(length)):
-        return RowOrder(None, None, None, on_device(device, owner)[0], sizes)
-    padded = [row for group in groups for row in (*group, *[0] * (places - len(group)))]
-    filled = [number * places + place for number, size in enumerate(sizes) for place in range(size)]
-    take, sorted_rows, keep, owners = on_device(device, padded, rows, filled, owner)
-    return RowOrder(take, sorted_rows, None if even else keep, owners, sizes)
+
+    def sorted_by_adapter() -> list[Tensor]:
+        owner, sorted_rows = torch.full((length,), len(groups), device="cpu"), numbers(rows)
+        owner[sorted_rows] = torch.cat([torch.full((size,), n, device="cpu") for n, size in enumerate(sizes)])
+        if even and _follow_each_other(rows, length):
+            return [owner]
+        keep = numbers([range(n * places, n * places + size) for n, size in enumerate(sizes)])
+        take = torch.zeros(len(groups) * places, dtype=torch.int64, device="cpu")
+        take[keep] = sorted_rows
+        return [owner, take, sorted_rows, keep]
+
+    owner, *order = on_device(device, sorted_by_adapter)
+    if not order:
+        return RowOrder(None, None, None, owner, sizes)
+    take, sorted_rows, keep = order
+    return RowOrder(take, sorted_rows, None if even else keep, owner, sizes)
 
 
-def on_device(device: torch.device, *numbers: Sequence[int]) -> tuple[Tensor, ...]:
-    """Return lists of whole numbers as tensors, copied together."""
+def _follow_each_other(rows: Spans, length: int) -> bool:
+    """Tell whether spans are those of a whole batch, one after the other."""
+    starts = accumulate((len(span) for span in rows), initial=0)
+    return all(span.start == start for span, start in zip(rows, starts, strict=False)) and sum(map(len, rows)) == length
+
+
+def numbers(spans: Spans) -> Tensor:
+    """Return the numbers in spans as a tensor on the host."""
+    if sum(map(len, spans)) < _LONG * len(spans):
+        return torch.tensor([number for span in spans for number in span], dtype=torch.int64, device="cpu")
+    return torch.cat([torch.arange(span.start, span.stop, device="cpu") for span in spans])
+
+
+# A list of so many numbers takes as long to copy as a tensor of them to make.
+_LONG = 16
+
+
+def on_device(device: torch.device, make: Callable[[], Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    """Make tensors on the host, and return them on a device, copied together."""
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
-        together = torch.tensor([number for list_ in numbers for number in list_], dtype=torch.int64, device="cpu")
-        return tuple(together.to(device).split([len(list_) for list_ in numbers]))
+        tensors = make()
+        if device.type == "cpu" or not tensors:
+            return tuple(tensors)
+        return torch.split(torch.cat(list(tensors)).to(device), [len(tensor) for tensor in tensors])
     # What evaluation makes and keeps is there for training too, which cannot save an inference tensor.
     with torch.inference_mode(False):
-        return on_device(device, *numbers)
+        return on_device(device, make)

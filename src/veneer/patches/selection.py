@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from veneer.errors import AdapterError
-from veneer.patches.row_layout import ONE_BY_ONE, ROWS, Layout, owners
-from veneer.patches.row_order import RowOrder, on_device, row_order
+from veneer.patches.row_layout import ONE_BY_ONE, ROWS, Layout, spans
+from veneer.patches.row_order import RowOrder, numbers, on_device, row_order
 
 # The name that stands for "no adapter" in a per-row choice, as in peft.
 BASE = "__base__"
@@ -56,9 +56,10 @@ class Selection:
 
     Attributes:
         names: the adapters, in the order in which they are applied to every row.
-        rows: instead, one adapter's name (or ``"__base__"``) for each row of the batch.
+        rows: instead, one adapter's name (or ``"__base__"``) for each row of the batch, or each part of a packed row.
         task_ids: the task of each row, shape ``(rows,)``, for methods that keep several tasks in one adapter.
-        by_token: True where ``rows`` are the tokens of one packed sequence, a batch of ``(1, tokens, ...)``.
+        counts: the tokens of each part, where several sequences are packed into one row, ``(1, tokens, ...)``.
+        kept: the tokens of a packed row for which the model computes logits, as its ``logits_to_keep``.
         shares: the rows' shares of the images of the call, for layers that see those; ``None`` without any.
         for_one_call: True where it was made for one call of the model, and is no other's.
         disabled: True where adapters are switched off, which rows of a call do not change.
@@ -68,20 +69,21 @@ class Selection:
     names: tuple[str, ...] = ()
     rows: tuple[str, ...] | None = None
     task_ids: Tensor | None = field(default=None, compare=False)
-    by_token: bool = False
+    counts: tuple[int, ...] | None = None
     shares: tuple[int, ...] | None = field(default=None, compare=False)
     _groups: dict[Any, Mapping[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
     _orders: dict[Any, RowOrder] = field(default_factory=dict, repr=False, compare=False)
     for_one_call: bool = field(default=False, repr=False, compare=False)
     disabled: bool = field(default=False, compare=False)
     by_layer: Mapping[object, LayerChoice] = field(default_factory=lambda: _NONE, hash=False)
+    kept: Tensor | int | None = field(default=None, repr=False, compare=False)
 
     def for_call(self, task_ids: Tensor | None) -> Selection:
         """Return the same for one call, with the call's tasks if it names any."""
         tasks = self.task_ids if task_ids is None else task_ids
-        shared = (self.by_token, self.shares, self._groups, self._orders)
+        shared = (self.counts, self.shares, self._groups, self._orders)
         by_layer = self.by_layer and {layer: choice.for_call(tasks) for layer, choice in self.by_layer.items()}
-        return Selection(self.names, self.rows, tasks, *shared, True, self.disabled, by_layer)
+        return Selection(self.names, self.rows, tasks, *shared, True, self.disabled, by_layer, self.kept)
 
     def renamed(self, names: Mapping[str, str | None]) -> Selection:
         """Return the same for all rows with other names for adapters; ``None`` leaves one out."""
@@ -104,6 +106,16 @@ class Selection:
     def applied(self) -> tuple[str, ...]:
         """The adapters of the pass, each once, whether all rows use them or some."""
         return self.names if self.rows is None else self.used
+
+    @property
+    def by_token(self) -> bool:
+        """True where adapters are named for the tokens of a packed row."""
+        return self.counts is not None
+
+    @property
+    def entries(self) -> int:
+        """The number of rows, or of tokens of a packed row, that have an adapter each."""
+        return len(self.rows or ()) if self.counts is None else sum(self.counts)
 
     @property
     def is_mixed(self) -> bool:
@@ -133,7 +145,7 @@ class Selection:
 
     def packed(self, x: Tensor) -> bool:
         """Tell whether the rows of ``x`` are the tokens of a packed sequence, behind a first dimension of 1."""
-        return self.by_token and x.ndim > 1 and x.shape[0] == 1
+        return self.by_token and x.ndim > 1 and x.shape[0] == 1 != self.entries
 
     def groups(self, length: int, device: torch.device, layout: Layout = ROWS) -> Mapping[str, Tensor]:
         """Return the indices of each adapter's rows in a tensor that has ``length`` along their dimension.
@@ -145,7 +157,7 @@ class Selection:
         groups = self._groups.get(key)
         if groups is None:
             placed = self._placed(length, layout)
-            groups = dict(zip(placed, on_device(device, *placed.values()), strict=True))
+            groups = dict(zip(placed, on_device(device, lambda: list(map(numbers, placed.values()))), strict=True))
             keep_few(self._groups, key, groups)
         return groups
 
@@ -161,33 +173,60 @@ class Selection:
             )
         return given.repeat_interleave(length // len(given))
 
-    def _placed(self, length: int, layout: Layout) -> dict[str, list[int]]:
-        """Return the same on the host."""
+    def _placed(self, length: int, layout: Layout) -> dict[str, list[range]]:
+        """Return the same on the host, as spans of indices."""
         rows = self.rows or ()
         if rows and not self.is_mixed:
-            owner: list[int] | None = [0] * length
+            by_row: list[tuple[int, range]] | None = [(0, range(length))]
         elif layout.images:
-            owner = None if self.shares is None else owners(layout, length, self.shares)
-            if owner is None:
+            by_row = None if self.shares is None else spans(layout, length, self.shares)
+            if by_row is None:
                 raise AdapterError(
                     f"Which of {length} parts of images belong to which row is not known.",
                     hint=ONE_BY_ONE,
                 )
         else:
-            owner = owners(layout, length, (1,) * len(rows))
-        if owner is None:
-            given, what = ("tokens", "tokens") if self.by_token else ("names", "rows")
-            raise AdapterError(
-                f"adapter_names has {len(rows)} {given}, and the batch {length} {what}. "
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(rows)} and {length}.",
-                hint=f'Name the adapter of each of the {what}; "{BASE}" is the base model.',
-            )
-        indices: dict[str, list[int]] = {}
-        for index, row in enumerate(owner):
+            by_row = spans(layout, length, self.counts or (1,) * len(rows))
+        if by_row is None:
+            raise wrong_count(self, length)
+        indices: dict[str, list[range]] = {}
+        for row, span in by_row:
             if rows[row] != BASE:
-                indices.setdefault(rows[row], []).append(index)
+                indices.setdefault(rows[row], []).append(span)
         return indices
+
+    # -- layers that see some of the tokens ----------------------------------------------------------------
+
+    def behind_backbone(self, x: Tensor) -> Selection:
+        """Return the selection for a layer behind the backbone, whose input ``x`` may hold the kept tokens alone."""
+        if self.kept is None:
+            return self
+        length = x.shape[1] if self.packed(x) else x.shape[0]
+        return self._of_kept if length == self._of_kept.entries else self
+
+    @cached_property
+    def _of_kept(self) -> Selection:
+        """The selection of the tokens of a packed row for which the model computes logits."""
+        everything = torch.arange(self.entries, device="cpu")
+        chosen = 0 if self.kept is None else self.kept
+        kept = everything[slice(-chosen, None) if isinstance(chosen, int) else chosen.cpu()]
+        if torch.equal(kept, everything):
+            return self
+        stops = torch.tensor(self.counts, device="cpu").cumsum(0)
+        parts = torch.bucketize(kept, stops, right=True).tolist()
+        rows = tuple((self.rows or ())[part] for part in parts)
+        return Selection((), rows, self.task_ids, (1,) * len(rows), for_one_call=self.for_one_call)
+
+
+def wrong_count(selection: Selection, length: int) -> AdapterError:
+    """Return the error for a selection that names adapters for more or fewer rows, or tokens, than there are."""
+    given, what = ("tokens", "tokens") if selection.by_token else ("names", "rows")
+    return AdapterError(
+        f"adapter_names has {selection.entries} {given}, and the batch {length} {what}. "
+        "Length of `adapter_names` should be the same as the number of inputs, but got "
+        f"{selection.entries} and {length}.",
+        hint=f'Name the adapter of each of the {what}; "{BASE}" is the base model.',
+    )
 
 
 _FEW = 32
