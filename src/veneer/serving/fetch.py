@@ -1,0 +1,284 @@
+"""Fetches one adapter into a folder of its own, and checks it; runs in a thread."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from veneer.configs.base import PeftConfig
+from veneer.errors import (
+    BaseMismatchError,
+    IncompleteCheckpointError,
+    NonFiniteError,
+    PickleRefusedError,
+    UnsupportedError,
+    VeneerError,
+)
+from veneer.files.atomic_write import flush, writing
+from veneer.files.base_digest import BASE_DIGEST_KEY
+from veneer.files.json_file import read_json
+from veneer.files.names import ADAPTER_CONFIG, SAFETENSORS
+from veneer.files.source import Source
+from veneer.printing import first_line, nbytes
+from veneer.serving.registry_types import StoredAdapter
+from veneer.serving.serving_errors import (
+    AdapterInvalidError,
+    AdapterTooLargeError,
+    ServingError,
+    SourceFailedError,
+    as_refusal,
+)
+from veneer.serving.source_files import AdapterSource, SourceFiles
+
+if TYPE_CHECKING:
+    from veneer.checkpoints.checkpoint import Checkpoint
+
+FETCHING = ".fetching-"
+FACTS = ".stored.json"
+_BLOCK = 1 << 20
+# Of all files but the weights: a tokenizer of a large vocabulary takes 30 MB.
+_MOST_BESIDE_WEIGHTS = 64_000_000
+
+
+@dataclass(frozen=True)
+class FetchRules:
+    """What an adapter has to be to be stored.
+
+    Attributes:
+        root: the store's folder.
+        adapter_bytes: the most bytes of its files.
+        rank: its largest rank; ``None`` for any.
+        base_digest: that of the base; ``None`` where it is not known.
+    """
+
+    root: Path
+    adapter_bytes: int
+    rank: int | None
+    base_digest: str | None
+
+
+class Fetch:
+    """Fetches an adapter once; ``folder`` holds it then, and is removed where anything fails."""
+
+    def __init__(self, rules: FetchRules, source: AdapterSource, reserve: Callable[[int], None]) -> None:
+        self._rules, self._source, self._reserve = rules, source, reserve
+        self._label = source.url
+        self.folder: Path | None = None
+
+    def run(self, wanted: str | None = None) -> StoredAdapter:
+        """Fetch and check the adapter, and make its folder read-only.
+
+        Args:
+            wanted: the digest that it must have.
+
+        Raises:
+            SourceFailedError: the source fails, or there is no room. AdapterTooLargeError: it is above a limit.
+            AdapterInvalidError: it cannot be served.
+        """
+        try:
+            with self._source.opened() as files:
+                self._label = files.label
+                _check_names(files)
+                self._check_sizes(files)
+                self._reserve(sum(files.sizes.values()))
+                return self._fetched(files, wanted)
+        except VeneerError as error:
+            self.discard()
+            raise self._told(error) from error
+        except BaseException:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        """Remove what was fetched."""
+        if self.folder is not None:
+            remove_folder(self.folder)
+
+    def _told(self, error: VeneerError) -> ServingError:
+        """Return a refusal that names the source, where the error names the folder here."""
+        refusal = as_refusal(error)
+        message = refusal.message.replace(str(self.folder), self._label)
+        return type(refusal)(message, hint=refusal.hint, param="source")
+
+    def _fetched(self, files: SourceFiles, wanted: str | None) -> StoredAdapter:
+        with writing(self._rules.root):
+            self.folder = Path(tempfile.mkdtemp(dir=self._rules.root, prefix=FETCHING))
+        # The config first: a rank above the limit is refused before the weights are read.
+        names = sorted(files.sizes, key=lambda name: name != ADAPTER_CONFIG)
+        hashes: dict[str, bytes] = {}
+        rank = 0
+        for name in names:
+            hashes[name] = self._copied(files, name, self.folder / name)
+            if name == ADAPTER_CONFIG:
+                rank = self._checked_rank(self.folder / name)
+        digest = digest_of(hashes, files.sizes)
+        if wanted is not None and digest != wanted:
+            raise AdapterInvalidError(
+                f"{self._label} has the digest {digest}, and {wanted} is asked for.",
+                hint="Its files have changed, or they are not those that you mean.",
+            )
+        config = self._checked_values(self.folder).config
+        adapter = StoredAdapter(
+            digest,
+            self._rules.root / digest.removeprefix("sha256:"),
+            sum(files.sizes.values()),
+            str(config.peft_type),
+            rank,
+            config.base_model_name_or_path,
+            tuple(sorted(names)),
+        )
+        self._write_facts(adapter)
+        return adapter
+
+    # -- checks --------------------------------------------------------------------------------------------
+
+    def _check_sizes(self, files: SourceFiles) -> None:
+        beside = sum(size for name, size in files.sizes.items() if not name.endswith(SAFETENSORS))
+        self._check_size(sum(files.sizes.values()), self._rules.adapter_bytes, "")
+        self._check_size(beside, _MOST_BESIDE_WEIGHTS, " beside its weights")
+
+    def _check_size(self, size: int, most: int, what: str) -> None:
+        if size > most:
+            raise AdapterTooLargeError(
+                f"{self._label} has {nbytes(size)}{what}, and {nbytes(most)} are allowed.",
+                hint="The operator sets the limit with --max-adapter-bytes.",
+            )
+
+    def _checked_rank(self, path: Path) -> int:
+        config = PeftConfig.from_dict(read_json(path), where=f"{self._label}/{ADAPTER_CONFIG}")
+        if config.experts or config.expert_paths:
+            raise UnsupportedError(
+                f"{self._label} mixes other adapters, which lie elsewhere.", hint="Register those one by one."
+            )
+        rank = rank_of(config)
+        if self._rules.rank is not None and rank > self._rules.rank:
+            raise AdapterTooLargeError(
+                f"{self._label} has rank {rank}, and {self._rules.rank} is allowed.",
+                hint="The operator sets the limit with --max-rank.",
+            )
+        return rank
+
+    def _checked_values(self, folder: Path) -> Checkpoint:
+        """Open the adapter as the library does, and check that its numbers are finite and its base is ours."""
+        from veneer.adapters.attach import check_finite
+        from veneer.checkpoints.open_checkpoint import open_checkpoint
+
+        checkpoint = open_checkpoint(Source(folder, self._label))
+        recorded, base = checkpoint.metadata.get(BASE_DIGEST_KEY), self._rules.base_digest
+        if recorded and base and recorded != base and recorded.split(":")[0] == base.split(":")[0]:
+            raise BaseMismatchError(
+                f"{self._label} was trained on another base: it records {recorded[:19]}, and this one is {base[:19]}.",
+                hint="Serve it on the base that it was trained on.",
+            )
+        try:
+            check_finite(checkpoint.read(checkpoint.tensors), self._label)
+        except RuntimeError as error:
+            raise NonFiniteError(f"{self._label} cannot be checked: {first_line(error)}.") from error
+        return checkpoint
+
+    # -- files ---------------------------------------------------------------------------------------------
+
+    def _copied(self, files: SourceFiles, name: str, target: Path) -> bytes:
+        """Copy a file, and return the hash of its bytes."""
+        hasher = hashlib.sha256()
+        with writing(target):
+            with target.open("xb") as copy:
+                for block in self._blocks(files, name):
+                    hasher.update(block)
+                    copy.write(block)
+            flush(target)
+            target.chmod(0o444)
+        return hasher.digest()
+
+    def _blocks(self, files: SourceFiles, name: str) -> Iterator[bytes]:
+        """Read a file of the source, and check that it has the size that was listed."""
+        left = files.sizes[name]
+        try:
+            with files.open(name) as stream:
+                for block in _read(stream):
+                    left -= len(block)
+                    if left < 0:
+                        break
+                    yield block
+        except VeneerError:
+            raise
+        except Exception as error:  # of whatever client reads the source
+            raise SourceFailedError(
+                f"{self._label}/{name} cannot be read: {first_line(error)}.", hint=_AGAIN
+            ) from error
+        if left:
+            raise SourceFailedError(f"{self._label}/{name} has another size than it was listed with.", hint=_AGAIN)
+
+    def _write_facts(self, adapter: StoredAdapter) -> None:
+        assert self.folder is not None
+        facts = {key: value for key, value in asdict(adapter).items() if key != "folder"}
+        path = self.folder / FACTS
+        with writing(path):
+            path.write_text(json.dumps(facts), encoding="utf-8")
+            flush(path)
+            path.chmod(0o444)
+            self.folder.chmod(0o555)
+
+
+_AGAIN = "Register it again; its source may have changed meanwhile."
+
+
+def _check_names(files: SourceFiles) -> None:
+    if ADAPTER_CONFIG not in files.sizes:
+        raise IncompleteCheckpointError(
+            f"{files.label}: there is no {ADAPTER_CONFIG}, so this is no adapter.",
+            hint="Give the folder that holds the adapter's config and weights.",
+        )
+    if files.has_pickle and not any(name.endswith(SAFETENSORS) for name in files.sizes):
+        raise PickleRefusedError(
+            f"{files.label}: the weights are there only as a pickle, which can run code.",
+            hint="If you trust it, convert it with `veneer convert-pickle`, and register the result.",
+        )
+
+
+def _read(stream: BinaryIO) -> Iterator[bytes]:
+    while block := stream.read(_BLOCK):
+        yield block
+
+
+def rank_of(config: PeftConfig) -> int:
+    """Return the largest rank that a config gives a layer; 0 where its method has none."""
+    pattern = getattr(config, "rank_pattern", None) or {}
+    ranks = [getattr(config, "r", 0), *pattern.values()]
+    return max([rank for rank in ranks if isinstance(rank, int)], default=0)
+
+
+def digest_of(hashes: Mapping[str, bytes], sizes: Mapping[str, int]) -> str:
+    """Return the digest of an adapter: of the names, sizes and SHA-256 hashes of its files."""
+    hasher = hashlib.sha256()
+    for name in sorted(hashes):
+        hasher.update(f"{name}\0{sizes[name]}\0".encode() + hashes[name])
+    return f"sha256:{hasher.hexdigest()}"
+
+
+def digest_in(folder: Path, names: tuple[str, ...]) -> str:
+    """Compute the digest of the adapter in a folder; it is another one where a file is missing."""
+    paths = {name: folder / name for name in names if (folder / name).is_file()}
+    hashes = {name: _hash(path) for name, path in paths.items()}
+    return digest_of(hashes, {name: path.stat().st_size for name, path in paths.items()})
+
+
+def _hash(path: Path) -> bytes:
+    hasher = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        for block in _read(file):
+            hasher.update(block)
+    return hasher.digest()
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of the store, read-only as it is; one that is not there is none."""
+    if folder.exists():
+        folder.chmod(0o755)
+        shutil.rmtree(folder, ignore_errors=True)
