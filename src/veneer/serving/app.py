@@ -1,0 +1,112 @@
+"""Puts the routes together into the application, and answers what is neither inference nor adapters."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from importlib import resources
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from veneer.serving import adapters_api, api, compare_api, models_api
+from veneer.serving.asking import Parts, caller_with
+from veneer.serving.auth import Caller
+from veneer.serving.errors_http import MethodNotAllowedError, NotFoundError, error_response
+from veneer.serving.http_guard import Guard
+from veneer.serving.service import Service
+from veneer.serving.serving_errors import InvalidRequestError
+
+routes = APIRouter()
+_PAGE = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/events.js": ("events.js", "text/javascript; charset=utf-8"),
+}
+_PAGE_HEADERS = {
+    "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+
+
+def create_app(service: Service) -> FastAPI:
+    """Return the application that serves over HTTP what a service has.
+
+    The caller starts the engine and opens the registry, then says ``service.ready = True``; the application closes
+    neither.
+    """
+    # The pages of documentation that FastAPI makes load scripts from elsewhere.
+    app = FastAPI(title="veneer serve", openapi_url=None, docs_url=None, redoc_url=None, lifespan=_lifespan)
+    app.state.service = service
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _invalid_query)
+    for part in (routes, api.routes, compare_api.routes, models_api.routes, adapters_api.routes):
+        app.include_router(part)
+    if service.settings.page:
+        for address, (name, content_type) in _PAGE.items():
+            app.add_api_route(address, _file(name, content_type), methods=["GET"])
+    app.add_middleware(Guard, on_answer=service.metrics.answered, hosts=service.settings.hosts)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    yield
+    app.state.service.drain()
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    """Answer what the router itself refuses."""
+    status = getattr(error, "status_code", 400)
+    where = f"{request.method} {request.url.path[:200]}"
+    if status == 404:
+        return error_response(NotFoundError(f"There is no {where}.", hint="docs/serve-api.md lists the addresses."))
+    if status == 405:
+        return error_response(MethodNotAllowedError(f"{where} is not taken.", hint="docs/serve-api.md lists them."))
+    return error_response(InvalidRequestError(str(getattr(error, "detail", "The request is not valid."))))
+
+
+def _invalid_query(request: Request, error: Exception) -> Response:
+    """Answer a wrong value behind the question mark."""
+    assert isinstance(error, RequestValidationError)
+    problem = error.errors()[0]
+    field = str(problem["loc"][-1])
+    return error_response(InvalidRequestError(f"`{field}`: {problem['msg']}.", param=field))
+
+
+def _file(name: str, content_type: str) -> Callable[[], Awaitable[Response]]:
+    data = resources.files("veneer.serving").joinpath("page", name).read_bytes()
+
+    async def page() -> Response:
+        return Response(data, headers=_PAGE_HEADERS, media_type=content_type)
+
+    return page
+
+
+@routes.get("/health")
+async def health(service: Parts) -> Response:
+    """Tell whether the engine lives; never waits for it."""
+    status = service.engine.status()
+    if status.alive:
+        return JSONResponse({"status": "ok", "restarts": status.restarts})
+    return JSONResponse({"status": "dead", "restarts": status.restarts}, 503)
+
+
+@routes.get("/ready")
+async def ready(service: Parts) -> Response:
+    """Tell whether new requests are taken."""
+    state = "draining" if service.draining else "ready" if service.ready else "starting"
+    taken = state == "ready" and service.engine.status().alive
+    return JSONResponse({"status": state}, 200 if taken else 503)
+
+
+@routes.get("/metrics")
+async def metrics(service: Parts, caller: Annotated[Caller, Depends(caller_with("metrics", "admin"))]) -> Response:
+    """Return the metrics for Prometheus."""
+    return Response(service.metrics.text(service), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})

@@ -1,0 +1,108 @@
+"""Holds what a request needs while it is answered: its caller, its versions, its prompts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+
+from veneer._version import __version__
+from veneer.serving.auth import Caller
+from veneer.serving.engine_types import Sampling
+from veneer.serving.openai_types import ChatMessage, SamplingBody
+from veneer.serving.prompt_tokens import own_template
+from veneer.serving.registry_types import Use
+from veneer.serving.service import Service
+from veneer.serving.serving_errors import DrainingError, NotAllowedError
+from veneer.serving.stream import Generations
+
+ADAPTER_HEADER = "x-veneer-adapter"
+
+
+def service_of(request: Request) -> Service:
+    """Return the server's parts."""
+    service: Service = request.app.state.service
+    return service
+
+
+def caller_with(*scopes: str) -> Callable[[Request], Awaitable[Caller]]:
+    """Return a dependency that tells who calls, and refuses a caller who has none of some scopes."""
+
+    async def caller(request: Request) -> Caller:
+        caller = service_of(request).keys.authenticate(request.headers.get("authorization"))
+        if not caller.scopes.intersection(scopes):
+            wanted = " or ".join(repr(scope) for scope in scopes)
+            raise NotAllowedError(f"The key {caller.id} has no scope {wanted}.", hint="Use a key that has it.")
+        return caller
+
+    return caller
+
+
+Parts = Annotated[Service, Depends(service_of)]
+Infers = Annotated[Caller, Depends(caller_with("infer"))]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, the version that continues it, and how."""
+
+    use: Use
+    tokens: tuple[int, ...]
+    sampling: Sampling
+
+
+@dataclass
+class Asked:
+    """A request with all that its answer needs; closed, it gives its versions back."""
+
+    service: Service
+    caller: Caller
+    body: SamplingBody
+    prompts: list[Prompt] = field(default_factory=list)
+    held: ExitStack = field(default_factory=ExitStack)
+
+    def use(self, model: str) -> Use:
+        """Hold the version that a model's name means now."""
+        if self.service.draining:
+            raise DrainingError("This server is being stopped.", hint="Ask another.", retry_after=5)
+        return self.held.enter_context(self.service.registry.use(model, self.caller))
+
+    def generations(self) -> Generations:
+        """Begin to generate the answers to all prompts."""
+        limit = self.service.settings.request_timeout
+        timeout = limit if self.body.timeout is None else min(self.body.timeout, limit)
+        sources = [self.service.answer(p.use, self.caller, p.tokens, p.sampling) for p in self.prompts]
+        return Generations(sources, timeout)
+
+    def fingerprint(self, use: Use) -> str:
+        """Return what OpenAI calls the system's fingerprint."""
+        base, adapter = (_digits(digest) for digest in (self.service.settings.base_digest, use.digest))
+        return "-".join(part for part in (base, adapter, __version__) if part)
+
+    def header(self) -> dict[str, str]:
+        """Return the header that names the versions which answer."""
+        return {ADAPTER_HEADER: ", ".join(dict.fromkeys(prompt.use.label for prompt in self.prompts))}
+
+
+def _digits(digest: str | None) -> str:
+    return (digest or "").rpartition(":")[2][:8]
+
+
+async def chat_tokens(
+    service: Service, use: Use, messages: Sequence[ChatMessage], options: dict[str, Any], generation_prompt: bool = True
+) -> tuple[int, ...]:
+    """Return the tokens of a conversation, under the adapter's own chat template where it brings one."""
+    template = None if use.adapter is None else await asyncio.to_thread(own_template, use.adapter.folder)
+    rows = [message.for_template() for message in messages]
+    return await asyncio.to_thread(service.tokenizer.chat, rows, template, options, generation_prompt)
+
+
+async def text_tokens(service: Service, prompt: str | list[int], special_tokens: bool = True) -> tuple[int, ...]:
+    """Return the tokens of a prompt that is a text, or its tokens."""
+    if isinstance(prompt, str):
+        return await asyncio.to_thread(service.tokenizer.text, prompt, special_tokens)
+    return service.tokenizer.checked(prompt)

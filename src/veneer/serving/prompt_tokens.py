@@ -1,0 +1,118 @@
+"""Turns conversations and texts into tokens, and tokens into text, by the base's tokenizer."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from veneer.base_model.transformers_errors import transformers_errors_as
+from veneer.errors import UsageError
+from veneer.serving.serving_errors import InvalidRequestError
+
+_TEMPLATE_BYTES = 1 << 20
+
+
+class PromptTokenizer:
+    """Applies chat templates and the base's tokenizer; any thread may call it.
+
+    Args:
+        tokenizer: transformers' tokenizer of the base.
+        rows: how many tokens the base has an embedding of.
+    """
+
+    def __init__(self, tokenizer: Any, rows: int) -> None:
+        self._tokenizer, self._rows = tokenizer, rows
+        names = inspect.signature(tokenizer.apply_chat_template).parameters
+        self._reserved = {*names, "messages", "documents", "tools"}
+
+    @property
+    def has_template(self) -> bool:
+        """True where the base's tokenizer brings a chat template."""
+        return bool(self._tokenizer.chat_template)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        template: str | None,
+        options: Mapping[str, Any],
+        generation_prompt: bool = True,
+    ) -> tuple[int, ...]:
+        """Return the tokens of a conversation.
+
+        Args:
+            messages: with the keys ``role`` and ``content``.
+            template: an adapter's own chat template; the base's without.
+            options: what the template itself takes.
+            generation_prompt: end with what begins an answer.
+
+        Raises:
+            InvalidRequestError: there is no template, or it refuses the conversation.
+        """
+        self._check_options(options)
+        if template is None and not self.has_template:
+            raise InvalidRequestError(
+                "This model has no chat template.",
+                hint="Use /v1/completions with a `prompt`, or an adapter that brings a template.",
+                param="messages",
+            )
+        with transformers_errors_as(UsageError, "The chat template refuses", "Look at the roles and their order."):
+            inputs = self._tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=template,
+                add_generation_prompt=generation_prompt,
+                tokenize=True,
+                return_dict=True,
+                **options,
+            )
+        return self._checked(inputs["input_ids"], "messages")
+
+    def text(self, prompt: str, special_tokens: bool = True) -> tuple[int, ...]:
+        """Return the tokens of a text."""
+        with transformers_errors_as(UsageError, "The tokenizer cannot take the prompt apart", ""):
+            tokens = self._tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"]
+        return self._checked(tokens, "prompt")
+
+    def checked(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """Return tokens that a client gave, of which the base has all."""
+        return self._checked(tokens, "prompt")
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, special ones with it."""
+        with transformers_errors_as(UsageError, "The tokenizer cannot put the tokens together", ""):
+            return str(self._tokenizer.decode(list(self._checked(tokens, "tokens", empty=True))))
+
+    def token_text(self, token: int) -> str:
+        """Return the text of one token; of a part of a character the replacement character."""
+        return str(self._tokenizer.decode([token]))
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        for name in options:
+            if name in self._reserved:
+                raise InvalidRequestError(
+                    f"`chat_template_kwargs.{name}` is the server's to set.",
+                    hint="Give what the chat template itself takes.",
+                    param="chat_template_kwargs",
+                )
+
+    def _checked(self, tokens: Sequence[int], param: str, empty: bool = False) -> tuple[int, ...]:
+        if not tokens and not empty:
+            raise InvalidRequestError("The prompt gives no tokens.", hint="Say something.", param=param)
+        unknown = next((token for token in tokens if not 0 <= token < self._rows), None)
+        if unknown is not None:
+            message = f"The model has no token {unknown}: it has {self._rows}."
+            raise InvalidRequestError(message, hint="Is the tokenizer this model's?", param=param)
+        return tuple(tokens)
+
+
+def own_template(folder: Path) -> str | None:
+    """Return the chat template that an adapter's folder brings, ``None`` where it brings none."""
+    jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if jinja.is_file() and jinja.stat().st_size <= _TEMPLATE_BYTES:
+        return jinja.read_text(encoding="utf-8")
+    if not config.is_file() or config.stat().st_size > _TEMPLATE_BYTES:
+        return None
+    template = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+    return template if isinstance(template, str) else None

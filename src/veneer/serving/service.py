@@ -1,0 +1,137 @@
+"""Holds what all routes share, and asks the engine for the answer to one prompt."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from veneer.serving.engine_types import Engine, EngineRequest, Sampling, TokenEvent
+from veneer.serving.serving_errors import ContextTooLongError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from veneer.serving.admission import Admission
+    from veneer.serving.auth import Caller, Keys
+    from veneer.serving.metrics import ServerMetrics
+    from veneer.serving.prompt_tokens import PromptTokenizer
+    from veneer.serving.registry import Registry
+    from veneer.serving.registry_types import Use
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """The choices of the operator that concern the routes.
+
+    Attributes:
+        base_name: the name by which requests ask for the base.
+        base_digest: of the base's files.
+        runtime_adapters: adapters may be registered and removed while the server runs.
+        request_timeout: the seconds after which an answer is given up.
+        page: serve the page at ``/``.
+        gateway_metrics: add the gauges that gateways read, under vLLM's names.
+        hosts: further names of this server; ``None`` allows all, since keys protect it.
+    """
+
+    base_name: str
+    base_digest: str = ""
+    runtime_adapters: bool = False
+    request_timeout: float = 600.0
+    page: bool = False
+    gateway_metrics: bool = False
+    hosts: tuple[str, ...] | None = ()
+
+
+@dataclass
+class Service:
+    """The parts of one server."""
+
+    settings: ServiceSettings
+    engine: Engine
+    registry: Registry
+    admission: Admission
+    keys: Keys
+    tokenizer: PromptTokenizer
+    metrics: ServerMetrics
+    ready: bool = False
+    draining: bool = False
+    waiting: Counter[str] = field(default_factory=Counter)
+    running: Counter[str] = field(default_factory=Counter)
+
+    def drain(self) -> None:
+        """Take no new requests."""
+        self.draining = True
+        self.admission.drain()
+
+    def most_tokens(self, prompt: int, asked: int | None, default: int | None = None) -> int:
+        """Return how many tokens an answer may have.
+
+        Args:
+            prompt: the tokens of the prompt.
+            asked: what the request asks for.
+            default: where it asks for nothing; all that fit without.
+
+        Raises:
+            ContextTooLongError: prompt and answer do not fit.
+        """
+        context = self.engine.max_context
+        left = context - prompt
+        most = asked if asked is not None else min(left, default or left)
+        if most > left or left < 1:
+            raise ContextTooLongError(
+                f"The prompt has {prompt} tokens and the answer may have {asked or 1}: this server takes {context} "
+                "together.",
+                hint=f"Ask for {left} tokens at most." if left > 0 else "Shorten the prompt.",
+                param="messages" if left < 1 else "max_tokens",
+            )
+        return most
+
+    async def answer(
+        self, use: Use, caller: Caller, prompt: tuple[int, ...], sampling: Sampling
+    ) -> AsyncIterator[TokenEvent]:
+        """Wait for the turn of a request, and yield what the engine generates."""
+        arrival = time.monotonic()
+        self.waiting[use.name] += 1
+        admitted = False
+        try:
+            async with self.admission.admit(use, caller, len(prompt) + sampling.max_tokens) as admission:
+                self.waiting[use.name] -= 1
+                admitted = True
+                self.metrics.queued(admission.queue_seconds)
+                request = EngineRequest(uuid.uuid4().hex, prompt, use.digest, sampling)
+                with self._running(use.name):
+                    async with aclosing(self.engine.generate(request)) as events:  # type: ignore[type-var]
+                        async for event in self._timed(events, use, len(prompt), arrival):
+                            yield event
+        finally:
+            if not admitted:
+                self.waiting[use.name] -= 1
+
+    @contextmanager
+    def _running(self, name: str) -> Iterator[None]:
+        self.running[name] += 1
+        try:
+            yield
+        finally:
+            self.running[name] -= 1
+
+    async def _timed(
+        self, events: AsyncIterator[TokenEvent], use: Use, prompt: int, arrival: float
+    ) -> AsyncIterator[TokenEvent]:
+        """Pass events on, and measure them."""
+        first, last, tokens = None, arrival, 0
+        try:
+            async for event in events:
+                last = time.monotonic()
+                if first is None:
+                    first = last
+                    self.metrics.first_token(last - arrival)
+                tokens += event.token is not None
+                yield event
+        finally:
+            self.metrics.generated(use.name, prompt, tokens, last - (first or last))
