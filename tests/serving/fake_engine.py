@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from veneer.errors import EngineError
 from veneer.serving.app import create_app
-from veneer.serving.engine_types import EngineRequest, EngineStatus, TokenEvent, TokenLogprob
+from veneer.serving.engine_types import EngineRequest, EngineStatus, LoadedVersion, TokenEvent, TokenLogprob
 from veneer.serving.service import Service
 
 ROWS = 99
@@ -71,11 +71,12 @@ class FakeEngine:
     def stop(self, timeout: float) -> None:
         """Do nothing."""
 
-    async def load(self, version: str, folder: Path) -> None:
+    async def load(self, version: str, folder: Path) -> LoadedVersion:
         """Load."""
         if self.refused is not None:
             raise self.refused
         self.loaded[version] = folder
+        return LoadedVersion(version, True, 0.0)
 
     async def drop(self, version: str) -> None:
         """Drop."""

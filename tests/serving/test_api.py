@@ -205,6 +205,7 @@ REFUSED: dict[str, tuple[Any, int, str, str]] = {
     ),
     "five stops": ({**CHAT, "stop": ["w1"] * 5}, 400, "invalid_request", "stop"),
     "empty stop": ({**CHAT, "stop": ""}, 400, "invalid_request", "stop"),
+    "bias": ({**CHAT, "logit_bias": {"99": 1}}, 400, "invalid_request", "no token 99"),
     "n": ({**CHAT, "n": 9}, 400, "invalid_request", "`n`"),
     "template's own": (
         {**CHAT, "chat_template_kwargs": {"chat_template": "x"}},

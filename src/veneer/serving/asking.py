@@ -73,6 +73,7 @@ class Asked:
 
     def generations(self) -> Generations:
         """Begin to generate the answers to all prompts."""
+        self.service.tokenizer.check_bias(int(token) for token in self.body.logit_bias)
         limit = self.service.settings.request_timeout
         timeout = limit if self.body.timeout is None else min(self.body.timeout, limit)
         sources = [self.service.answer(p.use, self.caller, p.tokens, p.sampling) for p in self.prompts]

@@ -36,7 +36,7 @@ async def compare(
                 most = service.most_tokens(len(tokens), body.max_tokens)
                 asked.prompts.append(Prompt(use, tokens, body.sampling(most, None)))
             async with asked.generations() as generations:
-                columns = Columns(asked, body.models)
+                columns = ComparedAnswers(asked, body.models)
                 send = _stream_columns if body.stream else _whole_columns
                 await send(columns, generations.events(), sender)
 
@@ -49,7 +49,7 @@ async def _compared_tokens(service: Service, use: Use, body: CompareBody) -> tup
     return await chat_tokens(service, use, body.messages, body.chat_template_kwargs)
 
 
-class Columns:
+class ComparedAnswers:
     """The answers of a comparison, each with its version and its times."""
 
     def __init__(self, asked: Asked, models: Sequence[str]) -> None:
@@ -100,7 +100,7 @@ class Columns:
         }
 
 
-async def _whole_columns(columns: Columns, events: Events, sender: Sender) -> None:
+async def _whole_columns(columns: ComparedAnswers, events: Events, sender: Sender) -> None:
     async for item in events:
         if item is not None:
             columns.add(item)
@@ -108,7 +108,7 @@ async def _whole_columns(columns: Columns, events: Events, sender: Sender) -> No
     await sender.json({"object": "compare", "columns": body}, columns.asked.header())
 
 
-async def _stream_columns(columns: Columns, events: Events, sender: Sender) -> None:
+async def _stream_columns(columns: ComparedAnswers, events: Events, sender: Sender) -> None:
     await sender.begin_events(columns.asked.header())
     try:
         for index in range(len(columns.asked.prompts)):

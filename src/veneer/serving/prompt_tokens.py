@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,16 @@ class PromptTokenizer:
         return self._checked(tokens, "prompt")
 
     def checked(self, tokens: Sequence[int]) -> tuple[int, ...]:
-        """Return tokens that a client gave, of which the base has all."""
+        """Return tokens that a client gave, of which the base has all.
+
+        Raises:
+            InvalidRequestError: it lacks one, or there are none.
+        """
         return self._checked(tokens, "prompt")
+
+    def check_bias(self, tokens: Iterable[int]) -> None:
+        """Raise ``InvalidRequestError`` for a token with a bias that the base does not have."""
+        self._checked(tuple(tokens), "logit_bias", empty=True)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special ones with it."""
