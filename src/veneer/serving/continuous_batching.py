@@ -81,10 +81,6 @@ class ServedModel(nn.Module, ContinuousMixin):
     def _get_logits_processor(self, generation_config: GenerationConfig, **_: Any) -> LogitsProcessorList:
         return LogitsProcessorList([RequestSampler(self.lane)])
 
-    def _supports_logits_to_keep(self) -> bool:
-        # An adapter of the head names all tokens of the batch.
-        return False
-
 
 class RequestSampler(LogitsProcessor):
     """Chooses each row's token, and makes it the likeliest one."""
