@@ -20,7 +20,7 @@ from veneer.printing import quiet
 @click.option(
     "--to",
     default="peft",
-    help="The format: peft, mlx, gguf, diffusers, kohya, lycoris, or serving, which is PEFT's for any server.",
+    help="The format: peft, mlx, gguf, diffusers, comfyui, kohya, lycoris, or serving, which is PEFT's for any server.",
 )
 @options.base
 @options.switch("--as-lora", "Make a plain LoRA of an adapter of another method first.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +14,7 @@ from veneer.files.weight_files import read_checked_headers
 from veneer.formats import original_config
 from veneer.formats.base_facts import named_base
 from veneer.formats.canonical import CanonicalAdapter
+from veneer.formats.components import COMPONENTS, model_of
 from veneer.formats.format import Base, ReadOptions, Step
 from veneer.formats.tensor_files import new_folder, read_tensors, write_tensors
 
@@ -31,7 +33,9 @@ class PeftFormat:
     writes: ClassVar[bool] = True
 
     def recognise(self, source: Source) -> bool:
-        """Tell whether there are PEFT's config and weights."""
+        """Tell whether there are PEFT's config and weights, or those of components of a pipeline below."""
+        if _components(source):
+            return True
         if source.file is not None and source.file.name != ADAPTER_WEIGHTS:
             return False
         if not source.has(ADAPTER_CONFIG) or not any(source.has(name) for name in _WEIGHTS):
@@ -40,7 +44,15 @@ class PeftFormat:
         return values.get("peft_type") is not None and not is_of_mlx(values)
 
     def read(self, source: Source, options: ReadOptions) -> Mapping[str, CanonicalAdapter]:
-        """Read a folder."""
+        """Read a folder, or those of a pipeline's components below it."""
+        components = _components(source)
+        if options.component in components:
+            return {options.component: self._read(components[options.component], options)}
+        if components:
+            return {name: self._read(folder, replace(options, component=name)) for name, folder in components.items()}
+        return {"": self._read(source, options)}
+
+    def _read(self, source: Source, options: ReadOptions) -> CanonicalAdapter:
         from veneer.formats.peft_layout import canonical
 
         values = source.json(ADAPTER_CONFIG)
@@ -49,20 +61,29 @@ class PeftFormat:
         tensors = {key: tensor for header in headers for key, tensor in read_tensors(header).items()}
         metadata = {key: value for header in headers for key, value in header.metadata.items()}
         base = options.base or named_base(config.base_model_name_or_path, source)
-        return {"": canonical(config, tensors, metadata, base, source.origin)}
+        return canonical(config, tensors, metadata, model_of(base, options.component or ""), source.origin)
 
     def write(self, adapters: Mapping[str, CanonicalAdapter], target: Path, base: Base | None) -> list[Step]:
-        """Write a folder, or a folder for each component of a pipeline below it."""
+        """Write a folder; where there are several components of a pipeline, one for each below it."""
         from veneer.formats.peft_layout import laid_out
         from veneer.formats.scaling import fitted
 
         fits = {component: fitted(adapter, self.name, self.title) for component, adapter in adapters.items()}
         with new_folder(target) as folder:
             for component, fit in fits.items():
-                config, tensors = laid_out(fit.adapter, base)
+                config, tensors = laid_out(fit.adapter, model_of(base, component))
                 metadata = {key: value for key, value in fit.adapter.metadata.items() if key != original_config.KEY}
-                write_folder(folder / component, config.to_json(inference_mode=True), tensors, metadata)
+                place = folder / component if len(fits) > 1 else folder
+                write_folder(place, config.to_json(inference_mode=True), tensors, metadata)
         return [step for fit in fits.values() for step in fit.steps]
+
+
+def _components(source: Source) -> dict[str, Source]:
+    """Return the folders of a pipeline's components below a source that has no config itself."""
+    if source.file is not None or source.has(ADAPTER_CONFIG):
+        return {}
+    folders = {name: source.root / name for name in COMPONENTS if (source.root / name / ADAPTER_CONFIG).is_file()}
+    return {name: Source(folder, f"{source.origin}/{name}") for name, folder in folders.items()}
 
 
 def write_folder(folder: Path, config: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:

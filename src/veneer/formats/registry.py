@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from veneer.errors import UsageError, did_you_mean
 from veneer.files.source import Source
+from veneer.formats.comfyui import ComfyuiFormat
+from veneer.formats.diffusers import DiffusersFormat
 from veneer.formats.format import Format
+from veneer.formats.kohya import KohyaFormat
+from veneer.formats.lycoris import LycorisFormat
 from veneer.formats.peft import PeftFormat
 from veneer.formats.serving import ServingFormat
 
@@ -12,6 +16,10 @@ from veneer.formats.serving import ServingFormat
 ALL: tuple[Format, ...] = (
     PeftFormat(),
     ServingFormat(),
+    DiffusersFormat(),
+    ComfyuiFormat(),
+    KohyaFormat(),
+    LycorisFormat(),
 )
 
 

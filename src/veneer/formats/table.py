@@ -65,6 +65,7 @@ TABLE: Mapping[str, Holds] = {
     "diffusers": Holds(dora=EXACT, lora_bias=EXACT, convolutions=EXACT),
     "kohya": Holds(zero=FOLD, convolutions=EXACT),
     "lycoris": Holds(zero=FOLD, dora=EXACT, convolutions=EXACT, methods=("LORA", "LOHA", "LOKR", "IA3")),
+    "comfyui": Holds(ranks=PAD, scales=FOLD, zero=FOLD, convolutions=EXACT),
     "serving": Holds(ranks=PAD, scales=FOLD, zero=FOLD, embeddings=EXACT),
 }
 

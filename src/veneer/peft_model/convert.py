@@ -71,8 +71,8 @@ def convert(
     Args:
         source: the adapter: a folder, a file or a hub id.
         out: the folder or file to write. Nothing may be there.
-        to: the format: ``"peft"``, ``"mlx"``, ``"gguf"``, ``"diffusers"``, ``"kohya"``, ``"lycoris"``, or ``"serving"``
-            for a PEFT folder that every server of LoRA reads rightly.
+        to: the format: ``"peft"``, ``"mlx"``, ``"gguf"``, ``"diffusers"``, ``"comfyui"``, ``"kohya"``, ``"lycoris"``,
+            or ``"serving"`` for a PEFT folder that every server of LoRA reads rightly.
         base: the adapter's base, as a path, a hub id or a model in memory; by default what the adapter names, where it
             is on this machine. Formats that rename modules need it.
         as_lora: make a plain LoRA of the adapter first, as :func:`convert_to_lora` does.
@@ -139,6 +139,8 @@ def _read(source: Source, options: ReadOptions) -> _Converted:
             hint=f"`veneer inspect {source.origin}` tells what is there.",
         )
     adapters = own_format.read(source, options)
+    if options.component and list(adapters) == [""]:
+        adapters = {options.component: adapters[""]}
     methods = {change.method for adapter in adapters.values() for change in adapter.modules.values()}
     return _Converted(adapters, ", ".join(sorted(methods)), own_format.title, (), 0.0, {})
 
