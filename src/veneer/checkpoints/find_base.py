@@ -11,11 +11,12 @@ from veneer.errors import BaseModelError, IncompleteCheckpointError, NotACheckpo
 from veneer.files import adapter_folders
 from veneer.files.base_map import places_of
 from veneer.files.lookup_options import LookupOptions
-from veneer.files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, MODEL_STEM
+from veneer.files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FOREIGN_FILES, MODEL_CONFIG, MODEL_STEM
 from veneer.files.paths import exists, is_file
 from veneer.files.resolve import resolve
 from veneer.files.source import Source
 from veneer.files.weight_files import read_headers
+from veneer.formats.foreign import foreign
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,13 @@ def kind_of(source: Source, members: list[adapter_folders.Member]) -> str:
     Raises:
         IncompleteCheckpointError, NotACheckpointError: nothing that can be loaded.
     """
+    if foreign(source) is not None:
+        return "adapter"
+    if source.file is not None and source.file.suffix in FOREIGN_FILES:
+        raise NotACheckpointError(
+            f"{source.origin} is no adapter in a format that is known.",
+            hint="A model in GGUF is loaded as the base of an adapter: base=FOLDER, gguf_file=NAME.",
+        )
     model, adapter = source.has(MODEL_CONFIG), source.has(ADAPTER_CONFIG)
     if members:
         return "set of adapters"
@@ -114,7 +122,8 @@ def _named_base(source: Source, checkpoints: list[Checkpoint], lookup: LookupOpt
     if len(names) > 1:
         raise BaseModelError(f"{source.origin}: its adapters name different bases: {names}.", hint=hint)
     if not names[0]:
-        raise BaseModelError(f"{source.origin}/{ADAPTER_CONFIG} names no base model.", hint=hint)
+        place = source.origin if source.file is not None else f"{source.origin}/{ADAPTER_CONFIG}"
+        raise BaseModelError(f"{place} names no base model.", hint=hint)
     name = names[0]
     tried = []
     places = places_of(name, source.root)

@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from veneer.checkpoints.checkpoint import Checkpoint, in_memory_checkpoint
 from veneer.checkpoints.layouts.spellings import as_peft_writes
 from veneer.configs.base import PeftConfig
-from veneer.errors import IncompleteCheckpointError
+from veneer.errors import IncompleteCheckpointError, UsageError
 from veneer.files.names import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_STEM, ADAPTER_WEIGHTS
 from veneer.files.source import Source
 from veneer.files.weight_files import read_checked_headers
+from veneer.formats.foreign import foreign
+from veneer.formats.format import Base, Format, ReadOptions
 from veneer.packages import stands_in_for_peft
 
 
-def open_checkpoint(source: Source, *, strict: bool = True, config: PeftConfig | None = None) -> Checkpoint:
-    """Read an adapter folder's config (unless one is given) and header.
+def open_checkpoint(
+    source: Source,
+    *,
+    strict: bool = True,
+    config: PeftConfig | None = None,
+    base: Callable[[], Base | None] = lambda: None,
+) -> Checkpoint:
+    """Read an adapter's config (unless one is given) and header; of another tool's adapter, all of it.
+
+    Args:
+        source: the adapter.
+        strict: raise on a key of its config that is unknown and may change the maths; else warn.
+        config: used in place of its own.
+        base: gives the facts of its base, which some formats of other tools need.
 
     Raises:
         IncompleteCheckpointError: the config, the weights or every tensor is missing.
         SourceError: a file cannot be read; ConfigError: the config is wrong, or not supported.
     """
+    other_format = foreign(source)
+    if other_format is not None:
+        return _from_other_format(source, other_format, config, base())
     if not source.has(ADAPTER_CONFIG):
         raise IncompleteCheckpointError(
             f"{source.origin}: there is no {ADAPTER_CONFIG}, so this is no adapter.",
@@ -37,6 +55,25 @@ def open_checkpoint(source: Source, *, strict: bool = True, config: PeftConfig |
             "with stage3_gather_16bit_weights_on_model_save, or gather before saving.",
         )
     return replace(as_peft_writes(checkpoint), source=source)
+
+
+def _from_other_format(
+    source: Source, other_format: Format, config: PeftConfig | None, base: Base | None
+) -> Checkpoint:
+    """Read an adapter of another tool into PEFT's layout."""
+    from veneer.formats.peft_layout import laid_out
+
+    adapters = other_format.read(source, ReadOptions(base=base))
+    if len(adapters) > 1:
+        raise UsageError(
+            f"{source.origin} holds adapters of several models: {', '.join(adapters)}.",
+            hint=f"Take one out first: veneer convert {source.origin} NEW --component {next(iter(adapters))}",
+        )
+    adapter = next(iter(adapters.values()))
+    own_config, tensors = laid_out(adapter, base)
+    checkpoint = in_memory_checkpoint(config or own_config, tensors, source.origin)
+    notes = (f"It was read from a file of {other_format.title}.", *adapter.notes)
+    return replace(checkpoint, metadata=adapter.metadata, notes=notes, source=source)
 
 
 def _from_headers(source: Source, config: PeftConfig) -> Checkpoint:

@@ -11,6 +11,8 @@ ADAPTER_PICKLE = "adapter_model.bin"
 MODEL_CONFIG = "config.json"
 MODEL_STEM = "model"
 SAFETENSORS = ".safetensors"
+# The ending of a file that another tool keeps an adapter in -> the bytes that such a file begins with.
+FOREIGN_FILES: Mapping[str, bytes] = {".gguf": b"GGUF", ".npz": b"PK", ".lora": b"PK"}
 INDEX = ".safetensors.index.json"
 
 # Bytes per value, by the name that a header gives a dtype.

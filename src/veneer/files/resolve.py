@@ -14,8 +14,9 @@ from pathlib import Path
 from veneer.errors import NotACheckpointError, PathNotFoundError, PickleRefusedError, SourceError
 from veneer.files.hub import from_hub
 from veneer.files.hub_page import is_url, read_hub_page
+from veneer.files.json_file import unreadable
 from veneer.files.lookup_options import LookupOptions
-from veneer.files.names import SAFETENSORS
+from veneer.files.names import FOREIGN_FILES, SAFETENSORS
 from veneer.files.paths import exists, is_folder, nearest_path
 from veneer.files.safetensors_header import read_header
 from veneer.files.source import PICKLES, Source
@@ -36,7 +37,7 @@ def resolve(
     what: str = "path",
     patterns: Sequence[str] = _PATTERNS,
 ) -> Source:
-    """Find the files of a local folder, a single safetensors file, a hub id, or a model's page on the hub.
+    """Find the files of a local folder, a single file of weights, a hub id, or a model's page on the hub.
 
     Args:
         path: what to find.
@@ -95,6 +96,8 @@ def local_path(text: str, what: str) -> tuple[Path, bool, bool]:
 
 
 def _single_file(path: Path, text: str) -> Source:
+    if path.suffix in FOREIGN_FILES and _begins_with(path, FOREIGN_FILES[path.suffix]):
+        return Source(path.parent, text, file=path)
     if path.suffix != SAFETENSORS:
         kinds = [suffix for names in PICKLES.values() for name in names for suffix in [Path(name).suffix]]
         if path.suffix in kinds and path.suffix != ".json":
@@ -107,6 +110,14 @@ def _single_file(path: Path, text: str) -> Source:
         )
     read_header(path)
     return Source(path.parent, text, file=path)
+
+
+def _begins_with(path: Path, start: bytes) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(start)) == start
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def _missing(path: Path, what: str) -> SourceError:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from veneer.errors import BaseModelError, SourceError
 from veneer.files.base_map import places_of
-from veneer.files.lookup_options import OFFLINE
+from veneer.files.lookup_options import OFFLINE, LookupOptions
 from veneer.files.names import MODEL_CONFIG, SAFETENSORS
 from veneer.files.resolve import resolve
 from veneer.files.safetensors_header import read_header
@@ -21,6 +22,8 @@ from veneer.formats.format import Base
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from veneer.base_model.catalog import Catalog
 
 V = TypeVar("V")
 
@@ -61,18 +64,36 @@ def base_on_disk(source: Source) -> Base:
         return _pipeline(source)
     config = source.json(MODEL_CONFIG) if source.file is None and source.has(MODEL_CONFIG) else {}
     if "model_type" in config:
-        model = OnDemand(lambda: {"": _meta(source, config)})
-        return Base(source.origin, config, OnDemand(lambda: shapes_of(model[""])), OnDemand(lambda: ties_of(model[""])))
+        parameters = OnDemand(lambda: dict(_meta(source, config).named_parameters(remove_duplicate=False)))
+        return Base(source.origin, config, OnDemand(lambda: _shapes(parameters)), OnDemand(lambda: _ties(parameters)))
     if not _weight_files(source):
         raise BaseModelError(f"{source.origin} holds no model.", hint="Give the folder of the adapter's base.")
     return Base(source.origin, config, OnDemand(lambda: _stored_shapes(source)))
 
 
-def base_in_memory(model: nn.Module) -> Base:
-    """Return the facts of a base in memory."""
-    config = getattr(model, "config", None)
+def base_in_memory(catalog: Catalog) -> Base:
+    """Return the facts of a base in memory, which may carry adapters."""
+    config = getattr(catalog.model, "config", None)
     values = dict(config or {}) if config is None or isinstance(config, Mapping) else config.to_dict()
-    return Base(f"the {type(model).__name__} in memory", values, shapes_of(model), ties_of(model))
+    parameters = {
+        f"{name}.{leaf}" if name else leaf: parameter
+        for name, module in catalog.modules.items()
+        for leaf, parameter in module._parameters.items()
+        if parameter is not None
+    }
+    origin = f"the {type(catalog.model).__name__} in memory"
+    return Base(origin, values, _shapes(parameters), _ties(parameters))
+
+
+def given_base(base: str | Path | nn.Module | None, lookup: LookupOptions) -> Base | None:
+    """Return the facts of a base that a user names by its path or hub id, or gives in memory."""
+    if base is None:
+        return None
+    if isinstance(base, (str, Path)):
+        return base_on_disk(resolve(base, lookup.for_base(None), what="base"))
+    from veneer.base_model.catalog import Catalog
+
+    return base_in_memory(Catalog(base))
 
 
 def named_base(name: str | None, source: Source) -> Base | None:
@@ -103,18 +124,16 @@ def _meta(source: Source, config: dict[str, Any]) -> nn.Module:
     return meta_model(named_class(config) or transformers.AutoModel, source)
 
 
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each parameter of a model, one of several names under all of them."""
-    return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+def _shapes(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in parameters.items()}
 
 
-def ties_of(model: nn.Module) -> dict[str, str]:
+def _ties(parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
     """Return the names of parameters that are one, each with the first of them: ``lm_head.weight`` -> the embedding."""
     first: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters.items():
         first.setdefault(id(parameter), name)
-    named = model.named_parameters(remove_duplicate=False)
-    return {name: first[id(parameter)] for name, parameter in named if first[id(parameter)] != name}
+    return {name: first[id(parameter)] for name, parameter in parameters.items() if first[id(parameter)] != name}
 
 
 def _weight_files(source: Source) -> list[str]:

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_WEIGHTS
 from veneer.files.resolve import looks_like_hub_id
 from veneer.files.source import Source
+from veneer.formats.base_facts import given_base
 from veneer.keywords import TOKEN, takes
 from veneer.merging.output.target import check_adapter_target, check_apart
 from veneer.merging.work.inputs import AdapterPaths
@@ -152,7 +154,7 @@ def combine(
         majority_sign_method or "total",
         options.get("seed"),
     )
-    checkpoints = [open_checkpoint(source, strict=strict) for source in sources]
+    checkpoints = [open_checkpoint(source, strict=strict, base=partial(given_base, base, lookup)) for source in sources]
     found_base = find_base(sources[0], checkpoints, base, lookup)
     check_apart(folder, [*(("adapter", source.root) for source in sources), ("base", found_base.source.root)])
     model = _load(found_base, dict(zip(names, checkpoints, strict=True)), trust_remote_code, strict, strict_base)

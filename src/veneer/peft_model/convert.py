@@ -16,9 +16,9 @@ from veneer.files.paths import exists
 from veneer.files.resolve import resolve
 from veneer.files.source import Source
 from veneer.formats import registry
-from veneer.formats.base_facts import base_in_memory, base_on_disk, named_base
+from veneer.formats.base_facts import base_in_memory, given_base, named_base
 from veneer.formats.canonical import CanonicalAdapter
-from veneer.formats.format import Base, ReadOptions, Step
+from veneer.formats.format import ReadOptions, Step
 from veneer.formats.peft_layout import canonical
 from veneer.keywords import TOKEN, takes
 from veneer.peft_model.conversion_report import ROUNDING, ConversionReport
@@ -26,7 +26,8 @@ from veneer.peft_model.convert_to_lora import as_lora as lora_of
 from veneer.peft_model.convert_to_lora import base_metadata, errors_of
 from veneer.peft_model.load import load
 
-EXPERTS = ("grouped", "rank-major")
+# Option that a file may need -> its values.
+_CHOICES = {"experts": ("grouped", "rank-major"), "scaling": ("plain", "alpha/rank")}
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def convert(
     rank: float | None = None,
     experts: str | None = None,
     component: str | None = None,
+    scaling: str | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
     token: str | None = None,
@@ -79,6 +81,7 @@ def convert(
         rank: with ``as_lora``, the rank of the LoRA; needed where the change has no low rank of its own.
         experts: ``"grouped"`` or ``"rank-major"``, how a file lays out fused experts that does not say so itself.
         component: the part of a pipeline that is converted, such as ``"unet"``; by default all.
+        scaling: ``"plain"`` or ``"alpha/rank"``, what an alpha meant to the mlx-vlm that trained the adapter.
         revision: branch, tag or commit on the hub.
         subfolder: where below ``source`` to look.
         token: for the hub.
@@ -93,41 +96,34 @@ def convert(
         OutputError: ``out`` is taken or cannot be written. SourceError, BindError: a file is damaged or incomplete.
     """
     target = registry.target(to)
-    _check_options(as_lora, rank, experts)
+    _check_options(as_lora, rank, {"experts": experts, "scaling": scaling})
     lookup = LookupOptions(revision, subfolder, token, local_files_only)
     place = resolve(source, lookup, what="adapter")
     _check_free(Path(out))
-    facts = _facts_of(base, lookup)
+    facts = given_base(base, lookup)
     converted = (
         _as_lora(place, base, rank, lookup)
         if as_lora
-        else _read(place, ReadOptions(base=facts, experts=experts, component=component))
+        else _read(place, ReadOptions(base=facts, experts=experts, component=component, scaling=scaling))
     )
     named = next((adapter.base for adapter in converted.adapters.values() if adapter.base), None)
     steps = target.write(converted.adapters, Path(out), facts or named_base(named, place))
     return _report(converted, os.fspath(source), os.fspath(out), target.title, steps)
 
 
-def _check_options(as_lora: bool, rank: float | None, experts: str | None) -> None:
+def _check_options(as_lora: bool, rank: float | None, choices: Mapping[str, str | None]) -> None:
     check_rank("rank", rank)
     if rank is not None and not as_lora:
         raise UsageError("A rank is given, and no LoRA is made.", hint="Give --as-lora too (as_lora=True).")
-    if experts not in (None, *EXPERTS):
-        raise UsageError(f"experts={experts!r} is no layout of experts.", hint=f"There are: {', '.join(EXPERTS)}.")
+    for name, value in choices.items():
+        if value not in (None, *_CHOICES[name]):
+            raise UsageError(f"{name}={value!r} is no choice.", hint=f"There are: {', '.join(_CHOICES[name])}.")
 
 
 def _check_free(out: Path) -> None:
     """Refuse a place where something is already, before any work is done."""
     if exists(out) and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists already.", hint="Give a path where nothing is yet.")
-
-
-def _facts_of(base: str | Path | nn.Module | None, lookup: LookupOptions) -> Base | None:
-    if base is None:
-        return None
-    if isinstance(base, nn.Module):
-        return base_in_memory(base)
-    return base_on_disk(resolve(base, lookup.for_base(None), what="base"))
 
 
 def _read(source: Source, options: ReadOptions) -> _Converted:
@@ -156,7 +152,7 @@ def _as_lora(
     config, tensors = lora_of(model, adapter, rank)
     error, errors = errors_of(model, adapter, config, tensors)
     lora = canonical(
-        config, tensors, base_metadata(model, adapter), base_in_memory(model.get_base_model()), source.origin
+        config, tensors, base_metadata(model, adapter), base_in_memory(model.adapters.catalog), source.origin
     )
     kind = "exact" if max(errors.values(), default=0.0) < ROUNDING else "approximated"
     step = Step(kind, "made a plain LoRA", tuple(errors), error)

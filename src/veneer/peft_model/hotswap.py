@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from veneer.configs.lora_start_options import is_moved
 from veneer.configs.methods.lora import LoraConfig
 from veneer.errors import AdapterError, MergeError, UnsupportedError, UsageError
 from veneer.files.tensor_keys import PREFIX
+from veneer.formats.base_facts import base_in_memory
 from veneer.keywords import IGNORED, SOURCE, TOKEN, takes
 from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters
 from veneer.methods import method_of
@@ -190,7 +192,8 @@ def hotswap_adapter(
     adapted.adapters.get(adapter_name)
     source = find_adapter(model_name_or_path, source_options)
     with adapted.adapters.changing((adapter_name,)):
-        _hotswap(adapted, open_checkpoint(source, strict=strict), adapter_name)
+        facts = partial(base_in_memory, adapted.adapters.catalog)
+        _hotswap(adapted, open_checkpoint(source, strict=strict, base=facts), adapter_name)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import contextlib
 import re
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from veneer.files import adapter_folders
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.resolve import resolve
 from veneer.files.source import Source
+from veneer.formats.base_facts import given_base
 from veneer.keywords import DTYPE, TOKEN, keywords, takes, unknown_keywords
 from veneer.peft_model.attach_adapter import AttachOptions, attach_all, set_mode
 from veneer.peft_model.build_base import BuildOptions, build_base, copied_dtypes
@@ -111,7 +113,8 @@ def load(
         _check_in_memory(base, source, report.kind, building, base_revision)
     opened = OpenedAdapters()
     if report.kind != "model":
-        opened = open_adapters(source, members, adapter_name, strict, adapter_config)
+        facts = partial(given_base, base, lookup)
+        opened = open_adapters(source, members, adapter_name, strict, adapter_config, facts)
     checkpoints, copied = opened.checkpoints, frozenset[torch.dtype]()
     if isinstance(base, nn.Module):
         built, report.base = base, f"the {type(base).__name__} given as base="

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_CONFIG, MODEL_CONFIG
 from veneer.files.resolve import resolve
 from veneer.files.source import Source
+from veneer.formats.foreign import foreign
+from veneer.formats.format import Base
 from veneer.keywords import SOURCE, subset
 
 
@@ -26,24 +28,30 @@ def find_adapter(path: str | Path, options: Mapping[str, Any]) -> Source:
     return resolve(path, LookupOptions(**subset(options, SOURCE)), what="adapter")
 
 
-def open_adapter(source: Source, strict: bool = True, config: PeftConfig | None = None) -> Checkpoint:
+def open_adapter(
+    source: Source,
+    strict: bool = True,
+    config: PeftConfig | None = None,
+    base: Callable[[], Base | None] = lambda: None,
+) -> Checkpoint:
     """Open an adapter.
 
     Args:
         source: its folder.
         strict: raise on a key of its config that is unknown and may change the maths; else warn.
         config: used in place of its own.
+        base: gives the facts of its base, which some formats of other tools need.
 
     Raises:
         NotACheckpointError: it is a full model, or a set of adapters without one at its root.
         SourceError, ConfigError: it cannot be read.
     """
     _check_single(source)
-    return open_checkpoint(source, strict=strict, config=config)
+    return open_checkpoint(source, strict=strict, config=config, base=base)
 
 
 def _check_single(source: Source) -> None:
-    if source.has(ADAPTER_CONFIG):
+    if source.has(ADAPTER_CONFIG) or foreign(source) is not None:
         return
     if source.has(MODEL_CONFIG):
         raise NotACheckpointError(
@@ -77,11 +85,16 @@ class OpenedAdapters:
 
 
 def open_adapters(
-    source: Source, members: Sequence[Member], name: str, strict: bool, config: PeftConfig | None = None
+    source: Source,
+    members: Sequence[Member],
+    name: str,
+    strict: bool,
+    config: PeftConfig | None = None,
+    base: Callable[[], Base | None] = lambda: None,
 ) -> OpenedAdapters:
     """Open the members of a set; or the single adapter at ``source``, to be called ``name``, where there are none."""
     if not members:
-        return OpenedAdapters({name: open_adapter(source, strict, config)})
+        return OpenedAdapters({name: open_adapter(source, strict, config, base)})
     opened = {member.name: open_adapter(member.source, strict) for member in members}
     return OpenedAdapters(opened, adapter_folders.active(source, members))
 

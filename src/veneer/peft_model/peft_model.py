@@ -7,6 +7,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +24,8 @@ from veneer.adapters.training_step import allocate, with_penalty
 from veneer.configs.base import PeftConfig
 from veneer.configs.names import TaskType
 from veneer.errors import UnsupportedError
+from veneer.files.lookup_options import OFFLINE
+from veneer.formats.base_facts import base_in_memory, given_base
 from veneer.keywords import IGNORED, READING, SOURCE, TOKEN, strict, takes
 from veneer.packages import stands_in_for_peft
 from veneer.patches.selection import Selection
@@ -202,7 +205,7 @@ class PeftModel(PromptMethods, XLoraMethods, ShadowMethods, BatchingMethods, Sav
         model = _plain_base(model)
         source = find_adapter(model_id, options)
         attaching = AttachOptions.of(is_trainable, options)
-        checkpoint = open_adapter(source, attaching.strict, config)
+        checkpoint = open_adapter(source, attaching.strict, config, partial(given_base, model, OFFLINE))
         peft_model = wrap(model, checkpoint.config.task_type)
         peft_model.load_log.report = LoadReport(path=str(model_id))
         attach_adapter(peft_model, checkpoint, adapter_name, attaching)
@@ -266,7 +269,8 @@ class PeftModel(PromptMethods, XLoraMethods, ShadowMethods, BatchingMethods, Sav
             key_mapping=key_mapping,
             replace=True,
         )
-        report = attach_adapter(self, open_adapter(source, attaching.strict, config), adapter_name, attaching)
+        checkpoint = open_adapter(source, attaching.strict, config, partial(base_in_memory, self.adapters.catalog))
+        report = attach_adapter(self, checkpoint, adapter_name, attaching)
         if present is None:
             join_routers(self.adapters, adapter_name)
         if self.training and not is_trainable:

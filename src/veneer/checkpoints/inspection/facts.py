@@ -55,6 +55,7 @@ class AdapterFacts:
         layers: the number of layers that it adapts; for SHADOW, of blocks.
         weights: its tensors; ``None`` when they cannot be read.
         virtual_tokens: the number of tokens that a prompt puts before the input or into the cache.
+        format: the tool whose format it is in, such as "MLX-LM"; "PEFT" for PEFT's own.
     """
 
     peft_type: str | None
@@ -70,6 +71,7 @@ class AdapterFacts:
     layers: int
     weights: Weights | None
     virtual_tokens: int | None = None
+    format: str = "PEFT"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from veneer.checkpoints.inspection.facts import AdapterFacts, ModelFacts, PathFacts, Problem
+from veneer.checkpoints.inspection.foreign_facts import foreign_facts
 from veneer.checkpoints.inspection.next_step import generate_command, weights_in_memory
 from veneer.checkpoints.inspection.problems import (
     base_problems,
@@ -27,7 +28,7 @@ from veneer.checkpoints.inspection.weights import headers_of, remote_headers, we
 from veneer.configs.base import PeftConfig, config_class, is_of_mlx
 from veneer.configs.names import HEADS
 from veneer.configs.value_checks import matches_type
-from veneer.errors import ConfigError, SourceError, UnknownMethodError
+from veneer.errors import ConfigError, NotACheckpointError, SourceError, UnknownMethodError
 from veneer.files import adapter_folders
 from veneer.files.base_digest import BASE_DIGEST_KEY
 from veneer.files.hub import is_offline
@@ -45,6 +46,7 @@ from veneer.files.resolve import resolve
 from veneer.files.safetensors_header import TensorInfo, read_header
 from veneer.files.source import PICKLES, Source
 from veneer.files.tensor_keys import PREFIX
+from veneer.formats.foreign import foreign
 from veneer.keywords import TOKEN, takes
 
 if TYPE_CHECKING:
@@ -125,6 +127,9 @@ def inspect(
 def _inspect(
     source: Source, path: str, token: str | None = None, ask: bool = False, in_set: bool = False
 ) -> Inspection:
+    other_format = foreign(source)
+    if other_format is not None:
+        return Inspection(path, "adapter", adapter=foreign_facts(source, other_format), commit=source.commit)
     problems: list[Problem] = []
     if source.file is not None:
         return _inspect_file(source, path)
@@ -157,6 +162,10 @@ def _members(source: Source, problems: list[Problem]) -> list[adapter_folders.Me
 def _inspect_file(source: Source, path: str) -> Inspection:
     """Inspect a single safetensors file: an adapter's when its keys say so."""
     assert source.file is not None
+    if source.file.suffix != SAFETENSORS:
+        raise NotACheckpointError(
+            f"{path} is no adapter in a format that is known.", hint="A model in GGUF can be the base of an adapter."
+        )
     header = read_header(source.file)
     weights = weights_of([header])
     beside = source.file.name == ADAPTER_WEIGHTS and source.has(ADAPTER_CONFIG)

@@ -43,6 +43,8 @@ def _facts(inspection: PathFacts) -> Iterable[tuple[str, str]]:
 
 
 def _adapter(facts: AdapterFacts) -> Iterable[tuple[str, str]]:
+    if facts.format != "PEFT":
+        yield "format", facts.format
     yield "method", f"{facts.peft_type or 'unknown'}" + (f" for {facts.task}" if facts.task else "")
     yield "base", (facts.base or "not named") + (f" at {facts.base_revision}" if facts.base_revision else "")
     if facts.base_digest:

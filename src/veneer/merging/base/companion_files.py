@@ -18,6 +18,7 @@ from veneer.files.json_file import read_json
 from veneer.files.names import ADAPTER_STEM, MODEL_CONFIG
 from veneer.files.source import Source
 from veneer.files.weight_files import weight_files
+from veneer.formats.foreign import foreign
 
 MANIFEST = "merge_manifest.json"
 TEMPLATES = "additional_chat_templates"
@@ -75,10 +76,23 @@ def files_of_adapter(source: Source) -> dict[str, Path]:
     Raises:
         SourceError: as :func:`companions_of` raises it.
     """
-    paths = {path for path in source.root.glob("adapter_*") if path.is_file()}
-    paths |= set(weight_files(source, ADAPTER_STEM))
+    paths = _alone(source) or {path for path in source.root.glob("adapter_*") if path.is_file()}
+    if foreign(source) is None:
+        paths |= set(weight_files(source, ADAPTER_STEM))
+    elif source.file is None:
+        paths |= {source.path(name) for name in source.files() if name.endswith(_WEIGHTS)}
     check_inside(source.root, paths)
     return {path.relative_to(source.root).as_posix(): path for path in sorted(paths)}
+
+
+def folders_of(sources: Iterable[Source]) -> list[Path]:
+    """Return the folders of adapters; the folder around an adapter that is a file alone is not its own."""
+    return [source.root for source in sources if not _alone(source)]
+
+
+def _alone(source: Source) -> set[Path]:
+    """Return the file of an adapter that is a file alone, whatever lies beside it."""
+    return set() if source.file is None or foreign(source) is None else {source.file}
 
 
 def check_inside(root: Path, paths: Iterable[Path]) -> None:

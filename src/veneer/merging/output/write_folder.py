@@ -14,7 +14,7 @@ from veneer.files.atomic_write import writing
 from veneer.files.names import INDEX, MODEL_CONFIG, MODEL_STEM
 from veneer.files.source import Source
 from veneer.files.torch_dtypes import DTYPES
-from veneer.merging.base.companion_files import copy_companions, files_of_adapter
+from veneer.merging.base.companion_files import copy_companions, files_of_adapter, folders_of
 from veneer.merging.base.hashing import Hashing, digest_in_cache, digest_of, stamp_of
 from veneer.merging.output.file_writer import FileSink, write_files
 from veneer.merging.output.manifest import manifest_of, warnings_of, write_manifest
@@ -120,7 +120,7 @@ def _write_companions(prepared: PreparedMerge, folder: Path) -> None:
     index = index_of(prepared.plan.files, metadata if isinstance(metadata, Mapping) else {})
     if index is not None:
         (folder / index_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    prepared.warnings += copy_companions(base.root, [source.root for source in reversed(prepared.sources)], folder)
+    prepared.warnings += copy_companions(base.root, folders_of(reversed(prepared.sources)), folder)
     _write_config(base, prepared.config, folder / MODEL_CONFIG)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import INDEX, MODEL_STEM
 from veneer.files.resolve import resolve
 from veneer.files.source import Source
-from veneer.merging.base.companion_files import check_inside, companions_of, files_of_adapter
+from veneer.formats.base_facts import given_base
+from veneer.merging.base.companion_files import check_inside, companions_of, files_of_adapter, folders_of
 from veneer.merging.base.disk_base import DiskBase
 from veneer.merging.base.hashing import Stamp, check_unchanged, stamps_of
 from veneer.merging.base.weight_files import WeightFiles
@@ -105,7 +107,8 @@ def prepare(
         BindError: adapters and base do not fit. MergeError: they cannot be merged.
     """
     sources, weights = find_adapters(adapters, lookup)
-    checkpoints = [open_checkpoint(source, strict=options.strict) for source in sources]
+    facts = partial(given_base, base, lookup)
+    checkpoints = [open_checkpoint(source, strict=options.strict, base=facts) for source in sources]
     weighted_adapters = [WeightedAdapter(*pair) for pair in zip(checkpoints, weights, strict=True)]
     found_base = find_base(sources[0], checkpoints, base, lookup)
     companions = _companions(found_base.source)
@@ -165,7 +168,8 @@ def _companions(base: Source) -> dict[str, Path]:
 
 def _files_of_adapters(sources: Sequence[Source]) -> list[Path]:
     """List the files of adapters, their companion files included."""
-    return [path for s in sources for path in (*files_of_adapter(s).values(), *companions_of(s.root).values())]
+    companions = [path for root in folders_of(sources) for path in companions_of(root).values()]
+    return [*companions, *(path for source in sources for path in files_of_adapter(source).values())]
 
 
 def _check_identity(merged: Sequence[WeightedAdapter], base: Source, strict_base: bool) -> list[str]:

@@ -1,0 +1,88 @@
+"""Finds the facts of an adapter in another tool's format, by file names and headers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from veneer.checkpoints.inspection.facts import AdapterFacts, Weights
+from veneer.checkpoints.inspection.weights import weights_of
+from veneer.errors import SourceError
+from veneer.files.names import ADAPTER_CONFIG, SAFETENSORS
+from veneer.files.safetensors_header import Header, TensorInfo, read_header
+from veneer.files.source import Source
+
+if TYPE_CHECKING:
+    from veneer.formats.format import Format
+
+# How the name of a module's one factor ends in some format -> the dimension that is the rank.
+_DOWN: Mapping[str, int] = {
+    ".lora_a": -1,
+    ".A": -1,
+    ".lora_down.weight": 0,
+    ".lora.down.weight": 0,
+    ".lora_linear_layer.down.weight": 0,
+    "_lora.down.weight": 0,
+    ".lora_A.weight": 0,
+    ".hada_w1_b": 0,
+}
+_NUMBERS = ("lora_alpha", "alpha", "scale")
+
+
+def foreign_facts(source: Source, other_format: Format) -> AdapterFacts:
+    """Return the facts of an adapter in another tool's format."""
+    headers = _headers(source)
+    tensors = [info for header in headers for info in header.tensors.values()]
+    ranks = _ranks(tensors)
+    values = _config(source)
+    return AdapterFacts(
+        peft_type=None,
+        base=next((values[key] for key in ("base_model_name_or_path", "model") if _is_text(values.get(key))), None),
+        base_revision=None,
+        base_digest=None,
+        task=None,
+        ranks=ranks,
+        alpha=next((values[key] for key in _NUMBERS if isinstance(values.get(key), (int, float))), None),
+        options={},
+        target_modules=None,
+        modules_to_save=None,
+        layers=sum(ranks.values()),
+        weights=weights_of(headers) if headers else _whole_file(source),
+        format=other_format.title,
+    )
+
+
+def _headers(source: Source) -> list[Header]:
+    names = [source.file.name] if source.file is not None else source.files()
+    return [read_header(source.path(name)) for name in names if name.endswith(SAFETENSORS)]
+
+
+def _ranks(tensors: Iterable[TensorInfo]) -> dict[int, int]:
+    """Return rank -> number of modules that have it."""
+    counts = Counter(
+        info.shape[dimension]
+        for info in tensors
+        for ending, dimension in _DOWN.items()
+        if info.name.endswith(ending) and len(info.shape) > 1
+    )
+    return dict(sorted(counts.items()))
+
+
+def _config(source: Source) -> Mapping[str, Any]:
+    """Return the config beside the weights; an empty one where there is none that can be read."""
+    try:
+        return source.json(ADAPTER_CONFIG) if source.file is None and source.has(ADAPTER_CONFIG) else {}
+    except SourceError:
+        return {}
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _whole_file(source: Source) -> Weights | None:
+    """Count the bytes of a file whose tensors are not looked at."""
+    if source.file is None:
+        return None
+    return Weights([source.file.name], 0, 0, source.file.stat().st_size, {})

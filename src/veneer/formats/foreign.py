@@ -1,0 +1,26 @@
+"""Tells an adapter of another tool from PEFT's and from a model; for those two no format is imported."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from veneer.files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG
+from veneer.files.source import Source
+
+if TYPE_CHECKING:
+    from veneer.formats.format import Format
+
+
+def foreign(source: Source) -> Format | None:
+    """Return the format of another tool's adapter; ``None`` for PEFT's, for a model, and where none is recognised."""
+    if source.file is None and _is_plain(source):
+        return None
+    from veneer.formats.registry import recognise
+
+    found = recognise(source)
+    return None if found is None or found.name == "peft" else found
+
+
+def _is_plain(source: Source) -> bool:
+    """Tell by two looks at a folder whether it holds PEFT's adapter, or a model and no adapter."""
+    return source.has(ADAPTER_WEIGHTS) if source.has(ADAPTER_CONFIG) else source.has(MODEL_CONFIG)
