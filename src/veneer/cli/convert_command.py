@@ -27,7 +27,7 @@ from veneer.printing import quiet
 @click.option("--rank", type=int, help="Of that LoRA; needed where the change has no low rank.")
 @click.option("--experts", help="How a file that does not say it lays out fused experts: grouped or rank-major.")
 @click.option("--component", help="The part of a pipeline, such as unet; by default all.")
-@click.option("--scaling", help="What an alpha meant to the mlx-vlm that trained the adapter: plain or alpha/rank.")
+@click.option("--scaling", help="What an alpha meant to the version of MLX that trained it: plain or alpha/rank.")
 @options.revision
 @options.as_json
 @options.local_files_only

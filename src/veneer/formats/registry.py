@@ -9,6 +9,8 @@ from veneer.formats.diffusers import DiffusersFormat
 from veneer.formats.format import Format
 from veneer.formats.kohya import KohyaFormat
 from veneer.formats.lycoris import LycorisFormat
+from veneer.formats.mlx import MlxFormat
+from veneer.formats.mlx_vlm import MlxVlmFormat
 from veneer.formats.peft import PeftFormat
 from veneer.formats.serving import ServingFormat
 
@@ -16,6 +18,8 @@ from veneer.formats.serving import ServingFormat
 ALL: tuple[Format, ...] = (
     PeftFormat(),
     ServingFormat(),
+    MlxFormat(),
+    MlxVlmFormat(),
     DiffusersFormat(),
     ComfyuiFormat(),
     KohyaFormat(),
