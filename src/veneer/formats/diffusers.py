@@ -59,11 +59,13 @@ class DiffusersFormat:
         if header is None or not header.tensors:
             return False
         keys = list(header.tensors)
-        return METADATA in header.metadata or all(key.startswith(_PARTS) and _OF_ADAPTERS.search(key) for key in keys)
+        if METADATA in header.metadata:
+            return True
+        return all(key.startswith(_PARTS) for key in keys) and any(_OF_ADAPTERS.search(key) for key in keys)
 
     def read(self, source: Source, options: ReadOptions) -> Mapping[str, CanonicalAdapter]:
         """Read a file: component -> adapter."""
-        from veneer.formats.network_leaves import by_module
+        from veneer.formats.network_leaves import by_module, check_methods
 
         header = _header(source)
         if header is None:
@@ -71,7 +73,9 @@ class DiffusersFormat:
         configs = _configs(header, source.origin)
         tensors = {_current(key): tensor for key, tensor in read_tensors(header).items()}
         by_part: dict[str, list[FileModule]] = defaultdict(list)
-        for module in by_module(tensors, source.origin):
+        modules = by_module(tensors, source.origin)
+        check_methods(modules, source.origin)
+        for module in modules:
             part, _, path = module.name.partition(".")
             is_part = part in COMPONENTS
             by_part[part if is_part else ""].append(replace(module, name=path) if is_part else module)

@@ -15,7 +15,7 @@ from veneer.formats.table import AS_LORA
 
 # Method -> the leaves whose rows are the layer's outputs; the others belong to all rows.
 _BY_ROW: Mapping[str, tuple[str, ...]] = {
-    "LORA": ("lora_B.weight", "lora_magnitude_vector"),
+    "LORA": ("lora_B.weight", "lora_B.bias", "lora_magnitude_vector"),
     "LOHA": ("hada_w1_a", "hada_w2_a"),
 }
 # Leaves by row -> those by input that they are multiplied with.
@@ -59,7 +59,7 @@ def parted(change: ModuleChange, paths: Sequence[str], rows: Sequence[int]) -> l
 
 def _blocks(change: ModuleChange, parts: Sequence[ModuleChange]) -> list[Tensor] | None:
     """Return the columns of B that each part uses; ``None`` unless they are apart."""
-    if change.method != "LORA" or "lora_magnitude_vector" in change.leaves:
+    if change.leaves.keys() != {"lora_A.weight", "lora_B.weight"}:
         return None
     columns = [(part.leaves["lora_B.weight"] != 0).any(0) for part in parts]
     used = torch.stack(columns).sum(0)

@@ -45,7 +45,7 @@ class KohyaFormat:
 
     def read(self, source: Source, options: ReadOptions) -> Mapping[str, CanonicalAdapter]:
         """Read a file: component -> adapter."""
-        from veneer.formats.network_leaves import by_module
+        from veneer.formats.network_leaves import by_module, check_methods
 
         header = network_header(source)
         if header is None:
@@ -58,6 +58,7 @@ class KohyaFormat:
         models = models_of(options.base, options.component)
         modules = by_module(read_tensors(header), source.origin)
         wanted = _of_component(modules, options.component, models, source.origin)
+        check_methods(wanted, source.origin)
         places = NetworkNames(models).find([module.name for module in wanted], source.origin)
         return {
             component: _adapter(component, wanted, places, header, source.origin)

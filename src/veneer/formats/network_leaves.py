@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +25,7 @@ _SPELLINGS: Mapping[str, str] = {
     "lora_linear_layer.down.weight": "lora_down.weight",
     "lora_linear_layer.up.weight": "lora_up.weight",
     "lora_magnitude_vector": "dora_scale",
+    "lora_up.bias": "lora_B.bias",
 }
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
@@ -37,11 +38,12 @@ _FOREIGN: Mapping[str, str] = {
     **dict.fromkeys(("diff", "diff_b", "w_norm", "b_norm", "set_weight"), _WHOLE),
     **dict.fromkeys(("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"), _GLORA),
     **dict.fromkeys(("oft_blocks", "oft_diag", "rescale"), _OFT),
-    **dict.fromkeys(("lora_B.bias", "lora_up.bias"), "a bias of the factors"),
 }
-_ON_INPUT, _IA3 = "on_input", "weight"
+_ON_INPUT, _IA3, _BIAS = "on_input", "weight", "lora_B.bias"
 _LEAVES = sorted(
-    (*_SPELLINGS, *_LORA, *_LOHA, *_LOKR, *_FOREIGN, "dora_scale", "alpha", _ON_INPUT, _IA3), key=len, reverse=True
+    (*_SPELLINGS, *_LORA, *_LOHA, *_LOKR, *_FOREIGN, "dora_scale", "alpha", _ON_INPUT, _IA3, _BIAS),
+    key=len,
+    reverse=True,
 )
 _ELSEWHERE = (
     "Merge it with the tool that made it, and take a LoRA from the merged model: "
@@ -100,6 +102,18 @@ def by_module(tensors: Mapping[str, Tensor], origin: str) -> list[FileModule]:
 # -- from a file ---------------------------------------------------------------------------------------------
 
 
+def check_methods(modules: Iterable[FileModule], origin: str) -> None:
+    """Refuse tensors of methods that PEFT has not.
+
+    Raises:
+        UnsupportedError: there are some.
+    """
+    for module in modules:
+        foreign = next((leaf for leaf in module.leaves if leaf in _FOREIGN), None)
+        if foreign is not None:
+            raise UnsupportedError(f"{origin}: {module.name}.{foreign} is of {_FOREIGN[foreign]}.", hint=_ELSEWHERE)
+
+
 def change_in(module: FileModule, shape: tuple[int, ...], origin: str) -> ModuleChange:
     """Return the change that a file has for a module of the network, under the module's name there.
 
@@ -109,12 +123,9 @@ def change_in(module: FileModule, shape: tuple[int, ...], origin: str) -> Module
         origin: the file, for errors.
 
     Raises:
-        UnsupportedError: PEFT has no such method. BindError: tensors are missing, or of other shapes.
+        UnsupportedError: PEFT has no such factors. BindError: tensors are missing, or of other shapes.
     """
     leaves = module.leaves
-    foreign = next((leaf for leaf in leaves if leaf in _FOREIGN), None)
-    if foreign is not None:
-        raise UnsupportedError(f"{origin}: {module.name}.{foreign} is of {_FOREIGN[foreign]}.", hint=_ELSEWHERE)
     if _ON_INPUT in leaves or _IA3 in leaves:
         return _ia3(module, shape, origin)
     if any(leaf in leaves for leaf in _LOHA):
@@ -135,17 +146,12 @@ def unscaled_change(module: FileModule, origin: str) -> ModuleChange:
     """Return the change that a file has for a module under PEFT's shapes, whose scale is 1 where it has no alpha.
 
     Raises:
-        UnsupportedError: PEFT has no such method. BindError: tensors are missing, or do not fit each other.
+        UnsupportedError: PEFT has no such factors. BindError: tensors are missing, or do not fit each other.
     """
     up = module.leaves.get("lora_up.weight")
     down = module.leaves.get("lora_down.weight")
     shape = (0, 0) if up is None or down is None else (up.shape[0], *down.shape[1:])
-    bias = module.leaves.get("lora_B.bias")
-    if bias is None:
-        return change_in(module, shape, origin)
-    factors = {leaf: tensor for leaf, tensor in module.leaves.items() if leaf != "lora_B.bias"}
-    change = change_in(replace(module, leaves=factors), shape, origin)
-    return replace(change, leaves={**change.leaves, "lora_B.bias": bias})
+    return change_in(module, shape, origin)
 
 
 def _alpha(module: FileModule, rank: int) -> float:
@@ -187,6 +193,8 @@ def _lora(module: FileModule, shape: tuple[int, ...], origin: str) -> ModuleChan
         )
     # A convolution of one point and a linear layer are the same, and files have the one for the other.
     factors = {"lora_A.weight": down.reshape(wanted[0]), "lora_B.weight": up.reshape(wanted[1])}
+    if _BIAS in leaves:
+        factors[_BIAS] = leaves[_BIAS]
     if "dora_scale" in leaves:
         factors["lora_magnitude_vector"] = _magnitudes(module, shape, origin)
     return ModuleChange(module.name, "LORA", factors, rank, _alpha(module, rank) / rank)
