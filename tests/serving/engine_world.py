@@ -50,9 +50,9 @@ CONFIGS: dict[str, Any] = {
 class World:
     """The folders of adapters, and the oracle."""
 
-    def __init__(self, folder: Path, configs: dict[str, Any] = CONFIGS) -> None:
+    def __init__(self, folder: Path, configs: dict[str, Any] = CONFIGS, make: Any = base) -> None:
         self.folders = {name: folder / name for name in configs}
-        self.model = veneer.get_peft_model(base(), configs[next(iter(configs))], adapter_name=next(iter(configs)))
+        self.model = veneer.get_peft_model(make(), configs[next(iter(configs))], adapter_name=next(iter(configs)))
         for number, (name, config) in enumerate(configs.items()):
             if number:
                 self.model.add_adapter(name, config)

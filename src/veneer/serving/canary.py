@@ -1,4 +1,4 @@
-"""Checks, when a version is loaded, that a mixed batch computes what the adapter alone does."""
+"""Checks an engine by itself: its lane at the start, and each version in a mixed batch when it is loaded."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, EngineError
 from veneer.patches.selection import BASE
 from veneer.peft_model.peft_model import PeftModel
+from veneer.printing import first_line
+from veneer.serving.engine_types import EngineRequest, Sampling, TokenEvent
+from veneer.serving.job import Job
 from veneer.serving.lane import Lane
 
 _TOKENS = 8
+_POLL = 0.1
 # The most that two ways to compute the same logits may differ, relative to the largest.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _HALF_TOLERANCE = 0.05
@@ -40,9 +44,7 @@ class Canary:
 
     def __init__(self, model: PeftModel, lane: Lane) -> None:
         self.model, self.lane = model, lane
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        generator = torch.Generator().manual_seed(0)
-        self.tokens = torch.randint(vocabulary, (_TOKENS,), generator=generator).to(model.device)
+        self.tokens = _random_tokens(model).to(model.device)
 
     def check(self, adapter: str) -> CanaryResult:
         """Run an adapter in a mixed batch and alone.
@@ -94,3 +96,37 @@ def tolerance(model: PeftModel) -> float:
 def difference(logits: Tensor, other: Tensor) -> float:
     """Return the largest difference of two tensors, relative to the largest value."""
     return float((logits - other).abs().amax() / other.abs().amax().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def lane_fault(lane: Lane, model: PeftModel) -> str | None:
+    """Start a lane and let it answer a short prompt; return why it cannot be used, if so."""
+    try:
+        lane.start()
+        job, tokens = _first_answer(lane, model)
+    except Exception as error:
+        return f"{type(error).__name__}: {first_line(error)}"
+    with lane.paused(), model.disable_adapter(), torch.no_grad():
+        expected = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[0, -1].float()
+    if job.logits is None or not difference(job.logits, expected) <= tolerance(model):
+        return "its logits are not the model's"
+    return None
+
+
+def _first_answer(lane: Lane, model: PeftModel) -> tuple[Job, list[int]]:
+    """Return a job that generated two tokens, and the tokens that the second was predicted from."""
+    prompt = tuple(_random_tokens(model).tolist())
+    events: list[TokenEvent | EngineError] = []
+    request = EngineRequest("canary", prompt, None, Sampling(max_tokens=2, temperature=0.0, ignore_eos=True))
+    job = Job(request, events.append, keeps_logits=True)
+    lane.submit(job)
+    while not job.ended:
+        lane.deliver(_POLL)
+        if lane.failure is not None:
+            raise lane.failure
+    tokens = [event.token for event in events if isinstance(event, TokenEvent) and event.token is not None]
+    return job, [*prompt, *tokens[:1]]
+
+
+def _random_tokens(model: PeftModel) -> Tensor:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return torch.randint(vocabulary, (_TOKENS,), generator=torch.Generator().manual_seed(0))

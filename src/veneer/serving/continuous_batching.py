@@ -34,9 +34,8 @@ from transformers.generation.continuous_batching.utils import find_head_dim, fin
 from veneer.errors import EngineError
 from veneer.patches.selection import BASE
 from veneer.peft_model.peft_model import PeftModel
-from veneer.printing import first_line
 from veneer.serving.job import Job
-from veneer.serving.lane import DEFAULT_CACHE_TOKENS, Lane, LaneLoad, LaneOptions
+from veneer.serving.lane import DEFAULT_CACHE_TOKENS, Lane, LaneLoad, LaneOptions, max_context
 from veneer.serving.sampler import SamplingRow, choose
 
 _SCHEDULER = "veneer"
@@ -117,7 +116,7 @@ class ContinuousLane(Lane):
         )
         manager.warmup()  # makes the cache
         cache = _processor(manager).cache
-        self.max_context = min(_max_context(self.served, self.options), infer_max_single_request_tokens(cache))
+        self.max_context = min(max_context(self.served, self.options), infer_max_single_request_tokens(cache))
         manager.start()
         self.manager = manager
 
@@ -183,19 +182,9 @@ class ContinuousLane(Lane):
             return
         output = manager.get_result(timeout=timeout)
         while output is not None:
-            self._hand_on(output)
+            if output.error is None:  # all jobs fail together, see `failure`
+                self.hand_on(self.jobs.get(output.request_id), output.generated_tokens, output.is_finished())
             output = None if manager.output_router.output_queue.empty() else manager.get_result(timeout=0)
-
-    def _hand_on(self, output: Any) -> None:
-        job = self.jobs.get(output.request_id)
-        if job is None or output.error is not None:  # cancelled; or all jobs fail together, see `failure`
-            return
-        try:
-            job.accept(output.generated_tokens, output.is_finished())
-        except Exception as error:  # of its tokenizer: it ends this answer, and no other
-            job.fail(EngineError(f"The answer cannot be put together: {first_line(error)}"))
-        if job.ended:
-            self.forget(job)
 
     def load(self) -> LaneLoad:
         manager = self.manager
@@ -287,11 +276,6 @@ def _cache_tokens(model: PeftModel, options: LaneOptions) -> int:
     config = model.config.get_text_config()
     values = 2 * config.num_hidden_layers * find_num_key_value_heads(config) * find_head_dim(config)
     return int(options.cache_bytes // (values * model.dtype.itemsize))
-
-
-def _max_context(model: ServedModel, options: LaneOptions) -> int:
-    bounds = options.max_context, getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min((bound for bound in bounds if bound), default=DEFAULT_CACHE_TOKENS)
 
 
 def _not_running() -> EngineError:

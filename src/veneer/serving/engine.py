@@ -17,12 +17,14 @@ from veneer.errors import EngineError, UnsupportedError, VeneerError
 from veneer.peft_model.load import load
 from veneer.peft_model.peft_model import PeftModel, wrap
 from veneer.peft_model.tokenizer import load_tokenizer
-from veneer.serving.canary import Canary
+from veneer.printing import warn
+from veneer.serving.canary import Canary, lane_fault
 from veneer.serving.continuous_batching import ContinuousLane, batches_continuously
 from veneer.serving.engine_types import EngineRequest, EngineStatus, LoadedVersion, TokenEvent
 from veneer.serving.job import Job
 from veneer.serving.lane import Lane, LaneOptions
 from veneer.serving.sampler import check_sampling
+from veneer.serving.static_batches import StaticLane
 from veneer.serving.supervisor import Supervisor
 
 # Seconds that a change of the adapters waits for an engine that is being started anew.
@@ -81,8 +83,7 @@ class TransformersEngine:
     def start(self) -> None:
         """Load the base, start the thread, and warm up."""
         model = self._model = self._build()
-        lane = self._lane = _lane_for(model, self.options)
-        lane.start()
+        lane = self._lane = _started_lane(model, self.options)
         self._end_tokens = _end_tokens(model, self.tokenizer)
         self._canary = Canary(model, lane)
         self._supervisor = Supervisor(lane)
@@ -310,13 +311,19 @@ class TransformersEngine:
         )
 
 
-def _lane_for(model: PeftModel, options: EngineOptions) -> Lane:
-    if not batches_continuously(model):
-        raise UnsupportedError(
-            f"{type(model.get_base_model()).__name__} cannot be batched continuously.",
-            hint="Serve a base whose layers are full or sliding attention.",
-        )
-    return ContinuousLane(model, options)
+def _started_lane(model: PeftModel, options: EngineOptions) -> Lane:
+    """Return a lane that answers: a continuous one, unless the base cannot have it."""
+    if batches_continuously(model):
+        lane = ContinuousLane(model, options)
+        fault = lane_fault(lane, model)
+        if fault is None:
+            return lane
+        lane.stop()
+        name = type(model.get_base_model()).__name__
+        warn(f"{name} is served in static batches, for transformers' continuous batching does not fit it: {fault}.")
+    static = StaticLane(model, options)
+    static.start()
+    return static
 
 
 def _end_tokens(model: PeftModel, tokenizer: Any) -> tuple[int, ...]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import abc
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 from veneer.errors import EngineError
+from veneer.printing import first_line
 from veneer.serving.job import Job
 
 
@@ -147,8 +150,25 @@ class Lane(abc.ABC):
     def load(self) -> LaneLoad:
         """Return how busy it is."""
 
+    def hand_on(self, job: Job | None, tokens: Sequence[int], complete: bool) -> None:
+        """Give a job all its tokens so far; ``None`` is one that was forgotten."""
+        if job is None:
+            return
+        try:
+            job.accept(tokens, complete)
+        except Exception as error:  # of its tokenizer: it ends this answer, and no other
+            job.fail(EngineError(f"The answer cannot be put together: {first_line(error)}"))
+        if job.ended:
+            self.forget(job)
+
     @abc.abstractmethod
     def _add(self, job: Job) -> None: ...
 
     @abc.abstractmethod
     def _cancel(self, job: Job) -> None: ...
+
+
+def max_context(model: Any, options: LaneOptions) -> int:
+    """Return the most tokens that a base and the options allow together."""
+    bounds = options.max_context, getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min((int(bound) for bound in bounds if bound), default=DEFAULT_CACHE_TOKENS)
