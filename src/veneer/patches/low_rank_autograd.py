@@ -28,8 +28,11 @@ class LowRankUpdate(torch.autograd.Function):
     of differentiable operations on what was given.
     """
 
+    # With the context, for torch looks up the signature of a forward() without one at each call (see "A layer's time in
+    # training" in benchmarks/notes.md).
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -47,16 +50,13 @@ class LowRankUpdate(torch.autograd.Function):
             else:
                 assert y is not None
                 result = y.to(rounded, copy=True)
-            up, down, gain = up.to(dtype), down.to(dtype), scale * dropout.gain
+            wide_up, wide_down, gain = up.to(dtype), down.to(dtype), scale * dropout.gain
             for total, (seen, _) in zip(parts(result, x), dropout.masked_parts(x), strict=True):
-                _add_product(total, (seen.to(dtype) @ down.t()) * gain, up.t())
-        return result
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, y, up, down, *ctx.options, _ = inputs
+                _add_product(total, (seen.to(dtype) @ wide_down.t()) * gain, wide_up.t())
         ctx.save_for_backward(x, weight, up, down)
-        ctx.y_dtype = (y if weight is None else weight).dtype
+        ctx.options = scale, dropout, dtype
+        ctx.y_dtype = (y if weight is None else weight).dtype  # type: ignore[union-attr]
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -66,11 +66,17 @@ class LowRankUpdate(torch.autograd.Function):
         with _without_autocast(x):
             factors = up.to(dtype), down.to(dtype), scale * dropout.gain
             to_y = grad.to(ctx.y_dtype)
-            to_up, to_down = (_zeros(up) if wants_up else None), (_zeros(down) if wants_down else None)
-            hidden_parts = [
-                (_add_gradients(to_up, to_down, own.to(dtype), seen.to(dtype), *factors), mask)
-                for own, (seen, mask) in zip(parts(grad, x), dropout.masked_parts(x), strict=True)
-            ]
+            wide = torch.promote_types(up.dtype, torch.float32)
+            to_up = to_down = None
+            hidden_parts = []
+            for own, (seen, mask) in zip(parts(grad, x), dropout.masked_parts(x), strict=True):
+                own, seen = own.to(dtype), seen.to(dtype)
+                hidden_parts.append(((own @ factors[0]) * factors[2], mask))
+                if wants_up:
+                    to_up = _sum_of_product(to_up, own.t(), (seen @ factors[1].t()) * factors[2], wide)
+                if wants_down:
+                    to_down = _sum_of_product(to_down, hidden_parts[-1][0].t(), seen, wide)
+            del own, seen
             # Last, when the float32 forms are gone.
             to_x = None
             if wants_x:
@@ -88,21 +94,12 @@ class LowRankUpdate(torch.autograd.Function):
         )
 
 
-def _add_gradients(
-    to_up: Tensor | None, to_down: Tensor | None, grad: Tensor, x: Tensor, up: Tensor, down: Tensor, scale: float
-) -> Tensor:
-    """Add the gradients of ``U`` and ``V`` up; return the gradient of ``x V^T``, shape ``(rows, r)``."""
-    hidden = (grad @ up) * scale
-    if to_up is not None:
-        _add_product(to_up, grad.t(), (x @ down.t()) * scale)
-    if to_down is not None:
-        _add_product(to_down, hidden.t(), x)
-    return hidden
-
-
-def _zeros(factor: Tensor) -> Tensor:
-    """Return zeros to add a factor's gradient up in, part by part."""
-    return torch.zeros_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32))
+def _sum_of_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``left @ right`` in ``dtype``, added to ``total`` in place where there is one."""
+    if total is None:
+        return (left @ right).to(dtype)
+    _add_product(total, left, right)
+    return total
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, mask: Tensor | None = None) -> None:
@@ -124,15 +121,12 @@ class ScaledOutput(torch.autograd.Function):
     """Computes ``g * y + c`` of the last dimension, and keeps the result in the place of ``y``; no ``g`` is zero."""
 
     @staticmethod
-    def forward(y: Tensor, factor: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, y: Tensor, factor: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
         scaled = y * factor
-        return (scaled if shift is None else scaled.add_(shift)).to(dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        y, factor, shift, _ = inputs
+        output = (scaled if shift is None else scaled.add_(shift)).to(dtype)
         ctx.save_for_backward(output, factor, shift)
         ctx.dtype, ctx.output_version = y.dtype, output._version
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -364,10 +364,10 @@ def apply(
     steps = biases(bias, patches) if needs_bias else [None] * len(patches)
     for patch, bias_before in zip(patches, steps, strict=False):
         x = seen.pop()
-        if patch.is_node(x, site, training):
+        # A layer stands for the output where the first patch is known to be a node.
+        if isinstance(total, nn.Linear) or patch.is_node(x, site, training):
             total = patch.node_output(total, x, bias_before, training, None if len(patches) > 1 else dtype)
         else:
-            assert isinstance(total, Tensor)
             total = patch.changed_output(total, x, bias_before, site, training)
     assert isinstance(total, Tensor)
     return total.to(dtype)

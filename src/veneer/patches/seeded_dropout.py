@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,22 +39,25 @@ class Dropout:
 
     def masked_parts(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield the :func:`parts` of ``x``, shape ``(rows, in)``, without what is dropped, and the mask of each."""
-        generator = torch.Generator(x.device).manual_seed(self.seed) if self.share else None
+        if not self.share:
+            yield from ((part, None) for part in parts(x, x))
+            return
+        generator = torch.Generator(x.device).manual_seed(self.seed)
         for part in parts(x, x):
-            mask = None
-            if generator is not None:
-                mask = torch.empty(part.shape, dtype=torch.bool, device=x.device)
-                mask.bernoulli_(1 - self.share, generator=generator)
-            yield part if mask is None else part * mask, mask
+            mask = torch.empty(part.shape, dtype=torch.bool, device=x.device)
+            mask.bernoulli_(1 - self.share, generator=generator)
+            yield part * mask, mask
 
 
-def parts(tensor: Tensor, x: Tensor) -> Iterator[Tensor]:
-    """Yield parts of a tensor that has the rows of ``x``, so small that their float32 forms take little memory."""
+def parts(tensor: Tensor, x: Tensor) -> Iterable[Tensor]:
+    """Return parts of a tensor that has the rows of ``x``, so small that their float32 forms take little memory."""
     values = CPU_VALUES if x.device.type == "cpu" else DEVICE_VALUES
-    rows = max(1, values // max(1, x.shape[-1]))
+    length, width = x.shape
+    rows = max(1, values // max(1, width))
+    if length <= rows:
+        return (tensor,)
     # One by one, and not by split(): autograd lets these be changed in place.
-    for start in range(0, max(1, len(tensor)), rows):
-        yield tensor[start : start + rows]
+    return (tensor[start : start + rows] for start in range(0, length, rows))
 
 
 def seeds_dropout(x: Tensor, share: float) -> bool:
