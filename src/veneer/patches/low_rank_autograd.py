@@ -25,11 +25,12 @@ class LowRankUpdate(torch.autograd.Function):
     """Computes ``y'`` of shape ``(rows, out)``; ``x``: (rows, in), ``U``: (out, r), ``V``: (r, in).
 
     Either ``weight`` and ``bias`` are given or ``y``, of which no gradient is wanted or all. The backward pass is made
-    of differentiable operations on what was given.
+    of differentiable operations on what was given. ``options``: ``s``, the dropout, the dtype to compute in, and that
+    of the result.
     """
 
-    # With the context, for torch looks up the signature of a forward() without one at each call (see "A layer's time in
-    # training" in benchmarks/notes.md).
+    # With the context: of a forward() without one torch makes the signature at each call, 25 us a layer.
+    # benchmarks/notes.md, A training step.
     @staticmethod
     def forward(
         ctx: Any,
@@ -39,11 +40,9 @@ class LowRankUpdate(torch.autograd.Function):
         y: Tensor | None,
         up: Tensor,
         down: Tensor,
-        scale: float,
-        dropout: Dropout,
-        dtype: torch.dtype,
-        rounded: torch.dtype,
+        options: tuple[float, Dropout, torch.dtype, torch.dtype],
     ) -> Tensor:
+        scale, dropout, dtype, rounded = options
         with _without_autocast(x):
             if weight is not None:
                 result = F.linear(x.to(weight.dtype), weight, bias).to(rounded)
@@ -54,15 +53,15 @@ class LowRankUpdate(torch.autograd.Function):
             for total, (seen, _) in zip(parts(result, x), dropout.masked_parts(x), strict=True):
                 _add_product(total, (seen.to(dtype) @ wide_down.t()) * gain, wide_up.t())
         ctx.save_for_backward(x, weight, up, down)
-        ctx.options = scale, dropout, dtype
+        ctx.options = options
         ctx.y_dtype = (y if weight is None else weight).dtype  # type: ignore[union-attr]
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, up, down = ctx.saved_tensors
-        scale, dropout, dtype = ctx.options
-        wants_x, _, _, wants_y, wants_up, wants_down, *_ = ctx.needs_input_grad
+        scale, dropout, dtype, _ = ctx.options
+        wants_x, _, _, wants_y, wants_up, wants_down, _ = ctx.needs_input_grad
         with _without_autocast(x):
             factors = up.to(dtype), down.to(dtype), scale * dropout.gain
             to_y = grad.to(ctx.y_dtype)
@@ -90,7 +89,7 @@ class LowRankUpdate(torch.autograd.Function):
             to_y if wants_y else None,
             None if to_up is None else to_up.to(up.dtype),
             None if to_down is None else to_down.to(down.dtype),
-            *[None] * 4,
+            None,
         )
 
 
@@ -184,7 +183,7 @@ def updated(
     wide = torch.promote_types(y_dtype, up.dtype)
     dtype = product_dtype(x) if torch.is_autocast_enabled(x.device.type) else wide
     flat, options = x.reshape(-1, x.shape[-1]), (scale, Dropout.drawn(share), dtype, y_dtype if rounds else wide)
-    result: Tensor = LowRankUpdate.apply(flat, weight, bias, given, up, down, *options)  # type: ignore[no-untyped-call]
+    result: Tensor = LowRankUpdate.apply(flat, weight, bias, given, up, down, options)  # type: ignore[no-untyped-call]
     return result.view(*x.shape[:-1], up.shape[0])
 
 

@@ -16,9 +16,11 @@ _PLAIN_TYPES = (Tensor, nn.Parameter, Watched)
 
 def is_eager(*tensors: Tensor) -> bool:
     """Tell whether torch computes with plain tensors at once, as a node with a backward pass of its own needs it."""
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN_TYPES or tensor.is_meta:
+            return False
     return (
         not torch.compiler.is_compiling()
-        and all(type(tensor) in _PLAIN_TYPES and not tensor.is_meta for tensor in tensors)
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
         and forward_ad._current_level < 0

@@ -30,23 +30,26 @@ class Dropout:
     @staticmethod
     def drawn(share: float) -> Dropout:
         """Return dropout with a seed from torch's CPU generator, whose state checkpointing restores."""
-        return Dropout(share, int(torch.randint(1 << 62, (), device="cpu"))) if share else Dropout()
+        return Dropout(share, int(torch.randint(1 << 62, (), device="cpu"))) if share else _NONE
 
     @property
     def gain(self) -> float:
         """The factor that makes up for what is dropped."""
         return 1 / (1 - self.share)
 
-    def masked_parts(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield the :func:`parts` of ``x``, shape ``(rows, in)``, without what is dropped, and the mask of each."""
-        if not self.share:
-            yield from ((part, None) for part in parts(x, x))
-            return
+    def masked_parts(self, x: Tensor) -> Iterable[tuple[Tensor, Tensor | None]]:
+        """Return the :func:`parts` of ``x``, shape ``(rows, in)``, without what is dropped, and the mask of each."""
+        return self._masked_parts(x) if self.share else [(part, None) for part in parts(x, x)]
+
+    def _masked_parts(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator(x.device).manual_seed(self.seed)
         for part in parts(x, x):
             mask = torch.empty(part.shape, dtype=torch.bool, device=x.device)
             mask.bernoulli_(1 - self.share, generator=generator)
             yield part * mask, mask
+
+
+_NONE = Dropout()
 
 
 def parts(tensor: Tensor, x: Tensor) -> Iterable[Tensor]:
