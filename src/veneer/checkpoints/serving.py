@@ -20,6 +20,7 @@ from veneer.errors import UsageError
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_CONFIG
 from veneer.files.resolve import resolve
+from veneer.formats.table import NO_LORA, OPTIONS
 from veneer.keywords import TOKEN, takes
 from veneer.printing import Report
 
@@ -32,17 +33,13 @@ _FACTOR = re.compile(r"\.lora_(A\.weight|B\.weight|embedding_A|embedding_B)$")
 _UNREAD = {
     "rank_pattern": "gives some layers a rank of their own, and so a scale",
     "alpha_pattern": "gives some layers a scale of their own",
-    "use_bdlora": "makes the factors block-diagonal",
-    "use_qalora": "pools the inputs",
-    "kasa_config": "changes the base's weights",
-    "arrow_config": "routes tokens over other adapters",
-    "alora_invocation_tokens": "begins to act at certain tokens",
-    "layer_replication": "repeats layers of the base",
+    **OPTIONS,
     "target_parameters": "adapts parameters that are no modules of their own",
 }
-# Those of them that a plain LoRA cannot mend, and those that need a rank for it.
-_NO_LORA = ("arrow_config", "alora_invocation_tokens", "layer_replication", "target_parameters")
+# Those of them that a plain LoRA cannot mend, those that need a rank for it, and those that are only another spelling.
+_NO_LORA = (*NO_LORA, "target_parameters")
 _NEED_RANK = ("kasa_config",)
+_FOLDED = ("rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)
@@ -139,7 +136,7 @@ def _option_problems(values: Mapping[str, Any], path: str) -> list[Problem]:
         return []
     missing = [name for name in _REQUIRED if values.get(name) is None]
     problems = [
-        Problem("missing", f"{ADAPTER_CONFIG} has no {name}, which is required.", _convert(path)) for name in missing
+        Problem("missing", f"{ADAPTER_CONFIG} has no {name}, which is required.", _fold(path)) for name in missing
     ]
     if values.get("modules_to_save"):
         modules = ", ".join(map(str, values["modules_to_save"]))
@@ -155,9 +152,14 @@ def _option_problems(values: Mapping[str, Any], path: str) -> list[Problem]:
         text = f"It is for a base without its start, which vLLM does not compute (init_lora_weights {start!r})."
         problems.append(Problem("start", text, _convert(path)))
     for name in (name for name in _UNREAD if values.get(name)):
-        mend = _merge(path) if name in _NO_LORA else _convert(path, 16 if name in _NEED_RANK else None)
-        problems.append(Problem(name, f"vLLM does not read {name}, which {_UNREAD[name]}.", mend))
+        problems.append(Problem(name, f"vLLM does not read {name}, which {_UNREAD[name]}.", _mend(name, path)))
     return problems
+
+
+def _mend(option: str, path: str) -> str:
+    if option in _FOLDED:
+        return _fold(path)
+    return _merge(path) if option in _NO_LORA else _convert(path, 16 if option in _NEED_RANK else None)
 
 
 def _tensor_problems(checkpoint: Checkpoint, path: str) -> list[Problem]:
@@ -179,6 +181,10 @@ def _rank_problems(rank: int, limit: int | None, path: str) -> list[Problem]:
             _convert(path, _LIMITS[-1]),
         )
     ]
+
+
+def _fold(path: str) -> str:
+    return f"Write the same LoRA as servers read it: veneer convert {path} NEW --to serving."
 
 
 def _convert(path: str, rank: int | None = None) -> str:
