@@ -176,7 +176,7 @@ def lora(folder: Path, shapes: Mapping[str, tuple[int, ...]], seed: int = 1, **o
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for name, (out, inner, *kernel) in shapes.items():
-        rank = next((r for key, r in config.rank_pattern.items() if name.endswith(key)), config.r)
+        rank = next((r for key, r in config.rank_pattern.items() if name.endswith(key.replace("\\", ""))), config.r)
         prefix = f"base_model.model.{name}"
         tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, inner, *kernel, generator=generator)
         tensors[f"{prefix}.lora_B.weight"] = torch.randn(out, rank, *(1 for _ in kernel), generator=generator)

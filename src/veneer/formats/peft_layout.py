@@ -18,7 +18,7 @@ from veneer.files.tensor_keys import PREFIX, encode
 from veneer.formats import original_config
 from veneer.formats.canonical import CanonicalAdapter, ModuleChange
 from veneer.formats.format import Base
-from veneer.formats.scaling import cut, effective_alpha, folded, most_frequent
+from veneer.formats.scaling import changes_nothing, cut, effective_alpha, folded, most_frequent
 from veneer.formats.table import AS_LORA
 
 # Method -> the leaves of its tensors.
@@ -208,8 +208,10 @@ def _as_configured(change: ModuleChange, config: PeftConfig) -> ModuleChange | N
     """Return a change with the rank and the scale that a config gives it; ``None`` where it cannot have them."""
     rank, scale = rank_and_scale(config, change.path)
     shorter = cut(change, rank)
-    if shorter is None or math.isclose(shorter.scale, scale, rel_tol=1e-6):
-        return None if shorter is None else replace(shorter, scale=scale)
+    if shorter is None:
+        return None
+    if math.isclose(shorter.scale, scale, rel_tol=1e-6) or changes_nothing(shorter):
+        return replace(shorter, scale=scale)
     return None if scale == 0 else _narrowed(folded(shorter, scale))
 
 

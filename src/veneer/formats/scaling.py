@@ -109,6 +109,12 @@ def folded(change: ModuleChange, scale: float) -> ModuleChange:
     return replace(change, leaves=leaves, scale=scale)
 
 
+def changes_nothing(change: ModuleChange) -> bool:
+    """Tell whether a change is zero at any scale."""
+    scaled = [change.leaves[leaf] for leaf in _SCALED.get(change.method, ()) if leaf in change.leaves]
+    return bool(scaled) and not any(bool(tensor.any()) for tensor in scaled)
+
+
 def multiplied(tensor: Tensor, factor: float) -> Tensor:
     """Multiply a tensor in float32; return it in its own dtype where that holds the product exactly."""
     product = (tensor.double() * factor).float()
