@@ -156,7 +156,9 @@ def combine(
     )
     checkpoints = [open_checkpoint(source, strict=strict, base=partial(given_base, base, lookup)) for source in sources]
     found_base = find_base(sources[0], checkpoints, base, lookup)
-    check_apart(folder, [*(("adapter", source.root) for source in sources), ("base", found_base.source.root)])
+    check_apart(
+        folder, [*(("adapter", source.file or source.root) for source in sources), ("base", found_base.source.root)]
+    )
     model = _load(found_base, dict(zip(names, checkpoints, strict=True)), trust_remote_code, strict, strict_base)
     on_step("combining")
     config = _replace_by_combination(model, combination)

@@ -186,7 +186,7 @@ def _weighted(manifest: dict[str, Any], adapter: AdapterPaths | None, lookup: Lo
     if adapter is None:
         paths: list[str | Path] = [merged["origin"] for merged in manifest["adapters"]]
     else:
-        paths = [source.root for source in find_adapters(adapter, lookup)[0]]
+        paths = [source.file or source.root for source in find_adapters(adapter, lookup)[0]]
     if len(paths) != len(weights):
         raise MergeError(
             f"{len(paths)} adapters are given, and {len(weights)} were merged.", hint="Give those, in their order."

@@ -51,7 +51,10 @@ def write_folder(
     Raises:
         OutputError, MergeError: as :func:`veneer.merge` raises it.
     """
-    check_apart(target, [("base", prepared.base.root), *(("adapter", source.root) for source in prepared.sources)])
+    check_apart(
+        target,
+        [("base", prepared.base.root), *(("adapter", source.file or source.root) for source in prepared.sources)],
+    )
     with (
         writing(target, missing=OutputError),
         staging_folder(target, _made_from(prepared), resume, overwrite) as staging,
