@@ -7,6 +7,7 @@ from veneer.files.source import Source
 from veneer.formats.comfyui import ComfyuiFormat
 from veneer.formats.diffusers import DiffusersFormat
 from veneer.formats.format import Format
+from veneer.formats.gguf import GgufFormat
 from veneer.formats.kohya import KohyaFormat
 from veneer.formats.lycoris import LycorisFormat
 from veneer.formats.mlx import MlxFormat
@@ -20,6 +21,7 @@ ALL: tuple[Format, ...] = (
     ServingFormat(),
     MlxFormat(),
     MlxVlmFormat(),
+    GgufFormat(),
     DiffusersFormat(),
     ComfyuiFormat(),
     KohyaFormat(),

@@ -34,6 +34,7 @@ class Holds:
         parameters: factors of a parameter that is no module, such as fused experts.
         methods: the methods.
         one_alpha: True where the format has one alpha, which each module divides by its rank, and not one scale.
+        options: options of PEFT's config, of those in ``OPTIONS``, that the format can say too.
     """
 
     ranks: str = EXACT
@@ -47,6 +48,7 @@ class Holds:
     parameters: str = REFUSE
     methods: tuple[str, ...] = ("LORA",)
     one_alpha: bool = False
+    options: tuple[str, ...] = ()
 
 
 # Format -> what it holds.
@@ -61,7 +63,14 @@ TABLE: Mapping[str, Holds] = {
         methods=("LORA", "LOHA", "LOKR", "IA3"),
     ),
     "mlx": Holds(ranks=PAD, scales=FOLD, zero=FOLD, dora=EXACT, embeddings=EXACT, parameters=EXACT),
-    "gguf": Holds(scales=FOLD, zero=FOLD, embeddings=EXACT, parameters=EXACT, one_alpha=True),
+    "gguf": Holds(
+        scales=FOLD,
+        zero=FOLD,
+        embeddings=EXACT,
+        parameters=EXACT,
+        one_alpha=True,
+        options=("alora_invocation_tokens",),
+    ),
     "diffusers": Holds(dora=EXACT, lora_bias=EXACT, convolutions=EXACT),
     "kohya": Holds(zero=FOLD, convolutions=EXACT),
     "lycoris": Holds(zero=FOLD, dora=EXACT, convolutions=EXACT, methods=("LORA", "LOHA", "LOKR", "IA3")),
@@ -134,14 +143,14 @@ def check(adapter: CanonicalAdapter, name: str, title: str) -> None:
     if adapter.whole and holds.whole == REFUSE:
         raise _refused(title, NAMES["whole"], adapter.whole, MERGE)
     if name != "peft":
-        _check_options(adapter, title)
+        _check_options(adapter, holds, title)
 
 
-def _check_options(adapter: CanonicalAdapter, title: str) -> None:
+def _check_options(adapter: CanonicalAdapter, holds: Holds, title: str) -> None:
     """Refuse options of PEFT's config that change what the factors mean."""
     config = adapter.config or {}
     for option, what in OPTIONS.items():
-        if config.get(option):
+        if config.get(option) and option not in holds.options:
             hint = MERGE if option in NO_LORA else AS_LORA
             raise UnsupportedError(f"{title} has no {option}, which {what}.", hint=f"{hint}.")
     start = config.get("init_lora_weights")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ _NUMBERS = ("lora_alpha", "alpha", "scale")
 
 def foreign_facts(source: Source, other_format: Format) -> AdapterFacts:
     """Return the facts of an adapter in another tool's format."""
+    if other_format.name == "gguf":
+        return _gguf_facts(source, other_format)
     headers = _headers(source)
     tensors = [info for header in headers for info in header.tensors.values()]
     ranks = _ranks(tensors)
@@ -49,6 +52,32 @@ def foreign_facts(source: Source, other_format: Format) -> AdapterFacts:
         modules_to_save=None,
         layers=sum(ranks.values()),
         weights=weights_of(headers) if headers else _whole_file(source),
+        format=other_format.title,
+    )
+
+
+def _gguf_facts(source: Source, other_format: Format) -> AdapterFacts:
+    from veneer.formats.gguf import adapter_header, base_name
+
+    header = adapter_header(source)
+    tensors = list(header.tensors.values())
+    ranks = dict(sorted(Counter(info.shape[-1] for info in tensors if info.name.endswith(".lora_b")).items()))
+    values: Counter[str] = Counter()
+    for info in tensors:
+        values[info.dtype] += math.prod(info.shape)
+    return AdapterFacts(
+        peft_type="LORA",
+        base=base_name(header),
+        base_revision=None,
+        base_digest=None,
+        task=None,
+        ranks=ranks,
+        alpha=header.values.get("adapter.lora.alpha"),
+        options={},
+        target_modules=None,
+        modules_to_save=None,
+        layers=sum(ranks.values()),
+        weights=Weights([header.path.name], len(tensors), values.total(), header.size, dict(values)),
         format=other_format.title,
     )
 
