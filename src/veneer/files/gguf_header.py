@@ -97,16 +97,16 @@ def read_gguf_header(path: Path) -> GgufHeader:
         with path.open("rb") as file:
             size = path.stat().st_size
             if size < 24 or file.read(len(MAGIC)) != MAGIC:
-                raise _DamagedError("it does not begin as a GGUF file does")
+                raise _DamagedGgufError("it does not begin as a GGUF file does")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _read(path, _Cursor(data, len(MAGIC)))
-    except _DamagedError as error:
+    except _DamagedGgufError as error:
         raise CorruptFileError(f"{path} is damaged: {error}.", hint=COPY_AGAIN) from error
     except OSError as error:
         raise unreadable(path, error) from error
 
 
-class _DamagedError(Exception):
+class _DamagedGgufError(Exception):
     """A header is damaged; the message tells how."""
 
 
@@ -134,7 +134,7 @@ class _Cursor:
     def skip(self, length: int) -> int:
         """Step over bytes, and return where they begin."""
         if length > self.left:
-            raise _DamagedError("its header is cut off, or counts more than the file holds")
+            raise _DamagedGgufError("its header is cut off, or counts more than the file holds")
         self.offset += length
         return self.offset - length
 
@@ -142,18 +142,18 @@ class _Cursor:
         """Read a text with its length."""
         length = self.number("Q")
         if longest is not None and length > longest:
-            raise _DamagedError(f"its header has a name of {length:,} bytes")
+            raise _DamagedGgufError(f"its header has a name of {length:,} bytes")
         start = self.skip(length)
         try:
             return self.data[start : self.offset].decode("utf-8")
         except UnicodeDecodeError as error:
-            raise _DamagedError("its header has text that is no UTF-8") from error
+            raise _DamagedGgufError("its header has text that is no UTF-8") from error
 
     def count(self, smallest: int, what: str) -> int:
         """Read how many things of at least ``smallest`` bytes follow."""
         count = int(self.number("Q"))
         if count * smallest > self.left:
-            raise _DamagedError(f"its header counts {count:,} {what}, more than the file can hold")
+            raise _DamagedGgufError(f"its header counts {count:,} {what}, more than the file can hold")
         return count
 
 
@@ -164,13 +164,13 @@ def _read(path: Path, cursor: _Cursor) -> GgufHeader:
         what = (
             "it is written for big-endian machines" if swapped else f"its version is {version}, and 2 and 3 are known"
         )
-        raise _DamagedError(what)
+        raise _DamagedGgufError(what)
     tensors = cursor.count(24, "tensors")
     values: dict[str, Any] = {}
     for _ in range(cursor.count(13, "values")):
         key = cursor.text(_LONGEST_KEY)
         if key in values:
-            raise _DamagedError(f"its header has the key {key!r} twice")
+            raise _DamagedGgufError(f"its header has the key {key!r} twice")
         values[key] = _value(cursor, cursor.number("I"))
     described = [_tensor(cursor) for _ in range(tensors)]
     return GgufHeader(path, len(cursor.data), values, _placed(described, cursor, values.get("general.alignment", 32)))
@@ -182,7 +182,7 @@ def _value(cursor: _Cursor, kind: int) -> Any:
     if kind == _ARRAY:
         return _array(cursor, cursor.number("I"))
     if kind not in _SCALARS:
-        raise _DamagedError(f"its header has a value of the unknown type {kind}")
+        raise _DamagedGgufError(f"its header has a value of the unknown type {kind}")
     return cursor.number(_SCALARS[kind])
 
 
@@ -193,7 +193,7 @@ def _array(cursor: _Cursor, kind: int) -> tuple[Any, ...] | None:
             cursor.skip(cursor.number("Q"))
         return None
     if kind not in _SCALARS:
-        raise _DamagedError(f"its header has an array of the unknown type {kind}")
+        raise _DamagedGgufError(f"its header has an array of the unknown type {kind}")
     size = struct.calcsize(f"<{_SCALARS[kind]}")
     count = cursor.count(size, "numbers")
     if count <= _LONGEST_ARRAY:
@@ -206,22 +206,22 @@ def _tensor(cursor: _Cursor) -> GgufTensor:
     name = cursor.text(_LONGEST_KEY)
     dimensions = cursor.number("I")
     if not 1 <= dimensions <= _MOST_DIMENSIONS:
-        raise _DamagedError(f"its header gives {name!r} {dimensions} dimensions")
+        raise _DamagedGgufError(f"its header gives {name!r} {dimensions} dimensions")
     shape = cursor.numbers("Q", dimensions)
     if math.prod(shape) >= 1 << 63 or 0 in shape:
-        raise _DamagedError(f"its header gives {name!r} the shape {shape[::-1]}")
+        raise _DamagedGgufError(f"its header gives {name!r} the shape {shape[::-1]}")
     return GgufTensor(name, shape[::-1], cursor.number("I"), cursor.number("Q"))
 
 
 def _placed(tensors: list[GgufTensor], cursor: _Cursor, alignment: Any) -> dict[str, GgufTensor]:
     """Return the tensors by name, each with its place in the file."""
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-        raise _DamagedError(f"its alignment is {alignment!r}, no power of two")
+        raise _DamagedGgufError(f"its alignment is {alignment!r}, no power of two")
     data_start = -(-cursor.offset // alignment) * alignment
     placed = {t.name: GgufTensor(t.name, t.shape, t.kind, data_start + t.start) for t in tensors}
     if len(placed) != len(tensors):
-        raise _DamagedError("its header names a tensor twice")
+        raise _DamagedGgufError("its header names a tensor twice")
     outside = [t.name for t in placed.values() if t.start >= len(cursor.data)]
     if outside:
-        raise _DamagedError(f"its data are cut off: {outside[0]!r} begins behind its end")
+        raise _DamagedGgufError(f"its data are cut off: {outside[0]!r} begins behind its end")
     return placed
