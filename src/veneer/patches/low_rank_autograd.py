@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from veneer.errors import UnsupportedError
 from veneer.patches.plain_calls import product_dtype
+from veneer.patches.products import Exact, Products, Split, products
 from veneer.patches.seeded_dropout import Dropout, parts
 
 
@@ -25,8 +26,8 @@ class LowRankUpdate(torch.autograd.Function):
     """Computes ``y'`` of shape ``(rows, out)``; ``x``: (rows, in), ``U``: (out, r), ``V``: (r, in).
 
     Either ``weight`` and ``bias`` are given or ``y``, of which no gradient is wanted or all. The backward pass is made
-    of differentiable operations on what was given. ``options``: ``s``, the dropout, the dtype to compute in, and that
-    of the result.
+    of differentiable operations on what was given. ``options``: ``s``, the dropout, the arithmetic, and the dtype of
+    the result.
     """
 
     # With the context: of a forward() without one torch makes the signature at each call, 25 us a layer.
@@ -40,18 +41,18 @@ class LowRankUpdate(torch.autograd.Function):
         y: Tensor | None,
         up: Tensor,
         down: Tensor,
-        options: tuple[float, Dropout, torch.dtype, torch.dtype],
+        options: tuple[float, Dropout, Products, torch.dtype],
     ) -> Tensor:
-        scale, dropout, dtype, rounded = options
+        scale, dropout, by, rounded = options
         with _without_autocast(x):
             if weight is not None:
                 result = F.linear(x.to(weight.dtype), weight, bias).to(rounded)
             else:
                 assert y is not None
                 result = y.to(rounded, copy=True)
-            wide_up, wide_down, gain = up.to(dtype), down.to(dtype), scale * dropout.gain
+            to_hidden, to_output, gain = by.factor(down).t(), by.factor(up).t(), scale * dropout.gain
             for total, (seen, _) in zip(parts(result, x), dropout.masked_parts(x), strict=True):
-                _add_product(total, (seen.to(dtype) @ wide_down.t()) * gain, wide_up.t())
+                by.add(total, by.hidden(by.activations(seen), to_hidden) * gain, to_output)
         ctx.save_for_backward(x, weight, up, down)
         ctx.options = options
         ctx.y_dtype = (y if weight is None else weight).dtype  # type: ignore[union-attr]
@@ -60,28 +61,31 @@ class LowRankUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, up, down = ctx.saved_tensors
-        scale, dropout, dtype, _ = ctx.options
+        scale, dropout, by, _ = ctx.options
         wants_x, _, _, wants_y, wants_up, wants_down, _ = ctx.needs_input_grad
+        if isinstance(by, Split) and (grad.dtype is not x.dtype or torch.is_grad_enabled()):
+            by = Exact(torch.float32)
         with _without_autocast(x):
-            factors = up.to(dtype), down.to(dtype), scale * dropout.gain
+            wide_up, wide_down, gain = by.factor(up), by.factor(down), scale * dropout.gain
             to_y = grad.to(ctx.y_dtype)
-            wide = torch.promote_types(up.dtype, torch.float32)
+            sum_dtype = torch.promote_types(up.dtype, torch.float32)
             to_up = to_down = None
             hidden_parts = []
             for own, (seen, mask) in zip(parts(grad, x), dropout.masked_parts(x), strict=True):
-                own, seen = own.to(dtype), seen.to(dtype)
-                hidden_parts.append(((own @ factors[0]) * factors[2], mask))
+                own, seen = by.activations(own), by.activations(seen)
+                to_hidden = by.hidden(own, wide_up) * gain
+                hidden_parts.append((to_hidden, mask))
                 if wants_up:
-                    to_up = _sum_of_product(to_up, own.t(), (seen @ factors[1].t()) * factors[2], wide)
+                    to_up = _sum(to_up, by.hidden(own.t(), by.hidden(seen, wide_down.t()) * gain), sum_dtype)
                 if wants_down:
-                    to_down = _sum_of_product(to_down, hidden_parts[-1][0].t(), seen, wide)
+                    to_down = _sum(to_down, by.gradient(to_hidden.t(), seen), sum_dtype)
+            # The input's gradient comes last, when the float32 forms are gone.
             del own, seen
-            # Last, when the float32 forms are gone.
             to_x = None
             if wants_x:
                 to_x = torch.zeros_like(x) if weight is None else (to_y @ weight).to(x.dtype)
-                for total, (hidden, mask) in zip(parts(to_x, x), hidden_parts, strict=True):
-                    _add_product(total, hidden, factors[1], mask)
+                for total, (to_hidden, mask) in zip(parts(to_x, x), hidden_parts, strict=True):
+                    by.add(total, to_hidden, wide_down, mask)
         return (
             to_x,
             None,
@@ -93,21 +97,9 @@ class LowRankUpdate(torch.autograd.Function):
         )
 
 
-def _sum_of_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``left @ right`` in ``dtype``, added to ``total`` in place where there is one."""
-    if total is None:
-        return (left @ right).to(dtype)
-    _add_product(total, left, right)
-    return total
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, mask: Tensor | None = None) -> None:
-    """Add ``left @ right`` to ``total`` where ``mask`` is true, in place and rounded once."""
-    if mask is None and total.dtype is left.dtype:
-        total.addmm_(left, right)
-    else:
-        product = left @ right
-        total.add_(product if mask is None else product.mul_(mask))
+def _sum(total: Tensor | None, product: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a part of a gradient in ``dtype``, added to ``total`` in place where there is one."""
+    return product.to(dtype) if total is None else total.add_(product)
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -182,7 +174,10 @@ def updated(
     y_dtype = (given if weight is None else weight).dtype  # type: ignore[union-attr]
     wide = torch.promote_types(y_dtype, up.dtype)
     dtype = product_dtype(x) if torch.is_autocast_enabled(x.device.type) else wide
-    flat, options = x.reshape(-1, x.shape[-1]), (scale, Dropout.drawn(share), dtype, y_dtype if rounds else wide)
+    flat, options = (
+        x.reshape(-1, x.shape[-1]),
+        (scale, Dropout.drawn(share), products(x, dtype), y_dtype if rounds else wide),
+    )
     result: Tensor = LowRankUpdate.apply(flat, weight, bias, given, up, down, options)  # type: ignore[no-untyped-call]
     return result.view(*x.shape[:-1], up.shape[0])
 
