@@ -67,6 +67,7 @@ def test_the_bases_own_defaults_ask_for_nothing(engine: TransformersEngine, worl
     config = engine.model.get_base_model().generation_config
     config.update(eos_token_id=world.answer(None, PROMPT, 8)[2], repetition_penalty=5.0)
     assert run(tokens_of(engine, request(1, PROMPT))) == world.answer(None, PROMPT, 8)
+    engine.stop(timeout=0.0)
     assert engine.model.get_base_model().generation_config is config
 
 

@@ -162,7 +162,7 @@ class ContinuousLane(Lane):
         request = job.request
         accepted = self._running().add_request(
             list(request.prompt),
-            request_id=request.id,
+            request_id=job.key,
             max_new_tokens=request.sampling.max_tokens,
             streaming=True,
             eos_token_id=sorted(job.end_tokens) or -1,
@@ -173,7 +173,7 @@ class ContinuousLane(Lane):
     def _cancel(self, job: Job) -> None:
         manager = self.manager
         if manager is not None:
-            manager.cancel_request(job.request.id)
+            manager.cancel_request(job.key)
 
     def deliver(self, timeout: float) -> None:
         manager = self.manager
@@ -214,9 +214,9 @@ class ContinuousLane(Lane):
         yield [*names, (BASE, missing)] if missing else names
         self.step()
 
-    def _adapter(self, request: str) -> str:
-        # A cancelled request may be in one more step, and its adapter gone.
-        job = self.jobs.get(request)
+    def _adapter(self, key: str) -> str:
+        # A cancelled job may be in one more step, and its adapter gone.
+        job = self.jobs.get(key)
         return BASE if job is None else job.adapter
 
     def sampling_rows(self, logits: Tensor) -> list[SamplingRow | None]:

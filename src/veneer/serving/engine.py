@@ -176,8 +176,6 @@ class TransformersEngine:
             raise EngineError(f"The adapter's version {version} is not loaded.", hint="Load it first.")
 
     def _check_request(self, request: EngineRequest, lane: Lane) -> None:
-        if request.id in lane.jobs:
-            raise EngineError(f"There is a request {request.id!r} already.")
         if self.tokenizer is None and request.sampling.stop:
             raise EngineError("Stop strings need a tokenizer.", hint="Give the engine the base's.")
         length, limit = len(request.prompt) + request.sampling.max_tokens, lane.max_context

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -13,9 +14,12 @@ from veneer.serving.answer_text import AnswerText
 from veneer.serving.engine_types import EngineRequest, TokenEvent
 from veneer.serving.sampler import SamplingState
 
+# Of the jobs of a process: requests' own ids may repeat.
+_KEYS = itertools.count()
+
 
 class Job:
-    """Answers one request.
+    """Answers one request, under a key that no other job has.
 
     Args:
         request: what is asked.
@@ -34,6 +38,7 @@ class Job:
         keeps_logits: bool = False,
     ) -> None:
         self.request, self.send = request, send
+        self.key = f"{next(_KEYS)}"
         self.end_tokens = frozenset() if request.sampling.ignore_eos else frozenset(end_tokens)
         self.state = SamplingState.of(request.sampling)
         self.text = AnswerText(tokenizer, request.sampling.stop)

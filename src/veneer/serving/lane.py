@@ -56,7 +56,7 @@ class Lane(abc.ABC):
     """Computes answers on a thread of its own, and hands them to the jobs.
 
     Attributes:
-        jobs: those that it answers, by their requests' ids. One that is taken out gets no more tokens.
+        jobs: those that it answers, by their keys. One that is taken out gets no more tokens.
         batch: the adapters of the last step.
         progress: when a step last began or ended, of ``time.monotonic``.
         max_context: the most tokens that a prompt and its answer may have together.
@@ -82,16 +82,16 @@ class Lane(abc.ABC):
         with self.lock:
             if not self.jobs:
                 self.step()
-            self.jobs[job.request.id] = job
+            self.jobs[job.key] = job
             try:
                 self._add(job)
             except BaseException:
-                del self.jobs[job.request.id]
+                del self.jobs[job.key]
                 raise
 
     def forget(self, job: Job) -> None:
         """Let go of a job, and stop computing it if it has not ended."""
-        if self.jobs.pop(job.request.id, None) is not None:
+        if self.jobs.pop(job.key, None) is not None:
             self._cancel(job)
 
     def fail_all(self, error: EngineError) -> None:

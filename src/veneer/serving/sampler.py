@@ -75,7 +75,7 @@ def choose(logits: Tensor, rows: Sequence[SamplingRow | None]) -> Tensor:
 
     Args:
         logits: float32, shape ``(rows, vocabulary)``.
-        rows: ``None`` for a row whose token nobody needs.
+        rows: ``None`` for a row whose token nobody needs, as those behind the last are.
     """
     adjusted = _adjusted(logits, rows)
     chosen = adjusted.argmax(-1)

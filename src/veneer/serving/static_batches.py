@@ -150,7 +150,7 @@ class StaticLane(Lane):
         return LaneLoad(running, max(0, len(self.jobs) - running))
 
     def _is_asked(self, job: Job) -> bool:
-        return self.jobs.get(job.request.id) is job
+        return self.jobs.get(job.key) is job
 
     # -- a batch, on the lane's thread ---------------------------------------------------------------------
 
