@@ -41,7 +41,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {**_GPT, "tie_word_embeddings": True, "num_key_value_heads": 4, "n_ctx": 64},
     "gpt_bigcode": {**_GPT, "n_inner": 48, "num_key_value_heads": 1},
     "gptj": {**_GPT, "rotary_dim": 4},
-    "gpt_neox": {**TEXT, "intermediate_size": 128, "head_dim": None},
+    "gpt_neox": {**TEXT, "intermediate_size": 128, "head_dim": None, "num_key_value_heads": 4},
     "glm4_moe": {
         **TEXT,
         **_EXPERTS,

@@ -94,8 +94,12 @@ def _find(path: Path) -> tuple[list[Path], Path]:
     )
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
+def read_pickle(path: Path, inside: str | None = None) -> dict[str, Tensor]:
     """Read the tensors of a pickle that holds nothing else.
+
+    Args:
+        path: the pickle.
+        inside: the key of the mapping that has them, where the pickle has one.
 
     Raises:
         PickleRefusedError: it holds more. CorruptFileError: it cannot be read.
@@ -116,6 +120,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         raise _damaged(path) from error
     except Exception as error:  # bytes that are no pickle make the unpickler fail in any way it can
         raise _damaged(path) from error
+    if inside is not None and isinstance(values, dict):
+        values = values.get(inside, values)
     if not isinstance(values, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in values.items()
     ):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from veneer.errors import CorruptFileError, PathNotFoundError, SourceError
 from veneer.files.names import MAX_HEADER
@@ -39,3 +40,8 @@ def unreadable(path: Path, error: OSError) -> SourceError:
     """Make the error for a file that the system does not let be read."""
     kind = PathNotFoundError if isinstance(error, FileNotFoundError) else SourceError
     return kind(f"{path} cannot be read: {error.strerror or error}.", hint="Check the path and its permissions.")
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Tell whether a value from a file of settings is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -12,7 +12,8 @@ MODEL_CONFIG = "config.json"
 MODEL_STEM = "model"
 SAFETENSORS = ".safetensors"
 # The ending of a file that another tool keeps an adapter in -> the bytes that such a file begins with.
-FOREIGN_FILES: Mapping[str, bytes] = {".gguf": b"GGUF", ".npz": b"PK", ".lora": b"PK"}
+FOREIGN_FILES: Mapping[str, bytes] = {".gguf": b"GGUF", ".npz": b"PK", ".lora": b"PK", ".bin": b"algg"}
+LITGPT_WEIGHTS = "lit_model.pth.lora"
 INDEX = ".safetensors.index.json"
 
 # Bytes per value, by the name that a header gives a dtype.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from veneer.files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG
+from veneer.files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LITGPT_WEIGHTS, MODEL_CONFIG
 from veneer.files.source import Source
 
 if TYPE_CHECKING:
@@ -23,4 +23,6 @@ def foreign(source: Source) -> Format | None:
 
 def _is_plain(source: Source) -> bool:
     """Tell by two looks at a folder whether it holds PEFT's adapter, or a model and no adapter."""
-    return source.has(ADAPTER_WEIGHTS) if source.has(ADAPTER_CONFIG) else source.has(MODEL_CONFIG)
+    if source.has(ADAPTER_CONFIG):
+        return source.has(ADAPTER_WEIGHTS)
+    return source.has(MODEL_CONFIG) and not source.has(LITGPT_WEIGHTS)

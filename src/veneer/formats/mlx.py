@@ -24,6 +24,7 @@ from veneer.errors import (
     IncompleteCheckpointError,
     UnsupportedError,
 )
+from veneer.files.json_file import is_number
 from veneer.files.names import ADAPTER_CONFIG
 from veneer.files.source import Source
 from veneer.formats import original_config
@@ -37,7 +38,6 @@ from veneer.formats.mlx_tensors import (
     by_module,
     change_of_module,
     choice,
-    is_number,
     tied,
     under_base_names,
     without_base,
@@ -69,7 +69,7 @@ class MlxFormat:
         if header is not None and any(_FACTOR.fullmatch(key) or FUSED.fullmatch(key) for key in header.tensors):
             return True
         if source.file is not None:
-            return False
+            return source.file.name == _OLD_WEIGHTS
         has_config = source.has(ADAPTER_CONFIG) and "fine_tune_type" in source.json(ADAPTER_CONFIG)
         return has_config or source.has(_OLD_WEIGHTS) or bool(_checkpoints(source))
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING
 
 from veneer.errors import (
     BaseModelError,
@@ -62,11 +61,6 @@ def by_module(tensors: Mapping[str, Tensor], pattern: re.Pattern[str], origin: s
             hint="Leave them out where the file was made; MLX-LM does not load them either.",
         )
     return modules
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Tell whether a value of a config is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def choice(scaling: str | None, question: str) -> bool:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from veneer.errors import BaseModelError, CorruptFileError, UnsupportedError
+from veneer.files.json_file import is_number
 from veneer.files.names import ADAPTER_CONFIG
 from veneer.files.source import Source
 from veneer.formats.canonical import CanonicalAdapter
 from veneer.formats.format import Base, ReadOptions, Step
 from veneer.formats.mlx_names import LEAF, WEIGHTS, WRAPPED
-from veneer.formats.mlx_tensors import by_module, change_of_module, choice, is_number, under_base_names
+from veneer.formats.mlx_tensors import by_module, change_of_module, choice, under_base_names
 from veneer.formats.tensor_files import header_of, read_tensors
 
 if TYPE_CHECKING:

@@ -9,14 +9,18 @@ from veneer.formats.diffusers import DiffusersFormat
 from veneer.formats.format import Format
 from veneer.formats.gguf import GgufFormat
 from veneer.formats.kohya import KohyaFormat
+from veneer.formats.litgpt import LitgptFormat
 from veneer.formats.lycoris import LycorisFormat
 from veneer.formats.mlx import MlxFormat
 from veneer.formats.mlx_vlm import MlxVlmFormat
 from veneer.formats.peft import PeftFormat
 from veneer.formats.serving import ServingFormat
+from veneer.formats.torchtune import TorchtuneFormat
+from veneer.formats.unreadable import UNREADABLE
 
 # In the order in which they are asked whether a file is theirs.
 ALL: tuple[Format, ...] = (
+    TorchtuneFormat(),  # whose files can lie in a folder with PEFT's config
     PeftFormat(),
     ServingFormat(),
     MlxFormat(),
@@ -26,6 +30,8 @@ ALL: tuple[Format, ...] = (
     ComfyuiFormat(),
     KohyaFormat(),
     LycorisFormat(),
+    LitgptFormat(),
+    *UNREADABLE,
 )
 
 
