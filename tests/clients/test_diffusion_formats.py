@@ -157,3 +157,25 @@ def test_what_diffusers_saves(tmp_path: Path) -> None:
     again.load_lora_weights(str(tmp_path / "saved"))
     adapted = unet_output(again.unet)
     assert_as_in_veneer(unet_output(in_veneer(make.unet(), tmp_path / "saved")), unet_output(make.unet()), adapted)
+
+
+def test_a_base_by_its_folder(tmp_path: Path) -> None:
+    make.unet().save_pretrained(tmp_path / "pipe" / "unet")
+    bases.pipeline(tmp_path / "pipe", unet="UNet2DConditionModel")
+    base = tmp_path / "pipe" / "unet"
+    adapter = bases.lora(tmp_path / "adapter", shapes_of(make.unet(), ATTENTION), use_dora=True)
+    veneer.convert(adapter, tmp_path / "out.safetensors", to="lycoris", base=tmp_path / "pipe")
+    adapted = unet_output(in_veneer(make.unet(), adapter))
+    model = veneer.load(tmp_path / "out.safetensors", base=base)
+    assert_as_in_veneer(unet_output(model), unet_output(make.unet()), adapted)
+    veneer.load(tmp_path / "out.safetensors", base=base, merge=True).save_pretrained(tmp_path / "merged")
+    merged = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(unet_output(merged), adapted, rtol=1e-4, atol=1e-4)
+    # kohya's format has no DoRA; of full rank the plain LoRA is the same change.
+    veneer.convert(
+        tmp_path / "out.safetensors", tmp_path / "k.safetensors", to="kohya", base=base, as_lora=True, rank=16
+    )
+    model = in_veneer(make.unet(), tmp_path / "k.safetensors")
+    torch.testing.assert_close(unet_output(model), adapted, rtol=1e-3, atol=1e-3)
+    with pytest.raises(veneer.VeneerError, match="no_such_option"):
+        veneer.load(tmp_path / "out.safetensors", base=base, no_such_option=1)

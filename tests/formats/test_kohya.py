@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 import veneer
 from tests.formats import diffusion_bases as bases
-from veneer.errors import BaseModelError, BindError, UnsupportedError, UsageError
+from veneer.errors import BaseModelError, BindError, MergeError, UnsupportedError, UsageError
 
 MIXED: dict[str, Any] = {"rank_pattern": {"to_q": 2, "conv1": 3}, "alpha_pattern": {"to_k": 5, "conv2": 2.5}}
 OPTIONS = [{}, MIXED, {**MIXED, "use_rslora": True}, {"lora_alpha": 0}]
@@ -333,3 +334,43 @@ def test_what_kohya_has_no_name_for(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="DoRA"):
         veneer.convert(dora, tmp_path / "out.safetensors", to="kohya", base=flux)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_base_of_diffusers(tmp_path: Path) -> None:
+    folder = bases.pipeline(tmp_path / "pipe", unet="UNet2DConditionModel")
+    base = bases.stored(folder / "unet", bases.unet())
+    (base / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    adapter = bases.lora(tmp_path / "adapter", {"conv_out": (3, 4, 3, 3)})
+    veneer.convert(adapter, tmp_path / "out.safetensors", to="kohya", base=folder)
+    with pytest.raises(BaseModelError, match=r"is a pipeline of several models.*adapter is for: unet"):
+        veneer.load(tmp_path / "out.safetensors", base=folder)
+    with pytest.raises(MergeError, match=r"merged in memory.*merge=True\)\.save_pretrained"):
+        veneer.merge(tmp_path / "out.safetensors", base, out=tmp_path / "merged")
+    if importlib.util.find_spec("diffusers") is None:
+        with pytest.raises(BaseModelError, match="needs diffusers"):
+            veneer.load(tmp_path / "out.safetensors", base=base)
+    both = bases.pipeline(tmp_path / "both", unet="UNet2DConditionModel", transformer="Transformer")
+    for name in ("unet", "transformer"):
+        bases.stored(both / name, bases.unet())
+    with pytest.raises(UsageError, match=r"which component of a pipeline the adapter is for.*--component unet"):
+        veneer.convert(adapter, tmp_path / "never.safetensors", to="kohya", base=both)
+    veneer.convert(adapter, tmp_path / "named.safetensors", to="kohya", base=both, component="unet")
+    with pytest.raises(BaseModelError, match="no component 'text_encoder'"):
+        veneer.convert(adapter, tmp_path / "never.safetensors", to="kohya", base=both, component="text_encoder")
+    assert not (tmp_path / "never.safetensors").exists()
+
+
+def test_a_file_for_a_model_in_memory(tmp_path: Path) -> None:
+    layer = "mid_block.attentions.0"
+    base = bases.stored(tmp_path / "base", {f"{layer}.proj_in": (6, 4), "down_blocks.0.x": (4, 4)})
+    adapter = bases.lora(tmp_path / "adapter", {f"{layer}.proj_in": (6, 4)})
+    veneer.convert(adapter, tmp_path / "out.safetensors", to="kohya", base=base)
+    model = torch.nn.Module()
+    for name, shape in (("mid_block", (4, 6)), ("down_blocks", (4, 4))):
+        inner = torch.nn.ModuleDict({"proj_in" if name == "mid_block" else "x": torch.nn.Linear(*shape)})
+        blocks = torch.nn.ModuleDict({"attentions": torch.nn.ModuleList([inner])}) if name == "mid_block" else [inner]
+        model.add_module(name, blocks if isinstance(blocks, torch.nn.Module) else torch.nn.ModuleList(blocks))
+    before = model.get_submodule(f"{layer}.proj_in").weight.detach().double()
+    merged = veneer.PeftModel.from_pretrained(model, tmp_path / "out.safetensors").merge_and_unload()
+    change = merged.get_submodule(f"{layer}.proj_in").weight.detach().double() - before
+    torch.testing.assert_close(change, of_peft(adapter)[f"{layer}.proj_in"], rtol=1e-5, atol=1e-5)

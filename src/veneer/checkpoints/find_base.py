@@ -9,9 +9,10 @@ from pathlib import Path
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.errors import BaseModelError, IncompleteCheckpointError, NotACheckpointError, PathNotFoundError, SourceError
 from veneer.files import adapter_folders
+from veneer.files.base_config import stem_of
 from veneer.files.base_map import places_of
 from veneer.files.lookup_options import LookupOptions
-from veneer.files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FOREIGN_FILES, MODEL_CONFIG, MODEL_STEM
+from veneer.files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FOREIGN_FILES, MODEL_CONFIG, PIPELINE_INDEX
 from veneer.files.paths import exists, is_file
 from veneer.files.resolve import resolve
 from veneer.files.source import Source
@@ -151,6 +152,12 @@ def _checked(base: FoundBase) -> FoundBase:
             "merge=True, its save_pretrained(OUT) writes the merged model.",
         )
     if not source.has(MODEL_CONFIG):
+        if source.has(PIPELINE_INDEX):
+            models = [name for name in source.json(PIPELINE_INDEX) if is_file(source.root / name / MODEL_CONFIG)]
+            raise BaseModelError(
+                f"{source.origin} is a pipeline of several models.",
+                hint=f"Give the folder in it that the adapter is for: {', '.join(models)}.",
+            )
         if source.has(ADAPTER_CONFIG):
             recorded = source.json(ADAPTER_CONFIG).get("base_model_name_or_path")
             raise BaseModelError(
@@ -163,6 +170,5 @@ def _checked(base: FoundBase) -> FoundBase:
             f"{source.origin} is no full model: there is no {MODEL_CONFIG}.",
             hint=f"`veneer inspect {source.origin}` tells what is there.",
         )
-    source.json(MODEL_CONFIG)
-    read_headers(source, MODEL_STEM)
+    read_headers(source, stem_of(source.json(MODEL_CONFIG)))
     return base

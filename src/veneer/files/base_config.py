@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from veneer.errors import CorruptFileError
-from veneer.files.names import MODEL_CONFIG
+from veneer.files.names import DIFFUSERS_STEM, MODEL_CONFIG, MODEL_STEM
 
 
 def part_of(config: Mapping[str, Any], key: str, origin: str) -> Mapping[str, Any]:
@@ -22,3 +22,13 @@ def part_of(config: Mapping[str, Any], key: str, origin: str) -> Mapping[str, An
             hint="Copy or download it again.",
         )
     return value or {}
+
+
+def is_of_diffusers(config: Mapping[str, Any]) -> bool:
+    """Tell whether a config is of a model of diffusers: a UNet, a transformer ..."""
+    return "_class_name" in config
+
+
+def stem_of(config: Mapping[str, Any]) -> str:
+    """Return how the names of the weight files beside a config begin."""
+    return DIFFUSERS_STEM if is_of_diffusers(config) else MODEL_STEM

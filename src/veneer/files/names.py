@@ -10,6 +10,9 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PICKLE = "adapter_model.bin"
 MODEL_CONFIG = "config.json"
 MODEL_STEM = "model"
+# Of a model of diffusers.
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+PIPELINE_INDEX = "model_index.json"
 SAFETENSORS = ".safetensors"
 # The ending of a file that another tool keeps an adapter in -> the bytes that such a file begins with.
 FOREIGN_FILES: Mapping[str, bytes] = {".gguf": b"GGUF", ".npz": b"PK", ".lora": b"PK", ".bin": b"algg"}

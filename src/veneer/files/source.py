@@ -9,12 +9,13 @@ from typing import Any
 
 from veneer.errors import CorruptFileError
 from veneer.files.json_file import read_json
-from veneer.files.names import ADAPTER_PICKLE, ADAPTER_STEM, MODEL_STEM
+from veneer.files.names import ADAPTER_PICKLE, ADAPTER_STEM, DIFFUSERS_STEM, MODEL_STEM
 from veneer.files.paths import is_file
 
 # The same weights as pickles, by stem: what older tools wrote.
 PICKLES: Mapping[str, tuple[str, ...]] = {
     ADAPTER_STEM: (ADAPTER_PICKLE, "adapter_model.pt", "adapter_model.pth"),
+    DIFFUSERS_STEM: ("diffusion_pytorch_model.bin",),
     MODEL_STEM: ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth"),
 }
 

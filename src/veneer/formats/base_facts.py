@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from veneer.errors import BaseModelError, SourceError
 from veneer.files.base_map import places_of
 from veneer.files.lookup_options import OFFLINE, LookupOptions
-from veneer.files.names import MODEL_CONFIG, SAFETENSORS
+from veneer.files.names import MODEL_CONFIG, PIPELINE_INDEX, SAFETENSORS
 from veneer.files.resolve import resolve
 from veneer.files.safetensors_header import read_header
 from veneer.files.source import Source
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from veneer.base_model.catalog import Catalog
 
 V = TypeVar("V")
-
-_PIPELINE = "model_index.json"
 
 
 class OnDemand(Mapping[str, V], Generic[V]):
@@ -60,7 +58,7 @@ def base_on_disk(source: Source) -> Base:
     Raises:
         BaseModelError: there is none.
     """
-    if source.file is None and source.has(_PIPELINE):
+    if source.file is None and source.has(PIPELINE_INDEX):
         return _pipeline(source)
     config = source.json(MODEL_CONFIG) if source.file is None and source.has(MODEL_CONFIG) else {}
     if "model_type" in config:
@@ -106,13 +104,13 @@ def named_base(name: str | None, source: Source) -> Base | None:
 
 def _pipeline(source: Source) -> Base:
     """Return the facts of a pipeline of diffusers, whose components are folders with models."""
-    folders = [source.root / name for name in source.json(_PIPELINE)]
+    folders = [source.root / name for name in source.json(PIPELINE_INDEX)]
     components = {
         folder.name: base_on_disk(Source(folder, f"{source.origin}/{folder.name}"))
         for folder in folders
         if (folder / MODEL_CONFIG).is_file()
     }
-    return Base(source.origin, source.json(_PIPELINE), {}, components=components)
+    return Base(source.origin, source.json(PIPELINE_INDEX), {}, components=components)
 
 
 def _meta(source: Source, config: dict[str, Any]) -> nn.Module:

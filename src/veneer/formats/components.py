@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from veneer.errors import UsageError
@@ -18,20 +18,29 @@ COMPONENTS = (*DENOISERS, *TEXT_ENCODERS)
 _BLOCKS = ("transformer_blocks.", "single_transformer_blocks.", "blocks.", "layers.")
 
 
-def component_of(base: Base | None) -> str:
-    """Return the component that a model is in a pipeline.
+def component_of(base: Base | None, modules: Iterable[str] = ()) -> str:
+    """Return the component that a model is in a pipeline, or the one of a pipeline that an adapter is for.
+
+    Args:
+        base: the model, or the pipeline.
+        modules: the modules that the adapter changes.
 
     Raises:
         UsageError: nothing tells it.
     """
-    if base is not None:
+    if base is not None and base.components:
+        paths = [f"{module}.weight" for module in modules]
+        fits = [name for name, model in base.components.items() if all(path in model.shapes for path in paths)]
+        if len(fits) == 1:
+            return fits[0]
+    elif base is not None:
         if "model_type" in base.config:
             return "text_encoder"
         if any(name.startswith("down_blocks.") for name in base.shapes):
             return "unet"
         if any(name.startswith(_BLOCKS) for name in base.shapes):
             return "transformer"
-    whose = "the adapter is for" if base is None else f"{base.origin} is"
+    whose = "the adapter is for" if base is None or base.components else f"{base.origin} is"
     raise UsageError(
         f"Nothing tells which component of a pipeline {whose}.", hint=f"Say it: --component {' | '.join(COMPONENTS)}"
     )
@@ -67,7 +76,7 @@ def model_of(base: Base | None, component: str) -> Base | None:
 
 def by_component(adapters: Mapping[str, CanonicalAdapter], base: Base | None) -> dict[str, CanonicalAdapter]:
     """Return adapters by the components that they are for; one under ``""`` is for the component that the base is."""
-    return {component or component_of(base): adapter for component, adapter in adapters.items()}
+    return {component or component_of(base, adapter.modules): adapter for component, adapter in adapters.items()}
 
 
 def is_t5(base: Base) -> bool:

@@ -14,13 +14,17 @@ from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.checkpoints.model_class import class_for, dtype_of, labels_of, note_of, wanted_task
 from veneer.checkpoints.resized_vocabulary import required_vocabulary
 from veneer.errors import BaseModelError, SourceError
+from veneer.files.base_config import is_of_diffusers
 from veneer.files.base_folder import origin_of, without_adapter
-from veneer.files.names import MODEL_CONFIG, MODEL_STEM
+from veneer.files.names import DIFFUSERS_STEM, MODEL_CONFIG, MODEL_STEM
 from veneer.files.source import Source
 from veneer.files.tensor_keys import PREFIX, SHARED_PREFIX
 from veneer.files.torch_dtypes import DTYPES
 from veneer.files.weight_files import read_headers
 from veneer.packages import GGUF_PACKAGES, require
+
+# The keywords that a model of diffusers is loaded with beside those of BuildOptions.
+_OF_DIFFUSERS = ("disable_mmap", "low_cpu_mem_usage", "quantization_config", "variant")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ def build_base(source: Source, checkpoints: list[Checkpoint], options: BuildOpti
     """
     gguf = options.gguf_file
     config = source.json(MODEL_CONFIG) if gguf is None else _gguf_config(source, gguf)
+    if is_of_diffusers(config):
+        return _by_diffusers(source, config["_class_name"], options), []
     kind = class_for(source, config, checkpoints, options.task, options.trust_remote_code)
     warnings = note_of(kind, config, checkpoints, options.task)
     arguments = _arguments(options, labels_of(checkpoints))
@@ -69,6 +75,32 @@ def build_base(source: Source, checkpoints: list[Checkpoint], options: BuildOpti
     if vocabulary is not None:
         warnings.append(_resize(model, vocabulary))
     return model, [*warnings, *_random_weights(kind, info["missing_keys"], checkpoints)]
+
+
+def _by_diffusers(source: Source, kind: str, options: BuildOptions) -> Any:
+    """Build a model of diffusers."""
+    require("A base of diffusers", "diffusers", extra="clients", error=BaseModelError)
+    import diffusers
+
+    arguments = {**options.model_kwargs, "trust_remote_code": options.trust_remote_code, "local_files_only": True}
+    if options.device_map is not None:
+        arguments["device_map"] = options.device_map
+    dtype = dtype_of(options.dtype)
+    what = f"diffusers cannot load {source.origin} as {kind}"
+    with transformers_errors_as(BaseModelError, what, "Is its folder whole, and diffusers new enough for it?"):
+        for name in options.model_kwargs:
+            if name not in _OF_DIFFUSERS:
+                raise TypeError(f"got an unexpected keyword argument '{name}'")  # of which it takes no notice itself
+        model = diffusers.AutoModel.from_pretrained(
+            str(source.root), torch_dtype=_stored_dtype(source) if dtype == "auto" else dtype, **arguments
+        )
+    return model.eval()
+
+
+def _stored_dtype(source: Source) -> torch.dtype | None:
+    """Return the dtype of the first weight of a model of diffusers."""
+    names = (info.dtype for header in read_headers(source, DIFFUSERS_STEM) for info in header.tensors.values())
+    return next((DTYPES[name] for name in names if name in DTYPES), None)
 
 
 def copied_dtypes(base: Source) -> frozenset[torch.dtype]:

@@ -15,9 +15,10 @@ from veneer.checkpoints.open_checkpoint import open_checkpoint
 from veneer.configs.patterns import matching
 from veneer.errors import BaseMismatchError, MergeError
 from veneer.files import adapter_folders
+from veneer.files.base_config import is_of_diffusers
 from veneer.files.base_digest import BASE_DIGEST_KEY, base_digest
 from veneer.files.lookup_options import LookupOptions
-from veneer.files.names import INDEX, MODEL_STEM
+from veneer.files.names import INDEX, MODEL_CONFIG, MODEL_STEM
 from veneer.files.resolve import resolve
 from veneer.files.source import Source
 from veneer.formats.base_facts import given_base
@@ -111,6 +112,7 @@ def prepare(
     checkpoints = [open_checkpoint(source, strict=options.strict, base=facts) for source in sources]
     weighted_adapters = [WeightedAdapter(*pair) for pair in zip(checkpoints, weights, strict=True)]
     found_base = find_base(sources[0], checkpoints, base, lookup)
+    _check_kind(found_base.source)
     companions = _companions(found_base.source)
     stamps = stamps_of([*companions.values(), *_files_of_adapters(sources)])
     where = ", ".join(source.origin for source in sources)
@@ -156,6 +158,15 @@ def _missing(base: DiskBase, plan: MergePlan) -> list[str]:
         f"{len(plan.missing)} weights of {type(base.model).__name__} are not in the base and start random when the "
         f"output is loaded: {', '.join(plan.missing[:3])}."
     ]
+
+
+def _check_kind(base: Source) -> None:
+    """Refuse a base of diffusers, which is not known without its weights."""
+    if is_of_diffusers(base.json(MODEL_CONFIG)):
+        raise MergeError(
+            f"{base.origin} is a model of diffusers, which is merged in memory.",
+            hint=f'In Python: veneer.load(ADAPTER, base="{base.origin}", merge=True).save_pretrained(OUT)',
+        )
 
 
 def _companions(base: Source) -> dict[str, Path]:
