@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,8 +58,6 @@ class Canary:
             mixed = self._mixed(adapter)
         with self.lane.paused():
             alone = self._alone(adapter)
-        with self.lane.paused():
-            base = self._alone(BASE)
         if not bool(mixed.isfinite().all()):
             raise AdapterError("The adapter's logits are not finite.", hint="Check its tensors: veneer inspect.")
         gap = difference(mixed, alone)
@@ -68,7 +67,13 @@ class Canary:
                 "largest.",
                 hint="It cannot be served; report it with the adapter's config.",
             )
-        return CanaryResult(changes_output=difference(alone, base) > torch.finfo(self.model.dtype).eps)
+        return CanaryResult(changes_output=difference(alone, self.base) > torch.finfo(self.model.dtype).eps)
+
+    @cached_property
+    def base(self) -> Tensor:
+        """The base's own logits."""
+        with self.lane.paused():
+            return self._alone(BASE)
 
     def _mixed(self, adapter: str) -> Tensor:
         if self.lane.packed:

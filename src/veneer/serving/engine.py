@@ -83,8 +83,8 @@ class TransformersEngine:
     def start(self) -> None:
         """Load the base, start the thread, and warm up."""
         model = self._model = self._build()
-        lane = self._lane = _started_lane(model, self.options)
         self._end_tokens = _end_tokens(model, self.tokenizer)
+        lane = self._lane = _started_lane(model, self.options)
         self._canary = Canary(model, lane)
         self._supervisor = Supervisor(lane)
         self._supervisor.start()
@@ -215,11 +215,12 @@ class TransformersEngine:
     def _load(self, version: str, folder: Path) -> LoadedVersion:
         with self._changing:
             _, supervisor = self._running
-            if version in self.resident and version not in supervisor.deaths.quarantined:
-                return self.resident[version]
+            if version in supervisor.deaths.quarantined:  # its files may be well
+                self.resident.pop(version, None)
+                self._detach(version)
             if version not in self.resident:
                 self.resident[version] = self._attach(version, folder)
-            supervisor.deaths.forgive(version)
+                supervisor.deaths.forgive(version)
             return self.resident[version]
 
     def _attach(self, version: str, folder: Path) -> LoadedVersion:
