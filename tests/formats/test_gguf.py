@@ -201,12 +201,12 @@ def test_rows_by_hand(sizes: tuple[int, int], order: list[int], tmp_path: Path) 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 6), st.data())
 def test_rows_of_any_heads(heads: int, half: int, rank: int, data: st.DataObject) -> None:
-    from veneer.formats.gguf import _half_a_head_apart, _side_by_side
+    from veneer.formats.gguf_tensors import half_a_head_apart, side_by_side
 
     up = torch.randn(heads * half * 2, rank, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 9))))
-    moved = _side_by_side(up, heads)
+    moved = side_by_side(up, heads)
     assert torch.equal(moved, up[pair_order(heads, len(up))])
-    assert torch.equal(_half_a_head_apart(moved, heads), up)
+    assert torch.equal(half_a_head_apart(moved, heads), up)
 
 
 def test_k_has_heads_of_its_own(tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ REFUSED: Mapping[str, tuple[Callable[[], Any], str]] = {
     "lora bias": (lambda: with_leaf("lora_B.bias", torch.ones(4)), "lora_bias.*--as-lora"),
     "a module whole": (lambda: adapter(lora(V, 4, 4), whole={"lm_head.weight": torch.ones(6, 4)}), "veneer merge"),
     "another method": (lambda: adapter(replace(lora(V, 4, 4), method="LOHA")), "LOHA.*--as-lora"),
-    "no LoRA there": (lambda: adapter(lora("model.norm", 4, 4)), "model.norm is no weight.*veneer merge"),
+    "no LoRA there": (lambda: adapter(lora("model.other", 4, 4)), "model.other is no weight.*veneer merge"),
     "parts": (lambda: {"unet": adapter(lora(V, 4, 4))[""]}, "unet.*--component"),
 }
 
@@ -345,7 +345,7 @@ def with_leaf(leaf: str, tensor: Tensor) -> dict[str, CanonicalAdapter]:
 def test_refused(case: str, tmp_path: Path) -> None:
     make, message = REFUSED[case]
     base = llama()
-    base = replace(base, shapes={**base.shapes, "model.norm.weight": (4,)})
+    base = replace(base, shapes={**base.shapes, "model.other.weight": (4, 4)})
     with pytest.raises(UnsupportedError, match=message):
         GGUF.write(make(), tmp_path / "new" / "a.gguf", base)
     assert not (tmp_path / "new").exists()
@@ -377,10 +377,34 @@ def test_a_base_that_is_not_understood(config: dict[str, Any], message: str, tmp
 
 
 def test_an_adapter_of_another_base(tmp_path: Path) -> None:
-    with pytest.raises(BindError, match=r"the base has no module model.layers.7"):
+    with pytest.raises(BindError, match=r"does not fit the base: it has no model.layers.7"):
         GGUF.write(adapter(lora("model.layers.7.self_attn.v_proj", 4, 4)), tmp_path / "a.gguf", llama())
-    with pytest.raises(BindError, match=r"factors of the shapes \(2, 4\), \(5, 2\) do not fit the base"):
+    with pytest.raises(BindError, match=r"v_proj is \[4, 4\], and the change \[5, 4\]"):
         GGUF.write(adapter(lora(V, 5, 4)), tmp_path / "a.gguf", llama())
+
+
+def test_experts_with_rows_and_columns_exchanged(tmp_path: Path) -> None:
+    with pytest.raises(BindError, match="rows and columns exchanged"):
+        GGUF.write(adapter(stack(GATE_UP, 3, 4, 10)), tmp_path / "a.gguf", EXPERT_BASE)
+
+
+def test_a_copy_of_the_embedding_beside_its_factors(tmp_path: Path) -> None:
+    copy = {f"{EMBEDDING}.base_layer.weight": torch.ones(6, 4)}
+    adapters = adapter(embedding(EMBEDDING, 6, 4), whole=copy)
+    path = written(adapters, llama(), tmp_path / "a.gguf")
+    assert list(read(path, llama()).modules) == [EMBEDDING]
+
+
+def test_a_type_that_ggml_does_not_have(tmp_path: Path) -> None:
+    path = by_hand(tmp_path / "a.gguf", {"blk.0.attn_v.weight": (A, B)})
+    data = path.read_bytes()
+    at = data.index(TENSOR) + len(TENSOR) + 20
+    path.write_bytes(data[:at] + struct.pack("<I", 77) + data[at + 4 :])
+    with pytest.raises(CorruptFileError, match="has the unknown type 77"):
+        read(path, llama())
+    path.write_bytes(data[:at] + struct.pack("<I", 24) + data[at + 4 :])
+    with pytest.raises(UnsupportedError, match="of the type I8, which the package gguf cannot read"):
+        read(path, llama())
 
 
 def test_recognised_by_its_first_bytes(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.errors import BaseModelError, UnsupportedError, did_you_mean
 from veneer.formats.format import Base
-from veneer.packages import require
 
 if TYPE_CHECKING:
     from gguf import TensorNameMap
@@ -64,6 +63,8 @@ _LAYERS = frozenset(
         *("ffn_gate_inp_shexp", "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"),
     )
 )
+# How the names of the two factors end.
+FACTORS = (".lora_a", ".lora_b")
 EMBEDDING, HEAD, ROUTER = "token_embd.weight", "output.weight", "ffn_gate_inp.weight"
 # Experts' gate and up are one parameter in transformers, and two weights in a GGUF file: its name -> theirs.
 _HALVES: Mapping[str, tuple[str, ...]] = {".experts.gate_up_proj": (".experts.gate_proj", ".experts.up_proj")}
@@ -120,9 +121,8 @@ def weights_of(base: Base) -> list[Weight]:
     """Return the weights of a base that can have a LoRA in a GGUF file.
 
     Raises:
-        BaseModelError, UnsupportedError: as :func:`architecture_of`; or the package gguf is missing.
+        BaseModelError, UnsupportedError: as :func:`architecture_of`.
     """
-    require("A GGUF file", "gguf", extra="gguf")
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     architecture = architecture_of(base)
