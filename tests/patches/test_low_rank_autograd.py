@@ -131,16 +131,20 @@ def test_it_is_differentiable_twice(parts: Parts) -> None:
     assert torch.autograd.gradgradcheck(parts.run, parts.inputs)
 
 
-def test_a_magnitude_of_zero_gets_its_gradient(plain_way: Callable[[], None]) -> None:
-    parts = Parts(dora=True)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_magnitude_of_zero_gets_its_gradient(bias: bool, plain_way: Callable[[], None]) -> None:
+    parts = Parts(dora=True, bias=bias)
     assert parts.magnitude is not None
     with torch.no_grad():
         parts.magnitude[1] = 0
-    ours = torch.autograd.grad(parts.run(*parts.inputs).sin().sum(), parts.inputs)
+
+    def orders() -> list[Tensor]:
+        first = torch.autograd.grad(parts.run(*parts.inputs).sin().sum(), parts.inputs, create_graph=True)
+        return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), parts.inputs)]
+
+    ours = orders()
     plain_way()
-    for own, expected in zip(
-        ours, torch.autograd.grad(parts.run(*parts.inputs).sin().sum(), parts.inputs), strict=True
-    ):
+    for own, expected in zip(ours, orders(), strict=True):
         assert far(own, expected) < EXACT
 
 

@@ -16,6 +16,7 @@ from veneer.adapters.collection import Adapters
 from veneer.adapters.expert_names import name_experts
 from veneer.adapters.experts import check_experts
 from veneer.adapters.idle_names import warn_of_idle_names
+from veneer.adapters.one_copy import copied_in_one
 from veneer.base_model import sharding
 from veneer.base_model.sites.site import Site
 from veneer.base_model.tied_embeddings import check_both, pairs_kept_tied, parted
@@ -39,6 +40,9 @@ from veneer.methods.base.abilities import (
 from veneer.methods.base.method import MethodOnSites, NewLayer
 from veneer.methods.base.parts import parts_of
 from veneer.methods.shared.token_rows import check_not_whole
+
+# Devices to which copying many tensors takes no longer than copying one.
+_NOT_WAITED_FOR = frozenset({"cpu", "meta"})
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ class AttachingLayers(Attaching):
                     raise parted(pair)
 
     def restore(self, plan: Plan, tensors: dict[str, Tensor]) -> None:
+        tensors = self._placed_together(plan, tensors)
         self.pending = [self._restored(binding, tensors) for binding in plan.bindings]
         self._tie_outputs(new=False)
         self._share({name: tensors[key] for name, key in plan.shared.items()}, None)
@@ -114,6 +119,16 @@ class AttachingLayers(Attaching):
         if not self.float32:
             self._narrow()
         self._bind()
+
+    def _placed_together(self, plan: Plan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of a checkpoint, on the layers' device where one copy takes all of them there."""
+        devices = {binding.site.device for binding in plan.bindings}
+        own = {key: tensors[key] for binding in plan.bindings for key in binding.keys.values()}
+        # What is trained gets memory of its own, which wrappers of training may free or replace.
+        if self.adapter.trainable or len(devices) != 1 or any(not tensor.is_cpu for tensor in own.values()):
+            return tensors
+        device = devices.pop()
+        return tensors if device.type in _NOT_WAITED_FOR else {**tensors, **copied_in_one(own, device)}
 
     # -- tensors of a layer --------------------------------------------------------------------------------
 
