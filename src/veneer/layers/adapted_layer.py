@@ -244,17 +244,14 @@ class AdaptedLayer(BaseTunerLayer, HoldsCopies):
     def _forward_rows_first(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if selection.packed(x):
             return self._forward_rows_first(selection, x.squeeze(0), *args, **kwargs).unsqueeze(0)
-        groups = self.rows_in(selection, x)
-        names = tuple(name for name in self.here(selection.used) if name in groups)
-        y, rest = None, names
-        if names and not (self.training or args or kwargs or torch.compiler.is_compiling()):
-            cached = self._inference_cache.mixed_forward(selection, names, self.sources, self._fused_patch)
-            if cached.together and not cached.wants_grad(x):
-                order = selection.order(cached.together, x.shape[0], x.device, self.layout)
-                y = cached.forward(self._unmerged_base, x, order)
-                rest = tuple(name for name in names if cached.members[name] is None)
+        if self.layout.dim < 0 and selection.is_mixed:
+            raise refused(self.site.name)
+        y, rest = None, self.here(selection.used)
+        if not (self.training or args or kwargs or torch.compiler.is_compiling()):
+            y, rest = self._forward_stacked(selection, rest, x)
         if y is None:
             y = self._base(x, *args, **kwargs)
+        groups = self.rows_in(selection, x) if rest else {}
 
         def run(name: str, own_y: Any, own_x: Tensor, *args: Any, **kwargs: Any) -> Any:
             patches = [self._for_rows(patch, selection, groups[name], x) for patch in self.patches_now([name])]
@@ -262,7 +259,19 @@ class AdaptedLayer(BaseTunerLayer, HoldsCopies):
                 return self._apply_patches(patches, own_x, *args, **kwargs)
             return apply(self.site, self.base_bias, lambda *_, **__: own_y, patches, self.training, own_x)
 
-        return apply_rows(y, run, {name: groups[name] for name in rest}, x, *args, **kwargs)
+        return apply_rows(y, run, {name: groups[name] for name in rest if name in groups}, x, *args, **kwargs)
+
+    def _forward_stacked(
+        self, selection: Selection, names: tuple[str, ...], x: Tensor
+    ) -> tuple[Tensor | None, tuple[str, ...]]:
+        """Return the output for the rows of all adapters that can be stacked, if there are any, and the others."""
+        if not names:
+            return None, ()
+        cached = self._inference_cache.mixed_forward(selection, names, self.sources, self._fused_patch)
+        if not cached.together or cached.wants_grad(x):
+            return None, names
+        y = cached.stacked.forward(self._unmerged_base, x, selection, self.layout)
+        return y, tuple(name for name in names if cached.members[name] is None)
 
     def _for_rows(self, patch: Patch, selection: Selection, rows: Tensor, x: Tensor) -> Patch:
         """Return a patch for some rows of ``x``."""

@@ -12,57 +12,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from veneer.patches.fused import FusedPatch, TensorVersions, base_output
+from veneer.patches.row_layout import Layout
 from veneer.patches.row_order import RowOrder
 from veneer.patches.selection import NOTHING, Selection
 
 
 @dataclass(frozen=True)
-class StackedPatches:
-    """Holds the fused forms of several adapters on one layer; a part that is ``None`` changes nothing for any of them.
+class StackedFactors:
+    """Holds the low-rank factors of several adapters on one layer.
 
     Attributes:
+        key: stands for ``names`` in the selection.
+        names: the adapter of each part; ``None`` for a part that no row uses.
         down: ``A``.
         up: ``B``.
-        inner: ``i``, shape ``(adapters + 1, in)``; the last row is the base's.
-        outer: ``s``, shape ``(adapters + 1, out)``.
-        shift: ``c``, shape ``(adapters + 1, out)``.
     """
 
-    down: Tensor | None = None
-    up: Tensor | None = None
-    inner: Tensor | None = None
-    outer: Tensor | None = None
-    shift: Tensor | None = None
+    key: Any
+    names: tuple[str | None, ...]
+    down: Tensor
+    up: Tensor
 
-    def seen(self, x: Tensor, order: RowOrder) -> Tensor:
-        """Return the base layer's input for the rows ``x``, shape ``(rows, ..., in)``."""
-        return x if self.inner is None else (x * _of_rows(self.inner, order, x)).to(x.dtype)
-
-    def change(self, y: Tensor, x: Tensor, order: RowOrder, overwrite: bool) -> Tensor:
-        """Return the layer's output, from the base's output ``y`` for :meth:`seen`.
-
-        Args:
-            y: shape ``(rows, ..., out)``.
-            x: the layer's input, shape ``(rows, ..., in)``.
-            order: the rows by adapter.
-            overwrite: whether ``y`` may be overwritten, since nobody else sees it.
-        """
-        y = y.contiguous() if overwrite else y.clone(memory_format=torch.contiguous_format)
-        if self.outer is None and self.shift is None:
-            return self._add(y, x, order)
-        wide = y.float() if self.outer is None else y * _of_rows(self.outer, order, y)
-        if self.shift is not None:
-            wide = wide + _of_rows(self.shift, order, y)
-        return self._add(wide, x, order).to(y.dtype)
-
-    def _add(self, y: Tensor, x: Tensor, order: RowOrder) -> Tensor:
-        if self.down is None or self.up is None:
-            return y
+    def added(self, y: Tensor, x: Tensor, order: RowOrder) -> Tensor:
+        """Return ``y``, overwritten, with the product of ``x`` and each row's factors."""
         if order.rows is None:
             hidden, stacked = _hidden(x, self.down), y.view(len(self.up), -1, y.shape[-1])
             if y.dtype is self.up.dtype:
@@ -74,6 +52,66 @@ class StackedPatches:
         change = product(x, self.down, self.up, order)
         changed = y.index_select(0, order.rows)
         return y.index_copy_(0, order.rows, changed.add_(change.view_as(changed)))
+
+
+@dataclass(frozen=True)
+class StackedPatches:
+    """Holds the fused forms of several adapters on one layer; a part that is ``None`` changes nothing for any of them.
+
+    Attributes:
+        key: stands for ``places`` in the selection.
+        places: adapter's name -> its row in the vectors.
+        factors: those of the low-rank products; what several hold of one adapter adds up.
+        inner: ``i``, shape ``(places + 1, in)``; the last row is the base's.
+        outer: ``s``, shape ``(places + 1, out)``.
+        shift: ``c``, shape ``(places + 1, out)``.
+    """
+
+    key: Any
+    places: Mapping[str, int]
+    factors: tuple[StackedFactors, ...] = ()
+    inner: Tensor | None = None
+    outer: Tensor | None = None
+    shift: Tensor | None = None
+
+    def forward(self, base: Callable[[Tensor], Tensor], x: Tensor, selection: Selection, layout: Layout) -> Tensor:
+        """Return the layer's output.
+
+        Args:
+            base: the base layer.
+            x: its input, shape ``(rows, ..., in)``.
+            selection: names the adapter of each row.
+            layout: of the rows.
+        """
+        orders = [selection.order(stack.key, stack.names, x, layout) for stack in self.factors]
+        vectors = next((v for v in (self.inner, self.outer, self.shift) if v is not None), None)
+        if vectors is None:
+            return self._add(*base_output(base, x), x, orders)
+        owner = selection.owner(self.key, self.places, len(vectors) - 1, x, layout)
+        seen = x if self.inner is None else (x * _of_rows(self.inner, owner, x)).to(x.dtype)
+        y, overwrite = base_output(base, seen)
+        if self.outer is None and self.shift is None:
+            return self._add(y, overwrite, x, orders)
+        wide = _widened(y) if self.outer is None else y * _of_rows(self.outer, owner, y)
+        if self.shift is not None:
+            wide = wide + _of_rows(self.shift, owner, y)
+        return self._add(wide, wide is not y, x, orders).to(y.dtype)
+
+    def _add(self, y: Tensor, overwrite: bool, x: Tensor, orders: Sequence[RowOrder]) -> Tensor:
+        """Return ``y`` with all products; it may be overwritten if nobody else sees it."""
+        total = _widened(y) if len(orders) > 1 else y
+        if total is not y or overwrite:
+            total = total.contiguous()
+        else:
+            total = total.clone(memory_format=torch.contiguous_format)
+        for stack, order in zip(self.factors, orders, strict=True):
+            total = stack.added(total, x, order) if any(order.sizes) else total
+        return total.to(y.dtype)
+
+
+def _widened(y: Tensor) -> Tensor:
+    """Return ``y`` in float32, or as it is where that is not narrower."""
+    return y.to(torch.promote_types(y.dtype, torch.float32))
 
 
 def _hidden(x: Tensor, down: Tensor) -> Tensor:
@@ -94,27 +132,31 @@ def _padded(x: Tensor, down: Tensor, up: Tensor, order: RowOrder) -> Tensor:
 def _one_by_one(x: Tensor, down: Tensor, up: Tensor, order: RowOrder) -> Tensor:
     """Return the same, adapter by adapter: where one has most rows, padding all others to it would cost more."""
     assert order.rows is not None
-    pieces = x.index_select(0, order.rows).split(list(order.sizes))
+    used = [number for number, size in enumerate(order.sizes) if size]
+    pieces = x.index_select(0, order.rows).split([order.sizes[number] for number in used])
     return torch.cat(
         [
-            torch.mm(torch.mm(p.reshape(-1, x.shape[-1]).to(a.dtype), a), b)
-            for p, a, b in zip(pieces, down, up, strict=True)
+            torch.mm(torch.mm(piece.reshape(-1, x.shape[-1]).to(down.dtype), down[number]), up[number])
+            for number, piece in zip(used, pieces, strict=True)
         ]
     )
 
 
-def _of_rows(vectors: Tensor, order: RowOrder, like: Tensor) -> Tensor:
+def _of_rows(vectors: Tensor, owner: Tensor, like: Tensor) -> Tensor:
     """Return each row's vector, in a shape that broadcasts over ``like``."""
-    by_row = vectors.index_select(0, order.owner)
+    by_row = vectors.index_select(0, owner)
     return by_row.view(by_row.shape[0], *[1] * (like.ndim - 2), by_row.shape[-1])
 
 
-def stack(members: Sequence[FusedPatch]) -> StackedPatches:
-    """Stack the fused forms of a layer's adapters."""
+def stack(fused: Mapping[str, FusedPatch]) -> StackedPatches:
+    """Stack the fused forms of a layer's adapters, which are given by their names."""
+    names, members = tuple(fused), list(fused.values())
     rank = max((m.down.shape[1] for m in members if m.down is not None), default=0)
-    parts = {"inner": 1.0, "outer": 1.0, "shift": 0.0}
     stacked = StackedPatches(
-        **{name: _vectors([getattr(m, name) for m in members], rest) for name, rest in parts.items()}
+        names,
+        {name: place for place, name in enumerate(names)},
+        (),
+        *(_vectors([getattr(member, part) for member in members], rest) for part, rest in NEUTRAL.items()),
     )
     if not rank:
         return stacked
@@ -127,7 +169,11 @@ def stack(members: Sequence[FusedPatch]) -> StackedPatches:
         if member.down is not None and member.up is not None:
             down[number, :, : member.down.shape[1]] = member.down
             up[number, : member.up.shape[0]] = member.up
-    return replace(stacked, down=down, up=up)
+    return replace(stacked, factors=(StackedFactors(names, names, down, up),))
+
+
+# What the vectors are for an adapter that has none, and for the base.
+NEUTRAL = {"inner": 1.0, "outer": 1.0, "shift": 0.0}
 
 
 def _vectors(members: Sequence[Tensor | None], rest: float) -> Tensor | None:
@@ -191,11 +237,6 @@ class CachedMixedForward(TensorVersions):
         """The fused forms of the adapters that have one, stacked when they are first computed with."""
         stacked = self._stacked
         if stacked is None:
-            stacked = self._stacked = stack([member for member in self.members.values() if member is not None])
+            fused = {name: member for name, member in self.members.items() if member is not None}
+            stacked = self._stacked = stack(fused)
         return stacked
-
-    def forward(self, base: Callable[[Tensor], Tensor], x: Tensor, order: RowOrder) -> Tensor:
-        """Return the output for rows ``x``, shape ``(rows, ..., in)``, of the adapters in :attr:`together`."""
-        stacked = self.stacked
-        y, overwrite = base_output(base, stacked.seen(x, order))
-        return stacked.change(y, x, order, overwrite)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -18,14 +18,12 @@ class RowOrder:
         take: the row that is put in each place, ``(adapters * places,)``; ``None`` when the rows lie so already.
         rows: the rows that name an adapter, sorted by adapter; ``None`` like ``take``.
         keep: the places of ``rows``; ``None`` when every place is a row's.
-        owner: for each row of the batch its adapter's number, or the number of adapters; shape ``(length,)``.
         sizes: the number of rows of each adapter.
     """
 
     take: Tensor | None
     rows: Tensor | None
     keep: Tensor | None
-    owner: Tensor
     sizes: tuple[int, ...]
 
     @property
@@ -46,22 +44,27 @@ def row_order(groups: Sequence[Spans], length: int, device: torch.device) -> Row
     places = max(sizes)
     rows = [span for spans in groups for span in spans]
     even = min(sizes) == places
+    if even and _follow_each_other(rows, length):
+        return RowOrder(None, None, None, sizes)
 
     def sorted_by_adapter() -> list[Tensor]:
-        owner, sorted_rows = torch.full((length,), len(groups), device="cpu"), numbers(rows)
-        owner[sorted_rows] = torch.cat([torch.full((size,), n, device="cpu") for n, size in enumerate(sizes)])
-        if even and _follow_each_other(rows, length):
-            return [owner]
-        keep = numbers([range(n * places, n * places + size) for n, size in enumerate(sizes)])
+        sorted_rows = numbers(rows)
+        keep = numbers([range(n * places, n * places + size) for n, size in enumerate(sizes) if size])
         take = torch.zeros(len(groups) * places, dtype=torch.int64, device="cpu")
         take[keep] = sorted_rows
-        return [owner, take, sorted_rows, keep]
+        return [take, sorted_rows, keep]
 
-    owner, *order = on_device(device, sorted_by_adapter)
-    if not order:
-        return RowOrder(None, None, None, owner, sizes)
-    take, sorted_rows, keep = order
-    return RowOrder(take, sorted_rows, None if even else keep, owner, sizes)
+    take, sorted_rows, keep = on_device(device, sorted_by_adapter)
+    return RowOrder(take, sorted_rows, None if even else keep, sizes)
+
+
+def row_owners(groups: Mapping[int, Spans], rest: int, length: int, device: torch.device) -> Tensor:
+    """Return the number of each row, shape ``(length,)``: its group's in ``groups``, or ``rest``."""
+    owner = [rest] * length
+    for number, spans in groups.items():
+        for span in spans:
+            owner[span.start : span.stop] = [number] * len(span)
+    return on_device(device, lambda: [torch.tensor(owner, dtype=torch.int64, device="cpu")])[0]
 
 
 def _follow_each_other(rows: Spans, length: int) -> bool:
@@ -72,7 +75,7 @@ def _follow_each_other(rows: Spans, length: int) -> bool:
 
 def numbers(spans: Spans) -> Tensor:
     """Return the numbers in spans as a tensor on the host."""
-    if sum(map(len, spans)) < _LONG * len(spans):
+    if sum(map(len, spans)) <= _LONG * len(spans):
         return torch.tensor([number for span in spans for number in span], dtype=torch.int64, device="cpu")
     return torch.cat([torch.arange(span.start, span.stop, device="cpu") for span in spans])
 

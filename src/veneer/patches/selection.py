@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from veneer.errors import AdapterError
 from veneer.patches.row_layout import ONE_BY_ONE, ROWS, Layout, spans
-from veneer.patches.row_order import RowOrder, numbers, on_device, row_order
+from veneer.patches.row_order import RowOrder, numbers, on_device, row_order, row_owners
 
 # The name that stands for "no adapter" in a per-row choice, as in peft.
 BASE = "__base__"
@@ -72,7 +72,7 @@ class Selection:
     counts: tuple[int, ...] | None = None
     shares: tuple[int, ...] | None = field(default=None, compare=False)
     _groups: dict[Any, Mapping[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
-    _orders: dict[Any, RowOrder] = field(default_factory=dict, repr=False, compare=False)
+    _orders: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     for_one_call: bool = field(default=False, repr=False, compare=False)
     disabled: bool = field(default=False, compare=False)
     by_layer: Mapping[object, LayerChoice] = field(default_factory=lambda: _NONE, hash=False)
@@ -133,15 +133,41 @@ class Selection:
         """Return the indices of the rows that use an adapter, as :meth:`groups` has them; ``None`` for all rows."""
         return None if self.rows is None else self.groups(length, device)[name]
 
-    def order(self, names: tuple[str, ...], length: int, device: torch.device, layout: Layout = ROWS) -> RowOrder:
-        """Return ``length`` rows sorted by adapter, for the layers on which ``names`` are stacked."""
-        key = (names, length, device, layout, self.shares)
-        order = self._orders.get(key)
+    def order(self, key: Any, names: Sequence[str | None], x: Tensor, layout: Layout) -> RowOrder:
+        """Return the rows of ``x`` sorted by adapter, for layers on which adapters are stacked.
+
+        Args:
+            key: stands for ``names``, so that the order is worked out once for all layers.
+            names: the adapter of each part of the stack; ``None`` for a part that no row uses.
+            x: the layer's input.
+            layout: of its rows.
+        """
+        known = (key, x.shape[0], x.device, layout, self.shares)
+        order = self._orders.get(known)
         if order is None:
-            placed = self._placed(length, layout)
-            order = row_order([placed[name] for name in names], length, device)
-            keep_few(self._orders, key, order)
+            placed = self._placed(x.shape[0], layout)
+            order = row_order([placed.get(name or BASE, ()) for name in names], x.shape[0], x.device)
+            keep_few(self._orders, known, order)
         return order
+
+    def owner(self, key: Any, places: Mapping[str, int], rest: int, x: Tensor, layout: Layout) -> Tensor:
+        """Return the number of each row of ``x`` in a table of adapters' vectors, shape ``(rows,)``.
+
+        Args:
+            key: stands for ``places``.
+            places: adapter's name -> its number.
+            rest: the number for the rows of all others.
+            x: the layer's input.
+            layout: of its rows.
+        """
+        known = (key, "owner", x.shape[0], x.device, layout, self.shares)
+        owner = self._orders.get(known)
+        if owner is None:
+            placed = self._placed(x.shape[0], layout)
+            groups = {places[name]: spans for name, spans in placed.items() if name in places}
+            owner = row_owners(groups, rest, x.shape[0], x.device)
+            keep_few(self._orders, known, owner)
+        return owner
 
     def packed(self, x: Tensor) -> bool:
         """Tell whether the rows of ``x`` are the tokens of a packed sequence, behind a first dimension of 1."""
