@@ -1,6 +1,11 @@
 """The public names, and where each lives: read by type checkers, and by :mod:`veneer` itself at run time."""
 
 from veneer._version import __version__ as __version__
+from veneer.adapters.bank import AdapterBank as AdapterBank
+from veneer.adapters.bank_plan import BankedAdapter as BankedAdapter
+from veneer.adapters.bank_plan import BankLease as BankLease
+from veneer.adapters.bank_plan import BankPlan as BankPlan
+from veneer.adapters.bank_plan import BankStatus as BankStatus
 from veneer.adapters.merge.kept_copies import (
     KeptAdapterReport as KeptAdapterReport,
 )
@@ -124,6 +129,9 @@ from veneer.configs.type_mapping import (
 )
 from veneer.errors import (
     AdapterError as AdapterError,
+)
+from veneer.errors import (
+    BankFullError as BankFullError,
 )
 from veneer.errors import (
     BaseMismatchError as BaseMismatchError,

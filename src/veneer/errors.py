@@ -25,6 +25,7 @@
     ├── AdapterError                the set of adapters on a model (also ValueError)
     │   ├── UnknownAdapterError     no adapter of that name
     │   ├── DuplicateAdapterError   the name is taken, or no valid name
+    │   ├── BankFullError           the adapters that are leased leave no slot of a bank
     │   └── NonFiniteError          NaN or infinity among an adapter's values
     ├── MergeError                  a merge cannot be made (also ValueError)
     │   └── NoMergedFormError       no weight can hold what an adapter does (also NotImplementedError)
@@ -150,6 +151,10 @@ class UnknownAdapterError(AdapterError):
 
 class DuplicateAdapterError(AdapterError):
     """The adapter's name is taken, or cannot be a name."""
+
+
+class BankFullError(AdapterError):
+    """The adapters that are leased leave no slot of a bank for another."""
 
 
 class NonFiniteError(AdapterError):

@@ -23,7 +23,7 @@ from veneer.patches.active_selection import ActiveSelection
 from veneer.patches.fused import CachedForward, FusedPatch, can_fuse, fuse, fused_dtype, fused_forward
 from veneer.patches.patch import Patch, apply, apply_rows, biases, for_training, whole_weight
 from veneer.patches.row_layout import ROWS, Layout, refused
-from veneer.patches.selection import Selection
+from veneer.patches.selection import Selection, Slots
 from veneer.patches.weight_arithmetic import composed
 
 
@@ -174,11 +174,14 @@ class AdaptedLayer(BaseTunerLayer, HoldsCopies):
         nbytes = sum(patch.nbytes for patch in patches)
         return partial(self._apply_patches, [for_inference(patch, dtype) for patch in patches]), nbytes
 
-    @torch.no_grad()
     def _fused_patch(self, names: tuple[str, ...]) -> FusedPatch | None:
+        return self.fused_patch(self.patches(names)) if self.site.matrix_input else None
+
+    @torch.no_grad()
+    def fused_patch(self, patches: Sequence[Patch]) -> FusedPatch | None:
+        """Return the fused form of patches on this layer; ``None`` where it takes them one by one."""
         if not self.site.matrix_input:
             return None
-        patches = self.patches(names)
         dtype = fused_dtype(self.site.device, self.site.stored.dtype)
         return fuse(patches, self.base_bias, dtype) if can_fuse(patches) else None
 
@@ -225,7 +228,7 @@ class AdaptedLayer(BaseTunerLayer, HoldsCopies):
         return selection.groups(x.shape[0], x.device, self.layout)
 
     def _forward_rows(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self.here(selection.used):
+        if not self._carries(selection):
             return self._base(x, *args, **kwargs)
         if not (self.training or args or kwargs or torch.compiler.is_compiling()) and self.merged_copies:
             kept = self._forward_of_one(selection)
@@ -235,6 +238,13 @@ class AdaptedLayer(BaseTunerLayer, HoldsCopies):
             # Contiguous again, for models take views of a layer's output.
             return self._forward_rows_first(selection, x.transpose(0, 1), *args, **kwargs).transpose(0, 1).contiguous()
         return self._forward_rows_first(selection, x, *args, **kwargs)
+
+    def _carries(self, selection: Selection) -> bool:
+        """Tell whether an adapter of the rows is on this layer."""
+        slots = selection.slots
+        if slots is None:
+            return bool(self.here(selection.used))
+        return slots.stacked(self) is not None or bool(slots.rest(self))
 
     def _forward_of_one(self, selection: Selection) -> CopyForward | None:
         """Return the forward pass with a merged copy for rows that all name the same adapter."""
@@ -246,9 +256,10 @@ class AdaptedLayer(BaseTunerLayer, HoldsCopies):
             return self._forward_rows_first(selection, x.squeeze(0), *args, **kwargs).unsqueeze(0)
         if self.layout.dim < 0 and selection.is_mixed:
             raise refused(self.site.name)
-        y, rest = None, self.here(selection.used)
+        y, rest = None, None
         if not (self.training or args or kwargs or torch.compiler.is_compiling()):
-            y, rest = self._forward_stacked(selection, rest, x)
+            y, rest = self._forward_stacked(selection, x)
+        rest = self.here(selection.used) if rest is None else rest
         if y is None:
             y = self._base(x, *args, **kwargs)
         groups = self.rows_in(selection, x) if rest else {}
@@ -261,17 +272,28 @@ class AdaptedLayer(BaseTunerLayer, HoldsCopies):
 
         return apply_rows(y, run, {name: groups[name] for name in rest if name in groups}, x, *args, **kwargs)
 
-    def _forward_stacked(
-        self, selection: Selection, names: tuple[str, ...], x: Tensor
-    ) -> tuple[Tensor | None, tuple[str, ...]]:
-        """Return the output for the rows of all adapters that can be stacked, if there are any, and the others."""
-        if not names:
-            return None, ()
+    def _forward_stacked(self, selection: Selection, x: Tensor) -> tuple[Tensor | None, tuple[str, ...] | None]:
+        """Return the output for the rows of all adapters that are stacked, if there are any, and the others.
+
+        Both are ``None`` where the rows of each adapter have to be computed by themselves.
+        """
+        if selection.slots is not None:
+            return self._forward_from_slots(selection, selection.slots, x)
+        names = self.here(selection.used)
         cached = self._inference_cache.mixed_forward(selection, names, self.sources, self._fused_patch)
         if not cached.together or cached.wants_grad(x):
-            return None, names
+            return None, None
         y = cached.stacked.forward(self._unmerged_base, x, selection, self.layout)
         return y, tuple(name for name in names if cached.members[name] is None)
+
+    def _forward_from_slots(
+        self, selection: Selection, slots: Slots, x: Tensor
+    ) -> tuple[Tensor | None, tuple[str, ...] | None]:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return None, None
+        stacked = slots.stacked(self)
+        y = None if stacked is None else stacked.forward(self._unmerged_base, x, selection, self.layout)
+        return y, slots.rest(self)
 
     def _for_rows(self, patch: Patch, selection: Selection, rows: Tensor, x: Tensor) -> Patch:
         """Return a patch for some rows of ``x``."""
@@ -283,6 +305,7 @@ class AdaptedLayer(BaseTunerLayer, HoldsCopies):
     def forget_cached(self) -> None:
         """Drop what inference keeps, because the layer is in another state now."""
         self._inference_cache = InferenceCache()
+        self.active_selection.note_changed_layer()
 
     def forget_adapter(self, adapter: str) -> None:
         """Drop what inference keeps of an adapter alone."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from veneer.base_model.sharding import gathered, spread
 from veneer.base_model.sites.site import Site
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.patches.active_selection import ActiveSelection
+from veneer.patches.patch import Patch
 from veneer.patches.selection import Selection
 
 
@@ -51,7 +52,7 @@ class ShardedLayer(AdaptedLayer):
     def _unmerged_base(self) -> Callable[..., Any]:
         return self._base
 
-    def _fused_patch(self, names: tuple[str, ...]) -> None:
+    def fused_patch(self, patches: Sequence[Patch]) -> None:
         """Return ``None``: a fused patch is added to the base layer's own output, and here that is a part."""
 
     def _readable(self, selection: Selection, names: tuple[str, ...]) -> None:

@@ -44,6 +44,7 @@ class ActiveSelection:
         choosing: the lock that is held while the default one, or the set of adapters, changes.
         underway: the calls of the model, and the changes that wait for them.
         casts: inputs of layers, cast to the dtype of their adapters; layers share them.
+        layer_states: a token that is replaced each time a layer comes into another state.
     """
 
     default: Selection
@@ -209,6 +210,11 @@ class ActiveSelection:
         # A copy for compiled code, which cannot read the context variable.
         self._thread = _Thread()
         self.casts = CastCache()
+        self.layer_states = object()
+
+    def note_changed_layer(self) -> None:
+        """Note that a layer is in another state: moved, merged, in another mode."""
+        self.layer_states = object()
 
 
 class LayerSelection:

@@ -75,12 +75,18 @@ class FusedPatch:
             else:
                 flat.add_(torch.mm(hidden, self.up))
             return y
-        wide = flat.float() if self.outer is None else flat * self.outer
+        wide = widened(flat) if self.outer is None else flat * self.outer
         if self.shift is not None:
             wide += self.shift
         if self.down is not None and self.up is not None:
-            wide.addmm_(torch.mm(casts.cast_rows(x, self.down.dtype), self.down).float(), self.up.float())
+            hidden = torch.mm(casts.cast_rows(x, self.down.dtype), self.down)
+            wide.addmm_(hidden.to(wide.dtype), self.up.to(wide.dtype))
         return wide.to(y.dtype).view_as(y)
+
+
+def widened(y: Tensor) -> Tensor:
+    """Return ``y`` in float32, or as it is where that is not narrower."""
+    return y.to(torch.promote_types(y.dtype, torch.float32))
 
 
 def can_fuse(patches: Sequence[Patch]) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.patches.fused import FusedPatch, TensorVersions, base_output
+from veneer.patches.fused import FusedPatch, TensorVersions, base_output, widened
 from veneer.patches.row_layout import Layout
 from veneer.patches.row_order import RowOrder
 from veneer.patches.selection import NOTHING, Selection
@@ -92,14 +92,14 @@ class StackedPatches:
         y, overwrite = base_output(base, seen)
         if self.outer is None and self.shift is None:
             return self._add(y, overwrite, x, orders)
-        wide = _widened(y) if self.outer is None else y * _of_rows(self.outer, owner, y)
+        wide = widened(y) if self.outer is None else y * _of_rows(self.outer, owner, y)
         if self.shift is not None:
             wide = wide + _of_rows(self.shift, owner, y)
         return self._add(wide, wide is not y, x, orders).to(y.dtype)
 
     def _add(self, y: Tensor, overwrite: bool, x: Tensor, orders: Sequence[RowOrder]) -> Tensor:
         """Return ``y`` with all products; it may be overwritten if nobody else sees it."""
-        total = _widened(y) if len(orders) > 1 else y
+        total = widened(y) if len(orders) > 1 else y
         if total is not y or overwrite:
             total = total.contiguous()
         else:
@@ -107,11 +107,6 @@ class StackedPatches:
         for stack, order in zip(self.factors, orders, strict=True):
             total = stack.added(total, x, order) if any(order.sizes) else total
         return total.to(y.dtype)
-
-
-def _widened(y: Tensor) -> Tensor:
-    """Return ``y`` in float32, or as it is where that is not narrower."""
-    return y.to(torch.promote_types(y.dtype, torch.float32))
 
 
 def _hidden(x: Tensor, down: Tensor) -> Tensor:

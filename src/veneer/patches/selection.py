@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -50,6 +50,16 @@ class LayerChoice:
         return LayerChoice(asked, Selection(selected), self.enabled)
 
 
+class Slots(Protocol):
+    """The slots of a bank that hold the adapters of one batch."""
+
+    def stacked(self, layer: object) -> Any:
+        """Return the stacked adapters of a layer; ``None`` where none of the batch's is in its slots."""
+
+    def rest(self, layer: object) -> tuple[str, ...]:
+        """Return the adapters that a layer computes row by row."""
+
+
 @dataclass(frozen=True)
 class Selection:
     """The adapters of one forward pass.
@@ -60,6 +70,7 @@ class Selection:
         task_ids: the task of each row, shape ``(rows,)``, for methods that keep several tasks in one adapter.
         counts: the tokens of each part, where several sequences are packed into one row, ``(1, tokens, ...)``.
         kept: the tokens of a packed row for which the model computes logits, as its ``logits_to_keep``.
+        slots: the slots of a bank that hold the rows' adapters.
         shares: the rows' shares of the images of the call, for layers that see those; ``None`` without any.
         for_one_call: True where it was made for one call of the model, and is no other's.
         disabled: True where adapters are switched off, which rows of a call do not change.
@@ -77,13 +88,14 @@ class Selection:
     disabled: bool = field(default=False, compare=False)
     by_layer: Mapping[object, LayerChoice] = field(default_factory=lambda: _NONE, hash=False)
     kept: Tensor | int | None = field(default=None, repr=False, compare=False)
+    slots: Slots | None = field(default=None, repr=False, compare=False)
 
     def for_call(self, task_ids: Tensor | None) -> Selection:
         """Return the same for one call, with the call's tasks if it names any."""
         tasks = self.task_ids if task_ids is None else task_ids
         shared = (self.counts, self.shares, self._groups, self._orders)
         by_layer = self.by_layer and {layer: choice.for_call(tasks) for layer, choice in self.by_layer.items()}
-        return Selection(self.names, self.rows, tasks, *shared, True, self.disabled, by_layer, self.kept)
+        return Selection(self.names, self.rows, tasks, *shared, True, self.disabled, by_layer, self.kept, self.slots)
 
     def renamed(self, names: Mapping[str, str | None]) -> Selection:
         """Return the same for all rows with other names for adapters; ``None`` leaves one out."""
@@ -97,7 +109,7 @@ class Selection:
             return self.applied
         return (*self.applied, *(name for choice in self.by_layer.values() for name in choice.selection.names))
 
-    @property
+    @cached_property
     def used(self) -> tuple[str, ...]:
         """The adapters that rows name, each once."""
         return tuple(dict.fromkeys(name for name in self.rows or () if name != BASE))
@@ -241,7 +253,8 @@ class Selection:
         stops = torch.tensor(self.counts, device="cpu").cumsum(0)
         parts = torch.bucketize(kept, stops, right=True).tolist()
         rows = tuple((self.rows or ())[part] for part in parts)
-        return Selection((), rows, self.task_ids, (1,) * len(rows), for_one_call=self.for_one_call)
+        one_call = self.for_one_call
+        return Selection((), rows, self.task_ids, (1,) * len(rows), for_one_call=one_call, slots=self.slots)
 
 
 def wrong_count(selection: Selection, length: int) -> AdapterError:

@@ -29,6 +29,10 @@ class _Change:
         """Tell whether it would disturb a call that uses the adapters ``used``."""
         return self.names is None or any(name in used for name in self.names)
 
+    def take_in(self, part: _Change) -> None:
+        """Concern what a part of it concerns, too."""
+        self.names = None if self.names is None or part.names is None else [*self.names, *part.names]
+
 
 class Underway:
     """The calls and changes that are under way on one model."""
@@ -38,6 +42,8 @@ class Underway:
         self._turn = threading.Condition(self._lock)
         # A token of each call -> the adapters that it uses.
         self._calls: dict[object, Collection[str]] = {}
+        # Those of them that are leases, which may last.
+        self._leases: set[object] = set()
         self._waiting: list[_Change] = []
         self._making: _Change | None = None
 
@@ -57,10 +63,17 @@ class Underway:
                 self._turn.wait_for(lambda: not self._is_held_off(used, outer()))
             self._calls[call] = used
 
+    def lease(self, lease: object, adapter: str) -> None:
+        """Let an adapter be leased until :meth:`end`: a change of it is then an error, for it might wait for ever."""
+        self.begin(lease, (adapter,), lambda: ())
+        with self._lock:
+            self._leases.add(lease)
+
     def end(self, call: object) -> None:
-        """Let a call end."""
+        """Let a call end, or a lease."""
         with self._lock:
             del self._calls[call]
+            self._leases.discard(call)
             if self._waiting:
                 self._turn.notify_all()
 
@@ -79,7 +92,7 @@ class Underway:
     def change(self, concerned: Callable[[], Concerned], inside: Collection[object]) -> Iterator[None]:
         """Make a change in the ``with`` block, once the calls that it concerns have ended.
 
-        A change inside another's block is a part of it.
+        A change inside another's block is a part of that, which then concerns its adapters too.
 
         Args:
             concerned: gives the names of the adapters whose calls it would disturb; asked again after each wait.
@@ -88,11 +101,11 @@ class Underway:
         Raises:
             AdapterError: a call of this context, which cannot be waited for here, is one of those.
         """
-        outer = _MADE_HERE.get()
+        outer, change = _MADE_HERE.get(), _Change()
         if outer is not None and self._making is outer:
+            self._await_turn(change, concerned, inside, outer)
             yield
             return
-        change = _Change()
         self._await_turn(change, concerned, inside)
         token = _MADE_HERE.set(change)
         try:
@@ -103,28 +116,42 @@ class Underway:
                 self._making = None
                 self._turn.notify_all()
 
-    def _await_turn(self, change: _Change, concerned: Callable[[], Concerned], inside: Collection[object]) -> None:
+    def _await_turn(
+        self,
+        change: _Change,
+        concerned: Callable[[], Concerned],
+        inside: Collection[object],
+        outer: _Change | None = None,
+    ) -> None:
         with self._turn:
             self._waiting.append(change)
             try:
-                while not self._may_be_made(change, concerned, inside):
+                while self._making is not outer or self._disturbs(change, concerned, inside):
                     self._turn.wait()
-                self._making = change
+                if outer is None:
+                    self._making = change
+                else:
+                    outer.take_in(change)
             finally:
                 self._waiting.remove(change)
                 self._turn.notify_all()
 
-    def _may_be_made(self, change: _Change, concerned: Callable[[], Concerned], inside: Collection[object]) -> bool:
-        if self._making is not None:
-            return False
+    def _disturbs(self, change: _Change, concerned: Callable[[], Concerned], inside: Collection[object]) -> bool:
+        """Tell whether calls are under way that a change concerns."""
         change.names = concerned()
         disturbed = [call for call, used in self._calls.items() if change.concerns(used)]
+        leased = next((self._calls[call] for call in disturbed if call in self._leases), None)
+        if leased is not None:
+            raise AdapterError(
+                f"{', '.join(leased)} is leased from a bank, and was to be changed; nothing was changed.",
+                hint="Release its leases first.",
+            )
         if any(call in inside for call in disturbed):
             raise AdapterError(
                 "The adapters were to be changed inside a call of the model that uses them; nothing was changed.",
                 hint="Change them after the call: a hook, a streamer or a stopping criterion can note what is wanted.",
             )
-        return not disturbed
+        return bool(disturbed)
 
 
 # The change that this context makes. No part of a call's state, for calls are made inside changes as well.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters.bank import AdapterBank
+from veneer.adapters.bank_plan import BankPlan
 from veneer.adapters.call import call
 from veneer.adapters.experts import join_routers
 from veneer.adapters.known_layouts import Demands
@@ -23,7 +25,7 @@ from veneer.adapters.row_layouts import RowCheck
 from veneer.adapters.training_step import allocate, with_penalty
 from veneer.configs.base import PeftConfig
 from veneer.configs.names import TaskType
-from veneer.errors import UnsupportedError
+from veneer.errors import UnsupportedError, UsageError
 from veneer.files.lookup_options import OFFLINE
 from veneer.formats.base_facts import base_in_memory, given_base
 from veneer.keywords import IGNORED, READING, SOURCE, TOKEN, strict, takes
@@ -50,8 +52,8 @@ from veneer.peft_model.wrapped_again import without_adapters
 from veneer.peft_model.xlora_methods import XLoraMethods
 from veneer.printing import progress, warn
 
-# One name for each row of a batch, or (name, tokens) for each part of a packed sequence.
-RowNames = Sequence[str | tuple[str, int]] | None
+# One name for each row of a batch, or (name, tokens) for each part of a packed sequence; or a bank's plan of either.
+RowNames = Sequence[str | tuple[str, int]] | BankPlan | None
 
 # Task -> the class for it.
 _BY_TASK: dict[TaskType, type[PeftModel]] = {}
@@ -109,7 +111,7 @@ class PeftModel(PromptMethods, XLoraMethods, ShadowMethods, BatchingMethods, Sav
             *args: as the base model takes them.
             adapter_names: instead of the active adapters, one name for each row of the batch; ``"__base__"`` is
                 the base model alone. For several sequences packed into one row, ``(name, tokens)`` for each of them.
-                While adapters are disabled all rows are the base's.
+                Or the plan of a bank (:meth:`bank`). While adapters are disabled all rows are the base's.
             task_ids: the task of each row, shape ``(rows,)``, for methods that keep several tasks in one adapter.
             **kwargs: as the base model takes them.
         """
@@ -129,7 +131,7 @@ class PeftModel(PromptMethods, XLoraMethods, ShadowMethods, BatchingMethods, Sav
     def generate(
         self,
         *args: Any,
-        adapter_names: Sequence[str] | None = None,
+        adapter_names: Sequence[str] | BankPlan | None = None,
         task_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -150,9 +152,33 @@ class PeftModel(PromptMethods, XLoraMethods, ShadowMethods, BatchingMethods, Sav
         if names is None and task_ids is None and not self.adapters.asks_for_places:
             return call(self.adapters, prompt=prompt)
         selection = self.adapters.active_selection.current
+        if isinstance(names, BankPlan):
+            if not (selection.disabled or torch.compiler.is_compiling()):
+                return self._by_plan(names, task_ids, args, kwargs, prompt)
+            names = names.names
         if names is not None:
             rows = self.adapters.rows(names)
             selection = selection if selection.disabled else rows
+        return self._call_with(selection, task_ids, args, kwargs, prompt)
+
+    @contextmanager
+    def _by_plan(self, plan: BankPlan, *asked: Any) -> Iterator[None]:
+        """Call the model under the plan of a bank, whose slots stay as they are meanwhile."""
+        if plan.bank.adapters is not self.adapters:
+            raise UsageError(
+                "The plan is of another model's bank.", hint="Make it with a bank of this model: model.bank()."
+            )
+        with plan.bank.reading(plan) as selection, self._call_with(selection, *asked):
+            yield
+
+    def _call_with(
+        self,
+        selection: Selection,
+        task_ids: Tensor | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        prompt: Tensor | None,
+    ) -> AbstractContextManager[None]:
         selection = dataclasses.replace(selection, task_ids=task_ids)
         return call(self.adapters, self._checked(selection, args, kwargs), task_ids, prompt)
 
@@ -417,6 +443,16 @@ class PeftModel(PromptMethods, XLoraMethods, ShadowMethods, BatchingMethods, Sav
         """Remove an adapter. If it was the only active one, the first that remains becomes active."""
         self.adapters.delete(adapter_name)
         self.load_log.sync()
+
+    def bank(self, slots: int | Mapping[int, int] = 32, rank_buckets: Sequence[int] = (8, 16, 64)) -> AdapterBank:
+        """Make a bank of this model's adapters, for batches of many adapters that come and go with each step.
+
+        Args:
+            slots: the number of slots of each bucket, or a bucket's rank -> the number of its own. A slot holds one
+                adapter of up to the bucket's rank; one of a higher rank than any bucket's takes several.
+            rank_buckets: the ranks of the buckets.
+        """
+        return AdapterBank(self.adapters, slots, rank_buckets)
 
     def rename_adapter(self, old_name: str, new_name: str) -> None:
         """Give an adapter another name; active or not, it stays so."""

@@ -1,0 +1,136 @@
+"""The slots of a bank: which adapter lies where, and which one gives way to a new one. Knows no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+
+@dataclass
+class Residence:
+    """The place of one adapter in a bank.
+
+    Attributes:
+        bucket: the rank of its bucket; 0 for an adapter of vectors alone.
+        slots: its slots there, one for each part.
+        place: its row in the vectors.
+    """
+
+    bucket: int
+    slots: list[int]
+    place: int
+
+
+class SlotTable:
+    """Assigns slots to tenants; those that nobody uses give way, the one that was used last at last.
+
+    Args:
+        capacity: a bucket's rank -> the number of its slots.
+
+    Attributes:
+        residences: tenant -> its place.
+    """
+
+    def __init__(self, capacity: Mapping[int, int]) -> None:
+        self.capacity = dict(capacity)
+        # In the order in which they were used last.
+        self.residences: dict[object, Residence] = {}
+        self._tenants: dict[int, list[object]] = {bucket: [None] * slots for bucket, slots in capacity.items()}
+        self._places: list[object] = [None] * sum(capacity.values())
+
+    def parts(self, rank: int, bucket: int) -> int:
+        """Return the number of slots that an adapter takes in a bucket."""
+        return max(1, -(-rank // bucket)) if bucket else 1
+
+    def fits(self, rank: int) -> bool:
+        """Tell whether an adapter of that rank finds room in an empty bank."""
+        return any(True for _ in self._choices(rank))
+
+    def _choices(self, rank: int) -> Iterator[tuple[int, int]]:
+        """Yield the buckets that can hold an adapter and the slots that it takes there, the best bucket first."""
+        buckets = sorted(bucket for bucket in self.capacity if bool(bucket) or not rank)
+        wide = [bucket for bucket in buckets if bucket >= rank] or buckets[-1:]
+        for bucket in (*wide, *(bucket for bucket in reversed(buckets) if bucket not in wide and bucket)):
+            parts = self.parts(rank, bucket)
+            if parts <= self.capacity[bucket]:
+                yield bucket, parts
+
+    def enter(self, tenant: object, rank: int, in_use: Mapping[object, int]) -> Residence | None:
+        """Give a new tenant its slots, the lowest that are free; ``None`` where those in use leave no room.
+
+        Args:
+            tenant: not here yet.
+            rank: of its products.
+            in_use: the tenants that have to stay, those whose number is not zero.
+        """
+        for bucket, parts in self._choices(rank):
+            if self._make_room(bucket, parts, in_use):
+                tenants = self._tenants[bucket]
+                slots = [slot for slot, other in enumerate(tenants) if other is None][:parts]
+                place = self._places.index(None)
+                for slot in slots:
+                    tenants[slot] = tenant
+                self._places[place] = tenant
+                self.residences[tenant] = residence = Residence(bucket, slots, place)
+                return residence
+        return None
+
+    def _make_room(self, bucket: int, parts: int, in_use: Mapping[object, int]) -> bool:
+        """Let tenants of a bucket give way until so many slots are free; none where that cannot be."""
+        idle = [t for t, home in self.residences.items() if home.bucket == bucket and not in_use.get(t)]
+        free = self._tenants[bucket].count(None)
+        if free + sum(len(self.residences[tenant].slots) for tenant in idle) < parts:
+            return False
+        for tenant in idle:
+            if self._tenants[bucket].count(None) >= parts:
+                break
+            self.leave(tenant)
+        return True
+
+    def leave(self, tenant: object) -> None:
+        """Free a tenant's slots, if it has any."""
+        home = self.residences.pop(tenant, None)
+        if home is not None:
+            for slot in home.slots:
+                self._tenants[home.bucket][slot] = None
+            self._places[home.place] = None
+
+    def touch(self, tenant: object) -> None:
+        """Note that a tenant is used now."""
+        self.residences[tenant] = self.residences.pop(tenant)
+
+    def used(self, bucket: int) -> int:
+        """Return the number of a bucket's slots that hold something."""
+        slots = self._tenants[bucket]
+        return len(slots) - slots.count(None)
+
+    def moves(self, in_use: Mapping[object, int], most: int) -> Iterator[tuple[int, int, int]]:
+        """Let tenants in use come to lie in the first slots: yield bucket and two slots that change their contents.
+
+        Args:
+            in_use: tenant -> a number that is not zero for one that is in use.
+            most: the number of moves that may be made now.
+        """
+        moves = count()
+        for bucket, tenants in self._tenants.items():
+            used = [slot for slot, tenant in enumerate(tenants) if in_use.get(tenant)]
+            holes = (slot for slot in range(len(used)) if not in_use.get(tenants[slot]))
+            for hole, slot in zip(holes, reversed(used), strict=False):
+                if slot <= hole or not bucket or next(moves) >= most:
+                    break
+                self._exchange(bucket, hole, slot)
+                yield bucket, hole, slot
+
+    def _exchange(self, bucket: int, one: int, other: int) -> None:
+        tenants = self._tenants[bucket]
+        homes = {id(t): self.residences[t] for t in (tenants[one], tenants[other]) if t is not None}
+        swapped = {one: other, other: one}
+        for home in homes.values():
+            home.slots = [swapped.get(slot, slot) for slot in home.slots]
+        tenants[one], tenants[other] = tenants[other], tenants[one]
+
+
+def bits(numbers: Sequence[int]) -> int:
+    """Return a number with the bit of each of ``numbers``."""
+    return sum({1 << number for number in numbers})
