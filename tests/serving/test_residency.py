@@ -37,7 +37,7 @@ class World:
             self.engine, self.store, ResidencyLimits(adapters=adapters, cycle=cycle), clock=lambda: self.time
         )
         self.digests = [
-            asyncio.run(self.store.add(FolderSource(write_adapter(tmp_path / str(n), n), links=False))).digest
+            asyncio.run(self.store.add(FolderSource(write_adapter(tmp_path / str(n), n), links=False))).adapter.digest
             for n in range(COUNT)
         ]
 

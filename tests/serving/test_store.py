@@ -36,7 +36,7 @@ def opened(root: Path, limits: StoreLimits | None = None, **options: Any) -> Sto
 
 
 def added(store: Store, folder: Path, digest: str | None = None) -> StoredAdapter:
-    return asyncio.run(store.add(FolderSource(folder, links=False), digest))
+    return asyncio.run(store.add(FolderSource(folder, links=False), digest)).adapter
 
 
 def nothing_left(root: Path) -> bool:
@@ -234,7 +234,8 @@ def test_many_at_once_of_one_adapter_are_one_copy(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "a")
 
     async def run() -> list[StoredAdapter]:
-        return await asyncio.gather(*(store.add(FolderSource(folder, links=False)) for _ in range(12)))
+        fetched = await asyncio.gather(*(store.add(FolderSource(folder, links=False)) for _ in range(12)))
+        return [one.adapter for one in fetched]
 
     assert len(set(asyncio.run(run()))) == 1
     assert len(list(store.root.iterdir())) == 1
@@ -250,7 +251,7 @@ def test_what_fsspec_reaches_is_fetched(tmp_path: Path) -> None:
     store = opened(tmp_path / "store")
     policy = SourcePolicy(("memory://bucket/*",))
     try:
-        adapter = asyncio.run(store.add(policy.source(Registration("a", "memory://bucket", subfolder="a"))))
+        adapter = asyncio.run(store.add(policy.source(Registration("a", "memory://bucket", subfolder="a")))).adapter
     finally:
         memory.rm("/bucket", recursive=True)
     assert adapter == added(store, folder)
@@ -285,7 +286,7 @@ def test_a_repository_on_the_hub_is_fetched_at_its_commit(tmp_path: Path, monkey
     policy = SourcePolicy(("hf://org/*",), {"acme": "secret"})
     source = policy.source(Registration("acme/a", "hf://org/repo@main#inner"))
     assert "secret" not in repr(policy)
-    assert asyncio.run(store.add(source)) == added(store, folder)
+    assert asyncio.run(store.add(source)).adapter == added(store, folder)
     assert asked[0] == ("org/repo", "main", "secret")
     assert set(asked[1:]) == {("org/repo", "c0ffee", "secret")}
 

@@ -37,6 +37,11 @@ class Failures:
         if failure is not None and self._clock() < failure.until:
             raise again(failure.error, failure.until - self._clock())
 
+    def last(self, key: str) -> ServingError | None:
+        """Return the last failure of a key; ``None`` where it has worked since."""
+        failure = self._failures.get(key)
+        return failure.error if failure else None
+
     def note(self, key: str, error: ServingError) -> None:
         """Remember a failure; the oldest is forgotten where there are too many."""
         last = self._failures.pop(key, None)

@@ -64,11 +64,16 @@ class FetchRules:
 
 
 class Fetch:
-    """Fetches an adapter once; ``folder`` holds it then, and is removed where anything fails."""
+    """Fetches an adapter once; ``folder`` holds it then, and is removed where anything fails.
+
+    Attributes:
+        label: the source without secrets and local paths.
+        folder: the adapter's files.
+    """
 
     def __init__(self, rules: FetchRules, source: AdapterSource, reserve: Callable[[int], None]) -> None:
         self._rules, self._source, self._reserve = rules, source, reserve
-        self._label = source.url
+        self.label = source.url
         self.folder: Path | None = None
 
     def run(self, wanted: str | None = None) -> StoredAdapter:
@@ -83,7 +88,7 @@ class Fetch:
         """
         try:
             with self._source.opened() as files:
-                self._label = files.label
+                self.label = files.label
                 _check_names(files)
                 self._check_sizes(files)
                 self._reserve(sum(files.sizes.values()))
@@ -103,7 +108,7 @@ class Fetch:
     def _told(self, error: VeneerError) -> ServingError:
         """Return a refusal that names the source, where the error names the folder here."""
         refusal = as_refusal(error)
-        message = refusal.message.replace(str(self.folder), self._label)
+        message = refusal.message.replace(str(self.folder), self.label)
         return type(refusal)(message, hint=refusal.hint, param="source")
 
     def _fetched(self, files: SourceFiles, wanted: str | None) -> StoredAdapter:
@@ -120,7 +125,7 @@ class Fetch:
         digest = digest_of(hashes, files.sizes)
         if wanted is not None and digest != wanted:
             raise AdapterInvalidError(
-                f"{self._label} has the digest {digest}, and {wanted} is asked for.",
+                f"{self.label} has the digest {digest}, and {wanted} is asked for.",
                 hint="Its files have changed, or they are not those that you mean.",
             )
         config = self._checked_values(self.folder).config
@@ -146,20 +151,20 @@ class Fetch:
     def _check_size(self, size: int, most: int, what: str) -> None:
         if size > most:
             raise AdapterTooLargeError(
-                f"{self._label} has {nbytes(size)}{what}, and {nbytes(most)} are allowed.",
+                f"{self.label} has {nbytes(size)}{what}, and {nbytes(most)} are allowed.",
                 hint="The operator sets the limit with --max-adapter-bytes.",
             )
 
     def _checked_rank(self, path: Path) -> int:
-        config = PeftConfig.from_dict(read_json(path), where=f"{self._label}/{ADAPTER_CONFIG}")
+        config = PeftConfig.from_dict(read_json(path), where=f"{self.label}/{ADAPTER_CONFIG}")
         if config.experts or config.expert_paths:
             raise UnsupportedError(
-                f"{self._label} mixes other adapters, which lie elsewhere.", hint="Register those one by one."
+                f"{self.label} mixes other adapters, which lie elsewhere.", hint="Register those one by one."
             )
         rank = rank_of(config)
         if self._rules.rank is not None and rank > self._rules.rank:
             raise AdapterTooLargeError(
-                f"{self._label} has rank {rank}, and {self._rules.rank} is allowed.",
+                f"{self.label} has rank {rank}, and {self._rules.rank} is allowed.",
                 hint="The operator sets the limit with --max-rank.",
             )
         return rank
@@ -169,17 +174,17 @@ class Fetch:
         from veneer.adapters.attach import check_finite
         from veneer.checkpoints.open_checkpoint import open_checkpoint
 
-        checkpoint = open_checkpoint(Source(folder, self._label))
+        checkpoint = open_checkpoint(Source(folder, self.label))
         recorded, base = checkpoint.metadata.get(BASE_DIGEST_KEY), self._rules.base_digest
         if recorded and base and recorded != base and recorded.split(":")[0] == base.split(":")[0]:
             raise BaseMismatchError(
-                f"{self._label} was trained on another base: it records {recorded[:19]}, and this one is {base[:19]}.",
+                f"{self.label} was trained on another base: it records {recorded[:19]}, and this one is {base[:19]}.",
                 hint="Serve it on the base that it was trained on.",
             )
         try:
-            check_finite(checkpoint.read(checkpoint.tensors), self._label)
+            check_finite(checkpoint.read(checkpoint.tensors), self.label)
         except RuntimeError as error:
-            raise NonFiniteError(f"{self._label} cannot be checked: {first_line(error)}.") from error
+            raise NonFiniteError(f"{self.label} cannot be checked: {first_line(error)}.") from error
         return checkpoint
 
     # -- files ---------------------------------------------------------------------------------------------
@@ -209,11 +214,9 @@ class Fetch:
         except VeneerError:
             raise
         except Exception as error:  # of whatever client reads the source
-            raise SourceFailedError(
-                f"{self._label}/{name} cannot be read: {first_line(error)}.", hint=_AGAIN
-            ) from error
+            raise SourceFailedError(f"{self.label}/{name} cannot be read: {first_line(error)}.", hint=_AGAIN) from error
         if left:
-            raise SourceFailedError(f"{self._label}/{name} has another size than it was listed with.", hint=_AGAIN)
+            raise SourceFailedError(f"{self.label}/{name} has another size than it was listed with.", hint=_AGAIN)
 
     def _write_facts(self, adapter: StoredAdapter) -> None:
         assert self.folder is not None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+
+from veneer.serving.serving_errors import AdapterRemovedError
 
 
 class State(str, Enum):
@@ -120,7 +123,7 @@ class AdapterInfo:
     load_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Use:
     """The version that answers a request, from its arrival to its end; names may move meanwhile.
 
@@ -128,11 +131,18 @@ class Use:
         name: the adapter's name, or the base's.
         digest: the version, as the engine knows it; ``None`` for the base.
         adapter: its files; ``None`` for the base.
+        revoked: set when the adapter is removed by force.
     """
 
     name: str
     digest: str | None
     adapter: StoredAdapter | None
+    revoked: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
+
+    def check(self) -> None:
+        """Raise ``AdapterRemovedError`` where the adapter was removed by force meanwhile."""
+        if self.revoked.is_set():
+            raise AdapterRemovedError(f"The adapter {self.name} was removed.", hint="Take another.")
 
     @property
     def label(self) -> str:

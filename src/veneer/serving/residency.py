@@ -19,9 +19,11 @@ from veneer.serving.serving_errors import (
     AdapterLoadingError,
     AdapterTooLargeError,
     EngineRestartingError,
+    ServingError,
     as_refusal,
 )
 from veneer.serving.store import Store
+from veneer.serving.waiting import is_set_within
 
 T = TypeVar("T")
 
@@ -113,6 +115,11 @@ class Residency:
         """Return how many hold an adapter."""
         resident = self._residents.get(digest)
         return resident.leases if resident else 0
+
+    def failure(self, digest: str) -> ServingError | None:
+        """Return why the last load of an adapter failed, or why the engine serves it no more."""
+        reason = self._engine.status().quarantined.get(digest)
+        return AdapterInvalidError(reason) if reason else self._failures.last(digest)
 
     def load_seconds(self, digest: str) -> dict[str, float]:
         """Return how long the phases of an adapter's last load took: ``room``, ``verify``, ``engine``."""
@@ -275,8 +282,7 @@ class Residency:
                         continue
                     if closed is None and self._clock() - start >= self._limits.cycle:
                         closed = self._close_one()
-                    with suppress(asyncio.TimeoutError):
-                        await asyncio.wait_for(self._released.wait(), _NEXT_TRY)
+                    await is_set_within(self._released, _NEXT_TRY)
                 resident.has_room = True
             finally:
                 if closed is not None:

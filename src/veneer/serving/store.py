@@ -46,6 +46,14 @@ class StoreLimits:
     rank: int | None = None
 
 
+@dataclass(frozen=True)
+class Fetched:
+    """An adapter in the store, and where it came from, without secrets and local paths."""
+
+    adapter: StoredAdapter
+    label: str
+
+
 class Store:
     """Holds adapters on disk. Its methods are called from the event loop's thread; files are copied in others."""
 
@@ -58,7 +66,7 @@ class Store:
         self._adapters: dict[str, StoredAdapter] = {}
         self._verified: set[str] = set()
         self._reserved = 0
-        self._tasks: set[asyncio.Task[StoredAdapter]] = set()
+        self._tasks: set[asyncio.Task[Fetched]] = set()
         #: Tells of a digest whether it must stay.
         self.is_needed: Callable[[str], bool] = lambda digest: False
 
@@ -91,6 +99,11 @@ class Store:
     def __len__(self) -> int:
         return len(self._adapters)
 
+    @property
+    def digests(self) -> set[str]:
+        """The digests of all adapters in the store."""
+        return set(self._adapters)
+
     def get(self, digest: str) -> StoredAdapter | None:
         """Return an adapter; ``None`` where the store has none of that digest."""
         return self._adapters.get(digest)
@@ -101,7 +114,7 @@ class Store:
         if adapter is not None:
             self._adapters[digest] = adapter
 
-    async def add(self, source: AdapterSource, digest: str | None = None) -> StoredAdapter:
+    async def add(self, source: AdapterSource, digest: str | None = None) -> Fetched:
         """Fetch an adapter, check it, and keep it; it is kept too where the caller stops waiting.
 
         Args:
@@ -112,17 +125,21 @@ class Store:
             SourceFailedError: the source fails, or there is no room. AdapterTooLargeError: it is above a limit.
             AdapterInvalidError: it is damaged, a pickle, not finite, of another base, or has another digest.
         """
+        return await asyncio.shield(self.begin(source, digest))
+
+    def begin(self, source: AdapterSource, digest: str | None = None) -> asyncio.Task[Fetched]:
+        """Begin what :meth:`add` waits for."""
         task = asyncio.create_task(self._add(source, digest))
         self._tasks.add(task)
         task.add_done_callback(self._forget)
-        return await asyncio.shield(task)
+        return task
 
-    def _forget(self, task: asyncio.Task[StoredAdapter]) -> None:
+    def _forget(self, task: asyncio.Task[Fetched]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # seen, where nobody waits for it any more
 
-    async def _add(self, source: AdapterSource, digest: str | None) -> StoredAdapter:
+    async def _add(self, source: AdapterSource, digest: str | None) -> Fetched:
         loop = asyncio.get_running_loop()
         reserved = 0
 
@@ -139,7 +156,7 @@ class Store:
             await asyncio.to_thread(self._settle, fetch)
         finally:
             self._reserved -= reserved
-        return adapter
+        return Fetched(self._adapters.get(adapter.digest, adapter), fetch.label)
 
     def _place(self, fetch: Fetch, adapter: StoredAdapter) -> None:
         """Move a fetched adapter to its place; one that is there already stays."""
