@@ -80,7 +80,7 @@ def run(world: World, work: Awaitable[object]) -> None:
     async def whole() -> None:
         await world.registry.open()
         try:
-            await asyncio.wait_for(work, 10)  # type: ignore[arg-type]
+            await asyncio.wait_for(work, 60)  # type: ignore[arg-type]
         finally:
             await world.registry.close()
 

@@ -56,7 +56,7 @@ class RegistryOptions:
 
 
 @dataclass(eq=False)
-class _Name:
+class _RegisteredName:
     """A name, and what goes on with it."""
 
     stored: StoredName
@@ -104,9 +104,9 @@ class Registry:
         self._store, self._residency, self._base_name, self._clock = store, residency, base_name, clock
         self._policy, self._options = policy or SourcePolicy(), options or RegistryOptions()
         self._database = RegistryDatabase(store.root)
-        self._names: dict[str, _Name] = {}
+        self._names: dict[str, _RegisteredName] = {}
         self._aliases: dict[str, str] = {}
-        self._leaving: list[_Name] = []
+        self._leaving: list[_RegisteredName] = []
         self._gone: OrderedDict[str, _Gone] = OrderedDict()
         self._failures = Failures()
         self._keeper = VersionKeeper(store, residency)
@@ -120,7 +120,7 @@ class Registry:
         self._database.open()
         self._store.open()
         for stored in self._database.names():
-            self._names[stored.name] = _Name(stored)
+            self._names[stored.name] = _RegisteredName(stored)
             self._keeper.count(stored)
         self._aliases = self._database.aliases()
         for digest in self._store.digests - self._keeper.known:
@@ -170,13 +170,13 @@ class Registry:
                 f"{name!r} is {'the base' if name == self._base_name else 'an alias'}.", hint="Take another name."
             )
         self._policy.source(registration)
-        entry = self._names.setdefault(name, _Name(StoredName(name, 0, 1, registration.pin, ())))
+        entry = self._names.setdefault(name, _RegisteredName(StoredName(name, 0, 1, registration.pin, ())))
         task = asyncio.create_task(self._registered(entry, registration, caller))
         entry.tasks.add(task)
         task.add_done_callback(lambda done: self._ended(entry, done))
         return task
 
-    def _ended(self, entry: _Name, task: asyncio.Task[AdapterInfo]) -> None:
+    def _ended(self, entry: _RegisteredName, task: asyncio.Task[AdapterInfo]) -> None:
         entry.tasks.discard(task)
         if not task.cancelled():
             task.exception()  # the name tells it, where nobody waits
@@ -185,7 +185,7 @@ class Registry:
             if entry.error is not None:
                 self._remember(entry.stored.name, entry.error)
 
-    async def _registered(self, entry: _Name, registration: Registration, caller: Caller) -> AdapterInfo:
+    async def _registered(self, entry: _RegisteredName, registration: Registration, caller: Caller) -> AdapterInfo:
         async with entry.changing:
             try:
                 entry.error = None
@@ -195,7 +195,7 @@ class Registry:
                 audit("refused", name=entry.stored.name, by=caller.id, code=entry.error.code, error=entry.error.message)
                 raise entry.error from error
 
-    async def _moved_to(self, entry: _Name, registration: Registration, caller: Caller) -> AdapterInfo:
+    async def _moved_to(self, entry: _RegisteredName, registration: Registration, caller: Caller) -> AdapterInfo:
         fetched = await self._fetched(entry, registration)
         digest = fetched.adapter.digest
         with self._keeper.hold(digest):
@@ -216,7 +216,7 @@ class Registry:
                 self._save(entry, pinned=True)
         return self._info(entry)
 
-    async def _fetched(self, entry: _Name, registration: Registration) -> Fetched:
+    async def _fetched(self, entry: _RegisteredName, registration: Registration) -> Fetched:
         source = self._policy.source(registration)
         if not registration.trusted:
             self._failures.check(source.url)
@@ -247,12 +247,12 @@ class Registry:
         if not fetching.cancelled() and fetching.exception() is None:
             self._keeper.let_go(fetching.result().adapter.digest)
 
-    async def _loaded(self, digest: str, entry: _Name) -> None:
+    async def _loaded(self, digest: str, entry: _RegisteredName) -> None:
         await self._residency.reload(digest)
         async with self._residency.lease(digest):
             entry.seconds |= self._residency.load_seconds(digest)
 
-    def _add_version(self, entry: _Name, digest: str, source: str) -> None:
+    def _add_version(self, entry: _RegisteredName, digest: str, source: str) -> None:
         """Move a name to a new version, and let go of the oldest where there are too many."""
         stored = entry.stored
         others = [version for version in stored.versions if version.digest != digest]
@@ -262,7 +262,7 @@ class Registry:
         for version in stored.versions:
             self._keeper.let_go(version.digest)
 
-    def _save(self, entry: _Name, **changes: Any) -> None:
+    def _save(self, entry: _RegisteredName, **changes: Any) -> None:
         stored = replace(entry.stored, **changes)
         self._database.save(stored)
         self._keeper.count(stored)
@@ -307,7 +307,7 @@ class Registry:
         await self._keeper.settled([version.digest for version in entry.stored.versions])
         return not entry.uses
 
-    def _take_away(self, entry: _Name) -> None:
+    def _take_away(self, entry: _RegisteredName) -> None:
         """Remove a name at once, so that no new request gets it."""
         name = entry.stored.name
         if entry.stored.versions:
@@ -354,7 +354,7 @@ class Registry:
                     self._keeper.let_go(last.digest)
         return self._info(entry)
 
-    def _earlier(self, entry: _Name, to: str | None) -> StoredVersion:
+    def _earlier(self, entry: _RegisteredName, to: str | None) -> StoredVersion:
         if to is not None:
             return self._version(entry, to.removeprefix("sha256:"))
         earlier = [v for v in entry.stored.versions if v.number < entry.stored.current and self._store.get(v.digest)]
@@ -454,7 +454,7 @@ class Registry:
             yield use
 
     @contextmanager
-    def _used(self, entry: _Name, use: Use) -> Iterator[None]:
+    def _used(self, entry: _RegisteredName, use: Use) -> Iterator[None]:
         entry.last_used = self._clock()
         entry.uses.add(use)
         try:
@@ -465,7 +465,7 @@ class Registry:
                 entry.idle.set()
                 self._leaving = [other for other in self._leaving if other is not entry]
 
-    def _found(self, reference: Reference, caller: Caller) -> _Name:
+    def _found(self, reference: Reference, caller: Caller) -> _RegisteredName:
         name = self._aliases.get(reference.name, reference.name)
         if caller.may_use(name):
             entry = self._names.get(name)
@@ -481,7 +481,7 @@ class Registry:
             param="model",
         )
 
-    def _version(self, entry: _Name, prefix: str) -> StoredVersion:
+    def _version(self, entry: _RegisteredName, prefix: str) -> StoredVersion:
         if not prefix:
             if entry.current is None:
                 raise AdapterLoadingError(
@@ -498,7 +498,7 @@ class Registry:
             )
         return found[0]
 
-    def _managed(self, name: str, caller: Caller) -> _Name:
+    def _managed(self, name: str, caller: Caller) -> _RegisteredName:
         entry = self._found(Reference(name), caller)
         self._check_manages(entry.stored.name, caller)
         return entry
@@ -510,7 +510,7 @@ class Registry:
                 f"The key {caller.id} may not manage {name!r}.", hint=f"It may manage {where}.", param="name"
             )
 
-    def _info(self, entry: _Name) -> AdapterInfo:
+    def _info(self, entry: _RegisteredName) -> AdapterInfo:
         current, stored = entry.current, entry.stored
         failure = self._failure(entry)
         return AdapterInfo(
@@ -529,12 +529,12 @@ class Registry:
             load_seconds=entry.seconds | (self._residency.load_seconds(current.digest) if current else {}),
         )
 
-    def _failure(self, entry: _Name) -> ServingError | None:
+    def _failure(self, entry: _RegisteredName) -> ServingError | None:
         """Return why the last registration failed, or why the current version cannot be loaded."""
         of_load = self._residency.failure(entry.current.digest) if entry.current else None
         return of_load or entry.error
 
-    def _state(self, entry: _Name) -> State:
+    def _state(self, entry: _RegisteredName) -> State:
         if entry.removed:
             return State.DRAINING
         if entry.current is None:
@@ -545,17 +545,17 @@ class Registry:
         is_failed = self._residency.failure(digest) is not None or self._store.get(digest) is None
         return State.FAILED if is_failed else State.READY
 
-    def _version_info(self, entry: _Name, version: StoredVersion) -> VersionInfo:
+    def _version_info(self, entry: _RegisteredName, version: StoredVersion) -> VersionInfo:
         state = State.DRAINING if self._keeper.is_left(version.digest) else self._state_of(version.digest)
         return VersionInfo(version.number, version.digest, version.created, version.source, state)
 
 
-def _check_there(entry: _Name) -> None:
+def _check_there(entry: _RegisteredName) -> None:
     if entry.removed:
         raise AdapterRemovedError(f"The adapter {entry.stored.name} was removed meanwhile.")
 
 
-async def _is_idle(entry: _Name, seconds: float) -> bool:
+async def _is_idle(entry: _RegisteredName, seconds: float) -> bool:
     """Wait until no request uses a name, at most ``seconds``; tell whether that is so."""
     entry.idle.clear()
     if entry.uses:
