@@ -341,9 +341,8 @@ def _check_origin(values: Mapping[str, Any], where: str) -> None:
     """Raise ``UnsupportedError`` for a config, or an option, of a layout that Veneer does not read."""
     if is_of_mlx(values):
         raise UnsupportedError(
-            f"{where}: this is an adapter of MLX-LM, which keeps its tensors in a layout of its own "
-            "(adapters.safetensors); this version of Veneer does not read it.",
-            hint="Use MLX-LM for it, or an adapter in PEFT's layout.",
+            f"{where}: this is the config of an adapter of MLX-LM, and none of PEFT's.",
+            hint="veneer.load and `veneer convert ADAPTER NEW` read the adapter's folder, with adapters.safetensors.",
         )
     if values.get("enable_lora"):
         raise UnsupportedError(

@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from veneer.checkpoints.inspection.facts import AdapterFacts, Weights
+from veneer.checkpoints.inspection.facts import AdapterFacts, Problem, Weights
+from veneer.checkpoints.inspection.problems import problem_of
 from veneer.checkpoints.inspection.weights import weights_of
 from veneer.errors import SourceError
-from veneer.files.names import ADAPTER_CONFIG, SAFETENSORS
+from veneer.files.names import ADAPTER_CONFIG, FOREIGN_FILES, SAFETENSORS
 from veneer.files.safetensors_header import Header, TensorInfo, read_header
 from veneer.files.source import Source
 
@@ -31,11 +32,11 @@ _DOWN: Mapping[str, int] = {
 _NUMBERS = ("lora_alpha", "alpha", "scale")
 
 
-def foreign_facts(source: Source, other_format: Format) -> AdapterFacts:
-    """Return the facts of an adapter in another tool's format."""
+def foreign_facts(source: Source, other_format: Format, problems: list[Problem]) -> AdapterFacts:
+    """Return the facts of an adapter in another tool's format; what is wrong with it joins ``problems``."""
     if other_format.name == "gguf":
         return _gguf_facts(source, other_format)
-    headers = _headers(source)
+    headers = _headers(source, problems)
     tensors = [info for header in headers for info in header.tensors.values()]
     ranks = _ranks(tensors)
     values = _config(source)
@@ -51,7 +52,7 @@ def foreign_facts(source: Source, other_format: Format) -> AdapterFacts:
         target_modules=None,
         modules_to_save=None,
         layers=sum(ranks.values()),
-        weights=weights_of(headers) if headers else _whole_file(source),
+        weights=weights_of(headers) if headers else None,
         format=other_format.title,
     )
 
@@ -82,9 +83,20 @@ def _gguf_facts(source: Source, other_format: Format) -> AdapterFacts:
     )
 
 
-def _headers(source: Source) -> list[Header]:
+def _headers(source: Source, problems: list[Problem]) -> list[Header]:
     names = [source.file.name] if source.file is not None else source.files()
-    return [read_header(source.path(name)) for name in names if name.endswith(SAFETENSORS)]
+    headers: list[Header] = []
+    for name in names:
+        if name.endswith(SAFETENSORS):
+            try:
+                headers.append(read_header(source.path(name)))
+            except SourceError as error:
+                problems.append(problem_of("damaged", error))
+    if not headers and not any(name.endswith(tuple(FOREIGN_FILES)) for name in names):
+        problems.append(
+            Problem("no-weights", f"{source.origin}: there is a config and no weights.", "Copy them there.")
+        )
+    return headers
 
 
 def _ranks(tensors: Iterable[TensorInfo]) -> dict[int, int]:
@@ -108,10 +120,3 @@ def _config(source: Source) -> Mapping[str, Any]:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value)
-
-
-def _whole_file(source: Source) -> Weights | None:
-    """Count the bytes of a file whose tensors are not looked at."""
-    if source.file is None:
-        return None
-    return Weights([source.file.name], 0, 0, source.file.stat().st_size, {})

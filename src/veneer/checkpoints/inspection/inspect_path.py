@@ -25,10 +25,10 @@ from veneer.checkpoints.inspection.problems import (
     problem_of,
 )
 from veneer.checkpoints.inspection.weights import headers_of, remote_headers, weights_of
-from veneer.configs.base import PeftConfig, config_class, is_of_mlx
+from veneer.configs.base import PeftConfig, config_class
 from veneer.configs.names import HEADS
 from veneer.configs.value_checks import matches_type
-from veneer.errors import ConfigError, NotACheckpointError, SourceError, UnknownMethodError
+from veneer.errors import ConfigError, CorruptFileError, NotACheckpointError, SourceError, UnknownMethodError, VeneerError
 from veneer.files import adapter_folders
 from veneer.files.base_digest import BASE_DIGEST_KEY
 from veneer.files.hub import is_offline
@@ -51,6 +51,8 @@ from veneer.keywords import TOKEN, takes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from veneer.formats.format import Format
 
 
 # The files of a hub repository that tell what it is; of weights only the headers are read.
@@ -127,10 +129,10 @@ def inspect(
 def _inspect(
     source: Source, path: str, token: str | None = None, ask: bool = False, in_set: bool = False
 ) -> Inspection:
-    other_format = foreign(source)
-    if other_format is not None:
-        return Inspection(path, "adapter", adapter=foreign_facts(source, other_format), commit=source.commit)
     problems: list[Problem] = []
+    other_format = _foreign(source, problems)
+    if other_format is not None:
+        return _inspect_foreign(source, path, other_format, problems)
     if source.file is not None:
         return _inspect_file(source, path)
     has_adapter, has_model = source.has(ADAPTER_CONFIG), source.has(MODEL_CONFIG)
@@ -149,6 +151,25 @@ def _inspect(
     if kind == "unknown":
         problems.append(no_checkpoint(source))
     return Inspection(path, kind, adapter, model, adapters, source.commit, tuple(problems))
+
+
+def _inspect_foreign(source: Source, path: str, other_format: Format, problems: list[Problem]) -> Inspection:
+    """Inspect another tool's adapter."""
+    facts = None
+    try:
+        facts = foreign_facts(source, other_format, problems)
+    except CorruptFileError as error:
+        problems.append(problem_of("damaged", error))
+    return Inspection(path, "adapter", facts, commit=source.commit, problems=tuple(problems))
+
+
+def _foreign(source: Source, problems: list[Problem]) -> Format | None:
+    """Return the format of another tool's adapter; a fault that keeps it from being recognised joins ``problems``."""
+    try:
+        return foreign(source)
+    except VeneerError as error:
+        problems.append(problem_of("damaged", error))
+        return None
 
 
 def _members(source: Source, problems: list[Problem]) -> list[adapter_folders.Member]:
@@ -191,14 +212,12 @@ def _adapter(source: Source, problems: list[Problem]) -> AdapterFacts:
         _check_config(values, source, problems)
     except SourceError as error:
         problems.append(problem_of("damaged", error))
-    # MLX-LM's weights have another name; that they are its own is told already.
-    headers = [] if is_of_mlx(values) else headers_of(source, ADAPTER_STEM, problems)
+    headers = headers_of(source, ADAPTER_STEM, problems)
     weights = weights_of(headers) if headers else None
     if weights is not None and not weights.parameters:
         problems.append(empty_checkpoint(source))
     values = _typed(values, _ADAPTER_TYPES, f"{source.origin}/{ADAPTER_CONFIG}", problems)
-    if not is_of_mlx(values):
-        problems += base_problems(values.get("base_model_name_or_path"), source)
+    problems += base_problems(values.get("base_model_name_or_path"), source)
     tensors = [info for header in headers for info in header.tensors.values()]
     ranks = _ranks(tensors)
     recorded = [header.metadata.get(BASE_DIGEST_KEY) for header in headers]
@@ -240,7 +259,7 @@ def _check_config(values: Mapping[str, Any], source: Source, problems: list[Prob
     except UnknownMethodError as error:
         problems.append(problem_of("unknown-method", error))
     except ConfigError as error:
-        problems.append(problem_of("mlx-lm" if is_of_mlx(values) else "config", error))
+        problems.append(problem_of("config", error))
 
 
 def _layers(method: str | None, tensors: Iterable[TensorInfo]) -> int:

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from veneer.checkpoints.inspection.facts import Problem
-from veneer.errors import ConfigError, SourceError, VeneerError
+from veneer.errors import ConfigError, VeneerError
 from veneer.files import adapter_folders
 from veneer.files.base_map import look_up
 from veneer.files.hub_page import is_hub_page
 from veneer.files.names import ADAPTER_CONFIG, ADAPTER_STEM, ADAPTER_WEIGHTS, MODEL_CONFIG, SAFETENSORS
 from veneer.files.paths import exists
 from veneer.files.resolve import looks_like_hub_id
-from veneer.files.safetensors_header import read_header
 from veneer.files.source import PICKLES, Source
 
 
@@ -58,12 +57,6 @@ def no_checkpoint(source: Source) -> Problem:
     if any(name in names for name in (ADAPTER_WEIGHTS, *PICKLES[ADAPTER_STEM])):
         return no_adapter_config(source.origin)
     weights = next((name for name in names if name.endswith(SAFETENSORS)), None)
-    if weights is not None and _is_lora(source.root / weights):
-        return Problem(
-            "no-config",
-            f"{source.origin}: a LoRA without {ADAPTER_CONFIG}, as diffusers and kohya's scripts save them.",
-            "Load it with load_lora_weights of a pipeline of diffusers, after `import veneer.as_peft`.",
-        )
     if weights is not None:
         return Problem(
             "no-config",
@@ -84,15 +77,6 @@ def no_checkpoint(source: Source) -> Problem:
         f"{source.origin} holds neither {MODEL_CONFIG} nor {ADAPTER_CONFIG}.",
         "Check the path" + (f"; it holds {', '.join(names[:5])}." if names else "."),
     )
-
-
-def _is_lora(file: Path) -> bool:
-    """Tell whether all tensors of a file are a LoRA's, by their keys."""
-    try:
-        keys = read_header(file).tensors
-    except SourceError:
-        return False
-    return bool(keys) and all(re.search(r"\.lora_|\.lora\.(up|down)|\.alpha$", key) for key in keys)
 
 
 def _inner_checkpoints(source: Source) -> list[str]:
