@@ -160,7 +160,7 @@ LAYERS = {name: shape for name, shape in bases.unet().items() if re.search(r"att
 
 
 def test_each_format_is_paired() -> None:
-    assert {*TEXT, *IMAGE, "comfyui"} == set(registry.targets()) <= TABLE.keys()
+    assert {*TEXT, *IMAGE, "comfyui"} == set(registry.targets()) == TABLE.keys()
 
 
 # -- the pairs ----------------------------------------------------------------------------------------------

@@ -89,6 +89,7 @@ OPTIONS: Mapping[str, str] = {
 }
 # Those of them that a plain LoRA cannot hold either.
 NO_LORA = ("arrow_config", "alora_invocation_tokens", "layer_replication")
+_MERGED = ("layer_replication",)
 
 # Feature -> its name in errors and in docs/formats.md.
 NAMES: Mapping[str, str] = {
@@ -103,6 +104,7 @@ NAMES: Mapping[str, str] = {
     "parameters": "LoRA on fused experts (target_parameters)",
 }
 AS_LORA = "Convert it to a plain LoRA on the way, and see what error that leaves: --as-lora --rank 16"
+ALONE = "It acts by the input, which no other tool does: run it with veneer.load or `veneer serve`"
 MERGE = "Merge it into the model: veneer merge ADAPTER --out NEW"
 
 
@@ -151,7 +153,7 @@ def _check_options(adapter: CanonicalAdapter, holds: Holds, title: str) -> None:
     config = adapter.config or {}
     for option, what in OPTIONS.items():
         if config.get(option) and option not in holds.options:
-            hint = MERGE if option in NO_LORA else AS_LORA
+            hint = AS_LORA if option not in NO_LORA else MERGE if option in _MERGED else ALONE
             raise UnsupportedError(f"{title} has no {option}, which {what}.", hint=f"{hint}.")
     start = config.get("init_lora_weights")
     if is_moved(start):

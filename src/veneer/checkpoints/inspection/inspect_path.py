@@ -28,7 +28,14 @@ from veneer.checkpoints.inspection.weights import headers_of, remote_headers, we
 from veneer.configs.base import PeftConfig, config_class
 from veneer.configs.names import HEADS
 from veneer.configs.value_checks import matches_type
-from veneer.errors import ConfigError, CorruptFileError, NotACheckpointError, SourceError, UnknownMethodError, VeneerError
+from veneer.errors import (
+    ConfigError,
+    CorruptFileError,
+    NotACheckpointError,
+    SourceError,
+    UnknownMethodError,
+    VeneerError,
+)
 from veneer.files import adapter_folders
 from veneer.files.base_digest import BASE_DIGEST_KEY
 from veneer.files.hub import is_offline
