@@ -35,12 +35,29 @@ def _make(name: str, **options: Any) -> Callable[[], Any]:
     return make
 
 
-def _gemma3_with_images() -> Any:
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**SIZES, **TIED, "query_pre_attn_scalar": 8}
-    images = {**vision, "image_size": 28, "patch_size": 14}
-    config = tf.Gemma3Config(text_config=text, vision_config=images, mm_tokens_per_image=4)
-    return tf.Gemma3ForConditionalGeneration(config)
+def _with_images(name: str, vision: Mapping[str, Any], **text: Any) -> Callable[[], Any]:
+    """Makes a model that reads images too, of whose language model alone a GGUF file is made."""
+
+    def make() -> Any:
+        kind = getattr(tf, name)
+        ids = {"image_token_id": 3, "image_token_index": 3, "video_token_id": 4, "vision_start_token_id": 6}
+        return kind(kind.config_class(text_config={**SIZES, **text}, vision_config=vision, **ids))
+
+    return make
+
+
+SIGLIP: Mapping[str, Any] = {
+    **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    **{"image_size": 28, "patch_size": 14},
+}
+PIXTRAL: Mapping[str, Any] = {**SIGLIP, "model_type": "pixtral", "head_dim": 8}
+QWEN_IMAGES: Mapping[str, Any] = {
+    **{"depth": 1, "hidden_size": 16, "embed_dim": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32},
+    **{"patch_size": 14, "num_position_embeddings": 16, "deepstack_visual_indexes": [], "fullatt_block_indexes": [0]},
+}
+SECTIONS: Mapping[str, Any] = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+}
 
 
 MODELS: Mapping[str, Callable[[], Any]] = {
@@ -55,8 +72,33 @@ MODELS: Mapping[str, Callable[[], Any]] = {
     "GemmaForCausalLM": _make("GemmaForCausalLM", **TIED),
     "Gemma2ForCausalLM": _make("Gemma2ForCausalLM", **TIED, query_pre_attn_scalar=8),
     "Gemma3ForCausalLM": _make("Gemma3ForCausalLM", **TIED, query_pre_attn_scalar=8),
-    "Gemma3ForConditionalGeneration": _gemma3_with_images,
+    "Gemma3ForConditionalGeneration": _with_images(
+        "Gemma3ForConditionalGeneration", SIGLIP, **TIED, query_pre_attn_scalar=8
+    ),
     "Phi3ForCausalLM": _make("Phi3ForCausalLM", original_max_position_embeddings=128, sliding_window=None),
+    "GraniteForCausalLM": _make(
+        "GraniteForCausalLM",
+        attention_multiplier=0.4,
+        embedding_multiplier=1.5,
+        residual_multiplier=0.8,
+        logits_scaling=1.25,
+    ),
+    "ArceeForCausalLM": _make("ArceeForCausalLM"),
+    "OlmoForCausalLM": _make("OlmoForCausalLM"),
+    "Olmo2ForCausalLM": _make("Olmo2ForCausalLM"),
+    "Olmo3ForCausalLM": _make("Olmo3ForCausalLM"),
+    "OlmoeForCausalLM": _make("OlmoeForCausalLM", **EXPERTS, num_key_value_heads=HEADS),
+    "SeedOssForCausalLM": _make("SeedOssForCausalLM"),
+    "StableLmForCausalLM": _make("StableLmForCausalLM", partial_rotary_factor=0.5, use_qkv_bias=True),
+    "Starcoder2ForCausalLM": _make("Starcoder2ForCausalLM", sliding_window=None),
+    "PhiForCausalLM": _make("PhiForCausalLM", partial_rotary_factor=0.5, num_key_value_heads=HEADS),
+    "CohereForCausalLM": _make("CohereForCausalLM", **TIED, logit_scale=0.5),
+    "Ernie4_5ForCausalLM": _make("Ernie4_5ForCausalLM"),
+    "Ministral3ForCausalLM": _make("Ministral3ForCausalLM"),
+    "Mistral3ForConditionalGeneration": _with_images("Mistral3ForConditionalGeneration", PIXTRAL, model_type="mistral"),
+    "Qwen2VLForConditionalGeneration": _with_images("Qwen2VLForConditionalGeneration", QWEN_IMAGES, **SECTIONS),
+    "Qwen2_5_VLForConditionalGeneration": _with_images("Qwen2_5_VLForConditionalGeneration", QWEN_IMAGES, **SECTIONS),
+    "Qwen3VLForConditionalGeneration": _with_images("Qwen3VLForConditionalGeneration", QWEN_IMAGES, **SECTIONS),
     "GPT2LMHeadModel": lambda: tf.GPT2LMHeadModel(
         tf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=LAYERS, n_head=HEADS, n_positions=128)
     ),
@@ -99,17 +141,20 @@ BLOCK: Mapping[str, str] = {
     **{"mlp.experts.down_proj": "ffn_down_exps", "input_layernorm": "attn_norm", "attn.c_attn": "attn_qkv"},
     **{"attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down", "ln_1": "attn_norm"},
     **{"ln_2": "ffn_norm", "post_attention_layernorm": "ffn_norm"},
+    **{"self_attn.dense": "attn_output", "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"},
 }
 FOUR_NORMS: Mapping[str, str] = {
     **{"post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm"},
     **{"post_feedforward_layernorm": "post_ffw_norm"},
 }
 OUTSIDE: Mapping[str, str] = {
+    "model.final_layernorm": "output_norm",
     **{"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"},
     **{"transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm"},
 }
-PAIRS = ("llama", "smollm3")
-HAVE_FOUR_NORMS = ("gemma2", "gemma3")
+PAIRS = ("llama", "smollm3", "granite", "arcee", "olmo", "mistral3")
+HAVE_FOUR_NORMS = ("gemma2", "gemma3", "olmo2")
+HAVE_POST_NORM = ("seed_oss",)
 
 
 def write_base(model: Any, architecture: str, path: Path) -> Path:
@@ -137,22 +182,35 @@ def _add_values(writer: Any, architecture: str, config: Any) -> None:
     writer.add_head_count(HEADS)
     writer.add_vocab_size(VOCAB)
     writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", 1e-6))
-    writer.add_layer_norm_eps(getattr(config, "layer_norm_epsilon", 1e-5))
+    writer.add_layer_norm_eps(1e-5)
     if architecture != "gpt2":
         rope = config.rope_parameters
-        writer.add_head_count_kv(KEYS)
+        writer.add_head_count_kv(config.num_key_value_heads)
         writer.add_key_length(HEAD_SIZE)
         writer.add_value_length(HEAD_SIZE)
-        writer.add_rope_dimension_count(HEAD_SIZE)
+        writer.add_rope_dimension_count(int(HEAD_SIZE * rope.get("partial_rotary_factor", 1)))
         writer.add_rope_freq_base(float(rope.get("full_attention", rope).get("rope_theta", 10000.0)))
     if architecture == "phi3":
         writer.add_rope_scaling_orig_ctx_len(128)
         writer.add_sliding_window(0)
-    if architecture in HAVE_FOUR_NORMS:
+    if architecture in ("gemma2", "gemma3"):
         writer.add_sliding_window(64)
     if architecture == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if architecture == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+    if architecture == "command-r":
+        writer.add_logit_scale(config.logit_scale)
+    if architecture in ("qwen2vl", "qwen3vl"):
+        writer.add_rope_dimension_sections([2, 1, 1, 0])
+    if architecture == "qwen3vl":
+        writer.add_num_deepstack_layers(0)
+    if architecture == "stablelm":
+        writer.add_parallel_residual(config.use_parallel_residual)
     if hasattr(config, "num_experts_per_tok"):
         writer.add_expert_count(4)
         writer.add_expert_used_count(2)
@@ -172,7 +230,7 @@ def _tensors(model: Any, architecture: str) -> dict[str, Tensor]:
     tensors = {}
     for path, tensor in model.named_parameters():
         plain = path.replace("model.language_model.", "model.")
-        if "vision" in plain or "multi_modal" in plain:
+        if "vis" in plain or "multi_modal" in plain:
             continue
         has_leaf = plain.endswith((".weight", ".bias"))
         module, _, leaf = plain.rpartition(".") if has_leaf else (plain, "", "weight")
@@ -181,7 +239,8 @@ def _tensors(model: Any, architecture: str) -> dict[str, Tensor]:
         if inner == "mlp.experts.gate_up_proj":
             tensors[f"{block}.ffn_gate_exps.weight"], tensors[f"{block}.ffn_up_exps.weight"] = tensor.chunk(2, 1)
         elif inner:
-            name = {**BLOCK, **(FOUR_NORMS if architecture in HAVE_FOUR_NORMS else {})}[inner]
+            norms = FOUR_NORMS if architecture in (*HAVE_FOUR_NORMS, *HAVE_POST_NORM) else {}
+            name = {**BLOCK, **norms}[inner]
             tensors[f"{block}.{name}.{leaf}"] = _one_more(_rows(tensor, name, leaf, architecture), inner, architecture)
         else:
             tensors[f"{OUTSIDE[module]}.{leaf}"] = _one_more(tensor, module, architecture)

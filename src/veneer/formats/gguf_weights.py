@@ -28,12 +28,14 @@ class Architecture:
             rotation turns lie side by side; as they are in transformers, they lie half a head apart.
         transposed: True if the base stores its layers' weights as ``(in, out)``.
         one_table: True if llama.cpp always uses the embedding's table as the output head too.
+        text: the ``model_type`` that the language model has to be of, where models of the class have several.
     """
 
     name: str
     pairs: bool = False
     transposed: bool = False
     one_table: bool = False
+    text: tuple[str, ...] = ()
 
 
 # The class in a base's config -> how its weights lie in a GGUF file. Each was run in llama.cpp beside transformers, an
@@ -42,16 +44,33 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "LlamaForCausalLM": Architecture("llama", pairs=True),
     "MistralForCausalLM": Architecture("llama", pairs=True),
     "MixtralForCausalLM": Architecture("llama", pairs=True),
+    "Ministral3ForCausalLM": Architecture("mistral3", pairs=True),
+    "Mistral3ForConditionalGeneration": Architecture("mistral3", pairs=True, text=("mistral", "ministral3")),
     "SmolLM3ForCausalLM": Architecture("smollm3", pairs=True),
+    "GraniteForCausalLM": Architecture("granite", pairs=True),
+    "ArceeForCausalLM": Architecture("arcee", pairs=True),
+    "OlmoForCausalLM": Architecture("olmo", pairs=True),
+    "Olmo2ForCausalLM": Architecture("olmo2"),
+    "Olmo3ForCausalLM": Architecture("olmo2"),
+    "OlmoeForCausalLM": Architecture("olmoe"),
     "Qwen2ForCausalLM": Architecture("qwen2"),
     "Qwen2MoeForCausalLM": Architecture("qwen2moe"),
     "Qwen3ForCausalLM": Architecture("qwen3"),
     "Qwen3MoeForCausalLM": Architecture("qwen3moe"),
+    "Qwen2VLForConditionalGeneration": Architecture("qwen2vl"),
+    "Qwen2_5_VLForConditionalGeneration": Architecture("qwen2vl"),
+    "Qwen3VLForConditionalGeneration": Architecture("qwen3vl"),
     "GemmaForCausalLM": Architecture("gemma", one_table=True),
     "Gemma2ForCausalLM": Architecture("gemma2", one_table=True),
     "Gemma3ForCausalLM": Architecture("gemma3", one_table=True),
     "Gemma3ForConditionalGeneration": Architecture("gemma3", one_table=True),
+    "PhiForCausalLM": Architecture("phi2"),
     "Phi3ForCausalLM": Architecture("phi3"),
+    "CohereForCausalLM": Architecture("command-r", one_table=True),
+    "Ernie4_5ForCausalLM": Architecture("ernie4_5"),
+    "SeedOssForCausalLM": Architecture("seed_oss"),
+    "StableLmForCausalLM": Architecture("stablelm"),
+    "Starcoder2ForCausalLM": Architecture("starcoder2"),
     "GPT2LMHeadModel": Architecture("gpt2", transposed=True),
 }
 # The weights to which llama.cpp adds a LoRA, by their names in a block and outside; it passes over any other.
@@ -107,14 +126,22 @@ def architecture_of(base: Base) -> Architecture:
             f"The config of {base.origin} does not name the class of the model (architectures).",
             hint="Give a base whose config.json does.",
         )
-    if classes[0] not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise UnsupportedError(
-            f"{base.origin} is a {classes[0]}, and how its weights lie in a GGUF file is not known here.",
-            hint=f"{did_you_mean(classes[0], ARCHITECTURES)}Known: {known}. Any other base: veneer merge, then convert "
-            "the merged model with llama.cpp.",
-        )
-    return ARCHITECTURES[classes[0]]
+    architecture = ARCHITECTURES.get(classes[0])
+    kind = _text_config(base).get("model_type")
+    if architecture is not None and architecture.text and kind not in architecture.text:
+        raise _unknown(base, f"{classes[0]} with a {kind}")
+    if architecture is None:
+        raise _unknown(base, classes[0], did_you_mean(classes[0], ARCHITECTURES))
+    return architecture
+
+
+def _unknown(base: Base, what: str, near: str = "") -> UnsupportedError:
+    known = ", ".join(ARCHITECTURES)
+    return UnsupportedError(
+        f"{base.origin} is a {what}, and how its weights lie in a GGUF file is not known here.",
+        hint=f"{near}Known: {known}. For another, merge, and convert the merged model with llama.cpp: veneer merge "
+        "ADAPTER --out NEW.",
+    )
 
 
 def weights_of(base: Base) -> list[Weight]:
