@@ -232,12 +232,20 @@ def test_folders_that_are_neither(tmp_path: Path) -> None:
     assert codes(lone) == ["no-config"]
 
 
-@pytest.mark.parametrize("key", ["unet.mid.to_q.lora_A.weight", "lora_unet_mid_to_q.lora_down.weight"])
-def test_a_lora_of_diffusers_is_told_apart(key: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "written_by"),
+    [
+        ("unet.mid.to_q.lora_A.weight", "diffusers"),
+        ("mid.to_q.lora_A.weight", "diffusers"),
+        ("lora_unet_mid_to_q.lora_down.weight", "kohya"),
+    ],
+)
+def test_a_lora_of_diffusers_is_told_apart(key: str, written_by: str, tmp_path: Path) -> None:
     save_file({key: torch.ones(2, 2)}, tmp_path / "pytorch_lora_weights.safetensors")
-    found = veneer.inspect(tmp_path)
-    assert (found.kind, found.adapter.ranks, found.problems) == ("adapter", {2: 1}, ())
-    assert found.adapter.format == ("diffusers" if key.startswith("unet.") else "kohya")
+    for path in (tmp_path, tmp_path / "pytorch_lora_weights.safetensors"):
+        found = veneer.inspect(path)
+        assert (found.kind, found.adapter.ranks, found.problems) == ("adapter", {2: 1}, ())
+        assert (found.adapter.format, found.adapter.peft_type) == (written_by, "LORA")
 
 
 def test_a_healthy_report_tells_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

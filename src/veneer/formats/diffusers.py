@@ -19,6 +19,7 @@ from veneer.formats.components import COMPONENTS, TEXT_ENCODERS, by_component, c
 from veneer.formats.format import Base, ReadOptions, Step
 from veneer.formats.kohya import arrived, file_in, travelling
 from veneer.formats.network_modules import in_files, layers
+from veneer.formats.network_names import DOTTED, PREFIXES
 from veneer.formats.tensor_files import header_of, only_file, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -61,7 +62,10 @@ class DiffusersFormat:
         keys = list(header.tensors)
         if METADATA in header.metadata:
             return True
-        return all(key.startswith(_PARTS) for key in keys) and any(_OF_ADAPTERS.search(key) for key in keys)
+        if any(key.startswith((*PREFIXES, *DOTTED)) for key in keys):
+            return False
+        is_named_so = header.path.name == FILE or all(key.startswith(_PARTS) for key in keys)
+        return is_named_so and any(_OF_ADAPTERS.search(key) for key in keys)
 
     def read(self, source: Source, options: ReadOptions) -> Mapping[str, CanonicalAdapter]:
         """Read a file: component -> adapter."""

@@ -29,6 +29,14 @@ _DOWN: Mapping[str, int] = {
     ".lora_A.weight": 0,
     ".hada_w1_b": 0,
 }
+# How the name of a module's one tensor ends -> its method.
+_METHODS: Mapping[str, str] = {
+    **dict.fromkeys(_DOWN, "LORA"),
+    ".hada_w1_b": "LOHA",
+    ".lokr_w1": "LOKR",
+    ".lokr_w1_b": "LOKR",
+    ".on_input": "IA3",
+}
 _NUMBERS = ("lora_alpha", "alpha", "scale")
 
 
@@ -41,7 +49,7 @@ def foreign_facts(source: Source, other_format: Format, problems: list[Problem])
     ranks = _ranks(tensors)
     values = _config(source)
     return AdapterFacts(
-        peft_type=None,
+        peft_type=_method(tensors),
         base=next((values[key] for key in ("base_model_name_or_path", "model") if _is_text(values.get(key))), None),
         base_revision=None,
         base_digest=None,
@@ -108,6 +116,12 @@ def _ranks(tensors: Iterable[TensorInfo]) -> dict[int, int]:
         if info.name.endswith(ending) and len(info.shape) > 1
     )
     return dict(sorted(counts.items()))
+
+
+def _method(tensors: Iterable[TensorInfo]) -> str | None:
+    """Return the method, or the methods that a file mixes; ``None`` where the names tell none."""
+    names = {method for info in tensors for ending, method in _METHODS.items() if info.name.endswith(ending)}
+    return " and ".join(sorted(names)) or None
 
 
 def _config(source: Source) -> Mapping[str, Any]:
