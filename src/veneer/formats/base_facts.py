@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from veneer.errors import BaseModelError, SourceError
 from veneer.files.base_map import places_of
 from veneer.files.lookup_options import OFFLINE, LookupOptions
-from veneer.files.names import MODEL_CONFIG, PIPELINE_INDEX, SAFETENSORS
+from veneer.files.names import ADAPTER_CONFIG, MODEL_CONFIG, PIPELINE_INDEX, SAFETENSORS
 from veneer.files.resolve import resolve
 from veneer.files.safetensors_header import read_header
 from veneer.files.source import Source
@@ -64,7 +64,7 @@ def base_on_disk(source: Source) -> Base:
     if "model_type" in config:
         parameters = OnDemand(lambda: dict(_meta(source, config).named_parameters(remove_duplicate=False)))
         return Base(source.origin, config, OnDemand(lambda: _shapes(parameters)), OnDemand(lambda: _ties(parameters)))
-    if not _weight_files(source):
+    if not _weight_files(source) or (source.has(ADAPTER_CONFIG) and not config):
         raise BaseModelError(f"{source.origin} holds no model.", hint="Give the folder of the adapter's base.")
     return Base(source.origin, config, OnDemand(lambda: _stored_shapes(source)))
 

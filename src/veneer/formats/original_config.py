@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from veneer.formats.table import OPTIONS
+
 if TYPE_CHECKING:
     from veneer.formats.canonical import CanonicalAdapter
 
@@ -24,15 +26,24 @@ def metadata_of(adapter: CanonicalAdapter) -> dict[str, str]:
 
 
 def of(adapter: CanonicalAdapter) -> Mapping[str, Any] | None:
-    """Return an adapter's PEFT config: the one that travelled with exactly these modules, or its own."""
+    """Return an adapter's PEFT config: the one that travelled with exactly these modules, or its own.
+
+    One that travelled says nothing that the file does not say: options that change what factors mean are the file's.
+    """
+    config, own = _travelled(adapter), adapter.config or {}
+    says_more = config is not None and any(config.get(option) and not own.get(option) for option in OPTIONS)
+    return adapter.config if config is None or says_more else config
+
+
+def _travelled(adapter: CanonicalAdapter) -> dict[str, Any] | None:
     try:
         values = json.loads(adapter.metadata.get(KEY, "null"))
     except (ValueError, RecursionError):
-        return adapter.config
+        return None
     if not isinstance(values, dict) or values.get("modules") != _digest(adapter.modules):
-        return adapter.config
+        return None
     config = values.get("config")
-    return config if isinstance(config, dict) else adapter.config
+    return config if isinstance(config, dict) else None
 
 
 def _digest(modules: Iterable[str]) -> str:

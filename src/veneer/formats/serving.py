@@ -11,6 +11,7 @@ from veneer.errors import UnsupportedError
 from veneer.files.source import Source
 from veneer.formats import original_config
 from veneer.formats.canonical import CanonicalAdapter
+from veneer.formats.fit_to_base import without_copies
 from veneer.formats.format import Base, ReadOptions, Step
 from veneer.formats.peft import write_folder
 from veneer.formats.tensor_files import new_folder
@@ -57,6 +58,7 @@ class ServingFormat:
                 hint="Choose one: --component NAME.",
             )
         adapter = next(iter(adapters.values()))
+        adapter = adapter if base is None else without_copies(adapter, base)
         alpha = _whole_alpha(adapter)
         rank = max((change.rank for change in adapter.modules.values()), default=1)
         fit = fitted(adapter, self.name, self.title, alpha / rank)

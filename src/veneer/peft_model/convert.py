@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,15 +10,19 @@ from pathlib import Path
 
 from torch import nn
 
+from veneer.adapters.attach import check_finite
 from veneer.adapters.merge.combining import check_rank
-from veneer.errors import NotACheckpointError, OutputError, UsageError
+from veneer.checkpoints.open_checkpoint import open_checkpoint
+from veneer.errors import NonFiniteError, NotACheckpointError, OutputError, UsageError
 from veneer.files.lookup_options import LookupOptions
+from veneer.files.names import ADAPTER_CONFIG
 from veneer.files.paths import exists
 from veneer.files.resolve import resolve
 from veneer.files.source import Source
 from veneer.formats import registry
 from veneer.formats.base_facts import base_in_memory, given_base, named_base
 from veneer.formats.canonical import CanonicalAdapter
+from veneer.formats.components import model_of
 from veneer.formats.format import ReadOptions, Step
 from veneer.formats.peft_layout import canonical
 from veneer.keywords import TOKEN, takes
@@ -106,6 +111,7 @@ def convert(
         if as_lora
         else _read(place, ReadOptions(base=facts, experts=experts, component=component, scaling=scaling))
     )
+    _check_finite(converted.adapters, place.origin)
     named = next((adapter.base for adapter in converted.adapters.values() if adapter.base), None)
     steps = target.write(converted.adapters, Path(out), facts or named_base(named, place))
     return _report(converted, os.fspath(source), os.fspath(out), target.title, steps)
@@ -134,11 +140,34 @@ def _read(source: Source, options: ReadOptions) -> _Converted:
             f"{source.origin}: no format of adapters is recognised there.",
             hint=f"`veneer inspect {source.origin}` tells what is there.",
         )
-    adapters = own_format.read(source, options)
+    adapters = (
+        _in_peft(source, options)
+        if own_format.name == "peft" and source.has(ADAPTER_CONFIG)
+        else own_format.read(source, options)
+    )
     if options.component and list(adapters) == [""]:
         adapters = {options.component: adapters[""]}
     methods = {change.method for adapter in adapters.values() for change in adapter.modules.values()}
     return _Converted(adapters, ", ".join(sorted(methods)), own_format.title, (), 0.0, {})
+
+
+def _in_peft(source: Source, options: ReadOptions) -> Mapping[str, CanonicalAdapter]:
+    """Read PEFT's folder as loading does, which knows how other writers spell its keys."""
+    checkpoint = open_checkpoint(source)
+    base = options.base or named_base(checkpoint.config.base_model_name_or_path, source)
+    tensors = checkpoint.read(checkpoint.tensors)
+    part = model_of(base, options.component or "")
+    return {"": canonical(checkpoint.config, tensors, checkpoint.metadata, part, source.origin)}
+
+
+def _check_finite(adapters: Mapping[str, CanonicalAdapter], origin: str) -> None:
+    """Raise ``NonFiniteError`` for a factor or a scale that is no number."""
+    for adapter in adapters.values():
+        changes = adapter.modules.values()
+        check_finite({f"{change.path}.{leaf}": t for change in changes for leaf, t in change.leaves.items()}, origin)
+        scales = [change.path for change in changes if not math.isfinite(change.scale)]
+        if scales:
+            raise NonFiniteError(f"{origin}: the scale of {scales[0]} is no number.", hint="Mend it, or copy it again.")
 
 
 def _as_lora(

@@ -137,7 +137,10 @@ def _inspect(
     source: Source, path: str, token: str | None = None, ask: bool = False, in_set: bool = False
 ) -> Inspection:
     problems: list[Problem] = []
-    other_format = _foreign(source, problems)
+    try:
+        other_format = foreign(source)
+    except VeneerError as error:
+        return Inspection(path, "unknown", commit=source.commit, problems=(problem_of("damaged", error),))
     if other_format is not None:
         return _inspect_foreign(source, path, other_format, problems)
     if source.file is not None:
@@ -168,15 +171,6 @@ def _inspect_foreign(source: Source, path: str, other_format: Format, problems: 
     except CorruptFileError as error:
         problems.append(problem_of("damaged", error))
     return Inspection(path, "adapter", facts, commit=source.commit, problems=tuple(problems))
-
-
-def _foreign(source: Source, problems: list[Problem]) -> Format | None:
-    """Return the format of another tool's adapter; a fault that keeps it from being recognised joins ``problems``."""
-    try:
-        return foreign(source)
-    except VeneerError as error:
-        problems.append(problem_of("damaged", error))
-        return None
 
 
 def _members(source: Source, problems: list[Problem]) -> list[adapter_folders.Member]:
