@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import veneer
@@ -340,8 +341,6 @@ def test_what_is_not_read_is_named_with_the_way_out(tmp_path: Path, name: str, c
 
 
 def test_megatron_is_named(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     (tmp_path / "adapter").mkdir()
     key = "decoder.layers.0.self_attention.linear_qkv.adapter.linear_in.weight"
     save_file({key: torch.ones(2, 2)}, tmp_path / "adapter" / "adapter_model.safetensors")

@@ -12,8 +12,10 @@ from veneer.errors import IncompleteCheckpointError, UsageError
 from veneer.files.names import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_STEM, ADAPTER_WEIGHTS
 from veneer.files.source import Source
 from veneer.files.weight_files import read_checked_headers
+from veneer.formats.expert_layouts import is_in_question
 from veneer.formats.foreign import foreign
 from veneer.formats.format import Base, Format, ReadOptions
+from veneer.formats.peft import PeftFormat
 from veneer.packages import stands_in_for_peft
 
 
@@ -44,9 +46,11 @@ def open_checkpoint(
             f"{source.origin}: there is no {ADAPTER_CONFIG}, so this is no adapter.",
             hint=f"`veneer inspect {source.origin}` tells what is there.",
         )
+    values = source.json(ADAPTER_CONFIG)
+    if is_in_question(values) and source.has(ADAPTER_WEIGHTS):
+        return _read_whole(source, PeftFormat(), config, base())
     if config is None:
-        where = f"{source.origin}/{ADAPTER_CONFIG}"
-        config = PeftConfig.from_dict(source.json(ADAPTER_CONFIG), where=where, strict=strict)
+        config = PeftConfig.from_dict(values, where=f"{source.origin}/{ADAPTER_CONFIG}", strict=strict)
     checkpoint = _from_pickle(source, config) if _is_read_as_pickle(source) else _from_headers(source, config)
     if not sum(info.numel for info in checkpoint.tensors.values()):
         raise IncompleteCheckpointError(
@@ -61,9 +65,15 @@ def _from_other_format(
     source: Source, other_format: Format, config: PeftConfig | None, base: Base | None
 ) -> Checkpoint:
     """Read an adapter of another tool into PEFT's layout."""
+    checkpoint = _read_whole(source, other_format, config, base)
+    return replace(checkpoint, notes=(f"It was read from a file of {other_format.title}.", *checkpoint.notes))
+
+
+def _read_whole(source: Source, own_format: Format, config: PeftConfig | None, base: Base | None) -> Checkpoint:
+    """Read an adapter by way of the canonical form."""
     from veneer.formats.peft_layout import laid_out
 
-    adapters = other_format.read(source, ReadOptions(base=base))
+    adapters = own_format.read(source, ReadOptions(base=base))
     if len(adapters) > 1:
         raise UsageError(
             f"{source.origin} holds adapters of several models: {', '.join(adapters)}.",
@@ -72,8 +82,7 @@ def _from_other_format(
     adapter = next(iter(adapters.values()))
     own_config, tensors = laid_out(adapter, base)
     checkpoint = in_memory_checkpoint(config or own_config, tensors, source.origin)
-    notes = (f"It was read from a file of {other_format.title}.", *adapter.notes)
-    return replace(checkpoint, metadata=adapter.metadata, notes=notes, source=source)
+    return replace(checkpoint, metadata=adapter.metadata, notes=adapter.notes, source=source)
 
 
 def _from_headers(source: Source, config: PeftConfig) -> Checkpoint:

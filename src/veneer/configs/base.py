@@ -37,6 +37,8 @@ from veneer.printing import first_line, warn
 # its own layers merge.
 _DESCRIPTIVE = frozenset(
     {"_name_or_path", "model_id", "tags", "license", "language", "author", "description", "name", "merge_weights"}
+    # Heeded where a file is read: see formats/expert_layouts.py.
+    | {"lora_B_layout"}
 )
 
 # Keys in the config of an adapter of MLX-LM, and in none of PEFT's.

@@ -53,6 +53,7 @@ class PeftFormat:
         return {"": self._read(source, options)}
 
     def _read(self, source: Source, options: ReadOptions) -> CanonicalAdapter:
+        from veneer.formats.expert_layouts import in_layout_of_now
         from veneer.formats.peft_layout import canonical
 
         values = source.json(ADAPTER_CONFIG)
@@ -61,7 +62,9 @@ class PeftFormat:
         tensors = {key: tensor for header in headers for key, tensor in read_tensors(header).items()}
         metadata = {key: value for header in headers for key, value in header.metadata.items()}
         base = options.base or named_base(config.base_model_name_or_path, source)
-        return canonical(config, tensors, metadata, model_of(base, options.component or ""), source.origin)
+        base = model_of(base, options.component or "")
+        adapter = canonical(config, tensors, metadata, base, source.origin)
+        return in_layout_of_now(adapter, values, base, options.experts, source.origin)
 
     def write(self, adapters: Mapping[str, CanonicalAdapter], target: Path, base: Base | None) -> list[Step]:
         """Write a folder; where there are several components of a pipeline, one for each below it."""
