@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from torch import Tensor
@@ -114,3 +115,18 @@ def test_a_config_that_travelled_for_other_modules_is_left(tmp_path: Path, base:
     veneer.convert(tmp_path / "mlx", tmp_path / "fewer", base=base)
     config = json.loads((tmp_path / "fewer" / "adapter_config.json").read_text())
     assert all("layers.0." in target for target in config["target_modules"])
+
+
+def test_a_base_on_the_hub_gives_its_config_and_no_weights(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def download(repo: str, *, allow_patterns: list[str], **options: Any) -> str:
+        asked.append(allow_patterns)
+        return str(base)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    veneer.convert(saved(tmp_path / "adapter"), tmp_path / "out", to="mlx", base="owner/name")
+    assert asked
+    assert not [patterns for patterns in asked if "*.safetensors" in patterns]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -161,6 +162,12 @@ def test_the_change_of_each_weight(name: str, tmp_path: Path) -> None:
 
 def test_every_class_is_tried() -> None:
     assert set(MODELS) == set(ARCHITECTURES)
+
+
+def test_the_page_lists_every_class() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    part = page.partition("### llama.cpp")[2].partition("###")[0]
+    assert set(re.findall(r"`(\w+For\w+|GPT2LMHeadModel)`", part)) == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -88,10 +88,17 @@ def given_base(base: str | Path | nn.Module | None, lookup: LookupOptions) -> Ba
     if base is None:
         return None
     if isinstance(base, (str, Path)):
-        return base_on_disk(resolve(base, lookup.for_base(None), what="base"))
+        return base_on_disk(_files_of(base, lookup.for_base(None)))
     from veneer.base_model.catalog import Catalog
 
     return base_in_memory(Catalog(base))
+
+
+def _files_of(base: str | Path, lookup: LookupOptions) -> Source:
+    """Find a base; from the hub its configs alone, where a model of transformers needs no more."""
+    configs = resolve(base, lookup, what="base", patterns=("*.json",))
+    is_enough = configs.file is None and configs.has(MODEL_CONFIG) and "model_type" in configs.json(MODEL_CONFIG)
+    return configs if is_enough else resolve(base, lookup, what="base")
 
 
 def named_base(name: str | None, source: Source) -> Base | None:
