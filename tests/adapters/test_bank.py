@@ -182,6 +182,31 @@ def test_those_in_use_come_to_lie_side_by_side(model: veneer.PeftModel) -> None:
     assert bank.status().writes == 5
 
 
+def test_moves_go_on_until_all_lie_side_by_side(model: veneer.PeftModel) -> None:
+    names = ["lora", "dora", "head", "bias", "rslora", "ia3", "tokens"]
+    bank = model.bank(slots=8, rank_buckets=(4,))
+    leases = {name: bank.lease(name) for name in names}
+    for name in ("lora", "dora", "head"):
+        leases.pop(name).release()
+    batch, plan = tokens(3), bank.plan([leases["tokens"], leases["rslora"], None])
+    for _ in range(4):
+        found = model(**batch, adapter_names=plan).logits
+        assert gap(found[1], alone(model, "rslora", **batch)[1]) < CLOSE
+    assert bank.status().moves == 3
+    in_use = bank._in_use()
+    assert not list(bank._table.moves(in_use, 9))
+
+
+def test_few_folded_forms_are_kept_ahead(model: veneer.PeftModel) -> None:
+    bank = model.bank(slots=16)
+    entries = [bank.register(name) for name in KINDS]
+    assert sum(entry._folded is not None for entry in entries) == bank.AHEAD
+    check(model, bank, [*KINDS])
+    assert all(entry._folded is None for entry in entries)
+    bank.prepare("lora")
+    assert bank.register("lora")._folded is None, "it lies in a slot"
+
+
 def test_versions_are_told_apart_from_names(model: veneer.PeftModel) -> None:
     bank = model.bank(slots=4)
     digest = ("sha256", b"\x01")
@@ -351,6 +376,21 @@ def test_other_architectures(arch: str) -> None:
         found = model(**batch, adapter_names=bank.plan([leases.get(name or "") for name in names])).logits
         for row, name in enumerate(names):
             assert gap(found[row], alone(model, name, **batch)[row]) < CLOSE
+
+
+def test_generate_batch_takes_a_plan(model: veneer.PeftModel) -> None:
+    bank = model.bank(slots=4)
+    lease = bank.lease("lora")
+    with pytest.raises(AdapterError, match="one name for each prompt"):
+        model.generate_batch([[5, 6], [7]], adapter_names=bank.plan([(lease, 2), (None, 1)]))
+
+
+def test_disabled_adapters_are_disabled_in_a_plan(model: veneer.PeftModel) -> None:
+    bank, batch = model.bank(slots=4), tokens(2)
+    plan = bank.plan([bank.lease("lora"), bank.lease("dora")])
+    with model.disable_adapter():
+        found = model(**batch, adapter_names=plan).logits
+    assert torch.equal(found, alone(model, None, **batch))
 
 
 def test_generate_with_beams(model: veneer.PeftModel) -> None:

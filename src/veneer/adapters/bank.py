@@ -48,6 +48,8 @@ class AdapterBank:
 
     # The slots that are moved, at most, before a batch is computed.
     MOVES = 2
+    # The adapters whose folded forms are kept, at most, for a lease to come.
+    AHEAD = 8
 
     def __init__(
         self, adapters: Adapters, slots: int | Mapping[int, int] = 32, rank_buckets: Sequence[int] = (8, 16, 64)
@@ -58,6 +60,9 @@ class AdapterBank:
         self._by_version: dict[Hashable, BankedAdapter] = {}
         self._layers: dict[AdaptedLayer, LayerSlots] = {}
         self._selections: dict[Any, Selection] = {}
+        # Those whose folded forms are kept.
+        self._ahead: list[BankedAdapter] = []
+        # The calls under way.
         self._calls = 0
         self._writes = self._bytes_written = self._evictions = self._moves = self._row_by_row = 0
         self._edits, self._states = Edits.last, adapters.active_selection.layer_states
@@ -88,6 +93,7 @@ class AdapterBank:
             present = self._registered(version, adapter)
             if present is None:
                 present = self._by_version[version] = _banked(version, adapter, folded)
+                self._keep_ahead(present, folded)
             return present
 
     def _registered(self, version: Hashable, adapter: Adapter) -> BankedAdapter | None:
@@ -121,7 +127,17 @@ class AdapterBank:
             lies_here = entry in self._table.residences and entry._versions.is_current(NOTHING)
             folded = entry._folded
         if not lies_here and (folded is None or not folded.versions.is_current(NOTHING)):
-            entry._folded = fold(self.adapters, entry._adapter)
+            folded = fold(self.adapters, entry._adapter)
+            with self._lock:
+                self._keep_ahead(entry, folded)
+
+    def _keep_ahead(self, entry: BankedAdapter, folded: FoldedAdapter) -> None:
+        """Keep a folded form for the next lease, and those of the last few others."""
+        entry._folded = folded
+        ahead = [other for other in self._ahead if other._folded is not None and other is not entry]
+        for other in ahead[: -self.AHEAD + 1]:
+            other._folded = None
+        self._ahead = [*ahead[-self.AHEAD + 1 :], entry]
 
     def remove(self, version: Hashable) -> None:
         """Forget a version, which stays on the model.
@@ -215,6 +231,7 @@ class AdapterBank:
                 return
             lease._is_active = False
             lease.adapter.leases -= 1
+            self._table.touch(lease.adapter)
         self.adapters.active_selection.underway.end(lease)
 
     # -- slots ---------------------------------------------------------------------------------------------
@@ -347,20 +364,22 @@ class AdapterBank:
         known = self._selections.get((rows, plan.counts))
         if known is not None:
             return known
-        if not self._calls:
-            self._move_together()
+        moved = not self._calls and self._move_together()
         selection = Selection((), rows, counts=plan.counts, slots=self._slots(entries))
-        keep_few(self._selections, (rows, plan.counts), selection)
+        if not moved:  # else more may have to be
+            keep_few(self._selections, (rows, plan.counts), selection)
         return selection
 
-    def _move_together(self) -> None:
+    def _move_together(self) -> bool:
         """Let the slots in use lie side by side, a few moves at a time: a batch computes with all up to the last."""
+        before = self._moves
         with torch.inference_mode(False), torch.no_grad():
             for bucket, one, other in self._table.moves(self._in_use(), self.MOVES):
                 for slots in self._layers.values():
                     slots.swap(bucket, one, other)
                 self._moves += 1
                 self._selections = {}
+        return self._moves > before
 
     def _slots(self, entries: Mapping[BankedAdapter, None]) -> SlotsInUse:
         """Return the slots of adapters as they lie now."""

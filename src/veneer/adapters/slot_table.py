@@ -97,8 +97,9 @@ class SlotTable:
             self._places[home.place] = None
 
     def touch(self, tenant: object) -> None:
-        """Note that a tenant is used now."""
-        self.residences[tenant] = self.residences.pop(tenant)
+        """Note that a tenant is used now, if it is here."""
+        if tenant in self.residences:
+            self.residences[tenant] = self.residences.pop(tenant)
 
     def used(self, bucket: int) -> int:
         """Return the number of a bucket's slots that hold something."""

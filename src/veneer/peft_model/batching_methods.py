@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from veneer.adapters.bank_plan import BankPlan
 from veneer.adapters.call import Call
 from veneer.base_model.transformers_internals import wrap_generation_loop
 from veneer.errors import AdapterError
@@ -28,7 +29,11 @@ class BatchingMethods:
     adapters: Adapters
 
     def generate_batch(
-        self, inputs: Sequence[list[int]], *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+        self,
+        inputs: Sequence[list[int]],
+        *args: Any,
+        adapter_names: Sequence[str] | BankPlan | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Generate as the base model's ``generate_batch`` does, under the adapters that are active when it is called.
 
@@ -43,13 +48,19 @@ class BatchingMethods:
         Raises:
             AdapterError: ``adapter_names`` has not a name for each prompt, or the manager is to outlive the call.
         """
+        if isinstance(adapter_names, BankPlan):
+            adapter_names = adapter_names.names
         if adapter_names is not None and not self.adapters.active_selection.current.disabled:
             return self._batch_by_adapter(inputs, adapter_names, *args, **kwargs)
         with Call(self.adapters):
             return self._as_base("generate_batch", kwargs, "max_new_tokens")(inputs, *args, **kwargs)
 
     def _batch_by_adapter(self, inputs: Sequence[list[int]], names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-        self.adapters.rows(names)
+        if self.adapters.rows(names).by_token:
+            raise AdapterError(
+                "adapter_names holds parts of a packed row, and generate_batch packs the prompts itself.",
+                hint="Give one name for each prompt.",
+            )
         if len(names) != len(inputs):
             raise AdapterError(
                 f"adapter_names has {len(names)} names for {len(inputs)} prompts.", hint="Give one for each prompt."
