@@ -325,7 +325,7 @@ def test_what_kohya_has_no_name_for(tmp_path: Path) -> None:
     shapes: bases.Shapes = {"blocks.0.attn.to_q": (8, 8)}
     base = bases.stored(tmp_path / "base", shapes)
     adapter = bases.lora(tmp_path / "adapter", shapes)
-    with pytest.raises(UnsupportedError, match=r"not known here.*--to diffusers or --to comfyui"):
+    with pytest.raises(UnsupportedError, match=r"not known here.*--to diffusers, --to comfyui or"):
         veneer.convert(adapter, tmp_path / "out.safetensors", to="kohya", base=base)
     flux = bases.stored(tmp_path / "flux", bases.flux())
     with pytest.raises(UnsupportedError, match=r"no name for 1 of the adapter's modules: blocks.0.attn.to_q"):

@@ -15,6 +15,7 @@ from torch import Tensor
 import veneer
 from tests.formats import diffusion_bases as bases
 from tests.formats.test_kohya import assert_same, product
+from tests.random_adapters import saved, saved_base
 from veneer.errors import BindError, UnsupportedError, VeneerError
 
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0"
@@ -163,13 +164,15 @@ def test_the_example_of_dora(tmp_path: Path) -> None:
     config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["conv_out"], "use_dora": True}
     tensors = {f"base_model.model.conv_out.{leaf}": tensor for leaf, tensor in factors.items()}
     adapter = bases.adapter(tmp_path / "adapter", config, tensors)
-    veneer.convert(adapter, tmp_path / "out.safetensors", to="lycoris", base=base)
+    with pytest.warns(veneer.VeneerWarning, match=r"ComfyUI and Forge divide .* --as-lora"):
+        veneer.convert(adapter, tmp_path / "out.safetensors", to="lycoris", base=base)
     assert load_file(tmp_path / "out.safetensors")["lora_unet_conv_out.dora_scale"].tolist() == [[10], [5]]
     veneer.convert(tmp_path / "out.safetensors", tmp_path / "again", base=base)
     again = load_file(tmp_path / "again" / "adapter_model.safetensors")
     assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
 
 
+@pytest.mark.filterwarnings("ignore:LyCORIS reads this DoRA")
 def test_dora_of_convolutions_and_fused_layers(tmp_path: Path) -> None:
     base = bases.stored(tmp_path / "base", bases.unet())
     adapter = bases.lora(tmp_path / "adapter", CONV, use_dora=True)
@@ -320,3 +323,26 @@ def test_rslora_of_lycoris_is_in_alpha(tmp_path: Path) -> None:
     veneer.convert(adapter, tmp_path / "out.safetensors", to="lycoris", base=base)
     alphas = {float(t) for key, t in load_file(tmp_path / "out.safetensors").items() if key.endswith(".alpha")}
     assert alphas == {6 * math.sqrt(4)}
+
+
+def test_a_model_that_kohya_has_no_names_for(tmp_path: Path) -> None:
+    shapes: bases.Shapes = {"blocks.0.attn1.to_q": (8, 6), "blocks.0.ffn.net_0": (12, 8)}
+    base = bases.stored(tmp_path / "base", shapes)
+    adapter = bases.lora(tmp_path / "adapter", shapes)
+    veneer.convert(adapter, tmp_path / "out.safetensors", to="lycoris", base=base)
+    keys = load_file(tmp_path / "out.safetensors")
+    assert {key.partition(".")[0] for key in keys} == {"lycoris_blocks_0_attn1_to_q", "lycoris_blocks_0_ffn_net_0"}
+    veneer.convert(tmp_path / "out.safetensors", tmp_path / "again", base=base)
+    own, again = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "again"))
+    assert own.keys() == again.keys()
+    assert all(torch.equal(own[key], again[key]) for key in own)
+
+
+def test_a_language_model(tmp_path: Path) -> None:
+    base, adapter = saved_base(tmp_path / "base"), saved(tmp_path / "adapter")
+    veneer.convert(adapter, tmp_path / "out.safetensors", to="lycoris", base=base)
+    keys = load_file(tmp_path / "out.safetensors")
+    assert "lycoris_model_layers_0_self_attn_q_proj.lora_down.weight" in keys
+    veneer.convert(tmp_path / "out.safetensors", tmp_path / "again", base=base)
+    own, again = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "again"))
+    assert all(torch.equal(own[key], again[key]) for key in own)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from veneer.errors import BaseModelError, BindError, UnsupportedError
 from veneer.files.names import SAFETENSORS
@@ -76,23 +77,48 @@ class KohyaFormat:
         named = by_component(adapters, base)
         models = models_of(base) if base.components else models_of(base, next(iter(named)))
         fits = {component: fitted(adapter, self.name, self.title) for component, adapter in named.items()}
-        steps = [step for fit in fits.values() for step in fit.steps]
-        tensors: dict[str, Tensor] = {}
-        metadata: dict[str, str] = {"ss_network_module": self.network}
-        changes: list[ModuleChange] = []
-        for component, fit in fits.items():
-            network, more = _in_network(fit.adapter, component, models, self.title)
-            prefix, inputs = prefix_to_write(component, models), _inputs(fit.adapter, models[component])
-            tensors |= {
-                f"{prefix}{change.path.replace('.', '_')}.{leaf}": tensor
-                for change in network
-                for leaf, tensor in _file_leaves(change, change.path in inputs).items()
-            }
-            metadata |= travelling(component, named[component])
-            steps += more
-            changes += network
-        write_tensors(file_in(target, FILE), tensors, metadata | _facts(changes))
-        return steps
+        parts = [self._part(fit.adapter, component, models) for component, fit in fits.items()]
+        tensors = {key: tensor for part in parts for key, tensor in part.tensors.items()}
+        metadata = {"ss_network_module": self.network, **_facts([change for part in parts for change in part.changes])}
+        for component, adapter in named.items():
+            metadata |= travelling(component, adapter)
+        write_tensors(file_in(target, FILE), tensors, metadata)
+        return [step for fit in fits.values() for step in fit.steps] + [step for part in parts for step in part.steps]
+
+    def names(self, component: str, models: Mapping[str, Base]) -> tuple[str, list[NetworkModule]]:
+        """Return the beginning of the names of a component's modules, and the modules; none where that is not known."""
+        return prefix_to_write(component, models), network_modules(models[component])
+
+    def _part(self, adapter: CanonicalAdapter, component: str, models: Mapping[str, Base]) -> _Part:
+        """Return what a file has of a component."""
+        from veneer.formats.network_config import check_biases, scaled_inputs
+
+        if component not in models:
+            raise BaseModelError(
+                f"The base has no component {component!r}; it has {', '.join(models)}.", hint="Give the whole pipeline."
+            )
+        base, inputs = models[component], scaled_inputs(adapter)
+        prefix, modules = self.names(component, models)
+        check_biases(adapter.modules.values(), inputs, base, self.title)
+        changed = _changed(adapter, modules, base, self.title)
+        changes = {module: _joined(adapter, module, base) for module in changed}
+        tensors = {
+            f"{prefix}{module.name.replace('.', '_')}.{leaf}": tensor
+            for module, change in changes.items()
+            for leaf, tensor in _file_leaves(change, bool(inputs.intersection(module.paths))).items()
+        }
+        joined = tuple(path for m in changed if len(m.paths) > 1 for path in m.paths if path in adapter.modules)
+        what = "joined to layers as the model was published, where the ranks add up"
+        return _Part(list(changes.values()), tensors, [Step("exact", what, joined)] if joined else [])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Holds what a file has of one component."""
+
+    changes: list[ModuleChange]
+    tensors: Mapping[str, Tensor]
+    steps: list[Step]
 
 
 def network_header(source: Source) -> Header | None:
@@ -180,42 +206,14 @@ def _notes(modules: Iterable[FileModule]) -> tuple[str, ...]:
     return tuple(f"{what} ({len(found)} modules, such as {found[0].name})" for what, found in notes.items() if found)
 
 
-def _in_network(
-    adapter: CanonicalAdapter, component: str, models: Mapping[str, Base], title: str
-) -> tuple[list[ModuleChange], list[Step]]:
-    """Return an adapter's changes under the names of the published model, and what was done for that."""
-    from veneer.formats.fused_layers import joined, swapped
-    from veneer.formats.network_leaves import renamed
-
-    if component not in models:
-        raise BaseModelError(
-            f"The base has no component {component!r}; it has {', '.join(models)}.", hint="Give the whole pipeline."
-        )
-    base = models[component]
-    changes: list[ModuleChange] = []
-    paths: list[str] = []
-    for module in _modules_of(adapter, base, title):
-        parts = [adapter.modules.get(path) for path in module.paths]
-        if len(parts) == 1 and parts[0] is not None:
-            change = renamed(parts[0], module.name)
-        else:
-            rows = [base.shapes[f"{path}.weight"][0] for path in module.paths]
-            change = joined(module.name, parts, rows)
-            paths += [part.path for part in parts if part is not None]
-        changes.append(swapped(change) if module.is_swapped else change)
-    what = "joined to layers as the model was published, where the ranks add up"
-    return changes, [Step("exact", what, tuple(paths))] if paths else []
-
-
-def _modules_of(adapter: CanonicalAdapter, base: Base, title: str) -> list[NetworkModule]:
+def _changed(
+    adapter: CanonicalAdapter, modules: Sequence[NetworkModule], base: Base, title: str
+) -> list[NetworkModule]:
     """Return the modules of the published model that an adapter changes."""
-    from veneer.formats.network_config import check_biases, scaled_inputs
-
-    modules = network_modules(base)
     if not modules:
         raise UnsupportedError(
             f"The names that {title} has for the modules of {base.origin} are not known here.",
-            hint="Write what diffusers and ComfyUI read: --to diffusers or --to comfyui.",
+            hint="Write what diffusers and ComfyUI read: --to diffusers, --to comfyui or --to lycoris.",
         )
     named = {path for module in modules for path in module.paths}
     unnamed = [path for path in adapter.modules if path not in named]
@@ -224,16 +222,20 @@ def _modules_of(adapter: CanonicalAdapter, base: Base, title: str) -> list[Netwo
             f"{title} has no name for {len(unnamed)} of the adapter's modules: {unnamed[0]}.",
             hint="Is the base the adapter's own? Else train without them, or write --to diffusers.",
         )
-    check_biases(adapter.modules.values(), scaled_inputs(adapter), base, title)
     return [module for module in modules if any(path in adapter.modules for path in module.paths)]
 
 
-def _inputs(adapter: CanonicalAdapter, base: Base) -> set[str]:
-    """Return the modules of the published model whose inputs (IA)3 scales."""
-    from veneer.formats.network_config import scaled_inputs
+def _joined(adapter: CanonicalAdapter, module: NetworkModule, base: Base) -> ModuleChange:
+    """Return an adapter's change of a module of the published model."""
+    from veneer.formats.fused_layers import joined, swapped
+    from veneer.formats.network_leaves import renamed
 
-    inputs = scaled_inputs(adapter)
-    return {module.name for module in network_modules(base) if inputs.intersection(module.paths)} if inputs else set()
+    if len(module.paths) == 1:
+        change = renamed(adapter.modules[module.paths[0]], module.name)
+    else:
+        rows = [base.shapes[f"{path}.weight"][0] for path in module.paths]
+        change = joined(module.name, [adapter.modules.get(path) for path in module.paths], rows)
+    return swapped(change) if module.is_swapped else change
 
 
 def _file_leaves(change: ModuleChange, is_on_input: bool) -> Mapping[str, Tensor]:
@@ -243,7 +245,7 @@ def _file_leaves(change: ModuleChange, is_on_input: bool) -> Mapping[str, Tensor
     return file_leaves(folded(change, 1.0) if is_whole_lokr(change) else change, is_on_input)
 
 
-def _facts(changes: Sequence[ModuleChange]) -> dict[str, Any]:
+def _facts(changes: Sequence[ModuleChange]) -> dict[str, str]:
     """Return the metadata of kohya's that tell rank, alpha and method."""
     from veneer.formats.scaling import effective_alpha
 

@@ -131,16 +131,26 @@ def layers(base: Base) -> list[str]:
     ]
 
 
-def own_modules(base: Base) -> list[NetworkModule]:
-    """Return the modules of a model under the names that diffusers and transformers give them.
+def is_of_pipelines(base: Base) -> bool:
+    """Tell whether a model of transformers is a text encoder that kohya's scripts know: a CLIP or a T5."""
+    return str(base.config.get("model_type")).startswith(("clip", "t5"))
 
-    The text encoders of CLIP lost a prefix in memory, with transformers 5.6, and no file did.
-    """
+
+def own_modules(base: Base) -> list[NetworkModule]:
+    """Return the modules of a model under the names that diffusers and transformers give them."""
+    return [NetworkModule(path, (path,)) for path in layers(base)]
+
+
+def text_modules(base: Base) -> list[NetworkModule]:
+    """Return the modules of a text encoder as files name them."""
     return [NetworkModule(in_files(path), (path,)) for path in layers(base)]
 
 
 def in_files(path: str) -> str:
-    """Return the name that files have for a module of a text encoder."""
+    """Return the name that files have for a module of a text encoder.
+
+    Those of CLIP lost a prefix in memory, with transformers 5.6, and no file did.
+    """
     return f"text_model.{path}" if path.startswith("encoder.layers.") else path
 
 
@@ -158,7 +168,7 @@ def published_modules(base: Base) -> list[NetworkModule]:
 def network_modules(base: Base) -> list[NetworkModule]:
     """Return the modules of a model as kohya's scripts name them; none where that is not known here."""
     if "model_type" in base.config:
-        return own_modules(base)
+        return text_modules(base)
     paths = layers(base)
     if any(path.startswith("down_blocks.") for path in paths) and _SDXL not in paths:
         return own_modules(base)

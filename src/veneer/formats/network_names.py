@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from veneer.errors import BindError, did_you_mean
 from veneer.formats.components import DENOISERS, TEXT_ENCODERS, is_t5
 from veneer.formats.format import Base
-from veneer.formats.network_modules import NetworkModule, own_modules, published_modules
+from veneer.formats.network_modules import NetworkModule, own_modules, published_modules, text_modules
 
 # The beginnings of names, of which the first part is enough to know such a file.
 PREFIXES = ("lora_unet_", "lora_te", "lora_transformer_", "lora_prior_unet_", "lycoris_")
@@ -131,7 +131,7 @@ def _in_comfyui(component: str, base: Base) -> str:
 
 
 def _names(component: str, base: Base, models: Mapping[str, Base]) -> Iterator[tuple[str, NetworkModule]]:
-    modules = [*own_modules(base), *published_modules(base)]
+    modules = [*own_modules(base), *text_modules(base), *published_modules(base)]
     dotted = "diffusion_model." if component in DENOISERS else _in_comfyui(component, base)
     for module in modules:
         yield f"{dotted}{module.name}", module
