@@ -3,7 +3,7 @@
 All that is relied upon of its internals stands here, and has a test of its own:
 
 - a scheduler of ours in its registry, whose list of scheduled requests is the order in which they are packed;
-- a model of ours with its exported mixin, which names the adapter of each packed sequence;
+- a model of ours, which names the adapter of each packed sequence;
 - a logits processor of ours, which chooses the tokens: the engine itself only takes the likeliest.
 
 Sequences never share a prefix in the cache: keys and values depend on the adapter, and its hash on the tokens alone.
@@ -17,16 +17,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import (
-    ContinuousBatchingConfig,
-    ContinuousMixin,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-)
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.continuous_batching import ContinuousBatchingManager, FIFOScheduler
 from transformers.generation.continuous_batching import scheduler as registry
 from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
+from transformers.generation.continuous_batching.cache_allocators import FULL_ATTENTION
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
@@ -34,8 +29,10 @@ from transformers.generation.continuous_batching.utils import find_head_dim, fin
 from veneer.errors import EngineError
 from veneer.patches.selection import BASE
 from veneer.peft_model.peft_model import PeftModel
+from veneer.serving import packed_attention
 from veneer.serving.job import Job
 from veneer.serving.lane import DEFAULT_CACHE_TOKENS, Lane, LaneLoad, LaneOptions, max_context
+from veneer.serving.packed_attention import PackedBatch
 from veneer.serving.sampler import SamplingRow, choose
 
 _SCHEDULER = "veneer"
@@ -57,7 +54,7 @@ class AdapterScheduler(FIFOScheduler):
 registry.SCHEDULER_MAPPING[_SCHEDULER] = AdapterScheduler
 
 
-class ServedModel(nn.Module, ContinuousMixin):
+class ServedModel(nn.Module):
     """Stands for a model in the continuous batching: one forward pass, each packed sequence under its adapter."""
 
     def __init__(self, model: PeftModel, lane: ContinuousLane) -> None:
@@ -74,11 +71,33 @@ class ServedModel(nn.Module, ContinuousMixin):
 
     def forward(self, **inputs: Any) -> Any:
         """Compute the logits of a packed batch."""
+        if self.config._attn_implementation == packed_attention.NAME:
+            inputs = _with_packed_batch(inputs)
         with self.lane.computing(inputs["input_ids"].shape[1]) as names:
             return self.inner(**inputs, adapter_names=names)
 
     def _get_logits_processor(self, generation_config: GenerationConfig, **_: Any) -> LogitsProcessorList:
         return LogitsProcessorList([RequestSampler(self.lane)])
+
+
+def _with_packed_batch(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a step for :mod:`veneer.serving.packed_attention`."""
+    tokens, keys = (inputs["cu_seq_lens_q"], inputs["cu_seq_lens_k"][FULL_ATTENTION])
+    batch = PackedBatch.of(tokens.diff().tolist(), keys.diff().tolist(), *inputs["read_index"])
+    # A mask of four dimensions is one that transformers leaves as it is; nobody reads it.
+    mask = tokens.new_empty(1, 1, 1, 0)
+    return {**inputs, "packed_batch": batch, "read_index": [batch.read_index], "attention_mask": mask}
+
+
+class PackedManager(ContinuousBatchingManager):
+    """Batches continuously, with an attention of ours where transformers would take SDPA for full attention."""
+
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
+        super().switch_to_cb_friendly_attn(model, auto_switch_to_flash)
+        config = model.config.get_text_config()
+        if model.config._attn_implementation == "sdpa" and set(group_layers_by_attn_type(config)) == {FULL_ATTENTION}:
+            model.set_attn_implementation(packed_attention.NAME)
+            self._original_attn_impl: Any = "sdpa"
 
 
 class RequestSampler(LogitsProcessor):
@@ -96,13 +115,19 @@ class RequestSampler(LogitsProcessor):
 
 
 class ContinuousLane(Lane):
-    """Computes answers by continuous batching: requests join and leave the batch between any two steps."""
+    """Computes answers by continuous batching: requests join and leave the batch between any two steps.
+
+    Args:
+        model: the base with its adapters.
+        options: sizes.
+        packs_attention: compute attention by :mod:`veneer.serving.packed_attention`, where that can be.
+    """
 
     packed = True
 
-    def __init__(self, model: PeftModel, options: LaneOptions) -> None:
+    def __init__(self, model: PeftModel, options: LaneOptions, packs_attention: bool = True) -> None:
         super().__init__()
-        self.options = options
+        self.options, self.packs_attention = options, packs_attention
         self.served = ServedModel(model, self)
         self.config = batching_config(model, options)
         self.manager: ContinuousBatchingManager | None = None
@@ -110,10 +135,10 @@ class ContinuousLane(Lane):
     # -- the thread ----------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        manager = self.served.init_continuous_batching(
-            generation_config=GenerationConfig(do_sample=False, max_new_tokens=1, eos_token_id=-1),
-            continuous_batching_config=self.config,
-        )
+        make = PackedManager if self.packs_attention else ContinuousBatchingManager
+        generation = GenerationConfig(do_sample=False, max_new_tokens=1, eos_token_id=-1)
+        served: Any = self.served
+        manager = make(served, generation, self.config)
         manager.warmup()  # makes the cache
         cache = _processor(manager).cache
         self.max_context = min(max_context(self.served, self.options), infer_max_single_request_tokens(cache))

@@ -312,14 +312,15 @@ class TransformersEngine:
 
 def _started_lane(model: PeftModel, options: EngineOptions) -> Lane:
     """Return a lane that answers: a continuous one, unless the base cannot have it."""
-    if batches_continuously(model):
-        lane = ContinuousLane(model, options)
+    name = type(model.get_base_model()).__name__
+    for packs_attention in (True, False) if batches_continuously(model) else ():
+        lane = ContinuousLane(model, options, packs_attention)
         fault = lane_fault(lane, model)
         if fault is None:
             return lane
         lane.stop()
-        name = type(model.get_base_model()).__name__
-        warn(f"{name} is served in static batches, for transformers' continuous batching does not fit it: {fault}.")
+        instead = "with transformers' own attention" if packs_attention else "in static batches"
+        warn(f"{name} is served {instead}, for a quicker way failed: {fault}.")
     static = StaticLane(model, options)
     static.start()
     return static
