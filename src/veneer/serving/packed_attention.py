@@ -44,7 +44,7 @@ class Generating:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptSequence:
     """A sequence of several new tokens.
 
     Attributes:
@@ -69,7 +69,7 @@ class PackedBatch:
     """
 
     generating: Sequence[Generating]
-    prompts: Sequence[Prompt]
+    prompts: Sequence[PromptSequence]
     read_index: Tensor
 
     @classmethod
@@ -103,7 +103,7 @@ class PackedBatch:
                 continue
             order.append(read_index[key_ends[number] - length : key_ends[number]])
             mask = None if new == length else _causal(new, length, read_index.device)
-            prompts.append(Prompt(slice(ends[number] - new, ends[number]), slice(start, start + length), mask))
+            prompts.append(PromptSequence(slice(ends[number] - new, ends[number]), slice(start, start + length), mask))
             start += length
         return cls(generating, prompts, torch.cat(order) if read_index.numel() else read_index)
 
@@ -133,7 +133,7 @@ def _generating(each: Generating, query: Tensor, key: Tensor, value: Tensor, sca
     return output.reshape(count, -1, value.shape[-1])
 
 
-def _prompt(prompt: Prompt, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+def _prompt(prompt: PromptSequence, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     parts = (query[prompt.tokens], key[prompt.keys], value[prompt.keys])
     queries, keys, values = (part.transpose(0, 1)[None] for part in parts)
     output = scaled_dot_product_attention(
