@@ -26,6 +26,8 @@ STARTS: Mapping[str, set[str]] = {
     "inspect {made}/adapter": {"click", "rich"},
     "inspect {made}/adapter --json": {"click"},
     "inspect {made}/base --json": {"click"},
+    "inspect {tmp}/mlx --json": {"click"},
+    "inspect {tmp}/out.gguf --json": {"click"},
     "digest {made}/base": {"click"},
     "merge {made}/adapter --out {tmp}/out --json": {"click", "blake3", *TORCH},
     "verify {tmp}/merged --no-logits --json": {"click", "blake3", *TORCH},
@@ -52,9 +54,11 @@ def imported(command: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def tmp(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a folder with ``merged/``."""
+    """Make a folder with ``merged/``, and an adapter in formats of other tools."""
     folder = tmp_path_factory.mktemp("imports")
     veneer.merge(made / "adapter", out=folder / "merged")
+    for name, to in (("mlx", "mlx"), ("out.gguf", "gguf")):
+        veneer.convert(made / "adapter", folder / name, to=to)
     return folder
 
 

@@ -67,8 +67,9 @@ def test_inspecting(other: Path) -> None:
     assert facts is not None
     assert veneer.inspect(other).kind == "adapter"
     assert facts.weights is not None
-    if other.suffix != ".gguf":
-        assert facts.ranks
+    assert facts.ranks
+    assert facts.layers
+    assert facts.weights.parameters
 
 
 def test_making_a_lora_of_it(other: Path, base: Path, tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ from typing import Any
 
 from veneer.printing import AsJson
 
+# The format of PEFT's own adapters.
+PEFT = "PEFT"
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -71,7 +74,7 @@ class AdapterFacts:
     layers: int
     weights: Weights | None
     virtual_tokens: int | None = None
-    format: str = "PEFT"
+    format: str = PEFT
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from veneer.checkpoints.inspection.facts import AdapterFacts, ModelFacts, PathFacts, Problem
+from veneer.checkpoints.inspection.facts import PEFT, AdapterFacts, ModelFacts, PathFacts, Problem
 from veneer.checkpoints.inspection.foreign_facts import foreign_facts
 from veneer.checkpoints.inspection.next_step import generate_command, weights_in_memory
 from veneer.checkpoints.inspection.problems import (
@@ -123,7 +123,7 @@ def inspect(
     # Headers of weights that are not in the cache are asked for at the hub's root, and only where it may be asked.
     ask = source.commit is not None and not (subfolder or local_files_only or is_offline())
     inspection = _inspect(source, os.fspath(path), token, ask)
-    if inspection.problems or source.file is not None:
+    if inspection.problems or source.file is not None or _is_foreign_without_base(inspection):
         return inspection
     place = f"{source.root}" if subfolder and source.commit is None else os.fspath(path)
     return replace(
@@ -131,6 +131,12 @@ def inspect(
         memory=weights_in_memory(inspection, source),
         next_command=None if subfolder and source.commit else generate_command(inspection, place, revision),
     )
+
+
+def _is_foreign_without_base(inspection: Inspection) -> bool:
+    """Tell whether an adapter is in another tool's format, and does not name its base: it may be for images."""
+    adapter = inspection.adapter
+    return adapter is not None and adapter.format != PEFT and adapter.base is None
 
 
 def _inspect(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from rich.console import RenderableType
 from rich.text import Text
 
-from veneer.checkpoints.inspection.facts import AdapterFacts, ModelFacts, PathFacts, Weights
+from veneer.checkpoints.inspection.facts import PEFT, AdapterFacts, ModelFacts, PathFacts, Weights
 from veneer.printing import nbytes, panel, printable
 
 _TITLES = {"model": "full model", "adapter": "adapter", "model+adapter": "full model and adapter", "unknown": "unknown"}
@@ -43,7 +43,7 @@ def _facts(inspection: PathFacts) -> Iterable[tuple[str, str]]:
 
 
 def _adapter(facts: AdapterFacts) -> Iterable[tuple[str, str]]:
-    if facts.format != "PEFT":
+    if facts.format != PEFT:
         yield "format", facts.format
     yield "method", f"{facts.peft_type or 'unknown'}" + (f" for {facts.task}" if facts.task else "")
     yield "base", (facts.base or "not named") + (f" at {facts.base_revision}" if facts.base_revision else "")
