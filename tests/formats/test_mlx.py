@@ -123,6 +123,9 @@ def test_fused_experts_and_routers(tmp_path: Path, model_type: str) -> None:
         elif name.endswith("down_proj"):
             down = next(v for k, v in changes.items() if k.startswith(block) and k.endswith(".down_proj"))
             torch.testing.assert_close(down, change, rtol=1e-4, atol=2e-6)
+    facts = veneer.inspect(tmp_path / "mlx").adapter
+    assert facts is not None
+    assert (facts.format, facts.ranks, facts.alpha) == ("MLX-LM", {4: 10}, 6)
     assert sum("gate_proj" in name for name in changes) == 2
     assert len(changes) == 2 * 5
     veneer.convert(tmp_path / "mlx", tmp_path / "back", base=base)

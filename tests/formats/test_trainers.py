@@ -93,7 +93,11 @@ def test_torchtune(tmp_path: Path, model_type: str) -> None:
         expected["lm_head" if not name else f"model.{head}.{NAMES[part]}"] = change
     veneer.convert(tmp_path / "tune", tmp_path / "peft", base=tmp_path / "base")
     assert_same(weight_changes(tmp_path / "peft", tmp_path / "base"), expected)
-    assert veneer.inspect(tmp_path / "tune").adapter is not None
+    facts = veneer.inspect(tmp_path / "tune").adapter
+    assert facts is not None
+    assert (facts.format, facts.peft_type, facts.alpha) == ("torchtune", "LORA", 6)
+    assert facts.weights is not None
+    assert facts.weights.tensors == 2 * len(expected)
 
 
 def test_torchtune_of_phi_has_apart_what_transformers_fuses(tmp_path: Path) -> None:
@@ -237,6 +241,9 @@ def test_litgpt(tmp_path: Path, enabled: str, model_type: str) -> None:
     assert_same(weight_changes(tmp_path / "peft", tmp_path / "base"), expected)
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "owner/name"
+    facts = veneer.inspect(folder).adapter
+    assert facts is not None
+    assert (facts.format, facts.peft_type) == ("LitGPT", "LORA")
 
 
 def test_litgpt_of_phi_3(tmp_path: Path) -> None:
@@ -335,6 +342,7 @@ def test_what_is_not_read_is_named_with_the_way_out(tmp_path: Path, name: str, c
     with pytest.raises(UnsupportedError, match="which is not read") as caught:
         veneer.convert(folder, tmp_path / "peft")
     assert hint in str(caught.value)
+    assert [problem.code for problem in veneer.inspect(folder).problems] == ["not-read"]
     if name.endswith(".bin"):
         with pytest.raises(UnsupportedError, match="ggla"):
             veneer.convert(folder / name, tmp_path / "peft")

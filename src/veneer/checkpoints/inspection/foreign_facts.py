@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,18 +12,21 @@ from typing import TYPE_CHECKING, Any
 from veneer.checkpoints.inspection.facts import AdapterFacts, Problem, Weights
 from veneer.checkpoints.inspection.problems import problem_of
 from veneer.checkpoints.inspection.weights import weights_of
-from veneer.errors import SourceError
-from veneer.files.names import ADAPTER_CONFIG, FOREIGN_FILES, SAFETENSORS
+from veneer.errors import CorruptFileError, SourceError
+from veneer.files.json_file import COPY_AGAIN, is_number
+from veneer.files.names import ADAPTER_CONFIG, FOREIGN_FILES, LITGPT_WEIGHTS, SAFETENSORS
 from veneer.files.safetensors_header import Header, TensorInfo, read_header
 from veneer.files.source import Source
+from veneer.formats.unreadable import UnreadableFormat
 
 if TYPE_CHECKING:
     from veneer.formats.format import Format
 
 # How the name of a module's one factor ends in some format -> the dimension that is the rank.
 _DOWN: Mapping[str, int] = {
-    ".lora_a": -1,
-    ".A": -1,
+    ".lora_a": 1,
+    ".lora_a.weight": 0,
+    ".A": 1,
     ".lora_down.weight": 0,
     ".lora.down.weight": 0,
     ".lora_linear_layer.down.weight": 0,
@@ -37,32 +42,60 @@ _METHODS: Mapping[str, str] = {
     ".lokr_w1_b": "LOKR",
     ".on_input": "IA3",
 }
-_NUMBERS = ("lora_alpha", "alpha", "scale")
+_NUMBERS = ("lora_alpha", "alpha")
+# Format -> its pickle, of which only the list of contents is looked at.
+_PICKLES: Mapping[str, str] = {"litgpt": LITGPT_WEIGHTS, "torchtune": "adapter_model.pt"}
+_PICKLED_TENSOR = re.compile(r".*/data/\d+")
 
 
 def foreign_facts(source: Source, other_format: Format, problems: list[Problem]) -> AdapterFacts:
     """Return the facts of an adapter in another tool's format; what is wrong with it joins ``problems``."""
     if other_format.name == "gguf":
         return _gguf_facts(source, other_format)
-    headers = _headers(source, problems)
+    if isinstance(other_format, UnreadableFormat):
+        problems.append(Problem("not-read", f"{other_format.title} is not read.", other_format.way_out))
+    pickled = _pickled(source, other_format)
+    headers = [] if pickled or not other_format.reads else _headers(source, problems)
     tensors = [info for header in headers for info in header.tensors.values()]
     ranks = _ranks(tensors)
     values = _config(source)
     return AdapterFacts(
-        peft_type=_method(tensors),
+        peft_type="LORA" if pickled else _method(tensors),
         base=next((values[key] for key in ("base_model_name_or_path", "model") if _is_text(values.get(key))), None),
         base_revision=None,
         base_digest=None,
         task=None,
         ranks=ranks,
-        alpha=next((values[key] for key in _NUMBERS if isinstance(values.get(key), (int, float))), None),
+        alpha=_alpha(values),
         options={},
         target_modules=None,
         modules_to_save=None,
         layers=sum(ranks.values()),
-        weights=weights_of(headers) if headers else None,
+        weights=weights_of(headers) if headers else pickled,
         format=other_format.title,
     )
+
+
+def _pickled(source: Source, other_format: Format) -> Weights | None:
+    """Count the tensors of a pickle by the list of what it contains; nothing in it is run."""
+    name = _PICKLES.get(other_format.name)
+    if name is None or not source.has(name) or (source.file is not None and source.file.name != name):
+        return None
+    path = source.path(name)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = [info.file_size for info in archive.infolist() if _PICKLED_TENSOR.fullmatch(info.filename)]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise CorruptFileError(f"{path} is damaged, or no pickle.", hint=COPY_AGAIN) from error
+    return Weights([name], len(sizes), 0, sum(sizes), {})
+
+
+def _alpha(values: Mapping[str, Any]) -> float | None:
+    """Return the alpha that a config says; of MLX-LM's, the one that gives its scale."""
+    parameters = values.get("lora_parameters")
+    if isinstance(parameters, Mapping) and is_number(parameters.get("scale")) and is_number(parameters.get("rank")):
+        return float(parameters["scale"] * parameters["rank"])
+    return next((values[key] for key in _NUMBERS if is_number(values.get(key))), None)
 
 
 def _gguf_facts(source: Source, other_format: Format) -> AdapterFacts:

@@ -80,8 +80,9 @@ def _weights(weights: Weights | None) -> str:
     if weights is None:
         return "cannot be read"
     dtypes = _counts(weights.dtypes, "values") if len(weights.dtypes) > 1 else "".join(weights.dtypes)
+    counted = f"{weights.parameters:,} parameters in {weights.tensors} tensors, {dtypes}"
     return (
-        f"{weights.parameters:,} parameters in {weights.tensors} tensors, {dtypes}, {nbytes(weights.nbytes)} in "
+        f"{counted if dtypes else f'{weights.tensors} tensors'}, {nbytes(weights.nbytes)} in "
         f"{len(weights.files)} file{'s' if len(weights.files) != 1 else ''}"
     )
 
