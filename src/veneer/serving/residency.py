@@ -137,16 +137,26 @@ class Residency:
     # -- leases --------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def lease(self, digest: str) -> AsyncIterator[None]:
+    async def lease(self, digest: str, wait: float | None = None) -> AsyncIterator[None]:
         """Load an adapter where it is not, and keep it as long as the block runs.
+
+        Args:
+            digest: the adapter's.
+            wait: the seconds to wait for it; it is loaded even if that takes longer and nobody waits any more.
 
         Raises:
             AdapterInvalidError: it cannot be served. AdapterTooLargeError: it is larger than all the room.
+            AdapterLoadingError: it is not loaded within ``wait``.
             EngineRestartingError, EngineFailedError: the engine fails.
         """
-        resident = await self._held(digest)
+        deadline = None if wait is None else time.monotonic() + wait
+        resident = await self._held(digest, deadline)
         try:
-            await asyncio.shield(resident.task)
+            if not resident.is_loaded:
+                await asyncio.wait({resident.task}, timeout=_left(deadline))
+            if not resident.is_loaded:
+                raise _still_loading(digest)
+            resident.task.result()
             yield
         finally:
             self._release(resident)
@@ -172,7 +182,7 @@ class Residency:
         """
         self._failures.forget(digest)
         resident = self._residents.get(digest)
-        if resident is not None and not resident.leases:
+        if resident is not None and not resident.leases and not resident.is_loaded:
             resident.prefetched = False
             await asyncio.wait([resident.task])
         resident = self._residents.get(digest)
@@ -186,14 +196,18 @@ class Residency:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _held(self, digest: str) -> _Resident:
+    async def _held(self, digest: str, deadline: float | None) -> _Resident:
         while True:
             self._check_engine(digest)
             resident = self._residents.get(digest) or self._begin(digest)
             if not resident.closing:
                 resident.leases += 1
                 return resident
-            await resident.open.wait()
+            left = _left(deadline)
+            if left is None:
+                await resident.open.wait()
+            elif not await is_set_within(resident.open, left):
+                raise _still_loading(digest)
 
     def _check_engine(self, digest: str) -> None:
         status = self._engine.status()
@@ -328,6 +342,16 @@ class Residency:
             resident.dropping = None
         self._remove(resident)
         return True
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def _still_loading(digest: str) -> AdapterLoadingError:
+    return AdapterLoadingError(
+        f"The adapter {digest[:19]} is still being loaded.", hint="Ask again in a moment.", retry_after=1
+    )
 
 
 def _seen(task: asyncio.Task[None]) -> None:
