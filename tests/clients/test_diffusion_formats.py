@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.loaders import single_file_utils
 from torch import Tensor, nn
 
 import veneer
 from tests.clients import pipelines as make
 from tests.formats import diffusion_bases as bases
+from veneer.formats.format import Base
+from veneer.formats.network_modules import layers, published_modules
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ALL = (*ATTENTION, "proj_in", "proj_out", "net.2", "conv1", "conv2", "conv_in", "conv_out", "linear_1", "time_emb_proj")
@@ -179,3 +183,67 @@ def test_a_base_by_its_folder(tmp_path: Path) -> None:
     torch.testing.assert_close(unet_output(model), adapted, rtol=1e-3, atol=1e-3)
     with pytest.raises(veneer.VeneerError, match="no_such_option"):
         veneer.load(tmp_path / "out.safetensors", base=base, no_such_option=1)
+
+
+class WithoutNorms(dict[str, Tensor]):
+    """A published checkpoint of which the norms are left out."""
+
+    def __missing__(self, key: str) -> Tensor:
+        return torch.zeros(6)
+
+    def pop(self, key: str, *default: Any) -> Tensor:
+        return super().pop(key) if key in self else self[key]
+
+
+def levels(**options: Any) -> Any:
+    down = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
+    sizes = {"layers_per_block": 2, "cross_attention_dim": 12, "norm_num_groups": 4, "attention_head_dim": 4}
+    up = tuple(name.replace("Down", "Up") for name in reversed(down))
+    blocks = {"block_out_channels": (8, 16, 24), "down_block_types": down, "up_block_types": up}
+    return diffusers.UNet2DConditionModel(**blocks, **sizes, **options)
+
+
+def sd3() -> Any:
+    sizes = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "pos_embed_max_size": 8}
+    widths = {"attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 10, "pooled_projection_dim": 7}
+    return diffusers.SD3Transformer2DModel(
+        num_layers=3, caption_projection_dim=16, dual_attention_layers=(0, 1), **sizes, **widths
+    )
+
+
+def real_width_of_flux() -> Any:
+    return diffusers.FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=1536,
+        joint_attention_dim=10,
+        pooled_projection_dim=7,
+        guidance_embeds=True,
+    )
+
+
+XL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 32}
+
+
+@pytest.mark.parametrize("model", ["sd", "sdxl", "flux", "sd3"])
+def test_every_layer_has_its_published_name(model: str) -> None:
+    """diffusers' own conversion of published checkpoints undoes the names, the joining and the swapping."""
+    made = {"sd": levels, "sdxl": lambda: levels(**XL), "flux": real_width_of_flux, "sd3": sd3}[model]()
+    base = Base("base", {}, {name: tuple(p.shape) for name, p in made.named_parameters()})
+    state, published = made.state_dict(), WithoutNorms()
+    modules = published_modules(base)
+    for module, leaf in itertools.product(modules, ("weight", "bias")):
+        parts = [state[f"{path}.{leaf}"] for path in module.paths if f"{path}.{leaf}" in state]
+        if parts:
+            whole = torch.cat(parts)
+            whole = torch.cat([*reversed(whole.chunk(2))]) if module.is_swapped else whole
+            published[f"model.diffusion_model.{module.name}.{leaf}"] = whole
+    converted = {
+        "flux": lambda: single_file_utils.convert_flux_transformer_checkpoint_to_diffusers(published),
+        "sd3": lambda: single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(published),
+    }.get(model, lambda: single_file_utils.convert_ldm_unet_checkpoint(published, dict(made.config)))()
+    assert {path for module in modules for path in module.paths} == set(layers(base))
+    for path in layers(base):
+        assert torch.equal(converted[f"{path}.weight"], state[f"{path}.weight"]), path

@@ -288,7 +288,7 @@ WRONG: dict[str, tuple[dict[str, Tensor], type[Exception], str]] = {
     "another name": (
         {key.replace("to_q", "to_qq"): tensor for key, tensor in GOOD.items()},
         BindError,
-        r"to_qq names no module of the base \(Did you mean lora_unet_mid\w+to_q\?\)",
+        r"to_qq names no module of the base\. Did you mean lora_unet_mid\w+to_q\?",
     ),
     "half of it": ({f"{NAME}.lora_down.weight": torch.ones(2, 8)}, BindError, r"to_q has no lora_up\.weight"),
     "another width": (

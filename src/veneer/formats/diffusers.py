@@ -197,15 +197,14 @@ def _in_memory(path: str, base: Base | None) -> str:
 def _check_places(modules: list[FileModule], base: Base, origin: str) -> None:
     from veneer.errors import did_you_mean
 
-    known = layers(base)
-    problems = [f"{module.name} is no layer of {base.origin}" for module in modules if module.name not in set(known)]
-    if problems:
-        lost = next(module.name for module in modules if module.name not in set(known))
-        more = f" {len(problems) - 1} more are none either." if len(problems) > 1 else ""
+    known = set(layers(base))
+    lost = [module.name for module in modules if module.name not in known]
+    if lost:
+        more = f" {len(lost) - 1} more are none either." if len(lost) > 1 else ""
         raise BindError(
-            f"{origin}: {problems[0]}.{more}",
-            problems=problems,
-            hint=f"{did_you_mean(lost, known, str)}Give the base that it was trained on.",
+            f"{origin}: {lost[0]} is no layer of {base.origin}.{more}",
+            problems=[f"{name} is no layer" for name in lost],
+            hint=f"{did_you_mean(lost[0], sorted(known), str)}Give the base that it was trained on.",
         )
 
 

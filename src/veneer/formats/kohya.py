@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,9 +172,9 @@ def _adapter(
     changes: list[ModuleChange] = []
     for module in own:
         changes += _changes(module, places[module.name], origin)
-    repeated = [change.path for change in changes if sum(change.path == other.path for other in changes) > 1]
-    if repeated:
-        raise BindError(f"{origin}: two names mean {repeated[0]}.", hint="The file is a mixture of two adapters.")
+    repeated, times = Counter(change.path for change in changes).most_common(1)[0]
+    if times > 1:
+        raise BindError(f"{origin}: two names mean {repeated}.", hint="The file is a mixture of two adapters.")
     base = places[own[0].name].base
     metadata = arrived(component, header.metadata)
     adapter = CanonicalAdapter({c.path: c for c in changes}, metadata=metadata, notes=_notes(own))

@@ -81,24 +81,21 @@ class NetworkNames:
             BindError: a name means nothing, or several modules.
         """
         listed = list(names)
-        problems = [problem for name in listed if (problem := self._problem(name))]
-        if problems:
-            more = f" {len(problems) - 1} more do not either." if len(problems) > 1 else ""
+        lost = [name for name in listed if name not in self._places or name in self._ambiguous]
+        if lost:
+            near = "" if lost[0] in self._places else did_you_mean(lost[0], self._places, str)
+            more = f" {len(lost) - 1} more do not either." if len(lost) > 1 else ""
             raise BindError(
-                f"{origin}: {problems[0]}.{more}",
-                problems=problems,
-                hint="Give the base that it was trained on; for a file with several components, the pipeline's folder, "
-                "or the one that is wanted: --component NAME.",
+                f"{origin}: {self._problem(lost[0])}.{more}",
+                problems=[self._problem(name) for name in lost],
+                hint=f"{near}Give the base that it was trained on; for a file with several components, the pipeline's "
+                "folder, or the one that is wanted: --component NAME.",
             )
         return {name: self._places[name] for name in listed}
 
-    def _problem(self, name: str) -> str | None:
-        if name in self._ambiguous:
-            return f"{name} stands for several modules of the base"
-        if name in self._places:
-            return None
-        near = did_you_mean(name, self._places, str).strip()
-        return f"{name} names no module of the base" + (f" ({near})" if near else "")
+    def _problem(self, name: str) -> str:
+        what = "stands for several modules of the base" if name in self._ambiguous else "names no module of the base"
+        return f"{name} {what}"
 
 
 def prefix_to_write(component: str, models: Mapping[str, Base]) -> str:
