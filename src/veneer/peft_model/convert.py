@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -23,6 +23,7 @@ from veneer.formats import registry
 from veneer.formats.base_facts import base_in_memory, given_base, named_base
 from veneer.formats.canonical import CanonicalAdapter
 from veneer.formats.components import model_of
+from veneer.formats.expert_layouts import is_in_question
 from veneer.formats.format import ReadOptions, Step
 from veneer.formats.peft_layout import canonical
 from veneer.keywords import TOKEN, takes
@@ -142,7 +143,7 @@ def _read(source: Source, options: ReadOptions) -> _Converted:
         )
     adapters = (
         _in_peft(source, options)
-        if own_format.name == "peft" and source.has(ADAPTER_CONFIG)
+        if own_format.name == "peft" and source.has(ADAPTER_CONFIG) and not is_in_question(source.json(ADAPTER_CONFIG))
         else own_format.read(source, options)
     )
     if options.component and list(adapters) == [""]:
@@ -157,7 +158,8 @@ def _in_peft(source: Source, options: ReadOptions) -> Mapping[str, CanonicalAdap
     base = options.base or named_base(checkpoint.config.base_model_name_or_path, source)
     tensors = checkpoint.read(checkpoint.tensors)
     part = model_of(base, options.component or "")
-    return {"": canonical(checkpoint.config, tensors, checkpoint.metadata, part, source.origin)}
+    adapter = canonical(checkpoint.config, tensors, checkpoint.metadata, part, source.origin)
+    return {"": replace(adapter, notes=checkpoint.notes)}
 
 
 def _check_finite(adapters: Mapping[str, CanonicalAdapter], origin: str) -> None:
