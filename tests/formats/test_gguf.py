@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import veneer
-from tests.formats.llama_cpp import BLOCK, HEADS, KEYS, MODELS, OUTSIDE, PAIRS, base_of, build, pair_order
+from tests.formats.llama_cpp import BLOCK, HEADS, KEYS, MODELS, OUTSIDE, PAIRS, base_of, build, pair_order, write_base
 from veneer.errors import (
     BaseMismatchError,
     BaseModelError,
@@ -478,6 +478,53 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     for act in (lambda: read(path, llama()), lambda: GGUF.write(adapter(lora(V, 4, 4)), tmp_path / "b.gguf", llama())):
         with pytest.raises(UnsupportedError, match=r"needs gguf, .*pip install gguf .*'\.\[gguf\]'"):
             act()
+
+
+REAL: Mapping[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {"target_modules": ["q_proj", "k_proj", "lm_head"], "rank_pattern": {"k_proj": 3}},
+    "Qwen3MoeForCausalLM": {
+        "target_modules": ["q_proj", "k_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    },
+    "MixtralForCausalLM": {"target_modules": ["v_proj"], "target_parameters": ["experts.down_proj", "gate.weight"]},
+    "GPT2LMHeadModel": {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True},
+    "Gemma3ForConditionalGeneration": {"target_modules": r".*language_model.*\.(q_proj|down_proj)"},
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_an_adapter_of_peft_and_back(name: str, tmp_path: Path) -> None:
+    """Config and tensors come back as they were, byte by byte; the base may be a folder, or in memory."""
+    build(name).save_pretrained(tmp_path / "base")
+    options = {"r": 4, "lora_alpha": 6, "init_lora_weights": False, "task_type": "CAUSAL_LM", "use_rslora": True}
+    model = veneer.get_peft_model(build(name), veneer.LoraConfig(**{**options, **REAL[name]}), seed=1)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    file, same = tmp_path / "a.gguf", tmp_path / "same.gguf"
+    veneer.convert(tmp_path / "adapter", file, to="gguf", base=tmp_path / "base")
+    veneer.convert(tmp_path / "adapter", same, to="gguf", base=build(name))
+    assert same.read_bytes() == file.read_bytes()
+    veneer.convert(file, tmp_path / "back", base=tmp_path / "base")
+    # With ranks of their own, rsLoRA's scales are folded: rounded once there, and once back.
+    parts = ["adapter_config.json", *(() if "rank_pattern" in REAL[name] else ["adapter_model.safetensors"])]
+    for part in parts:
+        assert (tmp_path / "back" / part).read_bytes() == (tmp_path / "adapter" / part).read_bytes()
+
+
+def test_a_base_in_a_gguf_file(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model = build("LlamaForCausalLM")
+    model.save_pretrained(tmp_path / "base")
+    (tmp_path / "gguf").mkdir()
+    base_file = write_base(model, "llama", tmp_path / "gguf" / "base.gguf")
+    config = veneer.LoraConfig(target_modules=["q_proj", "k_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    veneer.get_peft_model(build("LlamaForCausalLM"), config, seed=1).save_pretrained(tmp_path / "adapter")
+    veneer.convert(tmp_path / "adapter", tmp_path / "a.gguf", to="gguf", base=tmp_path / "base")
+    veneer.convert(tmp_path / "adapter", tmp_path / "same.gguf", to="gguf", base=base_file)
+    assert (tmp_path / "same.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes()
+    tokens = torch.tensor([[5, 6, 7]])
+    there = veneer.load(tmp_path / "a.gguf", base=tmp_path / "gguf", gguf_file="base.gguf", dtype="float32")
+    here = veneer.load(tmp_path / "adapter", base=tmp_path / "base")
+    torch.testing.assert_close(there(tokens).logits, here(tokens).logits, atol=1e-4, rtol=1e-4)
 
 
 # Hostile and damaged files: always an error of Veneer's, and soon.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from veneer.errors import BaseModelError, SourceError
 from veneer.files.base_map import places_of
+from veneer.files.gguf_header import SUFFIX, read_gguf_header
 from veneer.files.lookup_options import OFFLINE, LookupOptions
 from veneer.files.names import ADAPTER_CONFIG, MODEL_CONFIG, PIPELINE_INDEX, SAFETENSORS
 from veneer.files.resolve import resolve
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from veneer.base_model.catalog import Catalog
 
 V = TypeVar("V")
+
+
+# What a GGUF file says that it is, if it is a model; older ones say nothing.
+_MODEL = ("model", None)
 
 
 class OnDemand(Mapping[str, V], Generic[V]):
@@ -52,8 +57,12 @@ class OnDemand(Mapping[str, V], Generic[V]):
         return len(self._made)
 
 
-def base_on_disk(source: Source) -> Base:
+def base_on_disk(source: Source, gguf_file: str | None = None) -> Base:
     """Return the facts of a base on disk: a model of transformers, one of another library, or a pipeline of several.
+
+    Args:
+        source: the base; one without a config may be a GGUF file.
+        gguf_file: the name of that file in the folder; by default the first one there that is a model.
 
     Raises:
         BaseModelError: there is none.
@@ -64,15 +73,47 @@ def base_on_disk(source: Source) -> Base:
     if "model_type" in config:
         parameters = OnDemand(lambda: dict(_meta(source, config).named_parameters(remove_duplicate=False)))
         return Base(source.origin, config, OnDemand(lambda: _shapes(parameters)), OnDemand(lambda: _ties(parameters)))
+    gguf = _gguf_model(source, gguf_file)
+    if gguf is not None:
+        return _in_gguf(source, gguf)
     if not _weight_files(source) or (source.has(ADAPTER_CONFIG) and not config):
         raise BaseModelError(f"{source.origin} holds no model.", hint="Give the folder of the adapter's base.")
     return Base(source.origin, config, OnDemand(lambda: _stored_shapes(source)))
+
+
+def _gguf_model(source: Source, named: str | None) -> str | None:
+    """Return the name of the GGUF file that is a base."""
+    if source.file is not None:
+        return source.file.name if source.file.suffix == SUFFIX else None
+    names = [name for name in source.files() if name.endswith(SUFFIX)]
+    models = (name for name in names if read_gguf_header(source.path(name)).values.get("general.type") in _MODEL)
+    return named or next(models, None)
+
+
+def _in_gguf(source: Source, file: str) -> Base:
+    """Return the facts of a base in a GGUF file, as transformers reads it."""
+    import transformers
+
+    from veneer.base_model.gguf_config import gguf_config
+    from veneer.base_model.meta_model import meta_model
+    from veneer.base_model.transformers_internals import classes_for
+
+    config = gguf_config(source, file)
+    config["architectures"] = list(classes_for("AutoModelForCausalLM", config["model_type"]))[:1]
+
+    def parameters() -> dict[str, nn.Parameter]:
+        model = meta_model(transformers.AutoModelForCausalLM, source, gguf_file=file)
+        return dict(model.named_parameters(remove_duplicate=False))
+
+    found = OnDemand(parameters)
+    return Base(source.origin, config, OnDemand(lambda: _shapes(found)), OnDemand(lambda: _ties(found)))
 
 
 def base_in_memory(catalog: Catalog) -> Base:
     """Return the facts of a base in memory, which may carry adapters."""
     config = getattr(catalog.model, "config", None)
     values = dict(config or {}) if config is None or isinstance(config, Mapping) else config.to_dict()
+    values["architectures"] = values.get("architectures") or [type(catalog.model).__name__]
     parameters = {
         f"{name}.{leaf}" if name else leaf: parameter
         for name, module in catalog.modules.items()
@@ -83,12 +124,12 @@ def base_in_memory(catalog: Catalog) -> Base:
     return Base(origin, values, _shapes(parameters), _ties(parameters))
 
 
-def given_base(base: str | Path | nn.Module | None, lookup: LookupOptions) -> Base | None:
+def given_base(base: str | Path | nn.Module | None, lookup: LookupOptions, gguf_file: str | None = None) -> Base | None:
     """Return the facts of a base that a user names by its path or hub id, or gives in memory."""
     if base is None:
         return None
     if isinstance(base, (str, Path)):
-        return base_on_disk(_files_of(base, lookup.for_base(None)))
+        return base_on_disk(_files_of(base, lookup.for_base(None)), gguf_file)
     from veneer.base_model.catalog import Catalog
 
     return base_in_memory(Catalog(base))

@@ -138,7 +138,7 @@ def _checked_base(base: Base | None, header: GgufHeader) -> Base:
 def _base_needed(more: str = "") -> BaseModelError:
     return BaseModelError(
         f"A GGUF file has llama.cpp's names and order of rows, which only the base can translate.{more}",
-        hint="Give the base, as transformers has it: --base FOLDER_OR_HUB_ID (base=...).",
+        hint="Give the base, a folder, a hub id or its GGUF file: --base BASE (base=...).",
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from veneer.base_model.gguf_config import gguf_config
 from veneer.base_model.transformers_errors import ANOTHER_CLASS, transformers_errors_as
 from veneer.base_model.transformers_internals import set_name
 from veneer.checkpoints.checkpoint import Checkpoint
@@ -21,7 +22,7 @@ from veneer.files.source import Source
 from veneer.files.tensor_keys import PREFIX, SHARED_PREFIX
 from veneer.files.torch_dtypes import DTYPES
 from veneer.files.weight_files import read_headers
-from veneer.packages import GGUF_PACKAGES, require
+from veneer.packages import require
 
 # The keywords that a model of diffusers is loaded with beside those of BuildOptions.
 _OF_DIFFUSERS = ("disable_mmap", "low_cpu_mem_usage", "quantization_config", "variant")
@@ -58,7 +59,7 @@ def build_base(source: Source, checkpoints: list[Checkpoint], options: BuildOpti
         BaseModelError: transformers cannot load it, or it does not fit the adapters' vocabulary.
     """
     gguf = options.gguf_file
-    config = source.json(MODEL_CONFIG) if gguf is None else _gguf_config(source, gguf)
+    config = source.json(MODEL_CONFIG) if gguf is None else gguf_config(source, gguf)
     if is_of_diffusers(config):
         return _by_diffusers(source, config["_class_name"], options), []
     kind = class_for(source, config, checkpoints, options.task, options.trust_remote_code)
@@ -137,19 +138,6 @@ def _arguments(options: BuildOptions, labels: int | None) -> dict[str, Any]:
         arguments["num_labels"] = labels
         arguments.setdefault("ignore_mismatched_sizes", True)
     return arguments
-
-
-def _gguf_config(source: Source, file: str) -> dict[str, Any]:
-    """Return the config that transformers makes of a GGUF file's metadata."""
-    require("A base in a GGUF file", *GGUF_PACKAGES, extra="demo", error=BaseModelError)
-    import transformers
-
-    what = f"transformers cannot read {source.origin}/{file}"
-    auto: Any = transformers.AutoConfig
-    with transformers_errors_as(BaseModelError, what, "It needs an architecture that transformers reads from GGUF."):
-        return dict(
-            auto.from_pretrained(source.root, gguf_file=file, local_files_only=True, trust_remote_code=False).to_dict()
-        )
 
 
 def _resize(model: Any, vocabulary: int) -> str:

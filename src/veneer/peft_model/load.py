@@ -113,7 +113,7 @@ def load(
         _check_in_memory(base, source, report.kind, building, base_revision)
     opened = OpenedAdapters()
     if report.kind != "model":
-        facts = partial(given_base, base, lookup)
+        facts = partial(given_base, base, lookup, building.gguf_file)
         opened = open_adapters(source, members, adapter_name, strict, adapter_config, facts)
     checkpoints, copied = opened.checkpoints, frozenset[torch.dtype]()
     if isinstance(base, nn.Module):
