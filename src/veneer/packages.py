@@ -8,7 +8,7 @@ import sys
 from veneer.errors import UnsupportedError, VeneerError
 
 # A package's name on the index -> the name that it is imported by, where the two differ.
-_MODULES = {"PyWavelets": "pywt", "scikit-learn": "sklearn"}
+_MODULES = {"PyWavelets": "pywt", "prometheus-client": "prometheus_client", "scikit-learn": "sklearn"}
 
 # Packages that transformers needs to read a GGUF file.
 GGUF_PACKAGES = ("accelerate", "gguf")

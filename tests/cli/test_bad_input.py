@@ -82,7 +82,7 @@ def test_a_spoiled_adapter(run: Run, made: Path, tmp_path: Path, kind: str, comm
         (["inspect", "nothing/here/at-all"], "does not exist"),
         (["inspct", "x"], "Did you mean `veneer inspect`?"),
         (["xyz"], "There are: inspect, generate"),
-        (["serve"], "`veneer check ADAPTER --for vllm`"),
+        (["serve"], "There is no base to serve."),
         (["merge", "a", "base", "b", "--out", "out"], "Further adapters follow --adapter."),
         (["inspect"], "`veneer inspect --help`"),
         (["inspect", "x", "--jsn"], "--jsn"),

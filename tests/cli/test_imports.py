@@ -82,6 +82,7 @@ CALLED = {
     "inspect": "veneer.checkpoints.inspection.inspect_path.inspect",
     "check": "veneer.checkpoints.serving.check_serving",
     "generate": "veneer.peft_model.load.load",
+    "serve": "veneer.serving.server_options.server_options",
     "train": "veneer.finetuning.supervised.train",
     "merge": "veneer.merging.merge_folder.merge",
     "convert": "veneer.peft_model.convert.convert",

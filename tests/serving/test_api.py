@@ -7,6 +7,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -352,6 +353,19 @@ def test_a_slow_sender_is_given_up(url: str, client: Any, monkeypatch: pytest.Mo
     connection.close()
 
 
+def test_a_client_that_takes_nothing_is_given_up(
+    url: str, engine: FakeEngine, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "SEND_SECONDS", 0.2)
+    event = FakeEngine._event
+    monkeypatch.setattr(FakeEngine, "_event", lambda *of: replace(event(*of), text="x" * 1_000_000))
+    with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port)) as connection:
+        connection.sendall(request_bytes({**CHAT, "stream": True, "max_tokens": 60}))
+        wait_until(lambda: bool(engine.requests))
+        wait_until(lambda: not held(service))
+    assert call(url, "GET", "/health").status == 200
+
+
 def test_a_comparison_streams_all_columns(url: str) -> None:
     body = {"models": ["a", "base"], "messages": CHAT["messages"], "max_tokens": 3}
     reply = call(url, "POST", "/v1/compare", body)
@@ -420,6 +434,8 @@ def test_an_adapters_own_template_comes_before_the_bases(url: str, service: Serv
     try:
         assert call(url, "POST", "/v1/chat/completions", CHAT).status == 200
         assert engine.requests[-1].prompt == (4, 1, 2, 3)
+        file.write_bytes(b"\xff")
+        assert call(url, "POST", "/v1/chat/completions", CHAT).error["code"] == "adapter_invalid"
         file.write_text("{{ raise_exception('no') }}")
         assert call(url, "POST", "/v1/chat/completions", CHAT).error["code"] == "invalid_request"
     finally:

@@ -17,6 +17,7 @@ COMMANDS = {
     "inspect": "inspect_command",
     "generate": "generate_command",
     "chat": "chat_command",
+    "serve": "serve_command",
     "train": "train_command",
     "merge": "merge_command",
     "convert": "convert_command",
@@ -33,8 +34,6 @@ COMMANDS = {
 
 # What other tools have as a command -> what does it here.
 _ELSEWHERE = {
-    "serve": "Any server takes the folder that `veneer merge` writes; `veneer check ADAPTER --for vllm` tells whether "
-    "vLLM takes the adapter itself.",
     "export": "`veneer merge` writes a plain model folder, and `veneer convert` an adapter for another tool.",
 }
 

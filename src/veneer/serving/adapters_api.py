@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Query
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from veneer.serving.asking import Parts, caller_with
 from veneer.serving.auth import Caller
-from veneer.serving.http_guard import LOG, body_of
-from veneer.serving.openai_types import LoadLoraBody, RegistrationBody, RollbackBody, UnloadLoraBody
+from veneer.serving.http_guard import body_of
+from veneer.serving.openai_types import AliasBody, LoadLoraBody, RegistrationBody, RollbackBody, UnloadLoraBody
 from veneer.serving.registry_types import AdapterInfo, Registration, VersionInfo
 from veneer.serving.service import Service
-from veneer.serving.serving_errors import AdapterExistsError, DrainingError, ModelNotFoundError, NotAllowedError
+from veneer.serving.serving_errors import (
+    AdapterExistsError,
+    AdapterRemovedError,
+    DrainingError,
+    ModelNotFoundError,
+    NotAllowedError,
+)
 
 routes = APIRouter()
-AUDIT = logging.getLogger(f"{LOG.name}.audit")
 Manages = Annotated[Caller, Depends(caller_with("admin"))]
 Json = dict[str, Any]
 
@@ -34,20 +38,14 @@ def _changing(service: Service) -> None:
         raise DrainingError("This server is being stopped.", hint="Ask another.", retry_after=5)
 
 
-def _note(request: Request, caller: Caller, action: str, name: str) -> None:
-    AUDIT.info("%s %s %s by %s", request.state.request_id, action, name, caller.id)
-
-
 @routes.post("/v1/adapters")
 async def register(
     service: Parts,
     caller: Manages,
-    request: Request,
     body: Annotated[RegistrationBody, Depends(body_of(RegistrationBody))],
 ) -> Response:
     """Register an adapter; 202 while it goes on in the background, 201 when it is ready."""
     _changing(service)
-    _note(request, caller, "register", body.name)
     registration = Registration(**body.model_dump(exclude={"wait"}))
     if not body.wait:
         return JSONResponse(adapter_json(service.registry.begin(registration, caller)), 202)
@@ -71,29 +69,25 @@ async def adapter(service: Parts, caller: Manages, name: str) -> Json:
 async def remove(
     service: Parts,
     caller: Manages,
-    request: Request,
     name: str,
     drain: Annotated[float | None, Query(ge=0, le=3600)] = None,
     force: bool = False,
 ) -> Response:
     """Remove an adapter; 202 while requests still use it."""
     _changing(service)
-    _note(request, caller, "remove", name)
     gone = await service.registry.remove(name, caller, drain=drain, force=force)
     return Response(status_code=204) if gone else JSONResponse({"name": name, "state": "draining"}, 202)
 
 
 @routes.post("/v1/adapters/{name:path}/pin")
-async def pin(service: Parts, caller: Manages, request: Request, name: str) -> Json:
+async def pin(service: Parts, caller: Manages, name: str) -> Json:
     """Keep an adapter loaded and stored."""
-    _note(request, caller, "pin", name)
     return adapter_json(service.registry.pin(name, caller))
 
 
 @routes.post("/v1/adapters/{name:path}/unpin")
-async def unpin(service: Parts, caller: Manages, request: Request, name: str) -> Json:
+async def unpin(service: Parts, caller: Manages, name: str) -> Json:
     """End that an adapter is kept."""
-    _note(request, caller, "unpin", name)
     return adapter_json(service.registry.pin(name, caller, pinned=False))
 
 
@@ -107,27 +101,33 @@ async def warm(service: Parts, caller: Manages, name: str) -> Json:
 async def rollback(
     service: Parts,
     caller: Manages,
-    request: Request,
     name: str,
     body: Annotated[RollbackBody, Depends(body_of(RollbackBody))],
 ) -> Json:
     """Move a name back to its previous version, or to the one whose digest begins so."""
     _changing(service)
-    _note(request, caller, "rollback", name)
     to = None if body.to is None else body.to.removeprefix("sha256:")
     return adapter_json(await service.registry.rollback(name, caller, to=to))
 
 
+@routes.post("/v1/adapters/{name:path}/alias")
+async def alias(
+    service: Parts, caller: Manages, name: str, body: Annotated[AliasBody, Depends(body_of(AliasBody))]
+) -> Json:
+    """Give an adapter another name; an alias that is there already moves."""
+    _changing(service)
+    return adapter_json(service.registry.alias(body.alias, name, caller))
+
+
 @routes.post("/v1/load_lora_adapter")
 async def load_lora_adapter(
-    service: Parts, caller: Manages, request: Request, body: Annotated[LoadLoraBody, Depends(body_of(LoadLoraBody))]
+    service: Parts, caller: Manages, body: Annotated[LoadLoraBody, Depends(body_of(LoadLoraBody))]
 ) -> Response:
     """Register an adapter, as clients of vLLM do."""
     _changing(service)
     name = body.lora_name
     if body.base_model_name not in (None, service.settings.base_name):
         return _as_vllm(404, "NotFoundError", f"The base of this server is {service.settings.base_name}.")
-    _note(request, caller, "register", name)
     try:
         # There, the same name is an error even where the bytes are the same.
         if not body.load_inplace and _is_there(service, caller, name):
@@ -142,20 +142,19 @@ async def load_lora_adapter(
 def _is_there(service: Service, caller: Caller, name: str) -> bool:
     try:
         return service.registry.adapter(name, caller).current is not None
-    except ModelNotFoundError:
+    except (ModelNotFoundError, AdapterRemovedError):
         return False
 
 
 @routes.post("/v1/unload_lora_adapter")
 async def unload_lora_adapter(
-    service: Parts, caller: Manages, request: Request, body: Annotated[UnloadLoraBody, Depends(body_of(UnloadLoraBody))]
+    service: Parts, caller: Manages, body: Annotated[UnloadLoraBody, Depends(body_of(UnloadLoraBody))]
 ) -> Response:
     """Remove an adapter, as clients of vLLM do: requests under way are finished first."""
     _changing(service)
-    _note(request, caller, "remove", body.lora_name)
     try:
         await service.registry.remove(body.lora_name, caller, drain=0)
-    except ModelNotFoundError:
+    except (ModelNotFoundError, AdapterRemovedError):
         return _as_vllm(404, "NotFoundError", f"The lora adapter '{body.lora_name}' cannot be found.")
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 

@@ -29,13 +29,18 @@ class Choice:
         self.characters += len(event.text)
         self.tokens += event.token is not None
         self.finish = event.finish
-        if event.logprob is not None:
+        if _is_told(event):
             self.logprobs.append(event)
 
     @property
     def text(self) -> str:
         """The text so far."""
         return "".join(self.parts)
+
+
+def _is_told(event: TokenEvent) -> bool:
+    """Tell whether a token's log-probability is reported: that of a token which ends the answer is not."""
+    return event.logprob is not None and (event.finish != "stop" or bool(event.text))
 
 
 class AnswerFormat:
@@ -70,9 +75,9 @@ class AnswerFormat:
 
     def delta(self, index: int, choice: Choice, event: TokenEvent) -> Json | None:
         """Return the chunk's choice for an event that is in ``choice`` already; none where it adds nothing."""
-        if not event.text and not (self._logprobs and event.logprob is not None):
+        events = [event] if self._logprobs and _is_told(event) else []
+        if not event.text and not events:
             return None
-        events = [event] if event.logprob is not None else []
         return self._chunk(index, event.text, self._told(events, choice.characters - len(event.text)), None)
 
     def last(self, index: int, finish: str) -> Json:

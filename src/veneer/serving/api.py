@@ -9,12 +9,10 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 
 from veneer.serving.answer_format import AnswerFormat, ChatFormat, Choice, CompletionFormat, Json, usage
-from veneer.serving.asking import Asked, Infers, Parts, Prompt, chat_tokens, text_tokens
-from veneer.serving.auth import Caller
+from veneer.serving.asking import Asked, Infers, Parts, Prompt, RequestId, chat_tokens, text_tokens
 from veneer.serving.engine_types import TokenEvent
 from veneer.serving.http_guard import body_of
 from veneer.serving.openai_types import ChatBody, CompletionBody, StreamingBody
-from veneer.serving.service import Service
 from veneer.serving.stream import Answer, Events, Sender, event_of
 
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions
@@ -23,7 +21,7 @@ routes = APIRouter()
 
 @routes.post("/v1/chat/completions")
 async def chat_completions(
-    service: Parts, caller: Infers, body: Annotated[ChatBody, Depends(body_of(ChatBody))]
+    service: Parts, caller: Infers, id: RequestId, body: Annotated[ChatBody, Depends(body_of(ChatBody))]
 ) -> Answer:
     """Continue a conversation."""
 
@@ -34,12 +32,12 @@ async def chat_completions(
         asked.prompts += [Prompt(use, tokens, body.sampling(most, body.alternatives, i)) for i in range(body.n)]
         return ChatFormat(body.model, asked.fingerprint(use), service.tokenizer.token_text, body.logprobs)
 
-    return _answer(service, caller, body, prepare)
+    return _answer(Asked(service, caller, body, id), body, prepare)
 
 
 @routes.post("/v1/completions")
 async def completions(
-    service: Parts, caller: Infers, body: Annotated[CompletionBody, Depends(body_of(CompletionBody))]
+    service: Parts, caller: Infers, id: RequestId, body: Annotated[CompletionBody, Depends(body_of(CompletionBody))]
 ) -> Answer:
     """Continue texts."""
 
@@ -53,17 +51,16 @@ async def completions(
             body.model, asked.fingerprint(use), service.tokenizer.token_text, body.logprobs is not None
         )
 
-    return _answer(service, caller, body, prepare)
+    return _answer(Asked(service, caller, body, id), body, prepare)
 
 
 Prepare = Callable[[Asked], Awaitable[AnswerFormat]]
 
 
-def _answer(service: Service, caller: Caller, body: StreamingBody, prepare: Prepare) -> Answer:
+def _answer(asked: Asked, body: StreamingBody, prepare: Prepare) -> Answer:
     """Return the answer of one of OpenAI's two routes, which differ in their prompts and their form."""
 
     async def work(sender: Sender) -> None:
-        asked = Asked(service, caller, body)
         with asked.held:
             form = await prepare(asked)
             async with asked.generations() as generations:

@@ -42,7 +42,12 @@ def caller_with(*scopes: str) -> Callable[[Request], Awaitable[Caller]]:
     return caller
 
 
+def _request_id(request: Request) -> str:
+    return str(request.state.request_id)
+
+
 Parts = Annotated[Service, Depends(service_of)]
+RequestId = Annotated[str, Depends(_request_id)]
 Infers = Annotated[Caller, Depends(caller_with("infer"))]
 
 
@@ -62,6 +67,7 @@ class Asked:
     service: Service
     caller: Caller
     body: SamplingBody
+    request_id: str
     prompts: list[Prompt] = field(default_factory=list)
     held: ExitStack = field(default_factory=ExitStack)
 
@@ -76,7 +82,7 @@ class Asked:
         self.service.tokenizer.check_bias(int(token) for token in self.body.logit_bias)
         limit = self.service.settings.request_timeout
         timeout = limit if self.body.timeout is None else min(self.body.timeout, limit)
-        sources = [self.service.answer(p.use, self.caller, p.tokens, p.sampling) for p in self.prompts]
+        sources = [self.service.answer(p.use, self.caller, p.tokens, p.sampling, self.request_id) for p in self.prompts]
         return Generations(sources, timeout)
 
     def fingerprint(self, use: Use) -> str:

@@ -9,10 +9,11 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 
 from veneer.serving.answer_format import Choice, Json, usage
-from veneer.serving.asking import Asked, Infers, Parts, Prompt, chat_tokens, text_tokens
+from veneer.serving.asking import Asked, Infers, Parts, Prompt, RequestId, chat_tokens, text_tokens
 from veneer.serving.engine_types import TokenEvent
 from veneer.serving.errors_http import error_body, refusal_of
 from veneer.serving.http_guard import body_of
+from veneer.serving.metrics import Measured
 from veneer.serving.openai_types import CompareBody
 from veneer.serving.registry_types import Use
 from veneer.serving.service import Service
@@ -23,12 +24,12 @@ routes = APIRouter()
 
 @routes.post("/v1/compare")
 async def compare(
-    service: Parts, caller: Infers, body: Annotated[CompareBody, Depends(body_of(CompareBody))]
+    service: Parts, caller: Infers, id: RequestId, body: Annotated[CompareBody, Depends(body_of(CompareBody))]
 ) -> Answer:
     """Answer one prompt under several models, in one batch."""
 
     async def work(sender: Sender) -> None:
-        asked = Asked(service, caller, body)
+        asked = Asked(service, caller, body, id)
         with asked.held:
             for model in body.models:
                 use = asked.use(model)
@@ -55,9 +56,8 @@ class ComparedAnswers:
     def __init__(self, asked: Asked, models: Sequence[str]) -> None:
         self.asked, self._models = asked, models
         self._choices = [Choice() for _ in models]
-        self._begin = time.monotonic()
-        self._first: dict[int, float] = {}
-        self._last: dict[int, float] = {}
+        begin = time.monotonic()
+        self._times = [Measured(begin) for _ in models]
         self.errors: dict[int, Exception] = {}
 
     def head(self, index: int) -> Json:
@@ -76,8 +76,7 @@ class ComparedAnswers:
         if isinstance(event, Exception):
             self.errors[index] = event
             return {"index": index, **error_body(refusal_of(event))}
-        self._last[index] = time.monotonic()
-        self._first.setdefault(index, self._last[index])
+        self._times[index].add(event)
         self._choices[index].add(event)
         if event.finish is not None:
             return {"index": index, "text": event.text, **self._end(index)}
@@ -90,13 +89,13 @@ class ComparedAnswers:
         return {**self.head(index), "text": self._choices[index].text, **self._end(index)}
 
     def _end(self, index: int) -> Json:
-        choice, prompt = self._choices[index], self.asked.prompts[index]
-        seconds = self._last[index] - self._first[index]
-        rate = (choice.tokens - 1) / seconds if seconds > 0 and choice.tokens > 1 else None
+        choice, prompt, times = self._choices[index], self.asked.prompts[index], self._times[index]
+        first = (times.first or times.arrival) - times.arrival
+        rate = 1 / times.token_seconds if times.token_seconds else None
         return {
             "finish_reason": choice.finish,
             "usage": usage(len(prompt.tokens), choice.tokens),
-            "timing": {"first_token_seconds": self._first[index] - self._begin, "tokens_per_second": rate},
+            "timing": {"first_token_seconds": first, "tokens_per_second": rate},
         }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter as Counts
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -14,7 +16,7 @@ from veneer._version import __version__
 from veneer.serving.auth import ANONYMOUS
 
 if TYPE_CHECKING:
-    from veneer.serving.engine_types import EngineStatus
+    from veneer.serving.engine_types import EngineStatus, TokenEvent
     from veneer.serving.service import Service
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -22,6 +24,34 @@ _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64
 # Adapters with series of their own; a thousand label values are too many for Prometheus.
 _MOST_ADAPTERS = 50
 OTHERS = "other"
+
+
+@dataclass
+class Measured:
+    """The times of one answer.
+
+    Attributes:
+        arrival: when the request came.
+        first, last: when the first and the last token came.
+        tokens: how many came.
+    """
+
+    arrival: float
+    first: float | None = None
+    last: float = 0.0
+    tokens: int = 0
+
+    def add(self, event: TokenEvent) -> None:
+        """Add an event, which comes now."""
+        self.last = time.monotonic()
+        if self.first is None:
+            self.first = self.last
+        self.tokens += event.token is not None
+
+    @property
+    def token_seconds(self) -> float | None:
+        """The seconds between two tokens; ``None`` for fewer than two."""
+        return (self.last - self.first) / (self.tokens - 1) if self.first is not None and self.tokens > 1 else None
 
 
 class ServerMetrics:
@@ -51,17 +81,15 @@ class ServerMetrics:
         """Count the wait of a request."""
         self._queue.observe(seconds)
 
-    def first_token(self, seconds: float) -> None:
-        """Count the wait for the first token."""
-        self._ttft.observe(seconds)
-
-    def generated(self, adapter: str, prompt: int, tokens: int, seconds: float) -> None:
-        """Count the tokens of an answer; ``seconds`` are those from its first to its last."""
+    def generated(self, adapter: str, prompt: int, measured: Measured) -> None:
+        """Count the tokens and the times of an answer."""
         label = self._label(adapter)
         self._tokens.labels("prompt", label).inc(prompt)
-        self._tokens.labels("generated", label).inc(tokens)
-        if tokens > 1:
-            self._tpot.observe(seconds / (tokens - 1))
+        self._tokens.labels("generated", label).inc(measured.tokens)
+        if measured.first is not None:
+            self._ttft.observe(measured.first - measured.arrival)
+        if measured.token_seconds is not None:
+            self._tpot.observe(measured.token_seconds)
 
     def _label(self, adapter: str) -> str:
         if len(self._adapters) < _MOST_ADAPTERS:
@@ -91,6 +119,7 @@ class _StateCollector(Collector):
         yield _gauge("veneer_engine_restarts", "How often the engine was started anew.", status.restarts)
         yield _slots(status)
         yield self._adapters()
+        yield self._tiers()
         if service.settings.gateway_metrics:
             yield from self._for_gateways(status)
 
@@ -99,6 +128,12 @@ class _StateCollector(Collector):
         family = GaugeMetricFamily("veneer_adapters", "Adapters by state.", labels=["state"])
         for state, count in states.items():
             family.add_metric([state], count)
+        return family
+
+    def _tiers(self) -> Metric:
+        family = GaugeMetricFamily("veneer_tier_bytes", "Bytes of adapters by place.", labels=["tier"])
+        for tier, used in self._service.tiers.items():
+            family.add_metric([tier], used())
         return family
 
     def _for_gateways(self, status: EngineStatus) -> Iterator[Metric]:

@@ -242,6 +242,12 @@ class RollbackBody(RequestBody):
     to: str | None = Field(None, pattern=r"^(sha256:)?[0-9a-f]{6,64}$")
 
 
+class AliasBody(RequestBody):
+    """The body of ``POST /v1/adapters/NAME/alias``."""
+
+    alias: Name
+
+
 class LoadLoraBody(RequestBody):
     """The body of vLLM's ``POST /v1/load_lora_adapter``."""
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from veneer.base_model.transformers_errors import transformers_errors_as
-from veneer.errors import UsageError
-from veneer.serving.serving_errors import InvalidRequestError
+from veneer.errors import SourceError, UsageError
+from veneer.files.json_file import read_json
+from veneer.serving.serving_errors import AdapterInvalidError, InvalidRequestError
 
 _TEMPLATE_BYTES = 1 << 20
 
@@ -25,6 +25,7 @@ class PromptTokenizer:
 
     def __init__(self, tokenizer: Any, rows: int) -> None:
         self._tokenizer, self._rows = tokenizer, rows
+        tokenizer("")  # sets it to cut off nothing, which is no job for several threads at once
         names = inspect.signature(tokenizer.apply_chat_template).parameters
         self._reserved = {*names, "messages", "documents", "tools"}
 
@@ -116,11 +117,27 @@ class PromptTokenizer:
 
 
 def own_template(folder: Path) -> str | None:
-    """Return the chat template that an adapter's folder brings, ``None`` where it brings none."""
+    """Return the chat template that an adapter's folder brings, ``None`` where it brings none.
+
+    Raises:
+        AdapterInvalidError: it cannot be read.
+    """
     jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if jinja.is_file() and jinja.stat().st_size <= _TEMPLATE_BYTES:
-        return jinja.read_text(encoding="utf-8")
-    if not config.is_file() or config.stat().st_size > _TEMPLATE_BYTES:
+    if jinja.is_file():
+        return _read(jinja)
+    if not config.is_file():
         return None
-    template = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+    try:
+        template = read_json(config).get("chat_template")
+    except SourceError as error:  # which names a folder of this machine
+        raise AdapterInvalidError("The adapter's tokenizer_config.json cannot be read.") from error
     return template if isinstance(template, str) else None
+
+
+def _read(file: Path) -> str:
+    if file.stat().st_size > _TEMPLATE_BYTES:
+        raise AdapterInvalidError(f"The adapter's {file.name} has more than {_TEMPLATE_BYTES} bytes.")
+    try:
+        return file.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise AdapterInvalidError(f"The adapter's {file.name} is no text in UTF-8.") from error

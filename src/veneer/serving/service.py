@@ -6,15 +6,17 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, aclosing, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from veneer.serving.audit import audit
 from veneer.serving.engine_types import Engine, EngineRequest, Sampling, TokenEvent
+from veneer.serving.metrics import Measured
 from veneer.serving.serving_errors import ContextTooLongError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from veneer.serving.admission import Admission
     from veneer.serving.auth import Caller, Keys
@@ -49,7 +51,14 @@ class ServiceSettings:
 
 @dataclass
 class Service:
-    """The parts of one server."""
+    """The parts of one server.
+
+    Attributes:
+        tiers: name of a place for adapters -> the bytes in it.
+        ready: new requests are taken.
+        draining: none are taken any more.
+        waiting, running: name of an adapter -> its requests.
+    """
 
     settings: ServiceSettings
     engine: Engine
@@ -58,6 +67,7 @@ class Service:
     keys: Keys
     tokenizer: PromptTokenizer
     metrics: ServerMetrics
+    tiers: Mapping[str, Callable[[], int]] = field(default_factory=dict)
     ready: bool = False
     draining: bool = False
     waiting: Counter[str] = field(default_factory=Counter)
@@ -92,46 +102,53 @@ class Service:
         return most
 
     async def answer(
-        self, use: Use, caller: Caller, prompt: tuple[int, ...], sampling: Sampling
+        self, use: Use, caller: Caller, prompt: tuple[int, ...], sampling: Sampling, request_id: str
     ) -> AsyncIterator[TokenEvent]:
-        """Wait for the turn of a request, and yield what the engine generates."""
+        """Wait for the turn of a request, and yield what the engine generates.
+
+        Args:
+            use: the version that answers.
+            caller: whose request it is.
+            prompt: its tokens.
+            sampling: how tokens are chosen.
+            request_id: for the audit log; the engine gets an id of its own.
+        """
         arrival = time.monotonic()
-        self.waiting[use.name] += 1
-        admitted = False
-        try:
-            async with self.admission.admit(use, caller, len(prompt) + sampling.max_tokens) as admission:
-                self.waiting[use.name] -= 1
-                admitted = True
-                self.metrics.queued(admission.queue_seconds)
+        with ExitStack() as waiting:
+            waiting.enter_context(_counted(self.waiting, use.name))
+            async with self.admission.admit(use, caller, len(prompt) + sampling.max_tokens) as admitted:
+                waiting.close()
+                self.metrics.queued(admitted.queue_seconds)
                 request = EngineRequest(uuid.uuid4().hex, prompt, use.digest, sampling)
-                with self._running(use.name):
-                    async with aclosing(self.engine.generate(request)) as events:  # type: ignore[type-var]
-                        async for event in self._timed(events, use, len(prompt), arrival):
-                            yield event
-        finally:
-            if not admitted:
-                self.waiting[use.name] -= 1
+                measured = Measured(arrival)
+                try:
+                    with _counted(self.running, use.name):
+                        async with aclosing(self.engine.generate(request)) as events:  # type: ignore[type-var]
+                            async for event in events:
+                                measured.add(event)
+                                if use.revoked.is_set():
+                                    yield replace(event, finish="abort")
+                                    break
+                                yield event
+                finally:
+                    self.metrics.generated(use.name, len(prompt), measured)
+                    audit(
+                        "answered",
+                        request=request_id,
+                        by=caller.id,
+                        adapter=use.label,
+                        prompt_tokens=len(prompt),
+                        tokens=measured.tokens,
+                    )
 
-    @contextmanager
-    def _running(self, name: str) -> Iterator[None]:
-        self.running[name] += 1
-        try:
-            yield
-        finally:
-            self.running[name] -= 1
 
-    async def _timed(
-        self, events: AsyncIterator[TokenEvent], use: Use, prompt: int, arrival: float
-    ) -> AsyncIterator[TokenEvent]:
-        """Pass events on, and measure them."""
-        first, last, tokens = None, arrival, 0
-        try:
-            async for event in events:
-                last = time.monotonic()
-                if first is None:
-                    first = last
-                    self.metrics.first_token(last - arrival)
-                tokens += event.token is not None
-                yield event
-        finally:
-            self.metrics.generated(use.name, prompt, tokens, last - (first or last))
+@contextmanager
+def _counted(counts: Counter[str], name: str) -> Iterator[None]:
+    """Count one more of a name while the block runs."""
+    counts[name] += 1
+    try:
+        yield
+    finally:
+        counts[name] -= 1
+        if not counts[name]:
+            del counts[name]

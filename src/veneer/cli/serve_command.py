@@ -1,0 +1,191 @@
+"""``veneer serve``."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from veneer.cli import options
+from veneer.cli.options import A_PATH, PATH_OR_ID, NumberRange, switch
+from veneer.cli.terminal import print_warnings, progress
+from veneer.errors import UsageError
+from veneer.packages import require
+from veneer.printing import nbytes, parse_bytes, quiet
+
+if TYPE_CHECKING:
+    from veneer.serving.server import RunningServer
+    from veneer.serving.server_options import ServerOptions
+
+_PACKAGES = ("fastapi", "uvicorn", "prometheus-client", "psutil")
+_SETTINGS: Any = {"auto_envvar_prefix": "VENEER_SERVE"}
+
+
+def _size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    """Parse ``16GB``."""
+    size = None if text is None else parse_bytes(text)
+    if text is not None and size is None:
+        raise UsageError(f"{parameter.opts[0]} {text!r} is no size.", hint=f"Such as {parameter.opts[0]} 16GB.")
+    return size
+
+
+def _bytes(name: str, help: str, default: str | None = None) -> Callable[[Any], Any]:
+    return click.option(name, default=default, metavar="SIZE", callback=_size, help=help)
+
+
+def _count(name: str, help: str, default: int | None = None) -> Callable[[Any], Any]:
+    return click.option(name, type=click.IntRange(min=1), default=default, metavar="N", help=help)
+
+
+def _seconds(name: str, default: float, help: str) -> Callable[[Any], Any]:
+    return click.option(name, type=NumberRange(min=0), default=default, metavar="SECONDS", help=help)
+
+
+@click.command(context_settings=_SETTINGS)
+@click.argument("base", type=PATH_OR_ID, required=False, help="The base: a folder or hub id.")
+@click.option("--adapter", "adapters", metavar="NAME=SOURCE", multiple=True, help="An adapter; may be given again.")
+@click.option("--adapters", "folder", type=A_PATH, metavar="DIR", help="Serve each adapter in this folder by its name.")
+@click.option("--name", help="The base's name in requests; by default its folder's name or hub id.")
+@click.option("--host", default="127.0.0.1", help="The address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="0 takes a free one.")
+@click.option("--api-keys", "keys", type=A_PATH, metavar="FILE", help="Only these keys may use the server.")
+@click.option("--new-key", metavar="NAME", help="Make a key and its entry for that file, and end.")
+@switch("--insecure", "Listen beyond this machine without keys.")
+@switch("--allow-runtime-adapters", "Let adapters come and go while the server runs.")
+@click.option(
+    "--allow-source", multiple=True, metavar="GLOB", help="Where they may come from: hf://org/*, file:///dir/*."
+)
+@click.option(
+    "--store", type=A_PATH, metavar="DIR", help="Keep adapters and names there; else they go with the process."
+)
+@_bytes("--store-bytes", "The most that is kept there.", "50GB")
+@_bytes("--max-adapter-bytes", "The largest adapter.", "4GB")
+@_count("--max-rank", "The largest rank; by default any.")
+@_bytes("--host-bytes", "The most that all loaded adapters take; by default a quarter of the memory.")
+@_count("--slots", "Adapters in a batch.", 64)
+@_bytes("--kv-bytes", "The cache of keys and values; by default enough for 16,384 tokens.")
+@_count("--max-batch-tokens", "Tokens that a step computes.", 512)
+@_count("--max-requests", "Requests in a batch.", 64)
+@_count("--max-context", "Tokens of a prompt with its answer; by default the model's and the cache's.")
+@_count("--queue", "Requests that wait.", 1024)
+@_seconds("--queue-age", 30, "How long a request may wait.")
+@_seconds("--adapter-cycle", 2, "How long an adapter waits for a slot before another gives one up.")
+@_seconds("--load-wait", 10, "How long a request waits for its adapter to be loaded.")
+@_seconds("--request-timeout", 600, "How long an answer may take.")
+@_seconds("--drain", 30, "How long running requests have when the server is told to stop.")
+@options.dtype
+@options.device
+@_count("--threads", "Threads of the CPU; by default torch's choice.")
+@switch("--ui", "Serve a page at / that compares adapters.")
+@switch("--gateway-metrics", "Add the gauges that gateways read, under vLLM's names.")
+@click.option(
+    "--audit-log", type=A_PATH, metavar="FILE", help="Add a line for each change and answer: who, which, how many."
+)
+@click.option("--log", type=click.Choice(["text", "json"]), default="text", metavar="FORM", help="text or json.")
+def serve(
+    base: str | None, new_key: str | None, log: str, audit_log: Path | None, threads: int | None, **given: Any
+) -> None:
+    """Serve a base and many adapters over OpenAI's API: a request's `model` names the adapter.
+
+    Example: veneer serve path/to/base --adapter pirate=path/to/pirate --adapter brief=path/to/brief
+    """
+    require("veneer serve", *_PACKAGES, extra="serve", error=UsageError)
+    if new_key is not None:
+        _print_new_key(new_key)
+        return
+    if base is None:
+        raise UsageError("There is no base to serve.", hint="veneer serve path/to/base --adapter NAME=path/to/adapter")
+    with quiet() as warnings, ExitStack() as shown:
+        on_step = shown.enter_context(progress("loading", lines=True))
+        from veneer.serving.server import run_server
+        from veneer.serving.server_options import server_options
+
+        described = server_options(base, **given)
+        _use_threads(threads)
+        _audit_to(audit_log)
+
+        def ready(server: RunningServer) -> None:
+            shown.close()
+            _tell(server, warnings, described, log)
+
+        run_server(described, on_step, ready)
+
+
+def _print_new_key(name: str) -> None:
+    from veneer.serving.auth import new_key
+
+    key, entry = new_key(name)
+    print(f"The key, which is shown this once: {key}")
+    print(f'Its entry for "keys" in the file: {json.dumps(entry)}')
+
+
+def _audit_to(file: Path | None) -> None:
+    from veneer.serving import audit
+
+    if file is None:
+        audit.LOGGER.setLevel(logging.WARNING)
+    else:
+        audit.log_to(file)
+
+
+def _use_threads(count: int | None) -> None:
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
+
+
+def _tell(server: RunningServer, warnings: list[str], described: ServerOptions, log: str) -> None:
+    """Print the figures chosen, and begin to log."""
+    print_warnings([*warnings, *server.left_out])
+    for name, fact in _facts(server, described):
+        print(f"{name:<12}{fact}")
+    print(f"Serving on {server.address}", flush=True)
+    _log_as(log)
+
+
+def _facts(server: RunningServer, described: ServerOptions) -> list[tuple[str, str]]:
+    service, engine = server.service, server.service.engine
+    limits = described.store_limits
+    names = [info.name for info in server.adapters]
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return [
+        ("base", f"{described.settings.base_name}, {engine.max_context} tokens of context"),
+        ("adapters", f"{len(names)}: {shown}" if names else "none yet"),
+        ("batch", f"{described.engine.max_requests} requests, {described.engine.slots} adapters"),
+        ("memory", f"{nbytes(server.host_bytes)} for adapters"),
+        ("store", f"{described.store or 'for this process'}, {nbytes(limits.store_bytes)} at most"),
+        ("keys", "everybody on this machine" if service.settings.hosts is not None else _keys(described)),
+        ("changes", "on" if described.settings.runtime_adapters else "off: --allow-runtime-adapters"),
+    ]
+
+
+def _keys(described: ServerOptions) -> str:
+    return str(described.keys) if described.keys else "everybody who reaches it: --insecure"
+
+
+def _log_as(form: str) -> None:
+    """Send the log to standard error, a line for each answer."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonLines() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for name in ("veneer", "uvicorn", "py.warnings"):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO if name == "veneer" else logging.WARNING)
+        logger.propagate = False
+    logging.captureWarnings(True)
+
+
+class _JsonLines(logging.Formatter):
+    """Writes a record as a line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": record.created, "level": record.levelname, "logger": record.name, "text": record.getMessage()}
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line)

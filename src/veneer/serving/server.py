@@ -1,0 +1,225 @@
+"""Runs the server: takes the address, loads the base and the adapters, answers, and drains when it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+
+import psutil
+import uvicorn
+
+from veneer.errors import OutputError, VeneerError
+from veneer.serving.admission import Admission
+from veneer.serving.app import create_app
+from veneer.serving.auth import ANONYMOUS, Keys
+from veneer.serving.engine import TransformersEngine
+from veneer.serving.http_guard import LOG
+from veneer.serving.metrics import ServerMetrics
+from veneer.serving.prompt_tokens import PromptTokenizer
+from veneer.serving.registry import Registry
+from veneer.serving.registry_types import AdapterInfo
+from veneer.serving.residency import Residency, ResidencyLimits
+from veneer.serving.server_options import ServerOptions
+from veneer.serving.service import Service
+from veneer.serving.store import Store
+
+# The engine starts itself anew within seconds; one that stays dead for so many hangs, and only a new process helps.
+_DEAD_SECONDS = 30.0
+# What a supervisor of processes takes for "start it again" (EX_SOFTWARE).
+_EXIT_DEAD = 70
+# Seconds for the last bytes of answers when the drain is over.
+_LAST_BYTES = 5
+
+
+@dataclass
+class RunningServer:
+    """What a server tells when it is ready."""
+
+    address: str
+    service: Service
+    host_bytes: int
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def adapters(self) -> list[AdapterInfo]:
+        """The state of all adapters."""
+        return self.service.registry.adapters(ANONYMOUS)
+
+
+def run_server(
+    options: ServerOptions, on_step: Callable[[str], None], on_ready: Callable[[RunningServer], None]
+) -> None:
+    """Run the server until a signal ends it.
+
+    Args:
+        options: what it is made of.
+        on_step: told what is being done before it is ready.
+        on_ready: called when it answers.
+
+    Raises:
+        VeneerError: it cannot start.
+    """
+    keys = Keys(options.keys)
+    with _listening(options.host, options.port) as listener:
+        engine = TransformersEngine(options.base, options.engine)
+        on_step("loading the base")
+        engine.start()
+        try:
+            with _folder(options.store) as folder:
+                asyncio.run(_serve(options, folder, engine, keys, listener, on_step, on_ready))
+        finally:
+            engine.stop(0)
+
+
+@contextmanager
+def _folder(store: Path | None) -> Iterator[Path]:
+    """Yield the folder of the store; where none is given, one that is gone with the process."""
+    if store is not None:
+        yield store
+        return
+    with tempfile.TemporaryDirectory(prefix="veneer-serve-") as folder:
+        yield Path(folder)
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Take the address before the base is loaded, so that one that is taken is told at once."""
+    with ExitStack() as stack:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            listener = stack.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OutputError(f"{host}:{port} cannot be listened on: {reason}.", hint="Give another --port.") from error
+        stack.pop_all()
+    return listener
+
+
+async def _serve(
+    options: ServerOptions,
+    folder: Path,
+    engine: TransformersEngine,
+    keys: Keys,
+    listener: socket.socket,
+    on_step: Callable[[str], None],
+    on_ready: Callable[[RunningServer], None],
+) -> None:
+    rows = engine.model.get_input_embeddings().weight.shape[0]
+    settings = replace(options.settings, base_digest=engine.model.base_digest or "")
+    host_bytes = options.host_bytes or psutil.virtual_memory().total // 4
+    store = Store(folder, options.store_limits, base_digest=engine.model.base_digest)
+    residency = Residency(engine, store, ResidencyLimits(host_bytes, cycle=options.limits.cycle))
+    registry = Registry(store, residency, options.policy, base_name=settings.base_name)
+    admission = Admission(residency, options.limits)
+    tokenizer = PromptTokenizer(engine.tokenizer, rows)
+    tiers = {"store": lambda: store.used_bytes, "host": lambda: residency.used_bytes}
+    service = Service(settings, engine, registry, admission, keys, tokenizer, ServerMetrics(), tiers)
+    await registry.open()
+    try:
+        running = RunningServer(_address(listener), service, host_bytes)
+        await _register(options, registry, running.left_out, on_step)
+        config = uvicorn.Config(
+            create_app(service),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_LAST_BYTES,
+        )
+
+        def begin() -> None:
+            service.ready = True
+            on_ready(running)
+
+        server = _DrainingServer(config, service, options.drain, begin)
+        watch = asyncio.create_task(_watch(service))
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, keys)
+        await server.serve([listener])
+        watch.cancel()
+    finally:
+        await registry.close()
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def _register(
+    options: ServerOptions, registry: Registry, left_out: list[str], on_step: Callable[[str], None]
+) -> None:
+    for registration in options.adapters:
+        on_step(f"loading {registration.name}")
+        await registry.register(registration, ANONYMOUS)
+    for registration in options.found:
+        on_step(f"reading {registration.name}")
+        try:
+            await registry.register(registration, ANONYMOUS)
+        except VeneerError as error:
+            left_out.append(f"{registration.name} is left out: {error}")
+
+
+def _reload(keys: Keys) -> None:
+    try:
+        keys.reload()
+    except VeneerError as error:
+        LOG.error("The keys stay as they were: %s", error)
+    else:
+        LOG.info("The keys were read again.")
+
+
+class _DrainingServer(uvicorn.Server):
+    """Lets running requests end when it is told to stop, and refuses new ones; told again, it stops at once."""
+
+    def __init__(
+        self, config: uvicorn.Config, service: Service, seconds: float, on_listening: Callable[[], None]
+    ) -> None:
+        super().__init__(config)
+        self._service, self._seconds, self._on_listening = service, seconds, on_listening
+        self._draining: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets)
+        if self.started:
+            self._on_listening()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain, or stop."""
+        self._loop.call_soon_threadsafe(self._told)
+
+    def _told(self) -> None:
+        if self._draining is None:
+            LOG.info("Stopping: %s requests have %g seconds.", self._service.admission.running, self._seconds)
+            self._draining = asyncio.create_task(self._drain())
+        else:
+            self.force_exit = self.should_exit = True
+
+    async def _drain(self) -> None:
+        self._service.drain()
+        if not await self._service.admission.drained(self._seconds):
+            LOG.warning("Not all requests ended in time.")
+        self.should_exit = True
+
+
+async def _watch(service: Service) -> None:
+    """End the process when the engine is dead for good: a thread that hangs cannot be ended."""
+    since = time.monotonic()
+    while time.monotonic() - since < _DEAD_SECONDS:
+        await asyncio.sleep(1)
+        if service.engine.status().alive:
+            since = time.monotonic()
+    LOG.critical("The engine is dead: %s", service.engine.status().error)
+    logging.shutdown()
+    os._exit(_EXIT_DEAD)

@@ -1,0 +1,175 @@
+"""Reads and checks the options of ``veneer serve``."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from veneer.errors import PathNotFoundError, UsageError
+from veneer.files.paths import exists
+from veneer.serving.admission import AdmissionLimits
+from veneer.serving.engine import EngineOptions
+from veneer.serving.registry_types import Registration
+from veneer.serving.service import ServiceSettings
+from veneer.serving.source_policy import SourcePolicy
+from veneer.serving.store import StoreLimits
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Describes a server.
+
+    Attributes:
+        base: a folder or hub id.
+        settings: of the routes.
+        engine: of the engine.
+        limits: of the requests that run and wait.
+        store: the folder of the store; one that goes with the process when ``None``.
+        store_limits: of what is in it.
+        host_bytes: the most bytes of all loaded adapters; a quarter of the memory when ``None``.
+        policy: where adapters may come from while the server runs.
+        keys: the file of keys.
+        host, port: where it listens; port 0 takes a free one.
+        drain: the seconds that running requests have when it is told to stop.
+        adapters: those that must be there when it starts.
+        found: those that are left out, with a warning, where they cannot be served.
+    """
+
+    base: str
+    settings: ServiceSettings
+    engine: EngineOptions
+    limits: AdmissionLimits
+    store: Path | None
+    store_limits: StoreLimits
+    host_bytes: int | None
+    policy: SourcePolicy
+    keys: Path | None
+    host: str
+    port: int
+    drain: float
+    adapters: tuple[Registration, ...]
+    found: tuple[Registration, ...]
+
+
+def server_options(
+    base: str,
+    *,
+    adapters: Iterable[str],
+    folder: Path | None,
+    name: str | None,
+    host: str,
+    port: int,
+    keys: Path | None,
+    insecure: bool,
+    allow_runtime_adapters: bool,
+    allow_source: tuple[str, ...],
+    store: Path | None,
+    store_bytes: int,
+    max_adapter_bytes: int,
+    max_rank: int | None,
+    host_bytes: int | None,
+    slots: int,
+    kv_bytes: int | None,
+    max_batch_tokens: int,
+    max_requests: int,
+    max_context: int | None,
+    queue: int,
+    queue_age: float,
+    adapter_cycle: float,
+    load_wait: float,
+    request_timeout: float,
+    drain: float,
+    dtype: str,
+    device: str | None,
+    ui: bool,
+    gateway_metrics: bool,
+) -> ServerOptions:
+    """Return what the options of the command line describe.
+
+    Raises:
+        UsageError: they contradict each other, or others than this machine could use the server without a key.
+    """
+    _check_host(host, keys, insecure)
+    if allow_source and not allow_runtime_adapters:
+        raise UsageError("--allow-source is for adapters that come later.", hint="Add --allow-runtime-adapters.")
+    given = tuple(_registration(text) for text in adapters)
+    found = tuple(_found(folder, {registration.name for registration in given})) if folder else ()
+    return ServerOptions(
+        base=base,
+        settings=ServiceSettings(
+            base_name=name or _name_of(base),
+            runtime_adapters=allow_runtime_adapters,
+            request_timeout=request_timeout,
+            page=ui,
+            gateway_metrics=gateway_metrics,
+            hosts=None if keys or insecure else (host,),
+        ),
+        engine=EngineOptions(
+            max_batch_tokens=max_batch_tokens,
+            max_requests=max_requests,
+            max_context=max_context,
+            cache_bytes=kv_bytes,
+            device=device,
+            dtype=dtype,
+            slots=slots,
+        ),
+        limits=AdmissionLimits(
+            running=max_requests,
+            slots=slots,
+            queue=queue,
+            queue_per_adapter=queue,
+            queue_age=queue_age,
+            cycle=adapter_cycle,
+            load_wait=load_wait,
+        ),
+        store=store,
+        store_limits=StoreLimits(store_bytes, max_adapter_bytes, max_rank),
+        host_bytes=host_bytes,
+        policy=SourcePolicy(allow_source),
+        keys=keys,
+        host=host,
+        port=port,
+        drain=drain,
+        adapters=given,
+        found=found,
+    )
+
+
+def _check_host(host: str, keys: Path | None, insecure: bool) -> None:
+    if keys is not None or insecure or _is_loopback(host):
+        return
+    raise UsageError(
+        f"Without keys, everybody who reaches {host} could use this server.",
+        hint="Give --api-keys FILE (`veneer serve --new-key NAME` makes a key), or --insecure.",
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _name_of(base: str) -> str:
+    return Path(base).resolve().name if exists(Path(base)) else base
+
+
+def _registration(text: str) -> Registration:
+    name, mark, source = text.partition("=")
+    if not mark or not name or not source:
+        raise UsageError(f"--adapter {text!r} is not NAME=SOURCE.", hint="Such as --adapter pirate=path/to/pirate.")
+    if exists(Path(source)):
+        source = str(Path(source).resolve())
+    return Registration(name, source, replace=True, trusted=True)
+
+
+def _found(folder: Path, taken: set[str]) -> Iterator[Registration]:
+    """Yield the adapters in a folder, but for names that are taken; each is loaded when it is first asked for."""
+    if not folder.is_dir():
+        raise PathNotFoundError(f"--adapters {folder} is no folder.", hint="Give the folder that the adapters are in.")
+    for path in sorted(folder.iterdir()):
+        if path.name not in taken and (path / "adapter_config.json").is_file():
+            yield Registration(path.name, str(path.resolve()), replace=True, trusted=True, check=False)

@@ -1,0 +1,77 @@
+"""``veneer serve``: what it refuses before anything is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Result
+from veneer.serving.auth import Keys
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "no base": ([], "There is no base to serve."),
+    "another address": (["base", "--host", "0.0.0.0"], "--api-keys FILE"),
+    "a name for all addresses": (["base", "--host", "serve.example"], "--insecure"),
+    "an adapter without a name": (["base", "--adapter", "adapters/pirate"], "NAME=SOURCE"),
+    "an adapter without a source": (["base", "--adapter", "pirate="], "NAME=SOURCE"),
+    "no folder": (["base", "--adapters", "none"], "is no folder"),
+    "a size": (["base", "--host-bytes", "much"], "--host-bytes 'much' is no size"),
+    "sources without changes": (["base", "--allow-source", "hf://a/*"], "--allow-runtime-adapters"),
+    "a port": (["base", "--port", "70000"], "70000"),
+    "seconds": (["base", "--drain", "nan"], "no number"),
+    "a source of the web": (["base", "--allow-runtime-adapters", "--allow-source", "https://a/*"], "cannot be allowed"),
+    "keys that are not there": (["base", "--api-keys", "none.json"], "none.json"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_wrong_option_is_told_at_once(
+    case: str, run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments, text = REFUSED[case]
+    result = run("serve", *arguments)
+    assert result.code == 2
+    assert text in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_a_port_that_is_taken(made: Path, run: Callable[..., Result]) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = run("serve", made / "base", "--port", str(taken.getsockname()[1]))
+    assert result.code == 2
+    assert "cannot be listened on" in result.err
+
+
+def test_the_extra_is_named_where_it_is_missing(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+
+    def find_spec(name: str, *more: Any) -> Any:
+        return None if name in ("fastapi", "prometheus_client") else found(name, *more)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    result = run("serve", "base")
+    assert result.code == 2
+    assert "fastapi and prometheus-client" in result.err
+    assert ".[serve]" in result.err
+
+
+def test_a_new_key_is_one_that_the_file_takes(run: Callable[..., Result], tmp_path: Path) -> None:
+    result = run("serve", "--new-key", "laptop")
+    key, entry = (line.partition(": ")[2] for line in result.out.splitlines())
+    (tmp_path / "keys.json").write_text(json.dumps({"keys": [json.loads(entry)]}))
+    assert Keys(tmp_path / "keys.json").authenticate(f"Bearer {key}").id == "laptop"
+
+
+def test_options_come_from_the_environment_too(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VENEER_SERVE_HOST", "0.0.0.0")
+    assert "0.0.0.0" in run("serve", "base").err

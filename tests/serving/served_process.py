@@ -1,0 +1,89 @@
+"""A ``veneer serve`` of its own process, with a tiny base and adapters of several methods, and the oracle for them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.serving.engine_world import CONFIGS, World, base, tokenizer
+from tests.serving.fake_engine import TEMPLATE
+
+NAMES = ("r3", "r16", "dora", "ia3")
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class ServedProcess:
+    """A server's process.
+
+    Attributes:
+        url: its address.
+        process: of the system.
+        world: the oracle.
+        folder: with ``base/``, ``adapters/`` and ``sources/``, from which adapters may come.
+    """
+
+    url: str
+    process: subprocess.Popen[str]
+    world: World
+    folder: Path
+
+    def text(self, name: str | None, prompt: list[int], tokens: int) -> str:
+        """Return what ``generate`` answers."""
+        answer = self.world.answer(name, prompt, tokens)
+        return str(tokenizer().decode(answer, skip_special_tokens=True))
+
+
+def made(folder: Path) -> World:
+    """Make the folders."""
+    words = tokenizer()
+    words.chat_template = TEMPLATE
+    base().save_pretrained(folder / "base")
+    words.save_pretrained(folder / "base")
+    world = World(folder / "adapters", {name: CONFIGS[name] for name in NAMES})
+    (folder / "sources").mkdir()
+    return world
+
+
+@contextmanager
+def process(world: World, folder: Path, *options: str) -> Iterator[ServedProcess]:
+    """Run the server until the block ends."""
+    adapters = [f"--adapter={name}={world.folders[name]}" for name in NAMES]
+    sizes = ["--port=0", "--dtype=float32", "--max-requests=8", "--slots=4", "--kv-bytes=1MB", "--threads=1"]
+    changes = ["--allow-runtime-adapters", f"--allow-source=file://{folder.resolve()}/sources/*"]
+    command = [sys.executable, "-m", "veneer", "serve", str(folder / "base"), *adapters, *sizes, *changes, *options]
+    log = (folder / "log").open("w")
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment(folder))
+    try:
+        yield ServedProcess(_address(running, folder), running, world, folder)
+    finally:
+        running.kill()
+        running.wait()
+        assert running.stdout is not None
+        running.stdout.close()
+        log.close()
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Return the environment: no network, this source, temporary files in the test's folder."""
+    paths = os.pathsep.join((str(ROOT / "src"), str(ROOT)))
+    return {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
+
+
+def _address(running: subprocess.Popen[str], folder: Path) -> str:
+    assert running.stdout is not None
+    for line in running.stdout:
+        if line.startswith("Serving on "):
+            return line.removeprefix("Serving on ").strip()
+    raise RuntimeError((folder / "log").read_text())
+
+
+def completion(name: str, prompt: list[int], tokens: int, **more: Any) -> dict[str, Any]:
+    """Return the body of a request whose answer is the oracle's."""
+    return {"model": name, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, **more}

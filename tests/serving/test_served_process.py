@@ -1,0 +1,334 @@
+"""The whole server, over its socket: right answers under every adapter, changes while it runs, and bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import struct
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.serving.engine_world import prompts
+from tests.serving.http_service import Reply, call, events_of
+from tests.serving.served_process import NAMES, ServedProcess, completion, made, process
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedProcess]:
+    folder = tmp_path_factory.mktemp("served")
+    with process(made(folder), folder) as served:
+        yield served
+
+
+@pytest.fixture(autouse=True)
+def answers_after(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test, whatever it did, the server answers rightly."""
+    yield
+    if "server" in request.fixturenames:
+        served: ServedProcess = request.getfixturevalue("server")
+        assert call(served.url, "GET", "/health").status == 200
+        check(served, ask(served, "r3", [5, 6, 7], 3), "r3", [5, 6, 7], 3)
+
+
+def ask(served: ServedProcess, name: str, prompt: list[int], tokens: int, **more: Any) -> Reply:
+    return call(served.url, "POST", "/v1/completions", completion(name, prompt, tokens, **more), timeout=60)
+
+
+def check(served: ServedProcess, reply: Reply, name: str, prompt: list[int], tokens: int) -> None:
+    assert reply.status == 200, reply.body
+    assert reply.headers["x-veneer-adapter"].startswith(f"{name}@sha256:" if name != "base" else "base")
+    if reply.headers["content-type"] == "text/event-stream":
+        events = events_of(reply)
+        assert events[-1] == "[DONE]"
+        text = "".join(event["choices"][0]["text"] for event in events[:-1])
+    else:
+        text = reply.json["choices"][0]["text"]
+    assert text == served.text(None if name == "base" else name, prompt, tokens)
+
+
+def register(served: ServedProcess, name: str, source: Path | str, **more: Any) -> Reply:
+    url = source if isinstance(source, str) else f"file://{source.resolve()}"
+    body = {"name": name, "source": url, "wait": True, **more}
+    return call(served.url, "POST", "/v1/adapters", body, timeout=60)
+
+
+def copied(served: ServedProcess, name: str, of: str = "r3") -> Path:
+    """Copy an adapter to where others may come from."""
+    target = served.folder / "sources" / name
+    shutil.rmtree(target, ignore_errors=True)
+    return Path(shutil.copytree(served.world.folders[of], target, ignore=shutil.ignore_patterns("r16", "dora", "ia3")))
+
+
+def test_sixty_requests_of_many_clients_are_answered_under_their_own_adapters(server: ServedProcess) -> None:
+    names = [*NAMES, "base"]
+    asked = [(names[i % 5], prompt, 4 + i % 9, i % 2 == 1) for i, prompt in enumerate(prompts(60))]
+    for name, prompt, tokens, _ in asked:
+        server.text(None if name == "base" else name, prompt, tokens)
+    with ThreadPoolExecutor(12) as clients:
+        replies = list(clients.map(lambda a: ask(server, a[0], a[1], a[2], stream=a[3]), asked))
+    for reply, (name, prompt, tokens, _) in zip(replies, asked, strict=True):
+        check(server, reply, name, prompt, tokens)
+
+
+def test_openais_own_client(server: ServedProcess) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        assert {model.id for model in client.models.list()} >= {"base", *NAMES}
+        message = {"role": "user", "content": "w5 w6"}
+        options: Any = {"model": "dora", "messages": [message], "max_tokens": 5, "temperature": 0}
+        ignoring: Any = {"extra_body": {"ignore_eos": True}}
+        answer = client.chat.completions.create(**options, **ignoring, logprobs=True, top_logprobs=2)
+        expected = server.text("dora", [5, 6, 7], 5)
+        assert answer.choices[0].message.content == expected
+        top = answer.choices[0].logprobs.content[0].top_logprobs
+        logprobs = server.world.logits("dora", [5, 6, 7])[-1].log_softmax(-1)
+        assert [entry.logprob for entry in top] == pytest.approx(logprobs.topk(2).values.tolist(), abs=1e-4)
+        stream = client.chat.completions.create(**options, **ignoring, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == expected
+        stop = expected.split()[2]
+        stopped = client.chat.completions.create(**options, **ignoring, stop=[stop])
+        assert stopped.choices[0].finish_reason == "stop"
+        assert stopped.choices[0].message.content == expected[: expected.index(stop)]
+        sampled = [
+            client.completions.create(model="r16", prompt="w5", seed=3, max_tokens=8).choices[0].text for _ in "ab"
+        ]
+        assert sampled[0] == sampled[1]
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(**{**options, "model": "r4"})
+
+
+def test_a_comparison_is_what_each_answers_alone(server: ServedProcess) -> None:
+    body = completion("", [], 6) | {"models": [*NAMES, "base"], "prompt": "w5 w6 w7", "stream": False}
+    del body["model"]
+    columns = call(server.url, "POST", "/v1/compare", body, timeout=60).json["columns"]
+    expected = [server.text(name, [5, 6, 7], 6) for name in (*NAMES, None)]
+    assert [column["text"] for column in columns] == expected
+    assert len(set(expected)) == 5
+
+
+def test_a_name_moves_and_comes_back_while_requests_run(server: ServedProcess) -> None:
+    first, second = copied(server, "first", "r3"), copied(server, "second", "r16")
+    assert register(server, "moving", first).status == 201
+    old = call(server.url, "GET", "/v1/adapters/moving").json["digest"]
+    assert register(server, "moving", second).error["code"] == "adapter_exists"
+    with ThreadPoolExecutor(6) as clients:
+        running = [clients.submit(ask, server, "moving", [5, 6, 7], 60) for _ in range(6)]
+        time.sleep(0.1)
+        assert register(server, "moving", second, replace=True).json["version"] == 2
+        new = call(server.url, "GET", "/v1/adapters/moving").json["digest"]
+        replies = [one.result() for one in running] + [ask(server, "moving", [5, 6, 7], 60)]
+    versions = {f"moving@{old}": "r3", f"moving@{new}": "r16"}
+    for reply in replies:
+        expected = server.text(versions[reply.headers["x-veneer-adapter"]], [5, 6, 7], 60)
+        assert reply.json["choices"][0]["text"] == expected
+    assert replies[-1].headers["x-veneer-adapter"] == f"moving@{new}"
+    assert ask(server, f"moving@{old[7:15]}", [5], 2).headers["x-veneer-adapter"] == f"moving@{old}"
+    rolled = call(server.url, "POST", "/v1/adapters/moving/rollback", {}, timeout=60)
+    assert (rolled.status, rolled.json["digest"]) == (200, old)
+    aliased = call(server.url, "POST", "/v1/adapters/moving/alias", {"alias": "stable"})
+    assert aliased.json["aliases"] == ["stable"]
+    assert ask(server, "stable", [5], 2).status == 200
+    assert call(server.url, "POST", "/v1/adapters/moving/pin", {}).json["pinned"] is True
+    assert call(server.url, "POST", "/v1/adapters/moving/unpin", {}).json["pinned"] is False
+    assert call(server.url, "POST", "/v1/adapters/moving/warm", {}, timeout=60).json["resident"] is True
+    assert call(server.url, "DELETE", "/v1/adapters/moving?drain=20", timeout=60).status == 204
+    assert ask(server, "moving", [5], 2).error["code"] == "adapter_removed"
+
+
+def test_removal_under_load_waits_or_ends_what_runs(server: ServedProcess) -> None:
+    assert register(server, "leaving", copied(server, "leaving")).status == 201
+    with ThreadPoolExecutor(2) as clients:
+        running = clients.submit(ask, server, "leaving", [5, 6, 7], 100, stream=True)
+        wait_for(lambda: call(server.url, "GET", "/v1/adapters/leaving").json["requests"])
+        assert call(server.url, "DELETE", "/v1/adapters/leaving").error["code"] == "adapter_busy"
+        assert call(server.url, "DELETE", "/v1/adapters/leaving?force=true", timeout=60).status == 204
+        events = events_of(running.result())
+    assert events[-2]["choices"][0]["finish_reason"] in ("abort", "length")
+
+
+def wait_for(reached: Any) -> None:
+    end = time.monotonic() + 20
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_an_adapter_registered_in_the_background(server: ServedProcess) -> None:
+    body = {"name": "later", "source": f"file://{copied(server, 'later').resolve()}", "pin": True}
+    assert call(server.url, "POST", "/v1/adapters", body).status == 202
+    wait_for(lambda: call(server.url, "GET", "/v1/adapters/later").json["state"] == "ready")
+    assert call(server.url, "GET", "/v1/adapters/later").json["pinned"] is True
+    assert call(server.url, "DELETE", "/v1/adapters/later", timeout=60).status == 204
+
+
+def test_vllms_names(server: ServedProcess) -> None:
+    def post(path: str, body: dict[str, Any]) -> Reply:
+        return call(server.url, "POST", path, body, timeout=60)
+
+    loading = {"lora_name": "vl", "lora_path": str(copied(server, "vl").resolve())}
+    loaded = post("/v1/load_lora_adapter", loading)
+    assert (loaded.status, loaded.body) == (200, b"Success: LoRA adapter 'vl' added successfully.")
+    again = post("/v1/load_lora_adapter", loading)
+    assert (again.status, again.error["type"]) == (400, "InvalidUserInput")
+    assert "has already been loaded" in again.error["message"]
+    assert post("/v1/load_lora_adapter", {**loading, "load_inplace": True}).status == 200
+    assert post("/v1/load_lora_adapter", {"lora_name": "vl"}).status == 400
+    gone = post("/v1/unload_lora_adapter", {"lora_name": "vl", "lora_int_id": 3})
+    assert (gone.status, gone.body) == (200, b"Success: LoRA adapter 'vl' removed successfully.")
+    missing = post("/v1/unload_lora_adapter", {"lora_name": "vl"})
+    assert (missing.status, missing.error["type"]) == (404, "NotFoundError")
+
+
+def not_finite(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[min(tensors)][0, 0] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+
+
+def truncated(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def huge_header(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
+
+
+def pickled(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"a": torch.zeros(1)}, folder / "adapter_model.bin")
+
+
+def other_shapes(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    save_file({name: torch.ones(3, 3) for name in load_file(file)}, file, {"format": "pt"})
+
+
+def other_layers(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    save_file({name.replace("layers", "blocks"): t for name, t in load_file(file).items()}, file, {"format": "pt"})
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def no_json(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{" * 20_000)
+
+
+def unknown_method(folder: Path) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "peft_type": "MAGIC"}))
+
+
+DAMAGES = [
+    not_finite,
+    truncated,
+    huge_header,
+    pickled,
+    other_shapes,
+    other_layers,
+    no_weights,
+    no_json,
+    unknown_method,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_bad_adapter_is_refused_and_never_answers(server: ServedProcess, damage: Any) -> None:
+    damage(copied(server, "bad"))
+    reply = register(server, "bad", server.folder / "sources" / "bad")
+    assert (reply.status, reply.error["code"]) == (422, "adapter_invalid"), reply.body
+    assert ask(server, "bad", [5], 2).status in (404, 410, 422)
+
+
+ROOTS = ["/etc", "/", "."]
+TRAVERSALS = [
+    "file://{root}/sources/../adapters/r16",
+    "file://{root}/sources/%2e%2e/adapters/r16",
+    "file://{root}/sources/..%2fadapters",
+    "{root}/sources/../adapters/r16",
+    "file://{root}/sources/link",
+    "file:///etc/passwd",
+    "file://localhost/etc",
+    "../adapters/r16",
+    "~/x",
+    "file://{root}/sources/a\\..\\..\\adapters",
+    "http://169.254.169.254/latest",
+    "https://example.com/adapter",
+    "hf://someone/else",
+    "file://{root}/sources/x\x00y",
+    "simplecache::file:///etc",
+]
+
+
+@pytest.mark.parametrize("source", TRAVERSALS)
+def test_a_source_outside_of_what_is_allowed_is_refused(server: ServedProcess, source: str) -> None:
+    link = server.folder / "sources" / "link"
+    if not link.is_symlink():
+        link.symlink_to(server.world.folders["r16"].resolve())
+    reply = register(server, "outside", source.replace("{root}", str(server.folder.resolve())))
+    assert reply.status in (400, 403, 404, 424), reply.body
+    assert call(server.url, "GET", "/v1/models/outside").status in (404, 410, 403, 424)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../b", ".x", "a b", "x" * 200, "a/b/c", "base", "a\n", ""])
+def test_a_name_that_is_none_is_refused(server: ServedProcess, name: str) -> None:
+    reply = register(server, name, copied(server, "named"))
+    assert reply.status in (400, 409), reply.body
+
+
+def test_a_source_that_is_gone(server: ServedProcess) -> None:
+    reply = register(server, "gone", server.folder / "sources" / "never")
+    assert (reply.status, reply.error["code"]) in ((424, "adapter_source_failed"), (422, "adapter_invalid"))
+
+
+def test_a_request_longer_than_the_cache(server: ServedProcess) -> None:
+    reply = ask(server, "r3", [5] * 100, 100)
+    assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
+
+
+def test_what_is_measured(server: ServedProcess) -> None:
+    text = call(server.url, "GET", "/metrics").body.decode()
+    assert 'veneer_adapters{state="ready"}' in text
+    assert "veneer_requests_running 0.0" in text
+    assert 'veneer_tokens_total{adapter="r3",kind="generated"}' in text
+
+
+def test_a_server_that_is_told_to_stop_ends_its_answers_first(tmp_path: Path) -> None:
+    options = ("--log=json", f"--audit-log={tmp_path / 'audit'}")
+    with process(made(tmp_path), tmp_path, *options) as served, ThreadPoolExecutor(1) as clients:
+        running = clients.submit(ask, served, "r16", [5, 6, 7], 120)
+        wait_for(lambda: call(served.url, "GET", "/v1/adapters/r16").json["requests"])
+        served.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: call(served.url, "GET", "/ready").status == 503 or running.done())
+        check(served, running.result(), "r16", [5, 6, 7], 120)
+        assert served.process.wait(20) == 0
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines() if line.startswith("{")]
+    assert any("Stopping" in line["text"] for line in lines)
+    assert not list(tmp_path.glob("veneer-serve-*"))
+    audited = [json.loads(line) for line in (tmp_path / "audit").read_text().splitlines()]
+    assert [entry["event"] for entry in audited] == ["registered"] * 4 + ["answered"]
+    assert audited[-1]["adapter"] == running.result().headers["x-veneer-adapter"]
+    assert audited[-1]["tokens"] == 120
+
+
+def test_told_twice_it_stops_at_once(tmp_path: Path) -> None:
+    with process(made(tmp_path), tmp_path, "--drain=60") as served, ThreadPoolExecutor(1) as clients:
+        running = clients.submit(ask, served, "r16", [5, 6, 7], 120)
+        wait_for(lambda: call(served.url, "GET", "/v1/adapters/r16").json["requests"])
+        served.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: call(served.url, "GET", "/ready").status == 503 or running.done())
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(20) == 0
+        running.exception()
