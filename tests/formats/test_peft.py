@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import veneer
+from tests.models import build
 from tests.random_adapters import edit_config, edit_tensors, saved, saved_base
+from veneer.base_model.catalog import Catalog
 from veneer.errors import BindError, OutputError, UnsupportedError, UsageError
 from veneer.files.source import Source
 from veneer.formats import registry
+from veneer.formats.base_facts import base_in_memory, base_on_disk
 from veneer.formats.format import ReadOptions
 
 MIXED: dict[str, Any] = {
@@ -134,3 +139,25 @@ def test_a_folder_is_recognised(tmp_path: Path) -> None:
     assert found is not None
     assert found.name == "peft"
     assert list(found.read(Source(adapter, str(adapter)), ReadOptions())) == [""]
+
+
+def test_the_base_of_a_plain_family_is_known_without_transformers(tmp_path: Path) -> None:
+    base = saved_base(tmp_path / "base")
+    adapter = saved(tmp_path / "adapter")
+    code = "import sys, veneer; veneer.convert(sys.argv[1], sys.argv[2], to='mlx', base=sys.argv[3]);"
+    check = "print([name for name in ('transformers', 'rich') if name in sys.modules])"
+    command = [sys.executable, "-c", code + check, str(adapter), str(tmp_path / "mlx"), str(base)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True}])
+def test_a_plain_family_has_the_parameters_of_the_model_in_memory(tmp_path: Path, options: dict[str, Any]) -> None:
+    import transformers as tf
+
+    config: Any = build("llama").config
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**{**config.to_dict(), **options}))
+    model.save_pretrained(tmp_path / "base")
+    on_disk = base_on_disk(Source(tmp_path / "base", "base"))
+    in_memory = base_in_memory(Catalog(model))
+    assert dict(on_disk.shapes) == dict(in_memory.shapes)
+    assert dict(on_disk.tied) == dict(in_memory.tied)

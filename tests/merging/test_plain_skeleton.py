@@ -16,10 +16,11 @@ import veneer
 from tests.models import build
 from tests.random_adapters import saved
 from veneer.base_model.catalog import Catalog
+from veneer.base_model.plain_families import FAMILIES
 from veneer.base_model.sites.vector import is_norm
 from veneer.files.resolve import resolve
 from veneer.files.source import Source
-from veneer.merging.base.plain_skeleton import FAMILIES, plain_skeleton, plainly_stored
+from veneer.merging.base.plain_skeleton import plain_skeleton, plainly_stored
 from veneer.merging.base.skeleton import build_skeleton, stored_names
 from veneer.merging.base.weight_files import WeightFiles
 

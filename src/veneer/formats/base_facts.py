@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from veneer.base_model.plain_families import EMBEDDING, HEAD, is_tied, plain_shapes
 from veneer.errors import BaseModelError, SourceError
 from veneer.files.base_map import places_of
 from veneer.files.gguf_header import SUFFIX, read_gguf_header
@@ -70,6 +71,9 @@ def base_on_disk(source: Source, gguf_file: str | None = None) -> Base:
     if source.file is None and source.has(PIPELINE_INDEX):
         return _pipeline(source)
     config = source.json(MODEL_CONFIG) if source.file is None and source.has(MODEL_CONFIG) else {}
+    plain = plain_shapes(config)
+    if plain is not None:
+        return Base(source.origin, config, plain, {HEAD: EMBEDDING} if is_tied(config) else {})
     if "model_type" in config:
         parameters = OnDemand(lambda: dict(_meta(source, config).named_parameters(remove_duplicate=False)))
         return Base(source.origin, config, OnDemand(lambda: _shapes(parameters)), OnDemand(lambda: _ties(parameters)))

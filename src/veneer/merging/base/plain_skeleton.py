@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from veneer.base_model.plain_families import EMBEDDING, FAMILIES, HEAD, Family, is_tied, plain_shapes
 from veneer.checkpoints.checkpoint import Checkpoint
 from veneer.configs.base import PeftConfig
 from veneer.configs.methods.lora import LoraConfig
@@ -22,7 +23,6 @@ from veneer.configs.names import TaskType
 from veneer.files.names import MODEL_CONFIG
 from veneer.files.source import Source
 from veneer.files.torch_dtypes import DTYPES
-from veneer.merging.base.plain_families import AFTER_BLOCKS, BEFORE_BLOCKS, EMBEDDING, FAMILIES, HEAD, SIZES, Family
 from veneer.merging.base.skeleton import StoredNames
 from veneer.merging.base.weight_files import WeightFiles
 
@@ -73,25 +73,18 @@ def plain_skeleton(
         **changes: keys of the config to set.
     """
     config = {**source.json(MODEL_CONFIG), **changes}
-    family = FAMILIES.get(str(config.get("model_type")))
-    if family is None or not _is_plain(family, config) or not _are_plain(checkpoints, task):
+    shapes = plain_shapes(config)
+    if shapes is None or not _are_plain(checkpoints, task):
         return None
     stored = {name: place.info for name, place in files.places.items()}
     if any(info.dtype not in DTYPES for info in stored.values()):
         return None
-    shapes = _shapes(family, config, is_tied=bool(config.get("tie_word_embeddings", False)))
+    if is_tied(config):
+        del shapes[HEAD]
     if shapes != {name: info.shape for name, info in stored.items()}:
         return None
-    return _built(family, config, {name: DTYPES[info.dtype] for name, info in stored.items()}, shapes)
-
-
-def _is_plain(family: Family, config: Mapping[str, Any]) -> bool:
-    """Tell whether a config describes a model of its family, with nothing special, by whole numbers."""
-    return (
-        config.get("architectures") == [family.model_class]
-        and all(config.get(key) is None for key in ("quantization_config", "auto_map"))
-        and all(isinstance(config.get(key), int) for key in SIZES.values())
-        and isinstance(config.get("head_dim") or 0, int)
+    return _built(
+        FAMILIES[config["model_type"]], config, {name: DTYPES[info.dtype] for name, info in stored.items()}, shapes
     )
 
 
@@ -109,18 +102,6 @@ def _is_lora(config: PeftConfig) -> bool:
 def plainly_stored(files: WeightFiles) -> StoredNames:
     """Return where a plain model's parameters lie: each under its own name."""
     return StoredNames({name: name for name in files.places}, {})
-
-
-def _shapes(family: Family, config: Mapping[str, Any], is_tied: bool) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each parameter that such a model stores."""
-    sizes = {size: config[key] for size, key in SIZES.items()}
-    head = config.get("head_dim") or sizes["hidden"] // max(sizes["heads"], 1)
-    sizes |= {"head": head, "queries": sizes["heads"] * head, "keys": sizes["key_heads"] * head}
-    blocks = {f"model.layers.{i}.{name}": shape for i in range(sizes["blocks"]) for name, shape in family.block.items()}
-    named = {**BEFORE_BLOCKS, **blocks, **AFTER_BLOCKS}
-    if is_tied:
-        del named[HEAD]
-    return {name: tuple(sizes[size] for size in shape) for name, shape in named.items()}
 
 
 def _built(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 Shapes = Mapping[str, tuple[str, ...]]
 
@@ -64,3 +65,34 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2": Family("Qwen2ForCausalLM", {**_BLOCK, **_BIASES}),
     "qwen3": Family("Qwen3ForCausalLM", {**_BLOCK, **_HEAD_NORMS}),
 }
+
+
+def plain_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    """Return the shape of each parameter of the model that a config describes, the head's too where it is tied.
+
+    ``None`` for another family, for a config with something special, and for one without whole numbers.
+    """
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None or not _is_plain(family, config):
+        return None
+    sizes = {size: config[key] for size, key in SIZES.items()}
+    head = config.get("head_dim") or sizes["hidden"] // max(sizes["heads"], 1)
+    sizes |= {"head": head, "queries": sizes["heads"] * head, "keys": sizes["key_heads"] * head}
+    blocks = {f"model.layers.{i}.{name}": shape for i in range(sizes["blocks"]) for name, shape in family.block.items()}
+    named = {**BEFORE_BLOCKS, **blocks, **AFTER_BLOCKS}
+    return {name: tuple(sizes[size] for size in shape) for name, shape in named.items()}
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Tell whether the head of a plain model is its embedding."""
+    return bool(config.get("tie_word_embeddings", False))
+
+
+def _is_plain(family: Family, config: Mapping[str, Any]) -> bool:
+    """Tell whether a config describes a model of its family, with nothing special, by whole numbers."""
+    return (
+        config.get("architectures") == [family.model_class]
+        and all(config.get(key) is None for key in ("quantization_config", "auto_map"))
+        and all(isinstance(config.get(key), int) for key in SIZES.values())
+        and isinstance(config.get("head_dim") or 0, int)
+    )
