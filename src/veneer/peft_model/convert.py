@@ -87,7 +87,7 @@ def convert(
         rank: with ``as_lora``, the rank of the LoRA; needed where the change has no low rank of its own.
         experts: ``"grouped"`` or ``"rank-major"``, how a file lays out fused experts that does not say so itself.
         component: the part of a pipeline that is converted, such as ``"unet"``; by default all.
-        scaling: ``"plain"`` or ``"alpha/rank"``, what an alpha meant to the mlx-vlm that trained the adapter.
+        scaling: ``"plain"`` or ``"alpha/rank"``, what an alpha meant to the version of MLX that trained it.
         revision: branch, tag or commit on the hub.
         subfolder: where below ``source`` to look.
         token: for the hub.
