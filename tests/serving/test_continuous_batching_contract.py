@@ -13,7 +13,6 @@ import transformers as tf
 from transformers.generation.continuous_batching import scheduler as registry
 
 from tests.serving.engine_world import OPTIONS, World, base, events_of, lora, prompts, request, run, running, tokens_of
-from veneer.patches.selection import BASE
 from veneer.serving import continuous_batching
 from veneer.serving.continuous_batching import AdapterScheduler, ContinuousLane, batches_continuously
 from veneer.serving.engine import TransformersEngine
@@ -68,11 +67,11 @@ def test_sequences_are_packed_as_they_are_scheduled(
     def recorded(**inputs: Any) -> Any:
         ends = torch.tensor([one.query_length for one in lane.scheduled]).cumsum(0) - 1
         new = [end for end, one in zip(ends.tolist(), lane.scheduled, strict=True) if one.has_new_token]
-        names = [(lane._adapter(one.state.request_id), one.query_length) for one in lane.scheduled]
+        names = [(lane.jobs[one.state.request_id].adapter, one.query_length) for one in lane.scheduled]
         # Rows behind those of new tokens are nobody's.
         steps.append(
             inputs["input_ids"][0].tolist() == packed
-            and inputs["adapter_names"] == names
+            and inputs["adapter_names"].names == names
             and inputs["logits_to_keep"][: len(new)].tolist() == new
         )
         return forward(**inputs)
@@ -202,7 +201,3 @@ def test_a_config_tells_what_can_be_batched() -> None:
     assert batches_continuously(TransformersEngine(base())._build())
     mamba = tf.MambaForCausalLM(tf.MambaConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1, state_size=4))
     assert not batches_continuously(TransformersEngine(mamba)._build())
-
-
-def test_the_base_is_named_as_no_adapter_is(engine: TransformersEngine) -> None:
-    assert lane_of(engine)._adapter("absent") == BASE

@@ -59,6 +59,7 @@ def left(engine: TransformersEngine) -> dict[str, Any]:
             "waiting": len(processor.scheduler.waiting_requests),
             "handlers": len(lane.manager.output_router.result_handlers),
             "cache": 1.0 - processor.cache.compute_free_capacity(),
+            "leases": lane.bank.status().leases,
             "outputs": lane.manager.output_router.output_queue.qsize(),
         }
         if not any(held.values()) or time.monotonic() > deadline:
@@ -71,7 +72,7 @@ def fail_under(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, name
     forward = engine.model.forward
 
     def failing(*args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-        if any(one[0] == name for one in adapter_names or ()):
+        if adapter_names is not None and name in adapter_names.versions:
             raise error
         return forward(*args, adapter_names=adapter_names, **kwargs)
 
@@ -308,7 +309,7 @@ def test_an_adapter_that_computes_otherwise_in_a_batch_is_refused(
     forward = engine.model.forward
 
     def wrong(*args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-        names = None if adapter_names is None else [("r3", tokens) for _, tokens in adapter_names]
+        names = None if adapter_names is None else [("r3", tokens) for tokens in adapter_names.counts]
         return forward(*args, adapter_names=names, **kwargs)
 
     run(engine.drop("dora"))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 
 import pytest
 
-from tests.serving.engine_world import CONFIGS, World, prompts, request, run, running
+from tests.serving.engine_world import CONFIGS, OPTIONS, World, prompts, request, run, running
 from veneer.errors import EngineError
 from veneer.serving import engine as engine_module
 
@@ -70,7 +71,7 @@ def test_no_answer_is_wrong(world: World, continuous: bool, monkeypatch: pytest.
 
     if not continuous:
         monkeypatch.setattr(engine_module, "batches_continuously", lambda model: False)
-    with running() as engine:
+    with running(replace(OPTIONS, slots=2, rank_buckets=(2, 8))) as engine:
         run(main())
         status = engine.status()
     assert counts["wrong"] == 0

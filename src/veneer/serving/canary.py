@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.errors import AdapterError, EngineError
+from veneer.errors import AdapterError, BankFullError, EngineError
 from veneer.patches.selection import BASE
 from veneer.peft_model.peft_model import PeftModel
 from veneer.printing import first_line
@@ -76,10 +76,16 @@ class Canary:
             return self._alone(BASE)
 
     def _mixed(self, adapter: str) -> Tensor:
-        if self.lane.packed:
-            names: list[Any] = [(adapter, _TOKENS), (BASE, _TOKENS)]
-            return self._logits(self.tokens.repeat(2)[None], names)
-        return self._logits(self.tokens.repeat(2, 1), [adapter, BASE])
+        tokens = self.tokens.repeat(2)[None] if self.lane.packed else self.tokens.repeat(2, 1)
+        try:
+            lease = self.lane.bank.lease(adapter)
+        except BankFullError:  # what leases it later computes the same, without slots
+            return self._logits(tokens, self._parts(adapter, BASE))
+        with lease:
+            return self._logits(tokens, self.lane.bank.plan(self._parts(lease, None)))
+
+    def _parts(self, *owners: Any) -> list[Any]:
+        return [(owner, _TOKENS) for owner in owners] if self.lane.packed else list(owners)
 
     def _alone(self, adapter: str) -> Tensor:
         chosen = self.model.disable_adapter() if adapter == BASE else self.model.using(adapter)

@@ -26,8 +26,8 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 
-from veneer.errors import EngineError
-from veneer.patches.selection import BASE
+from veneer.adapters.bank_plan import BankLease
+from veneer.errors import AdapterError, EngineError
 from veneer.peft_model.peft_model import PeftModel
 from veneer.serving import packed_attention
 from veneer.serving.job import Job
@@ -73,8 +73,7 @@ class ServedModel(nn.Module):
         """Compute the logits of a packed batch."""
         if self.config._attn_implementation == packed_attention.NAME:
             inputs = _with_packed_batch(inputs)
-        with self.lane.computing(inputs["input_ids"].shape[1]) as names:
-            return self.inner(**inputs, adapter_names=names)
+        return self.lane.compute(inputs)
 
     def _get_logits_processor(self, generation_config: GenerationConfig, **_: Any) -> LogitsProcessorList:
         return LogitsProcessorList([RequestSampler(self.lane)])
@@ -126,8 +125,8 @@ class ContinuousLane(Lane):
     packed = True
 
     def __init__(self, model: PeftModel, options: LaneOptions, packs_attention: bool = True) -> None:
-        super().__init__()
-        self.options, self.packs_attention = options, packs_attention
+        super().__init__(model, options)
+        self.packs_attention = packs_attention
         self.served = ServedModel(model, self)
         self.config = batching_config(model, options)
         self.manager: ContinuousBatchingManager | None = None
@@ -227,22 +226,33 @@ class ContinuousLane(Lane):
         scheduler: Any = _processor(self._running()).scheduler
         return tuple(scheduler.scheduled)
 
-    @contextmanager
-    def computing(self, tokens: int) -> Iterator[list[tuple[str, int]]]:
-        """Yield the adapter and the length of each sequence of a packed batch of so many tokens."""
-        names = [(self._adapter(request.state.request_id), request.query_length) for request in self.scheduled]
-        missing = tokens - sum(length for _, length in names)
+    def compute(self, inputs: dict[str, Any]) -> Any:
+        """Compute the logits of a packed batch, each sequence under its adapter."""
+        self.step()
+        while True:
+            parts = self._parts(inputs["input_ids"].shape[1])
+            try:
+                output = self.model(**inputs, adapter_names=self.bank.plan(parts))
+            except AdapterError:
+                if all(lease is None or lease.is_active for lease, _ in parts):
+                    raise
+                continue  # a job was cancelled, and its lease released, just before the bank was read
+            self.step()
+            return output
+
+    def _parts(self, tokens: int) -> list[tuple[BankLease | None, int]]:
+        """Return the lease and the length of each sequence of a packed batch of so many tokens."""
+        parts = [(self._lease(request.state.request_id), request.query_length) for request in self.scheduled]
+        missing = tokens - sum(length for _, length in parts)
         if missing < 0:
             raise EngineError(f"The batch has {tokens} tokens, and its schedule {tokens - missing}.")
-        self.batch = tuple({name for name, _ in names} - {BASE})
-        self.step()
-        yield [*names, (BASE, missing)] if missing else names
-        self.step()
+        self.batch = tuple({str(lease.version) for lease, _ in parts if lease is not None})
+        return [*parts, (None, missing)] if missing else parts
 
-    def _adapter(self, key: str) -> str:
+    def _lease(self, key: str) -> BankLease | None:
         # A cancelled job may be in one more step, and its adapter gone.
         job = self.jobs.get(key)
-        return BASE if job is None else job.adapter
+        return None if job is None else job.active_lease
 
     def sampling_rows(self, logits: Tensor) -> list[SamplingRow | None]:
         """Return what the sampler needs of each row of the logits."""

@@ -7,13 +7,16 @@ import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from veneer.errors import EngineError, UnsupportedError, VeneerError
+from veneer.adapters.bank import AdapterBank
+from veneer.adapters.bank_plan import BankLease
+from veneer.errors import AdapterError, BankFullError, EngineError, UnsupportedError, VeneerError
 from veneer.peft_model.load import load
 from veneer.peft_model.peft_model import PeftModel, wrap
 from veneer.peft_model.tokenizer import load_tokenizer
@@ -40,14 +43,12 @@ class EngineOptions(LaneOptions):
     Attributes:
         device: of the base; where it is when ``None``.
         dtype: of the base; ``"auto"`` keeps that of its files.
-        slots: how many adapters a batch can hold.
         step_timeout: the engine hangs when a step takes more seconds.
         trust_remote_code: run code that comes with the base.
     """
 
     device: str | None = None
     dtype: Any = "auto"
-    slots: int = 64
     step_timeout: float = 30.0
     trust_remote_code: bool = False
 
@@ -73,6 +74,7 @@ class TransformersEngine:
         self._supervisor: Supervisor | None = None
         self._canary: Canary | None = None
         self._end_tokens: tuple[int, ...] = ()
+        self._leasing = ThreadPoolExecutor(2, thread_name_prefix="veneer-leases")
         # Held while a request is checked and begins, and while a version goes.
         self._admitting = threading.Lock()
         # Held while a version comes or goes.
@@ -146,7 +148,7 @@ class TransformersEngine:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         job = Job(request, send, self.tokenizer, self._end_tokens)
-        lane = self._admit(job)
+        lane = await self._admit(job)
         try:
             while True:
                 event = await events.get()
@@ -158,18 +160,45 @@ class TransformersEngine:
         finally:
             lane.forget(job)
 
-    def _admit(self, job: Job) -> Lane:
-        request = job.request
-        with self._admitting:
-            lane, supervisor = self._running
-            if request.version is not None:
-                self._check_version(request.version, supervisor)
-            self._check_request(request, lane)
-            lane.submit(job)
-            return lane
+    async def _admit(self, job: Job) -> Lane:
+        request, (lane, _) = job.request, self._running
+        self._check_version(request.version)
+        self._check_request(request, lane)
+        if request.version is not None:
+            job.lease = await self._lease(lane.bank, request.version)
+        try:
+            with self._admitting:
+                lane, _ = self._running
+                self._check_version(request.version)  # it may have gone meanwhile
+                lane.submit(job)
+        except BaseException:
+            job.release()
+            raise
+        return lane
 
-    def _check_version(self, version: str, supervisor: Supervisor) -> None:
-        why = supervisor.deaths.quarantined.get(version)
+    async def _lease(self, bank: AdapterBank, version: str) -> BankLease:
+        """Lease a version, whose copy into a slot holds up nobody but its request; wait for a slot that is free.
+
+        Raises:
+            EngineError: it was dropped, or all slots stay leased.
+        """
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            leasing = asyncio.get_running_loop().run_in_executor(self._leasing, bank.lease, version)
+            try:
+                return await asyncio.shield(leasing)
+            except asyncio.CancelledError:
+                leasing.add_done_callback(_release)
+                raise
+            except AdapterError as error:
+                if not isinstance(error, BankFullError) or time.monotonic() > deadline:
+                    raise EngineError(error.message, hint=error.hint) from error
+                await asyncio.sleep(_POLL)
+
+    def _check_version(self, version: str | None) -> None:
+        if version is None:
+            return
+        why = self._running[1].deaths.quarantined.get(version)
         if why is not None:
             raise EngineError(f"The adapter's version {version} is quarantined. {why}", hint="Load another version.")
         if version not in self.resident:
@@ -230,6 +259,7 @@ class TransformersEngine:
         try:
             with self._between_steps():
                 self.model.load_adapter(folder, adapter_name=version, strict_base=True)
+            self._running[0].bank.register(version)
             result = self._canary.check(version)
         except Exception as error:
             self._detach(version)
@@ -245,7 +275,7 @@ class TransformersEngine:
             with self._admitting:
                 if version not in self.resident:
                     raise EngineError(f"The adapter's version {version} is not loaded.")
-                if self._lane is not None and self._lane.uses(version):
+                if self._running[0].uses(version):
                     raise EngineError(
                         f"The adapter's version {version} answers a request.",
                         hint="Drop it when its requests are over.",
@@ -254,6 +284,9 @@ class TransformersEngine:
             self._detach(version)
 
     def _detach(self, version: str) -> None:
+        """Take an adapter off the model, whether it is in the bank or not."""
+        if self._lane is not None:
+            _forget(self._lane.bank, version)
         if version not in self.model.adapters.by_name:
             return
         with contextlib.ExitStack() as stack:
@@ -303,7 +336,7 @@ class TransformersEngine:
             running=load.running,
             waiting=load.waiting,
             cache_used=load.cache_used,
-            slots=self.options.slots,
+            slots=_slots(self.options),
             slots_used=len({job.request.version for job in list(lane.jobs.values())} - {None}),
             resident=tuple(self.resident),
             quarantined=dict(supervisor.deaths.quarantined),
@@ -324,6 +357,29 @@ def _started_lane(model: PeftModel, options: EngineOptions) -> Lane:
     static = StaticLane(model, options)
     static.start()
     return static
+
+
+def _release(leasing: asyncio.Future[BankLease]) -> None:
+    """Release a lease that nobody waits for any more."""
+    if not leasing.cancelled() and leasing.exception() is None:
+        leasing.result().release()
+
+
+def _forget(bank: AdapterBank, version: str) -> None:
+    """Remove a version from the bank, as soon as the last step with it is over."""
+    deadline = time.monotonic() + _PATIENCE
+    while version in bank:
+        try:
+            bank.remove(version)
+        except AdapterError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL)
+
+
+def _slots(options: EngineOptions) -> int:
+    """Return how many adapters of the smallest rank fit in the bank."""
+    return options.slots if isinstance(options.slots, int) else options.slots[min(options.slots)]
 
 
 def _end_tokens(model: PeftModel, tokenizer: Any) -> tuple[int, ...]:

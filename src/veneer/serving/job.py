@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from veneer.adapters.bank_plan import BankLease
 from veneer.errors import EngineError
 from veneer.patches.selection import BASE
 from veneer.serving.answer_text import AnswerText
@@ -42,6 +43,8 @@ class Job:
         self.end_tokens = frozenset() if request.sampling.ignore_eos else frozenset(end_tokens)
         self.state = SamplingState.of(request.sampling)
         self.text = AnswerText(tokenizer, request.sampling.stop)
+        # Keeps its adapter in the bank; given before the job is submitted.
+        self.lease: BankLease | None = None
         self.keeps_logits = keeps_logits
         self.logits: Tensor | None = None
         # True once the last event is on its way.
@@ -50,8 +53,18 @@ class Job:
 
     @property
     def adapter(self) -> str:
-        """The name of its adapter on the model."""
+        """The name of its adapter on the model, which is the version."""
         return self.request.version or BASE
+
+    @property
+    def active_lease(self) -> BankLease | None:
+        """Its lease; ``None`` for the base, and once it is released."""
+        return self.lease if self.lease is not None and self.lease.is_active else None
+
+    def release(self) -> None:
+        """Give its lease back."""
+        if self.lease is not None:
+            self.lease.release()
 
     def accept(self, tokens: Sequence[int], complete: bool) -> None:
         """Hand on the tokens that are new.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import abc
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from veneer.errors import EngineError
+from veneer.peft_model.peft_model import PeftModel
 from veneer.printing import first_line
 from veneer.serving.job import Job
 
@@ -25,6 +26,8 @@ class LaneOptions:
         max_context: the most tokens of a prompt and its answer; the base's own bound when ``None``.
         cache_bytes: of the cache of keys and values; enough for :data:`DEFAULT_CACHE_TOKENS` when ``None``.
         page_size: the tokens of a page of the cache; by the device when ``None``.
+        slots: how many adapters the bank holds, of each rank; or a rank -> how many of it.
+        rank_buckets: the ranks of the bank's slots.
     """
 
     max_batch_tokens: int = 512
@@ -32,6 +35,8 @@ class LaneOptions:
     max_context: int | None = None
     cache_bytes: int | None = None
     page_size: int | None = None
+    slots: int | Mapping[int, int] = 32
+    rank_buckets: Sequence[int] = (8, 16, 64)
 
 
 DEFAULT_CACHE_TOKENS = 16384
@@ -56,6 +61,9 @@ class Lane(abc.ABC):
     """Computes answers on a thread of its own, and hands them to the jobs.
 
     Attributes:
+        model: the base with its adapters.
+        options: sizes.
+        bank: holds the adapters of the batch.
         jobs: those that it answers, by their keys. One that is taken out gets no more tokens.
         batch: the adapters of the last step.
         progress: when a step last began or ended, of ``time.monotonic``.
@@ -66,7 +74,9 @@ class Lane(abc.ABC):
     # True where its steps run all sequences in one row.
     packed: bool
 
-    def __init__(self) -> None:
+    def __init__(self, model: PeftModel, options: LaneOptions) -> None:
+        self.model, self.options = model, options
+        self.bank = model.bank(options.slots, options.rank_buckets)
         self.jobs: dict[str, Job] = {}
         self.batch: tuple[str, ...] = ()
         self.progress = time.monotonic()
@@ -93,20 +103,21 @@ class Lane(abc.ABC):
         """Let go of a job, and stop computing it if it has not ended."""
         if self.jobs.pop(job.key, None) is not None:
             self._cancel(job)
+            self._release(job)
 
     def fail_all(self, error: EngineError) -> None:
         """End all jobs with an error."""
         with self.lock:
             for job in list(self.jobs.values()):
                 job.fail(error)
-            self.jobs.clear()
+                self.forget(job)
 
     def abort_all(self) -> None:
         """End all jobs without another token."""
         with self.lock:
             for job in list(self.jobs.values()):
                 job.abort()
-            self.jobs.clear()
+                self.forget(job)
 
     def step(self) -> None:
         """Note that there is progress."""
@@ -163,6 +174,9 @@ class Lane(abc.ABC):
 
     @abc.abstractmethod
     def _add(self, job: Job) -> None: ...
+
+    def _release(self, job: Job) -> None:
+        job.release()
 
     @abc.abstractmethod
     def _cancel(self, job: Job) -> None: ...

@@ -67,8 +67,7 @@ class StaticLane(Lane):
     packed = False
 
     def __init__(self, model: PeftModel, options: LaneOptions) -> None:
-        super().__init__()
-        self.model, self.options = model, options
+        super().__init__(model, options)
         self.max_context = max_context(model, options)
         self.gate = StepGate()
         self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -132,8 +131,12 @@ class StaticLane(Lane):
         for row in self._rows:
             row.done = row.done or row.job is job
 
-    def uses(self, adapter: str) -> bool:
+    def _release(self, job: Job) -> None:
         # A cancelled row stays in its batch, under its adapter.
+        if all(row.job is not job for row in self._rows):
+            job.release()
+
+    def uses(self, adapter: str) -> bool:
         return super().uses(adapter) or any(row.job.adapter == adapter for row in self._rows)
 
     def deliver(self, timeout: float) -> None:
@@ -157,6 +160,8 @@ class StaticLane(Lane):
     @torch.no_grad()
     def _answer(self, jobs: list[Job]) -> None:
         rows = self._rows = [BatchRow(job) for job in jobs if self._is_asked(job)]
+        for row in rows:
+            row.done = not self._is_asked(row.job)
         self.batch = tuple({row.job.adapter for row in rows} - {BASE})
         try:
             self._begin_step()
@@ -164,6 +169,9 @@ class StaticLane(Lane):
         finally:
             self.gate.leave()
             self._rows = []
+            for row in rows:
+                if not self._is_asked(row.job):
+                    row.job.release()
 
     def _begin_step(self) -> None:
         self.gate.enter()
@@ -180,7 +188,7 @@ class StaticLane(Lane):
             self.model.generate(
                 input_ids=torch.tensor(prompts, device=device),
                 attention_mask=torch.tensor(masks, device=device),
-                adapter_names=[row.job.adapter for row in rows],
+                adapter_names=self.bank.plan([row.job.active_lease for row in rows]),
                 max_new_tokens=max(row.job.request.sampling.max_tokens for row in rows),
                 do_sample=False,
                 pad_token_id=_PAD,
