@@ -109,9 +109,17 @@ class Selection:
             return self.applied
         return (*self.applied, *(name for choice in self.by_layer.values() for name in choice.selection.names))
 
-    @cached_property
+    @property
     def used(self) -> tuple[str, ...]:
         """The adapters that rows name, each once."""
+        return self._used_names() if torch.compiler.is_compiling() else self._used
+
+    # Compiled code cannot take the lock of a cached property.
+    @cached_property
+    def _used(self) -> tuple[str, ...]:
+        return self._used_names()
+
+    def _used_names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for name in self.rows or () if name != BASE))
 
     @property
