@@ -260,7 +260,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor], type[VeneerError], str]] = {
     "dora of loha": (
         {**HADA, "hada_w2_b": torch.ones(2, 6), "dora_scale": torch.ones(8, 1)},
         UnsupportedError,
-        "LOHA with magnitudes",
+        "LoHa or LoKr with magnitudes",
     ),
     "half a loha": (HADA, BindError, "has no hada_w2_b"),
     "half a lokr": ({"lokr_w1": torch.ones(2, 2), "lokr_w2_a": torch.ones(4, 1)}, BindError, "has no lokr_w2"),
@@ -272,6 +272,48 @@ REFUSED: dict[str, tuple[dict[str, Tensor], type[VeneerError], str]] = {
     "half an ia3": ({"weight": torch.ones(8)}, BindError, "has no on_input"),
     "an ia3 of another size": ({"weight": torch.ones(7), "on_input": torch.tensor(0)}, BindError, "layer has 8"),
 }
+
+
+GOOD: dict[str, dict[str, Tensor]] = {
+    "lora": {**PAIR, "alpha": torch.tensor(2.0), "dora_scale": torch.ones(8, 1)},
+    "loha": {**HADA, "hada_w2_b": torch.ones(2, 6), "alpha": torch.tensor(2.0)},
+    "lokr": {"lokr_w1": torch.ones(2, 2), "lokr_w2_a": torch.ones(4, 1), "lokr_w2_b": torch.ones(1, 3)},
+    "lokr whole": LOKR,
+    "ia3": {"weight": torch.ones(8), "on_input": torch.tensor(0)},
+}
+HOSTILE = {
+    "a number": torch.tensor(1.0),
+    "nothing": torch.ones(0),
+    "a row": torch.ones(3),
+    "no rank": torch.ones(8, 0),
+    "a cube": torch.ones(2, 3, 4),
+    "another matrix": torch.ones(5, 7),
+    "nan": torch.tensor(math.nan),
+    "no numbers": torch.ones(2, 2, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("odd", HOSTILE)
+@pytest.mark.parametrize("method", GOOD)
+def test_every_tensor_of_another_shape_is_told(tmp_path: Path, method: str, odd: str) -> None:
+    base = bases.stored(tmp_path / "base", bases.unet())
+    for leaf in GOOD[method]:
+        if leaf == "on_input" or (leaf == "alpha" and HOSTILE[odd].numel() == 1 and odd != "nan"):
+            continue
+        leaves = {**GOOD[method], leaf: HOSTILE[odd]}
+        save_file({f"{K}.{name}": tensor.clone() for name, tensor in leaves.items()}, tmp_path / f"{leaf}.safetensors")
+        with pytest.raises(VeneerError, match=f"{K}|{ATTENTION}"):
+            veneer.convert(tmp_path / f"{leaf}.safetensors", tmp_path / "out", base=base)
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", GOOD)
+def test_and_the_right_shapes_are_read(tmp_path: Path, method: str) -> None:
+    base = bases.stored(tmp_path / "base", bases.unet())
+    tensors = {f"{K}.{name}": tensor.clone() for name, tensor in GOOD[method].items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    veneer.convert(tmp_path / "a.safetensors", tmp_path / "out", base=base)
+    assert (tmp_path / "out" / "adapter_config.json").exists()
 
 
 @pytest.mark.parametrize("what", REFUSED)

@@ -24,7 +24,6 @@ _SPELLINGS: Mapping[str, str] = {
     "lora.up.weight": "lora_up.weight",
     "lora_linear_layer.down.weight": "lora_down.weight",
     "lora_linear_layer.up.weight": "lora_up.weight",
-    "lora_magnitude_vector": "dora_scale",
     "lora_up.bias": "lora_B.bias",
 }
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
@@ -39,9 +38,12 @@ _FOREIGN: Mapping[str, str] = {
     **dict.fromkeys(("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"), _GLORA),
     **dict.fromkeys(("oft_blocks", "oft_diag", "rescale"), _OFT),
 }
+_MAGNITUDES = ("dora_scale", "lora_magnitude_vector")
 _ON_INPUT, _IA3, _BIAS = "on_input", "weight", "lora_B.bias"
+# Leaves that may be whole numbers.
+_NUMBERS = ("alpha", _ON_INPUT)
 _LEAVES = sorted(
-    (*_SPELLINGS, *_LORA, *_LOHA, *_LOKR, *_FOREIGN, "dora_scale", "alpha", _ON_INPUT, _IA3, _BIAS),
+    (*_SPELLINGS, *_LORA, *_LOHA, *_LOKR, *_FOREIGN, *_MAGNITUDES, "alpha", _ON_INPUT, _IA3, _BIAS),
     key=len,
     reverse=True,
 )
@@ -95,6 +97,10 @@ def by_module(tensors: Mapping[str, Tensor], origin: str) -> list[FileModule]:
         module, leaf = split
         if leaf in modules.setdefault(module, {}):
             raise BindError(f"{origin}: {module} has {leaf} twice.", hint="The file is a mixture of two.")
+        if not tensor.is_floating_point() and leaf not in _NUMBERS:
+            raise BindError(
+                f"{origin}: {key} holds {tensor.dtype} numbers.", hint="A quantised file is no adapter; copy it again."
+            )
         modules[module][leaf] = tensor
     return [FileModule(name, leaves) for name, leaves in modules.items()]
 
@@ -128,18 +134,14 @@ def change_in(module: FileModule, shape: tuple[int, ...], origin: str) -> Module
     leaves = module.leaves
     if _ON_INPUT in leaves or _IA3 in leaves:
         return _ia3(module, shape, origin)
-    if any(leaf in leaves for leaf in _LOHA):
-        change = _of_rank(module, "LOHA", _LOHA, "hada_w1_b", origin)
-    elif any(leaf in leaves for leaf in _LOKR):
-        change = _lokr(module, origin)
-    else:
-        return _lora(module, shape, origin)
-    if "dora_scale" in leaves:
+    if any(leaf in leaves for leaf in (*_LOHA, *_LOKR)) and any(leaf in leaves for leaf in _MAGNITUDES):
         raise UnsupportedError(
-            f"{origin}: {module.name} is {change.method} with magnitudes (dora_scale); PEFT has them for LoRA alone.",
+            f"{origin}: {module.name} is LoHa or LoKr with magnitudes (dora_scale); PEFT has them for LoRA alone.",
             hint=_ELSEWHERE,
         )
-    return change
+    if any(leaf in leaves for leaf in _LOHA):
+        return _loha(module, shape, origin)
+    return _lokr(module, shape, origin) if any(leaf in leaves for leaf in _LOKR) else _lora(module, shape, origin)
 
 
 def unscaled_change(module: FileModule, origin: str) -> ModuleChange:
@@ -154,97 +156,144 @@ def unscaled_change(module: FileModule, origin: str) -> ModuleChange:
     return change_in(module, shape, origin)
 
 
-def _alpha(module: FileModule, rank: int) -> float:
-    """Return a module's alpha; one that is absent or zero means the rank."""
+def _scale(module: FileModule, rank: int, origin: str) -> float:
+    """Return a module's scale; an alpha that is absent or zero means the rank."""
     alpha = module.leaves.get("alpha")
-    return float(alpha) or float(rank) if alpha is not None else float(rank)
+    if alpha is None:
+        return 1.0
+    if alpha.numel() != 1 or not math.isfinite(float(alpha)):
+        raise BindError(f"{origin}: {module.name}.alpha is no number.", hint="Copy the file again; it is damaged.")
+    return (float(alpha) or rank) / rank
 
 
-def _of_rank(module: FileModule, method: str, names: tuple[str, ...], ranked: str, origin: str) -> ModuleChange:
-    leaves = {name: module.leaves[name] for name in names if name in module.leaves}
-    missing = [name for name in names[:4] if name not in leaves] or (
-        [] if ("hada_t1" in leaves) == ("hada_t2" in leaves) else ["one of hada_t1 and hada_t2"]
-    )
-    if missing:
-        raise _missing(module, missing[0], origin)
-    rank = leaves[ranked].shape[0]
-    return ModuleChange(module.name, method, leaves, rank, _alpha(module, rank) / rank)
+def _require(module: FileModule, names: Iterable[str], origin: str) -> None:
+    """Raise ``BindError`` when a module lacks one of some leaves."""
+    missing = next((name for name in names if name not in module.leaves), None)
+    if missing is not None:
+        raise BindError(f"{origin}: {module.name} has no {missing}.", hint="Copy the file again; it is not whole.")
 
 
-def _missing(module: FileModule, leaf: str, origin: str) -> BindError:
-    return BindError(f"{origin}: {module.name} has no {leaf}.", hint="Copy the file again; it is not whole.")
+def _check_shapes(module: FileModule, shapes: Mapping[str, tuple[int, ...]], origin: str) -> None:
+    """Raise ``BindError`` when leaves are of other shapes than the base's weight and their rank make them."""
+    for name, shape in shapes.items():
+        actual = tuple(module.leaves[name].shape)
+        if actual != shape or 0 in shape:
+            raise BindError(
+                f"{origin}: {module.name}.{name} is {list(actual)}; beside the base and its own rank it would be "
+                f"{list(shape)}.",
+                hint="Give the base that it was trained on.",
+            )
+
+
+def _size(tensor: Tensor, dimension: int) -> int:
+    """Return a size of a tensor; 0 where it has not that many dimensions."""
+    return tensor.shape[dimension] if tensor.ndim > dimension else 0
 
 
 def _lora(module: FileModule, shape: tuple[int, ...], origin: str) -> ModuleChange:
     leaves = module.leaves
-    for leaf in _LORA[:2]:
-        if leaf not in leaves:
-            raise _missing(module, leaf, origin)
+    _require(module, _LORA[:2], origin)
     down, up = leaves["lora_down.weight"], leaves["lora_up.weight"]
+    rank, points = _size(up, 1), tuple(1 for _ in shape[2:])
     if "lora_mid.weight" in leaves:
-        down = _composed(leaves["lora_mid.weight"], down)
-    rank = up.shape[1] if up.ndim > 1 else 0
-    wanted = (rank, *shape[1:]), (shape[0], rank, *(1 for _ in shape[2:]))
-    if (down.numel(), up.numel()) != tuple(map(math.prod, wanted)) or down.shape[0] != rank or up.shape[0] != shape[0]:
+        _check_shapes(module, {"lora_mid.weight": (rank, rank, *shape[2:])}, origin)
+        down = _composed(leaves["lora_mid.weight"], down, shape[1])
+    # A convolution of one point and a linear layer are the same, and files have the one for the other.
+    matrices = {"lora_A.weight": (rank, *shape[1:]), "lora_B.weight": (shape[0], rank, *points)}
+    wanted = tuple(math.prod(matrix) for matrix in matrices.values())
+    if not rank or (down.numel(), up.numel()) != wanted or (_size(down, 0), _size(up, 0)) != (rank, shape[0]):
         raise BindError(
             f"{origin}: {module.name} has factors of shapes {list(up.shape)} and {list(down.shape)}, and the base's "
             f"weight is {list(shape)}.",
             hint="Give the base that it was trained on.",
         )
-    # A convolution of one point and a linear layer are the same, and files have the one for the other.
-    factors = {"lora_A.weight": down.reshape(wanted[0]), "lora_B.weight": up.reshape(wanted[1])}
+    factors = {name: tensor.reshape(matrices[name]) for name, tensor in zip(matrices, (down, up), strict=True)}
     if _BIAS in leaves:
+        _check_shapes(module, {_BIAS: shape[:1]}, origin)
         factors[_BIAS] = leaves[_BIAS]
-    if "dora_scale" in leaves:
+    if any(leaf in leaves for leaf in _MAGNITUDES):
         factors["lora_magnitude_vector"] = _magnitudes(module, shape, origin)
-    return ModuleChange(module.name, "LORA", factors, rank, _alpha(module, rank) / rank)
+    return ModuleChange(module.name, "LORA", factors, rank, _scale(module, rank, origin))
 
 
-def _composed(core: Tensor, down: Tensor) -> Tensor:
+def _composed(core: Tensor, down: Tensor, inputs: int) -> Tensor:
     """Return the convolution that a Tucker decomposition's core ``(r, r, h, w)`` and ``(r, in, 1, 1)`` make."""
-    inputs = down.flatten(1).double()
-    return torch.einsum("pqkl,qi->pikl", core.double(), inputs).float()
+    if down.numel() != core.shape[1] * inputs:
+        return down  # whose shape is then found wrong
+    return torch.einsum("pqkl,qi->pikl", core.double(), down.reshape(-1, inputs).double()).float()
 
 
 def _magnitudes(module: FileModule, shape: tuple[int, ...], origin: str) -> Tensor:
+    own = (1, shape[0], *(1 for _ in shape[2:])) if len(shape) > 2 else shape[:1]
+    if "lora_magnitude_vector" in module.leaves:
+        _check_shapes(module, {"lora_magnitude_vector": own}, origin)
+        return module.leaves["lora_magnitude_vector"]
     scale = module.leaves["dora_scale"]
-    if (
-        scale.numel() != shape[0]
-        or scale.shape[0] not in (shape[0], 1)
-        or (scale.ndim == 2 and scale.shape[0] != shape[0])
-    ):
+    if scale.numel() != shape[0] or _size(scale, 0) != shape[0]:
         raise UnsupportedError(
-            f"{origin}: {module.name}.dora_scale is {list(scale.shape)}, a norm for each input: an early DoRA of "
-            "LyCORIS (wd_on_out=False), which PEFT has not.",
+            f"{origin}: {module.name}.dora_scale is {list(scale.shape)}, no norm for each of {shape[0]} outputs; early "
+            "DoRA of LyCORIS (wd_on_out=False) had one for each input, which PEFT has not.",
             hint=_ELSEWHERE,
         )
-    return scale.reshape(1, -1, *(1 for _ in shape[2:])) if len(shape) > 2 else scale.flatten()
+    return scale.reshape(own)
 
 
-def _lokr(module: FileModule, origin: str) -> ModuleChange:
+def _loha(module: FileModule, shape: tuple[int, ...], origin: str) -> ModuleChange:
+    leaves = {name: module.leaves[name] for name in _LOHA if name in module.leaves}
+    cores = [name for name in _LOHA[4:] if name in leaves]
+    _require(module, _LOHA if cores else _LOHA[:4], origin)
+    out, inner, *kernel = shape
+    rank = _size(leaves["hada_w1_b"], 0)
+    first, second = ((rank, out), (rank, inner)) if cores else ((out, rank), (rank, inner * math.prod(kernel)))
+    shapes = {name: first if name.endswith("a") else second for name in _LOHA[:4]}
+    _check_shapes(module, {**shapes, **dict.fromkeys(cores, (rank, rank, *kernel))}, origin)
+    return ModuleChange(module.name, "LOHA", leaves, rank, _scale(module, rank, origin))
+
+
+def _lokr(module: FileModule, shape: tuple[int, ...], origin: str) -> ModuleChange:
     leaves = {name: module.leaves[name] for name in _LOKR if name in module.leaves}
-    for whole, *parts in (("lokr_w1", "lokr_w1_a", "lokr_w1_b"), ("lokr_w2", "lokr_w2_a", "lokr_w2_b")):
-        if whole not in leaves and any(part not in leaves for part in parts):
-            raise _missing(module, whole, origin)
-    is_whole = "lokr_w1" in leaves and "lokr_w2" in leaves
-    if is_whole:
-        # The rank is in none of them, and readers take the scale to be 1 whatever alpha says.
-        return ModuleChange(
-            module.name, "LOKR", leaves, max(max(leaves[n].shape[:2]) for n in ("lokr_w1", "lokr_w2")), 1.0
-        )
-    ranks = {leaves[name].shape[0] for name in ("lokr_w1_b", "lokr_w2_b") if name in leaves}
-    if len(ranks) > 1:
-        raise UnsupportedError(f"{origin}: the two factors of {module.name} are of two ranks.", hint=_ELSEWHERE)
-    rank = ranks.pop()
-    return ModuleChange(module.name, "LOKR", leaves, rank, _alpha(module, rank) / rank)
+    for whole, *halves in (_LOKR[:3], _LOKR[3:6]):
+        _require(module, halves if any(half in leaves for half in halves) else [whole], origin)
+    rows, columns = (("lokr_w1", 0), ("lokr_w1", 1)) if "lokr_w1" in leaves else (("lokr_w1_a", 0), ("lokr_w1_b", 1))
+    first = _size(leaves[rows[0]], rows[1]), _size(leaves[columns[0]], columns[1])
+    parts = [leaves[name] for name in ("lokr_w1_b", "lokr_w2_b") if name in leaves]
+    rank = _size(parts[0], 0) if parts else 0
+    shapes = _lokr_shapes(shape, first, rank, "lokr_t2" in leaves)
+    _check_shapes(module, {name: shapes[name] for name in leaves}, origin)
+    if parts:
+        return ModuleChange(module.name, "LOKR", leaves, rank, _scale(module, rank, origin))
+    # The rank is in none of them, and readers take the scale to be 1 whatever alpha says.
+    return ModuleChange(module.name, "LOKR", leaves, max(*leaves["lokr_w1"].shape, *leaves["lokr_w2"].shape[:2]), 1.0)
+
+
+def _lokr_shapes(
+    shape: tuple[int, ...], first: tuple[int, int], rank: int, has_core: bool
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of LoKr's tensors beside a weight.
+
+    Args:
+        shape: the weight's.
+        first: the rows and columns of the first factor.
+        rank: the rank of factors that are products.
+        has_core: True for a Tucker decomposition.
+    """
+    out, inner, *kernel = shape
+    (a, c), (b, d) = first, (out // (first[0] or 1), inner // (first[1] or 1))
+    second = ((rank, b), (rank, d)) if has_core else ((b, rank), (rank, d * math.prod(kernel)))
+    return {
+        "lokr_w1": (a, c),
+        "lokr_w1_a": (a, rank),
+        "lokr_w1_b": (rank, c),
+        "lokr_w2": (b, d, *kernel),
+        "lokr_w2_a": second[0],
+        "lokr_w2_b": second[1],
+        "lokr_t2": (rank, rank, *kernel),
+    }
 
 
 def _ia3(module: FileModule, shape: tuple[int, ...], origin: str) -> ModuleChange:
-    for leaf in (_IA3, _ON_INPUT):
-        if leaf not in module.leaves:
-            raise _missing(module, leaf, origin)
-    is_on_input = bool(module.leaves[_ON_INPUT])
-    weight = module.leaves[_IA3]
+    _require(module, (_IA3, _ON_INPUT), origin)
+    weight, is_on_input = module.leaves[_IA3], bool(module.leaves[_ON_INPUT].any())
     size = shape[1] if is_on_input else shape[0]
     if weight.numel() != size:
         raise BindError(
