@@ -271,6 +271,18 @@ def pair_order(heads: int, rows: int) -> list[int]:
     return order
 
 
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two adapters' folders hold the same tensors and metadata, bit for bit, in whatever order."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    files = [folder / "adapter_model.safetensors" for folder in (one, other)]
+    first, second = (load_file(file) for file in files)
+    metadata = [safe_open(file, "pt").metadata() for file in files]
+    alike = first.keys() == second.keys() and all(first[key].dtype == second[key].dtype for key in first)
+    return alike and metadata[0] == metadata[1] and all(torch.equal(first[key], second[key]) for key in first)
+
+
 def server(model: Path, adapter: Path | None = None) -> Any:
     """A model in llama.cpp, with an adapter."""
     import xllamacpp

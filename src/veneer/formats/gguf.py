@@ -6,6 +6,7 @@ the rank of each pair. Names and rows are those of the base's GGUF file: :mod:`v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -207,8 +208,8 @@ def _shapes(weight: Weight, rank: int) -> list[tuple[int, ...]]:
 
 def _alpha(header: GgufHeader) -> float:
     alpha = header.values.get("adapter.lora.alpha", 0.0)
-    if not isinstance(alpha, float):
-        raise CorruptFileError(f"{header.path} is damaged: its alpha is {alpha!r}, no float.", hint=COPY_AGAIN)
+    if not isinstance(alpha, float) or not math.isfinite(alpha):
+        raise CorruptFileError(f"{header.path} is damaged: its alpha is {alpha!r}.", hint=COPY_AGAIN)
     return alpha
 
 

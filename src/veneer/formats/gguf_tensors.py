@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFType, GGUFValueType, GGUFWriter, Keys
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFType, GGUFValueType, GGUFWriter, Keys
 from gguf.quants import dequantize
 from torch import Tensor
 
@@ -20,6 +20,12 @@ from veneer.formats.canonical import ModuleChange
 from veneer.formats.experts import ExpertStack, both, change_of, halves, stack_of
 from veneer.formats.gguf_weights import EMBEDDING, FACTORS, ROUTER, Weight
 
+_DTYPES = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+
 
 def read_tensors(header: GgufHeader) -> dict[str, Tensor]:
     """Read all tensors of a file; of quantised ones the values, in float32.
@@ -27,35 +33,30 @@ def read_tensors(header: GgufHeader) -> dict[str, Tensor]:
     Raises:
         CorruptFileError: one is cut off, or of a type that is not known. UnsupportedError: gguf cannot read its type.
     """
-    for tensor in header.tensors.values():
-        _check_extent(tensor, header)
-    return {tensor.name: _as_torch(tensor, header.path) for tensor in GGUFReader(header.path).tensors}
+    data = numpy.memmap(header.path, mode="r")
+    return {name: _read(tensor, header, data) for name, tensor in header.tensors.items()}
 
 
-def _check_extent(tensor: GgufTensor, header: GgufHeader) -> None:
-    """Refuse a tensor that the file does not hold, before any memory is taken for it."""
+def _read(tensor: GgufTensor, header: GgufHeader, data: Any) -> Tensor:
+    """Read a tensor, after a check that the file holds it, and before any memory is taken for it."""
     kinds = [kind for kind in GGMLQuantizationType if kind == tensor.kind]
     if not kinds:
         raise CorruptFileError(
             f"{header.path} is damaged: {tensor.name!r} has the unknown type {tensor.kind}.", hint=COPY_AGAIN
         )
     values, nbytes = GGML_QUANT_SIZES[kinds[0]]
-    length = math.prod(tensor.shape) // values * nbytes
-    if tensor.shape[-1] % values or tensor.start + length > header.size:
+    *rows, row = tensor.shape
+    end = tensor.start + math.prod(tensor.shape) // values * nbytes
+    if row % values or end > header.size:
         raise CorruptFileError(f"{header.path} is damaged: {tensor.name!r} is cut off.", hint=COPY_AGAIN)
-
-
-def _as_torch(tensor: Any, path: Path) -> Tensor:
-    kind = tensor.tensor_type
-    if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
-        return torch.from_numpy(numpy.array(tensor.data))
-    if kind == GGMLQuantizationType.BF16:
-        return torch.from_numpy(numpy.array(tensor.data).view(numpy.int16)).view(torch.bfloat16)
+    stored = numpy.array(data[tensor.start : end]).reshape(*rows, row // values * nbytes)
+    if kinds[0] in _DTYPES:
+        return torch.from_numpy(stored).view(_DTYPES[kinds[0]])
     try:
-        return torch.from_numpy(dequantize(tensor.data, kind))
+        return torch.from_numpy(dequantize(stored, kinds[0]))
     except NotImplementedError as error:
         raise UnsupportedError(
-            f"{path}: {tensor.name!r} is of the type {kind.name}, which the package gguf cannot read.",
+            f"{header.path}: {tensor.name!r} is of the type {kinds[0].name}, which the package gguf cannot read.",
             hint="Write the adapter again as F32, F16, BF16 or Q8_0.",
         ) from error
 
@@ -163,7 +164,7 @@ def write_file(
 
 def _add_tensor(writer: GGUFWriter, name: str, tensor: Tensor) -> None:
     """Add a tensor in its own dtype; one that GGUF files do not have becomes float32."""
-    if tensor.dtype == torch.bfloat16:
+    if tensor.dtype == torch.bfloat16:  # which numpy does not have
         writer.add_tensor(name, tensor.view(torch.uint8).numpy(), raw_dtype=GGMLQuantizationType.BF16)
     else:
         kept = tensor if tensor.dtype in (torch.float32, torch.float16) else tensor.float()
