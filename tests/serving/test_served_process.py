@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
 import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import openai
 import pytest
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from tests.serving.engine_world import prompts
 from tests.serving.http_service import Reply, call, events_of
 from tests.serving.served_process import NAMES, ServedProcess, completion, made, process
+from veneer.serving.auth import new_key
 
 
 @pytest.fixture(scope="module")
@@ -298,6 +301,24 @@ def test_a_request_longer_than_the_cache(server: ServedProcess) -> None:
     assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
 
 
+@pytest.mark.parametrize("read", [0, 1, 300])
+def test_clients_that_go_away_leave_nothing_behind(server: ServedProcess, read: int) -> None:
+    """Before the answer begins, at its head, and within its tokens."""
+    address = urlsplit(server.url)
+    data = json.dumps(completion("r16", [5, 6, 7], 100, stream=True)).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(data)}\r\n"
+    for _ in range(40):
+        with socket.create_connection((address.hostname, address.port)) as connection:
+            connection.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + data)
+            got = b""
+            while len(got) < read:
+                got += connection.recv(read - len(got))
+    wait_for(lambda: call(server.url, "GET", "/v1/adapters/r16").json["requests"] == 0)
+    text = call(server.url, "GET", "/metrics").body.decode()
+    assert "veneer_requests_running 0.0" in text
+    assert "veneer_requests_waiting 0.0" in text
+
+
 def test_what_is_measured(server: ServedProcess) -> None:
     text = call(server.url, "GET", "/metrics").body.decode()
     assert 'veneer_adapters{state="ready"}' in text
@@ -321,6 +342,55 @@ def test_a_server_that_is_told_to_stop_ends_its_answers_first(tmp_path: Path) ->
     assert [entry["event"] for entry in audited] == ["registered"] * 4 + ["answered"]
     assert audited[-1]["adapter"] == running.result().headers["x-veneer-adapter"]
     assert audited[-1]["tokens"] == 120
+
+
+def test_names_survive_a_restart_in_a_store_and_keys_are_read_again(tmp_path: Path) -> None:
+    world, (key, entry) = made(tmp_path), new_key("one")
+    file = tmp_path / "keys.json"
+    entry["scopes"] = ["infer", "admin"]
+    file.write_text(json.dumps({"keys": [entry]}))
+    options = (f"--store={tmp_path / 'store'}", f"--api-keys={file}")
+    with process(world, tmp_path, *options) as served:
+        bearer = f"Bearer {key}"
+        body = {"name": "kept", "source": f"file://{copied(served, 'kept').resolve()}", "wait": True}
+        registered = call(served.url, "POST", "/v1/adapters", body, timeout=60, authorization=bearer)
+        assert registered.status == 201
+        assert call(served.url, "GET", "/v1/models").status == 401
+    shutil.rmtree(tmp_path / "sources" / "kept")
+    with process(world, tmp_path, *options) as served:
+        again = call(
+            served.url, "POST", "/v1/completions", completion("kept", [5], 3), timeout=60, authorization=bearer
+        )
+        assert again.headers["x-veneer-adapter"] == f"kept@{registered.json['digest']}"
+        file.write_text("{")
+        served.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: "stay as they were" in (tmp_path / "log").read_text())
+        assert call(served.url, "GET", "/v1/models", authorization=bearer).status == 200
+        file.write_text(json.dumps({"keys": [new_key("two")[1]]}))
+        served.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: call(served.url, "GET", "/v1/models", authorization=bearer).status == 401)
+
+
+def test_a_folder_of_adapters_is_served_but_for_what_cannot_be(tmp_path: Path) -> None:
+    world = made(tmp_path)
+    shutil.copytree(world.folders["r16"], tmp_path / "many" / "good")
+    shutil.copytree(world.folders["r16"], tmp_path / "many" / "bad")
+    truncated(tmp_path / "many" / "bad")
+    (tmp_path / "many" / "notes").mkdir()
+    with process(world, tmp_path, f"--adapters={tmp_path / 'many'}", "--ui") as served:
+        names = {entry["id"] for entry in call(served.url, "GET", "/v1/models").json["data"]}
+        assert names == {"base", "good", *NAMES}
+        reply = ask(served, "good", [5, 6, 7], 4)
+        assert reply.json["choices"][0]["text"] == served.text("r16", [5, 6, 7], 4)
+        assert "bad is left out" in (tmp_path / "log").read_text()
+        assert call(served.url, "GET", "/").status == 200
+
+
+def test_an_adapter_of_the_command_line_that_cannot_be_served_ends_the_start(tmp_path: Path) -> None:
+    world = made(tmp_path)
+    truncated(world.folders["dora"])
+    with pytest.raises(RuntimeError, match="error: "), process(world, tmp_path):
+        raise AssertionError("it started")
 
 
 def test_told_twice_it_stops_at_once(tmp_path: Path) -> None:

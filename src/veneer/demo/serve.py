@@ -103,12 +103,11 @@ def server(base: Path, later: Path) -> Iterator[str]:
     adapters = [f"--adapter={name}={SHIPPED / name}" for name in FIRST]
     options = ["--port=0", "--max-context=512", "--allow-runtime-adapters", f"--allow-source=file://{later.parent}/*"]
     command = [sys.executable, "-m", "veneer", "serve", str(base), *adapters, *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        yield _address(process)
-    finally:
-        process.terminate()
-        process.wait(60)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            yield _address(process)
+        finally:
+            process.terminate()
 
 
 def _address(process: subprocess.Popen[str]) -> str:

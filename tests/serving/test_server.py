@@ -1,0 +1,36 @@
+"""The process of the server: it ends when its engine is dead for good."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.serving.fake_engine import FakeEngine
+from tests.serving.http_service import one_adapter_service
+from veneer.serving import server
+
+
+class LeftError(Exception):
+    """The process would have ended."""
+
+
+def test_an_engine_that_stays_dead_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        raise LeftError
+
+    monkeypatch.setattr(server, "_DEAD_SECONDS", 1.5)
+    monkeypatch.setattr(os, "_exit", leave)
+    service = one_adapter_service(tmp_path)
+    assert isinstance(service.engine, FakeEngine)
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(asyncio.wait_for(server._watch(service), 2.5))
+    service.engine.dead = True
+    with pytest.raises(LeftError):
+        asyncio.run(asyncio.wait_for(server._watch(service), 10))
+    assert codes == [70]
