@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
-
-import torch
 
 from veneer.base_model.targets import names_match
 from veneer.errors import UnsupportedError
 from veneer.formats import original_config
 from veneer.formats.canonical import CanonicalAdapter, ModuleChange
 from veneer.formats.format import Base
+from veneer.formats.peft_layout import ranks_and_alphas
 from veneer.formats.table import AS_LORA
 from veneer.methods.lokr import factorization
 
@@ -55,20 +53,7 @@ def config_of(adapter: CanonicalAdapter, inputs: Collection[str], base: Base, or
         values |= {"decompose_factor": factor, "decompose_both": both}
     core = "hada_t1" if methods == ["LOHA"] else "lokr_t2"
     values["use_effective_conv2d"] = any(core in change.leaves for change in changes)
-    return replace(adapter, config={**values, **_ranks_and_alphas(changes)})
-
-
-def _ranks_and_alphas(changes: Sequence[ModuleChange]) -> dict[str, Any]:
-    from veneer.formats.scaling import effective_alpha, most_frequent
-
-    rank = most_frequent([change.rank for change in changes], 8)
-    alpha = most_frequent([effective_alpha(change) for change in changes], 8.0)
-    return {
-        "r": rank,
-        "alpha": alpha,
-        "rank_pattern": {change.path: change.rank for change in changes if change.rank != rank},
-        "alpha_pattern": {c.path: effective_alpha(c) for c in changes if effective_alpha(c) != alpha},
-    }
+    return replace(adapter, config={**values, **ranks_and_alphas(changes, "alpha")})
 
 
 # -- LoKr ----------------------------------------------------------------------------------------------------
@@ -80,10 +65,10 @@ def _factors(changes: Sequence[ModuleChange], base: Base, origin: str) -> tuple[
     Raises:
         UnsupportedError: no options do.
     """
-    sizes = {change.path: _sizes(change) for change in changes}
+    first = {change.path: _first_factor(change) for change in changes}
     both = any("lokr_w1_a" in change.leaves for change in changes)
-    for factor in (-1, *sorted({size for (first, _) in sizes.values() for size in first})):
-        if all(_fits(change, sizes[change.path], base, factor, both) for change in changes):
+    for factor in (-1, *sorted({size for sizes in first.values() for size in sizes})):
+        if all(_fits(change, first[change.path], base, factor, both) for change in changes):
             return factor, both
     raise UnsupportedError(
         f"{origin}: no decompose_factor of PEFT's gives LoKr's factors the shapes they have here, such as those of "
@@ -92,33 +77,22 @@ def _factors(changes: Sequence[ModuleChange], base: Base, origin: str) -> tuple[
     )
 
 
-def _sizes(change: ModuleChange) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return rows and columns of the first factor, and of the second."""
+def _first_factor(change: ModuleChange) -> tuple[int, int]:
+    """Return the rows and columns of a LoKr's first factor."""
     leaves = change.leaves
-    first = (
-        leaves["lokr_w1"].shape if "lokr_w1" in leaves else (leaves["lokr_w1_a"].shape[0], leaves["lokr_w1_b"].shape[1])
-    )
-    if "lokr_w2" in leaves:
-        second = leaves["lokr_w2"].shape
-    elif "lokr_t2" in leaves:
-        second = torch.Size((leaves["lokr_w2_a"].shape[1], leaves["lokr_w2_b"].shape[1]))
-    else:
-        second = torch.Size((leaves["lokr_w2_a"].shape[0], leaves["lokr_w2_b"].shape[1]))
-    return (first[0], first[1]), (second[0], second[1])
+    if "lokr_w1" in leaves:
+        return leaves["lokr_w1"].shape[0], leaves["lokr_w1"].shape[1]
+    return leaves["lokr_w1_a"].shape[0], leaves["lokr_w1_b"].shape[1]
 
 
-def _fits(
-    change: ModuleChange, sizes: tuple[tuple[int, int], tuple[int, int]], base: Base, factor: int, both: bool
-) -> bool:
-    """Tell whether PEFT gives a module's factors the shapes that they have."""
-    (a, c), (b, d) = sizes
-    out, inner, *kernel = base.shapes[f"{change.path}.weight"]
-    has_kernel = "lokr_w2" not in change.leaves and "lokr_t2" not in change.leaves
-    columns = d // math.prod(kernel) if has_kernel else d
-    if factorization(out, factor) != (a, b) or factorization(inner, factor) != (c, columns):
+def _fits(change: ModuleChange, first: tuple[int, int], base: Base, factor: int, both: bool) -> bool:
+    """Tell whether PEFT gives a module's factors the shapes that they have, which fit the weight."""
+    out, inner = base.shapes[f"{change.path}.weight"][:2]
+    second = out // first[0], inner // first[1]
+    if factorization(out, factor) != (first[0], second[0]) or factorization(inner, factor) != (first[1], second[1]):
         return False
-    first_is_whole = not (both and change.rank < max(a, c) / 2)
-    second_is_whole = change.rank >= max(b, columns) / 2
+    first_is_whole = not (both and change.rank < max(first) / 2)
+    second_is_whole = change.rank >= max(second) / 2
     return (first_is_whole, second_is_whole) == ("lokr_w1" in change.leaves, "lokr_w2" in change.leaves)
 
 

@@ -243,13 +243,13 @@ def _config(adapter: CanonicalAdapter, base: Base | None) -> PeftConfig:
         values["use_dora"] = any("lora_magnitude_vector" in change.leaves for change in changes)
         values["lora_bias"] = any("lora_B.bias" in change.leaves for change in changes)
     if method != "IA3":
-        values |= _ranks_and_alphas(changes, "lora_alpha" if method == "LORA" else "alpha")
+        values |= ranks_and_alphas(changes, "lora_alpha" if method == "LORA" else "alpha")
     else:
         values["feedforward_modules"] = [c.path for c in changes if c.leaves["ia3_l"].shape[0] == 1]
     return PeftConfig.from_dict(values, where="the adapter")
 
 
-def _ranks_and_alphas(changes: Sequence[ModuleChange], option: str) -> dict[str, Any]:
+def ranks_and_alphas(changes: Sequence[ModuleChange], option: str) -> dict[str, Any]:
     """Return the options that say each module's rank and alpha: the most frequent values, and patterns for others."""
     ranks = {change.path: change.rank for change in changes}
     alphas = {change.path: whole_if_equal(effective_alpha(change)) for change in changes}
