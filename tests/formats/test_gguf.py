@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import json
 import re
 import struct
 from collections.abc import Callable, Mapping
@@ -14,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
 import veneer
@@ -527,6 +530,34 @@ def test_an_adapter_of_peft_and_back(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "back" / config).read_bytes() == (tmp_path / "adapter" / config).read_bytes()
     # With ranks of their own, rsLoRA's scales are folded: rounded once there, and once back.
     assert same_weights(tmp_path / "back", tmp_path / "adapter") != ("rank_pattern" in REAL[name])
+
+
+def test_experts_that_were_layers_of_their_own(tmp_path: Path) -> None:
+    """An adapter of transformers 4: the error names the option that stacks them, which it does exactly."""
+    build("MixtralForCausalLM").save_pretrained(tmp_path / "base")
+    tensors = {}
+    for layer, expert, (name, (out, columns)) in itertools.product(
+        range(2), range(4), {"w1": (48, 32), "w3": (48, 32), "w2": (32, 48)}.items()
+    ):
+        path = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+        for leaf, tensor in lora(path, out, columns, seed=expert).leaves.items():
+            tensors[f"base_model.model.{path}.{leaf}"] = tensor
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["w1", "w2", "w3"], "task_type": "CAUSAL_LM"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(BindError, match=r"has no .*experts.0.w1 .*--as-lora"):
+        veneer.convert(tmp_path / "adapter", tmp_path / "a.gguf", to="gguf", base=tmp_path / "base")
+    report = veneer.convert(tmp_path / "adapter", tmp_path / "a.gguf", to="gguf", base=tmp_path / "base", as_lora=True)
+    assert report.error < 1e-6
+    products = products_in(tmp_path / "a.gguf")
+    for part, name in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
+        for expert in range(4):
+            path = f"base_model.model.model.layers.1.block_sparse_moe.experts.{expert}.{name}"
+            expected = 8 / 2 * tensors[f"{path}.lora_B.weight"] @ tensors[f"{path}.lora_A.weight"]
+            torch.testing.assert_close(
+                products[f"blk.1.ffn_{part}_exps.weight"][expert], expected, atol=1e-4, rtol=1e-4
+            )
 
 
 def test_a_base_in_a_gguf_file(tmp_path: Path) -> None:
