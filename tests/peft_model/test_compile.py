@@ -65,6 +65,18 @@ def test_a_choice_for_a_call_reaches_compiled_code() -> None:
     assert counter.frame_count == count
 
 
+def test_the_plan_of_a_bank_reaches_compiled_code() -> None:
+    model = two()
+    for name in ("default", "other"):
+        model.set_requires_grad(name, False)
+    graph, _ = compiled(model)
+    bank = model.bank(slots=4)
+    plan = bank.plan([bank.lease("other"), bank.lease("default")])
+    expected = logits(model, X, adapter_names=["other", "default"])
+    assert gap(logits(model, X, adapter_names=plan), expected) < CLOSE
+    assert gap(logits(graph, X, adapter_names=plan), expected) < CLOSE
+
+
 def test_threads_choose_for_themselves_in_compiled_code() -> None:
     model = two()
     graph, _ = compiled(model)
