@@ -176,11 +176,16 @@ def check(model: veneer.PeftModel, batch: dict[str, Tensor]) -> None:
     expected = {name: alone(model, batch, name) for name in ("default", "other", "__base__")}
     assert gap(expected["default"], expected["__base__"]) > 1e-2
     mask = batch.get("attention_mask")
+    frozen = not any(parameter.requires_grad for parameter in model.parameters())
+    bank = model.bank(slots=2) if frozen else None
+    leases = {name: bank.lease(name) for name in ("default", "other")} if bank else {}
     for names in NAMES:
-        found = answers(model, batch, adapter_names=names)
-        for row, name in enumerate(names):
-            real = slice(None) if mask is None else mask[row].bool()
-            assert gap(found[row][real], expected[name][row][real]) < CLOSE
+        plan = [bank.plan([leases.get(name) for name in names])] if bank else []
+        for choice in (names, *plan):
+            found = answers(model, batch, adapter_names=choice)
+            for row, name in enumerate(names):
+                real = slice(None) if mask is None else mask[row].bool()
+                assert gap(found[row][real], expected[name][row][real]) < CLOSE
 
 
 ALL = {"target_modules": "all-linear"}
@@ -215,7 +220,10 @@ RIGHT: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Callable[[], dic
 @pytest.mark.parametrize("kind", RIGHT)
 def test_each_row_is_as_under_its_adapter_alone(kind: str) -> None:
     make, options, batch = RIGHT[kind]
-    check(adapted(make, **options), batch())
+    model = adapted(make, **options)
+    check(model, batch())
+    model.set_requires_grad(["default", "other"], False)
+    check(model, batch())
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Callable[[], dict[str, Tensor]], str]] = {
