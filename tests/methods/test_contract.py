@@ -19,7 +19,7 @@ from tests.methods.case import Case, cases
 from tests.methods.networks import NETWORKS, Network
 from tests.models import gap
 from tests.random_adapters import bits
-from veneer.errors import BindError, IncompleteCheckpointError, MergeError
+from veneer.errors import BindError, IncompleteCheckpointError, MergeError, UnsupportedError
 from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.patches.watched_parameters import Edits
 
@@ -249,6 +249,29 @@ def test_rows_of_a_batch_are_as_one_by_one(made: Made, tmp_path: Path) -> None:
         alone["other"] = made.read(model)
     for rows in (["default", "__base__"], ["other", "default"], ["__base__", "other"]):
         with model.adapters.using(model.adapters.rows(rows)):
+            mixed = made.read(model)
+        for index, name in enumerate(rows):
+            assert gap(mixed[index], alone[name][index]) < made.case.close
+
+
+def test_rows_from_a_bank_are_as_one_by_one(made: Made, tmp_path: Path) -> None:
+    if not made.case.rows:
+        pytest.skip("its rows cannot use different adapters")
+    _second(made, tmp_path, made.config(veneer))
+    model = made.load()
+    model.load_adapter(tmp_path, adapter_name="other")
+    bank = model.bank(slots=12, rank_buckets=(4, 16))
+    try:
+        leases = {name: bank.lease(name) for name in ("default", "other")}
+    except UnsupportedError:
+        assert not made.case.merges
+        return
+    alone = {"default": made.read(model), "__base__": made.base}
+    with model.using("other"):
+        alone["other"] = made.read(model)
+    for rows in (["default", "__base__"], ["other", "default"], ["__base__", "other"]):
+        plan = bank.plan([leases.get(name) for name in rows])
+        with bank.reading(plan) as selection, model.adapters.using(selection), torch.no_grad():
             mixed = made.read(model)
         for index, name in enumerate(rows):
             assert gap(mixed[index], alone[name][index]) < made.case.close
