@@ -257,13 +257,23 @@ class Residency:
             self._remove(resident)
             if not isinstance(error, VeneerError):
                 raise
-            refusal = as_refusal(error)
+            refusal = self._told(error, resident.digest)
             if not isinstance(error, (EngineError, AdapterLoadingError)):
                 self._failures.note(resident.digest, refusal)
             raise refusal from error
         resident.since = self._clock()
         self._failures.forget(resident.digest)
         self._store.touch(resident.digest)
+
+    def _told(self, error: VeneerError, digest: str) -> ServingError:
+        """Return a refusal that names the adapter, where the error names its folder in the store."""
+        refusal, stored = as_refusal(error), self._store.get(digest)
+        if stored is None or str(stored.folder) not in str(refusal):
+            return refusal
+        message, hint = (
+            text and text.replace(str(stored.folder), "the adapter") for text in (refusal.message, refusal.hint)
+        )
+        return type(refusal)(str(message), hint=hint, retry_after=refusal.retry_after, param=refusal.param)
 
     async def _timed(self, resident: _Resident, phase: str, work: Awaitable[T]) -> T:
         start = self._clock()
