@@ -15,6 +15,7 @@ TEXT: dict[str, Any] = {
     **{"tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }
 _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+_ROUTED = {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
 _LINEAR = {
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
     "num_hidden_layers": 4,
@@ -42,10 +43,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {**_GPT, "n_inner": 48, "num_key_value_heads": 1},
     "gptj": {**_GPT, "rotary_dim": 4},
     "gpt_neox": {**TEXT, "intermediate_size": 128, "head_dim": None, "num_key_value_heads": 4},
-    "glm4_moe": {
-        **TEXT,
-        **_EXPERTS,
-        **{"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
+    **{name: {**TEXT, **_EXPERTS, **_ROUTED} for name in ("dots1", "glm4_moe")},
+    "deepseek_v3": {
+        **{**TEXT, **_EXPERTS, **_ROUTED, "num_key_value_heads": 4},
+        **{"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
+    },
+    "lfm2": {
+        **{**TEXT, "num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
+        **{"tie_word_embeddings": True, "block_auto_adjust_ff_dim": False},
     },
     "gpt_oss": {**TEXT, "num_local_experts": 4, "num_experts_per_tok": 2},
     "granitemoe": {**TEXT, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -73,10 +78,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "text_config": {**TEXT, **_MROPE},
         "vision_config": {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 32},
     },
+    "qwen2_5_vl": {"text_config": {**TEXT, **_MROPE}, "vision_config": {**_PATCHES, "fullatt_block_indexes": [0]}},
+    "qwen3_5_moe": {
+        "text_config": {**TEXT, **_LINEAR, **_EXPERTS, "shared_expert_intermediate_size": 24},
+        "vision_config": {**_PATCHES, "deepstack_visual_indexes": [0]},
+    },
+    "qwen3_vl_moe": {
+        "text_config": {**TEXT, **_MROPE, **_EXPERTS},
+        "vision_config": {**_PATCHES, "deepstack_visual_indexes": [0]},
+    },
     "qwen3_5": {"text_config": {**TEXT, **_LINEAR}, "vision_config": {**_PATCHES, "deepstack_visual_indexes": [0]}},
     "qwen3_vl": {"text_config": {**TEXT, **_MROPE}, "vision_config": {**_PATCHES, "deepstack_visual_indexes": [0]}},
 }
-WITH_IMAGES = ("gemma3", "gemma4", "mistral3", "qwen2_vl", "qwen3_5", "qwen3_vl")
+WITH_IMAGES = (
+    *("gemma3", "gemma4", "mistral3", "qwen2_5_vl", "qwen2_vl"),
+    *("qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"),
+)
 
 
 def family(model_type: str, **values: Any) -> nn.Module:

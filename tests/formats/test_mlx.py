@@ -286,7 +286,8 @@ def test_all_linear_layers_of_each_family(tmp_path: Path, model_type: str) -> No
     linear = [
         name
         for name, module in model.named_modules()
-        if type(module).__name__ in ("Linear", "Conv1D") and not any(w in name for w in ("vis", "multi_modal", "head"))
+        if type(module).__name__ in ("Linear", "Conv1D")
+        and not any(w in name for w in ("vis", "multi_modal", "head", "kv_b_proj"))
     ]
     adapter = veneer.get_peft_model(model, veneer.LoraConfig(r=2, target_modules=linear, init_lora_weights=False))
     adapter.save_pretrained(tmp_path / "adapter")

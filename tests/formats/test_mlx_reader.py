@@ -39,6 +39,10 @@ def mlx_values(model_type: str, values: dict[str, Any]) -> dict[str, Any]:
         values |= {"rotary_emb_base": values["rope_theta"], "rotary_pct": values["partial_rotary_factor"]}
     if model_type == "qwen3_moe":
         values |= {"num_experts": 4, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": False}
+    if model_type == "lfm2":
+        values |= {"block_dim": 32, "conv_dim": 32, "conv_L_cache": 3}
+    if model_type == "qwen3_vl_moe":
+        values["text_config"] |= {"num_experts": 4, "norm_topk_prob": True, "mlp_only_layers": []}
     if model_type == "exaone4":
         values["sliding_window_pattern"] = "LLLG"
     if model_type == "apertus":
@@ -64,8 +68,26 @@ def gpt_oss_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.contiguous() for key, tensor in weights.items()}
 
 
+def fused_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Experts in one tensor, as the published files have them and transformers does not save them."""
+    names = sorted({key.partition(".experts.")[0] for key in tensors if ".experts.0." in key})
+    weights = {key: tensor for key, tensor in tensors.items() if ".experts." not in key or key.endswith("_proj")}
+    for name in names:
+        parts = {
+            part: torch.stack([tensors[f"{name}.experts.{expert}.{part}_proj.weight"] for expert in range(4)])
+            for part in ("gate", "up", "down")
+        }
+        weights[f"{name}.experts.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], 1)
+        weights[f"{name}.experts.down_proj"] = parts["down"]
+    return weights
+
+
 WEIGHTS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
     "gpt_oss": gpt_oss_weights,
+    "qwen3_5_moe": fused_weights,
+    "qwen3_vl_moe": lambda tensors: {  # the published files have them as (experts, in, out)
+        key: tensor.mT.contiguous() if ".experts." in key else tensor for key, tensor in tensors.items()
+    },
     "gpt2": lambda tensors: {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()},
 }
 
@@ -108,7 +130,8 @@ def test_the_answers_are_the_same(tmp_path: Path, model_type: str) -> None:
         if name.endswith((".gate_up_proj", ".experts.down_proj", ".router.weight"))
         or (name.endswith("mlp.gate.weight") and name.removesuffix(".weight") not in linear)
     ]
-    if model_type == "glm4_moe":
+    if model_type in ("deepseek_v3", "dots1", "glm4_moe"):
+        linear = [name for name in linear if not name.endswith("kv_b_proj")]
         parameters = [name for name in parameters if not name.endswith("gate.weight")]
     config = veneer.LoraConfig(
         r=3, lora_alpha=2, target_modules=linear, target_parameters=parameters or None, init_lora_weights=False

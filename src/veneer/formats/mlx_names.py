@@ -71,6 +71,9 @@ WRAPPED = MlxFamily(
         ("model.embed_tokens", "language_model.model.embed_tokens"),
     )
 )
+_WRAPPED_SWITCH = MlxFamily(
+    WRAPPED.prefixes, experts=("mlp.experts", "mlp.switch_mlp"), router=("mlp.gate", "mlp.gate")
+)
 _SWITCH = MlxFamily(experts=("mlp.experts", "mlp.switch_mlp"), router=("mlp.gate", "mlp.gate"))
 _BLOCK_SPARSE = "block_sparse_moe.switch_mlp"
 
@@ -84,9 +87,12 @@ FAMILIES: Mapping[str, MlxFamily] = {
         ),
         _PLAIN,
     ),
-    **dict.fromkeys(("cohere", "cohere2", "gemma", "gemma2"), _TIED),
-    **dict.fromkeys(("gemma3", "gemma4", "mistral3", "qwen2_vl", "qwen3_5", "qwen3_vl"), WRAPPED),
+    **dict.fromkeys(("cohere", "cohere2", "gemma", "gemma2", "lfm2"), _TIED),
+    **dict.fromkeys(("gemma3", "gemma4", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl"), WRAPPED),
+    **dict.fromkeys(("qwen3_5_moe", "qwen3_vl_moe"), _WRAPPED_SWITCH),
     **dict.fromkeys(("olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next"), _SWITCH),
+    "deepseek_v3": MlxFamily(experts=("mlp.experts", "mlp.switch_mlp"), no_layers=("mlp.gate", "self_attn.kv_b_proj")),
+    "dots1": MlxFamily(experts=("mlp.experts", "mlp.experts"), no_layers=("mlp.gate",)),
     "glm4_moe": MlxFamily(experts=("mlp.experts", "mlp.switch_mlp"), no_layers=("mlp.gate",)),
     "mixtral": MlxFamily(experts=("mlp.experts", _BLOCK_SPARSE), router=("mlp.gate", "block_sparse_moe.gate")),
     "phimoe": MlxFamily(experts=("mlp.experts", _BLOCK_SPARSE), router=("mlp.router", "block_sparse_moe.gate")),
