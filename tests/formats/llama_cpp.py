@@ -95,6 +95,12 @@ MODELS: Mapping[str, Callable[[], Any]] = {
     "CohereForCausalLM": _make("CohereForCausalLM", **TIED, logit_scale=0.5),
     "Ernie4_5ForCausalLM": _make("Ernie4_5ForCausalLM"),
     "Ministral3ForCausalLM": _make("Ministral3ForCausalLM"),
+    "Cohere2ForCausalLM": _make("Cohere2ForCausalLM", **TIED, logit_scale=0.5),
+    "Exaone4ForCausalLM": _make("Exaone4ForCausalLM", sliding_window=None, layer_types=["full_attention"] * LAYERS),
+    "GlmForCausalLM": _make("GlmForCausalLM", partial_rotary_factor=0.5),
+    "Glm4ForCausalLM": _make("Glm4ForCausalLM", partial_rotary_factor=0.5),
+    "HunYuanDenseV1ForCausalLM": _make("HunYuanDenseV1ForCausalLM"),
+    "NemotronForCausalLM": _make("NemotronForCausalLM", partial_rotary_factor=0.5),
     "Mistral3ForConditionalGeneration": _with_images("Mistral3ForConditionalGeneration", PIXTRAL, model_type="mistral"),
     "Qwen2VLForConditionalGeneration": _with_images("Qwen2VLForConditionalGeneration", QWEN_IMAGES, **SECTIONS),
     "Qwen2_5_VLForConditionalGeneration": _with_images("Qwen2_5_VLForConditionalGeneration", QWEN_IMAGES, **SECTIONS),
@@ -135,6 +141,8 @@ BLOCK: Mapping[str, str] = {
     **{f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"},
     **{"self_attn.o_proj": "attn_output", "self_attn.qkv_proj": "attn_qkv"},
     **{"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"},
+    **{"self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"},
+    **{"post_self_attn_layernorm": "post_attention_norm", "post_mlp_layernorm": "post_ffw_norm"},
     **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
     **{f"mlp.shared_expert.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")},
     **{"mlp.gate_up_proj": "ffn_up", "mlp.gate": "ffn_gate_inp", "mlp.shared_expert_gate": "ffn_gate_inp_shexp"},
@@ -153,7 +161,7 @@ OUTSIDE: Mapping[str, str] = {
     **{"transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm"},
 }
 PAIRS = ("llama", "smollm3", "granite", "arcee", "olmo", "mistral3")
-HAVE_FOUR_NORMS = ("gemma2", "gemma3", "olmo2")
+HAVE_FOUR_NORMS = ("gemma2", "gemma3", "olmo2", "exaone4")
 HAVE_POST_NORM = ("seed_oss",)
 
 
@@ -203,7 +211,9 @@ def _add_values(writer: Any, architecture: str, config: Any) -> None:
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_logit_scale(config.logits_scaling)
-    if architecture == "command-r":
+    if architecture == "cohere2":
+        writer.add_sliding_window(64)
+    if architecture in ("command-r", "cohere2"):
         writer.add_logit_scale(config.logit_scale)
     if architecture in ("qwen2vl", "qwen3vl"):
         writer.add_rope_dimension_sections([2, 1, 1, 0])
@@ -241,14 +251,17 @@ def _tensors(model: Any, architecture: str) -> dict[str, Tensor]:
         elif inner:
             norms = FOUR_NORMS if architecture in (*HAVE_FOUR_NORMS, *HAVE_POST_NORM) else {}
             name = {**BLOCK, **norms}[inner]
-            tensors[f"{block}.{name}.{leaf}"] = _one_more(_rows(tensor, name, leaf, architecture), inner, architecture)
+            tensors[f"{block}.{name}.{leaf}"] = _one_more(
+                _rows(tensor, name, leaf, architecture), f"{inner}.{leaf}", architecture
+            )
         else:
-            tensors[f"{OUTSIDE[module]}.{leaf}"] = _one_more(tensor, module, architecture)
+            tensors[f"{OUTSIDE[module]}.{leaf}"] = _one_more(tensor, f"{module}.{leaf}", architecture)
     return tensors
 
 
-def _one_more(tensor: Tensor, module: str, architecture: str) -> Tensor:
-    return tensor + 1 if module.endswith("norm") and architecture.startswith("gemma") else tensor
+def _one_more(tensor: Tensor, path: str, architecture: str) -> Tensor:
+    adds_one = architecture.startswith("gemma") or architecture == "nemotron"
+    return tensor + 1 if path.endswith("norm.weight") and adds_one else tensor
 
 
 def _rows(tensor: Tensor, name: str, leaf: str, architecture: str) -> Tensor:
