@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 import veneer
+from tests.checkpoints.test_older_layouts import moe, old_experts
 from tests.formats import diffusion_bases as bases
-from tests.models import inputs
+from tests.models import gap, inputs
+from tests.models import logits as model_logits
 from tests.random_adapters import saved, saved_base
-from veneer.errors import BaseModelError, NotACheckpointError, UsageError
+from veneer.errors import BaseModelError, IncompleteCheckpointError, NotACheckpointError, UsageError
 from veneer.formats import registry
 
 NAMES = [name for name in ("serving", "mlx", "gguf") if name in registry.targets()]
@@ -93,8 +95,27 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
     for call in (veneer.load, veneer.inspect):
         with pytest.raises(NotACheckpointError, match="no adapter in a format that is known"):
             call(tmp_path / "x.npz")
-    with pytest.raises(NotACheckpointError, match="no format of adapters"):
+    with pytest.raises(NotACheckpointError, match="is a full model, not an adapter"):
         veneer.convert(saved_base(tmp_path / "base"), tmp_path / "out")
+    saved(tmp_path / "set" / "one")
+    with pytest.raises(NotACheckpointError, match=r"is a set of adapters.*set/one"):
+        veneer.convert(tmp_path / "set", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(IncompleteCheckpointError, match="this is no adapter"):
+        veneer.convert(tmp_path / "empty", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["gguf", "mlx"])
+def test_an_adapter_of_an_older_version_is_written_by_the_names_of_now(name: str, tmp_path: Path) -> None:
+    by_hand = moe("mixtral")
+    folder = old_experts("mixtral", by_hand, ("w1", "w2", "w3"), (0, 1, 2)).save(tmp_path / "old")
+    base = moe("mixtral")
+    base.save_pretrained(tmp_path / "base")
+    out = tmp_path / ("out.gguf" if name == "gguf" else "out")
+    report = veneer.convert(folder, out, to=name, base=tmp_path / "base")
+    assert any("experts" in note for note in report.notes)
+    model = veneer.load(out, base=tmp_path / "base")
+    assert gap(model_logits(model, inputs("llama")), model_logits(by_hand, inputs("llama"))) < 1e-5
 
 
 def test_options_that_decide_are_checked(base: Path, tmp_path: Path) -> None:

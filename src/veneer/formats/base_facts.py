@@ -75,8 +75,7 @@ def base_on_disk(source: Source, gguf_file: str | None = None) -> Base:
     if plain is not None:
         return Base(source.origin, config, plain, {HEAD: EMBEDDING} if is_tied(config) else {})
     if "model_type" in config:
-        parameters = OnDemand(lambda: dict(_meta(source, config).named_parameters(remove_duplicate=False)))
-        return Base(source.origin, config, OnDemand(lambda: _shapes(parameters)), OnDemand(lambda: _ties(parameters)))
+        return _of_model(source.origin, config, lambda: _meta(source, config))
     gguf = _gguf_model(source, gguf_file)
     if gguf is not None:
         return _in_gguf(source, gguf)
@@ -105,12 +104,23 @@ def _in_gguf(source: Source, file: str) -> Base:
     config = gguf_config(source, file)
     config["architectures"] = list(classes_for("AutoModelForCausalLM", config["model_type"]))[:1]
 
-    def parameters() -> dict[str, nn.Parameter]:
-        model = meta_model(transformers.AutoModelForCausalLM, source, gguf_file=file)
-        return dict(model.named_parameters(remove_duplicate=False))
+    kind = transformers.AutoModelForCausalLM
+    return _of_model(source.origin, config, lambda: meta_model(kind, source, gguf_file=file))
 
-    found = OnDemand(parameters)
-    return Base(source.origin, config, OnDemand(lambda: _shapes(found)), OnDemand(lambda: _ties(found)))
+
+def _of_model(origin: str, config: Mapping[str, Any], make: Callable[[], nn.Module]) -> Base:
+    """Return the facts of a model that ``make`` builds without memory, when they are asked for."""
+    models = OnDemand(lambda: {"": make()})
+    parameters = OnDemand(lambda: dict(models[""].named_parameters(remove_duplicate=False)))
+
+    def catalog() -> Catalog:
+        from veneer.base_model.catalog import Catalog
+
+        return Catalog(models[""])
+
+    return Base(
+        origin, config, OnDemand(lambda: _shapes(parameters)), OnDemand(lambda: _ties(parameters)), catalog=catalog
+    )
 
 
 def base_in_memory(catalog: Catalog) -> Base:
@@ -125,7 +135,7 @@ def base_in_memory(catalog: Catalog) -> Base:
         if parameter is not None
     }
     origin = f"the {type(catalog.model).__name__} in memory"
-    return Base(origin, values, _shapes(parameters), _ties(parameters))
+    return Base(origin, values, _shapes(parameters), _ties(parameters), catalog=lambda: catalog)
 
 
 def given_base(base: str | Path | nn.Module | None, lookup: LookupOptions, gguf_file: str | None = None) -> Base | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from veneer.files.source import Source
 from veneer.formats.canonical import CanonicalAdapter
+
+if TYPE_CHECKING:
+    from veneer.base_model.catalog import Catalog
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Base:
         tied: the pairs of parameters that are one (``lm_head.weight`` -> ``model.embed_tokens.weight``).
         components: the models of a pipeline of diffusers by their folders' names: ``unet``, ``transformer``,
             ``text_encoder`` ...; empty for a model alone. A pipeline has no shapes of its own.
+        catalog: returns its modules; ``None`` where it is not built as a model, as its config says all of it.
     """
 
     origin: str
@@ -29,6 +33,7 @@ class Base:
     shapes: Mapping[str, tuple[int, ...]]
     tied: Mapping[str, str] = field(default_factory=dict)
     components: Mapping[str, Base] = field(default_factory=dict)
+    catalog: Callable[[], Catalog] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch import nn
 
 from veneer.adapters.attach import check_finite
 from veneer.adapters.merge.combining import check_rank
-from veneer.checkpoints.open_checkpoint import open_checkpoint
-from veneer.errors import NonFiniteError, NotACheckpointError, OutputError, UsageError
+from veneer.checkpoints.layouts.older_layouts import in_current_layout
+from veneer.errors import NonFiniteError, OutputError, UsageError
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_CONFIG
 from veneer.files.paths import exists
@@ -24,14 +24,19 @@ from veneer.formats.base_facts import base_in_memory, given_base, named_base
 from veneer.formats.canonical import CanonicalAdapter
 from veneer.formats.components import model_of
 from veneer.formats.expert_layouts import is_in_question
-from veneer.formats.format import ReadOptions, Step
+from veneer.formats.format import Format, ReadOptions, Step
+from veneer.formats.peft import PeftFormat
 from veneer.formats.peft_layout import canonical
 from veneer.keywords import TOKEN, takes
+from veneer.peft_model.adapted_model import AdaptedModel
 from veneer.peft_model.conversion_report import ROUNDING, ConversionReport
 from veneer.peft_model.convert_to_lora import as_lora as lora_of
 from veneer.peft_model.convert_to_lora import base_metadata, errors_of
 from veneer.peft_model.load import load
+from veneer.peft_model.open_adapter import open_adapter
 
+# The formats in which an adapter keeps the names that it has, whatever the base's are.
+_OWN_NAMES = ("peft", "serving")
 # Option that a file may need -> its values.
 _CHOICES = {"experts": ("grouped", "rank-major"), "scaling": ("plain", "alpha/rank")}
 
@@ -97,8 +102,8 @@ def convert(
         A report: for each kind of step what was exact, folded, padded, or approximated, and its error.
 
     Raises:
-        NotACheckpointError: no format of adapters is recognised. UnsupportedError: the format cannot hold the adapter;
-        the hint says the way out. BaseModelError: a base is needed. UsageError: an option must decide, or is not valid.
+        NotACheckpointError, IncompleteCheckpointError: no format of adapters is recognised. UnsupportedError: the
+        format cannot hold the adapter; the hint says the way out. BaseModelError: a base is needed. UsageError: an option must decide, or is not valid.
         OutputError: ``out`` is taken or cannot be written. SourceError, BindError: a file is damaged or incomplete.
     """
     target = registry.target(to)
@@ -106,11 +111,11 @@ def convert(
     lookup = LookupOptions(revision, subfolder, token, local_files_only)
     place = resolve(source, lookup, what="adapter")
     _check_free(Path(out))
-    facts = given_base(base, lookup)
+    facts = base_in_memory(base.adapters.catalog) if isinstance(base, AdaptedModel) else given_base(base, lookup)
     converted = (
         _as_lora(place, base, rank, lookup)
         if as_lora
-        else _read(place, ReadOptions(base=facts, experts=experts, component=component, scaling=scaling))
+        else _read(place, ReadOptions(base=facts, experts=experts, component=component, scaling=scaling), target)
     )
     _check_finite(converted.adapters, place.origin)
     named = next((adapter.base for adapter in converted.adapters.values() if adapter.base), None)
@@ -133,32 +138,41 @@ def _check_free(out: Path) -> None:
         raise OutputError(f"{out} exists already.", hint="Give a path where nothing is yet.")
 
 
-def _read(source: Source, options: ReadOptions) -> _Converted:
-    """Read an adapter in its own format."""
+def _read(source: Source, options: ReadOptions, target: Format) -> _Converted:
+    """Read an adapter in its own format, as ``target`` needs it."""
     own_format = registry.recognise(source)
-    if own_format is None:
-        raise NotACheckpointError(
-            f"{source.origin}: no format of adapters is recognised there.",
-            hint=f"`veneer inspect {source.origin}` tells what is there.",
-        )
-    adapters = (
-        _in_peft(source, options)
-        if own_format.name == "peft" and source.has(ADAPTER_CONFIG) and not is_in_question(source.json(ADAPTER_CONFIG))
-        else own_format.read(source, options)
-    )
+    if own_format is None or _is_in_peft(source, own_format):
+        adapters = _in_peft(source, options, target.name in _OWN_NAMES)
+    else:
+        adapters = own_format.read(source, options)
     if options.component and list(adapters) == [""]:
         adapters = {options.component: adapters[""]}
     methods = {change.method for adapter in adapters.values() for change in adapter.modules.values()}
-    return _Converted(adapters, ", ".join(sorted(methods)), own_format.title, (), 0.0, {})
+    return _Converted(adapters, ", ".join(sorted(methods)), _title(own_format), (), 0.0, {})
 
 
-def _in_peft(source: Source, options: ReadOptions) -> Mapping[str, CanonicalAdapter]:
-    """Read PEFT's folder as loading does, which knows how other writers spell its keys."""
-    checkpoint = open_checkpoint(source)
-    base = options.base or named_base(checkpoint.config.base_model_name_or_path, source)
+def _title(own_format: Format | None) -> str:
+    return PeftFormat.title if own_format is None else own_format.title
+
+
+def _is_in_peft(source: Source, own_format: Format) -> bool:
+    """Tell whether there is one adapter of PEFT's, whose experts, if it has any, are laid out as today."""
+    is_single = own_format.name == PeftFormat.name and source.has(ADAPTER_CONFIG)
+    return is_single and not is_in_question(source.json(ADAPTER_CONFIG))
+
+
+def _in_peft(source: Source, options: ReadOptions, keeps_names: bool) -> Mapping[str, CanonicalAdapter]:
+    """Read PEFT's folder as loading does, which knows how other writers spell its keys.
+
+    Unless the names are kept, those of an older version of transformers become the base's.
+    """
+    checkpoint = open_adapter(source)
+    whole = options.base or named_base(checkpoint.config.base_model_name_or_path, source)
+    base = model_of(whole, options.component or "")
+    if not keeps_names and base is not None and base.catalog is not None:
+        checkpoint = in_current_layout(checkpoint, base.catalog())
     tensors = checkpoint.read(checkpoint.tensors)
-    part = model_of(base, options.component or "")
-    adapter = canonical(checkpoint.config, tensors, checkpoint.metadata, part, source.origin)
+    adapter = canonical(checkpoint.config, tensors, checkpoint.metadata, base, source.origin)
     return {"": replace(adapter, notes=checkpoint.notes)}
 
 
@@ -187,8 +201,7 @@ def _as_lora(
     )
     kind = "exact" if max(errors.values(), default=0.0) < ROUNDING else "approximated"
     step = Step(kind, "made a plain LoRA", tuple(errors), error)
-    own_format = registry.recognise(source)
-    title = "PEFT" if own_format is None else own_format.title
+    title = _title(registry.recognise(source))
     return _Converted({"": lora}, str(adapter.config.peft_type), title, (step,), error, errors)
 
 
