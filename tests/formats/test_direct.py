@@ -17,7 +17,7 @@ from tests.formats import diffusion_bases as bases
 from tests.models import gap, inputs
 from tests.models import logits as model_logits
 from tests.random_adapters import saved, saved_base
-from veneer.errors import BaseModelError, IncompleteCheckpointError, NotACheckpointError, UsageError
+from veneer.errors import BaseModelError, NotACheckpointError, UsageError
 from veneer.formats import registry
 
 NAMES = [name for name in ("serving", "mlx", "gguf") if name in registry.targets()]
@@ -101,7 +101,7 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotACheckpointError, match=r"is a set of adapters.*set/one"):
         veneer.convert(tmp_path / "set", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(IncompleteCheckpointError, match="this is no adapter"):
+    with pytest.raises(NotACheckpointError, match="neither a model"):
         veneer.convert(tmp_path / "empty", tmp_path / "out")
 
 

@@ -58,6 +58,12 @@ def write_tensors(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping
         flush(temporary)
 
 
+def check_free(target: Path) -> None:
+    """Raise ``OutputError`` where something is at the place of an output already, but for an empty folder."""
+    if exists(target) and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(f"{target} exists already.", hint="Give a path where nothing is yet.")
+
+
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Give a hidden folder to write to, which becomes ``target`` when the block ends well.
@@ -65,8 +71,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     Raises:
         OutputError: ``target`` is taken, or cannot be written; nothing is left behind.
     """
-    if exists(target) and (not target.is_dir() or any(target.iterdir())):
-        raise OutputError(f"{target} exists already.", hint="Give a path where nothing is yet.")
+    check_free(target)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.writing-") as hidden:

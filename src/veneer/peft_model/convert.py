@@ -12,11 +12,12 @@ from torch import nn
 
 from veneer.adapters.attach import check_finite
 from veneer.adapters.merge.combining import check_rank
+from veneer.checkpoints.find_base import kind_of
 from veneer.checkpoints.layouts.older_layouts import in_current_layout
-from veneer.errors import NonFiniteError, OutputError, UsageError
+from veneer.errors import NonFiniteError, UsageError
+from veneer.files import adapter_folders
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import ADAPTER_CONFIG
-from veneer.files.paths import exists
 from veneer.files.resolve import resolve
 from veneer.files.source import Source
 from veneer.formats import registry
@@ -27,6 +28,7 @@ from veneer.formats.expert_layouts import is_in_question
 from veneer.formats.format import Format, ReadOptions, Step
 from veneer.formats.peft import PeftFormat
 from veneer.formats.peft_layout import canonical
+from veneer.formats.tensor_files import check_free
 from veneer.keywords import TOKEN, takes
 from veneer.peft_model.adapted_model import AdaptedModel
 from veneer.peft_model.conversion_report import ROUNDING, ConversionReport
@@ -103,14 +105,15 @@ def convert(
 
     Raises:
         NotACheckpointError, IncompleteCheckpointError: no format of adapters is recognised. UnsupportedError: the
-        format cannot hold the adapter; the hint says the way out. BaseModelError: a base is needed. UsageError: an option must decide, or is not valid.
-        OutputError: ``out`` is taken or cannot be written. SourceError, BindError: a file is damaged or incomplete.
+        format cannot hold the adapter; the hint says the way out. BaseModelError: a base is needed. UsageError: an
+        option must decide, or is not valid. OutputError: ``out`` is taken or cannot be written. SourceError, BindError:
+        a file is damaged or incomplete.
     """
     target = registry.target(to)
     _check_options(as_lora, rank, {"experts": experts, "scaling": scaling})
     lookup = LookupOptions(revision, subfolder, token, local_files_only)
     place = resolve(source, lookup, what="adapter")
-    _check_free(Path(out))
+    check_free(Path(out))
     facts = base_in_memory(base.adapters.catalog) if isinstance(base, AdaptedModel) else given_base(base, lookup)
     converted = (
         _as_lora(place, base, rank, lookup)
@@ -132,15 +135,12 @@ def _check_options(as_lora: bool, rank: float | None, choices: Mapping[str, str 
             raise UsageError(f"{name}={value!r} is no choice.", hint=f"There are: {', '.join(_CHOICES[name])}.")
 
 
-def _check_free(out: Path) -> None:
-    """Refuse a place where something is already, before any work is done."""
-    if exists(out) and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out} exists already.", hint="Give a path where nothing is yet.")
-
-
 def _read(source: Source, options: ReadOptions, target: Format) -> _Converted:
     """Read an adapter in its own format, as ``target`` needs it."""
     own_format = registry.recognise(source)
+    if own_format is None:
+        # Raises where nothing is that could be loaded; opening it does so for a model and for a set.
+        kind_of(source, adapter_folders.members(source))
     if own_format is None or _is_in_peft(source, own_format):
         adapters = _in_peft(source, options, target.name in _OWN_NAMES)
     else:
