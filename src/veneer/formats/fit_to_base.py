@@ -12,22 +12,18 @@ if TYPE_CHECKING:
     from veneer.formats.canonical import CanonicalAdapter, ModuleChange
     from veneer.formats.format import Base
 
-THE_BASE = "Give the base that it was trained on: --base"
-# For an adapter on its way out of PEFT's layout, which loading brings up to date.
-OLDER = f"{THE_BASE}; names of an older version of transformers are brought up to date by --as-lora."
 _COPY = ".base_layer.weight"
 # Kinds of models whose linear layers store the weight as (in, out).
 _TURNED = ("decision_transformer", "gpt2", "imagegpt", "openai-gpt")
 
 
-def check_fit(changes: Iterable[ModuleChange], base: Base, origin: str, hint: str = THE_BASE) -> None:
+def check_fit(changes: Iterable[ModuleChange], base: Base, origin: str) -> None:
     """Raise ``BindError`` where a base does not have what the changes of a LoRA are for, or in another shape.
 
     Args:
         changes: the changes, under the base's names.
         base: the base.
         origin: the adapter, for the error.
-        hint: what to do about it.
     """
     problems = [problem for change in changes if (problem := _problem(change, base))]
     if problems:
@@ -35,7 +31,7 @@ def check_fit(changes: Iterable[ModuleChange], base: Base, origin: str, hint: st
         raise BindError(
             f"{origin} does not fit {base.origin}: {problems[0]}{more}.",
             problems=problems,
-            hint=hint,
+            hint="Give the base that it was trained on: --base",
         )
 
 

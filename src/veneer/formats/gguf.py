@@ -29,7 +29,7 @@ from veneer.files.source import Source
 from veneer.formats import original_config
 from veneer.formats.base_facts import named_base
 from veneer.formats.canonical import CanonicalAdapter, ModuleChange
-from veneer.formats.fit_to_base import OLDER, check_fit, without_copies
+from veneer.formats.fit_to_base import check_fit, without_copies
 from veneer.formats.format import Base, ReadOptions, Step
 from veneer.formats.gguf_weights import EMBEDDING, FACTORS, HEAD, Weight, architecture_of, weights_of
 from veneer.packages import require
@@ -257,7 +257,7 @@ def _weights_of(adapter: CanonicalAdapter, base: Base) -> dict[str, list[Weight]
     Raises:
         UnsupportedError: a module has no weight there to which llama.cpp adds a LoRA. BindError: it does not fit.
     """
-    check_fit(adapter.modules.values(), base, "The adapter", OLDER)
+    check_fit(adapter.modules.values(), base, "The adapter")
     by_parameter: dict[str, list[Weight]] = {}
     for weight in weights_of(base):
         by_parameter.setdefault(weight.parameter, []).append(weight)

@@ -30,7 +30,7 @@ from veneer.files.source import Source
 from veneer.formats import original_config
 from veneer.formats.base_facts import named_base
 from veneer.formats.canonical import CanonicalAdapter, ModuleChange
-from veneer.formats.fit_to_base import OLDER, check_fit, without_copies
+from veneer.formats.fit_to_base import check_fit, without_copies
 from veneer.formats.format import Base, ReadOptions, Step
 from veneer.formats.mlx_names import LEAF, WEIGHTS, common_layers, family_of, is_embedding, is_tied, mlx_name
 from veneer.formats.mlx_tensors import (
@@ -241,7 +241,7 @@ def _check_dora(adapter: CanonicalAdapter) -> None:
 def _check_against(adapter: CanonicalAdapter, base: Base) -> None:
     """Refuse what the base does not have, or MLX has otherwise."""
     family = family_of(base)
-    check_fit(adapter.modules.values(), base, "The adapter", OLDER)
+    check_fit(adapter.modules.values(), base, "The adapter")
     is_one = is_tied(base, family)
     for path, change in adapter.modules.items():
         if mlx_name(path, family) is None or (is_one and path == "lm_head"):
