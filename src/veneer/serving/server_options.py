@@ -95,6 +95,7 @@ def server_options(
     if allow_source and not allow_runtime_adapters:
         raise UsageError("--allow-source is for adapters that come later.", hint="Add --allow-runtime-adapters.")
     given = tuple(_registration(text) for text in adapters)
+    _check_once([registration.name for registration in given])
     found = tuple(_found(folder, {registration.name for registration in given})) if folder else ()
     return ServerOptions(
         base=base,
@@ -164,6 +165,12 @@ def _registration(text: str) -> Registration:
     if exists(Path(source)):
         source = str(Path(source).resolve())
     return Registration(name, source, replace=True, trusted=True)
+
+
+def _check_once(names: list[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"--adapter names {twice!r} twice.", hint="Give each adapter a name of its own.")
 
 
 def _found(folder: Path, taken: set[str]) -> Iterator[Registration]:

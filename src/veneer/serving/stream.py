@@ -32,17 +32,32 @@ class Generations:
     def __init__(self, sources: Sequence[AsyncIterator[TokenEvent]], timeout: float) -> None:
         self._sources = sources
         self._timeout, self._deadline = timeout, time.monotonic() + timeout
-        self._queue: asyncio.Queue[tuple[int, TokenEvent | Exception | None]] = asyncio.Queue()
+        # An event, an error, or the end of a source; nothing at all for a tick of the clock.
+        self._queue: asyncio.Queue[tuple[int, TokenEvent | Exception | None] | None] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
+        self._clock: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Generations:
         self._tasks = [asyncio.create_task(self._pump(*item)) for item in enumerate(self._sources)]
+        self._wind()
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _wind(self) -> None:
+        """Let the clock tick: a timer for each answer costs less than one for each token."""
+        patience = max(0.0, min(HEARTBEAT_SECONDS, self._deadline - time.monotonic()))
+        self._clock = asyncio.get_running_loop().call_later(patience, self._tick)
+
+    def _tick(self) -> None:
+        self._queue.put_nowait(None)
+        if time.monotonic() < self._deadline:
+            self._wind()
 
     async def _pump(self, index: int, source: AsyncIterator[TokenEvent]) -> None:
         try:
@@ -58,21 +73,19 @@ class Generations:
         Raises:
             DeadlineExceededError: the time is over.
         """
-        running = len(self._sources)
+        running, is_idle = len(self._sources), True
         while running:
-            try:
-                index, event = await asyncio.wait_for(self._queue.get(), self._patience())
-            except asyncio.TimeoutError:
+            item = await self._queue.get()
+            if item is None:
                 self._check_deadline()
-                yield None
-                continue
-            if event is None:
+                if is_idle:
+                    yield None
+                is_idle = True
+            elif item[1] is None:
                 running -= 1
             else:
-                yield index, event
-
-    def _patience(self) -> float:
-        return max(0.0, min(HEARTBEAT_SECONDS, self._deadline - time.monotonic()))
+                is_idle = False
+                yield item[0], item[1]
 
     def _check_deadline(self) -> None:
         if time.monotonic() >= self._deadline:
@@ -106,7 +119,11 @@ class Answer(Response):
         work = asyncio.ensure_future(self._work(sender))
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            while not (await asyncio.wait({work, gone}, timeout=SEND_SECONDS / 4, return_when=asyncio.FIRST_COMPLETED))[
+                0
+            ]:
+                if sender.is_stuck:
+                    raise ClientGoneError
             if work.done():
                 work.result()
             elif not sender.complete:
@@ -127,7 +144,13 @@ class Sender:
 
     def __init__(self, send: Send) -> None:
         self._send = send
+        self._since: float | None = None
         self.complete = False
+
+    @property
+    def is_stuck(self) -> bool:
+        """True where the client takes nothing."""
+        return self._since is not None and time.monotonic() - self._since > SEND_SECONDS
 
     async def json(self, body: Any, headers: Mapping[str, str]) -> None:
         """Send a whole answer."""
@@ -163,10 +186,12 @@ class Sender:
         await self._out({"type": "http.response.body", "body": data, "more_body": more})
 
     async def _out(self, message: Message) -> None:
+        self._since = time.monotonic()
         try:
-            await asyncio.wait_for(self._send(message), SEND_SECONDS)
-        except (asyncio.TimeoutError, OSError) as error:
+            await self._send(message)
+        except OSError as error:
             raise ClientGoneError from error
+        self._since = None
 
 
 def encoded(body: Any) -> bytes:
