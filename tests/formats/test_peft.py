@@ -18,6 +18,7 @@ import veneer
 from tests.models import build
 from tests.random_adapters import edit_config, edit_tensors, saved, saved_base
 from veneer.base_model.catalog import Catalog
+from veneer.cli import main
 from veneer.errors import BindError, OutputError, UnsupportedError, UsageError
 from veneer.files.source import Source
 from veneer.formats import registry
@@ -109,6 +110,24 @@ def test_another_method_becomes_a_lora_first(tmp_path: Path) -> None:
     report = veneer.convert(tmp_path / "oft", tmp_path / "served", to="serving", base=base, as_lora=True, rank=8)
     assert report.steps[0].kind == "approximated"
     assert 0 < report.error < 1
+
+
+def test_an_alpha_of_zero_is_noted(tmp_path: Path) -> None:
+    (note,) = veneer.convert(saved(tmp_path / "adapter", lora_alpha=0), tmp_path / "served", to="serving").notes
+    assert "lora_alpha" in note
+    assert not veneer.convert(tmp_path / "served", tmp_path / "again").notes
+
+
+def test_the_command_prints_each_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = saved(tmp_path / "adapter", **MIXED)
+    assert main(["convert", str(adapter), str(tmp_path / "served"), "--to", "serving", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [step["kind"] for step in report["steps"]] == ["exact", "padded", "folded"]
+    assert (report["source"], report["to"], report["rank"]) == ("PEFT", "a server of LoRA", 4)
+    assert main(["convert", str(adapter), str(tmp_path / "served"), "--to", "serving"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main(["convert", str(adapter), str(tmp_path / "again"), "--to", "serving"]) == 0
+    assert "the scale multiplied into B" in capsys.readouterr().out
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

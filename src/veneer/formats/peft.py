@@ -1,4 +1,4 @@
-"""PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors`` in a folder."""
+"""Reads and writes PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors`` in a folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WEIGHTS = (ADAPTER_WEIGHTS, ADAPTER_STEM + INDEX, *PICKLES[ADAPTER_STEM])
 
 
 class PeftFormat:
-    """PEFT's format."""
+    """Reads and writes PEFT's format."""
 
     name: ClassVar[str] = "peft"
     title: ClassVar[str] = "PEFT"

@@ -74,6 +74,16 @@ def canonical(
         base=config.base_model_name_or_path,
         config={**config.extra, **config.to_dict()},
         metadata={key: value for key, value in metadata.items() if key != "format"},
+        notes=_notes(changes),
+    )
+
+
+def _notes(changes: Sequence[ModuleChange]) -> tuple[str, ...]:
+    if not changes or any(change.scale for change in changes) or all(map(changes_nothing, changes)):
+        return ()
+    return (
+        "Its alpha is 0, so it changes nothing, though its factors are trained: some trainers (verl) save 0 where the "
+        "alpha is in a config of their own. Mend lora_alpha in adapter_config.json.",
     )
 
 

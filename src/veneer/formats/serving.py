@@ -1,4 +1,4 @@
-"""A PEFT folder that servers read rightly: one rank, one whole alpha, plain targets, keys that old readers know."""
+"""Writes a PEFT folder that servers read rightly: one rank, one whole alpha, plain targets, keys of old readers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FIXED: Mapping[str, Any] = {
 
 
 class ServingFormat:
-    """PEFT's format as vLLM, SGLang, TGI and hosted services read it: written only, since reading it is PEFT's."""
+    """Writes PEFT's format as vLLM, SGLang, TGI and hosted services read it; reading it is PEFT's."""
 
     name: ClassVar[str] = "serving"
     title: ClassVar[str] = "a server of LoRA"
@@ -88,6 +88,12 @@ def _config(fit: Fitted, alpha: int) -> dict[str, Any]:
         "base_model_name_or_path": fit.adapter.base,
         "lora_alpha": alpha,
         "r": fit.rank,
-        "target_modules": sorted({path.rpartition(".")[2] for path in fit.adapter.modules}),
+        "target_modules": sorted({_ending(path) for path in fit.adapter.modules}),
         "task_type": config.get("task_type") or "CAUSAL_LM",
     }
+
+
+def _ending(path: str) -> str:
+    """Return the last word of a module's path, with the one before it where that is only an index: ``to_out.0``."""
+    *before, last = path.split(".")
+    return f"{before[-1]}.{last}" if last.isdigit() and before else last

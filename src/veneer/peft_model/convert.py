@@ -173,7 +173,7 @@ def _in_peft(source: Source, options: ReadOptions, keeps_names: bool) -> Mapping
         checkpoint = in_current_layout(checkpoint, base.catalog())
     tensors = checkpoint.read(checkpoint.tensors)
     adapter = canonical(checkpoint.config, tensors, checkpoint.metadata, base, source.origin)
-    return {"": replace(adapter, notes=checkpoint.notes)}
+    return {"": replace(adapter, notes=(*checkpoint.notes, *adapter.notes))}
 
 
 def _check_finite(adapters: Mapping[str, CanonicalAdapter], origin: str) -> None:
