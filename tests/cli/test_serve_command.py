@@ -76,3 +76,21 @@ def test_a_new_key_is_one_that_the_file_takes(run: Callable[..., Result], tmp_pa
 def test_options_come_from_the_environment_too(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_SERVE_HOST", "0.0.0.0")
     assert "0.0.0.0" in run("serve", "base").err
+
+
+def test_options_come_from_a_file_too(run: Callable[..., Result], tmp_path: Path) -> None:
+    pytest.importorskip("tomllib")
+    file = tmp_path / "serve.toml"
+
+    def told(text: str, *more: str) -> str:
+        file.write_text(text)
+        return run("serve", "--config", file, *more).err
+
+    assert "0.0.0.0" in told('base = "base"\nhost = "0.0.0.0"\nslots = 8')
+    assert "'a' twice" in told('base = "base"\nadapter = ["a=x", "a=y"]')
+    assert "There is no base" in told("ui = true\nqueue-age = 3.5")
+    assert "serve.example" in told('base = "base"\nhost = "0.0.0.0"', "--host", "serve.example")
+    assert "Did you mean 'port'?" in told("prt = 1")
+    assert "no TOML" in told("port =")
+    assert "cannot be read" in run("serve", "--config", tmp_path / "none").err
+    assert "70000" in told('base = "base"\nport = 70000')

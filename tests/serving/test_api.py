@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serving.fake_engine import FakeEngine, answer_token, served
 from tests.serving.http_service import DIGEST, OneAdapter, OpenDoor, call, events_of, one_adapter_service
@@ -448,6 +449,23 @@ def test_health_tells_of_the_engine(url: str, engine: FakeEngine) -> None:
     engine.dead = True
     assert call(url, "GET", "/health").status == 503
     assert call(url, "GET", "/ready").status == 503
+
+
+def test_metrics_are_what_prometheus_reads(tmp_path: Path) -> None:
+    service = one_adapter_service(tmp_path, gateway_metrics=True)
+    with served(service) as url:
+        assert call(url, "POST", "/v1/chat/completions", {**CHAT, "n": 2}).status == 200
+        reply = call(url, "GET", "/metrics")
+    families = {family.name: family for family in text_string_to_metric_families(reply.body.decode())}
+    values = {name: [sample.value for sample in family.samples] for name, family in families.items()}
+    assert values["veneer_bank_slots"] == [1, 3]
+    assert values["veneer_adapters"] == [1]
+    assert next(s.value for s in families["veneer_ttft_seconds"].samples if s.name.endswith("_count")) == 2
+    tokens = {s.labels["kind"]: s.value for s in families["veneer_tokens"].samples if s.name.endswith("_total")}
+    assert tokens == {"prompt": 8, "generated": 6}
+    info = families["vllm:lora_requests_info"].samples[0].labels
+    assert info == {"max_lora": "4", "running_lora_adapters": "", "waiting_lora_adapters": ""}
+    assert values["vllm:num_requests_running"] == [0]
 
 
 def test_the_page_loads_nothing_from_elsewhere(url: str) -> None:

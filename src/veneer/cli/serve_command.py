@@ -14,7 +14,7 @@ import click
 from veneer.cli import options
 from veneer.cli.options import A_PATH, PATH_OR_ID, NumberRange, switch
 from veneer.cli.terminal import print_warnings, progress
-from veneer.errors import UsageError
+from veneer.errors import UsageError, did_you_mean
 from veneer.packages import require
 from veneer.printing import nbytes, parse_bytes, quiet
 
@@ -34,6 +34,27 @@ def _size(context: click.Context, parameter: click.Parameter, text: str | None) 
     return size
 
 
+def _read_config(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
+    """Take the options of a TOML file for what neither the command line nor the environment gives."""
+    if path is None:
+        return
+    try:
+        import tomllib
+    except ModuleNotFoundError as error:
+        raise UsageError("--config needs Python 3.11.", hint="Set VENEER_SERVE_PORT and the like.") from error
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path} cannot be read: {error.strerror}.", hint="Give a TOML file.") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is no TOML: {error}.", hint="Such as: port = 9000") from error
+    names = {option.opts[0].removeprefix("--"): str(option.name) for option in context.command.params}
+    for key in values:
+        if key not in names:
+            raise UsageError(f"{path}: there is no option {key!r}.", hint=did_you_mean(key, names) or "See --help.")
+    context.default_map = {names[key]: value for key, value in values.items()}
+
+
 def _bytes(name: str, help: str, default: str | None = None) -> Callable[[Any], Any]:
     return click.option(name, default=default, metavar="SIZE", callback=_size, help=help)
 
@@ -48,6 +69,15 @@ def _seconds(name: str, default: float, help: str) -> Callable[[Any], Any]:
 
 @click.command(context_settings=_SETTINGS)
 @click.argument("base", type=PATH_OR_ID, required=False, help="The base: a folder or hub id.")
+@click.option(
+    "--config",
+    type=A_PATH,
+    metavar="FILE",
+    is_eager=True,
+    expose_value=False,
+    callback=_read_config,
+    help="A TOML file of these options, such as: port = 9000",
+)
 @click.option("--adapter", "adapters", metavar="NAME=SOURCE", multiple=True, help="An adapter; may be given again.")
 @click.option("--adapters", "folder", type=A_PATH, metavar="DIR", help="Serve each adapter in this folder by its name.")
 @click.option("--name", help="The base's name in requests; by default its folder's name or hub id.")
