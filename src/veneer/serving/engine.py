@@ -191,6 +191,7 @@ class TransformersEngine:
                 leasing.add_done_callback(_release)
                 raise
             except AdapterError as error:
+                self._check_version(version)  # it may have been dropped
                 if not isinstance(error, BankFullError) or time.monotonic() > deadline:
                     raise EngineError(error.message, hint=error.hint) from error
                 await asyncio.sleep(_POLL)
@@ -284,11 +285,19 @@ class TransformersEngine:
             self._detach(version)
 
     def _detach(self, version: str) -> None:
-        """Take an adapter off the model, whether it is in the bank or not."""
-        if self._lane is not None:
-            _forget(self._lane.bank, version)
-        if version not in self.model.adapters.by_name:
-            return
+        """Take an adapter off the model, as soon as no step and no request that comes too late holds it."""
+        deadline = time.monotonic() + _PATIENCE
+        while version in self.model.adapters.by_name:
+            try:
+                self._delete(version)
+            except AdapterError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_POLL)
+
+    def _delete(self, version: str) -> None:
+        if self._lane is not None and version in self._lane.bank:
+            self._lane.bank.remove(version)
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(EngineError):  # it is not running, and uses no adapter
                 stack.enter_context(self._between_steps())
@@ -363,18 +372,6 @@ def _release(leasing: asyncio.Future[BankLease]) -> None:
     """Release a lease that nobody waits for any more."""
     if not leasing.cancelled() and leasing.exception() is None:
         leasing.result().release()
-
-
-def _forget(bank: AdapterBank, version: str) -> None:
-    """Remove a version from the bank, as soon as the last step with it is over."""
-    deadline = time.monotonic() + _PATIENCE
-    while version in bank:
-        try:
-            bank.remove(version)
-        except AdapterError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(_POLL)
 
 
 def _slots(options: EngineOptions) -> int:
