@@ -228,6 +228,9 @@ def test_dora_keeps_its_lengths(tmp_path: Path) -> None:
     veneer.convert(adapter, tmp_path / "mlx", to="mlx", base=base)
     config = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
     assert config["fine_tune_type"] == "dora"
+    edit_config(tmp_path / "mlx", fine_tune_type=..., use_dora=True)
+    veneer.convert(tmp_path / "mlx", tmp_path / "back", base=base)
+    assert_same(weight_changes(tmp_path / "back", base), weight_changes(adapter, base))
     tensors = load_file(tmp_path / "mlx" / "adapters.safetensors")
     weights = load_file(base / "model.safetensors")
     changes = mlx_changes(tmp_path / "mlx")
@@ -346,12 +349,30 @@ def test_checkpoints_of_a_training(tmp_path: Path) -> None:
 )
 def test_an_alpha_beside_the_scale(tmp_path: Path, scaling: str | None, alpha: float | None) -> None:
     folder = mlx_folder(tmp_path / "mlx", query(), scale=3.0, lora_parameters={"alpha": 8})
+    edit_config(folder, num_layers=..., fine_tune_type=..., lora_layers=16)
     if alpha is None:
         with pytest.raises(UsageError, match=r"scale \* alpha / rank \(12\).*--scaling"):
             veneer.convert(folder, tmp_path / "peft")
         return
     veneer.convert(folder, tmp_path / "peft", scaling=scaling)
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["lora_alpha"] == alpha
+
+
+def test_an_alpha_that_stayed_in_the_defaults_means_nothing(tmp_path: Path) -> None:
+    folder = mlx_folder(tmp_path / "mlx", query(), scale=3.0, lora_parameters={"alpha": 8}, mask_prompt=False)
+    veneer.convert(folder, tmp_path / "peft")
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["lora_alpha"] == 6
+
+
+def test_experts_as_mlx_had_them_until_2025(tmp_path: Path) -> None:
+    base = saved_family(tmp_path / "base", "qwen3_moe")
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(4, 2, 40, generator=generator), torch.randn(4, 32, 2, generator=generator)
+    module = "model.layers.1.mlp.switch_mlp.down_proj"
+    folder = mlx_folder(tmp_path / "mlx", {f"{module}.lora_a": down.flatten(0, 1), f"{module}.lora_b": up}, scale=0.5)
+    veneer.convert(folder, tmp_path / "peft", base=base)
+    change = weight_changes(tmp_path / "peft", base)["model.layers.1.mlp.experts.down_proj"]
+    torch.testing.assert_close(change, 0.5 * (up @ down).double(), rtol=1e-4, atol=2e-6)
 
 
 def _drop(key: str) -> dict[str, Tensor]:

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 
 _OLD_WEIGHTS = "adapters.npz"
+# Keys that versions write since the scale is taken alone; an alpha that stayed in their defaults means nothing.
+_LATER_KEYS = frozenset({"fine_tune_type", "mask_prompt", "num_layers"})
 _FACTOR = re.compile(r".+\.lora_[ab]")
 _CHECKPOINT = re.compile(r"\d+_adapters\.safetensors")
 # Ends of the names of bases that only MLX reads.
@@ -95,7 +97,7 @@ def _read(source: Source, options: ReadOptions) -> CanonicalAdapter:
             f"{source.origin}: there is no {ADAPTER_CONFIG} beside the weights, which says their scale.",
             hint="Copy it from where the adapter was trained.",
         )
-    kind = config.get("fine_tune_type", "lora")
+    kind = config.get("fine_tune_type", "dora" if config.get("use_dora") else "lora")  # use_dora: until 2024
     if kind == "full":
         raise UnsupportedError(
             f"{source.origin} holds whole weights (fine_tune_type 'full'), not an adapter.",
@@ -152,12 +154,12 @@ def _rank_and_scale(config: Mapping[str, Any], options: ReadOptions, origin: str
             f"{origin}/{ADAPTER_CONFIG}: lora_parameters has rank {rank!r} and scale {scale!r}.",
             hint="MLX-LM needs a whole number and a number there; copy the config from the training.",
         )
-    if not is_number(alpha) or alpha == rank:
+    if not is_number(alpha) or alpha == rank or not _LATER_KEYS.isdisjoint(config):
         return rank, float(scale)
     is_old = choice(
         options.scaling,
-        f"{origin}/{ADAPTER_CONFIG} has an alpha ({alpha:g}) beside its scale: MLX-LM of 2024 trained with scale * "
-        f"alpha / rank ({scale * alpha / rank:g}), later versions with the scale alone ({scale:g}).",
+        f"{origin}/{ADAPTER_CONFIG} has an alpha ({alpha:g}) beside its scale: the MLX-LM of early 2024 trained with "
+        f"scale * alpha / rank ({scale * alpha / rank:g}), later ones with the scale alone ({scale:g}).",
     )
     return rank, float(scale * alpha / rank if is_old else scale)
 

@@ -84,6 +84,8 @@ def change_of_module(
             f"{origin}: {module} has {' and '.join(sorted(leaves))}, and no {'lora_a' if down is None else 'lora_b'}.",
             hint="Copy the file again; MLX-LM saves both.",
         )
+    if up.ndim == 3 and down.ndim == 2 and not down.shape[0] % up.shape[0]:
+        down = down.unflatten(0, (up.shape[0], -1))  # as MLX-LM had the experts until 2025
     stacked = down.ndim == 3
     fits = (
         down.ndim == up.ndim and down.ndim in (2, 3) and (down.shape[1], up.shape[2 if stacked else 0]) == (rank, rank)
