@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -196,10 +196,8 @@ class Registry:
                 raise entry.error from error
 
     async def _moved_to(self, entry: _RegisteredName, registration: Registration, caller: Caller) -> AdapterInfo:
-        fetched = await self._fetched(entry, registration)
-        digest = fetched.adapter.digest
-        with self._keeper.hold(digest):
-            current = entry.current
+        async with self._arrived(entry, registration) as fetched:
+            digest, current = fetched.adapter.digest, entry.current
             if current is not None and current.digest != digest and not registration.replace:
                 raise AdapterExistsError(
                     f"{entry.stored.name} is another version, {current.digest[:19]}.",
@@ -216,36 +214,36 @@ class Registry:
                 self._save(entry, pinned=True)
         return self._info(entry)
 
-    async def _fetched(self, entry: _RegisteredName, registration: Registration) -> Fetched:
+    @asynccontextmanager
+    async def _arrived(self, entry: _RegisteredName, registration: Registration) -> AsyncIterator[Fetched]:
+        """Fetch an adapter, and keep it as long as the block runs; one that arrives later is let go then."""
         source = self._policy.source(registration)
         if not registration.trusted:
             self._failures.check(source.url)
-        start = time.monotonic()
-        fetching = self._store.begin(source, registration.digest)
+        fetching = self._store.begin(source, registration.digest, self._keeper.claim)
         try:
-            fetched = await within(asyncio.shield(fetching), self._options.load_timeout)
-        except asyncio.CancelledError:
-            fetching.add_done_callback(self._let_arrived_go)
-            raise
+            yield await self._fetched(entry, source.url, fetching)
+        finally:
+            fetching.add_done_callback(self._release_arrived)
+
+    async def _fetched(self, entry: _RegisteredName, url: str, fetching: asyncio.Task[Fetched]) -> Fetched:
+        start, limit = time.monotonic(), self._options.load_timeout
+        try:
+            fetched = await within(asyncio.shield(fetching), limit)
         except TimeoutError as error:
-            failure = SourceFailedError(
-                f"{source.url} did not arrive within {self._options.load_timeout:g} s.",
-                hint="Register it again; what arrives meanwhile is kept.",
-                retry_after=self._options.load_timeout,
-            )
-            raise failure from error
+            raise SourceFailedError(
+                f"{url} did not arrive within {limit:g} s.", hint="Register it again.", retry_after=limit
+            ) from error
         except SourceFailedError as error:
-            self._failures.note(source.url, error)
+            self._failures.note(url, error)
             raise
-        self._failures.forget(source.url)
+        self._failures.forget(url)
         entry.seconds = {"fetch": time.monotonic() - start}
-        if self._store.get(fetched.adapter.digest) is None:
-            raise SourceFailedError("The store has no room for the adapter.", hint="Raise --store-bytes.")
         return fetched
 
-    def _let_arrived_go(self, fetching: asyncio.Task[Fetched]) -> None:
+    def _release_arrived(self, fetching: asyncio.Task[Fetched]) -> None:
         if not fetching.cancelled() and fetching.exception() is None:
-            self._keeper.let_go(fetching.result().adapter.digest)
+            self._keeper.release(fetching.result().adapter.digest)
 
     async def _loaded(self, digest: str, entry: _RegisteredName) -> None:
         await self._residency.reload(digest)
@@ -291,6 +289,9 @@ class Registry:
             self._database.save_alias(name, None)
             del self._aliases[name]
             audit("alias removed", name=name, by=caller.id)
+            return True
+        if caller.may_manage(name) and any(info.name == name for info in self._failed()):
+            del self._gone[name]
             return True
         entry = self._managed(name, caller)
         if entry.uses and drain is None and not force:

@@ -243,8 +243,8 @@ class Residency:
                 f"The adapter has {nbytes(size)}, and {nbytes(limit)} are there for all.", hint="Raise --host-bytes."
             )
         resident = _Resident(digest, size, self._clock())
-        self._residents[digest] = resident
         resident.loading = asyncio.create_task(self._load(resident))
+        self._residents[digest] = resident
         resident.loading.add_done_callback(_seen)
         return resident
 

@@ -127,9 +127,11 @@ class Store:
         """
         return await asyncio.shield(self.begin(source, digest))
 
-    def begin(self, source: AdapterSource, digest: str | None = None) -> asyncio.Task[Fetched]:
-        """Begin what :meth:`add` waits for."""
-        task = asyncio.create_task(self._add(source, digest))
+    def begin(
+        self, source: AdapterSource, digest: str | None = None, arrived: Callable[[str], None] = lambda digest: None
+    ) -> asyncio.Task[Fetched]:
+        """Begin what :meth:`add` waits for; ``arrived`` is called with the digest before it could be removed again."""
+        task = asyncio.create_task(self._add(source, digest, arrived))
         self._tasks.add(task)
         task.add_done_callback(self._forget)
         return task
@@ -139,7 +141,7 @@ class Store:
         if not task.cancelled():
             task.exception()  # seen, where nobody waits for it any more
 
-    async def _add(self, source: AdapterSource, digest: str | None) -> Fetched:
+    async def _add(self, source: AdapterSource, digest: str | None, arrived: Callable[[str], None]) -> Fetched:
         loop = asyncio.get_running_loop()
         reserved = 0
 
@@ -153,7 +155,9 @@ class Store:
         try:
             adapter = await loop.run_in_executor(self._threads, fetch.run, digest)
             self._place(fetch, adapter)
-            await asyncio.to_thread(self._settle, fetch)
+            arrived(adapter.digest)
+            with suppress(OSError):  # its files are on the disk; its name in the folder may come there later
+                await asyncio.to_thread(self._settle, fetch)
         finally:
             self._reserved -= reserved
         return Fetched(self._adapters.get(adapter.digest, adapter), fetch.label)

@@ -57,15 +57,23 @@ class VersionKeeper:
                 _add(self._current, version.digest, by)
                 _add(self._pinned, version.digest, by * name.pinned)
 
+    def claim(self, digest: str) -> None:
+        """Keep a version until it is released as often."""
+        _add(self._holds, digest, 1)
+
+    def release(self, digest: str) -> None:
+        """Keep a version no longer for the sake of one claim."""
+        _add(self._holds, digest, -1)
+        self.let_go(digest)
+
     @contextmanager
     def hold(self, digest: str) -> Iterator[None]:
         """Keep a version as long as the block runs."""
-        _add(self._holds, digest, 1)
+        self.claim(digest)
         try:
             yield
         finally:
-            _add(self._holds, digest, -1)
-            self.let_go(digest)
+            self.release(digest)
 
     def let_go(self, digest: str) -> None:
         """Free a version in the background, where nothing needs it."""
