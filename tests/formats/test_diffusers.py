@@ -129,6 +129,22 @@ def test_dora(tmp_path: Path) -> None:
     assert (metadata_of(tmp_path / "out.safetensors") or {})["unet.use_dora"] is True
 
 
+@pytest.mark.parametrize("with_config", [True, False])
+def test_a_bias_of_the_factors(tmp_path: Path, with_config: bool) -> None:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["proj_out"], "lora_bias": True}
+    shapes = {"lora_A.weight": (2, 8), "lora_B.weight": (4, 2), "lora_B.bias": (4,)}
+    tensors = {f"base_model.model.proj_out.{leaf}": torch.randn(shape) for leaf, shape in shapes.items()}
+    adapter = bases.adapter(tmp_path / "adapter", config, tensors)
+    veneer.convert(adapter, tmp_path / "a.safetensors", to="diffusers", component="transformer")
+    assert (metadata_of(tmp_path / "a.safetensors") or {})["transformer.lora_bias"] is True
+    if not with_config:
+        save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "a.safetensors")
+    veneer.convert(tmp_path / "a.safetensors", tmp_path / "again")
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["lora_bias"] is True
+
+
 @pytest.mark.parametrize("alpha", [None, 1.5])
 def test_a_file_of_before_peft(tmp_path: Path, alpha: float | None) -> None:
     attention = "mid_block.attentions.0.transformer_blocks.0.attn1"

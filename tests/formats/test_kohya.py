@@ -269,6 +269,52 @@ def test_a_pipeline(tmp_path: Path) -> None:
         veneer.convert(tmp_path / "a.safetensors", tmp_path / "none", base=folder, component="transformer")
 
 
+@pytest.mark.parametrize("prefix", ["lora_unet_", "lora_transformer_", "lycoris_", "lora_prior_unet_"])
+@pytest.mark.parametrize("name", ["transformer_blocks.0.attn.to_out.0", "double_blocks.0.img_attn.proj"])
+def test_what_each_trainer_calls_a_module(tmp_path: Path, prefix: str, name: str) -> None:
+    base = bases.stored(tmp_path / "base", bases.flux())
+    down, up = torch.randn(2, 8), torch.randn(8, 2)
+    flat = prefix + name.replace(".", "_")
+    save_file({f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up}, tmp_path / "a.safetensors")
+    veneer.convert(tmp_path / "a.safetensors", tmp_path / "peft", base=base)
+    assert_same(of_peft(tmp_path / "peft"), {"transformer_blocks.0.attn.to_out.0": product(up, down)})
+
+
+def test_the_text_encoders_of_flux(tmp_path: Path) -> None:
+    import transformers as tf
+
+    folder = bases.pipeline(tmp_path / "base", transformer="Flux", text_encoder="CLIP", text_encoder_2="T5")
+    bases.stored(folder / "transformer", bases.flux())
+    bases.clip(folder / "text_encoder")
+    config = tf.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2)
+    tf.T5EncoderModel(config).save_pretrained(folder / "text_encoder_2")
+    t5 = "encoder.block.0.layer.0.SelfAttention.q"
+    bases.lora(tmp_path / "all" / "text_encoder", {"encoder.layers.0.mlp.fc1": (16, 8)})
+    bases.lora(tmp_path / "all" / "text_encoder_2", {t5: (8, 8)})
+    bases.lora(tmp_path / "all" / "transformer", {"proj_out": (4, 8)})
+    veneer.convert(tmp_path / "all", tmp_path / "out.safetensors", to="kohya", base=folder)
+    names = {key.partition(".")[0] for key in load_file(tmp_path / "out.safetensors")}
+    assert names == {
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+        "lora_unet_final_layer_linear",
+    }
+    veneer.convert(tmp_path / "out.safetensors", tmp_path / "again", base=folder)
+    for component in ("text_encoder", "text_encoder_2", "transformer"):
+        assert_same(of_peft(tmp_path / "again" / component), of_peft(tmp_path / "all" / component))
+    own = {
+        f"text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.{leaf}": tensor
+        for leaf, tensor in (("lora_A.weight", torch.randn(2, 8)), ("lora_B.weight", torch.randn(16, 2)))
+    }
+    own |= {
+        f"text_encoders.t5xxl.transformer.{t5}.{leaf}": tensor
+        for leaf, tensor in (("lora_A.weight", torch.randn(2, 8)), ("lora_B.weight", torch.randn(8, 2)))
+    }
+    save_file(own, tmp_path / "comfyui.safetensors")
+    veneer.convert(tmp_path / "comfyui.safetensors", tmp_path / "of-comfyui", base=folder)
+    assert list(of_peft(tmp_path / "of-comfyui" / "text_encoder_2")) == [t5]
+
+
 def test_metadata(tmp_path: Path) -> None:
     base = bases.stored(tmp_path / "base", bases.flux())
     adapter = bases.lora(tmp_path / "adapter", {"x_embedder": (8, 4)})

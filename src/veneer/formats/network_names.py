@@ -88,8 +88,8 @@ class NetworkNames:
             raise BindError(
                 f"{origin}: {self._problem(lost[0])}.{more}",
                 problems=[self._problem(name) for name in lost],
-                hint=f"{near}Give the base that it was trained on; for a file with several components, the pipeline's "
-                "folder, or the one that is wanted: --component NAME.",
+                hint=f"{near}Give the base that it was trained on. From a file for several models take the "
+                f"wanted one first: veneer convert {origin} NEW --base PIPELINE --component NAME.",
             )
         return {name: self._places[name] for name in listed}
 
