@@ -19,6 +19,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "a name for all addresses": (["base", "--host", "serve.example"], "--insecure"),
     "an adapter without a name": (["base", "--adapter", "adapters/pirate"], "NAME=SOURCE"),
     "an adapter without a source": (["base", "--adapter", "pirate="], "NAME=SOURCE"),
+    "ranks": (["base", "--rank-buckets", "8,many"], "are no ranks"),
     "a name given twice": (["base", "--adapter", "a=x", "--adapter", "a=y"], "'a' twice"),
     "no folder": (["base", "--adapters", "none"], "is no folder"),
     "a size": (["base", "--host-bytes", "much"], "--host-bytes 'much' is no size"),

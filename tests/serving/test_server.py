@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.models import build
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.http_service import one_adapter_service
+from veneer.errors import UnsupportedError
 from veneer.serving import server
+from veneer.serving.engine import TransformersEngine
 
 
 class LeftError(Exception):
@@ -34,3 +37,8 @@ def test_an_engine_that_stays_dead_ends_the_process(tmp_path: Path, monkeypatch:
     with pytest.raises(LeftError):
         asyncio.run(asyncio.wait_for(server._watch(service), 10))
     assert codes == [70]
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="encoder-decoder"):
+        TransformersEngine(build("t5")).start()

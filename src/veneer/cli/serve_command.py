@@ -59,6 +59,14 @@ def _bytes(name: str, help: str, default: str | None = None) -> Callable[[Any], 
     return click.option(name, default=default, metavar="SIZE", callback=_size, help=help)
 
 
+def _ranks(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
+    """Parse ``8,16,64``."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and 0 < int(part) <= 4096 for part in parts):
+        raise UsageError(f"--rank-buckets {text!r} are no ranks.", hint="Such as --rank-buckets 8,16,64.")
+    return tuple(sorted({int(part) for part in parts}))
+
+
 def _count(name: str, help: str, default: int | None = None) -> Callable[[Any], Any]:
     return click.option(name, type=click.IntRange(min=1), default=default, metavar="N", help=help)
 
@@ -98,6 +106,13 @@ def _seconds(name: str, default: float, help: str) -> Callable[[Any], Any]:
 @_count("--max-rank", "The largest rank; by default any.")
 @_bytes("--host-bytes", "The most that all loaded adapters take; by default a quarter of the memory.")
 @_count("--slots", "Adapters in a batch.", 64)
+@click.option(
+    "--rank-buckets",
+    default="8,16,64",
+    metavar="RANKS",
+    callback=_ranks,
+    help="Each has so many slots, for adapters up to its rank.",
+)
 @_bytes("--kv-bytes", "The cache of keys and values; by default enough for 16,384 tokens.")
 @_count("--max-batch-tokens", "Tokens that a step computes.", 512)
 @_count("--max-requests", "Requests in a batch.", 64)

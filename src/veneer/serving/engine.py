@@ -116,6 +116,11 @@ class TransformersEngine:
                 f"{type(model.get_base_model()).__name__} does not generate text.",
                 hint="Serve a model with a language head.",
             )
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise UnsupportedError(
+                f"{type(model.get_base_model()).__name__} is an encoder-decoder: its answers do not continue prompts.",
+                hint="Serve a causal language model.",
+            )
         if options.device is not None:
             model.to(options.device)
         return model.eval().requires_grad_(False)

@@ -160,6 +160,6 @@ def _gauge(name: str, text: str, value: float) -> Metric:
 
 def _slots(status: EngineStatus) -> Metric:
     family = GaugeMetricFamily("veneer_bank_slots", "Slots for adapters by state.", labels=["state"])
-    family.add_metric(["used"], status.slots_used)
+    family.add_metric(["leased"], status.slots_used)
     family.add_metric(["free"], status.slots - status.slots_used)
     return family

@@ -71,6 +71,7 @@ def server_options(
     max_rank: int | None,
     host_bytes: int | None,
     slots: int,
+    rank_buckets: tuple[int, ...],
     kv_bytes: int | None,
     max_batch_tokens: int,
     max_requests: int,
@@ -115,6 +116,7 @@ def server_options(
             device=device,
             dtype=dtype,
             slots=slots,
+            rank_buckets=rank_buckets,
         ),
         limits=AdmissionLimits(
             running=max_requests,
