@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -327,6 +329,33 @@ def test_another_adapter_of_the_same_name_is_another(tmp_path: Path) -> None:
     check(model, bank, ["dora", "lora"])
     model.load_adapter(tmp_path / "lora", "lora")
     check(model, bank, ["dora", "lora"])
+
+
+def test_adapters_that_come_and_go_leave_nothing_behind(tmp_path: Path) -> None:
+    made(["lora", "dora"]).save_pretrained(tmp_path)
+    model = veneer.PeftModel(build("llama")).eval()
+    bank, batch = model.bank(slots=4), tokens(2)
+    seen: list[weakref.ref[Any]] = []
+    for turn in range(3):
+        for name in ("lora", "dora"):
+            model.load_adapter(tmp_path / name, name)
+            with bank.lease(name) as lease:
+                found = model(**batch, adapter_names=bank.plan([lease, None])).logits
+            assert gap(found[0], alone(model, name, **batch)[0]) < CLOSE
+            seen += [weakref.ref(model.get_base_model().model.layers[0].self_attn.q_proj)]
+            seen += [weakref.ref(model.adapters.get(name))]
+            model.delete_adapter(name)
+        if not turn:
+            nbytes = bank.status().nbytes
+            model.double()
+            model.float()
+    assert bank.status().nbytes == nbytes
+    assert name not in bank
+    del lease, found
+    gc.collect()
+    model.load_adapter(tmp_path / "lora", "lora")
+    bank.register("lora")
+    assert not any(reference() for reference in seen)
 
 
 CHANGES = {

@@ -25,7 +25,6 @@ from veneer.adapters.collection import Adapters
 from veneer.adapters.folding import FoldedAdapter, fold
 from veneer.adapters.slot_table import SlotTable, bits
 from veneer.errors import AdapterError, BankFullError, UnknownAdapterError, UsageError
-from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.patches.selection import BASE, NOTHING, Selection, keep_few
 from veneer.patches.slots import LayerSlots, SlotsInUse, UsedSlots
 from veneer.patches.watched_parameters import Edits
@@ -58,7 +57,8 @@ class AdapterBank:
         self._table = SlotTable(_capacity(slots, rank_buckets))
         self._lock = threading.RLock()
         self._by_version: dict[Hashable, BankedAdapter] = {}
-        self._layers: dict[AdaptedLayer, LayerSlots] = {}
+        # The id of a layer's site -> its slots, which stay while its wrapper goes and comes again.
+        self._layers: dict[str, LayerSlots] = {}
         self._selections: dict[Any, Selection] = {}
         # Those whose folded forms are kept.
         self._ahead: list[BankedAdapter] = []
@@ -102,7 +102,9 @@ class AdapterBank:
         Raises:
             AdapterError: it is another adapter's, or the adapter is there under another version.
         """
-        present = self._present(version)
+        for other in [*self._by_version]:
+            self._present(other)
+        present = self._by_version.get(version)
         others = (entry for entry in self._by_version.values() if entry._adapter is adapter)
         present = next(others, None) if present is None else present
         if present is None or (present.version == version and present._adapter is adapter):
@@ -266,11 +268,10 @@ class AdapterBank:
         home = self._table.residences[entry]
         # In-place writes are for inference and outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            for layer in folded.parts:
-                if layer not in self._layers:
-                    self._layers[layer] = LayerSlots(self._table.capacity)
-            for layer, slots in self._layers.items():
-                slots.write(home.bucket, home.slots, home.place, folded.parts.get(layer))
+            for site_id in folded.parts.keys() - self._layers.keys():
+                self._layers[site_id] = LayerSlots(self._table.capacity)
+            for site_id, slots in self._layers.items():
+                slots.write(home.bucket, home.slots, home.place, folded.parts.get(site_id))
         self._writes += 1
         self._bytes_written += folded.nbytes
         self._selections = {}

@@ -11,7 +11,6 @@ from torch import Tensor
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.collection import Adapters
 from veneer.errors import UnsupportedError
-from veneer.layers.adapted_layer import AdaptedLayer
 from veneer.patches.fused import FusedPatch, TensorVersions
 from veneer.patches.patch import Patch
 from veneer.patches.selection import NOTHING
@@ -22,12 +21,12 @@ class FoldedAdapter:
     """Holds the fused form of an adapter on each layer that has one.
 
     Attributes:
-        parts: a layer -> the adapter's fused form there.
+        parts: the id of a layer's site -> the adapter's fused form there.
         row_by_row: the modules that compute its rows one adapter after the other, by name.
         versions: tells whether the adapter was changed since.
     """
 
-    parts: Mapping[AdaptedLayer, FusedPatch]
+    parts: Mapping[str, FusedPatch]
     row_by_row: Mapping[str, object]
     versions: FoldedVersions
 
@@ -60,7 +59,7 @@ def fold(adapters: Adapters, adapter: Adapter) -> FoldedAdapter:
     """
     check_foldable(adapters, adapter)
     versions = FoldedVersions([t for layer in adapter.layers.adapted for t in layer.sources((adapter.name,))])
-    parts: dict[AdaptedLayer, FusedPatch] = {}
+    parts: dict[str, FusedPatch] = {}
     row_by_row: dict[str, object] = dict(adapter.whole_modules.copies)
     with torch.inference_mode(False), torch.no_grad():
         for layer in adapter.layers.adapted:
@@ -70,7 +69,7 @@ def fold(adapters: Adapters, adapter: Adapter) -> FoldedAdapter:
             if fused is None:
                 row_by_row[layer.site.name] = layer
             else:
-                parts[layer] = fused
+                parts[layer.site.id] = fused
     return FoldedAdapter(parts, row_by_row, versions)
 
 

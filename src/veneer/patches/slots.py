@@ -42,21 +42,21 @@ class SlotsInUse:
         slots: for each bucket, and each part of the adapters in it.
         places: adapter's name -> its row in the vectors.
         bits: a number with the bit of each such row.
-        layers: a layer -> its slots.
+        layers: the id of a layer's site -> its slots.
         row_by_row: a layer -> the adapters of the batch that it computes row by row.
     """
 
     slots: Sequence[UsedSlots]
     places: Mapping[str, int]
     bits: int
-    layers: Mapping[Any, LayerSlots]
+    layers: Mapping[str, LayerSlots]
     row_by_row: Mapping[object, tuple[str, ...]]
     _stacked: dict[object, StackedPatches | None] = field(default_factory=dict, repr=False)
 
-    def stacked(self, layer: object) -> StackedPatches | None:
+    def stacked(self, layer: Any) -> StackedPatches | None:
         """Return the stacked adapters of a layer; ``None`` where none of the batch's is in its slots."""
         if layer not in self._stacked:
-            own = self.layers.get(layer)
+            own = self.layers.get(layer.site.id)
             self._stacked[layer] = None if own is None else own.stacked(self)
         return self._stacked[layer]
 
@@ -104,7 +104,7 @@ class LayerSlots:
                     tensor[slot].zero_()
                 self._written[bucket] &= ~bit
             return
-        if bucket not in self._factors:
+        if bucket not in self._factors or not _are_alike(self._factors[bucket][0], down):
             count = self._capacity[bucket]
             self._factors[bucket] = (
                 down.new_zeros(count, down.shape[0], bucket),
@@ -122,7 +122,7 @@ class LayerSlots:
     def _write_vector(self, name: str, place: int, vector: Tensor | None) -> None:
         bit = 1 << place
         if vector is not None:
-            if name not in self._vectors:
+            if name not in self._vectors or not _are_alike(self._vectors[name], vector):
                 self._vectors[name] = vector.new_full((self._places + 1, len(vector)), NEUTRAL[name])
             self._vectors[name][place] = vector
             self._set[name] |= bit
@@ -165,3 +165,8 @@ def _part(fused: FusedPatch | None, low: int, high: int) -> tuple[Tensor | None,
     if fused is None or fused.down is None or fused.up is None or fused.down.shape[1] <= low:
         return None, None
     return fused.down[:, low:high], fused.up[low:high]
+
+
+def _are_alike(own: Tensor, other: Tensor) -> bool:
+    """Tell whether tensors are of one dtype and device, as they are unless a model without adapters was moved."""
+    return own.dtype is other.dtype and own.device == other.device
