@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving.engine_world import CONFIGS, World, prompts, request, run, running, tokens_of
+from tests.serving.engine_world import CONFIGS, World, base, prompts, request, run, running, tokens_of
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,16 @@ def test_mixed_requests_get_the_answers_of_their_adapters(world: World) -> None:
     assert len({tuple(answer) for answer in answers}) > 20
     assert (status.alive, status.running, status.waiting, status.slots_used) == (True, 0, 0, 0)
     assert set(status.resident) == set(CONFIGS)
+
+
+def test_half_precision_passes_the_check_of_each_version(world: World) -> None:
+    async def main() -> list[int]:
+        for name, folder in world.folders.items():
+            assert (await engine.load(name, folder)).changes_output
+        return [len(await tokens_of(engine, request(name, prompts(1)[0], name))) for name in world.folders]
+
+    with running(model=base().bfloat16()) as engine:
+        assert run(main()) == [8] * len(CONFIGS)
 
 
 def test_the_folders_are_there(world: World) -> None:

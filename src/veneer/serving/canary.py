@@ -19,9 +19,11 @@ from veneer.serving.lane import Lane
 
 _TOKENS = 8
 _POLL = 0.1
-# The most that two ways to compute the same logits may differ, relative to the largest.
+# The most that two ways to compute the same logits may differ, relative to their norm; another adapter's are far off.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _HALF_TOLERANCE = 0.05
+# An adapter that changes less than this does nothing.
+_NO_CHANGE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,13 @@ class Canary:
         if not bool(mixed.isfinite().all()):
             raise AdapterError("The adapter's logits are not finite.", hint="Check its tensors: veneer inspect.")
         gap = difference(mixed, alone)
-        if gap > tolerance(self.model):
+        if not gap <= tolerance(self.model):
             raise AdapterError(
-                f"The adapter computes other logits in a mixed batch than alone: they differ by {gap:.2g} of the "
-                "largest.",
+                f"The adapter computes other logits in a mixed batch than alone: they differ by {gap:.2g} of "
+                "their norm.",
                 hint="It cannot be served; report it with the adapter's config.",
             )
-        return CanaryResult(changes_output=difference(alone, self.base) > torch.finfo(self.model.dtype).eps)
+        return CanaryResult(changes_output=difference(alone, self.base) > _NO_CHANGE)
 
     @cached_property
     def base(self) -> Tensor:
@@ -105,8 +107,8 @@ def tolerance(model: PeftModel) -> float:
 
 
 def difference(logits: Tensor, other: Tensor) -> float:
-    """Return the largest difference of two tensors, relative to the largest value."""
-    return float((logits - other).abs().amax() / other.abs().amax().clamp(min=torch.finfo(torch.float32).tiny))
+    """Return the norm of the difference of two tensors, relative to that of the second."""
+    return float((logits - other).norm() / other.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def lane_fault(lane: Lane, model: PeftModel) -> str | None:
