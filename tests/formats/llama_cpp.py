@@ -105,6 +105,9 @@ MODELS: Mapping[str, Callable[[], Any]] = {
     "Qwen2VLForConditionalGeneration": _with_images("Qwen2VLForConditionalGeneration", QWEN_IMAGES, **SECTIONS),
     "Qwen2_5_VLForConditionalGeneration": _with_images("Qwen2_5_VLForConditionalGeneration", QWEN_IMAGES, **SECTIONS),
     "Qwen3VLForConditionalGeneration": _with_images("Qwen3VLForConditionalGeneration", QWEN_IMAGES, **SECTIONS),
+    "GptOssForCausalLM": _make(
+        "GptOssForCausalLM", **{**EXPERTS, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    ),
     "GPT2LMHeadModel": lambda: tf.GPT2LMHeadModel(
         tf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=LAYERS, n_head=HEADS, n_positions=128)
     ),
@@ -141,6 +144,7 @@ BLOCK: Mapping[str, str] = {
     **{f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"},
     **{"self_attn.o_proj": "attn_output", "self_attn.qkv_proj": "attn_qkv"},
     **{"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"},
+    **{"self_attn.sinks": "attn_sinks", "mlp.router": "ffn_gate_inp"},
     **{"self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"},
     **{"post_self_attn_layernorm": "post_attention_norm", "post_mlp_layernorm": "post_ffw_norm"},
     **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
@@ -162,7 +166,7 @@ OUTSIDE: Mapping[str, str] = {
 }
 PAIRS = ("llama", "smollm3", "granite", "arcee", "olmo", "mistral3")
 HAVE_FOUR_NORMS = ("gemma2", "gemma3", "olmo2", "exaone4")
-HAVE_POST_NORM = ("seed_oss",)
+HAVE_POST_NORM = ("seed_oss", "gpt-oss")
 
 
 def write_base(model: Any, architecture: str, path: Path) -> Path:
@@ -201,7 +205,7 @@ def _add_values(writer: Any, architecture: str, config: Any) -> None:
     if architecture == "phi3":
         writer.add_rope_scaling_orig_ctx_len(128)
         writer.add_sliding_window(0)
-    if architecture in ("gemma2", "gemma3"):
+    if architecture in ("gemma2", "gemma3", "gpt-oss"):
         writer.add_sliding_window(64)
     if architecture == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
@@ -224,6 +228,8 @@ def _add_values(writer: Any, architecture: str, config: Any) -> None:
     if hasattr(config, "num_experts_per_tok"):
         writer.add_expert_count(4)
         writer.add_expert_used_count(2)
+    if architecture == "gpt-oss":
+        writer.add_expert_feed_forward_length(config.intermediate_size)
     if architecture in ("qwen2moe", "qwen3moe"):
         writer.add_expert_feed_forward_length(24)
         writer.add_expert_shared_feed_forward_length(40)
@@ -246,7 +252,9 @@ def _tensors(model: Any, architecture: str) -> dict[str, Tensor]:
         module, _, leaf = plain.rpartition(".") if has_leaf else (plain, "", "weight")
         inner = module.split(".", 3)[3] if module.count(".") > 2 else ""
         block = f"blk.{module.split('.')[2]}" if inner else ""
-        if inner == "mlp.experts.gate_up_proj":
+        if architecture == "gpt-oss" and ".experts." in inner:
+            tensors |= _turned_experts(tensor, inner, block)
+        elif inner == "mlp.experts.gate_up_proj":
             tensors[f"{block}.ffn_gate_exps.weight"], tensors[f"{block}.ffn_up_exps.weight"] = tensor.chunk(2, 1)
         elif inner:
             norms = FOUR_NORMS if architecture in (*HAVE_FOUR_NORMS, *HAVE_POST_NORM) else {}
@@ -257,6 +265,15 @@ def _tensors(model: Any, architecture: str) -> dict[str, Tensor]:
         else:
             tensors[f"{OUTSIDE[module]}.{leaf}"] = _one_more(tensor, f"{module}.{leaf}", architecture)
     return tensors
+
+
+def _turned_experts(tensor: Tensor, inner: str, block: str) -> dict[str, Tensor]:
+    """The weights and biases of gpt-oss' experts, where gate and up take turns."""
+    leaf = "bias" if inner.endswith("_bias") else "weight"
+    rows = tensor if leaf == "bias" else tensor.mT
+    if "gate_up" not in inner:
+        return {f"{block}.ffn_down_exps.{leaf}": rows}
+    return {f"{block}.ffn_gate_exps.{leaf}": rows[:, 0::2], f"{block}.ffn_up_exps.{leaf}": rows[:, 1::2]}
 
 
 def _one_more(tensor: Tensor, path: str, architecture: str) -> Tensor:

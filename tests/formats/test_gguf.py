@@ -84,16 +84,20 @@ def changes_of(name: str) -> tuple[Base, dict[str, CanonicalAdapter]]:
         module = path.removesuffix(".weight")
         rank, scale = 2 + number % 3, (0.5, 1.0, 2**0.5, 0.0)[number % 4]
         if len(shape) == 3 and "experts" in path:
-            changes.append(stack(path, *shape, rank, scale))
+            experts, *sides = shape
+            out, columns = sides[::-1] if name.startswith("GptOss") else sides
+            changes.append(stack(path, experts, out, columns, rank, scale))
         elif module in (EMBEDDING, HEAD) and not base.tied and name.startswith(("Llama", "Qwen3F")):
             is_head = module == HEAD
             changes.append(lora(module, *shape, rank, scale) if is_head else embedding(module, *shape))
-        elif len(shape) == 2 and (".layers." in path or ".h." in path) and "vis" not in path:
+        elif len(shape) == 2 and "experts" not in path and (".layers." in path or ".h." in path) and "vis" not in path:
             out, columns = shape[::-1] if name.startswith("GPT2") else shape
             change = lora(module, out, columns, rank, scale, number)
             # A router is no linear layer in transformers 5.
             changes.append(
-                replace(change, path=path, is_parameter=True) if path.endswith("mlp.gate.weight") else change
+                replace(change, path=path, is_parameter=True)
+                if path.endswith(("mlp.gate.weight", "mlp.router.weight"))
+                else change
             )
     return base, adapter(*changes, base="org/base")
 
@@ -168,8 +172,9 @@ def test_the_change_of_each_weight(name: str, tmp_path: Path) -> None:
     for module, change in adapters[""].modules.items():
         experts = base.shapes[module][0] if len(base.shapes.get(module, ())) == 3 else None
         expected = product(change, experts)
-        names = gguf_names(module)
-        torch.testing.assert_close(torch.cat([products.pop(n) for n in names], -2), expected, atol=1e-6, rtol=1e-6)
+        parts = [products.pop(n) for n in gguf_names(module)]
+        found = torch.stack(parts, -2).flatten(1, 2) if name.startswith("GptOss") and experts else torch.cat(parts, -2)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(product(back[module], experts), expected, atol=1e-6, rtol=1e-6)
     assert not products
     assert len(back) == len(adapters[""].modules)

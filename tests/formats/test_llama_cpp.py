@@ -36,8 +36,8 @@ def change_of(weight: Weight, base: Base, seed: int) -> ModuleChange:
     generator = torch.Generator().manual_seed(seed)
     rank, scale = 2 + seed % 3, (0.5, 1.0, 2**0.5)[seed % 3]
     *experts, rows, columns = base.shapes[weight.parameter]
-    if len(weight.shape) == 2 and weight.shape != base.shapes[weight.parameter]:
-        rows, columns = columns, rows  # GPT-2's
+    if columns != weight.shape[-1]:
+        rows, columns = columns, rows  # of GPT-2, and of gpt-oss' experts
     ranks = rank * (experts[0] if experts else 1)
     down = torch.randn(ranks, columns, generator=generator) * 0.25
     up = torch.randn(rows, ranks, generator=generator) * 0.25
@@ -54,8 +54,9 @@ def add(parameter: Tensor, change: ModuleChange) -> None:
     if "lora_embedding_A" in leaves:
         product = leaves["lora_embedding_A"].T @ leaves["lora_embedding_B"].T
     elif parameter.ndim == 3:
-        down = leaves["lora_A.weight"].reshape(len(parameter), -1, parameter.shape[2])
-        product = leaves["lora_B.weight"].reshape(parameter.shape[1], -1, len(parameter)).permute(2, 0, 1) @ down
+        down, up = leaves["lora_A.weight"], leaves["lora_B.weight"]
+        product = up.unflatten(1, (-1, len(parameter))).permute(2, 0, 1) @ down.unflatten(0, (len(parameter), -1))
+        product = product if product.shape == parameter.shape else product.mT
     else:
         product = leaves["lora_B.weight"] @ leaves["lora_A.weight"]
     parameter.data += change.scale * (product.T if is_gpt2(change) else product)

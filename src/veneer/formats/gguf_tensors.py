@@ -80,7 +80,7 @@ def _change(weights: list[Weight], tensors: Mapping[str, Tensor], alpha: float) 
     weight = weights[0]
     if len(weight.shape) == 3:
         stacks = {each.half: ExpertStack(*_factors(each, tensors, alpha)) for each in weights}
-        stack = stacks[None] if None in stacks else both(stacks.get(0), stacks.get(1), interleaved=False)
+        stack = stacks[None] if None in stacks else both(stacks.get(0), stacks.get(1), weight.interleaved)
         return change_of(weight.parameter, stack)
     down, up, scale = _factors(weight, tensors, alpha)
     path, rank = weight.parameter.removesuffix(".weight"), up.shape[1]
@@ -106,7 +106,7 @@ def tensors_of(change: ModuleChange, weight: Weight) -> dict[str, Tensor]:
     leaves = change.leaves
     if len(weight.shape) == 3:
         stack = stack_of(change)
-        part = stack if weight.half is None else halves(stack, interleaved=False)[weight.half]
+        part = stack if weight.half is None else halves(stack, weight.interleaved)[weight.half]
         factors = part.down, part.up
     elif weight.name == EMBEDDING:
         factors = leaves["lora_embedding_A"].T, leaves["lora_embedding_B"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import BaseModelError, UnsupportedError, did_you_mean
@@ -27,6 +27,7 @@ class Architecture:
         pairs: True if the rows of ``q_proj`` and ``k_proj`` change places within each head, so that the two which a
             rotation turns lie side by side; as they are in transformers, they lie half a head apart.
         transposed: True if the base stores its layers' weights as ``(in, out)``.
+        turned_experts: True if the base stores its experts' weights as ``(in, out)``, gate and up taking turns in them.
         one_table: True if llama.cpp always uses the embedding's table as the output head too.
         text: the ``model_type`` that the language model has to be of, where models of the class have several.
     """
@@ -34,6 +35,7 @@ class Architecture:
     name: str
     pairs: bool = False
     transposed: bool = False
+    turned_experts: bool = False
     one_table: bool = False
     text: tuple[str, ...] = ()
 
@@ -77,6 +79,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "SeedOssForCausalLM": Architecture("seed_oss"),
     "StableLmForCausalLM": Architecture("stablelm"),
     "Starcoder2ForCausalLM": Architecture("starcoder2"),
+    "GptOssForCausalLM": Architecture("gpt-oss", turned_experts=True),
     "GPT2LMHeadModel": Architecture("gpt2", transposed=True),
 }
 # The weights to which llama.cpp adds a LoRA, by their names in a block and outside; it passes over any other.
@@ -105,6 +108,7 @@ class Weight:
         parameter: the base's parameter that it is, or is half of.
         shape: ``(out, in)`` or ``(experts, out, in)``; of an embedding ``(vocabulary, dim)``.
         half: which half of the parameter's rows it is; ``None`` if it is all of them.
+        interleaved: True if that half is every other row.
         heads: the number of heads whose rows change places; 0 where rows lie as in the base.
     """
 
@@ -112,6 +116,7 @@ class Weight:
     parameter: str
     shape: tuple[int, ...]
     half: int | None = None
+    interleaved: bool = False
     heads: int = 0
 
     @property
@@ -176,19 +181,22 @@ def _weights(
     """Yield what a parameter is in a GGUF file: one weight, the halves of experts, or nothing."""
     plain = parameter.replace(_TEXT_MODEL, "model.", 1) if parameter.startswith(_TEXT_MODEL) else parameter
     plain = plain.removesuffix(".weight")
+    is_turned = architecture.turned_experts if len(shape) == 3 else architecture.transposed
+    stored = shape
+    shape = (*shape[:-2], *shape[:-3:-1]) if is_turned else shape
     for ending, halves in _HALVES.items():
         if plain.endswith(ending):
             half_shape = (*shape[:-2], shape[-2] // 2, shape[-1])
             for half, other in enumerate(halves):
                 name = f"{names.get_name(plain.removesuffix(ending) + other)}.weight"
-                yield Weight(name, parameter, half_shape, half)
+                yield Weight(name, parameter, half_shape, half, is_turned)
             return
     name = f"{names.get_name(plain)}.weight"
     weight = Weight(name, parameter, shape)
     if weight.kind in _LAYERS:
-        yield Weight(name, parameter, shape[::-1]) if architecture.transposed else weight
-    elif name in (EMBEDDING, HEAD):
         yield weight
+    elif name in (EMBEDDING, HEAD):
+        yield replace(weight, shape=stored)
 
 
 def _with_heads(weight: Weight, base: Base) -> Weight:
@@ -204,7 +212,7 @@ def _with_heads(weight: Weight, base: Base) -> Weight:
             f"{weight.parameter}.",
             hint="Give the base that the adapter was trained on.",
         )
-    return Weight(weight.name, weight.parameter, weight.shape, weight.half, heads)
+    return replace(weight, heads=heads)
 
 
 def _text_config(base: Base) -> Mapping[str, Any]:
