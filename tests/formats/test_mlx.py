@@ -15,7 +15,7 @@ import veneer
 from tests.formats.families import CONFIGS, family, saved_family
 from tests.formats.mlx_reading import mlx_changes
 from tests.models import build
-from tests.random_adapters import edit_config, enlarge, saved
+from tests.random_adapters import edit_config, edit_tensors, enlarge, saved
 from veneer.errors import (
     BaseModelError,
     BindError,
@@ -24,6 +24,8 @@ from veneer.errors import (
     UnsupportedError,
     UsageError,
 )
+from veneer.formats.canonical import CanonicalAdapter
+from veneer.formats.mlx import MlxFormat
 from veneer.formats.mlx_names import FAMILIES
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
@@ -258,6 +260,31 @@ def test_what_mlx_cannot_hold_is_refused(tmp_path: Path, options: dict[str, Any]
     assert not (tmp_path / "mlx").exists()
 
 
+def test_several_models_of_a_pipeline_are_refused(tmp_path: Path) -> None:
+    adapters = {"unet": CanonicalAdapter({}), "text_encoder": CanonicalAdapter({})}
+    with pytest.raises(UnsupportedError, match="there are 2: unet, text_encoder"):
+        MlxFormat().write(adapters, tmp_path / "mlx", None)
+
+
+def test_a_component_is_written_alone(tmp_path: Path) -> None:
+    base = saved_family(tmp_path / "base", "llama")
+    adapter = adapter_of(tmp_path / "adapter", "llama")
+    veneer.convert(adapter, tmp_path / "mlx", to="mlx", base=base, component="text_encoder")
+    assert_same(mlx_changes(tmp_path / "mlx"), weight_changes(adapter, base))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_factors_stay_as_they_are(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = saved_family(tmp_path / "base", "llama")
+    adapter = adapter_of(tmp_path / "adapter", "llama")
+    edit_tensors(adapter, lambda tensors: {key: tensor.to(dtype) for key, tensor in tensors.items()})
+    veneer.convert(adapter, tmp_path / "mlx", to="mlx", base=base)
+    assert {t.dtype for t in load_file(tmp_path / "mlx" / "adapters.safetensors").values()} == {dtype}
+    veneer.convert(tmp_path / "mlx", tmp_path / "back", base=base)
+    files = [(folder / "adapter_model.safetensors").read_bytes() for folder in (adapter, tmp_path / "back")]
+    assert files[0] == files[1]
+
+
 def test_the_base_is_needed_and_must_be_known(tmp_path: Path) -> None:
     adapter = adapter_of(tmp_path / "adapter", "llama")
     edit_config(adapter, base_model_name_or_path=None)
@@ -322,7 +349,8 @@ def test_the_base_of_mlx_alone_is_not_taken(tmp_path: Path) -> None:
     for number, (model, base) in enumerate(
         [("mlx-community/Qwen3-4B-4bit", None), ("Qwen/Qwen3-4B", "Qwen/Qwen3-4B"), ("Qwen3-4B-MLX-4bit", None)]
     ):
-        folder = mlx_folder(tmp_path / f"mlx-{number}", query(), model=model)
+        key = ("model", "base_model_name_or_path")[number % 2]
+        folder = mlx_folder(tmp_path / f"mlx-{number}", query(), **{key: model})
         report = veneer.convert(folder, tmp_path / f"peft-{number}")
         config = json.loads((tmp_path / f"peft-{number}" / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == base

@@ -54,7 +54,7 @@ _LATER_KEYS = frozenset({"fine_tune_type", "mask_prompt", "num_layers"})
 _FACTOR = re.compile(r".+\.lora_[ab]")
 _CHECKPOINT = re.compile(r"\d+_adapters\.safetensors")
 # Ends of the names of bases that only MLX reads.
-_MLX_BASE = re.compile(r"mlx-community/.*|.*[-_](mlx|\d+-?bit|[mn]xfp\d+|nvfp\d+|qat|dwq)([-_].*)?", re.IGNORECASE)
+_MLX_BASE = re.compile(r"mlx-community/.*|.*[-_](mlx|\d+-?bit|[mn]xfp\d+|nvfp\d+|dwq)([-_].*)?", re.IGNORECASE)
 
 
 class MlxFormat:
@@ -81,7 +81,12 @@ class MlxFormat:
 
     def write(self, adapters: Mapping[str, CanonicalAdapter], target: Path, base: Base | None) -> list[Step]:
         """Write a folder."""
-        return _write(adapters[""], target, base)
+        if len(adapters) > 1:
+            raise UnsupportedError(
+                f"MLX-LM takes one adapter, and there are {len(adapters)}: {', '.join(adapters)}.",
+                hint="Choose one: --component NAME.",
+            )
+        return _write(next(iter(adapters.values())), target, base)
 
 
 # -- reading -----------------------------------------------------------------------------------------------
@@ -186,15 +191,21 @@ def _check_kind(kind: str, modules: Mapping[str, Mapping[str, Tensor]], origin: 
         )
 
 
+def _named_model(config: Mapping[str, Any]) -> str | None:
+    """Return the model that a config names, under MLX-LM's key or under PEFT's, which some programs write."""
+    names = (config.get(key) for key in ("model", "base_model_name_or_path"))
+    return next((name for name in names if isinstance(name, str) and name), None)
+
+
 def _base_of(config: Mapping[str, Any]) -> str | None:
     """Return the base that a config names, unless it is a copy that only MLX reads."""
-    model = config.get("model")
-    return model if isinstance(model, str) and model and not _MLX_BASE.fullmatch(model) else None
+    model = _named_model(config)
+    return None if model is None or _MLX_BASE.fullmatch(model) else model
 
 
 def _notes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    model = config.get("model")
-    if not isinstance(model, str) or not model or _base_of(config) is not None:
+    model = _named_model(config)
+    if model is None or _base_of(config) is not None:
         return ()
     return (f"It was trained on {model}, a copy for MLX alone: give the model that this was made from as the base.",)
 
