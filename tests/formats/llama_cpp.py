@@ -105,6 +105,9 @@ MODELS: Mapping[str, Callable[[], Any]] = {
     "Qwen2VLForConditionalGeneration": _with_images("Qwen2VLForConditionalGeneration", QWEN_IMAGES, **SECTIONS),
     "Qwen2_5_VLForConditionalGeneration": _with_images("Qwen2_5_VLForConditionalGeneration", QWEN_IMAGES, **SECTIONS),
     "Qwen3VLForConditionalGeneration": _with_images("Qwen3VLForConditionalGeneration", QWEN_IMAGES, **SECTIONS),
+    "Qwen3VLMoeForConditionalGeneration": _with_images(
+        "Qwen3VLMoeForConditionalGeneration", QWEN_IMAGES, **{**EXPERTS, **SECTIONS}
+    ),
     "GptOssForCausalLM": _make(
         "GptOssForCausalLM", **{**EXPERTS, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
     ),
@@ -219,9 +222,9 @@ def _add_values(writer: Any, architecture: str, config: Any) -> None:
         writer.add_sliding_window(64)
     if architecture in ("command-r", "cohere2"):
         writer.add_logit_scale(config.logit_scale)
-    if architecture in ("qwen2vl", "qwen3vl"):
+    if architecture in ("qwen2vl", "qwen3vl", "qwen3vlmoe"):
         writer.add_rope_dimension_sections([2, 1, 1, 0])
-    if architecture == "qwen3vl":
+    if architecture in ("qwen3vl", "qwen3vlmoe"):
         writer.add_num_deepstack_layers(0)
     if architecture == "stablelm":
         writer.add_parallel_residual(config.use_parallel_residual)
@@ -230,7 +233,7 @@ def _add_values(writer: Any, architecture: str, config: Any) -> None:
         writer.add_expert_used_count(2)
     if architecture == "gpt-oss":
         writer.add_expert_feed_forward_length(config.intermediate_size)
-    if architecture in ("qwen2moe", "qwen3moe"):
+    if architecture in ("qwen2moe", "qwen3moe", "qwen3vlmoe"):
         writer.add_expert_feed_forward_length(24)
         writer.add_expert_shared_feed_forward_length(40)
     writer.add_tokenizer_model("gpt2")

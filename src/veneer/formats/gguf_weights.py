@@ -62,6 +62,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "Qwen2VLForConditionalGeneration": Architecture("qwen2vl"),
     "Qwen2_5_VLForConditionalGeneration": Architecture("qwen2vl"),
     "Qwen3VLForConditionalGeneration": Architecture("qwen3vl"),
+    "Qwen3VLMoeForConditionalGeneration": Architecture("qwen3vlmoe"),
     "GemmaForCausalLM": Architecture("gemma", one_table=True),
     "Gemma2ForCausalLM": Architecture("gemma2", one_table=True),
     "Gemma3ForCausalLM": Architecture("gemma3", one_table=True),
