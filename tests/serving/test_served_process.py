@@ -234,7 +234,22 @@ def unknown_method(folder: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "peft_type": "MAGIC"}))
 
 
+def gated(folder: Path) -> None:
+    """Not damaged, but a LoRA that begins at some tokens: the input decides."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "alora_invocation_tokens": [5]}))
+
+
+def prompting(folder: Path) -> None:
+    """Not damaged, but virtual tokens."""
+    config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 2, "token_dim": 32}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "num_layers": 2, "num_attention_heads": 4}))
+    save_file({"prompt_embeddings": torch.ones(2, 32)}, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
 DAMAGES = [
+    gated,
+    prompting,
     not_finite,
     truncated,
     huge_header,
