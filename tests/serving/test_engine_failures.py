@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.models import build
 from tests.random_adapters import edit_config, edit_tensors
 from tests.serving.engine_world import (
     CONFIGS,
@@ -27,7 +28,7 @@ from tests.serving.engine_world import (
     running,
     tokens_of,
 )
-from veneer.errors import AdapterError, BindError, EngineError, VeneerError
+from veneer.errors import AdapterError, BindError, EngineError, UnsupportedError, VeneerError
 from veneer.serving.engine import TransformersEngine
 from veneer.serving.supervisor import DeathLog
 
@@ -205,6 +206,12 @@ def test_an_engine_that_is_not_started_says_so() -> None:
     with pytest.raises(EngineError, match="not started"):
         run(tokens_of(engine, request(1, PROMPT)))
     engine.stop(timeout=0.0)
+
+
+@pytest.mark.parametrize("arch", ["t5", "bert"])
+def test_a_base_that_does_not_continue_a_text_is_refused(arch: str) -> None:
+    with pytest.raises(UnsupportedError, match="does not go on with a text"):
+        TransformersEngine(build(arch)).start()
 
 
 # -- clients that go away ----------------------------------------------------------------------------------

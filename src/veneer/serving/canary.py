@@ -142,4 +142,6 @@ def _first_answer(lane: Lane, model: PeftModel) -> tuple[Job, list[int]]:
 
 def _random_tokens(model: PeftModel) -> Tensor:
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    return torch.randint(vocabulary, (_TOKENS,), generator=torch.Generator().manual_seed(0))
+    # Special tokens, which may stand for images, are the first or the last.
+    span = vocabulary // 4, vocabulary // 2
+    return torch.randint(*span, (_TOKENS,), generator=torch.Generator().manual_seed(0))

@@ -111,10 +111,10 @@ class TransformersEngine:
             model = load(self._base, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
             if self.tokenizer is None:
                 self.tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
-        if not model.can_generate():
+        if not model.can_generate() or model.config.is_encoder_decoder:
             raise UnsupportedError(
-                f"{type(model.get_base_model()).__name__} does not generate text.",
-                hint="Serve a model with a language head.",
+                f"{type(model.get_base_model()).__name__} does not go on with a text.",
+                hint="Serve a decoder with a language head.",
             )
         if getattr(model.config, "is_encoder_decoder", False):
             raise UnsupportedError(
