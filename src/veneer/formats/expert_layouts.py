@@ -123,10 +123,10 @@ def _turned(stacks: Mapping[str, ModuleChange], config: Mapping[str, Any], base:
     """
     if base is None:
         return set()
-    told = {path: _is_turned(change, base) for path, change in stacks.items()}
-    unsure = {path for path, is_turned in told.items() if is_turned is None}
-    turned = {path for path, is_turned in told.items() if is_turned}
-    if not unsure or (len(unsure) < len(told) and not turned):
+    orientations = {path: _is_turned(change, base) for path, change in stacks.items()}
+    unsure = {path for path, is_turned in orientations.items() if is_turned is None}
+    turned = {path for path, is_turned in orientations.items() if is_turned}
+    if not unsure or (len(unsure) < len(stacks) and not turned):
         return turned
     if turned:
         return {*turned, *unsure}

@@ -47,6 +47,8 @@ from veneer.formats.tensor_files import header_of, new_folder, read_tensors, wri
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from veneer.formats.experts import ExpertStack
+
 
 _OLD_WEIGHTS = "adapters.npz"
 # Keys that versions write since the scale is taken alone; an alpha that stayed in their defaults means nothing.
@@ -96,35 +98,52 @@ def _read(source: Source, options: ReadOptions) -> CanonicalAdapter:
     header = header_of(source, WEIGHTS)
     if header is None:
         raise _no_weights(source)
-    config = source.json(ADAPTER_CONFIG) if source.has(ADAPTER_CONFIG) else None
-    if config is None:
-        raise IncompleteCheckpointError(
-            f"{source.origin}: there is no {ADAPTER_CONFIG} beside the weights, which says their scale.",
-            hint="Copy it from where the adapter was trained.",
-        )
-    kind = config.get("fine_tune_type", "dora" if config.get("use_dora") else "lora")  # use_dora: until 2024
-    if kind == "full":
-        raise UnsupportedError(
-            f"{source.origin} holds whole weights (fine_tune_type 'full'), not an adapter.",
-            hint="Put them into the model with mlx_lm.fuse, then: veneer extract FUSED_MODEL BASE --out ADAPTER",
-        )
-    if kind not in ("lora", "dora"):
-        raise UnsupportedError(f"{source.origin}: fine_tune_type {kind!r} is not known.", hint="Known: lora, dora.")
+    config = _config_of(source)
+    kind = _kind(config, source.origin)
     tensors = by_module(read_tensors(header), LEAF, source.origin)
     rank, scale = _rank_and_scale(config, options, source.origin)
     changes = {
         module: change_of_module(module, leaves, rank, scale, source.origin) for module, leaves in tensors.items()
     }
-    _check_kind(kind, tensors, source.origin)
+    _check_magnitudes(kind, tensors, source.origin)
     base = options.base or named_base(_base_of(config), source)
     return CanonicalAdapter(
-        modules=without_base(changes, source.origin)
-        if base is None
-        else under_base_names(changes, base, family_of(base), source.origin),
+        modules=_under_names_of(base, changes, source.origin),
         base=_base_of(config),
         metadata={**header.metadata, **_travelling(config)},
         notes=_notes(config),
     )
+
+
+def _config_of(source: Source) -> dict[str, Any]:
+    if not source.has(ADAPTER_CONFIG):
+        raise IncompleteCheckpointError(
+            f"{source.origin}: there is no {ADAPTER_CONFIG} beside the weights, which says their scale.",
+            hint="Copy it from where the adapter was trained.",
+        )
+    return source.json(ADAPTER_CONFIG)
+
+
+def _kind(config: Mapping[str, Any], origin: str) -> str:
+    """Return ``"lora"`` or ``"dora"``."""
+    kind = config.get("fine_tune_type", "dora" if config.get("use_dora") else "lora")  # use_dora: until 2024
+    if kind == "full":
+        raise UnsupportedError(
+            f"{origin} holds whole weights (fine_tune_type 'full'), not an adapter.",
+            hint="Put them into the model with mlx_lm.fuse, then: veneer extract FUSED_MODEL BASE --out ADAPTER",
+        )
+    if kind not in ("lora", "dora"):
+        raise UnsupportedError(f"{origin}: fine_tune_type {kind!r} is not known.", hint="Known: lora, dora.")
+    return str(kind)
+
+
+def _under_names_of(
+    base: Base | None, changes: Mapping[str, ModuleChange | ExpertStack], origin: str
+) -> dict[str, ModuleChange]:
+    """Return changes of MLX's modules under the names of transformers."""
+    if base is None:
+        return without_base(changes, origin)
+    return under_base_names(changes, base, family_of(base), origin)
 
 
 def _no_weights(source: Source) -> Exception:
@@ -169,7 +188,7 @@ def _rank_and_scale(config: Mapping[str, Any], options: ReadOptions, origin: str
     return rank, float(scale * alpha / rank if is_old else scale)
 
 
-def _check_kind(kind: str, modules: Mapping[str, Mapping[str, Tensor]], origin: str) -> None:
+def _check_magnitudes(kind: str, modules: Mapping[str, Mapping[str, Tensor]], origin: str) -> None:
     """Refuse magnitudes where they should not be, or are missing."""
     with_length = [module for module, leaves in modules.items() if "m" in leaves]
     if kind == "lora" and with_length:
