@@ -88,8 +88,8 @@ def convert(
         out: the folder or file to write. Nothing may be there.
         to: the format: ``"peft"``, ``"mlx"``, ``"gguf"``, ``"diffusers"``, ``"comfyui"``, ``"kohya"``, ``"lycoris"``,
             or ``"serving"`` for a PEFT folder that every server of LoRA reads rightly.
-        base: the adapter's base, as a path, a hub id or a model in memory; by default what the adapter names, where it
-            is on this machine. Formats that rename modules need it.
+        base: the adapter's base, as a path (to a GGUF file too), a hub id or a model in memory; by default what the
+            adapter names, where it is on this machine. Formats that rename modules need it.
         as_lora: make a plain LoRA of the adapter first, as :func:`convert_to_lora` does.
         rank: with ``as_lora``, the rank of the LoRA; needed where the change has no low rank of its own.
         experts: ``"grouped"`` or ``"rank-major"``, how a file lays out fused experts that does not say so itself.
