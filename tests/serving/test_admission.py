@@ -297,6 +297,18 @@ def test_rates_are_kept_and_unused_tokens_come_back() -> None:
         rates.charge(ANONYMOUS, 1_000_000)
 
 
+def test_tokens_that_an_answer_did_not_need_come_back() -> None:
+    caller = Caller("k", tokens_per_minute=100)
+    world = World()
+
+    async def work() -> None:
+        for _ in range(5):
+            async with world.admission.admit(Use("base", None, None), caller, 100) as admitted:
+                admitted.tokens = 1
+
+    run(world, work())
+
+
 def test_a_refused_request_takes_nothing_from_the_rate() -> None:
     caller = Caller("k", tokens_per_minute=100)
     world = World()

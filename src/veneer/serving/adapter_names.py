@@ -45,6 +45,11 @@ def tenant_of(name: str) -> str:
     return name.rpartition("/")[0]
 
 
+def is_tenant(text: str) -> bool:
+    """Tell whether names of adapters can begin with a tenant of that name."""
+    return re.fullmatch(_WORD, text, re.ASCII) is not None
+
+
 def read_reference(model: str) -> Reference:
     """Read ``name`` or ``name@1a2b3c``, the ``model`` of a request.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from veneer.errors import ConfigError, UsageError
 from veneer.files.json_file import read_json
-from veneer.serving.adapter_names import tenant_of
+from veneer.serving.adapter_names import is_tenant, tenant_of
 from veneer.serving.serving_errors import InvalidApiKeyError, NotAllowedError
 
 SCOPES = ("infer", "admin", "metrics")
@@ -106,7 +106,7 @@ class Keys:
         return caller
 
     def _find(self, key: str) -> Caller | None:
-        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
         found = [caller for known, caller in self._callers.items() if hmac.compare_digest(known, digest)]
         return found[0] if found else None
 
@@ -146,12 +146,12 @@ class _Entry:
             raise self.wrong(f"has the unknown field {unknown[0]!r}")
         return self.digest(), Caller(
             id=self.text("id", None),
-            tenant=self.text("tenant", ""),
+            tenant=self.tenant(),
             scopes=frozenset(self.texts("scopes", ("infer",), SCOPES)),
             adapters=self.texts("adapters", ("*",)),
             requests_per_minute=self.number("requests_per_minute"),
             tokens_per_minute=self.number("tokens_per_minute"),
-            running=None if self.number("running") is None else int(self.values["running"]),
+            running=self.count("running"),
             expires=self.time("expires"),
         )
 
@@ -173,6 +173,12 @@ class _Entry:
             raise self.wrong(f"needs a text as {field!r}")
         return value
 
+    def tenant(self) -> str:
+        tenant = self.text("tenant", "")
+        if tenant and not is_tenant(tenant):
+            raise self.wrong(f"has the tenant {tenant!r}, which cannot begin an adapter's name")
+        return tenant
+
     def texts(self, field: str, default: tuple[str, ...], choices: tuple[str, ...] = ()) -> tuple[str, ...]:
         values = self.values.get(field, default)
         if not isinstance(values, (list, tuple)) or not all(isinstance(value, str) for value in values):
@@ -189,6 +195,12 @@ class _Entry:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise self.wrong(f"needs a number above 0 as {field!r}")
         return float(value)
+
+    def count(self, field: str) -> int | None:
+        value = self.number(field)
+        if value is not None and value != int(value):
+            raise self.wrong(f"needs a whole number as {field!r}")
+        return None if value is None else int(value)
 
     def time(self, field: str) -> float | None:
         value = self.values.get(field)

@@ -131,6 +131,7 @@ class Service:
                                     break
                                 yield event
                 finally:
+                    admitted.tokens = len(prompt) + measured.tokens
                     self.metrics.generated(use.name, len(prompt), measured)
                     audit(
                         "answered",
