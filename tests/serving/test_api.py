@@ -449,6 +449,8 @@ def test_health_tells_of_the_engine(url: str, engine: FakeEngine) -> None:
     engine.dead = True
     assert call(url, "GET", "/health").status == 503
     assert call(url, "GET", "/ready").status == 503
+    reply = call(url, "POST", "/v1/chat/completions", CHAT)
+    assert (reply.status, reply.error["code"], reply.headers["retry-after"]) == (503, "engine_restarting", "2")
 
 
 def test_metrics_are_what_prometheus_reads(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ LOG = logging.getLogger("veneer.serve")
 BODY_BYTES = 8 << 20
 BODY_SECONDS = 30.0
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+# By probes and scrapers, every few seconds.
+_ASKED_OFTEN = ("/health", "/ready", "/metrics")
 
 Body = TypeVar("Body", bound=BaseModel)
 # Status and seconds of an answer; 499 where the client went away.
@@ -66,7 +68,8 @@ class Guard:
             await self._fail(error, answered, scope, receive)
         finally:
             self._on_answer(answered.status, time.monotonic() - answered.begin)
-            LOG.info("%s %s %s %s", request_id, scope["method"], scope["path"], answered.status)
+            level = logging.DEBUG if scope["path"] in _ASKED_OFTEN and answered.status == 200 else logging.INFO
+            LOG.log(level, "%s %s %s %s", request_id, scope["method"], scope["path"], answered.status)
 
     async def _fail(self, error: Exception, answered: _Answered, scope: Scope, receive: Receive) -> None:
         if isinstance(error, (ClientDisconnect, ClientGoneError)):

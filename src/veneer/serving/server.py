@@ -143,7 +143,8 @@ async def _serve(
 
         server = _DrainingServer(config, service, options.drain, begin)
         watch = asyncio.create_task(_watch(service))
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, keys)
+        if hasattr(signal, "SIGHUP"):  # not on Windows
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, keys)
         await server.serve([listener])
         watch.cancel()
     finally:

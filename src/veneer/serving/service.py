@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from veneer.serving.audit import audit
 from veneer.serving.engine_types import Engine, EngineRequest, Sampling, TokenEvent
 from veneer.serving.metrics import Measured
-from veneer.serving.serving_errors import ContextTooLongError
+from veneer.serving.serving_errors import ContextTooLongError, EngineRestartingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -101,6 +101,10 @@ class Service:
             )
         return most
 
+    def _check_engine(self) -> None:
+        if not self.engine.status().alive:
+            raise EngineRestartingError("The engine is being started anew.", hint="Ask again.", retry_after=2)
+
     async def answer(
         self, use: Use, caller: Caller, prompt: tuple[int, ...], sampling: Sampling, request_id: str
     ) -> AsyncIterator[TokenEvent]:
@@ -114,6 +118,7 @@ class Service:
             request_id: for the audit log; the engine gets an id of its own.
         """
         arrival = time.monotonic()
+        self._check_engine()
         with ExitStack() as waiting:
             waiting.enter_context(_counted(self.waiting, use.name))
             async with self.admission.admit(use, caller, len(prompt) + sampling.max_tokens) as admitted:
