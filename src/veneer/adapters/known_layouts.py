@@ -70,7 +70,7 @@ class Layouts:
 
     def give_to(self, wrappers: Iterable[tuple[str, HasLayout]]) -> None:
         """Let new wrappers, given with their names, have the layouts that are known."""
-        for name, wrapper in wrappers:
+        for name, wrapper in wrappers if self.known else ():
             wrapper.layout = self.known.get(name, wrapper.layout)
 
     def forget(self, adapter: str) -> None:

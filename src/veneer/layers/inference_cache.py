@@ -56,6 +56,8 @@ class InferenceCache:
             sources: gives the tensors of adapters.
         """
         rest = InferenceCache()
+        if self.forward is None and self.mixed is None and self.weight is None:  # as while adapters are loaded
+            return rest
         rest.forward = _without(adapter, self.forward)
         rest.weight = _without(adapter, self.weight)
         rest.copies = {names: kept for names, kept in self.copies.items() if adapter not in names}
