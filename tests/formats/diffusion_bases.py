@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import veneer
+from veneer.base_model.targets import pattern_value
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -176,7 +177,7 @@ def lora(folder: Path, shapes: Mapping[str, tuple[int, ...]], seed: int = 1, **o
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for name, (out, inner, *kernel) in shapes.items():
-        rank = next((r for key, r in config.rank_pattern.items() if name.endswith(key.replace("\\", ""))), config.r)
+        rank = pattern_value(name, config.rank_pattern, config.r)
         prefix = f"base_model.model.{name}"
         tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, inner, *kernel, generator=generator)
         tensors[f"{prefix}.lora_B.weight"] = torch.randn(out, rank, *(1 for _ in kernel), generator=generator)

@@ -118,10 +118,10 @@ def of_diffusers(file: Path) -> Changes:
     tensors = load_file(file)
     with safe_open(file, "pt") as opened:
         metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    config = {key.removeprefix("unet."): value for key, value in metadata.items()}
+    config = {key.partition(".")[2]: value for key, value in metadata.items()}
     changes = {}
     for key, down in tensors.items():
-        if match := re.fullmatch(r"unet\.(.+)\.lora_A\.weight", key):
+        if match := re.fullmatch(r"(?:unet|transformer)\.(.+)\.lora_A\.weight", key):
             rank = down.shape[0]
             alpha = first_match(match[1], config.get("alpha_pattern"), config.get("lora_alpha", rank))
             assert first_match(match[1], config.get("rank_pattern"), config.get("r", rank)) == rank
@@ -151,16 +151,18 @@ READERS: dict[str, Callable[[Path], Changes]] = {
     "diffusers": of_diffusers,
     "kohya": of_kohya,
     "lycoris": of_kohya,
+    "comfyui": of_diffusers,
 }
 TEXT = [name for name in ("peft", "serving", "mlx", "gguf") if name in registry.targets()]
 IMAGE = ["peft", "diffusers", "kohya", "lycoris"]
-FILES = {"gguf": ".gguf", "diffusers": ".safetensors", "kohya": ".safetensors", "lycoris": ".safetensors"}
+TRANSFORMER = ["peft", "diffusers", "comfyui"]
+FILES = {"gguf": ".gguf", **dict.fromkeys(("diffusers", "kohya", "lycoris", "comfyui"), ".safetensors")}
 # The layers of the UNet that are adapted: linear ones and convolutions.
 LAYERS = {name: shape for name, shape in bases.unet().items() if re.search(r"attentions|resnets\.0\.conv1", name)}
 
 
 def test_each_format_is_paired() -> None:
-    assert {*TEXT, *IMAGE, "comfyui"} == set(registry.targets()) == TABLE.keys()
+    assert {*TEXT, *IMAGE, *TRANSFORMER} == set(registry.targets()) == TABLE.keys()
 
 
 # -- the pairs ----------------------------------------------------------------------------------------------
@@ -234,6 +236,14 @@ def test_text(one: str, other: str, options: dict[str, Any], llama: Path, tmp_pa
 def test_images(one: str, other: str, options: dict[str, Any], unet: Path, tmp_path: Path) -> None:
     adapter = bases.lora(tmp_path / "adapter", LAYERS, **options)
     check_pair(tmp_path, adapter, unet, one, other)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(("one", "other"), list(itertools.product(TRANSFORMER, TRANSFORMER)))
+def test_transformers(one: str, other: str, options: dict[str, Any], tmp_path: Path) -> None:
+    base = bases.stored(tmp_path / "transformer", bases.flux())
+    layers = {name: shape for name, shape in bases.flux().items() if "attn" in name or ".ff." in name}
+    check_pair(tmp_path, bases.lora(tmp_path / "adapter", layers, **options), base, one, other)
 
 
 @pytest.mark.parametrize("name", [name for name in {*TEXT, *IMAGE} if TABLE[name].scales == TABLE[name].ranks == EXACT])
