@@ -303,7 +303,7 @@ def test_tokens_that_an_answer_did_not_need_come_back() -> None:
 
     async def work() -> None:
         for _ in range(5):
-            async with world.admission.admit(Use("base", None, None), caller, 100) as admitted:
+            async with world.admission.admit(Use("base", None, None), caller, 90) as admitted:
                 admitted.tokens = 1
 
     run(world, work())
