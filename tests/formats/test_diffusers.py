@@ -259,3 +259,30 @@ def test_mixed_options_reach_every_target(tmp_path: Path) -> None:
     assert_same(of_kohya(tmp_path / "k.safetensors"), expected)
     veneer.convert(tmp_path / "k.safetensors", tmp_path / "d2.safetensors", to="diffusers", base=base)
     assert_same(of_diffusers(tmp_path / "d2.safetensors", "unet"), of_peft(adapter))
+
+
+@pytest.mark.parametrize("name", ["lora_unet_conv_in.lora_down.weight", "unet.conv_in.lora_A.weight"])
+def test_a_file_that_is_cut_off(tmp_path: Path, name: str) -> None:
+    save_file({name: torch.ones(4, 3, 3, 3)}, tmp_path / "whole.safetensors")
+    whole = (tmp_path / "whole.safetensors").read_bytes()
+    for length in (0, 7, 40, len(whole) - 1):
+        (tmp_path / "a.safetensors").write_bytes(whole[:length])
+        with pytest.raises(CorruptFileError, match=r"a\.safetensors"):
+            veneer.convert(tmp_path / "a.safetensors", tmp_path / "out")
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from veneer.cli import main
+
+    base = bases.stored(tmp_path / "base", bases.flux())
+    adapter = bases.lora(tmp_path / "adapter", {"transformer_blocks.0.attn.to_q": (8, 8), "proj_out": (4, 8)})
+    steps = ("kohya", "comfyui", "diffusers", "lycoris", "peft")
+    source = adapter
+    for to in steps:
+        target = tmp_path / (to if to == "peft" else f"{to}.safetensors")
+        assert main(["convert", str(source), str(target), "--to", to, "--base", str(base)]) == 0
+        source = target
+    assert_same(of_peft(source), of_peft(adapter))
+    assert "joined to layers as the model was published" in capsys.readouterr().out
+    assert main(["convert", str(tmp_path / "kohya.safetensors"), str(tmp_path / "never")]) == 2
+    assert "--base BASE" in capsys.readouterr().err

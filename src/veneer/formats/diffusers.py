@@ -83,10 +83,10 @@ class DiffusersFormat:
             part, _, path = module.name.partition(".")
             is_part = part in COMPONENTS
             by_part[part if is_part else ""].append(replace(module, name=path) if is_part else module)
-        wanted = _wanted(by_part, options, source.origin)
+        components = _components(by_part, options, source.origin)
         return {
             component: _adapter(component, by_part[part], configs, header, options, source.origin)
-            for component, part in wanted.items()
+            for component, part in components.items()
         }
 
     def write(self, adapters: Mapping[str, CanonicalAdapter], target: Path, base: Base | None) -> list[Step]:
@@ -150,7 +150,7 @@ def _current(key: str) -> str:
     return f"{key[: match.start()]}.{name}.lora.{factor}.weight"
 
 
-def _wanted(by_part: Mapping[str, Any], options: ReadOptions, origin: str) -> dict[str, str]:
+def _components(by_part: Mapping[str, Any], options: ReadOptions, origin: str) -> dict[str, str]:
     """Return the components that are wanted, and the beginnings of their keys: those of a model alone have none."""
     if list(by_part) == [""]:
         return {options.component or (component_of(options.base) if options.base is not None else ""): ""}

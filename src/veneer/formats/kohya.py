@@ -59,11 +59,11 @@ class KohyaFormat:
             )
         models = models_of(options.base, options.component)
         modules = by_module(read_tensors(header), source.origin)
-        wanted = _of_component(modules, options.component, models, source.origin)
-        check_methods(wanted, source.origin)
-        places = NetworkNames(models).find([module.name for module in wanted], source.origin)
+        modules = _of_component(modules, options.component, models, source.origin)
+        check_methods(modules, source.origin)
+        places = NetworkNames(models).find([module.name for module in modules], source.origin)
         return {
-            component: _adapter(component, wanted, places, header, source.origin)
+            component: _adapter(component, modules, places, header, source.origin)
             for component in dict.fromkeys(place.component for place in places.values())
         }
 
@@ -147,8 +147,8 @@ def travelling(component: str, adapter: CanonicalAdapter) -> dict[str, str]:
 
 def arrived(component: str, metadata: Mapping[str, str]) -> dict[str, str]:
     """Return the metadata of a component: its config that travelled, and all that belongs to no component."""
-    own = {key.removeprefix(f"{component}:"): value for key, value in metadata.items()}
-    return {key: value for key, value in own.items() if ":" not in key and key != "format"}
+    bare = {key.removeprefix(f"{component}:"): value for key, value in metadata.items()}
+    return {key: value for key, value in bare.items() if ":" not in key and key != "format"}
 
 
 def _of_component(
@@ -156,10 +156,10 @@ def _of_component(
 ) -> list[FileModule]:
     if component is None:
         return list(modules)
-    wanted = [module for module in modules if belongs_to(module.name, component, models)]
-    if not wanted:
+    chosen = [module for module in modules if belongs_to(module.name, component, models)]
+    if not chosen:
         raise BindError(f"{origin} has nothing for {component}.", hint=f"Its first name is {modules[0].name}.")
-    return wanted
+    return chosen
 
 
 def _adapter(
@@ -167,18 +167,17 @@ def _adapter(
 ) -> CanonicalAdapter:
     """Return the adapter of one component."""
     from veneer.formats.network_config import config_of
+    from veneer.formats.network_leaves import scales_inputs
 
-    own = [module for module in modules if places[module.name].component == component]
-    changes: list[ModuleChange] = []
-    for module in own:
-        changes += _changes(module, places[module.name], origin)
+    modules = [module for module in modules if places[module.name].component == component]
+    changes = [change for module in modules for change in _changes(module, places[module.name], origin)]
     repeated, times = Counter(change.path for change in changes).most_common(1)[0]
     if times > 1:
         raise BindError(f"{origin}: two names mean {repeated}.", hint="The file is a mixture of two adapters.")
-    base = places[own[0].name].base
+    base = places[modules[0].name].base
     metadata = arrived(component, header.metadata)
-    adapter = CanonicalAdapter({c.path: c for c in changes}, metadata=metadata, notes=_notes(own))
-    inputs = [places[m.name].module.paths[0] for m in own if m.leaves.get("on_input")]
+    adapter = CanonicalAdapter({c.path: c for c in changes}, metadata=metadata, notes=_notes(modules))
+    inputs = [places[m.name].module.paths[0] for m in modules if scales_inputs(m)]
     return config_of(adapter, inputs, base, origin)
 
 
@@ -204,7 +203,7 @@ def _notes(modules: Iterable[FileModule]) -> tuple[str, ...]:
             m for m in listed if {"lokr_w1", "lokr_w2"} <= m.leaves.keys()
         ],
     }
-    return tuple(f"{what} ({len(found)} modules, such as {found[0].name})" for what, found in notes.items() if found)
+    return tuple(f"{what} ({len(named)} modules, such as {named[0].name})" for what, named in notes.items() if named)
 
 
 def _changed(

@@ -52,6 +52,8 @@ _ELSEWHERE = (
     "veneer extract MERGED --base BASE --rank 16 --out LORA."
 )
 
+_DAMAGED = "Copy the file again; it is damaged."
+
 
 @dataclass(frozen=True)
 class FileModule:
@@ -144,6 +146,11 @@ def change_in(module: FileModule, shape: tuple[int, ...], origin: str) -> Module
     return _lokr(module, shape, origin) if any(leaf in leaves for leaf in _LOKR) else _lora(module, shape, origin)
 
 
+def scales_inputs(module: FileModule) -> bool:
+    """Tell whether a module has an (IA)3 that scales its inputs."""
+    return _ON_INPUT in module.leaves and bool(module.leaves[_ON_INPUT].any())
+
+
 def unscaled_change(module: FileModule, origin: str) -> ModuleChange:
     """Return the change that a file has for a module under PEFT's shapes, whose scale is 1 where it has no alpha.
 
@@ -162,7 +169,7 @@ def _scale(module: FileModule, rank: int, origin: str) -> float:
     if alpha is None:
         return 1.0
     if alpha.numel() != 1 or not math.isfinite(float(alpha)):
-        raise BindError(f"{origin}: {module.name}.alpha is no number.", hint="Copy the file again; it is damaged.")
+        raise BindError(f"{origin}: {module.name}.alpha is no number.", hint=_DAMAGED)
     return (float(alpha) or rank) / rank
 
 
@@ -200,8 +207,8 @@ def _lora(module: FileModule, shape: tuple[int, ...], origin: str) -> ModuleChan
         down = _composed(leaves["lora_mid.weight"], down, shape[1])
     # A convolution of one point and a linear layer are the same, and files have the one for the other.
     matrices = {"lora_A.weight": (rank, *shape[1:]), "lora_B.weight": (shape[0], rank, *points)}
-    wanted = tuple(math.prod(matrix) for matrix in matrices.values())
-    if not rank or (down.numel(), up.numel()) != wanted or (_size(down, 0), _size(up, 0)) != (rank, shape[0]):
+    sizes = tuple(math.prod(matrix) for matrix in matrices.values())
+    if not rank or (down.numel(), up.numel()) != sizes or (_size(down, 0), _size(up, 0)) != (rank, shape[0]):
         raise BindError(
             f"{origin}: {module.name} has factors of shapes {list(up.shape)} and {list(down.shape)}, and the base's "
             f"weight is {list(shape)}.",
@@ -224,9 +231,9 @@ def _composed(core: Tensor, down: Tensor, inputs: int) -> Tensor:
 
 
 def _magnitudes(module: FileModule, shape: tuple[int, ...], origin: str) -> Tensor:
-    own = (1, shape[0], *(1 for _ in shape[2:])) if len(shape) > 2 else shape[:1]
+    in_peft = (1, shape[0], *(1 for _ in shape[2:])) if len(shape) > 2 else shape[:1]
     if "lora_magnitude_vector" in module.leaves:
-        _check_shapes(module, {"lora_magnitude_vector": own}, origin)
+        _check_shapes(module, {"lora_magnitude_vector": in_peft}, origin)
         return module.leaves["lora_magnitude_vector"]
     scale = module.leaves["dora_scale"]
     if scale.numel() != shape[0] or _size(scale, 0) != shape[0]:
@@ -235,7 +242,7 @@ def _magnitudes(module: FileModule, shape: tuple[int, ...], origin: str) -> Tens
             "DoRA of LyCORIS (wd_on_out=False) had one for each input, which PEFT has not.",
             hint=_ELSEWHERE,
         )
-    return scale.reshape(own)
+    return scale.reshape(in_peft)
 
 
 def _loha(module: FileModule, shape: tuple[int, ...], origin: str) -> ModuleChange:
@@ -293,7 +300,9 @@ def _lokr_shapes(
 
 def _ia3(module: FileModule, shape: tuple[int, ...], origin: str) -> ModuleChange:
     _require(module, (_IA3, _ON_INPUT), origin)
-    weight, is_on_input = module.leaves[_IA3], bool(module.leaves[_ON_INPUT].any())
+    if module.leaves[_ON_INPUT].numel() != 1:
+        raise BindError(f"{origin}: {module.name}.{_ON_INPUT} is no number.", hint=_DAMAGED)
+    weight, is_on_input = module.leaves[_IA3], scales_inputs(module)
     size = shape[1] if is_on_input else shape[0]
     if weight.numel() != size:
         raise BindError(
