@@ -7,7 +7,7 @@ const MOST = 4;
 const REFRESH = 3000;
 
 const byId = (id) => document.getElementById(id);
-const state = { key: sessionStorage.getItem("veneer-key") ?? "", models: [], base: "", running: null, columns: [] };
+const state = { key: sessionStorage.getItem("veneer-key") ?? "", models: [], base: "", running: null, columns: [], told: "" };
 
 class Column {
   constructor(model) {
@@ -263,8 +263,11 @@ async function loadAdmin() {
   byId("admin").hidden = told === null;
   if (told === null) return;
   byId("register").hidden = !told.changeable;
+  const text = JSON.stringify(told);
+  if (text === state.told) return;
   // A table that is rebuilt under the pointer or the keyboard loses both.
   if (byId("rows").contains(document.activeElement) && !document.activeElement.disabled) return;
+  state.told = text;
   byId("rows").replaceChildren(...told.data.map((adapter) => rowOf(adapter, told.changeable)));
 }
 
