@@ -87,7 +87,7 @@ class AdapterBank:
             present = self._registered(version, adapter)
         if present is not None:
             return present
-        folded = fold(self.adapters, adapter)
+        folded = self._fold(adapter)
         self._check_size(adapter_name, folded.rank)
         with self._lock:
             present = self._registered(version, adapter)
@@ -129,9 +129,20 @@ class AdapterBank:
             lies_here = entry in self._table.residences and entry._versions.is_current(NOTHING)
             folded = entry._folded
         if not lies_here and (folded is None or not folded.versions.is_current(NOTHING)):
-            folded = fold(self.adapters, entry._adapter)
+            folded = self._fold(entry._adapter)
             with self._lock:
                 self._keep_ahead(entry, folded)
+
+    def _fold(self, adapter: Adapter) -> FoldedAdapter:
+        """Fold an adapter, which is not deleted meanwhile."""
+        active, call = self.adapters.active_selection, object()
+        active.underway.begin(call, (adapter.name,), active.calls)
+        try:
+            if self.adapters.get(adapter.name) is not adapter:
+                raise _replaced(adapter.name)
+            return fold(self.adapters, adapter)
+        finally:
+            active.underway.end(call)
 
     def _keep_ahead(self, entry: BankedAdapter, folded: FoldedAdapter) -> None:
         """Keep a folded form for the next lease, and those of the last few others."""
@@ -208,9 +219,7 @@ class AdapterBank:
             self._fold_ahead(entry)
             with self._lock:
                 if self._present(version) is not entry:
-                    raise UnknownAdapterError(
-                        f"{entry.name!r} was deleted or replaced meanwhile.", hint="Register what is there now."
-                    )
+                    raise _replaced(entry.name)
                 self._refresh()
                 self._bring_in(entry)
                 entry.leases += 1
@@ -432,6 +441,10 @@ class AdapterBank:
     def __repr__(self) -> str:
         status = self.status()
         return f"AdapterBank({len(status.resident)} of {len(status.adapters)} adapters in {_shown(status.slots)})"
+
+
+def _replaced(name: str) -> UnknownAdapterError:
+    return UnknownAdapterError(f"{name!r} was deleted or replaced meanwhile.", hint="Register what is there now.")
 
 
 def _banked(version: Hashable, adapter: Adapter, folded: FoldedAdapter) -> BankedAdapter:
