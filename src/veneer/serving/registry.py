@@ -7,16 +7,18 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from veneer.errors import VeneerError, did_you_mean
 from veneer.serving.adapter_names import Reference, check_name, read_reference
+from veneer.serving.adapter_view import AdapterView
 from veneer.serving.audit import audit
 from veneer.serving.auth import Caller
 from veneer.serving.failures import Failures, again
+from veneer.serving.registered_name import RegisteredName
 from veneer.serving.registry_database import RegistryDatabase, StoredName, StoredVersion
-from veneer.serving.registry_types import AdapterInfo, Registration, State, Use, VersionInfo
+from veneer.serving.registry_types import AdapterInfo, Registration, State, Use
 from veneer.serving.residency import Residency
 from veneer.serving.serving_errors import (
     AdapterBusyError,
@@ -33,7 +35,7 @@ from veneer.serving.serving_errors import (
 from veneer.serving.source_policy import SourcePolicy
 from veneer.serving.store import Fetched, Store
 from veneer.serving.version_keeper import VersionKeeper
-from veneer.serving.waiting import is_set_within, within
+from veneer.serving.waiting import within
 
 _MOST_GONE = 4096
 # Seconds in which requests that are ended leave: the engine notes it at its next step.
@@ -53,27 +55,6 @@ class RegistryOptions:
     load_timeout: float = 120.0
     versions: int = 8
     remembered: float = 600.0
-
-
-@dataclass(eq=False)
-class _RegisteredName:
-    """A name, and what goes on with it."""
-
-    stored: StoredName
-    # Registrations and moves of the name, one after the other.
-    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    tasks: set[asyncio.Task[AdapterInfo]] = field(default_factory=set)
-    uses: set[Use] = field(default_factory=set)
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
-    last_used: float | None = None
-    error: ServingError | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    removed: bool = False
-
-    @property
-    def current(self) -> StoredVersion | None:
-        """The version that requests get; ``None`` before the first is ready."""
-        return next((v for v in self.stored.versions if v.number == self.stored.current), None)
 
 
 @dataclass(frozen=True)
@@ -104,9 +85,9 @@ class Registry:
         self._store, self._residency, self._base_name, self._clock = store, residency, base_name, clock
         self._policy, self._options = policy or SourcePolicy(), options or RegistryOptions()
         self._database = RegistryDatabase(store.root)
-        self._names: dict[str, _RegisteredName] = {}
+        self._names: dict[str, RegisteredName] = {}
         self._aliases: dict[str, str] = {}
-        self._leaving: list[_RegisteredName] = []
+        self._leaving: list[RegisteredName] = []
         self._gone: OrderedDict[str, _Gone] = OrderedDict()
         self._failures = Failures()
         self._keeper = VersionKeeper(store, residency)
@@ -120,7 +101,7 @@ class Registry:
         self._database.open()
         self._store.open()
         for stored in self._database.names():
-            self._names[stored.name] = _RegisteredName(stored)
+            self._names[stored.name] = RegisteredName(stored)
             self._keeper.count(stored)
         self._aliases = self._database.aliases()
         for digest in self._store.digests - self._keeper.known:
@@ -160,7 +141,7 @@ class Registry:
     def begin(self, registration: Registration, caller: Caller) -> AdapterInfo:
         """Register in the background; ``adapter()`` tells how it goes, a refusal of name or source is raised."""
         self._begun(registration, caller)
-        return self._info(self._names[registration.name])
+        return self._view().info(self._names[registration.name])
 
     def _begun(self, registration: Registration, caller: Caller) -> asyncio.Task[AdapterInfo]:
         name = check_name(registration.name)
@@ -170,13 +151,13 @@ class Registry:
                 f"{name!r} is {'the base' if name == self._base_name else 'an alias'}.", hint="Take another name."
             )
         self._policy.source(registration)
-        entry = self._names.setdefault(name, _RegisteredName(StoredName(name, 0, 1, registration.pin, ())))
+        entry = self._names.setdefault(name, RegisteredName(StoredName(name, 0, 1, registration.pin, ())))
         task = asyncio.create_task(self._registered(entry, registration, caller))
         entry.tasks.add(task)
         task.add_done_callback(lambda done: self._ended(entry, done))
         return task
 
-    def _ended(self, entry: _RegisteredName, task: asyncio.Task[AdapterInfo]) -> None:
+    def _ended(self, entry: RegisteredName, task: asyncio.Task[AdapterInfo]) -> None:
         entry.tasks.discard(task)
         if not task.cancelled():
             task.exception()  # the name tells it, where nobody waits
@@ -185,7 +166,7 @@ class Registry:
             if entry.error is not None:
                 self._remember(entry.stored.name, entry.error)
 
-    async def _registered(self, entry: _RegisteredName, registration: Registration, caller: Caller) -> AdapterInfo:
+    async def _registered(self, entry: RegisteredName, registration: Registration, caller: Caller) -> AdapterInfo:
         async with entry.changing:
             try:
                 entry.error = None
@@ -195,7 +176,7 @@ class Registry:
                 audit("refused", name=entry.stored.name, by=caller.id, code=entry.error.code, error=entry.error.message)
                 raise entry.error from error
 
-    async def _moved_to(self, entry: _RegisteredName, registration: Registration, caller: Caller) -> AdapterInfo:
+    async def _moved_to(self, entry: RegisteredName, registration: Registration, caller: Caller) -> AdapterInfo:
         async with self._arrived(entry, registration) as fetched:
             digest, current = fetched.adapter.digest, entry.current
             if current is not None and current.digest != digest and not registration.replace:
@@ -206,16 +187,16 @@ class Registry:
                 )
             if registration.check:
                 await self._loaded(digest, entry)
-            _check_there(entry)
+            entry.check_there()
             if current is None or current.digest != digest:
                 self._add_version(entry, digest, fetched.label)
                 audit("registered", name=entry.stored.name, digest=digest, source=fetched.label, by=caller.id)
             if registration.pin and not entry.stored.pinned:
                 self._save(entry, pinned=True)
-        return self._info(entry)
+        return self._view().info(entry)
 
     @asynccontextmanager
-    async def _arrived(self, entry: _RegisteredName, registration: Registration) -> AsyncIterator[Fetched]:
+    async def _arrived(self, entry: RegisteredName, registration: Registration) -> AsyncIterator[Fetched]:
         """Fetch an adapter, and keep it as long as the block runs; one that arrives later is let go then."""
         source = self._policy.source(registration)
         if not registration.trusted:
@@ -226,7 +207,7 @@ class Registry:
         finally:
             fetching.add_done_callback(self._release_arrived)
 
-    async def _fetched(self, entry: _RegisteredName, url: str, fetching: asyncio.Task[Fetched]) -> Fetched:
+    async def _fetched(self, entry: RegisteredName, url: str, fetching: asyncio.Task[Fetched]) -> Fetched:
         start, limit = time.monotonic(), self._options.load_timeout
         try:
             fetched = await within(asyncio.shield(fetching), limit)
@@ -245,12 +226,12 @@ class Registry:
         if not fetching.cancelled() and fetching.exception() is None:
             self._keeper.release(fetching.result().adapter.digest)
 
-    async def _loaded(self, digest: str, entry: _RegisteredName) -> None:
+    async def _loaded(self, digest: str, entry: RegisteredName) -> None:
         await self._residency.reload(digest)
         async with self._residency.lease(digest):
             entry.seconds |= self._residency.load_seconds(digest)
 
-    def _add_version(self, entry: _RegisteredName, digest: str, source: str) -> None:
+    def _add_version(self, entry: RegisteredName, digest: str, source: str) -> None:
         """Move a name to a new version, and let go of the oldest where there are too many."""
         stored = entry.stored
         others = [version for version in stored.versions if version.digest != digest]
@@ -260,7 +241,7 @@ class Registry:
         for version in stored.versions:
             self._keeper.let_go(version.digest)
 
-    def _save(self, entry: _RegisteredName, **changes: Any) -> None:
+    def _save(self, entry: RegisteredName, **changes: Any) -> None:
         stored = replace(entry.stored, **changes)
         self._database.save(stored)
         self._keeper.count(stored)
@@ -301,14 +282,14 @@ class Registry:
             )
         self._take_away(entry)
         audit("removed", name=name, digest=entry.current and entry.current.digest, by=caller.id)
-        if not await _is_idle(entry, drain or 0) and force:
+        if not await entry.is_idle(drain or 0) and force:
             for use in entry.uses:
                 use.revoked.set()
-            await _is_idle(entry, _ENDING)
+            await entry.is_idle(_ENDING)
         await self._keeper.settled([version.digest for version in entry.stored.versions])
         return not entry.uses
 
-    def _take_away(self, entry: _RegisteredName) -> None:
+    def _take_away(self, entry: RegisteredName) -> None:
         """Remove a name at once, so that no new request gets it."""
         name = entry.stored.name
         if entry.stored.versions:
@@ -347,15 +328,15 @@ class Registry:
             target = self._earlier(entry, to)
             with self._keeper.hold(target.digest):
                 await self._loaded(target.digest, entry)
-                _check_there(entry)
+                entry.check_there()
                 last = entry.current
                 self._save(entry, current=target.number)
                 audit("rolled back", name=name, digest=target.digest, by=caller.id)
                 if last is not None:
                     self._keeper.let_go(last.digest)
-        return self._info(entry)
+        return self._view().info(entry)
 
-    def _earlier(self, entry: _RegisteredName, to: str | None) -> StoredVersion:
+    def _earlier(self, entry: RegisteredName, to: str | None) -> StoredVersion:
         if to is not None:
             return self._version(entry, to.removeprefix("sha256:"))
         earlier = [v for v in entry.stored.versions if v.number < entry.stored.current and self._store.get(v.digest)]
@@ -373,7 +354,7 @@ class Registry:
             audit("pinned" if pinned else "unpinned", name=name, by=caller.id)
         if pinned and entry.current is not None:
             self._residency.prefetch(entry.current.digest)
-        return self._info(entry)
+        return self._view().info(entry)
 
     def alias(self, alias: str, name: str, caller: Caller) -> AdapterInfo:
         """Give a name another name; an alias that exists moves."""
@@ -384,7 +365,7 @@ class Registry:
         self._database.save_alias(alias, entry.stored.name)
         self._aliases[alias] = entry.stored.name
         audit("alias", name=name, alias=alias, by=caller.id)
-        return self._info(entry)
+        return self._view().info(entry)
 
     async def warm(self, name: str, caller: Caller) -> AdapterInfo:
         """Load an adapter's current version into the engine.
@@ -403,7 +384,7 @@ class Registry:
     def adapters(self, caller: Caller) -> list[AdapterInfo]:
         """Return the state of all names that the caller may use."""
         names = [*self._names.values(), *(name for name in self._leaving if name.stored.name not in self._names)]
-        infos = [*map(self._info, names), *self._failed()]
+        infos = [*map(self._view().info, names), *self._failed()]
         return [info for info in infos if caller.may_use(info.name)]
 
     def adapter(self, name: str, caller: Caller) -> AdapterInfo:
@@ -413,12 +394,15 @@ class Registry:
             ModelNotFoundError: there is none, or not for this caller. AdapterRemovedError: it went a short time ago.
         """
         if name in self._names or name in self._aliases or not caller.may_use(name):
-            return self._info(self._found(Reference(name), caller))
+            return self._view().info(self._found(Reference(name), caller))
         leaving = [entry for entry in self._leaving if entry.stored.name == name]
         if leaving:
-            return self._info(leaving[-1])
+            return self._view().info(leaving[-1])
         failed = [info for info in self._failed() if info.name == name]
-        return failed[0] if failed else self._info(self._found(Reference(name), caller))
+        return failed[0] if failed else self._view().info(self._found(Reference(name), caller))
+
+    def _view(self) -> AdapterView:
+        return AdapterView(self._store, self._residency, self._keeper, self._aliases, self._residency.quarantined)
 
     def _failed(self) -> list[AdapterInfo]:
         """Return the names that never came to be, as long as they are remembered."""
@@ -455,7 +439,7 @@ class Registry:
             yield use
 
     @contextmanager
-    def _used(self, entry: _RegisteredName, use: Use) -> Iterator[None]:
+    def _used(self, entry: RegisteredName, use: Use) -> Iterator[None]:
         entry.last_used = self._clock()
         entry.uses.add(use)
         try:
@@ -466,7 +450,7 @@ class Registry:
                 entry.idle.set()
                 self._leaving = [other for other in self._leaving if other is not entry]
 
-    def _found(self, reference: Reference, caller: Caller) -> _RegisteredName:
+    def _found(self, reference: Reference, caller: Caller) -> RegisteredName:
         name = self._aliases.get(reference.name, reference.name)
         if caller.may_use(name):
             entry = self._names.get(name)
@@ -482,14 +466,14 @@ class Registry:
             param="model",
         )
 
-    def _version(self, entry: _RegisteredName, prefix: str) -> StoredVersion:
+    def _version(self, entry: RegisteredName, prefix: str) -> StoredVersion:
         if not prefix:
             if entry.current is None:
                 raise AdapterLoadingError(
                     f"The adapter {entry.stored.name} is being registered.", hint="Ask again soon.", retry_after=1
                 )
             return entry.current
-        found = [v for v in entry.stored.versions if v.digest.removeprefix("sha256:").startswith(prefix)]
+        found = entry.matching(prefix)
         if len(found) != 1 or self._store.get(found[0].digest) is None:
             raise ModelNotFoundError(
                 f"{entry.stored.name} has {'several versions' if len(found) > 1 else 'no version'} whose digest begins "
@@ -499,7 +483,7 @@ class Registry:
             )
         return found[0]
 
-    def _managed(self, name: str, caller: Caller) -> _RegisteredName:
+    def _managed(self, name: str, caller: Caller) -> RegisteredName:
         entry = self._found(Reference(name), caller)
         self._check_manages(entry.stored.name, caller)
         return entry
@@ -510,55 +494,3 @@ class Registry:
             raise NotAllowedError(
                 f"The key {caller.id} may not manage {name!r}.", hint=f"It may manage {where}.", param="name"
             )
-
-    def _info(self, entry: _RegisteredName) -> AdapterInfo:
-        current, stored = entry.current, entry.stored
-        failure = self._failure(entry)
-        return AdapterInfo(
-            name=stored.name,
-            state=self._state(entry),
-            current=self._version_info(entry, current) if current else None,
-            versions=tuple(self._version_info(entry, version) for version in stored.versions),
-            adapter=self._store.get(current.digest) if current else None,
-            aliases=tuple(alias for alias, name in self._aliases.items() if name == stored.name),
-            pinned=stored.pinned,
-            resident=current is not None and self._residency.is_resident(current.digest),
-            leases=len(entry.uses),
-            last_used=entry.last_used,
-            error=failure.message if failure else None,
-            hint=failure.hint if failure else None,
-            load_seconds=entry.seconds | (self._residency.load_seconds(current.digest) if current else {}),
-        )
-
-    def _failure(self, entry: _RegisteredName) -> ServingError | None:
-        """Return why the last registration failed, or why the current version cannot be loaded."""
-        of_load = self._residency.failure(entry.current.digest) if entry.current else None
-        return of_load or entry.error
-
-    def _state(self, entry: _RegisteredName) -> State:
-        if entry.removed:
-            return State.DRAINING
-        if entry.current is None:
-            return State.LOADING
-        return self._state_of(entry.current.digest)
-
-    def _state_of(self, digest: str) -> State:
-        is_failed = self._residency.failure(digest) is not None or self._store.get(digest) is None
-        return State.FAILED if is_failed else State.READY
-
-    def _version_info(self, entry: _RegisteredName, version: StoredVersion) -> VersionInfo:
-        state = State.DRAINING if self._keeper.is_left(version.digest) else self._state_of(version.digest)
-        return VersionInfo(version.number, version.digest, version.created, version.source, state)
-
-
-def _check_there(entry: _RegisteredName) -> None:
-    if entry.removed:
-        raise AdapterRemovedError(f"The adapter {entry.stored.name} was removed meanwhile.")
-
-
-async def _is_idle(entry: _RegisteredName, seconds: float) -> bool:
-    """Wait until no request uses a name, at most ``seconds``; tell whether that is so."""
-    entry.idle.clear()
-    if entry.uses:
-        await is_set_within(entry.idle, seconds)
-    return not entry.uses

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -116,10 +116,14 @@ class Residency:
         resident = self._residents.get(digest)
         return resident.leases if resident else 0
 
+    @property
+    def quarantined(self) -> Mapping[str, str]:
+        """Digest -> why the engine serves the adapter no more."""
+        return self._engine.status().quarantined
+
     def failure(self, digest: str) -> ServingError | None:
-        """Return why the last load of an adapter failed, or why the engine serves it no more."""
-        reason = self._engine.status().quarantined.get(digest)
-        return AdapterInvalidError(reason) if reason else self._failures.last(digest)
+        """Return why the last load of an adapter failed; ``None`` where none did since it was loaded."""
+        return self._failures.last(digest)
 
     def load_seconds(self, digest: str) -> dict[str, float]:
         """Return how long the phases of an adapter's last load took: ``room``, ``verify``, ``engine``."""
