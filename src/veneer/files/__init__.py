@@ -1,1 +1,1 @@
-"""Finds the files behind a path or hub id, and reads their headers. Imports no torch."""
+"""Finds the files behind a path or hub id, and reads their headers. Imports no torch before a tensor is read."""
