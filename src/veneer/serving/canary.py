@@ -116,13 +116,19 @@ def lane_fault(lane: Lane, model: PeftModel) -> str | None:
     try:
         lane.start()
         job, tokens = _first_answer(lane, model)
+        expected = _expected(lane, model, tokens)
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
-    with lane.paused(), model.disable_adapter(), torch.no_grad():
-        expected = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[0, -1].float()
     if job.logits is None or not difference(job.logits, expected) <= tolerance(model):
         return "its logits are not the model's"
     return None
+
+
+def _expected(lane: Lane, model: PeftModel, tokens: list[int]) -> Tensor:
+    """Return the base's logits behind the last token."""
+    with lane.paused(), model.disable_adapter(), torch.no_grad():
+        output = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False)
+    return output.logits[0, -1].float()  # type: ignore[no-any-return]
 
 
 def _first_answer(lane: Lane, model: PeftModel) -> tuple[Job, list[int]]:

@@ -36,6 +36,8 @@ from veneer.serving.packed_attention import PackedBatch
 from veneer.serving.sampler import SamplingRow, choose
 
 _SCHEDULER = "veneer"
+# What transformers makes of eager attention for continuous batching.
+_PAGED_EAGER = "paged|eager"
 # Seconds that a thread may take to end its last step.
 _JOIN = 5.0
 
@@ -172,7 +174,8 @@ class ContinuousLane(Lane):
             except RuntimeError as error:  # it died meanwhile
                 raise _not_running() from error
             self.step()
-            yield
+            with _plain_attention(self.model):
+                yield
             self.step()
 
     def _running(self) -> ContinuousBatchingManager:
@@ -286,6 +289,19 @@ def batches_continuously(model: PeftModel) -> bool:
     except ValueError:  # layers that are neither full nor sliding attention
         return False
     return True
+
+
+@contextmanager
+def _plain_attention(model: PeftModel) -> Iterator[None]:
+    """Let calls without a paged cache compute eager attention inside the block; its paged form refuses them."""
+    if model.config._attn_implementation != _PAGED_EAGER:
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(_PAGED_EAGER)
 
 
 def batching_config(model: PeftModel, options: LaneOptions) -> ContinuousBatchingConfig:
