@@ -198,7 +198,7 @@ WRONG: dict[str, tuple[dict[str, Tensor], Any, type[Exception], str]] = {
     "half": ({f"{NAME}.lora_A.weight": torch.ones(2, 8)}, None, BindError, "has no lora_up"),
     "half, with a config": ({f"{NAME}.lora_A.weight": torch.ones(2, 8)}, CONFIG, BindError, "has no lora_B"),
     "an unknown option": (GOOD, {**CONFIG, "transformer.use_magic": True}, veneer.VeneerError, "use_magic"),
-    "whole weights": ({**GOOD, f"{NAME}.diff": torch.ones(8, 8)}, None, UnsupportedError, "veneer extract"),
+    "whole weights": ({**GOOD, f"{NAME}.diff": torch.ones(8, 8)}, None, UnsupportedError, "extract_lora_from_models"),
     "of no component": (
         {**GOOD, "proj_out.lora_A.weight": torch.ones(2, 8), "proj_out.lora_B.weight": torch.ones(4, 2)},
         CONFIG,

@@ -251,8 +251,8 @@ PAIR = {"lora_down.weight": torch.ones(2, 6), "lora_up.weight": torch.ones(8, 2)
 HADA = {"hada_w1_a": torch.ones(8, 2), "hada_w1_b": torch.ones(2, 6), "hada_w2_a": torch.ones(8, 2)}
 LOKR = {"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(4, 3)}
 REFUSED: dict[str, tuple[dict[str, Tensor], type[VeneerError], str]] = {
-    "whole weights": ({"diff": torch.ones(8, 6)}, UnsupportedError, "no low-rank factors.*veneer extract"),
-    "a bias": ({**PAIR, "diff_b": torch.ones(8)}, UnsupportedError, r"diff_b is of.*veneer extract"),
+    "whole weights": ({"diff": torch.ones(8, 6)}, UnsupportedError, "no low-rank factors.*extract_lora_from_models"),
+    "a bias": ({**PAIR, "diff_b": torch.ones(8)}, UnsupportedError, r"diff_b is of.*extract_lora_from_models"),
     "a norm": ({"w_norm": torch.ones(8), "b_norm": torch.ones(8)}, UnsupportedError, "[wb]_norm is of trained weights"),
     "glora": ({"a1.weight": torch.ones(2, 6), "a2.weight": torch.ones(8, 2)}, UnsupportedError, "GLoRA"),
     "oft": ({"oft_blocks": torch.ones(2, 4, 4), "alpha": torch.tensor(1.0)}, UnsupportedError, "OFT"),
@@ -357,6 +357,15 @@ def test_loha_of_fused_layers(tmp_path: Path) -> None:
     lokr = trained(tmp_path / "lokr", shapes, veneer.LoKrConfig(r=2, target_modules=["to_q", "to_v"]))
     with pytest.raises(UnsupportedError, match=r"cannot be parted or joined by rows.*--as-lora"):
         veneer.convert(lokr, tmp_path / "never.safetensors", to="lycoris", base=flux)
+
+
+def test_lokr_of_a_fused_layer(tmp_path: Path) -> None:
+    base = bases.stored(tmp_path / "base", bases.flux())
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    factors = {"lokr_w1": torch.ones(4, 2), "lokr_w2": torch.ones(6, 4)}
+    save_file({f"{name}.{leaf}": tensor for leaf, tensor in factors.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(UnsupportedError, match=r"parted or joined by rows.*extract_lora_from_models"):
+        veneer.convert(tmp_path / "a.safetensors", tmp_path / "out", base=base)
 
 
 def test_rslora_of_lycoris_is_in_alpha(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from veneer.errors import UnsupportedError
 from veneer.formats.canonical import ModuleChange
 from veneer.formats.scaling import common, folded
-from veneer.formats.table import AS_LORA
+from veneer.formats.table import AS_LORA, MERGE_ELSEWHERE
 
 # Method -> the leaves whose rows are the layer's outputs; the others belong to all rows.
 _BY_ROW: Mapping[str, tuple[str, ...]] = {
@@ -45,7 +45,7 @@ def parted(change: ModuleChange, paths: Sequence[str], rows: Sequence[int]) -> l
     Raises:
         UnsupportedError: the method's factors cannot be parted.
     """
-    _check(change, change.path)
+    _check(change, change.path, MERGE_ELSEWHERE)
     parts = [
         {leaf: t.split(list(rows))[i] if leaf in _BY_ROW[change.method] else t for leaf, t in change.leaves.items()}
         for i in range(len(paths))
@@ -89,7 +89,7 @@ def joined(name: str, parts: Sequence[ModuleChange | None], rows: Sequence[int])
     changes = [part for part in parts if part is not None]
     first = changes[0]
     for change in changes:
-        _check(change, name)
+        _check(change, name, AS_LORA)
     if len({change.method for change in changes}) > 1:
         raise UnsupportedError(
             f"{name} is one layer in this format, and has changes of two methods.", hint=f"{AS_LORA}."
@@ -140,11 +140,11 @@ def _magnitudes(name: str, parts: Sequence[ModuleChange | None]) -> Tensor:
     return torch.cat(present)
 
 
-def _check(change: ModuleChange, name: str) -> None:
+def _check(change: ModuleChange, name: str, hint: str) -> None:
     """Refuse a change that has no rows of its own: a Kronecker product, or a convolution's core."""
     if change.method not in _BY_ROW or "hada_t1" in change.leaves:
         raise UnsupportedError(
             f"{name} is one layer in one of the two tools and several in the other, and {change.method} cannot be "
             "parted or joined by rows.",
-            hint=f"{AS_LORA}.",
+            hint=f"{hint}.",
         )

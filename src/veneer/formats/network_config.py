@@ -12,7 +12,7 @@ from veneer.formats import original_config
 from veneer.formats.canonical import CanonicalAdapter, ModuleChange
 from veneer.formats.format import Base
 from veneer.formats.peft_layout import ranks_and_alphas
-from veneer.formats.table import AS_LORA
+from veneer.formats.table import MERGE, MERGE_ELSEWHERE
 from veneer.methods.lokr import factorization
 
 
@@ -33,10 +33,10 @@ def config_of(adapter: CanonicalAdapter, inputs: Collection[str], base: Base, or
     if len(methods) > 1:
         raise UnsupportedError(
             f"{origin} holds changes of {' and '.join(methods)}; an adapter of PEFT is of one method.",
-            hint=f"{AS_LORA}.",
+            hint=f"{MERGE_ELSEWHERE}.",
         )
     if methods == ["IA3"]:
-        check_biases(changes, inputs, base, "PEFT")
+        check_biases(changes, inputs, base, "PEFT", MERGE_ELSEWHERE)
     if methods == ["LORA"] or original_config.of(adapter) is not None:
         return adapter
     targets = [change.path for change in changes]
@@ -73,7 +73,7 @@ def _factors(changes: Sequence[ModuleChange], base: Base, origin: str) -> tuple[
     raise UnsupportedError(
         f"{origin}: no decompose_factor of PEFT's gives LoKr's factors the shapes they have here, such as those of "
         f"{changes[0].path}.",
-        hint=f"{AS_LORA}.",
+        hint=f"{MERGE_ELSEWHERE}.",
     )
 
 
@@ -99,8 +99,17 @@ def _fits(change: ModuleChange, first: tuple[int, int], base: Base, factor: int,
 # -- (IA)3 ---------------------------------------------------------------------------------------------------
 
 
-def check_biases(changes: Iterable[ModuleChange], inputs: Collection[str], base: Base, title: str) -> None:
+def check_biases(
+    changes: Iterable[ModuleChange], inputs: Collection[str], base: Base, title: str, hint: str = MERGE
+) -> None:
     """Refuse (IA)3 on the outputs of a layer with a bias, which PEFT scales too and LyCORIS does not.
+
+    Args:
+        changes: the changes.
+        inputs: the modules whose inputs are scaled.
+        base: the model that they are for.
+        title: the name of the format that cannot hold them.
+        hint: the way out.
 
     Raises:
         UnsupportedError: there is such a layer.
@@ -109,7 +118,7 @@ def check_biases(changes: Iterable[ModuleChange], inputs: Collection[str], base:
         if change.method == "IA3" and change.path not in inputs and f"{change.path}.bias" in base.shapes:
             raise UnsupportedError(
                 f"{title} cannot hold this (IA)3: {change.path} has a bias, which PEFT scales and LyCORIS leaves.",
-                hint="Merge it into the model: veneer merge ADAPTER --out NEW.",
+                hint=f"{hint}.",
             )
 
 

@@ -13,6 +13,7 @@ from veneer.errors import BindError, UnsupportedError
 from veneer.formats.canonical import ModuleChange
 from veneer.formats.network_names import PREFIXES
 from veneer.formats.scaling import effective_alpha
+from veneer.formats.table import MERGE_ELSEWHERE
 
 # Spelling in some file -> kohya's.
 _SPELLINGS: Mapping[str, str] = {
@@ -46,10 +47,6 @@ _LEAVES = sorted(
     (*_SPELLINGS, *_LORA, *_LOHA, *_LOKR, *_FOREIGN, *_MAGNITUDES, "alpha", _ON_INPUT, _IA3, _BIAS),
     key=len,
     reverse=True,
-)
-_ELSEWHERE = (
-    "Merge it with the tool that made it, and take a LoRA from the merged model: "
-    "veneer extract MERGED --base BASE --rank 16 --out LORA."
 )
 
 _DAMAGED = "Copy the file again; it is damaged."
@@ -119,7 +116,9 @@ def check_methods(modules: Iterable[FileModule], origin: str) -> None:
     for module in modules:
         foreign = next((leaf for leaf in module.leaves if leaf in _FOREIGN), None)
         if foreign is not None:
-            raise UnsupportedError(f"{origin}: {module.name}.{foreign} is of {_FOREIGN[foreign]}.", hint=_ELSEWHERE)
+            raise UnsupportedError(
+                f"{origin}: {module.name}.{foreign} is of {_FOREIGN[foreign]}.", hint=f"{MERGE_ELSEWHERE}."
+            )
 
 
 def change_in(module: FileModule, shape: tuple[int, ...], origin: str) -> ModuleChange:
@@ -139,7 +138,7 @@ def change_in(module: FileModule, shape: tuple[int, ...], origin: str) -> Module
     if any(leaf in leaves for leaf in (*_LOHA, *_LOKR)) and any(leaf in leaves for leaf in _MAGNITUDES):
         raise UnsupportedError(
             f"{origin}: {module.name} is LoHa or LoKr with magnitudes (dora_scale); PEFT has them for LoRA alone.",
-            hint=_ELSEWHERE,
+            hint=f"{MERGE_ELSEWHERE}.",
         )
     if any(leaf in leaves for leaf in _LOHA):
         return _loha(module, shape, origin)
@@ -240,7 +239,7 @@ def _magnitudes(module: FileModule, shape: tuple[int, ...], origin: str) -> Tens
         raise UnsupportedError(
             f"{origin}: {module.name}.dora_scale is {list(scale.shape)}, no norm for each of {shape[0]} outputs; early "
             "DoRA of LyCORIS (wd_on_out=False) had one for each input, which PEFT has not.",
-            hint=_ELSEWHERE,
+            hint=f"{MERGE_ELSEWHERE}.",
         )
     return scale.reshape(in_peft)
 

@@ -105,6 +105,11 @@ NAMES: Mapping[str, str] = {
 }
 AS_LORA = "Convert it to a plain LoRA on the way, and see what error that leaves: --as-lora --rank 16"
 ALONE = "It acts by the input, which no other tool does: run it with veneer.load or `veneer serve`"
+# For what cannot be read here.
+MERGE_ELSEWHERE = (
+    "Merge it with the tool that made it; kohya's extract_lora_from_models.py makes a LoRA of the merged model, or "
+    "veneer extract of one of transformers"
+)
 MERGE = "Merge it into the model: veneer merge ADAPTER --out NEW"
 
 
