@@ -100,7 +100,9 @@ def test_unsloths_files_without_the_mark_ask(tmp_path: Path) -> None:
     assert "--experts rank-major" in str(caught.value)
     with pytest.raises(UsageError, match="veneer convert"):
         veneer.load(unsloth, base=base)
+    assert "experts" in [problem.code for problem in veneer.inspect(unsloth).problems]
     veneer.convert(unsloth, tmp_path / "back", base=base, experts="rank-major")
+    assert "experts" not in [problem.code for problem in veneer.inspect(tmp_path / "back").problems]
     assert_same(weight_changes(tmp_path / "back", base), weight_changes(adapter, base))
     edit_config(unsloth, lora_B_layout="another")
     with pytest.raises(UnsupportedError, match="'another'"):

@@ -83,18 +83,28 @@ def _order(config: Mapping[str, Any], experts: str | None, origin: str) -> str:
     if experts is not None:
         return experts
     if _is_unmarked(config):
-        raise UsageError(
-            f"{origin}: Unsloth laid out the LoRA of fused experts otherwise until September 2026, and the file does "
-            "not say when it was made.",
-            hint="Say it: --experts grouped if it was trained before, --experts rank-major if since: "
-            f"veneer convert {origin} NEW --experts grouped",
-        )
+        raise unsaid_order(origin)
     mark = config.get(MARK, "rank_major")
     if mark not in _MARKS:
         raise UnsupportedError(
             f"{origin}: {MARK} is {mark!r}, which is not known.", hint=f"Known: {', '.join(_MARKS)}."
         )
     return _MARKS[mark]
+
+
+def leaves_order_unsaid(values: Mapping[str, Any]) -> bool:
+    """Tell whether a config is of Unsloth, adapts experts, and does not say how their columns lie."""
+    return bool(values.get("target_parameters")) and _is_unmarked(values)
+
+
+def unsaid_order(origin: str) -> UsageError:
+    """Make the error for a file that may have the columns in either order."""
+    return UsageError(
+        f"{origin}: Unsloth laid out the LoRA of fused experts otherwise until September 2026, and the file does not "
+        "say when it was made.",
+        hint="Say it: --experts grouped if it was trained before, --experts rank-major if since: "
+        f"veneer convert {origin} NEW --experts grouped",
+    )
 
 
 def _is_unmarked(config: Mapping[str, Any]) -> bool:

@@ -53,6 +53,7 @@ from veneer.files.resolve import resolve
 from veneer.files.safetensors_header import TensorInfo, read_header
 from veneer.files.source import PICKLES, Source
 from veneer.files.tensor_keys import PREFIX
+from veneer.formats.expert_layouts import leaves_order_unsaid, unsaid_order
 from veneer.formats.foreign import foreign
 from veneer.keywords import TOKEN, takes
 
@@ -219,6 +220,8 @@ def _adapter(source: Source, problems: list[Problem]) -> AdapterFacts:
         _check_config(values, source, problems)
     except SourceError as error:
         problems.append(problem_of("damaged", error))
+    if leaves_order_unsaid(values):
+        problems.append(problem_of("experts", unsaid_order(source.origin)))
     headers = headers_of(source, ADAPTER_STEM, problems)
     weights = weights_of(headers) if headers else None
     if weights is not None and not weights.parameters:
