@@ -18,6 +18,7 @@ import veneer
 from tests.models import build, gap, inputs, tokens
 from tests.random_adapters import enlarge
 from veneer.errors import AdapterError, BankFullError, UnknownAdapterError, UnsupportedError, UsageError
+from veneer.patches.slots import LayerSlots
 
 CLOSE = 1e-5
 QV = ["q_proj", "v_proj", "down_proj"]
@@ -196,7 +197,7 @@ def test_moves_go_on_until_all_lie_side_by_side(model: veneer.PeftModel) -> None
         assert gap(found[1], alone(model, "rslora", **batch)[1]) < CLOSE
     assert bank.status().moves == 3
     in_use = bank._in_use()
-    assert not list(bank._table.moves(in_use, 9))
+    assert not list(bank._table.exchanges(in_use, 9))
 
 
 def test_few_folded_forms_are_kept_ahead(model: veneer.PeftModel) -> None:
@@ -356,6 +357,32 @@ def test_adapters_that_come_and_go_leave_nothing_behind(tmp_path: Path) -> None:
     model.load_adapter(tmp_path / "lora", "lora")
     bank.register("lora")
     assert not any(reference() for reference in seen)
+
+
+@pytest.mark.parametrize("leased", [False, True])
+def test_an_adapter_that_could_not_be_written_is_written_again(
+    model: veneer.PeftModel, leased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank, batch, original, count = model.bank(slots=4), tokens(2), LayerSlots.write, [0]
+    first = bank.lease("lora")
+    plan = bank.plan([first, None])
+    model(**batch, adapter_names=plan)
+    if leased:
+        model.train().eval()
+
+    def write(*arguments: Any) -> int:
+        count[0] += 1
+        if count[0] == 3:
+            raise MemoryError
+        return original(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LayerSlots, "write", write)
+        with pytest.raises(MemoryError):
+            model(**batch, adapter_names=plan) if leased else bank.lease("dora")
+    assert gap(model(**batch, adapter_names=plan).logits[0], alone(model, "lora", **batch)[0]) < CLOSE
+    first.release()
+    check(model, bank, ["dora", None, "lora"])
 
 
 def test_registrations_beside_deletions() -> None:

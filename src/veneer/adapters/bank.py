@@ -17,16 +17,13 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.bank_plan import BankedAdapter, BankLease, BankPlan, BankStatus
+from veneer.adapters.bank_slots import BankSlots
 from veneer.adapters.collection import Adapters
 from veneer.adapters.folding import FoldedAdapter, fold
-from veneer.adapters.slot_table import SlotTable, bits
 from veneer.errors import AdapterError, BankFullError, UnknownAdapterError, UsageError
 from veneer.patches.selection import BASE, NOTHING, Selection, keep_few
-from veneer.patches.slots import LayerSlots, SlotsInUse, UsedSlots
 from veneer.patches.watched_parameters import Edits
 
 
@@ -54,17 +51,17 @@ class AdapterBank:
         self, adapters: Adapters, slots: int | Mapping[int, int] = 32, rank_buckets: Sequence[int] = (8, 16, 64)
     ) -> None:
         self.adapters = adapters
-        self._table = SlotTable(_capacity(slots, rank_buckets))
+        self._table = BankSlots(_capacity(slots, rank_buckets))
         self._lock = threading.RLock()
         self._by_version: dict[Hashable, BankedAdapter] = {}
-        # The id of a layer's site -> its slots, which stay while its wrapper goes and comes again.
-        self._layers: dict[str, LayerSlots] = {}
+        # The selections of the last plans, and how many changes the slots had seen.
         self._selections: dict[Any, Selection] = {}
+        self._changes = 0
         # Those whose folded forms are kept.
         self._ahead: list[BankedAdapter] = []
         # The calls under way.
         self._calls = 0
-        self._writes = self._bytes_written = self._evictions = self._moves = self._row_by_row = 0
+        self._row_by_row = 0
         self._edits, self._states = Edits.last, adapters.active_selection.layer_states
 
     # -- the versions --------------------------------------------------------------------------------------
@@ -190,7 +187,7 @@ class AdapterBank:
     def _forget(self, entry: BankedAdapter) -> None:
         self._table.leave(entry)
         del self._by_version[entry.version]
-        self._selections = {}
+        self._selections = {}  # they hold its layers
 
     def _check_size(self, name: str, rank: int) -> None:
         if not self._table.fits(rank):
@@ -249,17 +246,14 @@ class AdapterBank:
 
     def _bring_in(self, entry: BankedAdapter) -> None:
         """Write an adapter into slots, unless it lies in some as it is now."""
-        table = self._table
-        if entry in table.residences and entry._versions.is_current(NOTHING):
-            table.touch(entry)
-            return
-        folded = self._folded(entry)
-        if entry not in table.residences:
-            before = len(table.residences)
-            if table.enter(entry, entry.rank, self._in_use()) is None:
-                raise self._full(entry)
-            self._evictions += before + 1 - len(table.residences)
-        self._write(entry, folded)
+        if entry in self._table.residences and entry._versions.is_current(NOTHING):
+            self._table.touch(entry)
+        else:
+            self._write(entry)
+
+    def _write(self, entry: BankedAdapter) -> None:
+        if not self._table.bring_in(entry, self._folded(entry), self._in_use()):
+            raise self._full(entry)
 
     def _folded(self, entry: BankedAdapter) -> FoldedAdapter:
         """Return the folded form of an adapter as it is now, which is not kept any longer."""
@@ -272,18 +266,6 @@ class AdapterBank:
             entry.rank, entry.nbytes, entry._versions = folded.rank, folded.nbytes, folded.versions
             entry.row_by_row, entry._unfolded = tuple(folded.row_by_row), tuple(folded.row_by_row.values())
         return folded
-
-    def _write(self, entry: BankedAdapter, folded: FoldedAdapter) -> None:
-        home = self._table.residences[entry]
-        # In-place writes are for inference and outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            for site_id in folded.parts.keys() - self._layers.keys():
-                self._layers[site_id] = LayerSlots(self._table.capacity)
-            for site_id, slots in self._layers.items():
-                slots.write(home.bucket, home.slots, home.place, folded.parts.get(site_id))
-        self._writes += 1
-        self._bytes_written += folded.nbytes
-        self._selections = {}
 
     def _in_use(self) -> dict[object, int]:
         """Return how often each adapter is leased or read."""
@@ -303,23 +285,15 @@ class AdapterBank:
         if self._edits is edits and self._states is states:
             return
         if self._states is not states:  # moved to another device, or of another dtype, among others
-            self._layers = {}
-        self._selections = {}
+            self._table.layers = {}
         for entry in [*self._by_version.values()]:
             entry._folded = None
-            if entry in self._table.residences:
-                self._write_anew(entry)
+            if entry.leases or entry._readers:
+                self._write(entry)
+            else:
+                self._table.leave(entry)
         # Not before all is well: what failed is tried again.
         self._edits, self._states = edits, states
-
-    def _write_anew(self, entry: BankedAdapter) -> None:
-        if not entry.leases:
-            self._table.leave(entry)
-            return
-        folded = self._folded(entry)
-        if entry not in self._table.residences and self._table.enter(entry, entry.rank, self._in_use()) is None:
-            raise self._full(entry)
-        self._write(entry, folded)
 
     # -- batches -------------------------------------------------------------------------------------------
 
@@ -370,45 +344,17 @@ class AdapterBank:
 
     def _selection(self, plan: BankPlan, entries: Mapping[BankedAdapter, None]) -> Selection:
         """Return the selection of a plan; the last ones are kept while no slot changes."""
-        rows = tuple(BASE if lease is None else lease.adapter.name for lease in plan.leases)
+        rows, table = tuple(BASE if lease is None else lease.adapter.name for lease in plan.leases), self._table
+        if self._changes != table.changes:
+            self._changes, self._selections = table.changes, {}
         known = self._selections.get((rows, plan.counts))
         if known is not None:
             return known
-        moved = not self._calls and self._move_together()
-        selection = Selection((), rows, counts=plan.counts, slots=self._slots(entries))
+        moved = not self._calls and table.move_together(self._in_use(), self.MOVES)
+        selection = Selection((), rows, counts=plan.counts, slots=table.in_use(entries))
         if not moved:  # else more may have to be
             keep_few(self._selections, (rows, plan.counts), selection)
         return selection
-
-    def _move_together(self) -> bool:
-        """Let the slots in use lie side by side, a few moves at a time: a batch computes with all up to the last."""
-        before = self._moves
-        with torch.inference_mode(False), torch.no_grad():
-            for bucket, one, other in self._table.moves(self._in_use(), self.MOVES):
-                for slots in self._layers.values():
-                    slots.swap(bucket, one, other)
-                self._moves += 1
-                self._selections = {}
-        return self._moves > before
-
-    def _slots(self, entries: Mapping[BankedAdapter, None]) -> SlotsInUse:
-        """Return the slots of adapters as they lie now."""
-        homes = {entry: self._table.residences[entry] for entry in entries}
-        by_part: dict[tuple[int, int], dict[int, str]] = {}
-        for entry, home in homes.items():
-            for part, slot in enumerate(home.slots):
-                by_part.setdefault((home.bucket, part), {})[slot] = entry.name
-        used = [
-            UsedSlots(bucket, part, tuple(map(names.get, range(max(names) + 1))), bits([*names]))
-            for (bucket, part), names in by_part.items()
-            if bucket
-        ]
-        places = {entry.name: home.place for entry, home in homes.items()}
-        row_by_row: dict[object, tuple[str, ...]] = {}
-        for entry in entries:
-            for layer in entry._unfolded:
-                row_by_row[layer] = (*row_by_row.get(layer, ()), entry.name)
-        return SlotsInUse(used, places, bits([*places.values()]), {**self._layers}, row_by_row)
 
     def _count_rows(self, plan: BankPlan) -> None:
         counts = plan.counts or (1,) * len(plan.leases)
@@ -430,11 +376,11 @@ class AdapterBank:
                 adapters=entries,
                 resident=tuple(entry.version for entry in entries if entry in table.residences),
                 leases=sum(entry.leases for entry in entries),
-                nbytes=sum(slots.nbytes for slots in self._layers.values()),
-                writes=self._writes,
-                bytes_written=self._bytes_written,
-                evictions=self._evictions,
-                moves=self._moves,
+                nbytes=table.nbytes,
+                writes=table.writes,
+                bytes_written=table.bytes_written,
+                evictions=table.evictions,
+                moves=table.moves,
                 row_by_row=self._row_by_row,
             )
 

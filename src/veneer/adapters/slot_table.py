@@ -106,7 +106,7 @@ class SlotTable:
         slots = self._tenants[bucket]
         return len(slots) - slots.count(None)
 
-    def moves(self, in_use: Mapping[object, int], most: int) -> Iterator[tuple[int, int, int]]:
+    def exchanges(self, in_use: Mapping[object, int], most: int) -> Iterator[tuple[int, int, int]]:
         """Let tenants in use come to lie in the first slots: yield bucket and two slots that change their contents.
 
         Args:
