@@ -27,8 +27,8 @@ from veneer.serving.serving_errors import AdapterInvalidError, SourceFailedError
 from veneer.serving.source_files import AdapterSource
 
 _REMOVING = ".removing-"
-# Fetches that run at once; the others wait.
-_FETCHES = 4
+# Fetches that run at once, most of the time waiting for the disk or the network; the others wait.
+_FETCHES = 8
 
 
 @dataclass(frozen=True)
