@@ -111,14 +111,11 @@ class TransformersEngine:
             model = load(self._base, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
             if self.tokenizer is None:
                 self.tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
-        if not model.can_generate() or model.config.is_encoder_decoder:
+        has_encoder = getattr(model.config, "is_encoder_decoder", False)
+        if has_encoder or not model.can_generate():
+            kind = " is an encoder-decoder, which" if has_encoder else ""
             raise UnsupportedError(
-                f"{type(model.get_base_model()).__name__} does not go on with a text.",
-                hint="Serve a decoder with a language head.",
-            )
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise UnsupportedError(
-                f"{type(model.get_base_model()).__name__} is an encoder-decoder: its answers do not continue prompts.",
+                f"{type(model.get_base_model()).__name__}{kind} does not go on with a text.",
                 hint="Serve a causal language model.",
             )
         if options.device is not None:
