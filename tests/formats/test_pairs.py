@@ -246,7 +246,9 @@ def test_transformers(one: str, other: str, options: dict[str, Any], tmp_path: P
     check_pair(tmp_path, bases.lora(tmp_path / "adapter", layers, **options), base, one, other)
 
 
-@pytest.mark.parametrize("name", [name for name in {*TEXT, *IMAGE} if TABLE[name].scales == TABLE[name].ranks == EXACT])
+@pytest.mark.parametrize(
+    "name", [name for name in dict.fromkeys((*TEXT, *IMAGE)) if TABLE[name].scales == TABLE[name].ranks == EXACT]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bytes_come_back_where_a_format_holds_all(name: str, dtype: torch.dtype, tmp_path: Path, unet: Path) -> None:
     from safetensors.torch import save_file
