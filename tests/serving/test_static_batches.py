@@ -92,7 +92,7 @@ def test_a_cancelled_row_ends_alone(engine: TransformersEngine, world: World) ->
         answer = engine.generate(request(1, PROMPT, "dora", max_tokens=60))
         await anext(answer)
         await answer.aclose()
-        assert len(engine._lane.jobs) == 1
+        assert {job.request.id for job in engine._lane.jobs.values()} <= {"stays"}
         return await stays
 
     assert run(main()) == world.answer("r3", PROMPT, 60)
