@@ -98,7 +98,8 @@ class Server:
     async def answer(self, model: str, number: int) -> int:
         """Return how many tokens an answer has."""
         reply = await self.client.post("/v1/completions", json=body(model, number))
-        reply.raise_for_status()
+        if reply.is_error:
+            raise RuntimeError(reply.text)
         return int(reply.json()["usage"]["completion_tokens"])
 
     async def stream(self, model: str, number: int, most: int = max(ANSWERS)) -> list[float]:

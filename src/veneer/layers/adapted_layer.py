@@ -18,6 +18,7 @@ from veneer.layers.inference_cache import InferenceCache, are_small, for_inferen
 from veneer.layers.merged_copy import CopyForward, HoldsCopies
 from veneer.layers.read_weight import Unread
 from veneer.layers.token_adapter import TokenAdapter
+from veneer.layers.training_forward import TrainingForward
 from veneer.methods.base.trained_bias import Bias
 from veneer.patches.active_selection import ActiveSelection
 from veneer.patches.fused import CachedForward, FusedPatch, can_fuse, fuse, fused_dtype, fused_forward
@@ -110,6 +111,8 @@ class AdaptedLayer(BaseTunerLayer, HoldsCopies):
             if self.behind_backbone:
                 selection = selection.behind_backbone(x)
             return self._forward_rows(selection, x, *args, **kwargs)
+        if self.training and not (args or kwargs or torch.compiler.is_compiling()):
+            return self._forward_in_training(selection, x)
         if not (self.training or args or kwargs or torch.compiler.is_compiling()):
             cached = self._inference_cache.forward
             if cached is None or cached.selected != selection.names or not cached.is_current(selection):
@@ -127,6 +130,21 @@ class AdaptedLayer(BaseTunerLayer, HoldsCopies):
         if names == self.merged:
             return self.base_layer(x, *args, **kwargs)
         return self._apply_patches(self.patches_now(names), x, *args, **kwargs)
+
+    def _forward_in_training(self, selection: Selection, x: Tensor) -> Any:
+        """Run the layer in training, by what was kept of the step before where nothing has changed."""
+        kept = self._inference_cache.training
+        if kept is not None and kept.takes(selection, x):
+            return kept(x)
+        names = self.here(selection.names)
+        self.__dict__["_called"] = True
+        if self.bias_in_place is not None and not self.merged:
+            return self._forward_with_bias(self.bias_in_place.adapter, names, x)
+        if names == self.merged:
+            return self.base_layer(x)
+        patches = self.patches_now(names)
+        self._inference_cache.training = TrainingForward.of(self, selection, names, patches, x)
+        return self._apply_patches(patches, x)
 
     def _forward_with_bias(self, adapter: str, names: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the layer while its own bias is the one that ``adapter`` trains."""

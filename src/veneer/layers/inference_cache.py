@@ -12,6 +12,7 @@ from torch import Tensor
 
 from veneer.base_model.sites.site import Site
 from veneer.layers.merged_copy import CopyForward
+from veneer.layers.training_forward import TrainingForward
 from veneer.patches.fused import CachedForward, FusedPatch, TensorVersions
 from veneer.patches.mixed_batch import CachedMixedForward
 from veneer.patches.patch import Patch
@@ -37,15 +38,17 @@ class InferenceCache:
         mixed: that of the adapters of the last batch that held several.
         weight: the weight for a model that reads it instead of calling the layer.
         copies: selected adapters -> the forward pass with their merged copy.
+        training: the forward pass of the last training step, where that can be kept.
     """
 
-    __slots__ = ("copies", "forward", "forwards", "mixed", "weight")
+    __slots__ = ("copies", "forward", "forwards", "mixed", "training", "weight")
 
     def __init__(self) -> None:
         self.forward: CachedForward | None = None
         self.mixed: CachedMixedForward | None = None
         self.weight: CachedWeight | None = None
         self.copies: dict[tuple[str, ...], CopyForward] = {}
+        self.training: TrainingForward | None = None
         self.forwards: dict[tuple[str, ...], tuple[CachedForward, object]] = {}
 
     def without(self, adapter: str, sources: Callable[[tuple[str, ...]], list[Tensor]]) -> InferenceCache:

@@ -251,6 +251,12 @@ class Patch:
             and not (self.outer is not None and is_captured(x))
         )
 
+    @property
+    def only_adds_product(self) -> bool:
+        """True if the patch is ``W + s U V`` and nothing more, with a plain number ``s``."""
+        others = (self.inner, self.dense, self.outer, self.shift, self.tokens, self.drop, self.gate, self.route)
+        return self.up is not None and isinstance(self.scale, float | int) and not any(o is not None for o in others)
+
     def _has_node_form(self, site: LayerForm) -> bool:
         """Tell whether the patch is ``O (W I + s U V)`` and ``c``, with a diagonal ``O``, on a layer of matrices."""
         return (

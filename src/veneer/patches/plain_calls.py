@@ -34,11 +34,18 @@ def is_captured(x: Tensor) -> bool:
 
 def plain_linear(base: Any, x: Tensor) -> nn.Linear | None:
     """Return a base layer that is a frozen product with its weight and nothing more; ``None`` for any other."""
-    if type(base) is not nn.Linear or _has_hooks(base):
+    if not is_plain(base):
         return None
+    weight = base._parameters["weight"]
+    return base if type(weight) in _PLAIN_TYPES and weight.dtype is product_dtype(x) else None
+
+
+def is_plain(base: Any) -> bool:
+    """Tell whether a base layer is torch's own ``nn.Linear``, frozen and without hooks."""
+    if type(base) is not nn.Linear or _has_hooks(base):
+        return False
     weight, bias = base._parameters["weight"], base._parameters["bias"]
-    frozen = not any(tensor is not None and tensor.requires_grad for tensor in (weight, bias))
-    return base if frozen and type(weight) in _PLAIN_TYPES and weight.dtype is product_dtype(x) else None  # type: ignore[union-attr]
+    return not (weight.requires_grad or (bias is not None and bias.requires_grad))  # type: ignore[union-attr]
 
 
 def _has_hooks(module: nn.Module) -> bool:
