@@ -78,7 +78,7 @@ class TrainingForward:
         if len(patches) != 1 or not patches[0].only_adds_product or layer.merged or layer.bias_in_place is not None:
             return None
         (patch,), (adapter,) = patches, names
-        linear = plain_linear(layer.base_layer, x) if patch.is_node(x, layer.site, training=True) else None
+        linear = plain_linear(layer.base_layer, x) if patch.is_node(x, layer.site, True) else None
         if linear is None or torch.is_autocast_enabled(x.device.type) or len(layer.bound[adapter]) != 1:
             return None
         places = [place for tensor in (patch.up, patch.down) for place in _places_of(layer, adapter, tensor)]
