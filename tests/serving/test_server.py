@@ -27,15 +27,14 @@ def test_an_engine_that_stays_dead_ends_the_process(tmp_path: Path, monkeypatch:
         codes.append(code)
         raise LeftError
 
-    monkeypatch.setattr(server, "_DEAD_SECONDS", 1.5)
     monkeypatch.setattr(os, "_exit", leave)
     service = one_adapter_service(tmp_path)
     assert isinstance(service.engine, FakeEngine)
     with pytest.raises(asyncio.TimeoutError):
-        asyncio.run(asyncio.wait_for(server._watch(service), 2.5))
+        asyncio.run(asyncio.wait_for(server._watch(service, 1.5), 2.5))
     service.engine.dead = True
     with pytest.raises(LeftError):
-        asyncio.run(asyncio.wait_for(server._watch(service), 10))
+        asyncio.run(asyncio.wait_for(server._watch(service, 1.5), 10))
     assert codes == [70]
 
 

@@ -19,6 +19,7 @@ from veneer.packages import require
 from veneer.printing import nbytes, parse_bytes, quiet
 
 if TYPE_CHECKING:
+    from veneer.serving.replica_types import ReplicaOptions
     from veneer.serving.server import RunningServer
     from veneer.serving.server_options import ServerOptions
 
@@ -126,6 +127,15 @@ def _seconds(name: str, default: float, help: str) -> Callable[[Any], Any]:
 @options.dtype
 @options.device
 @_count("--threads", "Threads of the CPU; by default torch's choice.")
+@_count("--replicas", "Run so many engines, each in a process of its own, on Ray.")
+@click.option("--ray-address", metavar="ADDRESS", help="The Ray cluster they run in; by default one of this machine.")
+@click.option(
+    "--replica-cpus",
+    type=NumberRange(min=0),
+    default=1,
+    metavar="N",
+    help="CPUs that Ray reserves for each; with --device cuda, a GPU too.",
+)
 @switch("--ui", "Serve a page at / that compares adapters.")
 @switch("--gateway-metrics", "Add the gauges that gateways read, under vLLM's names.")
 @click.option(
@@ -143,6 +153,8 @@ def serve(
     if new_key is not None:
         _print_new_key(new_key)
         return
+    if given["replicas"] is not None:
+        require("veneer serve --replicas", "ray[serve]", extra="ray", error=UsageError)
     if base is None:
         raise UsageError("There is no base to serve.", hint="veneer serve path/to/base --adapter NAME=path/to/adapter")
     with quiet() as warnings, ExitStack() as shown:
@@ -150,7 +162,7 @@ def serve(
         from veneer.serving.server import run_server
         from veneer.serving.server_options import server_options
 
-        described = server_options(base, **given)
+        described = server_options(base, threads=threads, **given)
         _use_threads(threads)
         _audit_to(audit_log)
 
@@ -202,12 +214,19 @@ def _facts(server: RunningServer, described: ServerOptions) -> list[tuple[str, s
     return [
         ("base", f"{described.settings.base_name}, {engine.max_context} tokens of context"),
         ("adapters", f"{len(names)}: {shown}" if names else "none yet"),
-        ("batch", f"{described.engine.max_requests} requests, {described.engine.slots} adapters"),
+        (
+            "batch",
+            f"{described.engine.max_requests} requests, {described.engine.slots} adapters" + _on(described.replicas),
+        ),
         ("memory", f"{nbytes(server.host_bytes)} for adapters"),
         ("store", f"{described.store or 'for this process'}, {nbytes(limits.store_bytes)} at most"),
         ("keys", "everybody on this machine" if service.settings.hosts is not None else _keys(described)),
         ("changes", "on" if described.settings.runtime_adapters else "off: --allow-runtime-adapters"),
     ]
+
+
+def _on(replicas: ReplicaOptions | None) -> str:
+    return "" if replicas is None else f", on each of {replicas.count} replicas"
 
 
 def _keys(described: ServerOptions) -> str:

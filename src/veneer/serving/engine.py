@@ -23,7 +23,7 @@ from veneer.peft_model.tokenizer import load_tokenizer
 from veneer.printing import warn
 from veneer.serving.canary import Canary, lane_fault
 from veneer.serving.continuous_batching import ContinuousLane, batches_continuously
-from veneer.serving.engine_types import EngineRequest, EngineStatus, LoadedVersion, TokenEvent
+from veneer.serving.engine_types import EngineRequest, EngineStatus, LoadedVersion, ServedBase, TokenEvent
 from veneer.serving.job import Job
 from veneer.serving.lane import Lane, LaneOptions
 from veneer.serving.sampler import check_sampling
@@ -136,6 +136,15 @@ class TransformersEngine:
         """The most tokens that a prompt and its answer may have together."""
         return self._running[0].max_context
 
+    @property
+    def served_base(self) -> ServedBase:
+        """The facts of the base that a server needs."""
+        return ServedBase(self.max_context, self._vocabulary, self.tokenizer, self.model.base_digest)
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
     async def generate(self, request: EngineRequest) -> AsyncIterator[TokenEvent]:
         """Generate; closing the iterator cancels the request and frees all that it held.
 
@@ -219,7 +228,7 @@ class TransformersEngine:
                 f"{length}, and there is room for {limit}.",
                 hint="Shorten the prompt or max_tokens.",
             )
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        vocabulary = self._vocabulary
         outside = next((token for token in request.prompt if not 0 <= token < vocabulary), None)
         if outside is not None:
             raise EngineError(

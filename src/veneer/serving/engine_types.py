@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,23 @@ class EngineStatus:
     quarantined: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ServedBase:
+    """The facts of a base that a server needs, and that its engine knows.
+
+    Attributes:
+        max_context: the most tokens that a prompt and its answer may have together.
+        vocabulary: the number of tokens that it knows.
+        tokenizer: its own.
+        digest: of its files; ``None`` where it has none.
+    """
+
+    max_context: int
+    vocabulary: int
+    tokenizer: Any
+    digest: str | None
+
+
 class Engine(Protocol):
     """Answers requests with one base and the versions that are loaded. All its methods may be called by any thread."""
 
@@ -164,3 +181,11 @@ class Engine(Protocol):
 
     def status(self) -> EngineStatus:
         """Return the state; never waits for the engine's thread."""
+
+
+class ServedEngine(Engine, Protocol):
+    """An engine that tells what a server needs to know of its base."""
+
+    @property
+    def served_base(self) -> ServedBase:
+        """The facts of the base, once it is started."""

@@ -19,15 +19,18 @@ import psutil
 import uvicorn
 
 from veneer.errors import OutputError, VeneerError
+from veneer.files.paths import exists
 from veneer.serving.admission import Admission
 from veneer.serving.app import create_app
 from veneer.serving.auth import ANONYMOUS, Keys
 from veneer.serving.engine import TransformersEngine
+from veneer.serving.engine_types import ServedEngine
 from veneer.serving.http_guard import LOG
 from veneer.serving.metrics import ServerMetrics
 from veneer.serving.prompt_tokens import PromptTokenizer
 from veneer.serving.registry import Registry
 from veneer.serving.registry_types import AdapterInfo, Registration
+from veneer.serving.replica_types import ReplicaOptions
 from veneer.serving.residency import Residency, ResidencyLimits
 from veneer.serving.server_options import ServerOptions
 from veneer.serving.service import Service
@@ -35,6 +38,8 @@ from veneer.serving.store import Store
 
 # The engine starts itself anew within seconds; one that stays dead for so many hangs, and only a new process helps.
 _DEAD_SECONDS = 30.0
+# Ray starts replicas anew, which load the base again; only a cluster that is gone gives none back for so long.
+_LOST_SECONDS = 600.0
 # What a supervisor of processes takes for "start it again" (EX_SOFTWARE).
 _EXIT_DEAD = 70
 # Seconds for the last bytes of answers when the drain is over.
@@ -72,7 +77,7 @@ def run_server(
     """
     keys = Keys(options.keys)
     with _listening(options.host, options.port) as listener:
-        engine = TransformersEngine(options.base, options.engine)
+        engine = _engine(options)
         on_step("loading the base")
         engine.start()
         try:
@@ -80,6 +85,28 @@ def run_server(
                 asyncio.run(_serve(options, folder, engine, keys, listener, on_step, on_ready))
         finally:
             engine.stop(0)
+
+
+def _engine(options: ServerOptions) -> ServedEngine:
+    if options.replicas is None:
+        return TransformersEngine(options.base, options.engine)
+    # Ray reads these when it is imported. By the second, a cluster of this machine listens on 127.0.0.1, as it does
+    # anyway on macOS and Windows.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if options.replicas.address is None:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    from veneer.serving.ray_cluster import RayCluster
+    from veneer.serving.replicated_engine import ReplicatedEngine
+
+    base = str(Path(options.base).resolve()) if exists(Path(options.base)) else options.base
+    cluster = RayCluster(f"veneer-{options.settings.base_name}", base, options.engine, options.replicas)
+    return ReplicatedEngine(cluster, options.engine.max_requests, options.limits.slots // options.replicas.count)
+
+
+def _host_bytes(replicas: ReplicaOptions | None) -> int:
+    """Return a quarter of the memory, or each replica's part of it where they share this machine."""
+    shares = replicas.count if replicas is not None and replicas.address is None else 1
+    return int(psutil.virtual_memory().total) // (4 * shares)
 
 
 @contextmanager
@@ -110,20 +137,20 @@ def _listening(host: str, port: int) -> socket.socket:
 async def _serve(
     options: ServerOptions,
     folder: Path,
-    engine: TransformersEngine,
+    engine: ServedEngine,
     keys: Keys,
     listener: socket.socket,
     on_step: Callable[[str], None],
     on_ready: Callable[[RunningServer], None],
 ) -> None:
-    rows = engine.model.get_input_embeddings().weight.shape[0]
-    settings = replace(options.settings, base_digest=engine.model.base_digest or "")
-    host_bytes = options.host_bytes or psutil.virtual_memory().total // 4
-    store = Store(folder, options.store_limits, base_digest=engine.model.base_digest)
+    base = engine.served_base
+    settings = replace(options.settings, base_digest=base.digest or "")
+    host_bytes = options.host_bytes or _host_bytes(options.replicas)
+    store = Store(folder, options.store_limits, base_digest=base.digest)
     residency = Residency(engine, store, ResidencyLimits(host_bytes, cycle=options.limits.cycle))
     registry = Registry(store, residency, options.policy, base_name=settings.base_name)
     admission = Admission(residency, options.limits)
-    tokenizer = PromptTokenizer(engine.tokenizer, rows)
+    tokenizer = PromptTokenizer(base.tokenizer, base.vocabulary)
     tiers = {"store": lambda: store.used_bytes, "host": lambda: residency.used_bytes}
     service = Service(settings, engine, registry, admission, keys, tokenizer, ServerMetrics(), tiers)
     await registry.open()
@@ -143,7 +170,7 @@ async def _serve(
             on_ready(running)
 
         server = _DrainingServer(config, service, options.drain, begin)
-        watch = asyncio.create_task(_watch(service))
+        watch = asyncio.create_task(_watch(service, _DEAD_SECONDS if options.replicas is None else _LOST_SECONDS))
         if hasattr(signal, "SIGHUP"):  # not on Windows
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, keys)
         await server.serve([listener])
@@ -224,10 +251,10 @@ class _DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-async def _watch(service: Service) -> None:
+async def _watch(service: Service, patience: float) -> None:
     """End the process when the engine is dead for good: a thread that hangs cannot be ended."""
     since = time.monotonic()
-    while time.monotonic() - since < _DEAD_SECONDS:
+    while time.monotonic() - since < patience:
         await asyncio.sleep(1)
         if service.engine.status().alive:
             since = time.monotonic()

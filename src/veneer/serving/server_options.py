@@ -12,6 +12,7 @@ from veneer.files.paths import exists
 from veneer.serving.admission import AdmissionLimits
 from veneer.serving.engine import EngineOptions
 from veneer.serving.registry_types import Registration
+from veneer.serving.replica_types import ReplicaOptions
 from veneer.serving.service import ServiceSettings
 from veneer.serving.source_policy import SourcePolicy
 from veneer.serving.store import StoreLimits
@@ -25,6 +26,7 @@ class ServerOptions:
         base: a folder or hub id.
         settings: of the routes.
         engine: of the engine.
+        replicas: of the engine, on Ray; one in this process when ``None``.
         limits: of the requests that run and wait.
         store: the folder of the store; one that goes with the process when ``None``.
         store_limits: of what is in it.
@@ -40,6 +42,7 @@ class ServerOptions:
     base: str
     settings: ServiceSettings
     engine: EngineOptions
+    replicas: ReplicaOptions | None
     limits: AdmissionLimits
     store: Path | None
     store_limits: StoreLimits
@@ -84,6 +87,10 @@ def server_options(
     drain: float,
     dtype: str,
     device: str | None,
+    threads: int | None,
+    replicas: int | None,
+    ray_address: str | None,
+    replica_cpus: float,
     ui: bool,
     gateway_metrics: bool,
 ) -> ServerOptions:
@@ -95,6 +102,7 @@ def server_options(
     _check_host(host, keys, insecure)
     if allow_source and not allow_runtime_adapters:
         raise UsageError("--allow-source is for adapters that come later.", hint="Add --allow-runtime-adapters.")
+    _check_replicas(replicas, ray_address, store, device)
     given = tuple(_registration(text) for text in adapters)
     _check_once([registration.name for registration in given])
     found = tuple(_found(folder, {registration.name for registration in given})) if folder else ()
@@ -118,9 +126,10 @@ def server_options(
             slots=slots,
             rank_buckets=rank_buckets,
         ),
+        replicas=ReplicaOptions(replicas, ray_address, replica_cpus, threads) if replicas else None,
         limits=AdmissionLimits(
-            running=max_requests,
-            slots=slots,
+            running=max_requests * (replicas or 1),
+            slots=slots * (replicas or 1),
             queue=queue,
             queue_per_adapter=queue,
             queue_age=queue_age,
@@ -147,6 +156,20 @@ def _check_host(host: str, keys: Path | None, insecure: bool) -> None:
         f"Without keys, everybody who reaches {host} could use this server.",
         hint="Give --api-keys FILE (`veneer serve --new-key NAME` makes a key), or --insecure.",
     )
+
+
+def _check_replicas(replicas: int | None, address: str | None, store: Path | None, device: str | None) -> None:
+    if address is not None and replicas is None:
+        raise UsageError("--ray-address is for replicas.", hint="Add --replicas N.")
+    if address is not None and store is None:
+        raise UsageError(
+            "Replicas on other machines read adapters from the store.",
+            hint="Give --store DIR, a folder that all machines share.",
+        )
+    if replicas is not None and device is not None and ":" in device:
+        raise UsageError(
+            f"--device {device}: Ray gives each replica a device of its own.", hint=f"Say {device.partition(':')[0]}."
+        )
 
 
 def _is_loopback(host: str) -> bool:

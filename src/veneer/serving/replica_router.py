@@ -1,0 +1,145 @@
+"""Chooses the replica that answers a request: one that has the adapter, unless others are much less busy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from veneer.serving.replica_types import ReplicaHandle, ReplicaState, lost
+
+# To load an adapter costs as much as so many requests that run already.
+_LOAD_COST = 4
+# Seconds after which a request that found no room looks again.
+_POLL = 0.01
+
+
+class Replica:
+    """Holds the server's view of one replica.
+
+    Attributes:
+        handle: reaches it.
+        state: what it last told of itself; ``None`` while it cannot be reached.
+        error: why it could not be reached the last time.
+        losses: how often it was lost.
+        running: version -> the requests that it answers; those of the base under ``None``.
+    """
+
+    def __init__(self, handle: ReplicaHandle) -> None:
+        self.handle = handle
+        self.state: ReplicaState | None = None
+        self.error: str | None = None
+        self.losses = 0
+        self.running: Counter[str | None] = Counter()
+        self._held: set[str] = set()
+
+    @property
+    def is_up(self) -> bool:
+        """True where it takes requests."""
+        return self.state is not None and self.state.status.alive
+
+    def see(self, state: ReplicaState) -> None:
+        """Note its state."""
+        self.state, self._held = state, set(state.status.resident)
+
+    def lose(self, error: str) -> None:
+        """Note that it cannot be reached; what takes its place has no adapters."""
+        if self.state is not None:
+            self.losses += 1
+        self.state, self.error, self._held = None, error, set()
+
+    def note_held(self, version: str) -> None:
+        """Note that it has a version, before its next state tells it."""
+        self._held.add(version)
+
+    def holds(self, version: str | None) -> bool:
+        """Tell whether it has a version."""
+        return version is None or version in self._held or self.running[version] > 0
+
+    @property
+    def held(self) -> int:
+        """The number of versions that it has."""
+        return len(self._held)
+
+    @property
+    def slots_used(self) -> int:
+        """The number of versions in its batch."""
+        return sum(1 for version, count in self.running.items() if version is not None and count)
+
+
+class ReplicaRouter:
+    """Places requests on replicas, each within its limits. Its methods are called from the event loop's thread.
+
+    Args:
+        replicas: all of them.
+        requests: the most that one runs.
+        slots: the most adapters that one has in its batch.
+    """
+
+    def __init__(self, replicas: Sequence[Replica], requests: int, slots: int) -> None:
+        self.replicas, self._requests, self._slots = replicas, requests, slots
+        # Those that found no room, in the order they came.
+        self._waiting: list[object] = []
+
+    @asynccontextmanager
+    async def place(self, version: str | None) -> AsyncIterator[Replica]:
+        """Choose the replica for a request, and count it there as long as the block runs.
+
+        Raises:
+            ReplicaLostError: no replica is up.
+        """
+        replica = await self._chosen(version)
+        replica.running[version] += 1
+        try:
+            yield replica
+        finally:
+            replica.running[version] -= 1
+            if not replica.running[version]:
+                del replica.running[version]
+
+    async def _chosen(self, version: str | None) -> Replica:
+        ticket = object()
+        self._waiting.append(ticket)
+        try:
+            while (replica := self.choose(version, is_next=self._waiting[0] is ticket)) is None:
+                await asyncio.sleep(_POLL)
+            return replica
+        finally:
+            self._waiting.remove(ticket)
+
+    def choose(self, version: str | None, *, is_next: bool = True) -> Replica | None:
+        """Return the replica for a request; ``None`` where none has room.
+
+        Args:
+            version: that it asks for.
+            is_next: no other request waits for room. Where one does, a version that runs stays on one replica:
+                so those that run on several give slots back.
+
+        Raises:
+            ReplicaLostError: no replica is up.
+        """
+        up = [replica for replica in self.replicas if replica.is_up]
+        if not up:
+            raise lost("No replica of the engine is up.")
+        if not is_next and version is not None:
+            home = max(up, key=lambda replica: replica.running[version])
+            up = [home] if home.running[version] else []
+        return min(
+            (replica for replica in up if self._has_room(replica, version)),
+            key=lambda replica: self._cost(replica, version),
+            default=None,
+        )
+
+    def _has_room(self, replica: Replica, version: str | None) -> bool:
+        has_slot = version is None or replica.running[version] > 0 or replica.slots_used < self._slots
+        return has_slot and replica.running.total() < self._requests
+
+    def _cost(self, replica: Replica, version: str | None) -> tuple[int, int]:
+        load = 0 if replica.holds(version) else _LOAD_COST
+        return replica.running.total() + load, replica.held
+
+    def for_load(self, version: str) -> list[Replica]:
+        """Return the replicas that may load a version: those that have it first, then those with the fewest."""
+        up = [replica for replica in self.replicas if replica.is_up]
+        return sorted(up, key=lambda replica: (not replica.holds(version), replica.held, replica.running.total()))
