@@ -45,7 +45,7 @@ def slow() -> Iterator[ReplicatedEngine]:
     from tests.serving.slow_replica import SlowReplica
     from veneer.serving.ray_cluster import RayCluster
 
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200_000_000, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=200_000_000, log_to_driver=False)
     cluster = RayCluster("slow/base", "base", EngineOptions(), ReplicaOptions(2, cpus=0.5), SlowReplica)
     engine = ReplicatedEngine(cluster, 8, 4)
     engine.start()

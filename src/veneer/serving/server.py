@@ -90,9 +90,10 @@ def run_server(
 def _engine(options: ServerOptions) -> ServedEngine:
     if options.replicas is None:
         return TransformersEngine(options.base, options.engine)
-    # Ray reads these when it is imported. By the second, a cluster of this machine listens on 127.0.0.1, as it does
+    # Ray reads these when it is imported. By the third, a cluster of this machine listens on 127.0.0.1, as it does
     # anyway on macOS and Windows.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
     if options.replicas.address is None:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     from veneer.serving.ray_cluster import RayCluster
