@@ -74,13 +74,16 @@ def test_the_bases_own_defaults_ask_for_nothing(engine: TransformersEngine, worl
 def test_adapters_come_and_go_within_a_batch(engine: TransformersEngine, world: World) -> None:
     async def main() -> Any:
         stays = asyncio.create_task(tokens_of(engine, request("stays", PROMPT, "r3", max_tokens=100)))
-        await asyncio.sleep(0.05)
-        for _ in range(5):
+        await asyncio.sleep(0)
+        for turn in range(5):
             await engine.drop("dora")
+            assert turn or not stays.done()  # later ones may come after it on a slow machine
             await engine.load("dora", world.folders["dora"])
-        assert not stays.done()
+        answer = engine.generate(request(1, PROMPT, "r3", max_tokens=100))
+        await anext(answer)
         with pytest.raises(EngineError, match="answers a request"):
             await engine.drop("r3")
+        await answer.aclose()
         return await stays
 
     assert run(main()) == world.answer("r3", PROMPT, 100)
