@@ -25,9 +25,11 @@ SHARE = 0.4
 
 
 @pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut the rows into parts of two."""
-    monkeypatch.setattr(seeded_dropout, "CPU_VALUES", 2 * IN)
+def small_parts(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Cut the rows into parts of two, but where a form is to take the short way."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is None or not callspec.params.get("parts", {}).get("short"):
+        monkeypatch.setattr(seeded_dropout, "CPU_VALUES", 2 * IN)
 
 
 @pytest.fixture
@@ -44,7 +46,10 @@ def far(a: Tensor, b: Tensor) -> float:
 class Parts:
     """A layer and a patch, of float64 values that want gradients."""
 
-    def __init__(self, bias: bool = True, dora: bool = False, shift: bool = False, hooked: bool = False) -> None:
+    def __init__(
+        self, bias: bool = True, dora: bool = False, shift: bool = False, hooked: bool = False, short: bool = False
+    ) -> None:
+        self.share = 0.0 if short else SHARE
         generator = torch.Generator().manual_seed(3)
 
         def values(*shape: int) -> Tensor:
@@ -66,13 +71,15 @@ class Parts:
         x, up, down, *rest = inputs
         outer = None if self.magnitude is None else Diagonal(rest[0])
         shift = None if self.shift is None else rest[-1]
-        patch = Patch(up, down, 0.7, SHARE, outer=outer, shift=shift)
+        patch = Patch(up, down, 0.7, self.share, outer=outer, shift=shift)
         torch.manual_seed(11)
         return apply(LinearSite("layer", self.linear), self.linear.bias, self.linear, [patch], True, x)
 
 
 FORMS: dict[str, dict[str, bool]] = {
     "inside": {},
+    "the short way": {"short": True},
+    "the short way, dora": {"short": True, "dora": True},
     "without bias": {"bias": False},
     "beside": {"hooked": True},
     "shifted": {"shift": True},

@@ -111,9 +111,12 @@ class AdaptedLayer(BaseTunerLayer, HoldsCopies):
             if self.behind_backbone:
                 selection = selection.behind_backbone(x)
             return self._forward_rows(selection, x, *args, **kwargs)
-        if self.training and not (args or kwargs or torch.compiler.is_compiling()):
-            return self._forward_in_training(selection, x)
-        if not (self.training or args or kwargs or torch.compiler.is_compiling()):
+        is_plain_call = not (args or kwargs or torch.compiler.is_compiling())
+        if is_plain_call and self.training:
+            kept = self._inference_cache.training
+            if kept is not None and kept.takes(selection, x):
+                return kept(x)
+        elif is_plain_call:
             cached = self._inference_cache.forward
             if cached is None or cached.selected != selection.names or not cached.is_current(selection):
                 cached = self._fuse(selection)
@@ -129,22 +132,10 @@ class AdaptedLayer(BaseTunerLayer, HoldsCopies):
             return self._forward_with_bias(self.bias_in_place.adapter, names, x, *args, **kwargs)
         if names == self.merged:
             return self.base_layer(x, *args, **kwargs)
-        return self._apply_patches(self.patches_now(names), x, *args, **kwargs)
-
-    def _forward_in_training(self, selection: Selection, x: Tensor) -> Any:
-        """Run the layer in training, by what was kept of the step before where nothing has changed."""
-        kept = self._inference_cache.training
-        if kept is not None and kept.takes(selection, x):
-            return kept(x)
-        names = self.here(selection.names)
-        self.__dict__["_called"] = True
-        if self.bias_in_place is not None and not self.merged:
-            return self._forward_with_bias(self.bias_in_place.adapter, names, x)
-        if names == self.merged:
-            return self.base_layer(x)
         patches = self.patches_now(names)
-        self._inference_cache.training = TrainingForward.of(self, selection, names, patches, x)
-        return self._apply_patches(patches, x)
+        if is_plain_call and self.training:
+            self._inference_cache.training = TrainingForward.of(self, selection, names, patches, x)
+        return self._apply_patches(patches, x, *args, **kwargs)
 
     def _forward_with_bias(self, adapter: str, names: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the layer while its own bias is the one that ``adapter`` trains."""

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from veneer.errors import UnsupportedError
 from veneer.patches.plain_calls import product_dtype
 from veneer.patches.products import Exact, Products, Split, products
-from veneer.patches.seeded_dropout import CPU_VALUES, Dropout, parts
+from veneer.patches.seeded_dropout import Dropout, is_one_part, parts
 
 
 class LowRankUpdate(torch.autograd.Function):
@@ -119,7 +119,7 @@ def _is_plain(x: Tensor, weight: Tensor, up: Tensor, down: Tensor, options: tupl
     return (
         x.dtype is weight.dtype is up.dtype is down.dtype is rounded
         and not dropout.share
-        and x.numel() <= CPU_VALUES
+        and is_one_part(x)
         and not torch.is_autocast_enabled(x.device.type)
     )
 

@@ -54,13 +54,21 @@ _NONE = Dropout()
 
 def parts(tensor: Tensor, x: Tensor) -> Iterable[Tensor]:
     """Return parts of a tensor that has the rows of ``x``, so small that their float32 forms take little memory."""
-    values = CPU_VALUES if x.device.type == "cpu" else DEVICE_VALUES
-    length, width = x.shape
-    rows = max(1, values // max(1, width))
-    if length <= rows:
+    if is_one_part(x):
         return (tensor,)
+    rows = _rows_of_part(x)
     # One by one, and not by split(): autograd lets these be changed in place.
-    return (tensor[start : start + rows] for start in range(0, length, rows))
+    return (tensor[start : start + rows] for start in range(0, len(x), rows))
+
+
+def is_one_part(x: Tensor) -> bool:
+    """Tell whether ``x``, shape ``(rows, in)``, is small enough to be one of the :func:`parts`."""
+    return len(x) <= _rows_of_part(x)
+
+
+def _rows_of_part(x: Tensor) -> int:
+    values = CPU_VALUES if x.is_cpu else DEVICE_VALUES
+    return max(1, values // max(1, x.shape[-1]))
 
 
 def seeds_dropout(x: Tensor, share: float) -> bool:
