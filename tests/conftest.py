@@ -66,3 +66,19 @@ def process_group() -> Iterator[None]:
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One browser for all tests of a module."""
+    from tests.benching import browser
+
+    path = browser.find()
+    if path is None:
+        pytest.skip(f"There is no Chromium on this machine (looked for {', '.join(browser.NAMES)}).")
+    try:
+        found = browser.Browser(path, tmp_path_factory.mktemp("chromium") / "profile")
+    except (RuntimeError, OSError) as error:
+        pytest.skip(f"{path} does not start here: {error}")
+    with found:
+        yield found

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.benching import browser, examples
+from tests.benching import examples
 from tests.benching.browser import Browser
 from veneer.benching import formats
 
@@ -48,20 +48,6 @@ _SEEN = """[...document.querySelectorAll('figure svg')].map(e => {
 })"""
 _FONTS = """[...document.querySelectorAll('svg text')].map(e =>
   parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a)"""
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """One browser for all of these tests."""
-    path = browser.find()
-    if path is None:
-        pytest.skip(f"There is no Chromium on this machine (looked for {', '.join(browser.NAMES)}).")
-    try:
-        found = Browser(path, tmp_path_factory.mktemp("chromium") / "profile")
-    except (RuntimeError, OSError) as error:
-        pytest.skip(f"{path} does not start here: {error}")
-    with found:
-        yield found
 
 
 @pytest.fixture(scope="module")

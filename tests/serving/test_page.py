@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from tests.benching import browser
 from tests.benching.browser import Browser
 from tests.serving.fake_engine import FakeEngine, served
 from tests.serving.http_service import DIGEST, one_adapter_service
@@ -28,20 +27,6 @@ _CONTRAST = """(() => {
     .map((e) => [parts(getComputedStyle(e).color).slice(0, 3), behind(e)].map(light).sort((a, b) => b - a))
     .map(([a, b]) => (a + 0.05) / (b + 0.05)));
 })()"""
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """One browser for all of these tests."""
-    path = browser.find()
-    if path is None:
-        pytest.skip(f"There is no Chromium on this machine (looked for {', '.join(browser.NAMES)}).")
-    try:
-        found = Browser(path, tmp_path_factory.mktemp("chromium") / "profile")
-    except (RuntimeError, OSError) as error:
-        pytest.skip(f"{path} does not start here: {error}")
-    with found:
-        yield found
 
 
 @pytest.fixture
