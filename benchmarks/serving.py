@@ -22,14 +22,13 @@ import itertools
 import json
 import os
 import random
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,6 +114,11 @@ class Server:
                         break
         return times
 
+    async def register(self, folder: Path, name: str) -> None:
+        """Register an adapter of a folder, and wait until it is ready."""
+        asked = {"name": name, "source": f"file://{folder.resolve()}/{name}", "wait": True}
+        (await self.client.post("/v1/adapters", json=asked)).raise_for_status()
+
     @property
     def memory(self) -> float:
         """The memory of the process in MB."""
@@ -179,10 +183,6 @@ async def tokens_per_second(asked: Asked, ask: Callable[[str, int], Any], models
     return counted / (end - begin)
 
 
-def one_after_another(names: list[str]) -> Iterator[str]:
-    return itertools.cycle(names)
-
-
 def drawn(names: list[str], zipf: bool) -> Iterator[str]:
     """Draw names for ever: evenly, or by Zipf's law of exponent 1."""
     chance = random.Random(0)
@@ -210,9 +210,9 @@ async def many(asked: Asked, folder: Path) -> dict[str, float]:
         figures = await in_turns(
             asked,
             {
-                "one adapter": lambda: tokens_per_second(asked, served.answer, one_after_another(names[:1])),
+                "one adapter": lambda: tokens_per_second(asked, served.answer, itertools.cycle(names[:1])),
                 f"{asked.clients} adapters": lambda: tokens_per_second(
-                    asked, served.answer, one_after_another(names[: asked.clients])
+                    asked, served.answer, itertools.cycle(names[: asked.clients])
                 ),
                 f"{asked.registered} by Zipf": lambda: tokens_per_second(asked, served.answer, drawn(names, True)),
                 f"{asked.registered} evenly": lambda: tokens_per_second(asked, served.answer, drawn(names, False)),
@@ -242,8 +242,7 @@ async def slots(asked: Asked, folder: Path) -> dict[str, float]:
 
 async def loading(asked: Asked, folder: Path) -> dict[str, float]:
     """Measure the seconds between the tokens of 8 clients, while adapters are loaded and while none is."""
-    sources = folder.resolve()
-    options = ("--slots=64", "--allow-runtime-adapters", f"--allow-source=file://{sources}/*")
+    options = ("--slots=64", "--allow-runtime-adapters", f"--allow-source=file://{folder.resolve()}/*")
     async with server(f"--adapter=own={folder / 'a0'}", *options) as served:
         fresh = itertools.count(1)
 
@@ -259,8 +258,7 @@ async def loading(asked: Asked, folder: Path) -> dict[str, float]:
             async def loads() -> None:
                 while load and time.perf_counter() < end:
                     name = f"a{next(fresh)}"
-                    asked_for = {"name": name, "source": f"file://{sources}/{name}", "wait": True}
-                    (await served.client.post("/v1/adapters", json=asked_for)).raise_for_status()
+                    await served.register(folder, name)
                     await asyncio.sleep(0.2)
 
             await asyncio.gather(loads(), *(client(own) for own in range(8)))
@@ -271,8 +269,7 @@ async def loading(asked: Asked, folder: Path) -> dict[str, float]:
         register = []
         for _ in range(20):
             name, started = f"a{next(fresh)}", time.perf_counter()
-            asked_for = {"name": name, "source": f"file://{sources}/{name}", "wait": True}
-            (await served.client.post("/v1/adapters", json=asked_for)).raise_for_status()
+            await served.register(folder, name)
             await served.stream(name, 0, 1)
             register.append(time.perf_counter() - started)
     at = {"median": 0.5, "99 %": 0.99}
@@ -286,7 +283,7 @@ async def loading(asked: Asked, folder: Path) -> dict[str, float]:
 async def bare(asked: Asked, folder: Path) -> dict[str, float]:
     """Measure tokens a second of the base, by the server and by transformers' continuous batching alone."""
     async with server(f"--max-requests={asked.clients}") as served:
-        cases = {"served": lambda: tokens_per_second(asked, served.answer, one_after_another(["base"]))}
+        cases = {"served": lambda: tokens_per_second(asked, served.answer, itertools.cycle(["base"]))}
         figures = await in_turns(asked, cases)
     alone = [await asyncio.to_thread(_child, "bare", asked) for _ in range(asked.turns)]
     return {**figures, "transformers alone": statistics.median(alone)}
@@ -299,9 +296,7 @@ async def peer(asked: Asked, folder: Path) -> dict[str, float]:
         for count in (8, asked.clients):
             names = [f"a{number}" for number in range(count)]
             cases = {
-                f"served, {count}": lambda names=names: tokens_per_second(
-                    asked, served.answer, one_after_another(names)
-                )
+                f"served, {count}": lambda names=names: tokens_per_second(asked, served.answer, itertools.cycle(names))
             }
             figures.update(await in_turns(asked, cases))
     for count in (8, asked.clients):
@@ -311,14 +306,12 @@ async def peer(asked: Asked, folder: Path) -> dict[str, float]:
 
 async def leaks(asked: Asked, folder: Path) -> dict[str, float]:
     """Measure what is left of adapters that came and went, and of streams that were left."""
-    sources = folder.resolve()
-    options = ("--slots=8", "--allow-runtime-adapters", f"--allow-source=file://{sources}/*")
+    options = ("--slots=8", "--allow-runtime-adapters", f"--allow-source=file://{folder.resolve()}/*")
     async with server(f"--adapter=own={folder / 'a0'}", *options) as served:
         after_50 = 0.0
         for cycle in range(500):
             name = f"a{1 + cycle % 100}"
-            asked_for = {"name": name, "source": f"file://{sources}/{name}", "wait": True}
-            (await served.client.post("/v1/adapters", json=asked_for)).raise_for_status()
+            await served.register(folder, name)
             (await served.client.delete(f"/v1/adapters/{name}?drain=10")).raise_for_status()
             if cycle == 50:
                 after_50 = served.memory
@@ -412,15 +405,6 @@ def _peft_child(count: int, folder: Path, asked: Asked) -> float:
 SECTIONS = {"many": many, "slots": slots, "loading": loading, "bare": bare, "peer": peer, "leaks": leaks}
 
 
-@contextmanager
-def _folder() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="veneer-serving-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
@@ -440,8 +424,8 @@ def main() -> None:
     if unknown:
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     results = json.loads(RESULTS_FILE.read_text()) if RESULTS_FILE.exists() else {}
-    with _folder() as folder:
-        adapters(folder, asked.registered)
+    with tempfile.TemporaryDirectory(prefix="veneer-serving-") as name_of_folder:
+        folder = adapters(Path(name_of_folder), asked.registered)
         for name in options.sections or SECTIONS:
             print(name, flush=True)
             results[name] = asyncio.run(SECTIONS[name](asked, folder))
