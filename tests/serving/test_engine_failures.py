@@ -29,6 +29,7 @@ from tests.serving.engine_world import (
     tokens_of,
 )
 from veneer.errors import AdapterError, BindError, EngineError, UnsupportedError, VeneerError
+from veneer.serving.canary import Canary
 from veneer.serving.engine import TransformersEngine
 from veneer.serving.supervisor import DeathLog
 
@@ -311,7 +312,7 @@ def test_what_cannot_be_served_is_not_kept(engine: TransformersEngine, world: Wo
 
 
 def test_an_adapter_that_computes_otherwise_in_a_batch_is_refused(
-    engine: TransformersEngine, world: World, monkeypatch: pytest.MonkeyPatch
+    engine: TransformersEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = engine.model.forward
 
@@ -319,11 +320,51 @@ def test_an_adapter_that_computes_otherwise_in_a_batch_is_refused(
         names = None if adapter_names is None else [("r3", tokens) for tokens in adapter_names.counts]
         return forward(*args, adapter_names=names, **kwargs)
 
-    run(engine.drop("dora"))
+    other = World(tmp_path, {"other": lora(5)})
     monkeypatch.setattr(engine.model, "forward", wrong)
     with pytest.raises(AdapterError, match="other logits in a mixed batch"):
-        run(engine.load("dora", world.folders["dora"]))
-    assert set(engine.model.adapters.by_name) == {"r3"}
+        run(engine.load("other", other.folders["other"]))
+    assert set(engine.model.adapters.by_name) == {"r3", "dora"}
+
+
+def test_one_adapter_of_a_kind_is_checked(
+    engine: TransformersEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def checked(self: Canary, name: str) -> Any:
+        names.append(name)
+        return mixed(self, name)
+
+    names: list[str] = []
+    mixed = Canary._mixed
+    monkeypatch.setattr(Canary, "_mixed", checked)
+    # The first does nothing, which tells nothing of the others; the next two are of one kind, the last of another.
+    configs = {"zero": lora(3), "first": lora(3), "second": lora(3), "other": lora(3, lora_alpha=1)}
+    world = World(tmp_path, {"unused": lora(3), **configs})
+    edit_tensors(
+        world.folders["zero"], lambda tensors: {key: value * ("lora_A" in key) for key, value in tensors.items()}
+    )
+    run(engine.drop("r3"))
+    engine._canary._sound.clear()
+    assert [run(engine.load(name, world.folders[name])).changes_output for name in configs] == [False, True, True, True]
+    assert names == ["zero", "first", "other"]
+    for name in ("first", "second", "other"):
+        assert run(tokens_of(engine, request(name, PROMPT, name))) == world.answer(name, PROMPT, 8)
+
+
+def test_rows_that_are_not_finite_fail_alone(engine: TransformersEngine, world: World, tmp_path: Path) -> None:
+    other = World(tmp_path, {"huge": CONFIGS["r3"]})
+    edit_tensors(other.folders["huge"], lambda tensors: {key: value + 1e30 for key, value in tensors.items()})
+
+    async def main() -> list[int]:
+        await engine.load("huge", other.folders["huge"])  # its tensors are finite, and its kind was checked
+        stays = asyncio.create_task(tokens_of(engine, request("stays", PROMPT, "r3", max_tokens=60)))
+        for number in range(3):
+            with pytest.raises(EngineError, match="adapter's logits are not finite"):
+                await tokens_of(engine, request(number, PROMPT, "huge", temperature=number / 2))
+        return await stays
+
+    assert run(main()) == world.answer("r3", PROMPT, 60)
+    assert not left(engine)
 
 
 def test_an_adapter_without_effect_is_told(engine: TransformersEngine, world: World, tmp_path: Path) -> None:

@@ -165,8 +165,14 @@ def test_the_ends_of_the_distribution_are_tokens_of_it(place: float, monkeypatch
     assert int(choose(scores, [row()])) == (12 if place else 7)
 
 
-def test_logits_that_are_not_finite_give_some_token() -> None:
-    assert 0 <= int(choose(torch.full((1, VOCAB), torch.nan), [row()])) < VOCAB
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_give_some_token_and_are_noted(value: float, temperature: float) -> None:
+    logits = torch.zeros(2, VOCAB)
+    logits[1] = value if value < 0 else torch.where(torch.arange(VOCAB) == 5, value, 0.0)
+    rows = [row(temperature=temperature), row(temperature=temperature)]
+    assert all(0 <= token < VOCAB for token in choose(logits, [*rows]).tolist())
+    assert [one.state.is_finite for one in rows] == [True, False]
 
 
 @pytest.mark.parametrize(

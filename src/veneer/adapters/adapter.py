@@ -118,6 +118,12 @@ class Adapter(AdapterRecord):
         for layer in () if self.trainable else self.layers.adapted:
             layer.watch()
 
+    @property
+    def changes_something(self) -> bool:
+        """False for one of layers alone that changes none of them, known when it was loaded."""
+        has_more = self.prompt is not None or self.whole_modules.copies or self.beside.holders
+        return bool(has_more) or len(self.layers.zero) < len(self.layers.by_id)
+
     def note_zero_layers(self, known_to_change: Collection[str] = ()) -> None:
         """Find the layers in which it changes nothing; those in ``known_to_change`` need not be looked at."""
         self.layers.zero = [

@@ -87,7 +87,7 @@ class TransformersEngine:
         model = self._model = self._build()
         self._end_tokens = _end_tokens(model, self.tokenizer)
         lane = self._lane = _started_lane(model, self.options)
-        self._canary = Canary(model, lane)
+        self._canary = Canary(model, lane, self._between_steps)
         self._supervisor = Supervisor(lane)
         self._supervisor.start()
 
@@ -269,10 +269,9 @@ class TransformersEngine:
         assert self._canary is not None
         _read_ahead(folder)
         try:
-            with self._between_steps():
-                self.model.load_adapter(folder, adapter_name=version, strict_base=True)
+            self.model.load_adapter(folder, adapter_name=version, strict_base=True)
             self._running[0].bank.register(version)
-            result = self._canary.check(version)
+            changes = self._canary.check(version)
         except Exception as error:
             self._detach(version)
             if isinstance(error, VeneerError):
@@ -280,7 +279,7 @@ class TransformersEngine:
             raise UnsupportedError(
                 f"The adapter cannot run in a mixed batch: {type(error).__name__}: {error}"
             ) from error
-        return LoadedVersion(version, result.changes_output, time.monotonic() - started)
+        return LoadedVersion(version, changes, time.monotonic() - started)
 
     def _drop(self, version: str) -> None:
         with self._changing:
@@ -309,10 +308,7 @@ class TransformersEngine:
     def _delete(self, version: str) -> None:
         if self._lane is not None and version in self._lane.bank:
             self._lane.bank.remove(version)
-        with contextlib.ExitStack() as stack:
-            with contextlib.suppress(EngineError):  # it is not running, and uses no adapter
-                stack.enter_context(self._between_steps())
-            self.model.delete_adapter(version)
+        self.model.delete_adapter(version)
 
     @contextlib.contextmanager
     def _between_steps(self) -> Iterator[None]:

@@ -66,6 +66,12 @@ class Job:
         if self.lease is not None:
             self.lease.release()
 
+    def check_finite(self) -> None:
+        """Raise ``EngineError`` where its logits were not finite, and its tokens mean nothing."""
+        if not self.state.is_finite:
+            whose = "base" if self.request.version is None else "adapter"
+            raise EngineError(f"The {whose}'s logits are not finite.", hint="Check its tensors: veneer inspect.")
+
     def accept(self, tokens: Sequence[int], complete: bool) -> None:
         """Hand on the tokens that are new.
 

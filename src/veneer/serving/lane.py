@@ -166,7 +166,10 @@ class Lane(abc.ABC):
         if job is None:
             return
         try:
+            job.check_finite()
             job.accept(tokens, complete)
+        except EngineError as error:
+            job.fail(error)
         except Exception as error:  # of its tokenizer: it ends this answer, and no other
             job.fail(EngineError(f"The answer cannot be put together: {first_line(error)}"))
         if job.ended:

@@ -38,11 +38,13 @@ class SamplingState:
         sampling: the options.
         seed: the request's own, or a random one.
         reported: an entry for each token generated, where log-probabilities are asked for.
+        is_finite: False once the likeliest token had a logit that is no number.
     """
 
     sampling: Sampling
     seed: int
     reported: list[SampledToken] = field(default_factory=list)
+    is_finite: bool = True
 
     @classmethod
     def of(cls, sampling: Sampling) -> SamplingState:
@@ -75,16 +77,25 @@ def choose(logits: Tensor, rows: Sequence[SamplingRow | None]) -> Tensor:
 
     Args:
         logits: float32, shape ``(rows, vocabulary)``.
-        rows: ``None`` for a row whose token nobody needs, as those behind the last are.
+        rows: ``None`` for a row whose token nobody needs, as those behind the last are. Logits that are not finite
+            give some token, and are noted.
     """
     adjusted = _adjusted(logits, rows)
-    chosen = adjusted.argmax(-1)
+    highest, chosen = adjusted.max(-1)
+    _note_finite(highest, rows)
     for options, numbers in _groups(rows).items():
         scores = _filtered(adjusted[numbers] / options.temperature, options)
         places = [_uniform(rows[number]) for number in numbers]
         chosen[numbers] = _drawn(scores.softmax(-1), torch.tensor(places, device=scores.device))
     _report(logits, rows, chosen)
     return chosen
+
+
+def _note_finite(highest: Tensor, rows: Sequence[SamplingRow | None]) -> None:
+    """Note the rows whose tokens mean nothing: the highest of logits is NaN where one of them is."""
+    for row, is_finite in zip(rows, highest.isfinite().tolist(), strict=False):
+        if row is not None and not is_finite:
+            row.state.is_finite = False
 
 
 def check_sampling(options: Sampling, vocabulary: int) -> None:
