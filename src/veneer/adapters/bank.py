@@ -61,7 +61,7 @@ class AdapterBank:
         self._ahead: list[BankedAdapter] = []
         # The calls under way.
         self._calls = 0
-        self._row_by_row = 0
+        self._row_by_row = self._hits = 0
         self._edits, self._states = Edits.last, adapters.active_selection.layer_states
 
     # -- the versions --------------------------------------------------------------------------------------
@@ -248,6 +248,7 @@ class AdapterBank:
         """Write an adapter into slots, unless it lies in some as it is now."""
         if entry in self._table.residences and entry._versions.is_current(NOTHING):
             self._table.touch(entry)
+            self._hits += 1
         else:
             self._write(entry)
 
@@ -366,6 +367,19 @@ class AdapterBank:
 
     # -- the state -----------------------------------------------------------------------------------------
 
+    @property
+    def counters(self) -> dict[str, int]:
+        """The numbers of :meth:`status` that only grow, by name; never waits for a thread that writes."""
+        table = self._table
+        return {
+            "hits": self._hits,
+            "writes": table.writes,
+            "bytes_written": table.bytes_written,
+            "evictions": table.evictions,
+            "moves": table.moves,
+            "row_by_row": self._row_by_row,
+        }
+
     def status(self) -> BankStatus:
         """Return the state of the bank."""
         with self._lock:
@@ -377,11 +391,7 @@ class AdapterBank:
                 resident=tuple(entry.version for entry in entries if entry in table.residences),
                 leases=sum(entry.leases for entry in entries),
                 nbytes=table.nbytes,
-                writes=table.writes,
-                bytes_written=table.bytes_written,
-                evictions=table.evictions,
-                moves=table.moves,
-                row_by_row=self._row_by_row,
+                **self.counters,
             )
 
     def __repr__(self) -> str:

@@ -131,6 +131,7 @@ class BankStatus:
         resident: the versions that lie in slots.
         leases: how many leases there are.
         nbytes: the memory of all slots that were made, which the system gives as they are written to.
+        hits: how many leases found their adapter in slots.
         writes: how many times an adapter was written into slots.
         bytes_written: the bytes that this took.
         evictions: how many times an adapter gave way to another.
@@ -144,6 +145,7 @@ class BankStatus:
     resident: tuple[Hashable, ...]
     leases: int
     nbytes: int
+    hits: int
     writes: int
     bytes_written: int
     evictions: int

@@ -43,11 +43,13 @@ _JOIN = 5.0
 
 
 class AdapterScheduler(FIFOScheduler):
-    """Schedules as transformers does, and keeps what it scheduled: the batch, in the order of its packing."""
+    """Schedules as transformers does, and keeps the batch, in the order of its packing, and when it began."""
 
     scheduled: Sequence[Any] = ()
+    began = 0.0
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[list[Any] | None, bool, int, int]:
+        self.began = time.monotonic()
         batch = super().schedule_batch(token_budget, cache_budget)
         self.scheduled = batch[0] or ()
         return batch
@@ -111,8 +113,9 @@ class RequestSampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Choose the tokens of a batch, ``scores`` of shape ``(rows, vocabulary)``."""
-        rows = self.lane.sampling_rows(scores)
-        return scores.scatter_(1, choose(scores, rows)[:, None], float("inf"))
+        with self.lane.meter.phase("sample"):
+            rows = self.lane.sampling_rows(scores)
+            return scores.scatter_(1, choose(scores, rows)[:, None], float("inf"))
 
 
 class ContinuousLane(Lane):
@@ -226,21 +229,26 @@ class ContinuousLane(Lane):
     @property
     def scheduled(self) -> Sequence[Any]:
         """The requests of the batch, in the order of its packing."""
-        scheduler: Any = _processor(self._running()).scheduler
-        return tuple(scheduler.scheduled)
+        return tuple(self._scheduler.scheduled)
+
+    @property
+    def _scheduler(self) -> Any:
+        return _processor(self._running()).scheduler
 
     def compute(self, inputs: dict[str, Any]) -> Any:
         """Compute the logits of a packed batch, each sequence under its adapter."""
-        self.step()
+        started, tokens = self.step(), inputs["input_ids"].shape[1]
+        self.meter.took("schedule", started - self._scheduler.began)
         while True:
-            parts = self._parts(inputs["input_ids"].shape[1])
+            parts = self._parts(tokens)
             try:
                 output = self.model(**inputs, adapter_names=self.bank.plan(parts))
             except AdapterError:
                 if all(lease is None or lease.is_active for lease, _ in parts):
                     raise
                 continue  # a job was cancelled, and its lease released, just before the bank was read
-            self.step()
+            self.meter.took("forward", self.step() - started)
+            self.meter.computed(tokens, len(self.batch))
             return output
 
     def _parts(self, tokens: int) -> list[tuple[BankLease | None, int]]:

@@ -356,6 +356,7 @@ class TransformersEngine:
             slots_used=len({job.request.version for job in list(lane.jobs.values())} - {None}),
             resident=tuple(self.resident),
             quarantined=dict(supervisor.deaths.quarantined),
+            work=lane.meter.work(lane.bank.counters),
         )
 
 

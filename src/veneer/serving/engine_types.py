@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from veneer.serving.work_counts import EngineWork
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -116,6 +118,7 @@ class EngineStatus:
         slots_used: how many it holds.
         resident: the digests of the versions that are loaded.
         quarantined: digest -> why the version is no longer served.
+        work: that it has done.
     """
 
     alive: bool
@@ -128,6 +131,7 @@ class EngineStatus:
     slots_used: int = 0
     resident: tuple[str, ...] = ()
     quarantined: Mapping[str, str] = field(default_factory=dict)
+    work: EngineWork = field(default_factory=EngineWork)
 
 
 @dataclass(frozen=True)

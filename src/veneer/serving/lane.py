@@ -14,6 +14,7 @@ from veneer.errors import EngineError
 from veneer.peft_model.peft_model import PeftModel
 from veneer.printing import first_line
 from veneer.serving.job import Job
+from veneer.serving.work_counts import StepMeter
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Lane(abc.ABC):
         jobs: those that it answers, by their keys. One that is taken out gets no more tokens.
         batch: the adapters of the last step.
         progress: when a step last began or ended, of ``time.monotonic``.
+        meter: measures the steps.
         max_context: the most tokens that a prompt and its answer may have together.
     """
 
@@ -80,6 +82,7 @@ class Lane(abc.ABC):
         self.jobs: dict[str, Job] = {}
         self.batch: tuple[str, ...] = ()
         self.progress = time.monotonic()
+        self.meter = StepMeter()
         # Held while a job is added, and while all of them fail.
         self.lock = threading.RLock()
 
@@ -119,9 +122,10 @@ class Lane(abc.ABC):
                 job.abort()
                 self.forget(job)
 
-    def step(self) -> None:
-        """Note that there is progress."""
+    def step(self) -> float:
+        """Note that there is progress, and return when."""
         self.progress = time.monotonic()
+        return self.progress
 
     def uses(self, adapter: str) -> bool:
         """Tell whether a job runs under an adapter."""

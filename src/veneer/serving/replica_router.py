@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+from veneer.serving.engine_types import EngineStatus
 from veneer.serving.replica_types import ReplicaHandle, ReplicaState, lost
+from veneer.serving.work_counts import EngineWork
 
 # To load an adapter costs as much as so many requests that run already.
 _LOAD_COST = 4
@@ -31,6 +33,9 @@ class Replica:
         self.state: ReplicaState | None = None
         self.error: str | None = None
         self.losses = 0
+        # Of its engine, and of those that were in its place before.
+        self._last = EngineStatus(alive=False)
+        self._earlier_work, self._earlier_restarts = EngineWork(), 0
         self.running: Counter[str | None] = Counter()
         self._held: set[str] = set()
 
@@ -42,6 +47,20 @@ class Replica:
     def see(self, state: ReplicaState) -> None:
         """Note its state."""
         self.state, self._held = state, set(state.status.resident)
+        last, self._last = self._last, state.status
+        if self._last.work.began != last.work.began:  # another took its place, and counts from 0
+            self._earlier_work += last.work
+            self._earlier_restarts += last.restarts
+
+    @property
+    def work(self) -> EngineWork:
+        """The work of its engine, and of those that were in its place before."""
+        return self._earlier_work + self._last.work
+
+    @property
+    def restarts(self) -> int:
+        """The number of times that an engine or its process began anew here."""
+        return self.losses + self._earlier_restarts + self._last.restarts
 
     def lose(self, error: str) -> None:
         """Note that it cannot be reached; what takes its place has no adapters."""

@@ -15,6 +15,7 @@ from veneer.serving.engine_types import EngineRequest, EngineStatus, LoadedVersi
 from veneer.serving.replica_router import Replica, ReplicaRouter
 from veneer.serving.replica_types import ReplicaCluster, ReplicaLostError, RequestSource, lost
 from veneer.serving.serving_errors import AdapterLoadingError
+from veneer.serving.work_counts import EngineWork
 
 T = TypeVar("T")
 
@@ -178,7 +179,7 @@ class ReplicatedEngine:
         return EngineStatus(
             alive=any(status.alive for status in seen),
             error=next(filter(None, errors), None),
-            restarts=sum(replica.losses for replica in replicas) + sum(status.restarts for status in seen),
+            restarts=sum(replica.restarts for replica in replicas),
             running=sum(status.running for status in seen),
             waiting=sum(status.waiting for status in seen),
             cache_used=max((status.cache_used for status in seen), default=0.0),
@@ -186,6 +187,7 @@ class ReplicatedEngine:
             slots_used=sum(status.slots_used for status in seen),
             resident=tuple(self._folders),
             quarantined=quarantined,
+            work=sum((replica.work for replica in replicas), EngineWork()),
         )
 
 

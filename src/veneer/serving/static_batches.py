@@ -198,6 +198,9 @@ class StaticLane(Lane):
 
     def ends(self, tokens: list[int]) -> list[bool]:
         """Take in the tokens of a step, one for each row, and return which rows are over."""
+        started, computed = self.progress, sum(row.computed for row in self._rows)
+        self.meter.took("forward", self.step() - started)
+        self.meter.computed(computed, len(self.batch))
         for row, token in zip(self._rows, tokens, strict=True):
             if not row.done:
                 row.add(token)
@@ -220,6 +223,11 @@ class BatchRow:
         self.job = job
         self.tokens: list[int] = []
         self.done = False
+
+    @property
+    def computed(self) -> int:
+        """The number of tokens that the last step computed for it."""
+        return 0 if self.done else 1 if self.tokens else len(self.job.request.prompt)
 
     def add(self, token: int) -> None:
         """Add a token."""
