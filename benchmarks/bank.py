@@ -1,11 +1,13 @@
 """Measures banks of adapters: many adapters against one, and batches whose adapters come and go with each step.
 
     python benchmarks/bank.py [--model 135M] [--dtype bfloat16] [--method LoRA] [--rows 64] [--turns 9]
+                              [--keep]
 
 A step decodes one token of each row. "restacked" names the adapters by ``adapter_names=``, "bank" by a plan of leases;
 "one" is one adapter for all rows, in the usual way and as rows of a bank. In "changing" one row's request ends with
 each step and another adapter's begins. A join is a lease of an adapter that is in no slot and was folded ahead; "with
-folding" it was not. All run on one model.
+folding" it was not. All run on one model. `--keep` writes the figures beside those of other runs into `bank.json`, of
+which `run.py --report` makes a table.
 """
 
 from __future__ import annotations
@@ -16,10 +18,28 @@ import os
 import statistics
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import materials
+from lines import Line, keep, tables
 from workloads import Bench, Figures, decode, in_turns, named, timed, tokens
+
+RESULTS_FILE = Path(__file__).parent / "bank.json"
+LINES = (
+    Line("a step, {rows} adapters in a bank / one adapter", "steady, {rows} adapters, bank", "steady, one", most=1.25),
+    Line("a step, {rows} adapters by `adapter_names=` / one", "steady, {rows} adapters, restacked", "steady, one"),
+    Line("a step, 8 adapters in a bank / one", "steady, 8 adapters, bank", "steady, one", most=1.25),
+    Line("a step, 8 adapters by `adapter_names=` / one", "steady, 8 adapters, restacked", "steady, one"),
+    Line("a step, one adapter as rows of a bank / in the usual way", "steady, one, bank", "steady, one"),
+    Line("a step of which one adapter joins, in a bank / by `adapter_names=`", "changing, bank", "changing, restacked"),
+    Line("the same in a bank / with the same adapters", "changing, bank", "steady, {rows} adapters, bank"),
+    Line("a join", "join"),
+    Line("a join of an adapter that was not folded ahead", "join with folding"),
+    Line("a leave", "leave"),
+    Line("memory of an adapter in its slots", "an adapter, MB", unit="MB"),
+    Line("memory of 8 slots", "slots, MB", unit="MB"),
+)
 
 
 def with_adapters(bench: Bench, method: str, count: int) -> Any:
@@ -113,7 +133,12 @@ def measure(bench: Bench, method: str, rows: int, turns: int) -> Figures:
     registered, steps = 2 * rows, 2 if bench.large else 4
     model = with_adapters(bench, method, registered)
     figures = steady(model, rows, steps, turns) | changing(model, rows, registered, steps, turns)
-    return figures | joins(model, registered)
+    return {"rows": rows, **figures, **joins(model, registered)}
+
+
+def table(results: dict[str, Figures]) -> str:
+    """Write the figures as Markdown, a table for each run."""
+    return tables(LINES, results)
 
 
 def main() -> None:
@@ -123,12 +148,14 @@ def main() -> None:
     parser.add_argument("--method", choices=tuple(materials.METHODS), default="LoRA")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--keep", action="store_true", help="keep the figures")
     asked = parser.parse_args()
     os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
     warnings.simplefilter("ignore")
-    print(
-        json.dumps(measure(Bench("veneer", asked.model, asked.dtype), asked.method, asked.rows, asked.turns), indent=1)
-    )
+    figures = measure(Bench("veneer", asked.model, asked.dtype), asked.method, asked.rows, asked.turns)
+    print(json.dumps(figures, indent=1))
+    if asked.keep:
+        keep(RESULTS_FILE, f"{asked.model} {asked.dtype}, {asked.method}, {asked.rows} rows", figures)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Measures the merged copies that a model keeps beside its base (`keep_merged`): beside base, merged and unmerged.
 
-    python benchmarks/kept_merged.py [--model 135M] [--dtype bfloat16] [--turns 9]
+    python benchmarks/kept_merged.py [--model 135M] [--dtype bfloat16] [--turns 9] [--keep]
 
 All models run on one set of weights, and the merged model on the copies themselves, for time depends on where weights
 lie. "kept" is the model with two adapters on which the copies of one are selected; "merged in place" is what
-`merge_adapter` leaves. A switch is `set_adapter`; the step after it is the first under the other adapter.
+`merge_adapter` leaves. A switch is `set_adapter`; the step after it is the first under the other adapter. `--keep`
+writes the figures beside those of other runs into `kept_merged.json`, of which `run.py --report` makes a table.
 """
 
 from __future__ import annotations
@@ -14,9 +15,27 @@ import json
 import os
 import statistics
 import warnings
+from pathlib import Path
 from typing import Any
 
+from lines import Line, keep, tables
 from workloads import Bench, Figures, decode, in_turns, named, on_the_same_weights, prefill, timed
+
+RESULTS_FILE = Path(__file__).parent / "kept_merged.json"
+BESIDE_MERGED = [
+    (how, model)
+    for how in ("decode, 1 rows", "decode, 8 rows", "prefill")
+    for model in ("kept", "merged in place", "unmerged", "base")
+]
+LINES = (
+    *(Line(f"{how}, {model} / merged", f"{how}, {model}", f"{how}, merged") for how, model in BESIDE_MERGED),
+    Line("decode, 8 rows that name it, kept / merged", "decode, 8 rows that name it, kept", "decode, 8 rows, merged"),
+    Line("a switch", "switch"),
+    Line("first step after a switch to it / second, kept", "first step after it, kept", "second step, kept"),
+    Line("the same, unmerged", "first step after it, unmerged", "second step, unmerged"),
+    Line("make the copies", "keep"),
+    Line("memory of the copies", "kept, MB", unit="MB"),
+)
 
 
 def models(bench: Bench) -> tuple[dict[str, Any], Figures]:
@@ -61,15 +80,24 @@ def measure(bench: Bench, turns: int) -> Figures:
     return {**figures, **switches(compared["kept"], turns)}
 
 
+def table(results: dict[str, Figures]) -> str:
+    """Write the figures as Markdown, a table for each run."""
+    return tables(LINES, results)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("135M", "1B"), default="135M")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--keep", action="store_true", help="keep the figures")
     asked = parser.parse_args()
     os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
     warnings.simplefilter("ignore")
-    print(json.dumps(measure(Bench("veneer", asked.model, asked.dtype), asked.turns), indent=1))
+    figures = measure(Bench("veneer", asked.model, asked.dtype), asked.turns)
+    print(json.dumps(figures, indent=1))
+    if asked.keep:
+        keep(RESULTS_FILE, f"{asked.model} {asked.dtype}", figures)
 
 
 if __name__ == "__main__":

@@ -127,10 +127,10 @@ def run(command: list[Any], limit: int | None) -> tuple[float, float, float]:
     return seconds, time.perf_counter() - started, usage.ru_maxrss / 1024
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(results: dict[str, Any]) -> str:
     """Write the figures as Markdown."""
     lines = ["| base | side | memory limit | seconds | until on the disk | peak MB |", "|---|---|---|---|---|---|"]
-    for row in rows:
+    for row in results.values():
         limit = "" if row["limit"] is None else f"{row['limit']} MB"
         times = f"{row['seconds']:.1f} | {row['on disk']:.1f} | {row['peak']:.0f}"
         lines.append(f"| {row['model']}, {row['GB']:.1f} GB | {row['side']} | {limit} | {times} |")

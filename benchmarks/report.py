@@ -1,4 +1,4 @@
-"""Turns ``results.json`` into a table with a verdict on each target, a plot, and the figures in the README."""
+"""Turns what was measured into tables with a verdict on each target, a plot, and the figures in README and docs."""
 
 from __future__ import annotations
 
@@ -9,16 +9,38 @@ import platform
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import bank
+import kept_merged
 import materials
 import merge_to_disk
+import saved_bytes
+import serving
 import start_up
+from lines import quantity, rounded
 
 HERE = Path(__file__).parent
 RESULTS_FILE, TABLE, PLOT = HERE / "results.json", HERE / "RESULTS.md", HERE / "results.svg"
 NOTES = HERE / "notes.md"
 BEGIN, END = "<!-- speed: made by make bench -->\n", "<!-- end of speed -->"
+SERVE_PAGE = HERE.parent / "docs" / "serve.md"
+SERVE_BEGIN, SERVE_END = "<!-- serving: made by benchmarks/run.py --report -->\n", "<!-- end of serving -->"
+SERVING_HEAD = """## Speed
+
+SmolLM2-135M in bfloat16 on a CPU. Each client sends its next request when it has its answer: a prompt of 16 tokens, 16
+to 48 more. Both figures of a line come from one run, so that ratios hold; absolute ones are the
+[machine's](../benchmarks/RESULTS.md). The targets were set before it was built."""
+# The scripts with a file of results of their own, and the titles of their sections.
+SCRIPTS = {
+    serving: "The server",
+    bank: "Banks of adapters",
+    kept_merged: "Merged copies beside the base",
+    saved_bytes: "What a training step keeps in memory",
+    merge_to_disk: "Merging from disk to disk, whole processes",
+    start_up: "The start of the command line, whole processes",
+}
 # Where in the results stands what could not be measured: "section model dtype, side" -> why.
 FAILED = "failed"
 # Two sides that differ by no more cannot be told apart: a process of either differs as much from the next one.
@@ -194,13 +216,13 @@ def write(results: Results) -> None:
         + "\n\n"
         + "\n".join(remarks(results))
         + "\n\n"
-        + merges()
-        + starts()
+        + "".join(section(script, f"## {title}") for script, title in SCRIPTS.items())
         + text
     )
     plot(results)
     for file, words in READMES.items():
         file.write_text(with_speed(file.read_text(encoding="utf-8"), results, words), encoding="utf-8")
+    SERVE_PAGE.write_text(with_serving(SERVE_PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def remarks(results: Results) -> list[str]:
@@ -318,13 +340,7 @@ def _short(row: Row, number: float | None) -> str:
         return "–"  # noqa: RUF001 - an en dash, as tables have it
     if row.over:
         return f"{100 * (number - 1):.0f} %"
-    unit, size = next(((unit, size) for unit, size in (("s", 1.0), ("ms", 1e-3)) if number >= size), ("µs", 1e-6))
-    return f"{_rounded(number / size)} {unit}"
-
-
-def _rounded(number: float) -> str:
-    """Write three digits, and commas between thousands."""
-    return f"{float(f'{number:.3g}'):,g}"
+    return quantity(number, "s")
 
 
 def _judged(row: Row, ours: float, theirs: float | None, words: Words) -> str:
@@ -334,30 +350,30 @@ def _judged(row: Row, ours: float, theirs: float | None, words: Words) -> str:
     if abs(ratio - 1) <= NOISE:
         return words.equal
     better, worse = (words.less, words.more) if row.over else (words.faster, words.slower)
-    return better.format(_rounded(ratio)) if ratio > 1 else worse.format(_rounded(1 / ratio))
+    return better.format(rounded(ratio)) if ratio > 1 else worse.format(rounded(1 / ratio))
 
 
 def with_speed(text: str, results: Results, words: Words) -> str:
     """Replace the table between a README's marks."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + BEGIN + speed(results, words) + END + after
+    return _between(text, BEGIN, END, speed(results, words))
 
 
-def merges() -> str:
-    """Write the section on merging from disk to disk; empty where that was not measured."""
-    if not merge_to_disk.RESULTS_FILE.exists():
+def with_serving(text: str) -> str:
+    """Replace the figures of the server between the marks of its page."""
+    return _between(text, SERVE_BEGIN, SERVE_END, section(serving, SERVING_HEAD))
+
+
+def _between(text: str, begin: str, end: str, made: str) -> str:
+    before, _, rest = text.partition(begin)
+    return before + begin + made + end + rest.partition(end)[2]
+
+
+def section(script: ModuleType, head: str) -> str:
+    """Write a script's figures below a heading; empty where it has kept none."""
+    if not script.RESULTS_FILE.exists():
         return ""
-    table = merge_to_disk.table(list(json.loads(merge_to_disk.RESULTS_FILE.read_text()).values()))
-    return f"## Merging from disk to disk, whole processes\n\nMade by `merge_to_disk.py`.\n\n{table}\n\n"
-
-
-def starts() -> str:
-    """Write the section on the command line's start; empty where that was not measured."""
-    if not start_up.RESULTS_FILE.exists():
-        return ""
-    table = start_up.table(json.loads(start_up.RESULTS_FILE.read_text()))
-    return f"## The start of the command line, whole processes\n\nMade by `start_up.py`.\n\n{table}\n\n"
+    table = script.table(json.loads(script.RESULTS_FILE.read_text()))
+    return f"{head}\n\nMade by `benchmarks/{script.__name__}.py`.\n\n{table}\n\n"
 
 
 def plot(results: Results) -> None:

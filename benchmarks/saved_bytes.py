@@ -1,6 +1,6 @@
 """Counts the bytes that a training step of an adapter keeps in memory, beside peft: exact, on the CPU, in seconds.
 
-    python benchmarks/saved_bytes.py [--only DoRA] [--native]       prints a table
+    python benchmarks/saved_bytes.py [--only DoRA] [--native] [--keep]       prints a table
 
 Three figures, in bytes a token and block, of a tiny Llama in bfloat16 with all seven linear layers adapted:
 
@@ -12,15 +12,18 @@ Each is the slope between two lengths, so that what does not grow with the token
 ``alive`` the frozen base's are taken off. With h hidden, k the keys' width, m the intermediate one and r the rank,
 ``saved`` of LoRA is here ``2 (2h + m)``; in peft ``4 (6h + m) + 28 r``, and twice the first part under dropout.
 ``--native`` has dropout as on CUDA, where its mask is a byte an entry.
+``--keep`` writes the figures into ``saved_bytes.json``, of which ``run.py --report`` makes the table again.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +33,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+RESULTS_FILE = Path(__file__).parent / "saved_bytes.json"
 HIDDEN, INTERMEDIATE, KEYS, RANK, BLOCKS = 128, 352, 64, 8, 2
 LENGTHS = (32, 96)
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -198,10 +202,23 @@ def native_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bo
     return torch.native_dropout(x, p, True)[0] if training and p else x
 
 
+def table(results: Mapping[str, Any]) -> str:
+    """Write the figures as Markdown."""
+    lines = [
+        "| Bytes a token and block | kept, Veneer | kept, peft | peak, Veneer | peak, peft |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for label, sides in results.items():
+        cells = [f"{sides[side][figure]:,.0f}" for figure in ("saved", "peak") for side in ("veneer", "peft")]
+        lines.append(f"| {' | '.join([label, *cells])} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose label begins with this")
     parser.add_argument("--native", action="store_true", help="dropout as on CUDA")
+    parser.add_argument("--keep", action="store_true", help="keep the figures")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -211,11 +228,14 @@ def main() -> None:
 
     import veneer
 
-    print("| Bytes a token and block | kept, Veneer | kept, peft | peak, Veneer | peak, peft |\n|---|---|---|---|---|")
-    for label, case in CASES.items():
-        if label.startswith(asked.only):
-            ours, theirs = own(case, veneer), own(case, peft)
-            print(f"| {label} | {ours.saved:.0f} | {theirs.saved:.0f} | {ours.peak:.0f} | {theirs.peak:.0f} |")
+    labels = [label for label in CASES if label.startswith(asked.only)]
+    results = {
+        label: {name: asdict(own(CASES[label], library)) for name, library in (("veneer", veneer), ("peft", peft))}
+        for label in labels
+    }
+    print(table(results))
+    if asked.keep:
+        RESULTS_FILE.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ Each client sends its next request when it has its answer: a prompt of 16 tokens
     peer      8 and 64 adapters, against rows of `generate(adapter_names=...)` in peft, without a server
     leaks     500 adapters registered and removed, and 1,000 streams that their clients leave
 
-All figures of a section come from one run; what runs in turns is told by its median. `--keep` writes `serving.json`.
+All figures of a section come from one run; what runs in turns is told by its median. `--keep` writes `serving.json`, of
+which `run.py --report` makes the table in `RESULTS.md` and in `docs/serve.md`.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import materials
+from lines import HEAD, Line, keep, rows
 
 RESULTS_FILE = Path(__file__).parent / "serving.json"
 ROOT = Path(__file__).parents[1]
@@ -331,7 +333,7 @@ async def leaks(asked: Asked, folder: Path) -> dict[str, float]:
         for name, value in metrics.items()
         if name.startswith(("veneer_requests_running", "veneer_requests_waiting", 'veneer_bank_slots{state="leased"'))
     }
-    return {"growth over 450 cycles, MB": grown, **held}
+    return {"growth over 450 cycles, MB": grown, "left of 1,000 streams": sum(held.values()), **held}
 
 
 # -- processes without a server ----------------------------------------------------------------------------------
@@ -402,6 +404,49 @@ def _peft_child(count: int, folder: Path, asked: Asked) -> float:
     return counted / (time.perf_counter() - begin)
 
 
+# -- the table ---------------------------------------------------------------------------------------------------
+
+
+RATE = "tokens/s"
+# Section -> the lines of its figures, with the targets of the project.
+LINES = {
+    "many": (
+        Line("{clients} clients, {clients} adapters / one", "{clients} adapters", "one adapter", RATE, least=0.9),
+        Line("the same, {registered:,} by Zipf's law / one", "{registered} by Zipf", "one adapter", RATE, least=0.85),
+        Line("the same, {registered:,} evenly / one", "{registered} evenly", "one adapter", RATE, least=0.8),
+        Line("start with {registered:,} adapters", "seconds to start", most=5),
+        Line("memory of the process afterwards", "memory, MB", unit="MB"),
+    ),
+    "slots": (Line("first token, median, 16 adapters on 8 slots / 8 on 8", "16 on 8", "8 on 8", most=2),),
+    "loading": (
+        Line(
+            "between tokens, median, while adapters are loaded / while none is",
+            "between tokens while loading, median",
+            "between tokens, median",
+        ),
+        Line("the same, 99th percentile", "between tokens while loading, 99 %", "between tokens, 99 %", more=0.02),
+        Line("from the call that registers an adapter to its first token", "registered to first token", most=0.15),
+    ),
+    "bare": (
+        Line("{clients} clients of the base / without a server", "served", "transformers alone", RATE, least=0.95),
+    ),
+    "peer": (
+        Line("{clients} clients, 8 adapters / peft's loop", "served, 8", "peft, 8", RATE, least=3),
+        Line("the same, {clients} adapters / peft's loop", "served, {clients}", "peft, {clients}", RATE, least=3),
+    ),
+    "leaks": (
+        Line("memory that 450 registrations and removals add", "growth over 450 cycles, MB", unit="MB", most=5),
+        Line("requests and slots that 1,000 streams leave behind", "left of 1,000 streams", unit="", most=0),
+    ),
+}  # fmt: skip
+
+
+def table(results: dict[str, Any]) -> str:
+    """Write the figures as Markdown."""
+    measured = [row for name, lines in LINES.items() if name in results for row in rows(lines, results[name])]
+    return "\n".join([HEAD, *measured])
+
+
 SECTIONS = {"many": many, "slots": slots, "loading": loading, "bare": bare, "peer": peer, "leaks": leaks}
 
 
@@ -423,15 +468,14 @@ def main() -> None:
     unknown = set(options.sections) - set(SECTIONS)
     if unknown:
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
-    results = json.loads(RESULTS_FILE.read_text()) if RESULTS_FILE.exists() else {}
     with tempfile.TemporaryDirectory(prefix="veneer-serving-") as name_of_folder:
         folder = adapters(Path(name_of_folder), asked.registered)
         for name in options.sections or SECTIONS:
             print(name, flush=True)
-            results[name] = asyncio.run(SECTIONS[name](asked, folder))
-            print(json.dumps(results[name], indent=1), flush=True)
+            figures = {**asdict(asked), **asyncio.run(SECTIONS[name](asked, folder))}
+            print(json.dumps(figures, indent=1), flush=True)
             if options.keep:
-                RESULTS_FILE.write_text(json.dumps(results, indent=1) + "\n")
+                keep(RESULTS_FILE, name, figures)
 
 
 if __name__ == "__main__":
