@@ -17,6 +17,7 @@ from torch import Tensor
 import veneer
 from tests.models import build, gap, inputs, tokens
 from tests.random_adapters import enlarge
+from veneer.adapters.bank import AdapterBank
 from veneer.errors import AdapterError, BankFullError, UnknownAdapterError, UnsupportedError, UsageError
 from veneer.patches.slots import LayerSlots
 
@@ -154,6 +155,52 @@ def test_a_full_bank_says_so_and_goes_on(model: veneer.PeftModel) -> None:
     assert "lora" in bank
     with pytest.raises(AdapterError, match="no bucket of the bank has slots for so much"):
         bank.lease("wide")
+
+
+def test_without_spilling_each_bucket_is_full_by_itself(model: veneer.PeftModel) -> None:
+    for spills in (True, False):
+        bank = AdapterBank(model.adapters, {4: 1, 24: 1}, spills=spills)
+        with bank.lease("lora"):
+            if spills:
+                with bank.lease("dora"), pytest.raises(BankFullError):
+                    bank.lease("wide")
+            else:
+                with pytest.raises(BankFullError):
+                    bank.lease("dora")
+                bank.lease("wide").release()
+                assert (bank.need("wide"), bank.need("lora")) == ((24, 1), (4, 1))
+
+
+def test_a_wide_one_needs_several_slots_and_one_of_vectors_a_row(model: veneer.PeftModel) -> None:
+    bank = model.bank(slots=6, rank_buckets=(4,))
+    assert {name: (bank.register(name), bank.need(name))[1] for name in ("wide", "lora", "ia3")} == {
+        "wide": (4, 6),
+        "lora": (4, 1),
+        "ia3": (0, 1),
+    }
+
+
+def test_folded_forms_that_are_kept_are_counted_and_go_with_their_adapter() -> None:
+    model = made(["lora", "wide"])
+    bank = model.bank(slots=6, rank_buckets=(4,))
+    forms = [bank.register(name).nbytes for name in ("lora", "wide")]
+    assert bank.folded_bytes == sum(forms)
+    bank.remove("wide")
+    assert bank.folded_bytes == forms[0]
+    bank.lease("lora").release()  # written into its slot
+    assert bank.folded_bytes == 0 < bank.nbytes
+
+
+def test_an_adapter_tells_the_memory_of_its_tensors() -> None:
+    model = made(["lora", "vera", "whole norm"])
+    for name in ("lora", "vera", "whole norm"):
+        own = model.adapters.get(name)
+        assert own.nbytes >= sum(tensor.nbytes for _, tensor in own.named_tensors())
+    lora = model.adapters.get("lora")
+    assert lora.nbytes == sum(tensor.nbytes for _, tensor in lora.named_tensors())
+    nbytes = lora.nbytes
+    model.bfloat16()
+    assert lora.nbytes in (nbytes, nbytes // 2)
 
 
 def test_the_last_used_stay(model: veneer.PeftModel) -> None:

@@ -76,7 +76,7 @@ class FakeEngine:
         if self.refused is not None:
             raise self.refused
         self.loaded[version] = folder
-        return LoadedVersion(version, True, 0.0)
+        return LoadedVersion(version, True, 0.0, 1000, 8, 1)
 
     async def drop(self, version: str) -> None:
         """Drop."""

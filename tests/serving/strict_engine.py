@@ -23,6 +23,8 @@ class StrictEngine:
         loads: version -> how often it was loaded.
         faults: what it should not have been told.
         refused: version -> why it cannot be loaded.
+        nbytes: version -> the memory that it takes.
+        folded_bytes: as the status tells them.
         most: the most versions that it held at once.
     """
 
@@ -36,6 +38,8 @@ class StrictEngine:
     faults: list[str] = field(default_factory=list)
     refused: dict[str, VeneerError] = field(default_factory=dict)
     quarantined: dict[str, str] = field(default_factory=dict)
+    nbytes: Counter[str] = field(default_factory=Counter)
+    folded_bytes: int = 0
     most: int = 0
 
     def start(self) -> None:
@@ -57,7 +61,7 @@ class StrictEngine:
         self.loaded[version] = folder
         self.quarantined.pop(version, None)
         self.most = max(self.most, len(self.loaded))
-        return LoadedVersion(version, True, 0.0)
+        return LoadedVersion(version, True, 0.0, self.nbytes[version], 8, 1)
 
     async def drop(self, version: str) -> None:
         """Drop."""
@@ -86,5 +90,9 @@ class StrictEngine:
     def status(self) -> EngineStatus:
         """Return the state."""
         return EngineStatus(
-            self.alive, restarts=self.restarts, resident=tuple(self.loaded), quarantined=dict(self.quarantined)
+            self.alive,
+            restarts=self.restarts,
+            resident=tuple(self.loaded),
+            quarantined=dict(self.quarantined),
+            folded_bytes=self.folded_bytes,
         )

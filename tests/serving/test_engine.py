@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.serving.engine_world import CONFIGS, World, base, prompts, request, run, running, tokens_of
+from tests.serving.engine_world import CONFIGS, OPTIONS, World, base, prompts, request, run, running, tokens_of
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,19 @@ def test_half_precision_passes_the_check_of_each_version(world: World) -> None:
 
     with running(model=base().bfloat16()) as engine:
         assert run(main()) == [8] * len(CONFIGS)
+
+
+def test_a_version_tells_its_memory_and_its_slots(world: World) -> None:
+    async def main() -> dict[str, tuple[int, int]]:
+        versions = {name: await engine.load(name, world.folders[name]) for name in ("r8", "r16", "ia3", "r3")}
+        for name, version in versions.items():
+            tensors = dict(engine.model.adapters.get(name).named_tensors())
+            assert version.nbytes >= sum(tensor.nbytes for tensor in tensors.values()) > 0
+        return {name: (version.bucket, version.slots) for name, version in versions.items()}
+
+    with running(replace(OPTIONS, slots=4, rank_buckets=(4, 8))) as engine:
+        assert run(main()) == {"r8": (8, 1), "r16": (8, 2), "ia3": (0, 1), "r3": (4, 1)}
+        assert engine.status().bank_bytes > 0
 
 
 def test_the_folders_are_there(world: World) -> None:

@@ -83,6 +83,12 @@ class Adapter(AdapterRecord):
         """Return every tensor on the model, frozen ones included, by the name of its place."""
         return {place: tensor for part in self.parts for place, tensor in part.tensors_by_place(self)}
 
+    @property
+    def nbytes(self) -> int:
+        """The memory that its tensors take, what several share counted once."""
+        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in self.tensors_by_place().values())}
+        return sum(storages.values())
+
     def dtypes(self) -> set[torch.dtype]:
         """Return the dtypes of its tensors in memory."""
         return {tensor.dtype for part in self.parts for tensor in part.tensors(self)}

@@ -22,6 +22,7 @@ from veneer.adapters.bank_plan import BankedAdapter, BankLease, BankPlan, BankSt
 from veneer.adapters.bank_slots import BankSlots
 from veneer.adapters.collection import Adapters
 from veneer.adapters.folding import FoldedAdapter, fold
+from veneer.adapters.slot_table import slot_capacity
 from veneer.errors import AdapterError, BankFullError, UnknownAdapterError, UsageError
 from veneer.patches.selection import BASE, NOTHING, Selection, keep_few
 from veneer.patches.watched_parameters import Edits
@@ -37,6 +38,8 @@ class AdapterBank:
         adapters: the set of adapters of the model.
         slots: the number of slots of each bucket, or a bucket's rank -> the number of its own.
         rank_buckets: the ranks of the buckets.
+        spills: an adapter that its bucket leaves no room takes slots of another bucket. Without, what fits depends only
+            on what is leased, and not on the order in which that came.
 
     Attributes:
         adapters: the set of adapters of the model.
@@ -48,10 +51,15 @@ class AdapterBank:
     AHEAD = 8
 
     def __init__(
-        self, adapters: Adapters, slots: int | Mapping[int, int] = 32, rank_buckets: Sequence[int] = (8, 16, 64)
+        self,
+        adapters: Adapters,
+        slots: int | Mapping[int, int] = 32,
+        rank_buckets: Sequence[int] = (8, 16, 64),
+        *,
+        spills: bool = True,
     ) -> None:
         self.adapters = adapters
-        self._table = BankSlots(_capacity(slots, rank_buckets))
+        self._table = BankSlots(slot_capacity(slots, rank_buckets), spills=spills)
         self._lock = threading.RLock()
         self._by_version: dict[Hashable, BankedAdapter] = {}
         # The selections of the last plans, and how many changes the slots had seen.
@@ -186,11 +194,12 @@ class AdapterBank:
 
     def _forget(self, entry: BankedAdapter) -> None:
         self._table.leave(entry)
+        entry._folded = None
         del self._by_version[entry.version]
         self._selections = {}  # they hold its layers
 
     def _check_size(self, name: str, rank: int) -> None:
-        if not self._table.fits(rank):
+        if self._table.need(rank) is None:
             raise AdapterError(
                 f"{name!r} has the rank {rank}, and no bucket of the bank has slots for so much: "
                 f"{_shown(self._table.capacity)}.",
@@ -365,6 +374,14 @@ class AdapterBank:
             if lease is not None and lease.adapter.row_by_row
         )
 
+    def need(self, version: Hashable) -> tuple[int, int]:
+        """Return the rank of a version's bucket, and how many of the slots there it takes."""
+        with self._lock:
+            entry = self._get(version)
+        need = self._table.need(entry.rank)
+        assert need is not None, "checked when it was registered"
+        return need
+
     # -- the state -----------------------------------------------------------------------------------------
 
     @property
@@ -380,6 +397,16 @@ class AdapterBank:
             "row_by_row": self._row_by_row,
         }
 
+    @property
+    def folded_bytes(self) -> int:
+        """The memory of the folded forms that are kept for leases to come."""
+        return sum(entry.nbytes for entry in [*self._ahead] if entry._folded is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of all slots that were made, which the system gives as they are written to."""
+        return self._table.nbytes
+
     def status(self) -> BankStatus:
         """Return the state of the bank."""
         with self._lock:
@@ -390,7 +417,7 @@ class AdapterBank:
                 adapters=entries,
                 resident=tuple(entry.version for entry in entries if entry in table.residences),
                 leases=sum(entry.leases for entry in entries),
-                nbytes=table.nbytes,
+                nbytes=self.nbytes,
                 **self.counters,
             )
 
@@ -415,18 +442,6 @@ def _banked(version: Hashable, adapter: Adapter, folded: FoldedAdapter) -> Banke
         _versions=folded.versions,
         _unfolded=tuple(folded.row_by_row.values()),
     )
-
-
-def _capacity(slots: int | Mapping[int, int], rank_buckets: Sequence[int]) -> dict[int, int]:
-    """Return a bucket's rank -> the number of its slots; 0 for adapters of vectors alone."""
-    by_rank = dict(slots) if isinstance(slots, Mapping) else dict.fromkeys(rank_buckets, slots)
-    numbers = [*by_rank.keys(), *by_rank.values()]
-    if not by_rank or not all(isinstance(number, int) and number > 0 for number in numbers):
-        raise UsageError(
-            f"A bank was asked for with slots={slots!r} and rank_buckets={tuple(rank_buckets)!r}.",
-            hint="Both are whole numbers above zero: model.bank(slots=32, rank_buckets=(8, 16, 64)).",
-        )
-    return {0: max(by_rank.values()), **dict(sorted(by_rank.items()))}
 
 
 def _shown(capacity: Mapping[int, int]) -> str:

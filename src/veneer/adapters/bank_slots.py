@@ -17,6 +17,7 @@ class BankSlots(SlotTable):
 
     Args:
         capacity: a bucket's rank -> the number of its slots.
+        spills: an adapter that its bucket leaves no room takes slots of another bucket.
 
     Attributes:
         layers: the id of a layer's site -> its slots, which stay while its wrapper goes and comes again.
@@ -27,15 +28,15 @@ class BankSlots(SlotTable):
         moves: how many times two slots changed their contents.
     """
 
-    def __init__(self, capacity: Mapping[int, int]) -> None:
-        super().__init__(capacity)
+    def __init__(self, capacity: Mapping[int, int], *, spills: bool = True) -> None:
+        super().__init__(capacity, spills=spills)
         self.layers: dict[str, LayerSlots] = {}
         self.changes = self.writes = self.bytes_written = self.evictions = self.moves = 0
 
     @property
     def nbytes(self) -> int:
         """The memory of all slots."""
-        return sum(slots.nbytes for slots in self.layers.values())
+        return sum(slots.nbytes for slots in [*self.layers.values()])
 
     def bring_in(self, entry: BankedAdapter, folded: FoldedAdapter, in_use: Mapping[object, int]) -> bool:
         """Write an adapter into its slots, or into new ones; return False where those in use leave no room."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
+
+from veneer.errors import UsageError
 
 
 @dataclass
@@ -27,13 +29,14 @@ class SlotTable:
 
     Args:
         capacity: a bucket's rank -> the number of its slots.
+        spills: a tenant that its bucket leaves no room takes slots of another bucket.
 
     Attributes:
         residences: tenant -> its place.
     """
 
-    def __init__(self, capacity: Mapping[int, int]) -> None:
-        self.capacity = dict(capacity)
+    def __init__(self, capacity: Mapping[int, int], *, spills: bool = True) -> None:
+        self.capacity, self._spills = dict(capacity), spills
         # In the order in which they were used last.
         self.residences: dict[object, Residence] = {}
         self._tenants: dict[int, list[object]] = {bucket: [None] * slots for bucket, slots in capacity.items()}
@@ -43,9 +46,9 @@ class SlotTable:
         """Return the number of slots that an adapter takes in a bucket."""
         return max(1, -(-rank // bucket)) if bucket else 1
 
-    def fits(self, rank: int) -> bool:
-        """Tell whether an adapter of that rank finds room in an empty bank."""
-        return any(True for _ in self._choices(rank))
+    def need(self, rank: int) -> tuple[int, int] | None:
+        """Return the bucket of an adapter, and the slots that it takes there; ``None`` where no bucket has so many."""
+        return next(self._choices(rank), None)
 
     def _choices(self, rank: int) -> Iterator[tuple[int, int]]:
         """Yield the buckets that can hold an adapter and the slots that it takes there, the best bucket first."""
@@ -64,7 +67,7 @@ class SlotTable:
             rank: of its products.
             in_use: the tenants that have to stay, those whose number is not zero.
         """
-        for bucket, parts in self._choices(rank):
+        for bucket, parts in islice(self._choices(rank), None if self._spills else 1):
             if self._make_room(bucket, parts, in_use):
                 tenants = self._tenants[bucket]
                 slots = [slot for slot, other in enumerate(tenants) if other is None][:parts]
@@ -130,6 +133,22 @@ class SlotTable:
         for home in homes.values():
             home.slots = [swapped.get(slot, slot) for slot in home.slots]
         tenants[one], tenants[other] = tenants[other], tenants[one]
+
+
+def slot_capacity(slots: int | Mapping[int, int], rank_buckets: Sequence[int]) -> dict[int, int]:
+    """Return a bucket's rank -> the number of its slots; 0 for adapters of vectors alone.
+
+    Raises:
+        UsageError: a number is not above zero, or there is none.
+    """
+    by_rank = dict(slots) if isinstance(slots, Mapping) else dict.fromkeys(rank_buckets, slots)
+    numbers = [*by_rank.keys(), *by_rank.values()]
+    if not by_rank or not all(isinstance(number, int) and number > 0 for number in numbers):
+        raise UsageError(
+            f"A bank was asked for with slots={slots!r} and rank_buckets={tuple(rank_buckets)!r}.",
+            hint="Both are whole numbers above zero: model.bank(slots=32, rank_buckets=(8, 16, 64)).",
+        )
+    return {0: max(by_rank.values()), **dict(sorted(by_rank.items()))}
 
 
 def bits(numbers: Sequence[int]) -> int:

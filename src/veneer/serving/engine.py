@@ -279,7 +279,9 @@ class TransformersEngine:
             raise UnsupportedError(
                 f"The adapter cannot run in a mixed batch: {type(error).__name__}: {error}"
             ) from error
-        return LoadedVersion(version, changes, time.monotonic() - started)
+        size = self.model.adapters.get(version).nbytes
+        need = self._running[0].bank.need(version)
+        return LoadedVersion(version, changes, time.monotonic() - started, size, *need)
 
     def _drop(self, version: str) -> None:
         with self._changing:
@@ -357,6 +359,8 @@ class TransformersEngine:
             resident=tuple(self.resident),
             quarantined=dict(supervisor.deaths.quarantined),
             work=lane.meter.work(lane.bank.counters),
+            folded_bytes=lane.bank.folded_bytes,
+            bank_bytes=lane.bank.nbytes,
         )
 
 

@@ -96,11 +96,17 @@ class LoadedVersion:
         version: its digest.
         changes_output: False where it computes exactly what the base does, as an adapter that was never trained.
         seconds: how long it took to load.
+        nbytes: the memory of its tensors.
+        bucket: the rank of the bucket of the batch's slots that it needs some of.
+        slots: how many of them.
     """
 
     version: str
     changes_output: bool
     seconds: float
+    nbytes: int
+    bucket: int
+    slots: int
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,8 @@ class EngineStatus:
         resident: the digests of the versions that are loaded.
         quarantined: digest -> why the version is no longer served.
         work: that it has done.
+        folded_bytes: the memory of the forms of versions that are kept for slots to come.
+        bank_bytes: the memory of the batch's slots.
     """
 
     alive: bool
@@ -132,6 +140,8 @@ class EngineStatus:
     resident: tuple[str, ...] = ()
     quarantined: Mapping[str, str] = field(default_factory=dict)
     work: EngineWork = field(default_factory=EngineWork)
+    folded_bytes: int = 0
+    bank_bytes: int = 0
 
 
 @dataclass(frozen=True)

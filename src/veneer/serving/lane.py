@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from veneer.adapters.bank import AdapterBank
 from veneer.errors import EngineError
 from veneer.peft_model.peft_model import PeftModel
 from veneer.printing import first_line
@@ -78,7 +79,7 @@ class Lane(abc.ABC):
 
     def __init__(self, model: PeftModel, options: LaneOptions) -> None:
         self.model, self.options = model, options
-        self.bank = model.bank(options.slots, options.rank_buckets)
+        self.bank = AdapterBank(model.adapters, options.slots, options.rank_buckets, spills=False)
         self.jobs: dict[str, Job] = {}
         self.batch: tuple[str, ...] = ()
         self.progress = time.monotonic()

@@ -188,6 +188,8 @@ class ReplicatedEngine:
             resident=tuple(self._folders),
             quarantined=quarantined,
             work=sum((replica.work for replica in replicas), EngineWork()),
+            folded_bytes=max((status.folded_bytes for status in seen), default=0),
+            bank_bytes=sum(status.bank_bytes for status in seen),
         )
 
 
