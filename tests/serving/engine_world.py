@@ -84,12 +84,12 @@ class World:
             return self.model(input_ids=torch.tensor([list(ids)])).logits[0].float()
 
 
-def tokenizer() -> Any:
-    """A fast tokenizer whose tokens are the words ``w0 w1 ...``, with an end token."""
+def tokenizer(end: str | None = "w2", pad: str | None = "w0") -> Any:
+    """A fast tokenizer whose tokens are the words ``w0 w1 ...``; of those that are special no text tells."""
     words = {f"w{number}": number for number in range(VOCAB)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return tf.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w2", pad_token="w0")
+    return tf.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, pad_token=pad)
 
 
 @contextmanager

@@ -40,12 +40,16 @@ class ServedProcess:
         return str(tokenizer().decode(answer, skip_special_tokens=True))
 
 
-def made(folder: Path) -> World:
-    """Make the folders."""
-    words = tokenizer()
+def save_base(folder: Path, words: Any) -> None:
+    """Save the base, with a tokenizer."""
     words.chat_template = TEMPLATE
     base().save_pretrained(folder / "base")
     words.save_pretrained(folder / "base")
+
+
+def made(folder: Path) -> World:
+    """Make the folders."""
+    save_base(folder, tokenizer())
     world = World(folder / "adapters", {name: CONFIGS[name] for name in NAMES})
     (folder / "sources").mkdir()
     return world
@@ -57,11 +61,18 @@ def process(world: World, folder: Path, *options: str) -> Iterator[ServedProcess
     adapters = [f"--adapter={name}={world.folders[name]}" for name in NAMES]
     sizes = ["--port=0", "--dtype=float32", "--max-requests=8", "--slots=4", "--kv-bytes=1MB", "--threads=1"]
     changes = ["--allow-runtime-adapters", f"--allow-source=file://{folder.resolve()}/sources/*"]
-    command = [sys.executable, "-m", "veneer", "serve", str(folder / "base"), *adapters, *sizes, *changes, *options]
+    with started(folder, *adapters, *sizes, *changes, *options) as (running, url):
+        yield ServedProcess(url, running, world, folder)
+
+
+@contextmanager
+def started(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run a server of the base in a folder until the block ends, and give its process and address."""
+    command = [sys.executable, "-m", "veneer", "serve", str(folder / "base"), *options]
     log = (folder / "log").open("w")
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment(folder))
     try:
-        yield ServedProcess(_address(running, folder), running, world, folder)
+        yield running, _address(running, folder)
     finally:
         running.kill()
         running.wait()
