@@ -18,6 +18,7 @@ from veneer.errors import EngineError
 from veneer.serving.app import create_app
 from veneer.serving.engine_types import EngineRequest, EngineStatus, LoadedVersion, TokenEvent, TokenLogprob
 from veneer.serving.service import Service
+from veneer.serving.work_counts import StepMeter
 
 ROWS = 99
 TEMPLATE = (
@@ -54,6 +55,7 @@ class FakeEngine:
         running: the ids of the requests under way.
         requests: all that it was asked.
         refused: why no version can be loaded.
+        meter: of its steps, which it does not measure.
     """
 
     max_context: int = 64
@@ -64,6 +66,7 @@ class FakeEngine:
     running: set[str] = field(default_factory=set)
     requests: list[EngineRequest] = field(default_factory=list)
     refused: Exception | None = None
+    meter: StepMeter = field(default_factory=StepMeter)
 
     def start(self) -> None:
         """Do nothing."""
@@ -117,6 +120,7 @@ class FakeEngine:
             slots=4,
             slots_used=len(self.loaded),
             resident=(*self.loaded,),
+            work=self.meter.work({"writes": 3, "row_by_row": 5}),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class OpenDoor(Admission):
 
     def __init__(self) -> None:
         self.full, self.inside = False, 0
+        self.hits = Counter(host=0, store=0)
 
     @asynccontextmanager
     async def admit(self, use: Use, caller: Caller, tokens: int) -> AsyncIterator[Admitted]:

@@ -137,6 +137,7 @@ def _seconds(name: str, default: float, help: str) -> Callable[[Any], Any]:
     help="CPUs that Ray reserves for each; with --device cuda, a GPU too.",
 )
 @switch("--ui", "Serve a page at / that compares adapters.")
+@_count("--metrics-adapters", "Adapters with metrics of their own; the others share one.", 50)
 @switch("--gateway-metrics", "Add the gauges that gateways read, under vLLM's names.")
 @click.option(
     "--audit-log", type=A_PATH, metavar="FILE", help="Add a line for each change and answer: who, which, how many."

@@ -69,7 +69,11 @@ class Admitted:
 
 
 class Admission:
-    """Queues requests, and lets them to the engine in turn. Its methods are called from the event loop's thread."""
+    """Queues requests, and lets them to the engine in turn. Its methods are called from the event loop's thread.
+
+    Attributes:
+        hits: ``host`` and ``store`` -> the requests that found their adapter loaded, and those for which it had to be.
+    """
 
     def __init__(
         self,
@@ -87,6 +91,7 @@ class Admission:
         self._waiting: Counter[str | None] = Counter()
         self._running: Counter[str | None] = Counter()
         self._running_of_key: Counter[str] = Counter()
+        self.hits = Counter(host=0, store=0)
         self._seconds_of_one = 1.0
         self._draining = False
         self._idle = asyncio.Event()
@@ -112,6 +117,7 @@ class Admission:
             async with AsyncExitStack() as stack:
                 with self._counted(use.digest):
                     if use.digest is not None:
+                        self.hits["host" if self._residency.is_resident(use.digest) else "store"] += 1
                         await stack.enter_async_context(self._residency.lease(use.digest, self._limits.load_wait))
                     admitted.load_seconds = self._clock() - waiter.arrival
                     await stack.enter_async_context(self._turn(waiter))

@@ -6,10 +6,17 @@ import time
 from collections import Counter as Counts
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from veneer._version import __version__
@@ -18,12 +25,19 @@ from veneer.serving.auth import ANONYMOUS
 if TYPE_CHECKING:
     from veneer.serving.engine_types import EngineStatus, TokenEvent
     from veneer.serving.service import Service
+    from veneer.serving.work_counts import Distribution, EngineWork
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28)
-# Adapters with series of their own; a thousand label values are too many for Prometheus.
-_MOST_ADAPTERS = 50
 OTHERS = "other"
+# Name and text of a metric -> the counter of the bank that it shows.
+_BANK = {
+    ("veneer_bank_writes", "Adapters that were written into slots."): "writes",
+    ("veneer_bank_bytes", "Bytes that were written into slots."): "bytes_written",
+    ("veneer_bank_evictions", "Adapters that gave up their slots to others."): "evictions",
+    ("veneer_bank_moves", "Slots that were moved, so that those in use lie side by side."): "moves",
+    ("veneer_slow_lane_rows", "Tokens that modules computed for one adapter after the other."): "row_by_row",
+}
 
 
 @dataclass
@@ -55,10 +69,15 @@ class Measured:
 
 
 class ServerMetrics:
-    """Holds the counters and histograms of one server."""
+    """Holds the counters and histograms of one server.
 
-    def __init__(self) -> None:
+    Args:
+        adapters: how many have series of their own; a thousand are too many for Prometheus.
+    """
+
+    def __init__(self, adapters: int = 50) -> None:
         self.registry = CollectorRegistry()
+        self._most_adapters = adapters
         self._adapters: set[str] = set()
         self._requests = Counter("veneer_requests", "Answers by status.", ["code"], registry=self.registry)
         self._seconds = self._histogram("veneer_request_seconds", "From request to end of answer.", _SECONDS)
@@ -68,9 +87,10 @@ class ServerMetrics:
         self._tokens = Counter(
             "veneer_tokens", "Tokens of prompts and answers.", ["kind", "adapter"], registry=self.registry
         )
+        self._loads = self._histogram("veneer_adapter_load_seconds", "Loads of adapters, by phase.", _SECONDS, "phase")
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, buckets=buckets, registry=self.registry)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
 
     def answered(self, status: int, seconds: float) -> None:
         """Count an answer; the status 499 is that of a client that went away."""
@@ -80,6 +100,10 @@ class ServerMetrics:
     def queued(self, seconds: float) -> None:
         """Count the wait of a request."""
         self._queue.observe(seconds)
+
+    def loaded(self, phase: str, seconds: float) -> None:
+        """Count a phase of an adapter's load."""
+        self._loads.labels(phase).observe(seconds)
 
     def generated(self, adapter: str, prompt: int, measured: Measured) -> None:
         """Count the tokens and the times of an answer."""
@@ -92,7 +116,7 @@ class ServerMetrics:
             self._tpot.observe(measured.token_seconds)
 
     def _label(self, adapter: str) -> str:
-        if len(self._adapters) < _MOST_ADAPTERS:
+        if len(self._adapters) < self._most_adapters:
             self._adapters.add(adapter)
         return adapter if adapter in self._adapters else OTHERS
 
@@ -116,10 +140,13 @@ class _StateCollector(Collector):
         yield _gauge("veneer_requests_waiting", "Requests that wait.", service.admission.waiting)
         yield _gauge("veneer_kv_use_ratio", "Share of the cache in use.", status.cache_used)
         yield _gauge("veneer_engine_up", "1 while the engine's thread lives.", float(status.alive))
-        yield _gauge("veneer_engine_restarts", "How often the engine was started anew.", status.restarts)
+        yield CounterMetricFamily("veneer_engine_restarts", "Starts of the engine anew.", value=status.restarts)
+        yield from _steps(status.work)
         yield _slots(status)
+        yield from _bank(status.work)
         yield self._adapters()
         yield self._tiers()
+        yield self._hits(status.work)
         if service.settings.gateway_metrics:
             yield from self._for_gateways(status)
 
@@ -134,6 +161,13 @@ class _StateCollector(Collector):
         family = GaugeMetricFamily("veneer_tier_bytes", "Bytes of adapters by place.", labels=["tier"])
         for tier, used in self._service.tiers.items():
             family.add_metric([tier], used())
+        return family
+
+    def _hits(self, work: EngineWork) -> Metric:
+        text = "Requests by the place where they found their adapter."
+        family = CounterMetricFamily("veneer_tier_hits", text, labels=["tier"])
+        for tier, count in {**self._service.admission.hits, "bank": work.bank.get("hits", 0)}.items():
+            family.add_metric([tier], count)
         return family
 
     def _for_gateways(self, status: EngineStatus) -> Iterator[Metric]:
@@ -163,3 +197,29 @@ def _slots(status: EngineStatus) -> Metric:
     family.add_metric(["leased"], status.slots_used)
     family.add_metric(["free"], status.slots - status.slots_used)
     return family
+
+
+def _bank(work: EngineWork) -> Iterator[Metric]:
+    for (name, text), counter in _BANK.items():
+        yield CounterMetricFamily(name, text, value=work.bank.get(counter, 0))
+
+
+def _steps(work: EngineWork) -> Iterator[Metric]:
+    seconds = HistogramMetricFamily("veneer_step_seconds", "Steps of the engine, by phase.", labels=["phase"])
+    for phase, values in work.seconds.items():
+        seconds.add_metric([phase], _buckets(values), values.total)
+    yield seconds
+    yield _sizes("veneer_step_tokens", "Tokens of a step.", work.sizes.get("tokens"))
+    yield _sizes("veneer_batch_adapters", "Adapters of a step.", work.sizes.get("adapters"))
+
+
+def _sizes(name: str, text: str, values: Distribution | None) -> Metric:
+    family = HistogramMetricFamily(name, text)
+    if values is not None:
+        family.add_metric([], _buckets(values), values.total)
+    return family
+
+
+def _buckets(values: Distribution) -> list[tuple[str, float]]:
+    bounds = [*(str(float(bound)) for bound in values.bounds), "+Inf"]
+    return list(zip(bounds, accumulate(values.counts), strict=True))

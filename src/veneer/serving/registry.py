@@ -18,7 +18,7 @@ from veneer.serving.auth import Caller
 from veneer.serving.failures import Failures, again
 from veneer.serving.registered_name import RegisteredName
 from veneer.serving.registry_database import RegistryDatabase, StoredName, StoredVersion
-from veneer.serving.registry_types import AdapterInfo, Registration, State, Use
+from veneer.serving.registry_types import AdapterInfo, OnPhase, Registration, State, Use, ignore_phase
 from veneer.serving.residency import Residency
 from veneer.serving.serving_errors import (
     AdapterBusyError,
@@ -81,7 +81,9 @@ class Registry:
         *,
         base_name: str,
         clock: Callable[[], float] = time.time,
+        on_phase: OnPhase = ignore_phase,
     ) -> None:
+        self._on_phase = on_phase
         self._store, self._residency, self._base_name, self._clock = store, residency, base_name, clock
         self._policy, self._options = policy or SourcePolicy(), options or RegistryOptions()
         self._database = RegistryDatabase(store.root)
@@ -220,6 +222,7 @@ class Registry:
             raise
         self._failures.forget(url)
         entry.seconds = {"fetch": time.monotonic() - start}
+        self._on_phase("fetch", entry.seconds["fetch"])
         return fetched
 
     def _release_arrived(self, fetching: asyncio.Task[Fetched]) -> None:

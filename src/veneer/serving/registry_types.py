@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
 from veneer.serving.serving_errors import AdapterRemovedError
+
+# Told of each phase of an adapter's load, and of its seconds.
+OnPhase = Callable[[str, float], None]
+
+
+def ignore_phase(phase: str, seconds: float) -> None:
+    """Take the seconds of a phase for nobody."""
 
 
 class State(str, Enum):

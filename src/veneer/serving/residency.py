@@ -13,6 +13,7 @@ from veneer.errors import EngineError, VeneerError
 from veneer.printing import nbytes
 from veneer.serving.engine_types import Engine
 from veneer.serving.failures import Failures
+from veneer.serving.registry_types import OnPhase, ignore_phase
 from veneer.serving.serving_errors import (
     AdapterBusyError,
     AdapterInvalidError,
@@ -91,7 +92,9 @@ class Residency:
         limits: ResidencyLimits | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
+        on_phase: OnPhase = ignore_phase,
     ) -> None:
+        self._on_phase = on_phase
         self._engine, self._store, self._clock = engine, store, clock
         self._limits = limits or ResidencyLimits()
         self._failures = Failures(clock=clock)
@@ -285,6 +288,7 @@ class Residency:
             return await work
         finally:
             resident.seconds[phase] = self._clock() - start
+            self._on_phase(phase, resident.seconds[phase])
 
     def _remove(self, resident: _Resident) -> None:
         """Forget an adapter that the engine does not have."""

@@ -148,12 +148,14 @@ async def _serve(
     settings = replace(options.settings, base_digest=base.digest or "")
     host_bytes = options.host_bytes or _host_bytes(options.replicas)
     store = Store(folder, options.store_limits, base_digest=base.digest)
-    residency = Residency(engine, store, ResidencyLimits(host_bytes, cycle=options.limits.cycle))
-    registry = Registry(store, residency, options.policy, base_name=settings.base_name)
+    metrics = ServerMetrics(options.metrics_adapters)
+    limits = ResidencyLimits(host_bytes, cycle=options.limits.cycle)
+    residency = Residency(engine, store, limits, on_phase=metrics.loaded)
+    registry = Registry(store, residency, options.policy, base_name=settings.base_name, on_phase=metrics.loaded)
     admission = Admission(residency, options.limits)
     tokenizer = PromptTokenizer(base.tokenizer, base.vocabulary)
     tiers = {"store": lambda: store.used_bytes, "host": lambda: residency.used_bytes}
-    service = Service(settings, engine, registry, admission, keys, tokenizer, ServerMetrics(), tiers)
+    service = Service(settings, engine, registry, admission, keys, tokenizer, metrics, tiers)
     await registry.open()
     try:
         running = RunningServer(_address(listener), service, host_bytes)

@@ -34,6 +34,7 @@ class ServerOptions:
         policy: where adapters may come from while the server runs.
         keys: the file of keys.
         host, port: where it listens; port 0 takes a free one.
+        metrics_adapters: how many adapters have metrics of their own.
         drain: the seconds that running requests have when it is told to stop.
         adapters: those that must be there when it starts.
         found: those that are left out, with a warning, where they cannot be served.
@@ -51,6 +52,7 @@ class ServerOptions:
     keys: Path | None
     host: str
     port: int
+    metrics_adapters: int
     drain: float
     adapters: tuple[Registration, ...]
     found: tuple[Registration, ...]
@@ -92,6 +94,7 @@ def server_options(
     ray_address: str | None,
     replica_cpus: float,
     ui: bool,
+    metrics_adapters: int,
     gateway_metrics: bool,
 ) -> ServerOptions:
     """Return what the options of the command line describe.
@@ -143,6 +146,7 @@ def server_options(
         keys=keys,
         host=host,
         port=port,
+        metrics_adapters=metrics_adapters,
         drain=drain,
         adapters=given,
         found=found,
