@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from veneer.serving.admission import Admission, AdmissionLimits
 from veneer.serving.auth import ANONYMOUS, Caller
+from veneer.serving.engine_types import LoadedVersion
 from veneer.serving.fair_queue import FairQueue, Waiter
 from veneer.serving.rate_limits import RateLimits
 from veneer.serving.registry_types import StoredAdapter, Use
@@ -29,6 +32,12 @@ from veneer.serving.serving_errors import (
 ONE, TWO = Caller("one", tenant="one"), Caller("two", tenant="two")
 
 
+def need(adapter: str) -> tuple[int, int]:
+    """The bucket and slots that an adapter needs: those of ``a1``, or of ``16x2.anything``."""
+    bucket, _, slots = adapter.partition(".")[0].partition("x")
+    return (int(bucket), int(slots)) if slots else (8, 1)
+
+
 class OpenHouse:
     """Holds every adapter at once, but for those that it does not."""
 
@@ -39,7 +48,7 @@ class OpenHouse:
         return True
 
     @asynccontextmanager
-    async def lease(self, digest: str, wait: float | None = None) -> AsyncIterator[None]:
+    async def lease(self, digest: str, wait: float | None = None) -> AsyncIterator[LoadedVersion]:
         if digest == "slow":
             raise AdapterLoadingError("It is being loaded.", retry_after=1)
         if digest == "bad":
@@ -47,7 +56,7 @@ class OpenHouse:
         await asyncio.sleep(0)
         self.held[digest] += 1
         try:
-            yield
+            yield LoadedVersion(digest, True, 0.0, 1000, *need(digest))
         finally:
             self.held[digest] -= 1
 
@@ -57,6 +66,10 @@ class World:
 
     def __init__(self, rates: RateLimits | None = None, **limits: Any) -> None:
         self.house = OpenHouse()
+        # Bucket -> its slots that are used now, and the most that were; and how long requests waited at most.
+        self.used: Counter[int] = Counter()
+        self.most_used: Counter[int] = Counter()
+        self.longest = 0.0
         self.admission = Admission(self.house, AdmissionLimits(**limits), rates)  # type: ignore[arg-type]
         self.order: list[str] = []
         self.now: Counter[str] = Counter()
@@ -68,6 +81,7 @@ class World:
         async with self.admission.admit(use, caller, tokens) as admitted:
             assert not adapter or self.house.held[adapter] > 0
             self.order.append(f"{caller.id}:{adapter}")
+            self.longest = max(self.longest, admitted.queue_seconds)
             with self.counted(adapter, caller.id, "all"):
                 await asyncio.sleep(seconds)
             assert admitted.tokens == tokens
@@ -77,12 +91,21 @@ class World:
         for key in keys:
             self.now[key] += 1
             self.most[key] = max(self.most[key], self.now[key])
+        self._note_slots(keys[0], 1)
         self.distinct = max(self.distinct, sum(self.now[f"a{number}"] > 0 for number in range(10)))
         try:
             yield
         finally:
             for key in keys:
                 self.now[key] -= 1
+            self._note_slots(keys[0], 0)
+
+    def _note_slots(self, adapter: str, running: int) -> None:
+        """Count the slots of an adapter whose first request began, or whose last one ended."""
+        if adapter and self.now[adapter] == running:
+            bucket, slots = need(adapter)
+            self.used[bucket] += slots if running else -slots
+            self.most_used[bucket] = max(self.most_used[bucket], self.used[bucket])
 
 
 def run(world: World, *work: Awaitable[object]) -> None:
@@ -98,7 +121,7 @@ def run(world: World, *work: Awaitable[object]) -> None:
 
 
 def test_limits_hold() -> None:
-    world = World(running=4, running_per_adapter=2, slots=3)
+    world = World(running=4, running_per_adapter=2, slots={8: 3})
     keyed = Caller("k", running=1)
     work = [world.ask(f"a{number % 8}", (keyed, ANONYMOUS)[number % 2]) for number in range(80)]
     run(world, *work, *(world.ask("") for _ in range(8)))
@@ -110,7 +133,7 @@ def test_limits_hold() -> None:
 
 
 def test_the_base_needs_no_slot() -> None:
-    world = World(slots=1)
+    world = World(slots={8: 1})
     run(world, world.ask("a1", seconds=0.05), *(world.ask("", seconds=0.01) for _ in range(5)))
     assert world.most["all"] == 6
 
@@ -160,7 +183,7 @@ def test_a_tenant_that_comes_back_has_not_saved_up_turns() -> None:
 
 
 def test_more_adapters_than_slots_all_get_their_turn() -> None:
-    world = World(running=8, slots=2, cycle=0.02)
+    world = World(running=8, slots={8: 2}, cycle=0.02)
 
     async def client(number: int) -> None:
         for _ in range(12):
@@ -173,7 +196,7 @@ def test_more_adapters_than_slots_all_get_their_turn() -> None:
 
 
 def test_an_adapter_that_is_always_busy_gives_its_slot_up_after_the_cycle() -> None:
-    world = World(running=8, slots=1, cycle=0.05)
+    world = World(running=8, slots={8: 1}, cycle=0.05)
     done = asyncio.Event()
 
     async def always() -> None:
@@ -187,6 +210,79 @@ def test_an_adapter_that_is_always_busy_gives_its_slot_up_after_the_cycle() -> N
 
     run(world, *(always() for _ in range(6)), other())
     assert world.distinct == 1
+
+
+def test_each_bucket_has_slots_of_its_own_and_wide_adapters_take_several() -> None:
+    world = World(running=20, slots={8: 2, 64: 4})
+    both = [world.ask(f"8x1.{number}", seconds=0.03) for number in range(2)]
+    wide = [world.ask(f"64x2.{number}", seconds=0.03) for number in range(2)]
+    run(world, *both, *wide)
+    assert world.most["all"] == 4, "all fit at once"
+    world = World(running=20, slots={8: 2, 64: 4})
+    run(world, *(world.ask(f"64x3.{number}", seconds=0.01) for number in range(2)), world.ask("64x1.small"))
+    assert world.most_used == {64: 4}
+
+
+def test_a_bucket_that_is_full_holds_up_no_other() -> None:
+    world = World(running=20, slots={8: 1, 16: 1}, cycle=0.02)
+    long = [world.ask(f"8x1.{number}", seconds=0.2) for number in range(3)]
+    run(world, *long, *(world.ask(f"16x1.{number % 3}", seconds=0.002) for number in range(12)))
+    assert set(world.order[-2:]) < {f"anonymous:8x1.{number}" for number in range(3)}
+
+
+def test_a_wide_adapter_gets_its_slots_though_narrow_ones_keep_coming() -> None:
+    world = World(running=20, slots={8: 4}, cycle=0.05)
+    done = asyncio.Event()
+
+    async def always(number: int) -> None:
+        while not done.is_set():
+            await world.ask(f"8x1.{number}", seconds=0.01)
+
+    async def wide() -> None:
+        await asyncio.sleep(0.03)
+        await world.ask("8x4.wide")
+        done.set()
+
+    run(world, *(always(number % 8) for number in range(16)), wide())
+    assert world.longest < 5
+
+
+REQUESTS = st.lists(
+    st.tuples(
+        st.sampled_from([(8, 1), (8, 2), (8, 3), (16, 1), (16, 2), (0, 1)]),
+        st.integers(0, 4),  # which of the adapters that need so much
+        st.integers(0, 2),  # which tenant
+        st.integers(0, 3),  # when it comes
+        st.integers(1, 4),  # how long it takes
+        st.booleans(),  # whether its client goes away
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(requests=REQUESTS, running=st.integers(1, 12), eight=st.integers(3, 6), sixteen=st.integers(2, 3))
+def test_whatever_comes_all_get_their_turn_and_never_more_than_fits(
+    requests: list[Any], running: int, eight: int, sixteen: int
+) -> None:
+    capacity = {0: 2, 8: eight, 16: sixteen}
+    world = World(running=running, slots=capacity, cycle=0.004)
+    callers = [Caller(str(number), tenant=str(number)) for number in range(3)]
+
+    async def client(need: tuple[int, int], which: int, tenant: int, start: int, length: int, leaves: bool) -> None:
+        await asyncio.sleep(start / 500)
+        adapter = "{}x{}".format(*need) + f".{which}"
+        asking = asyncio.ensure_future(world.ask(adapter, callers[tenant], seconds=length / 1000))
+        if leaves:
+            await asyncio.sleep(0.002)
+            asking.cancel()
+        await asyncio.gather(asking, return_exceptions=leaves)
+
+    run(world, *(client(*request) for request in requests))
+    assert len(world.order) >= sum(not leaves for *_, leaves in requests)
+    assert all(world.most_used[bucket] <= slots for bucket, slots in capacity.items())
+    assert world.most["all"] <= running
+    assert world.longest < 10
 
 
 def test_a_full_queue_is_told_with_a_time() -> None:
@@ -234,7 +330,7 @@ def test_an_adapter_that_does_not_load_keeps_nothing() -> None:
 
 
 def test_requests_that_are_cancelled_at_each_phase_leave_nothing() -> None:
-    world = World(running=2, slots=1)
+    world = World(running=2, slots={8: 1})
 
     async def work() -> None:
         tasks = [asyncio.ensure_future(world.ask(f"a{number % 3}", seconds=0.02)) for number in range(30)]

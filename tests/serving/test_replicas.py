@@ -47,14 +47,14 @@ def run(replica: Replica, **counts: int) -> None:
 
 
 def test_a_request_goes_where_its_adapter_is() -> None:
-    router = ReplicaRouter([up("a"), up("b"), up()], 8, 4)
+    router = ReplicaRouter([up("a"), up("b"), up()], 8, {8: 4})
     assert router.choose("a") is router.replicas[0]
     assert router.choose("b") is router.replicas[1]
     assert router.choose("c") is router.replicas[2], "one that has none, rather than one that has another"
 
 
 def test_a_hot_adapter_spills_as_soon_as_a_load_costs_less_than_the_wait() -> None:
-    router = ReplicaRouter([up("a"), up("b")], 64, 4)
+    router = ReplicaRouter([up("a"), up("b")], 64, {8: 4})
     run(router.replicas[0], a=4)
     assert router.choose("a") is router.replicas[0]
     run(router.replicas[0], a=1)
@@ -64,13 +64,13 @@ def test_a_hot_adapter_spills_as_soon_as_a_load_costs_less_than_the_wait() -> No
 
 
 def test_the_base_goes_to_the_replica_with_the_fewest_requests() -> None:
-    router = ReplicaRouter([up("a"), up("b")], 8, 1)
+    router = ReplicaRouter([up("a"), up("b")], 8, {8: 1})
     run(router.replicas[0], a=1)
     assert router.choose(None) is router.replicas[1]
 
 
 def test_no_replica_runs_more_than_its_requests_and_slots() -> None:
-    router = ReplicaRouter([up(), up()], 3, 2)
+    router = ReplicaRouter([up(), up()], 3, {8: 2})
     run(router.replicas[0], a=1, b=1)
     run(router.replicas[1], c=3)
     assert router.choose("a") is router.replicas[0]
@@ -80,8 +80,17 @@ def test_no_replica_runs_more_than_its_requests_and_slots() -> None:
     assert router.choose(None) is None
 
 
+def test_a_wide_version_takes_several_slots_of_its_bucket() -> None:
+    router = ReplicaRouter([up()], 8, {8: 2, 64: 4})
+    router.needs = {"wide": (64, 3), "other": (64, 2), "small": (8, 1)}
+    run(router.replicas[0], wide=1)
+    assert router.choose("other") is None
+    assert router.choose("small") is router.replicas[0]
+    assert router.choose("wide") is router.replicas[0]
+
+
 def test_while_one_waits_for_a_slot_no_other_takes_one_and_those_on_two_replicas_give_one_back() -> None:
-    router = ReplicaRouter([up(), up()], 8, 2)
+    router = ReplicaRouter([up(), up()], 8, {8: 2})
     run(router.replicas[0], a=3, b=1)
     run(router.replicas[1], a=1, c=1)
     assert router.choose("d") is None
@@ -93,7 +102,7 @@ def test_while_one_waits_for_a_slot_no_other_takes_one_and_those_on_two_replicas
 
 def test_those_who_wait_get_room_in_the_order_they_came() -> None:
     async def main() -> list[str]:
-        router, order = ReplicaRouter([up()], 4, 1), list[str]()
+        router, order = ReplicaRouter([up()], 4, {8: 1}), list[str]()
 
         async def one(version: str) -> None:
             async with router.place(version):
@@ -108,7 +117,7 @@ def test_those_who_wait_get_room_in_the_order_they_came() -> None:
 
 
 def test_a_replica_that_is_gone_or_whose_engine_is_dead_gets_nothing() -> None:
-    router = ReplicaRouter([up("a"), up()], 8, 4)
+    router = ReplicaRouter([up("a"), up()], 8, {8: 4})
     router.replicas[0].lose("gone")
     assert router.choose("a") is router.replicas[1]
     assert router.for_load("a") == [router.replicas[1]]
@@ -124,7 +133,7 @@ def test_a_replica_that_is_gone_or_whose_engine_is_dead_gets_nothing() -> None:
 @asynccontextmanager
 async def replicated(*engines: FakeServedEngine) -> AsyncIterator[tuple[ReplicatedEngine, list[FakeHandle]]]:
     cluster = FakeCluster(engines or [FakeServedEngine(), FakeServedEngine()])
-    engine = ReplicatedEngine(cluster, requests=8, slots=4)
+    engine = ReplicatedEngine(cluster, requests=8, capacity={8: 4})
     await asyncio.to_thread(engine.start)
     try:
         yield engine, cluster.handles

@@ -84,12 +84,43 @@ def test_the_one_unused_for_longest_leaves(tmp_path: Path) -> None:
 def test_bytes_are_limited_too(tmp_path: Path) -> None:
     world = World(tmp_path)
     size = world.store.get(world.digests[0]).nbytes  # type: ignore[union-attr]
+    world.engine.nbytes.update(dict.fromkeys(world.digests, size))
     world.residency = Residency(world.engine, world.store, ResidencyLimits(host_bytes=int(2.5 * size)))
     world.run(lambda: asyncio.gather(*(world.hold(number % COUNT) for number in range(20))))
     assert world.engine.most == 2
     world.residency = Residency(world.engine, world.store, ResidencyLimits(host_bytes=size - 1))
     with pytest.raises(AdapterTooLargeError, match="--host-bytes"):
         asyncio.run(world.hold(3))
+
+
+def test_what_adapters_take_in_memory_counts_and_is_known_the_next_time(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    first, second, third, large = world.digests
+    world.engine.nbytes.update({first: 40_000, second: 30_000, third: 10, large: 100_001})
+    world.residency = Residency(world.engine, world.store, ResidencyLimits(host_bytes=100_000))
+
+    async def work() -> None:
+        await world.hold(0)
+        assert world.residency.memory(first) == world.residency.used_bytes == 40_000
+        await world.hold(1)
+        world.engine.folded_bytes = 29_000
+        assert world.residency.used_bytes == 99_000
+        world.engine.nbytes[third] = 5_000
+        await world.hold(2)  # its files fit, and what it takes does not
+        assert set(world.engine.loaded) == {second, third}
+        with pytest.raises(AdapterTooLargeError, match=r"takes 100.*--host-bytes"):
+            await world.hold(3)
+        assert large not in world.engine.loaded
+        world.engine.folded_bytes = 0
+        await world.hold(1)
+        await world.residency.drop(third)
+        await world.hold(2)
+        world.engine.nbytes[first] = 70_000  # known from the first time: 40,000
+        await world.hold(0)
+        assert set(world.engine.loaded) == {first, third}
+        assert world.residency.memory(second) is None
+
+    world.run(work)
 
 
 def test_what_is_pinned_stays(tmp_path: Path) -> None:

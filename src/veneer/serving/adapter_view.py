@@ -41,7 +41,7 @@ class AdapterView:
             adapter=self.store.get(current.digest) if current else None,
             aliases=tuple(alias for alias, target in self.aliases.items() if target == stored.name),
             pinned=stored.pinned,
-            resident=current is not None and self.residency.is_resident(current.digest),
+            memory_bytes=self.residency.memory(current.digest) if current else None,
             leases=len(name.uses),
             last_used=name.last_used,
             error=error,

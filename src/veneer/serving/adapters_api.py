@@ -175,6 +175,7 @@ def adapter_json(info: AdapterInfo) -> Json:
         "method": adapter and adapter.method,
         "rank": adapter and adapter.rank,
         "bytes": adapter and adapter.nbytes,
+        "memory_bytes": info.memory_bytes,
         "files": list(adapter.files) if adapter else [],
         "aliases": list(info.aliases),
         "pinned": info.pinned,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
+from veneer.adapters.slot_table import slot_capacity
 from veneer.serving.auth import Caller
 from veneer.serving.fair_queue import FairQueue, Waiter
 from veneer.serving.rate_limits import RateLimits
@@ -32,7 +33,7 @@ class AdmissionLimits:
     Attributes:
         running: the most requests in the engine.
         running_per_adapter: the same for one adapter; ``None`` for no limit.
-        slots: the most adapters in the engine's batch.
+        slots: of the engine's batch: a bucket's rank -> the number of its slots.
         queue: the most requests that wait.
         queue_per_adapter: the same for one adapter.
         queue_age: the seconds after which a waiting request is refused.
@@ -42,7 +43,7 @@ class AdmissionLimits:
 
     running: int = 64
     running_per_adapter: int | None = None
-    slots: int = 32
+    slots: Mapping[int, int] = field(default_factory=lambda: slot_capacity(32, (8, 16, 64)))
     queue: int = 1024
     queue_per_adapter: int = 256
     queue_age: float = 30.0
@@ -118,7 +119,9 @@ class Admission:
                 with self._counted(use.digest):
                     if use.digest is not None:
                         self.hits["host" if self._residency.is_resident(use.digest) else "store"] += 1
-                        await stack.enter_async_context(self._residency.lease(use.digest, self._limits.load_wait))
+                        lease = self._residency.lease(use.digest, self._limits.load_wait)
+                        version = await stack.enter_async_context(lease)
+                        waiter.bucket, waiter.slots = version.bucket, version.slots
                     admitted.load_seconds = self._clock() - waiter.arrival
                     await stack.enter_async_context(self._turn(waiter))
                     admitted.queue_seconds = self._clock() - waiter.arrival
@@ -225,7 +228,7 @@ class Admission:
         self._running[waiter.adapter] += 1
         self._running_of_key[waiter.caller.id] += 1
         if waiter.adapter is not None:
-            self._slots.begin(waiter.adapter, now)
+            self._slots.begin(waiter.adapter, waiter.bucket, waiter.slots, now)
         waiter.began = now
         waiter.turn.set()
 

@@ -26,6 +26,7 @@ class Waiter:
         adapter: the version that it needs; ``None`` for the base.
         tokens: what it is expected to take.
         arrival: when it came.
+        bucket, slots: the rank of the bucket that the adapter needs slots of, and how many; none for the base.
         turn: set when it may run.
         began: when that was.
     """
@@ -34,6 +35,8 @@ class Waiter:
     adapter: str | None
     tokens: int
     arrival: float
+    bucket: int = 0
+    slots: int = 0
     turn: asyncio.Event = field(default_factory=asyncio.Event)
     began: float = 0.0
 

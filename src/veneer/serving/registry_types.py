@@ -108,7 +108,7 @@ class AdapterInfo:
         adapter: the files of the current version.
         aliases: other names for it.
         pinned: kept loaded, and in the store.
-        resident: loaded in the engine.
+        memory_bytes: the memory that it takes in the engine; ``None`` where it is not loaded.
         leases: the requests that wait for it or use it, in all its versions.
         last_used: when the last one came; ``None`` for never.
         error, hint: why the last registration or load failed.
@@ -122,12 +122,17 @@ class AdapterInfo:
     adapter: StoredAdapter | None = None
     aliases: tuple[str, ...] = ()
     pinned: bool = False
-    resident: bool = False
+    memory_bytes: int | None = None
     leases: int = 0
     last_used: float | None = None
     error: str | None = None
     hint: str | None = None
     load_seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def resident(self) -> bool:
+        """True where it is loaded in the engine."""
+        return self.memory_bytes is not None
 
 
 @dataclass(frozen=True, eq=False)

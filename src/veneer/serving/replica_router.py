@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from veneer.serving.engine_types import EngineStatus
@@ -82,9 +82,9 @@ class Replica:
         return len(self._held)
 
     @property
-    def slots_used(self) -> int:
-        """The number of versions in its batch."""
-        return sum(1 for version, count in self.running.items() if version is not None and count)
+    def batch(self) -> list[str]:
+        """The versions in its batch."""
+        return [version for version, count in self.running.items() if version is not None and count]
 
 
 class ReplicaRouter:
@@ -93,11 +93,15 @@ class ReplicaRouter:
     Args:
         replicas: all of them.
         requests: the most that one runs.
-        slots: the most adapters that one has in its batch.
+        capacity: of the batch of one: a bucket's rank -> the number of its slots.
+
+    Attributes:
+        needs: version -> the rank of its bucket, and how many of the slots there it takes.
     """
 
-    def __init__(self, replicas: Sequence[Replica], requests: int, slots: int) -> None:
-        self.replicas, self._requests, self._slots = replicas, requests, slots
+    def __init__(self, replicas: Sequence[Replica], requests: int, capacity: Mapping[int, int]) -> None:
+        self.replicas, self._requests, self._capacity = replicas, requests, capacity
+        self.needs: dict[str, tuple[int, int]] = {}
         # Those that found no room, in the order they came.
         self._waiting: list[object] = []
 
@@ -151,8 +155,17 @@ class ReplicaRouter:
         )
 
     def _has_room(self, replica: Replica, version: str | None) -> bool:
-        has_slot = version is None or replica.running[version] > 0 or replica.slots_used < self._slots
-        return has_slot and replica.running.total() < self._requests
+        has_slots = version is None or replica.running[version] > 0 or self._has_slots(replica, self._need(version))
+        return has_slots and replica.running.total() < self._requests
+
+    def _has_slots(self, replica: Replica, need: tuple[int, int]) -> bool:
+        bucket, slots = need
+        used = sum(others for other, others in map(self._need, replica.batch) if other == bucket)
+        return used + slots <= self._capacity[bucket]
+
+    def _need(self, version: str) -> tuple[int, int]:
+        """Return the slots that a version needs; one of the first bucket where it was dropped meanwhile."""
+        return self.needs.get(version, (min(self._capacity), 1))
 
     def _cost(self, replica: Replica, version: str | None) -> tuple[int, int]:
         load = 0 if replica.holds(version) else _LOAD_COST

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import TypeVar
@@ -33,12 +33,12 @@ class ReplicatedEngine:
     Args:
         cluster: starts the replicas.
         requests: the most that one runs.
-        slots: the most adapters that one has in its batch.
+        capacity: of the batch of one: a bucket's rank -> the number of its slots.
     """
 
-    def __init__(self, cluster: ReplicaCluster, requests: int, slots: int) -> None:
-        self._cluster, self._requests, self._slots = cluster, requests, slots
-        self._router = ReplicaRouter((), requests, slots)
+    def __init__(self, cluster: ReplicaCluster, requests: int, capacity: Mapping[int, int]) -> None:
+        self._cluster, self._requests, self._capacity = cluster, requests, capacity
+        self._router = ReplicaRouter((), requests, capacity)
         self._base: ServedBase | None = None
         # Version -> its folder in the store.
         self._folders: dict[str, Path] = {}
@@ -56,7 +56,7 @@ class ReplicatedEngine:
         try:
             replicas = [Replica(handle) for handle in self._cluster.start()]
             self._base = _common_base([replica.handle.describe() for replica in replicas])
-            self._router = ReplicaRouter(replicas, self._requests, self._slots)
+            self._router = ReplicaRouter(replicas, self._requests, self._capacity)
             for replica in replicas:
                 self._look(replica)
         except BaseException:
@@ -152,7 +152,9 @@ class ReplicatedEngine:
                 await asyncio.to_thread(self._look, replica)
             except ReplicaLostError as error:
                 replica.lose(error.message)
-        if loaded is None:
+        if loaded is not None:
+            self._router.needs[version] = loaded.bucket, loaded.slots
+        else:
             raise AdapterLoadingError("No replica of the engine is up to load it.", hint="Ask again.", retry_after=2)
         return loaded
 
@@ -167,6 +169,7 @@ class ReplicatedEngine:
                 except ReplicaLostError as error:  # what is gone holds nothing
                     replica.lose(error.message)
         self._folders.pop(version, None)
+        self._router.needs.pop(version, None)
 
     # -- state ---------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from veneer.errors import EngineError, VeneerError
 from veneer.printing import nbytes
-from veneer.serving.engine_types import Engine
+from veneer.serving.engine_types import Engine, LoadedVersion
 from veneer.serving.failures import Failures
 from veneer.serving.registry_types import OnPhase, ignore_phase
 from veneer.serving.serving_errors import (
@@ -37,7 +37,7 @@ class ResidencyLimits:
     """The limits of what is loaded in the engine.
 
     Attributes:
-        host_bytes: of all adapters together; ``None`` for no limit.
+        host_bytes: the memory of all adapters together; ``None`` for no limit.
         adapters: the most adapters; ``None`` for no limit.
         cycle: the seconds that an adapter waits for room before another in use takes no new requests.
     """
@@ -49,12 +49,12 @@ class ResidencyLimits:
 
 @dataclass(eq=False)
 class _Resident:
-    """An adapter that is loaded, or on its way in or out."""
+    """An adapter that is loaded, or on its way in or out; its bytes are an estimate until it is loaded."""
 
     digest: str
     nbytes: int
     since: float
-    loading: asyncio.Task[None] | None = None
+    loading: asyncio.Task[LoadedVersion] | None = None
     leases: int = 0
     prefetched: bool = False
     has_room: bool = False
@@ -69,7 +69,7 @@ class _Resident:
         return self.task.done()
 
     @property
-    def task(self) -> asyncio.Task[None]:
+    def task(self) -> asyncio.Task[LoadedVersion]:
         assert self.loading is not None
         return self.loading
 
@@ -100,6 +100,8 @@ class Residency:
         self._failures = Failures(clock=clock)
         # In the order of their last use.
         self._residents: dict[str, _Resident] = {}
+        # The memory of those that were loaded before, by digest.
+        self._nbytes: dict[str, int] = {}
         # First come, first served.
         self._room = asyncio.Lock()
         self._released = asyncio.Event()
@@ -135,8 +137,13 @@ class Residency:
 
     @property
     def used_bytes(self) -> int:
-        """The bytes of all adapters that are loaded, or are being loaded."""
-        return sum(resident.nbytes for resident in self._residents.values() if resident.has_room)
+        """The memory of all adapters that are loaded or being loaded, and of the folded forms that the engine keeps."""
+        sizes = (resident.nbytes for resident in self._residents.values() if resident.has_room)
+        return sum(sizes) + self._engine.status().folded_bytes
+
+    def memory(self, digest: str) -> int | None:
+        """Return the memory that a loaded adapter takes; ``None`` where it is not loaded."""
+        return self._residents[digest].nbytes if self.is_resident(digest) else None
 
     def __len__(self) -> int:
         return sum(resident.has_room for resident in self._residents.values())
@@ -144,8 +151,8 @@ class Residency:
     # -- leases --------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def lease(self, digest: str, wait: float | None = None) -> AsyncIterator[None]:
-        """Load an adapter where it is not, and keep it as long as the block runs.
+    async def lease(self, digest: str, wait: float | None = None) -> AsyncIterator[LoadedVersion]:
+        """Load an adapter where it is not, and keep it as long as the block runs, which gets the facts of it.
 
         Args:
             digest: the adapter's.
@@ -163,8 +170,7 @@ class Residency:
                 await asyncio.wait({resident.task}, timeout=_left(deadline))
             if not resident.is_loaded:
                 raise _still_loading(digest)
-            resident.task.result()
-            yield
+            yield resident.task.result()
         finally:
             self._release(resident)
 
@@ -188,6 +194,7 @@ class Residency:
             AdapterBusyError: something holds it.
         """
         self._failures.forget(digest)
+        self._nbytes.pop(digest, None)
         resident = self._residents.get(digest)
         if resident is not None and not resident.leases and not resident.is_loaded:
             resident.prefetched = False
@@ -243,23 +250,28 @@ class Residency:
     def _begin(self, digest: str) -> _Resident:
         self._failures.check(digest)
         adapter = self._store.get(digest)
-        size = adapter.nbytes if adapter else 0
-        limit = self._limits.host_bytes
-        if limit is not None and size > limit:
-            raise AdapterTooLargeError(
-                f"The adapter has {nbytes(size)}, and {nbytes(limit)} are there for all.", hint="Raise --host-bytes."
-            )
+        size = self._nbytes.get(digest, adapter.nbytes if adapter else 0)
+        self._check_size(size)
         resident = _Resident(digest, size, self._clock())
         resident.loading = asyncio.create_task(self._load(resident))
         self._residents[digest] = resident
         resident.loading.add_done_callback(_seen)
         return resident
 
-    async def _load(self, resident: _Resident) -> None:
+    def _check_size(self, size: int) -> None:
+        limit = self._limits.host_bytes
+        if limit is not None and size > limit:
+            raise AdapterTooLargeError(
+                f"The adapter takes {nbytes(size)} of memory, and {nbytes(limit)} are there for all.",
+                hint="Raise --host-bytes.",
+            )
+
+    async def _load(self, resident: _Resident) -> LoadedVersion:
         try:
             await self._timed(resident, "room", self._make_room(resident))
             adapter = await self._timed(resident, "verify", self._store.verify(resident.digest))
-            await self._timed(resident, "engine", self._engine.load(resident.digest, adapter.folder))
+            version = await self._timed(resident, "engine", self._engine.load(resident.digest, adapter.folder))
+            await self._count_memory(resident, version.nbytes)
         except BaseException as error:
             self._remove(resident)
             if not isinstance(error, VeneerError):
@@ -271,6 +283,19 @@ class Residency:
         resident.since = self._clock()
         self._failures.forget(resident.digest)
         self._store.touch(resident.digest)
+        return version
+
+    async def _count_memory(self, resident: _Resident, size: int) -> None:
+        """Count what an adapter takes now that it is known, and drop others that are free where that is too much."""
+        self._nbytes[resident.digest] = resident.nbytes = size
+        try:
+            self._check_size(size)
+        except AdapterTooLargeError:
+            await self._engine.drop(resident.digest)
+            raise
+        limit = self._limits.host_bytes
+        while limit is not None and self.used_bytes > limit and await self._one_dropped():
+            pass
 
     def _told(self, error: VeneerError, digest: str) -> ServingError:
         """Return a refusal that names the adapter, where the error names its folder in the store."""
@@ -372,7 +397,7 @@ def _still_loading(digest: str) -> AdapterLoadingError:
     )
 
 
-def _seen(task: asyncio.Task[None]) -> None:
+def _seen(task: asyncio.Task[LoadedVersion]) -> None:
     """Note that a failure is known: those who wait for it get it, and there may be none."""
     if not task.cancelled():
         task.exception()

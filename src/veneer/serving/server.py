@@ -18,6 +18,7 @@ from types import FrameType
 import psutil
 import uvicorn
 
+from veneer.adapters.slot_table import slot_capacity
 from veneer.errors import OutputError, VeneerError
 from veneer.files.paths import exists
 from veneer.serving.admission import Admission
@@ -101,7 +102,8 @@ def _engine(options: ServerOptions) -> ServedEngine:
 
     base = str(Path(options.base).resolve()) if exists(Path(options.base)) else options.base
     cluster = RayCluster(f"veneer-{options.settings.base_name}", base, options.engine, options.replicas)
-    return ReplicatedEngine(cluster, options.engine.max_requests, options.limits.slots // options.replicas.count)
+    capacity = slot_capacity(options.engine.slots, options.engine.rank_buckets)
+    return ReplicatedEngine(cluster, options.engine.max_requests, capacity)
 
 
 def _host_bytes(replicas: ReplicaOptions | None) -> int:
@@ -154,7 +156,11 @@ async def _serve(
     registry = Registry(store, residency, options.policy, base_name=settings.base_name, on_phase=metrics.loaded)
     admission = Admission(residency, options.limits)
     tokenizer = PromptTokenizer(base.tokenizer, base.vocabulary)
-    tiers = {"store": lambda: store.used_bytes, "host": lambda: residency.used_bytes}
+    tiers = {
+        "store": lambda: store.used_bytes,
+        "host": lambda: residency.used_bytes,
+        "bank": lambda: engine.status().bank_bytes,
+    }
     service = Service(settings, engine, registry, admission, keys, tokenizer, metrics, tiers)
     await registry.open()
     try:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from veneer.adapters.slot_table import slot_capacity
 from veneer.errors import PathNotFoundError, UsageError
 from veneer.files.paths import exists
 from veneer.serving.admission import AdmissionLimits
@@ -132,7 +133,7 @@ def server_options(
         replicas=ReplicaOptions(replicas, ray_address, replica_cpus, threads) if replicas else None,
         limits=AdmissionLimits(
             running=max_requests * (replicas or 1),
-            slots=slots * (replicas or 1),
+            slots={bucket: count * (replicas or 1) for bucket, count in slot_capacity(slots, rank_buckets).items()},
             queue=queue,
             queue_per_adapter=queue,
             queue_age=queue_age,
