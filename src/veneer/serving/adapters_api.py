@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from veneer.serving.registry_types import AdapterInfo, Registration, VersionInfo
 from veneer.serving.service import Service
 from veneer.serving.serving_errors import (
     AdapterExistsError,
+    AdapterInvalidError,
     AdapterRemovedError,
     DrainingError,
     ModelNotFoundError,
@@ -61,8 +63,9 @@ async def adapters(service: Parts, caller: Manages) -> Json:
 
 @routes.get("/v1/adapters/{name:path}")
 async def adapter(service: Parts, caller: Manages, name: str) -> Json:
-    """Return the state of one adapter."""
-    return adapter_json(service.registry.adapter(name, caller))
+    """Return the state of one adapter, and the tokenizer and chat template that it is served with."""
+    info = service.registry.adapter(name, caller)
+    return {**adapter_json(info), **await asyncio.to_thread(_tokenizer_json, service, info)}
 
 
 @routes.delete("/v1/adapters/{name:path}")
@@ -186,6 +189,17 @@ def adapter_json(info: AdapterInfo) -> Json:
         "hint": info.hint,
         "load_seconds": dict(info.load_seconds),
     }
+
+
+def _tokenizer_json(service: Service, info: AdapterInfo) -> Json:
+    """Return whose tokenizer and chat template an adapter is served with; reads its files."""
+    if info.adapter is None:
+        return {"tokenizer": None, "chat_template": None, "tokenizer_unfit": None}
+    try:
+        choice = service.tokenizer.choice(info.adapter.folder)
+    except AdapterInvalidError as error:
+        return {"tokenizer": None, "chat_template": None, "tokenizer_unfit": error.message}
+    return {"tokenizer": choice.tokenizer, "chat_template": choice.chat_template, "tokenizer_unfit": choice.unfit}
 
 
 def _version_json(version: VersionInfo) -> Json:

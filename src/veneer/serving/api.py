@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 
 from veneer.serving.answer_format import AnswerFormat, ChatFormat, Choice, CompletionFormat, Json, usage
-from veneer.serving.asking import Asked, Infers, Parts, Prompt, RequestId, chat_tokens, text_tokens
+from veneer.serving.asking import Asked, Infers, Parts, Prompt, RequestId, chat_tokens, text_tokens, tokenizer_of
 from veneer.serving.engine_types import TokenEvent
 from veneer.serving.http_guard import body_of
 from veneer.serving.openai_types import ChatBody, CompletionBody, StreamingBody
@@ -30,7 +30,8 @@ async def chat_completions(
         tokens = await chat_tokens(service, use, body.messages, body.chat_template_kwargs)
         most = service.most_tokens(len(tokens), body.limit)
         asked.prompts += [Prompt(use, tokens, body.sampling(most, body.alternatives, i)) for i in range(body.n)]
-        return ChatFormat(body.model, asked.fingerprint(use), service.tokenizer.token_text, body.logprobs)
+        tokenizer = await tokenizer_of(service, use)
+        return ChatFormat(body.model, asked.fingerprint(use), tokenizer.token_text, body.logprobs)
 
     return _answer(Asked(service, caller, body, id), body, prepare)
 
@@ -44,12 +45,11 @@ async def completions(
     async def prepare(asked: Asked) -> AnswerFormat:
         use = asked.use(body.model)
         for prompt in body.prompts:
-            tokens = await text_tokens(service, prompt)
+            tokens = await text_tokens(service, use, prompt)
             most = service.most_tokens(len(tokens), body.max_tokens, _COMPLETION_TOKENS)
             asked.prompts += [Prompt(use, tokens, body.sampling(most, body.logprobs, i)) for i in range(body.n)]
-        return CompletionFormat(
-            body.model, asked.fingerprint(use), service.tokenizer.token_text, body.logprobs is not None
-        )
+        tokenizer = await tokenizer_of(service, use)
+        return CompletionFormat(body.model, asked.fingerprint(use), tokenizer.token_text, body.logprobs is not None)
 
     return _answer(Asked(service, caller, body, id), body, prepare)
 

@@ -14,7 +14,7 @@ from veneer._version import __version__
 from veneer.serving.auth import Caller
 from veneer.serving.engine_types import Sampling
 from veneer.serving.openai_types import ChatMessage, SamplingBody
-from veneer.serving.prompt_tokens import own_template
+from veneer.serving.prompt_tokens import PromptTokenizer, own_template
 from veneer.serving.registry_types import Use
 from veneer.serving.service import Service
 from veneer.serving.serving_errors import DrainingError, NotAllowedError
@@ -99,17 +99,28 @@ def _digits(digest: str | None) -> str:
     return (digest or "").rpartition(":")[2][:8]
 
 
+async def tokenizer_of(service: Service, use: Use) -> PromptTokenizer:
+    """Return the tokenizer of the version that answers."""
+    if use.adapter is None:
+        return service.tokenizer
+    return await asyncio.to_thread(service.tokenizer.of, use.adapter.folder)
+
+
 async def chat_tokens(
     service: Service, use: Use, messages: Sequence[ChatMessage], options: dict[str, Any], generation_prompt: bool = True
 ) -> tuple[int, ...]:
     """Return the tokens of a conversation, under the adapter's own chat template where it brings one."""
+    tokenizer = await tokenizer_of(service, use)
     template = None if use.adapter is None else await asyncio.to_thread(own_template, use.adapter.folder)
     rows = [message.for_template() for message in messages]
-    return await asyncio.to_thread(service.tokenizer.chat, rows, template, options, generation_prompt)
+    return await asyncio.to_thread(tokenizer.chat, rows, template, options, generation_prompt)
 
 
-async def text_tokens(service: Service, prompt: str | list[int], special_tokens: bool = True) -> tuple[int, ...]:
+async def text_tokens(
+    service: Service, use: Use, prompt: str | list[int], special_tokens: bool = True
+) -> tuple[int, ...]:
     """Return the tokens of a prompt that is a text, or its tokens."""
     if isinstance(prompt, str):
-        return await asyncio.to_thread(service.tokenizer.text, prompt, special_tokens)
+        tokenizer = await tokenizer_of(service, use)
+        return await asyncio.to_thread(tokenizer.text, prompt, special_tokens)
     return service.tokenizer.checked(prompt)

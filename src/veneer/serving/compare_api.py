@@ -46,7 +46,7 @@ async def compare(
 
 async def _compared_tokens(service: Service, use: Use, body: CompareBody) -> tuple[int, ...]:
     if body.messages is None:
-        return await text_tokens(service, body.prompt or "")
+        return await text_tokens(service, use, body.prompt or "")
     return await chat_tokens(service, use, body.messages, body.chat_template_kwargs)
 
 

@@ -21,6 +21,7 @@ from veneer.peft_model.load import load
 from veneer.peft_model.peft_model import PeftModel, wrap
 from veneer.peft_model.tokenizer import load_tokenizer
 from veneer.printing import warn
+from veneer.serving.adapter_tokenizers import AdapterTokenizers
 from veneer.serving.canary import Canary, lane_fault
 from veneer.serving.continuous_batching import ContinuousLane, batches_continuously
 from veneer.serving.engine_types import EngineRequest, EngineStatus, LoadedVersion, ServedBase, TokenEvent
@@ -74,6 +75,9 @@ class TransformersEngine:
         self._supervisor: Supervisor | None = None
         self._canary: Canary | None = None
         self._end_tokens: tuple[int, ...] = ()
+        self._tokenizers: AdapterTokenizers | None = None
+        # Version -> the tokenizer that it brings and is served with.
+        self._own_tokenizers: dict[str, Any] = {}
         self._leasing = ThreadPoolExecutor(2, thread_name_prefix="veneer-leases")
         # Held while a request is checked and begins, and while a version goes.
         self._admitting = threading.Lock()
@@ -86,6 +90,7 @@ class TransformersEngine:
         """Load the base, start the thread, and warm up."""
         model = self._model = self._build()
         self._end_tokens = _end_tokens(model, self.tokenizer)
+        self._tokenizers = AdapterTokenizers(self.tokenizer, self._vocabulary)
         lane = self._lane = _started_lane(model, self.options)
         self._canary = Canary(model, lane, self._between_steps)
         self._supervisor = Supervisor(lane)
@@ -158,7 +163,7 @@ class TransformersEngine:
             with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        job = Job(request, send, self.tokenizer, self._end_tokens)
+        job = Job(request, send, *self._text_of(request.version))
         lane = await self._admit(job)
         try:
             while True:
@@ -170,6 +175,13 @@ class TransformersEngine:
                     return
         finally:
             lane.forget(job)
+
+    def _text_of(self, version: str | None) -> tuple[Any, tuple[int, ...]]:
+        """Return the tokenizer of a version's text, and the tokens that end it."""
+        own = self._own_tokenizers.get(version or "")
+        if own is None:
+            return self.tokenizer, self._end_tokens
+        return own, (*self._end_tokens, *(() if own.eos_token_id is None else (own.eos_token_id,)))
 
     async def _admit(self, job: Job) -> Lane:
         request, (lane, _) = job.request, self._running
@@ -267,8 +279,12 @@ class TransformersEngine:
     def _attach(self, version: str, folder: Path) -> LoadedVersion:
         started = time.monotonic()
         assert self._canary is not None
+        assert self._tokenizers is not None
         _read_ahead(folder)
         try:
+            own = self._tokenizers.of(folder)
+            if own is not None and own.tokenizer is not None:
+                self._own_tokenizers[version] = own.tokenizer
             self.model.load_adapter(folder, adapter_name=version, strict_base=True)
             self._running[0].bank.register(version)
             changes = self._canary.check(version)
@@ -298,6 +314,7 @@ class TransformersEngine:
 
     def _detach(self, version: str) -> None:
         """Take an adapter off the model, as soon as no step and no request that comes too late holds it."""
+        self._own_tokenizers.pop(version, None)
         deadline = time.monotonic() + _PATIENCE
         while version in self.model.adapters.by_name:
             try:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 
-from veneer.serving.asking import Infers, Parts, chat_tokens, text_tokens
+from veneer.serving.asking import Infers, Parts, chat_tokens, text_tokens, tokenizer_of
+from veneer.serving.auth import Caller
 from veneer.serving.http_guard import body_of
 from veneer.serving.openai_types import DetokenizeBody, TokenizeBody
-from veneer.serving.registry_types import AdapterInfo, State
+from veneer.serving.registry_types import AdapterInfo, State, Use
 from veneer.serving.service import Service
 from veneer.serving.serving_errors import ModelNotFoundError
 
@@ -72,15 +75,25 @@ def _entry(service: Service, name: str, created: int, root: str, parent: str | N
     }
 
 
+@contextmanager
+def _use(service: Service, caller: Caller, model: str | None) -> Iterator[Use]:
+    """Hold the version whose tokenizer is asked for; without a name the base's, which any caller may ask for."""
+    if model is None:
+        yield Use(service.settings.base_name, None, None)
+        return
+    with service.registry.use(model, caller) as use:
+        yield use
+
+
 @routes.post("/tokenize")
 async def tokenize(
     service: Parts, caller: Infers, body: Annotated[TokenizeBody, Depends(body_of(TokenizeBody))]
 ) -> Json:
     """Return the tokens of a text or a conversation."""
-    if body.messages is None:
-        tokens = await text_tokens(service, body.prompt or "", body.add_special_tokens)
-    else:
-        with service.registry.use(body.model or service.settings.base_name, caller) as use:
+    with _use(service, caller, body.model) as use:
+        if body.messages is None:
+            tokens = await text_tokens(service, use, body.prompt or "", body.add_special_tokens)
+        else:
             tokens = await chat_tokens(
                 service, use, body.messages, body.chat_template_kwargs, body.add_generation_prompt
             )
@@ -92,4 +105,6 @@ async def detokenize(
     service: Parts, caller: Infers, body: Annotated[DetokenizeBody, Depends(body_of(DetokenizeBody))]
 ) -> Json:
     """Return the text of tokens."""
-    return {"prompt": await asyncio.to_thread(service.tokenizer.decode, body.tokens)}
+    with _use(service, caller, body.model) as use:
+        tokenizer = await tokenizer_of(service, use)
+        return {"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)}

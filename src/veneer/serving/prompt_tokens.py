@@ -1,25 +1,42 @@
-"""Turns conversations and texts into tokens, and tokens into text, by the base's tokenizer."""
+"""Turns conversations and texts into tokens, and tokens into text, by the base's tokenizer or an adapter's own."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from veneer.base_model.transformers_errors import transformers_errors_as
 from veneer.errors import SourceError, UsageError
 from veneer.files.json_file import read_json
+from veneer.serving.adapter_tokenizers import AdapterTokenizers
 from veneer.serving.serving_errors import AdapterInvalidError, InvalidRequestError
 
 _TEMPLATE_BYTES = 1 << 20
 
 
+@dataclass(frozen=True)
+class TokenizerChoice:
+    """Names whose chat template and whose tokenizer an adapter is served with.
+
+    Attributes:
+        chat_template: ``adapter``, ``base``, or ``None`` where neither has one.
+        tokenizer: ``adapter`` or ``base``.
+        unfit: why a tokenizer that the adapter brings is not used.
+    """
+
+    chat_template: str | None
+    tokenizer: str
+    unfit: str | None
+
+
 class PromptTokenizer:
-    """Applies chat templates and the base's tokenizer; any thread may call it.
+    """Applies chat templates and a tokenizer; any thread may call it.
 
     Args:
-        tokenizer: transformers' tokenizer of the base.
+        tokenizer: transformers' tokenizer of the base, or of an adapter.
         rows: how many tokens the base has an embedding of.
     """
 
@@ -28,6 +45,31 @@ class PromptTokenizer:
         tokenizer("")  # sets it to cut off nothing, which is no job for several threads at once
         names = inspect.signature(tokenizer.apply_chat_template).parameters
         self._reserved = {*names, "messages", "documents", "tools"}
+        self._adapters = AdapterTokenizers(tokenizer, rows)
+
+    def of(self, folder: Path) -> PromptTokenizer:
+        """Return the tokenizer for an adapter: the one in its folder where the base can be asked with it.
+
+        Raises:
+            AdapterInvalidError: it cannot be read.
+        """
+        own = self._adapters.of(folder)
+        return self if own is None or own.tokenizer is None else PromptTokenizer(own.tokenizer, self._rows)
+
+    def choice(self, folder: Path) -> TokenizerChoice:
+        """Tell what an adapter is served with: its own chat template and tokenizer, or the base's.
+
+        Raises:
+            AdapterInvalidError: its own cannot be read.
+        """
+        own, template = self._adapters.of(folder), own_template(folder)
+        has_own = own is not None and own.tokenizer is not None
+        base_template = "base" if self.has_template else None
+        return TokenizerChoice(
+            chat_template=base_template if template is None else "adapter",
+            tokenizer="adapter" if has_own else "base",
+            unfit=None if own is None else own.unfit,
+        )
 
     @property
     def has_template(self) -> bool:
