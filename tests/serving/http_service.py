@@ -46,7 +46,7 @@ class OneAdapter(Registry):
     def adapters(self, caller: Caller) -> list[AdapterInfo]:
         """List."""
         version = VersionInfo(1, DIGEST, 5.0, "a", State.READY)
-        info = AdapterInfo("a", State.READY, version, (version,), self.stored, resident=True)
+        info = AdapterInfo("a", State.READY, version, (version,), self.stored, memory_bytes=1000)
         return [info] if caller.may_use("a") else []
 
     def adapter(self, name: str, caller: Caller) -> AdapterInfo:
