@@ -25,6 +25,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "a size": (["base", "--host-bytes", "much"], "--host-bytes 'much' is no size"),
     "sources without changes": (["base", "--allow-source", "hf://a/*"], "--allow-runtime-adapters"),
     "a port": (["base", "--port", "70000"], "70000"),
+    "threads": (["base", "--threads", "99999999999999"], "--threads"),
+    "slots": (["base", "--slots", "99999999999"], "--slots"),
+    "a device": (["base", "--device", "nope"], "--device 'nope' cannot be used"),
+    "a device without numbers": (["base", "--device", "meta"], "--device 'meta' cannot be used"),
+    "a key without a name": (["--new-key", " "], "needs a name"),
     "seconds": (["base", "--drain", "nan"], "no number"),
     "a source of the web": (["base", "--allow-runtime-adapters", "--allow-source", "https://a/*"], "cannot be allowed"),
     "a cluster without replicas": (["base", "--ray-address", "auto"], "Add --replicas N"),
@@ -57,6 +62,17 @@ def test_a_port_that_is_taken(made: Path, run: Callable[..., Result]) -> None:
         result = run("serve", made / "base", "--port", str(taken.getsockname()[1]))
     assert result.code == 2
     assert "cannot be listened on" in result.err
+
+
+def test_a_host_that_is_no_name(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more, **options: host.encode("idna"))
+    for host in ("a" * 100, "x..y"):
+        result = run("serve", "base", "--insecure", "--host", host)
+        assert result.code == 2
+        assert f"{host}:8000 cannot be listened on" in result.err
+        assert result.err.count("\n") == 1
 
 
 def test_the_extra_is_named_where_it_is_missing(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,3 +126,41 @@ def test_options_come_from_a_file_too(run: Callable[..., Result], tmp_path: Path
     assert "no TOML" in told("port =")
     assert "cannot be read" in run("serve", "--config", tmp_path / "none").err
     assert "70000" in told('base = "base"\nport = 70000')
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["base = []", "port = [1]", "port = {a = 1}", "port = true", "port = 2027-01-01", "port = 80.5", "ui = 3",
+     'ui = "maybe"', 'adapter = "a=x"', "adapter = [1]", "adapter = 5", 'adapter = {a = "x"}', "api-keys = []",
+     'config = "x"', "help = true", "[serve]", "host-bytes = [5]", "rank-buckets = [8]"],
+)  # fmt: skip
+def test_a_wrong_value_in_a_file_is_told_in_one_line(line: str, run: Callable[..., Result], tmp_path: Path) -> None:
+    pytest.importorskip("tomllib")
+    file = tmp_path / "serve.toml"
+    file.write_text(line)
+    result = run("serve", "base", "--config", file)
+    assert result.code == 2
+    assert line.partition(" ")[0].strip("[]") in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_a_log_cannot_steer_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import logging
+
+    from veneer.cli.serve_command import _log_as
+
+    loggers = [logging.getLogger(name) for name in ("veneer", "uvicorn", "py.warnings")]
+    for logger in loggers:
+        for name in ("handlers", "level", "propagate"):
+            monkeypatch.setattr(logger, name, [] if name == "handlers" else getattr(logger, name))
+    try:
+        _log_as("text")
+        try:
+            raise ValueError("\x1b[31m")
+        except ValueError:
+            loggers[0].exception("\x1b]0;title\x07 and\nanother line")
+    finally:
+        logging.captureWarnings(False)
+    first, *traceback = capsys.readouterr().err.splitlines()
+    assert first.endswith("ERROR \\x1b]0;title\\x07 and another line")
+    assert traceback[-1] == "ValueError: \\x1b[31m"

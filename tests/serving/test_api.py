@@ -7,6 +7,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.serving.fake_engine import FakeEngine, answer_token, served
 from tests.serving.http_service import DIGEST, OneAdapter, OpenDoor, call, events_of, one_adapter_service
 from veneer import __version__
-from veneer.serving import stream
+from veneer.serving import http_guard, http_protocol, stream
+from veneer.serving.registry_types import Use
 from veneer.serving.service import Service
 
 CHAT = {"model": "a", "messages": [{"role": "user", "content": "w1 w2 w3"}], "max_tokens": 3}
@@ -188,6 +190,8 @@ def test_a_chat_without_a_limit_may_take_the_whole_context(url: str, engine: Fak
 
 REFUSED: dict[str, tuple[Any, int, str, str]] = {
     "unknown field": ({**CHAT, "tools": [{}], "mirostat": 1}, 400, "unsupported_field", "`tools`, `mirostat`"),
+    "unknown field of any name": ({**CHAT, "x-y[0]\x1b": 1}, 400, "unsupported_field", "`x-y[0]\\x1b` is"),
+    "penalty": ({**CHAT, "repetition_penalty": 1e-300}, 400, "invalid_request", "`repetition_penalty`"),
     "image": (
         {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
         400,
@@ -211,6 +215,18 @@ REFUSED: dict[str, tuple[Any, int, str, str]] = {
     "n": ({**CHAT, "n": 9}, 400, "invalid_request", "`n`"),
     "template's own": (
         {**CHAT, "chat_template_kwargs": {"chat_template": "x"}},
+        400,
+        "invalid_request",
+        "the server's",
+    ),
+    "self of the template": (
+        {**CHAT, "chat_template_kwargs": {"self": 1}},
+        400,
+        "invalid_request",
+        "the server's",
+    ),
+    "conversations of the template": (
+        {**CHAT, "chat_template_kwargs": {"conversations": 1}},
         400,
         "invalid_request",
         "the server's",
@@ -267,6 +283,65 @@ def test_other_sites_and_other_names_are_refused(url: str) -> None:
     assert call(url, "GET", "/v1/models", host="evil.example").error["code"] == "host_not_allowed"
     assert call(url, "GET", "/v1/models", host="localhost:80").status == 200
     assert call(url, "GET", "/v1/models", origin=url).status == 200
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        ("GET /health HTTP/1.1\r\nhost: [x", 403),
+        ("GET /health HTTP/1.1\r\nhost: localhost\r\norigin: http://[x", 403),
+        ("GET /health HTTP/1.1\r\nhost: localhost\r\norigin: null", 403),
+        ("GET /health HTTP/1.0", 403),
+        ("GET http://evil/ HTTP/1.1\r\nhost: localhost", 404),
+        ("BREW /health HTTP/1.1\r\nhost: localhost", 405),
+        ("HEAD /health HTTP/1.1\r\nhost: localhost", 405),
+        ("OPTIONS /v1/models HTTP/1.1\r\nhost: localhost\r\naccess-control-request-method: POST", 405),
+        ("GET /health HTTP/1.1\r\nhost: localhost\r\nupgrade: websocket\r\nconnection: upgrade", 200),
+        ("GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + "x" * 200_000, 400),
+        ("POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: -5", 400),
+        ("\x16\x03\x01 no HTTP at all", 400),
+    ],
+)
+def test_odd_heads_are_answered_and_the_next_request_too(url: str, head: str, status: int) -> None:
+    with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), 5) as connection:
+        connection.sendall(f"{head}\r\n\r\n".encode("latin-1"))
+        answer = connection.recv(65536).decode()
+    assert answer.startswith(f"HTTP/1.1 {status} ")
+    assert "access-control-allow" not in answer
+    if status == 405:
+        assert "\r\nallow: GET\r\n" in answer
+    assert call(url, "POST", "/v1/chat/completions", CHAT).status == 200
+
+
+def test_a_path_forges_no_line_of_the_log(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "veneer.serve")
+    assert call(url, "GET", "/%1b[31m%0d%0a2026-01-01%20INFO").status == 404
+    assert all(record.getMessage().isprintable() for record in caplog.records)
+    assert "/%1B%5B31m%0D%0A2026-01-01%20INFO 404" in caplog.text
+
+
+def test_a_base_may_have_any_name(tmp_path: Path) -> None:
+    service = one_adapter_service(tmp_path)
+    name = "模型 100%\r\nx-evil: 1"
+    service.settings = replace(service.settings, base_name=name)
+    use = Use(name, None, None)
+    service.registry.use = lambda model, caller: nullcontext(use)  # type: ignore[method-assign,assignment]
+    with served(service) as url:
+        for path, body in (
+            ("/v1/chat/completions", {**CHAT, "model": name}),
+            ("/v1/chat/completions", {**CHAT, "model": name, "stream": True}),
+            ("/v1/compare", {"models": [name, name], "prompt": "w1", "max_tokens": 2}),
+        ):
+            reply = call(url, "POST", path, body)
+            assert reply.status == 200
+            assert reply.headers["x-veneer-adapter"] == "%E6%A8%A1%E5%9E%8B 100%25%0D%0Ax-evil: 1"
+            assert "x-evil" not in reply.headers
+
+
+def test_a_model_that_is_not_there_has_no_tokens(url: str) -> None:
+    for path, body in (("/tokenize", {"prompt": "w1"}), ("/detokenize", {"tokens": [1]})):
+        assert call(url, "POST", path, {**body, "model": "b"}).error["code"] == "model_not_found"
+        assert call(url, "POST", path, {**body, "model": "a"}).status == 200
 
 
 def test_request_ids_are_echoed_and_never_used(url: str, engine: FakeEngine) -> None:
@@ -341,8 +416,6 @@ def test_a_client_that_goes_away_before_its_body_is_there(url: str) -> None:
 
 
 def test_a_slow_sender_is_given_up(url: str, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from veneer.serving import http_guard
-
     monkeypatch.setattr(http_guard, "BODY_SECONDS", 0.1)
     connection = http.client.HTTPConnection(urlsplit(url).netloc)
     connection.putrequest("POST", "/v1/chat/completions")
@@ -352,6 +425,31 @@ def test_a_slow_sender_is_given_up(url: str, client: Any, monkeypatch: pytest.Mo
     response = connection.getresponse()
     assert (response.status, json.loads(response.read())["error"]["code"]) == (408, "request_timeout")
     connection.close()
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /hea", b"POST /v1/models HTTP/1.1\r\nhost: localhost\r\n"])
+def test_a_head_that_does_not_end_is_given_up(tmp_path: Path, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.3)
+    with served(one_adapter_service(tmp_path), http=http_protocol.HttpProtocol) as url:
+        with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), 5) as connection:
+            connection.sendall(sent)
+            assert connection.recv(100) == b""
+        connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=5)
+        for _ in range(3):  # one connection, for longer than a head may take
+            time.sleep(0.15)
+            connection.request("POST", "/v1/chat/completions", json.dumps(CHAT), {"content-type": "application/json"})
+            assert connection.getresponse().read()
+        connection.close()
+
+
+def test_a_body_without_end_is_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_guard, "BODY_BYTES", 100)
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), 5) as connection:
+        connection.sendall(f"{head}transfer-encoding: chunked\r\n\r\n".encode() + b"32\r\n" + b" " * 50 + b"\r\n")
+        connection.sendall(b"40\r\n" + b" " * 64 + b"\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
+    assert call(url, "POST", "/v1/chat/completions", CHAT).status == 200
 
 
 def test_a_client_that_takes_nothing_is_given_up(

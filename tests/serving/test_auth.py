@@ -90,6 +90,7 @@ def test_reading_again_takes_a_key_away_and_a_damaged_file_changes_nothing(tmp_p
         ([entry("a", scopes="admin")], "list of texts"),
         ([entry("a", scopes=["root"])], "'root'"),
         ([entry("a", adapters=[1])], "list of texts"),
+        ([entry("a", adapters=[""])], "list of texts"),
         ([entry("a", requests_per_minute=0)], "above 0"),
         ([entry("a", tokens_per_minute=True)], "above 0"),
         ([entry("a", running="many")], "above 0"),

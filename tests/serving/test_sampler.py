@@ -112,6 +112,12 @@ def test_rows_at_temperature_zero_take_the_likeliest() -> None:
     assert choose(scores, [None] * 3).tolist() == scores.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-45, 1e-300])
+def test_the_least_temperatures_take_the_likeliest_too(temperature: float) -> None:
+    scores = logits(64)
+    assert choose(scores, [row(temperature=temperature)] * 64).tolist() == scores.argmax(-1).tolist()
+
+
 def test_a_seed_repeats_and_places_differ() -> None:
     def tokens(seed: int | None) -> list[int]:
         state = SamplingState.of(Sampling(max_tokens=9, seed=seed))

@@ -16,7 +16,7 @@ from veneer.cli.options import A_PATH, PATH_OR_ID, NumberRange, switch
 from veneer.cli.terminal import print_warnings, progress
 from veneer.errors import UsageError, did_you_mean
 from veneer.packages import require
-from veneer.printing import nbytes, parse_bytes, quiet
+from veneer.printing import nbytes, one_line, parse_bytes, printable, quiet
 
 if TYPE_CHECKING:
     from veneer.serving.replica_types import ReplicaOptions
@@ -49,11 +49,24 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: Path 
         raise UsageError(f"--config {path} cannot be read: {error.strerror}.", hint="Give a TOML file.") from error
     except ValueError as error:
         raise UsageError(f"{path} is no TOML: {error}.", hint="Such as: port = 9000") from error
-    names = {option.opts[0].removeprefix("--"): str(option.name) for option in context.command.params}
+    known = {option.opts[0].removeprefix("--"): option for option in context.command.params if option is not parameter}
     for key in values:
-        if key not in names:
-            raise UsageError(f"{path}: there is no option {key!r}.", hint=did_you_mean(key, names) or "See --help.")
-    context.default_map = {names[key]: value for key, value in values.items()}
+        if key not in known:
+            raise UsageError(f"{path}: there is no option {key!r}.", hint=did_you_mean(key, known) or "See --help.")
+    context.default_map = {str(known[key].name): _as_given(f"{path}: {key}", known[key], values[key]) for key in values}
+
+
+def _as_given(where: str, option: click.Parameter, value: Any) -> Any:
+    """Return a value of a TOML file as the command line would give it."""
+    if getattr(option, "multiple", False):
+        is_right, hint = isinstance(value, list) and all(isinstance(text, str) for text in value), '["this", "that"]'
+    elif getattr(option, "is_flag", False):
+        is_right, hint = isinstance(value, bool), "true"
+    else:
+        is_right, hint = isinstance(value, (str, int, float)) and not isinstance(value, bool), '"a text", or a number'
+    if not is_right:
+        raise UsageError(f"{where} cannot be {value!r}.", hint=f"Such as: {hint}")
+    return value if isinstance(value, (list, bool)) else str(value)
 
 
 def _bytes(name: str, help: str, default: str | None = None) -> Callable[[Any], Any]:
@@ -68,8 +81,8 @@ def _ranks(context: click.Context, parameter: click.Parameter, text: str) -> tup
     return tuple(sorted({int(part) for part in parts}))
 
 
-def _count(name: str, help: str, default: int | None = None) -> Callable[[Any], Any]:
-    return click.option(name, type=click.IntRange(min=1), default=default, metavar="N", help=help)
+def _count(name: str, help: str, default: int | None = None, most: int = 1 << 20) -> Callable[[Any], Any]:
+    return click.option(name, type=click.IntRange(1, most), default=default, metavar="N", help=help)
 
 
 def _seconds(name: str, default: float, help: str) -> Callable[[Any], Any]:
@@ -126,7 +139,7 @@ def _seconds(name: str, default: float, help: str) -> Callable[[Any], Any]:
 @_seconds("--drain", 30, "How long running requests have when the server is told to stop.")
 @options.dtype
 @options.device
-@_count("--threads", "Threads of the CPU; by default torch's choice.")
+@_count("--threads", "Threads of the CPU; by default torch's choice.", most=4096)
 @_count("--replicas", "Run so many engines, each in a process of its own, on Ray.")
 @click.option("--ray-address", metavar="ADDRESS", help="The Ray cluster they run in; by default one of this machine.")
 @click.option(
@@ -177,6 +190,8 @@ def serve(
 def _print_new_key(name: str) -> None:
     from veneer.serving.auth import new_key
 
+    if not name.strip():
+        raise UsageError("--new-key needs a name.", hint="Such as --new-key laptop; answers and the log name it.")
     key, entry = new_key(name)
     print(f"The key, which is shown this once: {key}")
     print(f'Its entry for "keys" in the file: {json.dumps(entry)}')
@@ -202,7 +217,7 @@ def _tell(server: RunningServer, warnings: list[str], described: ServerOptions, 
     """Print the figures chosen, and begin to log."""
     print_warnings([*warnings, *server.left_out])
     for name, fact in _facts(server, described):
-        print(f"{name:<12}{fact}")
+        print(f"{name:<12}{one_line(fact)}")
     print(f"Serving on {server.address}", flush=True)
     _log_as(log)
 
@@ -237,13 +252,23 @@ def _keys(described: ServerOptions) -> str:
 def _log_as(form: str) -> None:
     """Send the log to standard error, a line for each answer."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_JsonLines() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_JsonLines() if form == "json" else _TextLines("%(asctime)s %(levelname)s %(message)s"))
     for name in ("veneer", "uvicorn", "py.warnings"):
         logger = logging.getLogger(name)
         logger.addHandler(handler)
         logger.setLevel(logging.INFO if name == "veneer" else logging.WARNING)
         logger.propagate = False
     logging.captureWarnings(True)
+
+
+class _TextLines(logging.Formatter):
+    """Writes a record as a line, and a traceback below it, neither of which can steer a terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return one_line(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return printable(super().formatException(ei))
 
 
 class _JsonLines(logging.Formatter):

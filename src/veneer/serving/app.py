@@ -69,7 +69,10 @@ def _http_error(request: Request, error: Exception) -> Response:
     if status == 404:
         return error_response(NotFoundError(f"There is no {where}.", hint="docs/serve-api.md lists the addresses."))
     if status == 405:
-        return error_response(MethodNotAllowedError(f"{where} is not taken.", hint="docs/serve-api.md lists them."))
+        refusal = MethodNotAllowedError(f"{where} is not taken.", hint="docs/serve-api.md lists the addresses.")
+        response = error_response(refusal)
+        response.headers.update(getattr(error, "headers", None) or {})  # which methods it takes
+        return response
     return error_response(InvalidRequestError(str(getattr(error, "detail", "The request is not valid."))))
 
 

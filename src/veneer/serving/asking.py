@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from fastapi import Depends, Request
 
@@ -21,6 +22,8 @@ from veneer.serving.serving_errors import DrainingError, NotAllowedError
 from veneer.serving.stream import Generations
 
 ADAPTER_HEADER = "x-veneer-adapter"
+# ASCII that a header carries as it is, but for the sign of the encoding and the comma between two names.
+_IN_HEADERS = " !#$&'()*+/:;=?@[]"
 
 
 def service_of(request: Request) -> Service:
@@ -91,8 +94,9 @@ class Asked:
         return "-".join(part for part in (base, adapter, __version__) if part)
 
     def header(self) -> dict[str, str]:
-        """Return the header that names the versions which answer."""
-        return {ADAPTER_HEADER: ", ".join(dict.fromkeys(prompt.use.label for prompt in self.prompts))}
+        """Return the header that names the versions which answer, percent-encoded: a base may have any name."""
+        labels = dict.fromkeys(quote(prompt.use.label, safe=_IN_HEADERS) for prompt in self.prompts)
+        return {ADAPTER_HEADER: ", ".join(labels)}
 
 
 def _digits(digest: str | None) -> str:

@@ -181,7 +181,7 @@ class _Entry:
 
     def texts(self, field: str, default: tuple[str, ...], choices: tuple[str, ...] = ()) -> tuple[str, ...]:
         values = self.values.get(field, default)
-        if not isinstance(values, (list, tuple)) or not all(isinstance(value, str) for value in values):
+        if not isinstance(values, (list, tuple)) or not all(isinstance(value, str) and value for value in values):
             raise self.wrong(f"needs a list of texts as {field!r}")
         odd = [value for value in values if choices and value not in choices]
         if odd:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
 from veneer.errors import VeneerError
+from veneer.printing import printable
 from veneer.serving.serving_errors import InvalidRequestError, ServingError, UnsupportedFieldError, as_refusal
 
 # Status -> OpenAI's type of error; for another, by its first digit.
@@ -78,7 +79,7 @@ def refusal_of(error: Exception) -> ServingError:
 def invalid_body(error: ValidationError) -> ServingError:
     """Return the refusal of a body that does not validate: all unknown fields by name, or the first wrong one."""
     problems = error.errors(include_url=False, include_context=False, include_input=False)
-    unknown = list(dict.fromkeys(_field(p["loc"]) for p in problems if p["type"] == "extra_forbidden"))
+    unknown = list(dict.fromkeys(_unknown(p["loc"]) for p in problems if p["type"] == "extra_forbidden"))
     if unknown:
         names, verb = ", ".join(f"`{name}`" for name in unknown), "is" if len(unknown) == 1 else "are"
         hint = "Leave it out: this server ignores no field."
@@ -98,6 +99,11 @@ def _field(place: Sequence[int | str]) -> str:
         elif part not in _ALTERNATIVES and not any(mark in part for mark in "[(-"):
             text += f".{part}" if text else part
     return text[:200]
+
+
+def _unknown(place: Sequence[int | str]) -> str:
+    """Return the place of a field that is not known, whatever its name is."""
+    return printable(".".join(filter(None, (_field(place[:-1]), str(place[-1]))))[:200])
 
 
 def error_body(refusal: ServingError) -> dict[str, Any]:

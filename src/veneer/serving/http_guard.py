@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 from pydantic import BaseModel
 from starlette.datastructures import Headers, MutableHeaders
@@ -69,7 +69,9 @@ class Guard:
         finally:
             self._on_answer(answered.status, time.monotonic() - answered.begin)
             level = logging.DEBUG if scope["path"] in _ASKED_OFTEN and answered.status == 200 else logging.INFO
-            LOG.log(level, "%s %s %s %s", request_id, scope["method"], scope["path"], answered.status)
+            # The path comes with its escapes undone: those of line ends would forge lines of the log.
+            path = quote(scope["path"][:200], safe="/:@", errors="replace")
+            LOG.log(level, "%s %s %s %s", request_id, scope["method"], path, answered.status)
 
     async def _fail(self, error: Exception, answered: _Answered, scope: Scope, receive: Receive) -> None:
         if isinstance(error, (ClientDisconnect, ClientGoneError)):
@@ -86,14 +88,14 @@ class Guard:
         if self._hosts is None:
             return
         host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname or ""
+        name = _split(f"//{host}").hostname or ""
         if not (name in self._hosts or _is_address(name)):
             raise HostNotAllowedError(
                 f"This server is not {name[:80]!r}.",
                 hint="Without --api-keys it answers to its address and to localhost alone.",
             )
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _split(origin).netloc != host:
             raise HostNotAllowedError(
                 "A page of another site may not use this server.", hint="Start it with --api-keys, or call it directly."
             )
@@ -118,6 +120,14 @@ class _Answered:
 def _request_id(headers: Headers) -> str:
     given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+
+
+def _split(url: str) -> SplitResult:
+    """Return the parts of a URL; of one that is none, empty ones."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return SplitResult("", "", "", "", "")
 
 
 def _is_address(name: str) -> bool:

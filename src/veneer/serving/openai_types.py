@@ -68,7 +68,7 @@ class SamplingBody(RequestBody):
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] = []
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
     logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-_BIAS, le=_BIAS)]] = {}
     ignore_eos: bool = False
     timeout: float | None = Field(None, gt=0)

@@ -44,7 +44,7 @@ class PromptTokenizer:
         self._tokenizer, self._rows = tokenizer, rows
         tokenizer("")  # sets it to cut off nothing, which is no job for several threads at once
         names = inspect.signature(tokenizer.apply_chat_template).parameters
-        self._reserved = {*names, "messages", "documents", "tools"}
+        self._reserved = {*names, "self", "conversations", "messages", "documents", "tools"}
         self._adapters = AdapterTokenizers(tokenizer, rows)
 
     def of(self, folder: Path) -> PromptTokenizer:

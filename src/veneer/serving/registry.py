@@ -462,6 +462,10 @@ class Registry:
             gone = self._gone.get(name)
             if gone is not None and self._clock() < gone.until:
                 raise again(gone.error)
+        if name == self._base_name and caller.may_use(name):
+            raise ModelNotFoundError(
+                f"{name!r} is the base, and no adapter.", hint="Ask for it by its name alone.", param="model"
+            )
         visible = [other for other in (self._base_name, *self._names, *self._aliases) if caller.may_use(other)]
         raise ModelNotFoundError(
             f"No model is named {reference.name!r}.",

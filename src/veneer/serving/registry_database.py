@@ -122,10 +122,11 @@ class RegistryDatabase:
             self._open.execute("BEGIN IMMEDIATE")
             try:
                 yield self._open
+                self._open.execute("COMMIT")
             except BaseException:
-                self._open.execute("ROLLBACK")
+                if self._open.in_transaction:  # SQLite itself ends some that fail, such as on a full disk
+                    self._open.execute("ROLLBACK")
                 raise
-            self._open.execute("COMMIT")
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -20,6 +20,8 @@ from veneer.serving.engine_types import Sampling, TokenLogprob
 
 # The likeliest tokens among which the bound of top_p is looked for before all are sorted.
 _LIKELY = 1024
+# Logits divided by a temperature up to this are infinite or nearly so: only the likeliest token is left.
+_GREEDY = 1e-5
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def _groups(rows: Sequence[SamplingRow | None]) -> dict[_Filters, list[int]]:
     """Return the numbers of the rows that sample, by their options."""
     groups: dict[_Filters, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
-        if row is not None and row.state.sampling.temperature > 0:
+        if row is not None and row.state.sampling.temperature > _GREEDY:
             options = row.state.sampling
             groups[_Filters(options.temperature, options.top_k, options.top_p, options.min_p)].append(number)
     return groups

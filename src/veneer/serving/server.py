@@ -21,12 +21,14 @@ import uvicorn
 from veneer.adapters.slot_table import slot_capacity
 from veneer.errors import OutputError, VeneerError
 from veneer.files.paths import exists
+from veneer.printing import first_line
 from veneer.serving.admission import Admission
 from veneer.serving.app import create_app
 from veneer.serving.auth import ANONYMOUS, Keys
 from veneer.serving.engine import TransformersEngine
 from veneer.serving.engine_types import ServedEngine
 from veneer.serving.http_guard import LOG
+from veneer.serving.http_protocol import HttpProtocol
 from veneer.serving.metrics import ServerMetrics
 from veneer.serving.prompt_tokens import PromptTokenizer
 from veneer.serving.registry import Registry
@@ -130,9 +132,11 @@ def _listening(host: str, port: int) -> socket.socket:
             listener = stack.enter_context(socket.socket(family, kind, protocol))
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise OutputError(f"{host}:{port} cannot be listened on: {reason}.", hint="Give another --port.") from error
+        except (OSError, UnicodeError) as error:  # the second of names with long or empty parts
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise OutputError(
+                f"{host}:{port} cannot be listened on: {reason}.", hint="Give another --host or --port."
+            ) from error
         stack.pop_all()
     return listener
 
@@ -168,6 +172,8 @@ async def _serve(
         await _register(options, registry, running.left_out, on_step)
         config = uvicorn.Config(
             create_app(service),
+            http=HttpProtocol,
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,

@@ -7,9 +7,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from veneer.adapters.slot_table import slot_capacity
 from veneer.errors import PathNotFoundError, UsageError
 from veneer.files.paths import exists
+from veneer.printing import first_line
 from veneer.serving.admission import AdmissionLimits
 from veneer.serving.engine import EngineOptions
 from veneer.serving.registry_types import Registration
@@ -107,6 +110,7 @@ def server_options(
     if allow_source and not allow_runtime_adapters:
         raise UsageError("--allow-source is for adapters that come later.", hint="Add --allow-runtime-adapters.")
     _check_replicas(replicas, ray_address, store, device)
+    _check_device(device, is_here=replicas is None)
     given = tuple(_registration(text) for text in adapters)
     _check_once([registration.name for registration in given])
     found = tuple(_found(folder, {registration.name for registration in given})) if folder else ()
@@ -175,6 +179,18 @@ def _check_replicas(replicas: int | None, address: str | None, store: Path | Non
         raise UsageError(
             f"--device {device}: Ray gives each replica a device of its own.", hint=f"Say {device.partition(':')[0]}."
         )
+
+
+def _check_device(device: str | None, *, is_here: bool) -> None:
+    """Refuse a device that torch does not know, or that this machine lacks where the engine runs on it."""
+    try:
+        place = torch.device(device or "cpu")
+        if place.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.empty(0, device=place if is_here else "cpu")
+    except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
+        reason = first_line(error).partition(" device type at start")[0].rstrip(".")
+        raise UsageError(f"--device {device!r} cannot be used: {reason}.", hint="Such as --device cuda:0.") from error
 
 
 def _is_loopback(host: str) -> bool:
