@@ -5,12 +5,13 @@ The fused forms (``fused.py``) of the adapters on one layer are stacked, ranks p
     y'_n = s_k * y_n + (x_n A_k) B_k + c_k        A: (adapters, in, R), B: (adapters, R, out)
 
 with ``k`` the adapter of row ``n``. The rows are sorted by adapter once for all layers (``RowOrder``), so that a layer
-takes two batched products however many adapters there are. A row of the base is scaled by one and shifted by zero.
+takes two batched products however many adapters there are, and two more for each of the few with many more rows. A row
+of the base is scaled by one and shifted by zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,8 +49,8 @@ class StackedFactors:
             else:
                 stacked.add_(torch.bmm(hidden, self.up))
             return y
-        product = _padded if order.is_even else _one_by_one
-        change = product(x, self.down, self.up, order)
+        pieces = [*_padded(x, self.down, self.up, order), *_one_by_one(x, self.down, self.up, order)]
+        change = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         changed = y.index_select(0, order.rows)
         return y.index_copy_(0, order.rows, changed.add_(change.view_as(changed)))
 
@@ -114,27 +115,22 @@ def _hidden(x: Tensor, down: Tensor) -> Tensor:
     return torch.bmm(x.reshape(len(down), -1, x.shape[-1]).to(down.dtype), down)
 
 
-def _padded(x: Tensor, down: Tensor, up: Tensor, order: RowOrder) -> Tensor:
-    """Return ``(x A) B`` of the rows that name an adapter, sorted by adapter; shape ``(rows, ..., out)``."""
-    assert order.take is not None
+def _padded(x: Tensor, down: Tensor, up: Tensor, order: RowOrder) -> Iterator[Tensor]:
+    """Yield ``(x A) B`` of the rows that have places, if any has, sorted by adapter; shape ``(rows * ..., out)``."""
+    if order.take is None:
+        return
     taken = x.index_select(0, order.take)
     change = torch.bmm(_hidden(taken, down), up)
-    if order.keep is None:
-        return change
-    return change.view(taken.shape[0], -1).index_select(0, order.keep)
+    if order.keep is not None:
+        change = change.view(taken.shape[0], -1).index_select(0, order.keep)
+    yield change.view(-1, up.shape[-1])
 
 
-def _one_by_one(x: Tensor, down: Tensor, up: Tensor, order: RowOrder) -> Tensor:
-    """Return the same, adapter by adapter: where one has most rows, padding all others to it would cost more."""
-    assert order.rows is not None
-    used = [number for number, size in enumerate(order.sizes) if size]
-    pieces = x.index_select(0, order.rows).split([order.sizes[number] for number in used])
-    return torch.cat(
-        [
-            torch.mm(torch.mm(piece.reshape(-1, x.shape[-1]).to(down.dtype), down[number]), up[number])
-            for number, piece in zip(used, pieces, strict=True)
-        ]
-    )
+def _one_by_one(x: Tensor, down: Tensor, up: Tensor, order: RowOrder) -> Iterator[Tensor]:
+    """Yield the same of each adapter that has so many rows that padding the others to them would cost more."""
+    for number, rows in order.alone:
+        taken = x.index_select(0, rows).reshape(-1, x.shape[-1])
+        yield torch.mm(torch.mm(taken.to(down.dtype), down[number]), up[number])
 
 
 def _of_rows(vectors: Tensor, owner: Tensor, like: Tensor) -> Tensor:

@@ -9,27 +9,29 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+# A product of its own takes an adapter's rows about as long as so many rows more in the batched one;
+# benchmarks/notes.md, "The rows of a server's batch".
+_ALONE = 8
+
 
 @dataclass(frozen=True)
 class RowOrder:
-    """Rows sorted by adapter, each adapter with as many places as the one with the most rows.
+    """Rows sorted by adapter: those of most adapters in as many places for each, those of long ones by themselves.
 
     Attributes:
-        take: the row that is put in each place, ``(adapters * places,)``; ``None`` when the rows lie so already.
-        rows: the rows that name an adapter, sorted by adapter; ``None`` like ``take``.
-        keep: the places of ``rows``; ``None`` when every place is a row's.
         sizes: the number of rows of each adapter.
+        rows: the rows that name an adapter, sorted by adapter, those by themselves last; ``None`` when all rows do and
+            lie so already, as many for each.
+        take: the row that is put in each place, ``(adapters * places,)``; ``None`` where there are no places.
+        keep: the places of rows; ``None`` when every place is a row's.
+        alone: the number of an adapter, and its rows, for each whose rows are by themselves.
     """
 
-    take: Tensor | None
-    rows: Tensor | None
-    keep: Tensor | None
     sizes: tuple[int, ...]
-
-    @property
-    def is_even(self) -> bool:
-        """True where padding every adapter to the same number of rows makes no more than twice as many."""
-        return len(self.sizes) * max(self.sizes) <= 2 * sum(self.sizes)
+    rows: Tensor | None = None
+    take: Tensor | None = None
+    keep: Tensor | None = None
+    alone: Sequence[tuple[int, Tensor]] = ()
 
 
 Spans = Sequence[range]
@@ -41,21 +43,44 @@ def row_order(groups: Sequence[Spans], length: int, device: torch.device) -> Row
     All is worked out on the host and copied in one piece, so that nothing waits for the device.
     """
     sizes = tuple(sum(map(len, spans)) for spans in groups)
-    places = max(sizes)
-    rows = [span for spans in groups for span in spans]
-    even = min(sizes) == places
-    if even and _follow_each_other(rows, length):
-        return RowOrder(None, None, None, sizes)
+    if min(sizes) == max(sizes) and _follow_each_other([span for spans in groups for span in spans], length):
+        return RowOrder(sizes)
+    places = _places(sizes)
+    alone = [number for number, size in enumerate(sizes) if size > places]
+    together = [number for number, size in enumerate(sizes) if 0 < size <= places]
+    is_full = sum(sizes[number] for number in together) == places * len(sizes)
 
     def sorted_by_adapter() -> list[Tensor]:
-        sorted_rows = numbers(rows)
-        keep = numbers([range(n * places, n * places + size) for n, size in enumerate(sizes) if size])
+        rows = numbers([span for number in together for span in groups[number]])
+        keep = numbers([range(number * places, number * places + sizes[number]) for number in together])
         take = torch.zeros(len(groups) * places, dtype=torch.int64, device="cpu")
-        take[keep] = sorted_rows
-        return [take, sorted_rows, keep]
+        take[keep] = rows
+        by_themselves = [numbers(groups[number]) for number in alone]
+        return [torch.cat([rows, *by_themselves]), take, keep, *by_themselves]
 
-    take, sorted_rows, keep = on_device(device, sorted_by_adapter)
-    return RowOrder(take, sorted_rows, None if even else keep, sizes)
+    rows, take, keep, *by_themselves = on_device(device, sorted_by_adapter)
+    return RowOrder(
+        sizes,
+        rows,
+        take if places else None,
+        None if is_full else keep,
+        tuple(zip(alone, by_themselves, strict=True)),
+    )
+
+
+def _places(sizes: Sequence[int]) -> int:
+    """Return how many places each adapter has in the batched product, so that all rows take least time.
+
+    Padding makes no more than twice as many of the rows that are in it.
+    """
+    best, least = 0, sum(sizes) + _ALONE * sum(map(bool, sizes))
+    for places in {*sizes} - {0}:
+        inside = [size for size in sizes if size <= places]
+        outside = [size for size in sizes if size > places]
+        time = places * len(sizes) + sum(outside) + _ALONE * len(outside)
+        if time <= least and places * len(sizes) <= 2 * sum(inside):
+            best, least = places, time
+    return best
 
 
 def row_owners(groups: Mapping[int, Spans], rest: int, length: int, device: torch.device) -> Tensor:
