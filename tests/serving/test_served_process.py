@@ -7,6 +7,8 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.serving.engine_world import prompts
 from tests.serving.http_service import Reply, call, events_of
-from tests.serving.served_process import NAMES, ServedProcess, completion, made, process
+from tests.serving.served_process import NAMES, ServedProcess, completion, environment, made, process
 from veneer.serving.auth import new_key
 
 
@@ -157,8 +159,8 @@ def test_removal_under_load_waits_or_ends_what_runs(server: ServedProcess) -> No
     assert events[-2]["choices"][0]["finish_reason"] in ("abort", "length")
 
 
-def wait_for(reached: Any) -> None:
-    end = time.monotonic() + 20
+def wait_for(reached: Any, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
     while not reached():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -406,6 +408,25 @@ def test_an_adapter_of_the_command_line_that_cannot_be_served_ends_the_start(tmp
     truncated(world.folders["dora"])
     with pytest.raises(RuntimeError, match="error: "), process(world, tmp_path):
         raise AssertionError("it started")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["loading the base", "loading r3", "veneer-serve-"])
+def test_told_to_stop_while_it_loads_it_leaves_nothing(tmp_path: Path, moment: str, number: int) -> None:
+    world = made(tmp_path)
+    command = [sys.executable, "-m", "veneer", "serve", str(tmp_path / "base"), "--port=0", "--threads=1"]
+    adapters = [f"--adapter={name}={folder}" for name, folder in world.folders.items()]
+    with (tmp_path / "log").open("w") as log:
+        running = subprocess.Popen([*command, *adapters], stdout=log, stderr=log, env=environment(tmp_path))
+    try:
+        wait_for(lambda: moment in (tmp_path / "log").read_text() or [*tmp_path.glob(f"{moment}*")], 60)
+        running.send_signal(number)
+        assert running.wait(30) == 0
+    finally:
+        running.kill()
+        running.wait()
+    assert not list(tmp_path.glob("veneer-serve-*"))
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_told_twice_it_stops_at_once(tmp_path: Path) -> None:

@@ -386,7 +386,11 @@ def _started_lane(model: PeftModel, options: EngineOptions) -> Lane:
     name = type(model.get_base_model()).__name__
     for packs_attention in (True, False) if batches_continuously(model) else ():
         lane = ContinuousLane(model, options, packs_attention)
-        fault = lane_fault(lane, model)
+        try:
+            fault = lane_fault(lane, model)
+        except BaseException:  # the process is to end, and would wait for the lane's thread
+            lane.stop()
+            raise
         if fault is None:
             return lane
         lane.stop()

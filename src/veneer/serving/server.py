@@ -7,10 +7,9 @@ import logging
 import os
 import signal
 import socket
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -37,6 +36,7 @@ from veneer.serving.replica_types import ReplicaOptions
 from veneer.serving.residency import Residency, ResidencyLimits
 from veneer.serving.server_options import ServerOptions
 from veneer.serving.service import Service
+from veneer.serving.stopping import Stopping
 from veneer.serving.store import Store
 
 # The engine starts itself anew within seconds; one that stays dead for so many hangs, and only a new process helps.
@@ -78,16 +78,14 @@ def run_server(
     Raises:
         VeneerError: it cannot start.
     """
-    keys = Keys(options.keys)
-    with _listening(options.host, options.port) as listener:
+    keys, stopping = Keys(options.keys), Stopping()
+    with stopping.on_signals(), _listening(options.host, options.port) as listener, ExitStack() as started:
         engine = _engine(options)
+        started.callback(engine.stop, 0)
         on_step("loading the base")
         engine.start()
-        try:
-            with _folder(options.store) as folder:
-                asyncio.run(_serve(options, folder, engine, keys, listener, on_step, on_ready))
-        finally:
-            engine.stop(0)
+        folder = options.store or started.enter_context(stopping.temporary_folder("veneer-serve-"))
+        stopping.run(_serve(options, folder, engine, keys, listener, on_step, on_ready))
 
 
 def _engine(options: ServerOptions) -> ServedEngine:
@@ -112,16 +110,6 @@ def _host_bytes(replicas: ReplicaOptions | None) -> int:
     """Return a quarter of the memory, or each replica's part of it where they share this machine."""
     shares = replicas.count if replicas is not None and replicas.address is None else 1
     return int(psutil.virtual_memory().total) // (4 * shares)
-
-
-@contextmanager
-def _folder(store: Path | None) -> Iterator[Path]:
-    """Yield the folder of the store; where none is given, one that is gone with the process."""
-    if store is not None:
-        yield store
-        return
-    with tempfile.TemporaryDirectory(prefix="veneer-serve-") as folder:
-        yield Path(folder)
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -166,8 +154,8 @@ async def _serve(
         "bank": lambda: engine.status().bank_bytes,
     }
     service = Service(settings, engine, registry, admission, keys, tokenizer, metrics, tiers)
-    await registry.open()
     try:
+        await registry.open()
         running = RunningServer(_address(listener), service, host_bytes)
         await _register(options, registry, running.left_out, on_step)
         config = uvicorn.Config(
