@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -25,6 +26,8 @@ from tests.random_adapters import WEIGHTS, edit_config, edit_tensors
 from veneer.checkpoints.model_class import dtype_of
 from veneer.cli.app import COMMANDS
 from veneer.peft_model.stop_strings import before_stop, settled, stopping_criterion
+from veneer.serving.source_files import FolderSource
+from veneer.serving.store import Store
 
 Run = Callable[..., Any]
 WITHOUT_TORCH = [
@@ -215,6 +218,13 @@ def test_digest(run: Run, made: Path) -> None:
     digest = run("digest", made / "base").out.strip()
     assert digest == veneer.load(made / "base").base_digest
     assert run("digest", made / "base", "--full").out.startswith("sha256-full:")
+
+
+def test_the_digest_of_an_adapter_is_that_of_the_store(run: Run, made: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.open()
+    stored = asyncio.run(store.add(FolderSource(made / "adapter", links=False)))
+    assert run("digest", "--adapter", made / "adapter").out.strip() == stored.adapter.digest
 
 
 def test_version_and_help(run: Run) -> None:

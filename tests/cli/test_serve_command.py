@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Result
+from veneer.serving import server
 from veneer.serving.auth import Keys
+from veneer.serving.server_options import ServerOptions
 
 REFUSED: dict[str, tuple[list[str], str]] = {
     "no base": ([], "There is no base to serve."),
@@ -24,6 +26,18 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "no folder": (["base", "--adapters", "none"], "is no folder"),
     "a size": (["base", "--host-bytes", "much"], "--host-bytes 'much' is no size"),
     "sources without changes": (["base", "--allow-source", "hf://a/*"], "--allow-runtime-adapters"),
+    "a digest without changes": (["base", "--require-digest"], "--allow-runtime-adapters"),
+    "no seconds for a step": (["base", "--step-timeout", "0"], "--step-timeout"),
+    "no seconds for a source": (["base", "--load-timeout", "0"], "--load-timeout"),
+    "no seconds for an answer": (["base", "--request-timeout", "0"], "--request-timeout"),
+    "no seconds at all": (["base", "--load-wait", "-1"], "--load-wait"),
+    "seconds that are none": (["base", "--queue-age", "soon"], "soon"),
+    "no adapters with metrics": (["base", "--metrics-adapters", "0"], "--metrics-adapters"),
+    "half a replica": (["base", "--replicas", "0.5"], "--replicas"),
+    "fewer CPUs than none": (["base", "--replica-cpus", "-1"], "--replica-cpus"),
+    "a form of the log": (["base", "--log", "xml"], "xml"),
+    "a dtype": (["base", "--dtype", "int3"], "int3"),
+    "a flag that is none": (["base", "--metric-port", "1"], "--metric"),
     "a port": (["base", "--port", "70000"], "70000"),
     "threads": (["base", "--threads", "99999999999999"], "--threads"),
     "slots": (["base", "--slots", "99999999999"], "--slots"),
@@ -164,3 +178,16 @@ def test_a_log_cannot_steer_a_terminal(capsys: pytest.CaptureFixture[str], monke
     first, *traceback = capsys.readouterr().err.splitlines()
     assert first.endswith("ERROR \\x1b]0;title\\x07 and another line")
     assert traceback[-1] == "ValueError: \\x1b[31m"
+
+
+def test_options_reach_what_they_are_for(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    described: list[ServerOptions] = []
+    monkeypatch.setattr(server, "run_server", lambda options, *_: described.append(options))
+    flags = ["--allow-runtime-adapters", "--require-digest", "--load-timeout=5", "--step-timeout=7.5"]
+    assert run("serve", "base", *flags, "--metrics-adapters=3").code == 0
+    assert run("serve", "base").code == 0
+    given, default = described
+    assert (given.registry.require_digest, given.registry.load_timeout) == (True, 5)
+    assert (given.engine.step_timeout, given.metrics_adapters) == (7.5, 3)
+    assert (default.registry.require_digest, default.registry.load_timeout) == (False, 120)
+    assert (default.engine.step_timeout, default.metrics_adapters) == (30, 50)

@@ -51,6 +51,7 @@ class FakeEngine:
         delay: seconds before each token.
         broken: fails each request after its first token.
         dead: its thread has died.
+        hangs: its thread does not come back from a step.
         loaded: the versions that it holds.
         running: the ids of the requests under way.
         requests: all that it was asked.
@@ -62,6 +63,7 @@ class FakeEngine:
     delay: float = 0.0
     broken: bool = False
     dead: bool = False
+    hangs: bool = False
     loaded: dict[str, Path] = field(default_factory=dict)
     running: set[str] = field(default_factory=set)
     requests: list[EngineRequest] = field(default_factory=list)
@@ -115,7 +117,8 @@ class FakeEngine:
     def status(self) -> EngineStatus:
         """Return the state."""
         return EngineStatus(
-            alive=not self.dead,
+            alive=not self.dead and not self.hangs,
+            hangs=self.hangs,
             running=len(self.running),
             slots=4,
             slots_used=len(self.loaded),

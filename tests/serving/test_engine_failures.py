@@ -409,3 +409,25 @@ def test_stopping_lets_what_runs_finish(world: World) -> None:
 
     with running() as engine:
         assert run(main(engine)) == world.answer(None, PROMPT, 20)
+
+
+def test_an_engine_whose_step_does_not_end_hangs_until_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_go = threading.Event()
+    with running(replace(OPTIONS, step_timeout=0.1)) as engine:
+        assert engine._lane is not None
+        choose = engine._lane.sampling_rows  # type: ignore[attr-defined]
+        monkeypatch.setattr(engine._lane, "sampling_rows", lambda logits: (let_go.wait(20), choose(logits))[1])
+
+        async def main() -> None:
+            answer = asyncio.create_task(tokens_of(engine, request(1, PROMPT)))
+            deadline = time.monotonic() + 10
+            while not engine.status().hangs and time.monotonic() < deadline:
+                await asyncio.sleep(0.01)
+            status = engine.status()
+            assert (status.hangs, status.alive) == (True, False)
+            assert status.error == "A step takes more than 0.1 s."
+            let_go.set()
+            assert len(await answer) == 8
+            assert (engine.status().hangs, engine.status().alive) == (False, True)
+
+        run(main())

@@ -425,6 +425,24 @@ def test_sources_that_fail_are_not_asked_for_each_request(tmp_path: Path) -> Non
     run(world, work())
 
 
+def test_where_digests_are_required_a_registration_without_one_is_refused(tmp_path: Path) -> None:
+    world = World(tmp_path, options=RegistryOptions(require_digest=True))
+
+    async def work() -> None:
+        given = await world.register("operator", trusted=True)
+        assert given.current is not None
+        with pytest.raises(InvalidRequestError, match="which bytes") as caught:
+            await world.register("a")
+        assert (caught.value.param, caught.value.status, caught.value.code) == ("digest", 400, "invalid_request")
+        assert "veneer digest --adapter" in str(caught.value)
+        with pytest.raises(ModelNotFoundError):
+            await world.ask("a")
+        await world.register("a", digest=given.current.digest)
+        assert await world.ask("a") == given.current.digest
+
+    run(world, work())
+
+
 def test_a_slow_source_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(tmp_path, options=RegistryOptions(load_timeout=0.05))
     add = world.store._add

@@ -382,6 +382,14 @@ def test_an_engine_that_stays_dead_has_its_replica_replaced(monkeypatch: pytest.
     replica.check_health()
 
 
+def test_an_engine_that_hangs_has_its_replica_replaced_at_once() -> None:
+    engine = FakeServedEngine()
+    replica = EngineReplica(engine)
+    engine.hangs = True
+    with pytest.raises(RuntimeError, match="dead"):
+        replica.check_health()
+
+
 def test_an_engine_that_does_not_start_tells_why() -> None:
     class Broken(FakeServedEngine):
         def start(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import shutil
 import signal
@@ -438,3 +440,23 @@ def test_told_twice_it_stops_at_once(tmp_path: Path) -> None:
         served.process.send_signal(signal.SIGTERM)
         assert served.process.wait(20) == 0
         running.exception()
+
+
+def test_a_step_that_takes_too_long_ends_the_process_for_its_supervisor(tmp_path: Path) -> None:
+    """Within such a timeout no step ends, so each one that is looked at hangs."""
+    healths: set[int] = set()
+    with process(made(tmp_path), tmp_path, "--step-timeout=0.000001") as served, ThreadPoolExecutor(2) as clients:
+
+        def load() -> None:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                while True:
+                    ask(served, "r16", [5, 6, 7], 120)
+
+        for _ in range(2):
+            clients.submit(load)
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while served.process.poll() is None:
+                healths.add(call(served.url, "GET", "/health").status)
+        assert served.process.wait(20) == 70
+    assert 503 in healths
+    assert "A step takes more than 1e-06 s." in (tmp_path / "log").read_text()

@@ -20,7 +20,9 @@ class LeftError(Exception):
     """The process would have ended."""
 
 
-def test_an_engine_that_stays_dead_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def codes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The codes with which the process would have ended."""
     codes: list[int] = []
 
     def leave(code: int) -> None:
@@ -28,13 +30,27 @@ def test_an_engine_that_stays_dead_ends_the_process(tmp_path: Path, monkeypatch:
         raise LeftError
 
     monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(server, "_LOOK", 0.01)
+    return codes
+
+
+def test_an_engine_that_stays_dead_ends_the_process(tmp_path: Path, codes: list[int]) -> None:
     service = one_adapter_service(tmp_path)
     assert isinstance(service.engine, FakeEngine)
     with pytest.raises(asyncio.TimeoutError):
-        asyncio.run(asyncio.wait_for(server._watch(service, 1.5), 2.5))
+        asyncio.run(asyncio.wait_for(server._watch(service, 0.1), 0.2))
     service.engine.dead = True
     with pytest.raises(LeftError):
-        asyncio.run(asyncio.wait_for(server._watch(service, 1.5), 10))
+        asyncio.run(asyncio.wait_for(server._watch(service, 0.1), 10))
+    assert codes == [70]
+
+
+def test_an_engine_that_hangs_ends_the_process_at_once(tmp_path: Path, codes: list[int]) -> None:
+    service = one_adapter_service(tmp_path)
+    assert isinstance(service.engine, FakeEngine)
+    service.engine.hangs = True
+    with pytest.raises(LeftError):
+        asyncio.run(asyncio.wait_for(server._watch(service, 600), 10))
     assert codes == [70]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from veneer.cli.options import PATH_OR_ID, switch
@@ -10,11 +12,17 @@ from veneer.cli.options import PATH_OR_ID, switch
 @click.command()
 @click.argument("path", type=PATH_OR_ID, help="A full model's folder.")
 @switch("--full", "Read every byte instead of samples.")
-def digest(path: str, full: bool) -> None:
-    """Print the digest that identifies a base model.
+@switch("--adapter", "The folder is an adapter's; print the digest that `veneer serve` gives it.")
+def digest(path: str, full: bool, adapter: bool) -> None:
+    """Print the digest that identifies a base model, or an adapter.
 
     Example: veneer digest path/to/base
     """
+    if adapter:
+        from veneer.serving.fetch import adapter_digest
+
+        print(adapter_digest(Path(path)))
+        return
     from veneer.files.base_digest import base_digest
 
     print(base_digest(path, full=full))

@@ -85,8 +85,9 @@ def _count(name: str, help: str, default: int | None = None, most: int = 1 << 20
     return click.option(name, type=click.IntRange(1, most), default=default, metavar="N", help=help)
 
 
-def _seconds(name: str, default: float, help: str) -> Callable[[Any], Any]:
-    return click.option(name, type=NumberRange(min=0), default=default, metavar="SECONDS", help=help)
+def _seconds(name: str, default: float, help: str, *, or_none: bool = False) -> Callable[[Any], Any]:
+    above_zero = NumberRange(min=0, min_open=not or_none)
+    return click.option(name, type=above_zero, default=default, metavar="SECONDS", help=help)
 
 
 @click.command(context_settings=_SETTINGS)
@@ -112,6 +113,7 @@ def _seconds(name: str, default: float, help: str) -> Callable[[Any], Any]:
 @click.option(
     "--allow-source", multiple=True, metavar="GLOB", help="Where they may come from: hf://org/*, file:///dir/*."
 )
+@switch("--require-digest", "Refuse those whose registration does not say their digest.")
 @click.option(
     "--store", type=A_PATH, metavar="DIR", help="Keep adapters and names there; else they go with the process."
 )
@@ -132,11 +134,13 @@ def _seconds(name: str, default: float, help: str) -> Callable[[Any], Any]:
 @_count("--max-requests", "Requests in a batch.", 64)
 @_count("--max-context", "Tokens of a prompt with its answer; by default the model's and the cache's.")
 @_count("--queue", "Requests that wait.", 1024)
-@_seconds("--queue-age", 30, "How long a request may wait.")
-@_seconds("--adapter-cycle", 2, "How long an adapter waits for a slot before another gives one up.")
-@_seconds("--load-wait", 10, "How long a request waits for its adapter to be loaded.")
+@_seconds("--queue-age", 30, "How long a request may wait.", or_none=True)
+@_seconds("--adapter-cycle", 2, "How long an adapter waits for a slot before another gives one up.", or_none=True)
+@_seconds("--load-wait", 10, "How long a request waits for its adapter to be loaded.", or_none=True)
+@_seconds("--load-timeout", 120, "How long an adapter's source may take.")
+@_seconds("--step-timeout", 30, "How long a step may take; after that the process ends with exit code 70.")
 @_seconds("--request-timeout", 600, "How long an answer may take.")
-@_seconds("--drain", 30, "How long running requests have when the server is told to stop.")
+@_seconds("--drain", 30, "How long running requests have when the server is told to stop.", or_none=True)
 @options.dtype
 @options.device
 @_count("--threads", "Threads of the CPU; by default torch's choice.", most=4096)

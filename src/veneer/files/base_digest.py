@@ -67,7 +67,8 @@ def _check_is_no_adapter(source: Source) -> None:
     if file.startswith(ADAPTER_STEM) or (not file and source.has(ADAPTER_CONFIG) and not source.has(MODEL_CONFIG)):
         raise NotACheckpointError(
             f"{source.origin} is an adapter, and the digest is of a base model.",
-            hint="Give the full model's folder; `veneer inspect` shows which base the adapter records.",
+            hint="Give the full model's folder; `veneer inspect` shows which base the adapter records, and "
+            "`veneer digest --adapter` the digest that `veneer serve` gives it.",
         )
 
 

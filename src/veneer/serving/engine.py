@@ -366,6 +366,7 @@ class TransformersEngine:
         load = lane.load()
         return EngineStatus(
             alive=not hangs and not dead,
+            hangs=hangs,
             error=f"A step takes more than {self.options.step_timeout:g} s." if hangs else supervisor.error,
             restarts=supervisor.restarts,
             running=load.running,

@@ -115,6 +115,7 @@ class EngineStatus:
 
     Attributes:
         alive: False when its thread is dead or hangs.
+        hangs: True when a step takes longer than it may, which only the end of the process ends.
         error: why it last died, where it did.
         restarts: how often it was started anew.
         running: the requests in the batch.
@@ -130,6 +131,7 @@ class EngineStatus:
     """
 
     alive: bool
+    hangs: bool = False
     error: str | None = None
     restarts: int = 0
     running: int = 0

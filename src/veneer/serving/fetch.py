@@ -16,6 +16,7 @@ from veneer.errors import (
     BaseMismatchError,
     IncompleteCheckpointError,
     NonFiniteError,
+    PathNotFoundError,
     PickleRefusedError,
     UnsupportedError,
     VeneerError,
@@ -34,7 +35,7 @@ from veneer.serving.serving_errors import (
     SourceFailedError,
     as_refusal,
 )
-from veneer.serving.source_files import AdapterSource, SourceFiles
+from veneer.serving.source_files import AdapterSource, FolderSource, SourceFiles
 
 if TYPE_CHECKING:
     from veneer.checkpoints.checkpoint import Checkpoint
@@ -263,6 +264,19 @@ def digest_of(hashes: Mapping[str, bytes], sizes: Mapping[str, int]) -> str:
     for name in sorted(hashes):
         hasher.update(f"{name}\0{sizes[name]}\0".encode() + hashes[name])
     return f"sha256:{hasher.hexdigest()}"
+
+
+def adapter_digest(folder: Path) -> str:
+    """Compute the digest that the adapter in a folder has once it is stored.
+
+    Raises:
+        VeneerError: there is none, or it cannot be read.
+    """
+    if not folder.is_dir():
+        raise PathNotFoundError(f"{folder} is no folder.", hint="Give the folder of an adapter.")
+    with FolderSource(folder.resolve(), links=True).opened() as files:
+        _check_names(files)
+        return digest_in(folder, tuple(files.sizes))
 
 
 def digest_in(folder: Path, names: tuple[str, ...]) -> str:

@@ -26,6 +26,7 @@ from veneer.serving.serving_errors import (
     AdapterInvalidError,
     AdapterLoadingError,
     AdapterRemovedError,
+    InvalidRequestError,
     ModelNotFoundError,
     NotAllowedError,
     ServingError,
@@ -48,11 +49,13 @@ class RegistryOptions:
 
     Attributes:
         load_timeout: the seconds that a source may take.
+        require_digest: refuse a registration that does not say which bytes are meant, unless it is the operator's.
         versions: how many versions of a name are kept for a rollback, the current one among them.
         remembered: the seconds for which a name that went is told from one that never was.
     """
 
     load_timeout: float = 120.0
+    require_digest: bool = False
     versions: int = 8
     remembered: float = 600.0
 
@@ -152,12 +155,21 @@ class Registry:
             raise AdapterExistsError(
                 f"{name!r} is {'the base' if name == self._base_name else 'an alias'}.", hint="Take another name."
             )
+        self._check_digest(registration)
         self._policy.source(registration)
         entry = self._names.setdefault(name, RegisteredName(StoredName(name, 0, 1, registration.pin, ())))
         task = asyncio.create_task(self._registered(entry, registration, caller))
         entry.tasks.add(task)
         task.add_done_callback(lambda done: self._ended(entry, done))
         return task
+
+    def _check_digest(self, registration: Registration) -> None:
+        if self._options.require_digest and registration.digest is None and not registration.trusted:
+            raise InvalidRequestError(
+                f"The registration of {registration.name} does not say which bytes are meant.",
+                hint='Add "digest": "sha256:..." to the body of POST /v1/adapters; `veneer digest --adapter` tells it.',
+                param="digest",
+            )
 
     def _ended(self, entry: RegisteredName, task: asyncio.Task[AdapterInfo]) -> None:
         entry.tasks.discard(task)

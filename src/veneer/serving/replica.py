@@ -31,11 +31,11 @@ class EngineReplica:
         self._alive_at = time.monotonic()
 
     def check_health(self) -> None:
-        """Raise where the engine stays dead, so that this replica is replaced."""
+        """Raise where the engine hangs or stays dead, so that this replica is replaced."""
         status, now = self._engine.status(), time.monotonic()
         if status.alive:
             self._alive_at = now
-        if now - self._alive_at > _DEAD_SECONDS:
+        if status.hangs or now - self._alive_at > _DEAD_SECONDS:
             why = self._base if isinstance(self._base, VeneerError) else status.error
             raise RuntimeError(f"The engine is dead: {why}")
 

@@ -39,8 +39,10 @@ from veneer.serving.service import Service
 from veneer.serving.stopping import Stopping
 from veneer.serving.store import Store
 
-# The engine starts itself anew within seconds; one that stays dead for so many hangs, and only a new process helps.
+# The engine starts itself anew within seconds; where one stays dead for so many, only a new process helps.
 _DEAD_SECONDS = 30.0
+# Between two looks at the engine.
+_LOOK = 1.0
 # Ray starts replicas anew, which load the base again; only a cluster that is gone gives none back for so long.
 _LOST_SECONDS = 600.0
 # What a supervisor of processes takes for "start it again" (EX_SOFTWARE).
@@ -145,7 +147,9 @@ async def _serve(
     metrics = ServerMetrics(options.metrics_adapters)
     limits = ResidencyLimits(host_bytes, cycle=options.limits.cycle)
     residency = Residency(engine, store, limits, on_phase=metrics.loaded)
-    registry = Registry(store, residency, options.policy, base_name=settings.base_name, on_phase=metrics.loaded)
+    registry = Registry(
+        store, residency, options.policy, options.registry, base_name=settings.base_name, on_phase=metrics.loaded
+    )
     admission = Admission(residency, options.limits)
     tokenizer = PromptTokenizer(base.tokenizer, base.vocabulary)
     tiers = {
@@ -255,12 +259,12 @@ class _DrainingServer(uvicorn.Server):
 
 
 async def _watch(service: Service, patience: float) -> None:
-    """End the process when the engine is dead for good: a thread that hangs cannot be ended."""
+    """End the process when the engine hangs, for a thread cannot be ended, or stays dead for longer than that."""
     since = time.monotonic()
-    while time.monotonic() - since < patience:
-        await asyncio.sleep(1)
-        if service.engine.status().alive:
+    while not (status := service.engine.status()).hangs and time.monotonic() - since < patience:
+        if status.alive:
             since = time.monotonic()
-    LOG.critical("The engine is dead: %s", service.engine.status().error)
+        await asyncio.sleep(_LOOK)
+    LOG.critical("The engine is dead: %s", status.error)
     logging.shutdown()
     os._exit(_EXIT_DEAD)

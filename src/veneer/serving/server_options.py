@@ -15,6 +15,7 @@ from veneer.files.paths import exists
 from veneer.printing import first_line
 from veneer.serving.admission import AdmissionLimits
 from veneer.serving.engine import EngineOptions
+from veneer.serving.registry import RegistryOptions
 from veneer.serving.registry_types import Registration
 from veneer.serving.replica_types import ReplicaOptions
 from veneer.serving.service import ServiceSettings
@@ -36,6 +37,7 @@ class ServerOptions:
         store_limits: of what is in it.
         host_bytes: the most bytes of all loaded adapters; a quarter of the memory when ``None``.
         policy: where adapters may come from while the server runs.
+        registry: of names, and how adapters get them.
         keys: the file of keys.
         host, port: where it listens; port 0 takes a free one.
         metrics_adapters: how many adapters have metrics of their own.
@@ -53,6 +55,7 @@ class ServerOptions:
     store_limits: StoreLimits
     host_bytes: int | None
     policy: SourcePolicy
+    registry: RegistryOptions
     keys: Path | None
     host: str
     port: int
@@ -74,6 +77,7 @@ def server_options(
     insecure: bool,
     allow_runtime_adapters: bool,
     allow_source: tuple[str, ...],
+    require_digest: bool,
     store: Path | None,
     store_bytes: int,
     max_adapter_bytes: int,
@@ -89,6 +93,8 @@ def server_options(
     queue_age: float,
     adapter_cycle: float,
     load_wait: float,
+    load_timeout: float,
+    step_timeout: float,
     request_timeout: float,
     drain: float,
     dtype: str,
@@ -107,8 +113,9 @@ def server_options(
         UsageError: they contradict each other, or others than this machine could use the server without a key.
     """
     _check_host(host, keys, insecure)
-    if allow_source and not allow_runtime_adapters:
-        raise UsageError("--allow-source is for adapters that come later.", hint="Add --allow-runtime-adapters.")
+    for option, is_given in {"--allow-source": allow_source, "--require-digest": require_digest}.items():
+        if is_given and not allow_runtime_adapters:
+            raise UsageError(f"{option} is for adapters that come later.", hint="Add --allow-runtime-adapters.")
     _check_replicas(replicas, ray_address, store, device)
     _check_device(device, is_here=replicas is None)
     given = tuple(_registration(text) for text in adapters)
@@ -133,6 +140,7 @@ def server_options(
             dtype=dtype,
             slots=slots,
             rank_buckets=rank_buckets,
+            step_timeout=step_timeout,
         ),
         replicas=ReplicaOptions(replicas, ray_address, replica_cpus, threads) if replicas else None,
         limits=AdmissionLimits(
@@ -148,6 +156,7 @@ def server_options(
         store_limits=StoreLimits(store_bytes, max_adapter_bytes, max_rank),
         host_bytes=host_bytes,
         policy=SourcePolicy(allow_source),
+        registry=RegistryOptions(load_timeout, require_digest),
         keys=keys,
         host=host,
         port=port,
