@@ -86,8 +86,8 @@ def _count(name: str, help: str, default: int | None = None, most: int = 1 << 20
 
 
 def _seconds(name: str, default: float, help: str, *, or_none: bool = False) -> Callable[[Any], Any]:
-    above_zero = NumberRange(min=0, min_open=not or_none)
-    return click.option(name, type=above_zero, default=default, metavar="SECONDS", help=help)
+    allowed = NumberRange(min=0, min_open=not or_none)
+    return click.option(name, type=allowed, default=default, metavar="SECONDS", help=help)
 
 
 @click.command(context_settings=_SETTINGS)
