@@ -14,7 +14,8 @@ from torch import Tensor
 
 import veneer
 from tests.formats import diffusion_bases as bases
-from tests.formats.test_kohya import MIXED, OPTIONS, assert_same, of_peft, product
+from tests.formats.same_changes import assert_same
+from tests.formats.test_kohya import MIXED, OPTIONS, of_peft, product
 from veneer.errors import BindError, CorruptFileError, UnsupportedError, UsageError
 
 

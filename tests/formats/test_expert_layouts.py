@@ -14,7 +14,8 @@ from torch import Tensor
 
 import veneer
 from tests.formats.families import saved_family
-from tests.formats.test_mlx import adapter_of, assert_same, weight_changes
+from tests.formats.same_changes import assert_same
+from tests.formats.test_mlx import adapter_of, weight_changes
 from tests.random_adapters import edit_config, edit_tensors
 from veneer.errors import UnsupportedError, UsageError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,57 @@ def in_format(name: str, tmp_path: Path, base: Path) -> Path:
 
 def weights(path: Path) -> Path:
     return path if path.is_file() else next(path.glob("adapter*.safetensors"))
+
+
+@pytest.mark.parametrize("name", [*TARGETS, "kohya"])
+@pytest.mark.parametrize("length", [0, 2, 4, 40, 0.5, -1])
+def test_every_command_says_the_same_of_a_file_that_is_cut_off(
+    name: str, length: float, tmp_path: Path, base: Path
+) -> None:
+    out = tmp_path / ("out.safetensors" if name == "kohya" else "out.gguf" if name == "gguf" else "out")
+    veneer.convert(saved(tmp_path / "adapter"), out, to=name, base=base)
+    file = weights(out)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(length * len(whole)) if isinstance(length, float) else length])
+    messages = {said_by(call) for call in commands(out, tmp_path / "again", base)}
+    assert len(messages) == 1
+    assert f"{file} is damaged" in messages.pop()
+
+
+def test_every_command_refuses_what_inspect_calls_no_adapter(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "x.npz").write_bytes(b"PK\x03\x04")
+    messages = {said_by(call) for call in commands(tmp_path / "x.npz", tmp_path / "again", base)}
+    assert len(messages) == 1
+    assert "no adapter in a format that is known" in messages.pop()
+
+
+def test_inspect_says_that_weights_of_an_older_version_are_not_read(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "adapters.npz").write_bytes(b"PK\x03\x04")
+    for path in (tmp_path / "old", tmp_path / "old" / "adapters.npz"):
+        messages = {said_by(call) for call in commands(path, tmp_path / "again", base)}
+        assert len(messages) == 1
+        assert "wrote no config" in messages.pop()
+
+
+def commands(path: Path, out: Path, base: Path) -> list[Callable[[], Any]]:
+    """The calls that take an adapter, of which none may write anything."""
+    return [
+        lambda: veneer.inspect(path),
+        lambda: veneer.convert(path, out, base=base),
+        lambda: veneer.load(path, base=base),
+        lambda: veneer.load(base).load_adapter(path, adapter_name="again"),
+        lambda: veneer.merge(path, base, out=out),
+    ]
+
+
+def said_by(call: Callable[[], Any]) -> str:
+    """The error or the first problem that a call tells, with its hint."""
+    try:
+        result = call()
+    except VeneerError as error:
+        return f"{error.message} {error.hint}"
+    return f"{result.problems[0].message} {result.problems[0].hint}"
 
 
 @pytest.mark.parametrize("name", TARGETS)

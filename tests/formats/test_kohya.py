@@ -15,6 +15,7 @@ from torch import Tensor
 
 import veneer
 from tests.formats import diffusion_bases as bases
+from tests.formats.same_changes import assert_same
 from veneer.errors import BaseModelError, BindError, MergeError, UnsupportedError, UsageError
 
 MIXED: dict[str, Any] = {"rank_pattern": {"to_q": 2, "conv1": 3}, "alpha_pattern": {"to_k": 5, "conv2": 2.5}}
@@ -85,12 +86,6 @@ def of_kohya(file: Path, prefix: str = "lora_unet_") -> dict[str, Tensor]:
         scale = float(tensors[f"{name}.alpha"]) / down.shape[0]
         result[name.removeprefix(prefix)] = scale * product(tensors[f"{name}.lora_up.weight"], down)
     return result
-
-
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, change in one.items():
-        torch.testing.assert_close(change, other[name], rtol=1e-5, atol=1e-6)
 
 
 def in_sdxl(path: str) -> str:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import veneer
 from tests.formats import diffusion_bases as bases
-from tests.formats.test_kohya import assert_same, product
+from tests.formats.same_changes import assert_same
+from tests.formats.test_kohya import product
 from tests.random_adapters import saved, saved_base
 from veneer.errors import BindError, UnsupportedError, VeneerError
 

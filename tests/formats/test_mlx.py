@@ -14,6 +14,7 @@ from torch import Tensor
 import veneer
 from tests.formats.families import CONFIGS, family, saved_family
 from tests.formats.mlx_reading import mlx_changes
+from tests.formats.same_changes import assert_same
 from tests.models import build
 from tests.random_adapters import edit_config, edit_tensors, enlarge, saved
 from veneer.errors import (
@@ -53,12 +54,6 @@ def weight_changes(adapter: Path, base: Path) -> dict[str, Tensor]:
     after = {name: p.detach().double() for name, p in merged.named_parameters()}
     changes = {name: after[name] - plain[name] for name in after if name in plain}
     return {name.removesuffix(".weight"): change for name, change in changes.items() if change.any()}
-
-
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, change in one.items():
-        torch.testing.assert_close(change, other[name], rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 import veneer
+from tests.formats.same_changes import assert_same
 from tests.models import build
 from tests.random_adapters import edit_config, edit_tensors, saved, saved_base
 from veneer.base_model.catalog import Catalog
@@ -54,12 +54,6 @@ def changes(folder: Path) -> dict[str, Tensor]:
     return result
 
 
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, change in one.items():
-        torch.testing.assert_close(change, other[name], rtol=1e-6, atol=1e-7)
-
-
 def test_the_same_bytes_come_back(tmp_path: Path) -> None:
     adapter = saved(tmp_path / "adapter", **MIXED, use_rslora=True)
     report = veneer.convert(adapter, tmp_path / "again")
@@ -72,7 +66,7 @@ def test_the_same_bytes_come_back(tmp_path: Path) -> None:
 def test_a_folder_for_servers_makes_the_same_change(tmp_path: Path, options: dict[str, Any]) -> None:
     adapter = saved(tmp_path / "adapter", **options)
     veneer.convert(adapter, tmp_path / "served", to="serving")
-    assert_same(changes(adapter), changes(tmp_path / "served"))
+    assert_same(changes(adapter), changes(tmp_path / "served"), rtol=1e-6, atol=1e-7)
     config = json.loads((tmp_path / "served" / "adapter_config.json").read_text())
     assert isinstance(config["lora_alpha"], int)
     assert not config["use_rslora"]
@@ -84,7 +78,7 @@ def test_the_way_back_restores_the_config(tmp_path: Path) -> None:
     adapter = saved(tmp_path / "adapter", **MIXED, use_rslora=True)
     veneer.convert(adapter, tmp_path / "served", to="serving")
     veneer.convert(tmp_path / "served", tmp_path / "same")
-    assert_same(changes(adapter), changes(tmp_path / "same"))
+    assert_same(changes(adapter), changes(tmp_path / "same"), rtol=1e-6, atol=1e-7)
     configs = [(tmp_path / name / "adapter_config.json").read_text() for name in ("adapter", "same")]
     assert configs[0] == configs[1]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import veneer
 from tests.formats.families import family
+from tests.formats.same_changes import assert_same
 from tests.formats.test_mlx import weight_changes
 from veneer.errors import (
     BaseModelError,
@@ -31,12 +32,6 @@ OUT = {"attn.q_proj": 32, "attn.k_proj": 16, "attn.v_proj": 16, "attn.output_pro
 def factors(out: int, inner: int, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rank, inner, generator=generator) * 0.2, torch.randn(out, rank, generator=generator) * 0.2
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, change in expected.items():
-        torch.testing.assert_close(found[name], change.double(), rtol=1e-4, atol=2e-6)
 
 
 # -- torchtune ---------------------------------------------------------------------------------------------

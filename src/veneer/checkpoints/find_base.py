@@ -12,12 +12,12 @@ from veneer.files import adapter_folders
 from veneer.files.base_config import stem_of
 from veneer.files.base_map import places_of
 from veneer.files.lookup_options import LookupOptions
-from veneer.files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FOREIGN_FILES, MODEL_CONFIG, PIPELINE_INDEX
+from veneer.files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, PIPELINE_INDEX
 from veneer.files.paths import exists, is_file
 from veneer.files.resolve import resolve
 from veneer.files.source import Source
 from veneer.files.weight_files import read_headers
-from veneer.formats.foreign import foreign
+from veneer.formats.foreign import check_is_adapter_file, foreign
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,7 @@ def kind_of(source: Source, members: list[adapter_folders.Member]) -> str:
     """
     if foreign(source) is not None:
         return "adapter"
-    if source.file is not None and source.file.suffix in FOREIGN_FILES:
-        raise NotACheckpointError(
-            f"{source.origin} is no adapter in a format that is known.",
-            hint="A model in GGUF is loaded as the base of an adapter: base=FOLDER, gguf_file=NAME.",
-        )
+    check_is_adapter_file(source)
     model, adapter = source.has(MODEL_CONFIG), source.has(ADAPTER_CONFIG)
     if members:
         return "set of adapters"

@@ -13,7 +13,7 @@ from veneer.files.names import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_STEM, ADA
 from veneer.files.source import Source
 from veneer.files.weight_files import read_checked_headers
 from veneer.formats.expert_layouts import is_in_question
-from veneer.formats.foreign import foreign
+from veneer.formats.foreign import check_is_adapter_file, foreign
 from veneer.formats.format import Base, Format, ReadOptions
 from veneer.formats.peft import PeftFormat
 from veneer.packages import stands_in_for_peft
@@ -41,6 +41,7 @@ def open_checkpoint(
     other_format = foreign(source)
     if other_format is not None:
         return _from_other_format(source, other_format, config, base())
+    check_is_adapter_file(source)
     if not source.has(ADAPTER_CONFIG):
         raise IncompleteCheckpointError(
             f"{source.origin}: there is no {ADAPTER_CONFIG}, so this is no adapter.",

@@ -37,8 +37,13 @@ _SCALARS: Mapping[int, str] = {
 }
 
 
-# The number of a tensor's type in ggml -> its name, of those that adapters have.
-_TYPES: Mapping[int, str] = {0: "F32", 1: "F16", 8: "Q8_0", 30: "BF16"}
+# The number of a tensor's type in ggml -> its name, and the values and bytes of a block, of those that adapters have.
+_TYPES: Mapping[int, tuple[str, int, int]] = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    8: ("Q8_0", 32, 34),
+    30: ("BF16", 1, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,13 @@ class GgufTensor:
     @property
     def dtype(self) -> str:
         """The name of its type."""
-        return _TYPES.get(self.kind, f"ggml type {self.kind}")
+        return _TYPES[self.kind][0] if self.kind in _TYPES else f"ggml type {self.kind}"
+
+    @property
+    def least_end(self) -> int:
+        """The byte behind its last; behind its first where its type is not known."""
+        _, values, nbytes = _TYPES.get(self.kind, ("", 0, 1))
+        return self.start + (math.prod(self.shape) // values * nbytes if values else nbytes)
 
 
 @dataclass(frozen=True)
@@ -95,8 +106,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     """
     try:
         with path.open("rb") as file:
-            size = path.stat().st_size
-            if size < 24 or file.read(len(MAGIC)) != MAGIC:
+            if file.read(len(MAGIC)) != MAGIC:
                 raise _DamagedGgufError("it does not begin as a GGUF file does")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _read(path, _Cursor(data, len(MAGIC)))
@@ -221,7 +231,8 @@ def _placed(tensors: list[GgufTensor], cursor: _Cursor, alignment: Any) -> dict[
     placed = {t.name: GgufTensor(t.name, t.shape, t.kind, data_start + t.start) for t in tensors}
     if len(placed) != len(tensors):
         raise _DamagedGgufError("its header names a tensor twice")
-    outside = [t.name for t in placed.values() if t.start >= len(cursor.data)]
+    outside = [t for t in placed.values() if t.least_end > len(cursor.data)]
     if outside:
-        raise _DamagedGgufError(f"its data are cut off: {outside[0]!r} begins behind its end")
+        where = "begins" if outside[0].start >= len(cursor.data) else "ends"
+        raise _DamagedGgufError(f"its data are cut off: {outside[0].name!r} {where} behind its end")
     return placed

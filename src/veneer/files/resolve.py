@@ -11,10 +11,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from veneer.errors import NotACheckpointError, PathNotFoundError, PickleRefusedError, SourceError
+from veneer.errors import CorruptFileError, NotACheckpointError, PathNotFoundError, PickleRefusedError, SourceError
 from veneer.files.hub import from_hub
 from veneer.files.hub_page import is_url, read_hub_page
-from veneer.files.json_file import unreadable
+from veneer.files.json_file import COPY_AGAIN, unreadable
 from veneer.files.lookup_options import LookupOptions
 from veneer.files.names import FOREIGN_FILES, SAFETENSORS
 from veneer.files.paths import exists, is_folder, nearest_path
@@ -96,7 +96,9 @@ def local_path(text: str, what: str) -> tuple[Path, bool, bool]:
 
 
 def _single_file(path: Path, text: str) -> Source:
-    if path.suffix in FOREIGN_FILES and _begins_with(path, FOREIGN_FILES[path.suffix]):
+    start = FOREIGN_FILES.get(path.suffix)
+    there = b"" if start is None else _first_bytes(path, len(start))
+    if start is not None and there == start:
         return Source(path.parent, text, file=path)
     if path.suffix != SAFETENSORS:
         kinds = [suffix for names in PICKLES.values() for name in names for suffix in [Path(name).suffix]]
@@ -105,6 +107,8 @@ def _single_file(path: Path, text: str) -> Source:
                 f"{text} is a pickle, which can run code; it is not opened.",
                 hint=f"If you trust it: veneer convert-pickle {text}",
             )
+        if start is not None and start.startswith(there):
+            raise CorruptFileError(f"{text} is damaged: it is cut off after {len(there)} bytes.", hint=COPY_AGAIN)
         raise NotACheckpointError(
             f"{text} is a file, and no safetensors file.", hint="Give a checkpoint's folder, or its .safetensors file."
         )
@@ -112,10 +116,10 @@ def _single_file(path: Path, text: str) -> Source:
     return Source(path.parent, text, file=path)
 
 
-def _begins_with(path: Path, start: bytes) -> bool:
+def _first_bytes(path: Path, count: int) -> bytes:
     try:
         with path.open("rb") as file:
-            return file.read(len(start)) == start
+            return file.read(count)
     except OSError as error:
         raise unreadable(path, error) from error
 

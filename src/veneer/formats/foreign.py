@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from veneer.files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LITGPT_WEIGHTS, MODEL_CONFIG
+from veneer.errors import NotACheckpointError
+from veneer.files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FOREIGN_FILES, LITGPT_WEIGHTS, MODEL_CONFIG
 from veneer.files.source import Source
 
 if TYPE_CHECKING:
@@ -19,6 +20,15 @@ def foreign(source: Source) -> Format | None:
 
     found = recognise(source)
     return None if found is None or found.name == "peft" else found
+
+
+def check_is_adapter_file(source: Source) -> None:
+    """Raise ``NotACheckpointError`` for a file of another tool's kind in which no format is recognised."""
+    if source.file is not None and source.file.suffix in FOREIGN_FILES:
+        raise NotACheckpointError(
+            f"{source.origin} is no adapter in a format that is known.",
+            hint="A model in GGUF is loaded as the base of an adapter: base=FOLDER, gguf_file=NAME.",
+        )
 
 
 def _is_plain(source: Source) -> bool:

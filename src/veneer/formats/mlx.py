@@ -23,6 +23,7 @@ from veneer.errors import (
     CorruptFileError,
     IncompleteCheckpointError,
     UnsupportedError,
+    VeneerError,
 )
 from veneer.files.json_file import is_number
 from veneer.files.names import ADAPTER_CONFIG
@@ -97,7 +98,7 @@ class MlxFormat:
 def _read(source: Source, options: ReadOptions) -> CanonicalAdapter:
     header = header_of(source, WEIGHTS)
     if header is None:
-        raise _no_weights(source)
+        raise no_weights(source)
     config = _config_of(source)
     kind = _kind(config, source.origin)
     tensors = by_module(read_tensors(header), LEAF, source.origin)
@@ -146,7 +147,8 @@ def _under_names_of(
     return under_base_names(changes, base, family_of(base), origin)
 
 
-def _no_weights(source: Source) -> Exception:
+def no_weights(source: Source) -> VeneerError:
+    """Return the error of a folder, or of a file of an older version, that has no weights which are read."""
     checkpoints = _checkpoints(source)
     if checkpoints:
         return IncompleteCheckpointError(

@@ -56,6 +56,8 @@ def foreign_facts(source: Source, other_format: Format, problems: list[Problem])
         problems.append(Problem("not-read", f"{other_format.title} is not read.", other_format.way_out))
     pickled = _pickled(source, other_format)
     headers = [] if pickled or not other_format.reads else _headers(source, problems)
+    if other_format.reads and not (pickled or headers or problems):
+        problems += _no_weights(source, other_format)
     tensors = [info for header in headers for info in header.tensors.values()]
     ranks = _ranks(tensors)
     values = _config(source)
@@ -133,11 +135,19 @@ def _headers(source: Source, problems: list[Problem]) -> list[Header]:
                 headers.append(read_header(source.path(name)))
             except SourceError as error:
                 problems.append(problem_of("damaged", error))
-    if not headers and not any(name.endswith(tuple(FOREIGN_FILES)) for name in names):
-        problems.append(
-            Problem("no-weights", f"{source.origin}: there is a config and no weights.", "Copy them there.")
-        )
     return headers
+
+
+def _no_weights(source: Source, other_format: Format) -> list[Problem]:
+    """Return the problem of a config without weights, or with weights that are not read."""
+    if other_format.name == "mlx":
+        from veneer.formats.mlx import no_weights
+
+        return [problem_of("no-weights", no_weights(source))]
+    names = [source.file.name] if source.file is not None else source.files()
+    if any(name.endswith(tuple(FOREIGN_FILES)) for name in names):
+        return []
+    return [Problem("no-weights", f"{source.origin}: there is a config and no weights.", "Copy them there.")]
 
 
 def _ranks(tensors: Iterable[TensorInfo]) -> dict[int, int]:

@@ -31,7 +31,6 @@ from veneer.configs.value_checks import matches_type
 from veneer.errors import (
     ConfigError,
     CorruptFileError,
-    NotACheckpointError,
     SourceError,
     UnknownMethodError,
     VeneerError,
@@ -54,7 +53,7 @@ from veneer.files.safetensors_header import TensorInfo, read_header
 from veneer.files.source import PICKLES, Source
 from veneer.files.tensor_keys import PREFIX
 from veneer.formats.expert_layouts import leaves_order_unsaid, unsaid_order
-from veneer.formats.foreign import foreign
+from veneer.formats.foreign import check_is_adapter_file, foreign
 from veneer.keywords import TOKEN, takes
 
 if TYPE_CHECKING:
@@ -191,10 +190,7 @@ def _members(source: Source, problems: list[Problem]) -> list[adapter_folders.Me
 def _inspect_file(source: Source, path: str) -> Inspection:
     """Inspect a single safetensors file: an adapter's when its keys say so."""
     assert source.file is not None
-    if source.file.suffix != SAFETENSORS:
-        raise NotACheckpointError(
-            f"{path} is no adapter in a format that is known.", hint="A model in GGUF can be the base of an adapter."
-        )
+    check_is_adapter_file(source)
     header = read_header(source.file)
     weights = weights_of([header])
     beside = source.file.name == ADAPTER_WEIGHTS and source.has(ADAPTER_CONFIG)
