@@ -37,7 +37,8 @@ from tests.serving.served_process import save_base, started
 BASE = "base"
 _PROMPTS = 12
 _MOST_TOKENS = 48
-_LOAD_WAIT = 60.0
+# Of the server, if nothing else is said.
+_LOAD_WAIT = 10.0
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def server(folder: Path, sizes: Sizes, *options: str) -> Iterator[str]:
     nbytes = sum(file.stat().st_size for file in (folder / "adapters").glob("*/*"))
     counts = [f"--max-requests={sizes.clients}", f"--slots={sizes.slots}", f"--host-bytes={max(nbytes // 2, 10**6)}B"]
     changes = ["--allow-runtime-adapters", f"--allow-source=file://{folder.resolve()}/sources/*"]
-    fixed = ["--port=0", "--dtype=float32", "--threads=1", f"--load-wait={_LOAD_WAIT:g}", "--queue-age=120"]
+    fixed = ["--port=0", "--dtype=float32", "--threads=1"]
     with started(folder, *options, *counts, *changes, *fixed) as (_, url):
         yield url
 
