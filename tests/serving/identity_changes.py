@@ -31,6 +31,7 @@ class Changes:
         folders: digest -> the folder of an adapter.
         shared: the seeds of adapters whose bytes a name may get, though another has them.
         outcome: told what happens.
+        form: the seed of the config that all new adapters have; each has its own when ``None``.
         kinds: kind of change -> how often it is made.
     """
 
@@ -39,6 +40,7 @@ class Changes:
     folders: dict[str, Path]
     shared: range
     outcome: Outcome
+    form: int | None = None
     kinds: Mapping[str, int] = field(default_factory=lambda: KINDS)
     _seeds: Any = field(default_factory=lambda: itertools.count(_FIRST_SEED))
 
@@ -136,7 +138,7 @@ class Changes:
         """Write an adapter, and return its folder and digest."""
         number = next(self._seeds)
         folder = self.sources / str(number)
-        return folder, write_adapter(folder, number if seed is None else seed)
+        return folder, write_adapter(folder, number if seed is None else seed, self.form)
 
     def _ask_to_register(self, name: str, folder: Path, **more: Any) -> Reply:
         body = {"name": name, "source": f"file://{folder.resolve()}", "wait": True, **more}

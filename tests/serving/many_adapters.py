@@ -40,9 +40,15 @@ _TARGETS = (
 )
 
 
-def write_adapter(folder: Path, seed: int) -> str:
-    """Write the adapter of a seed: a LoRA of rank 1 to 16, an rsLoRA, a DoRA or an IA3; return its digest."""
-    chance, generator = random.Random(seed), np.random.default_rng(seed)
+def write_adapter(folder: Path, seed: int, form: int | None = None) -> str:
+    """Write an adapter, and return its digest.
+
+    Args:
+        folder: where to.
+        seed: of its numbers.
+        form: the seed of its config: LoRA of rank 1 to 16, rsLoRA, DoRA or IA3; that of its numbers when ``None``.
+    """
+    chance, generator = random.Random(seed if form is None else form), np.random.default_rng(seed)
     kind = chance.choices(("lora", "rslora", "dora", "ia3"), (6, 1, 2, 1))[0]
     targets = ("k_proj", "v_proj", "down_proj") if kind == "ia3" else chance.choice(_TARGETS)
     rank = chance.randint(1, 16)
