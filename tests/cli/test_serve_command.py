@@ -38,6 +38,8 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "a form of the log": (["base", "--log", "xml"], "xml"),
     "a dtype": (["base", "--dtype", "int3"], "int3"),
     "a flag that is none": (["base", "--metric-port", "1"], "--metric"),
+    "one port for two": (["base", "--metrics-port", "8000"], "is the --port"),
+    "a port of the metrics": (["base", "--metrics-port", "-1"], "--metrics-port"),
     "a port": (["base", "--port", "70000"], "70000"),
     "threads": (["base", "--threads", "99999999999999"], "--threads"),
     "slots": (["base", "--slots", "99999999999"], "--slots"),
@@ -73,9 +75,11 @@ def test_a_port_that_is_taken(made: Path, run: Callable[..., Result]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        result = run("serve", made / "base", "--port", str(taken.getsockname()[1]))
-    assert result.code == 2
-    assert "cannot be listened on" in result.err
+        for option in ("--port", "--metrics-port"):
+            result = run("serve", made / "base", "--port", "0", option, str(taken.getsockname()[1]))
+            assert result.code == 2
+            assert "cannot be listened on" in result.err
+            assert f"Give another --host or {option}." in result.err
 
 
 def test_a_host_that_is_no_name(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:

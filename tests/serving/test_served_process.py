@@ -460,3 +460,28 @@ def test_a_step_that_takes_too_long_ends_the_process_for_its_supervisor(tmp_path
         assert served.process.wait(20) == 70
     assert 503 in healths
     assert "A step takes more than 1e-06 s." in (tmp_path / "log").read_text()
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def test_metrics_on_a_port_of_their_own_are_there_and_nothing_else_is(tmp_path: Path) -> None:
+    key, entry = new_key("scraper")
+    entry["scopes"] = ["metrics", "infer"]
+    (tmp_path / "keys.json").write_text(json.dumps({"keys": [entry]}))
+    port = free_port()
+    options = (f"--metrics-port={port}", f"--api-keys={tmp_path / 'keys.json'}")
+    with process(made(tmp_path), tmp_path, *options) as served:
+        metrics, bearer = f"http://127.0.0.1:{port}", f"Bearer {key}"
+        assert b"veneer_engine_up 1.0" in call(metrics, "GET", "/metrics", authorization=bearer).body
+        assert call(metrics, "GET", "/metrics").status == 401
+        gone = call(served.url, "GET", "/metrics", authorization=bearer)
+        assert (gone.status, gone.error["code"]) == (404, "not_found")
+        assert call(served.url, "GET", "/v1/models", authorization=bearer).status == 200
+        for path in ("/v1/models", "/health", "/", "/metrics/x"):
+            assert call(metrics, "GET", path, authorization=bearer).status == 404
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(20) == 0

@@ -154,6 +154,9 @@ def _seconds(name: str, default: float, help: str, *, or_none: bool = False) -> 
     help="CPUs that Ray reserves for each; with --device cuda, a GPU too.",
 )
 @switch("--ui", "Serve a page at / that compares adapters.")
+@click.option(
+    "--metrics-port", type=click.IntRange(0, 65535), help="Answer /metrics there, and nowhere else; 0 takes a free one."
+)
 @_count("--metrics-adapters", "Adapters with metrics of their own; the others share one.", 50)
 @switch("--gateway-metrics", "Add the gauges that gateways read, under vLLM's names.")
 @click.option(
@@ -222,7 +225,7 @@ def _tell(server: RunningServer, warnings: list[str], described: ServerOptions, 
     print_warnings([*warnings, *server.left_out])
     for name, fact in _facts(server, described):
         print(f"{name:<12}{one_line(fact)}")
-    print(f"Serving on {server.address}", flush=True)
+    print(f"Serving on {server.addresses[0]}", flush=True)
     _log_as(log)
 
 
@@ -242,6 +245,7 @@ def _facts(server: RunningServer, described: ServerOptions) -> list[tuple[str, s
         ("store", f"{described.store or 'for this process'}, {nbytes(limits.store_bytes)} at most"),
         ("keys", "everybody on this machine" if service.settings.hosts is not None else _keys(described)),
         ("changes", "on" if described.settings.runtime_adapters else "off: --allow-runtime-adapters"),
+        *(("metrics", f"{address}/metrics") for address in server.addresses[1:]),
     ]
 
 

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from veneer.serving import adapters_api, api, compare_api, models_api
 from veneer.serving.asking import Parts, caller_with
@@ -52,8 +53,23 @@ def create_app(service: Service) -> FastAPI:
     if service.settings.page:
         for address, (name, content_type) in _PAGE.items():
             app.add_api_route(address, _file(name, content_type), methods=["GET"])
+    if service.settings.metrics_port is not None:
+        app.add_middleware(MetricsPort, port=service.settings.metrics_port)
     app.add_middleware(Guard, on_answer=service.metrics.answered, hosts=service.settings.hosts)
     return app
+
+
+class MetricsPort:
+    """Answers ``/metrics`` on a port of its own, and everything else on the others."""
+
+    def __init__(self, app: ASGIApp, port: int) -> None:
+        self._app, self._port = app, port
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer."""
+        if scope["type"] == "http" and (scope["path"] == "/metrics") != (scope["server"][1] == self._port):
+            raise _no_address(f"{scope['method']} {scope['path'][:200]}")
+        await self._app(scope, receive, send)
 
 
 @asynccontextmanager
@@ -67,13 +83,17 @@ def _http_error(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 400)
     where = f"{request.method} {request.url.path[:200]}"
     if status == 404:
-        return error_response(NotFoundError(f"There is no {where}.", hint="docs/serve-api.md lists the addresses."))
+        return error_response(_no_address(where))
     if status == 405:
         refusal = MethodNotAllowedError(f"{where} is not taken.", hint="docs/serve-api.md lists the addresses.")
         response = error_response(refusal)
         response.headers.update(getattr(error, "headers", None) or {})  # which methods it takes
         return response
     return error_response(InvalidRequestError(str(getattr(error, "detail", "The request is not valid."))))
+
+
+def _no_address(where: str) -> NotFoundError:
+    return NotFoundError(f"There is no {where}.", hint="docs/serve-api.md lists the addresses.")
 
 
 def _invalid_query(request: Request, error: Exception) -> Response:

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -54,9 +54,9 @@ _READ_AT_ONCE = 32
 
 @dataclass
 class RunningServer:
-    """What a server tells when it is ready."""
+    """Tells of a server that is ready; its second address, where there is one, is that of its metrics."""
 
-    address: str
+    addresses: list[str]
     service: Service
     host_bytes: int
     left_out: list[str] = field(default_factory=list)
@@ -81,13 +81,14 @@ def run_server(
         VeneerError: it cannot start.
     """
     keys, stopping = Keys(options.keys), Stopping()
-    with stopping.on_signals(), _listening(options.host, options.port) as listener, ExitStack() as started:
+    with stopping.on_signals(), ExitStack() as started:
+        listeners = [started.enter_context(_listening(options.host, port, flag)) for flag, port in _ports(options)]
         engine = _engine(options)
         started.callback(engine.stop, 0)
         on_step("loading the base")
         engine.start()
         folder = options.store or started.enter_context(stopping.temporary_folder("veneer-serve-"))
-        stopping.run(_serve(options, folder, engine, keys, listener, on_step, on_ready))
+        stopping.run(_serve(options, folder, engine, keys, listeners, on_step, on_ready))
 
 
 def _engine(options: ServerOptions) -> ServedEngine:
@@ -114,7 +115,13 @@ def _host_bytes(replicas: ReplicaOptions | None) -> int:
     return int(psutil.virtual_memory().total) // (4 * shares)
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def _ports(options: ServerOptions) -> Iterator[tuple[str, int]]:
+    yield "--port", options.port
+    if options.settings.metrics_port is not None:
+        yield "--metrics-port", options.settings.metrics_port
+
+
+def _listening(host: str, port: int, flag: str) -> socket.socket:
     """Take the address before the base is loaded, so that one that is taken is told at once."""
     with ExitStack() as stack:
         try:
@@ -125,7 +132,7 @@ def _listening(host: str, port: int) -> socket.socket:
         except (OSError, UnicodeError) as error:  # the second of names with long or empty parts
             reason = getattr(error, "strerror", None) or first_line(error)
             raise OutputError(
-                f"{host}:{port} cannot be listened on: {reason}.", hint="Give another --host or --port."
+                f"{host}:{port} cannot be listened on: {reason}.", hint=f"Give another --host or {flag}."
             ) from error
         stack.pop_all()
     return listener
@@ -136,12 +143,13 @@ async def _serve(
     folder: Path,
     engine: ServedEngine,
     keys: Keys,
-    listener: socket.socket,
+    listeners: list[socket.socket],
     on_step: Callable[[str], None],
     on_ready: Callable[[RunningServer], None],
 ) -> None:
     base = engine.served_base
-    settings = replace(options.settings, base_digest=base.digest or "")
+    metrics_port = listeners[1].getsockname()[1] if len(listeners) > 1 else None
+    settings = replace(options.settings, base_digest=base.digest or "", metrics_port=metrics_port)
     host_bytes = options.host_bytes or _host_bytes(options.replicas)
     store = Store(folder, options.store_limits, base_digest=base.digest)
     metrics = ServerMetrics(options.metrics_adapters)
@@ -160,7 +168,7 @@ async def _serve(
     service = Service(settings, engine, registry, admission, keys, tokenizer, metrics, tiers)
     try:
         await registry.open()
-        running = RunningServer(_address(listener), service, host_bytes)
+        running = RunningServer([*map(_address, listeners)], service, host_bytes)
         await _register(options, registry, running.left_out, on_step)
         config = uvicorn.Config(
             create_app(service),
@@ -180,7 +188,7 @@ async def _serve(
         watch = asyncio.create_task(_watch(service, _DEAD_SECONDS if options.replicas is None else _LOST_SECONDS))
         if hasattr(signal, "SIGHUP"):  # not on Windows
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, keys)
-        await server.serve([listener])
+        await server.serve(listeners)
         watch.cancel()
     finally:
         await registry.close()

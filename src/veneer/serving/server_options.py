@@ -104,6 +104,7 @@ def server_options(
     ray_address: str | None,
     replica_cpus: float,
     ui: bool,
+    metrics_port: int | None,
     metrics_adapters: int,
     gateway_metrics: bool,
 ) -> ServerOptions:
@@ -116,6 +117,8 @@ def server_options(
     for option, is_given in {"--allow-source": allow_source, "--require-digest": require_digest}.items():
         if is_given and not allow_runtime_adapters:
             raise UsageError(f"{option} is for adapters that come later.", hint="Add --allow-runtime-adapters.")
+    if metrics_port and metrics_port == port:
+        raise UsageError(f"--metrics-port {metrics_port} is the --port.", hint="Give another, or leave it out.")
     _check_replicas(replicas, ray_address, store, device)
     _check_device(device, is_here=replicas is None)
     given = tuple(_registration(text) for text in adapters)
@@ -128,6 +131,7 @@ def server_options(
             runtime_adapters=allow_runtime_adapters,
             request_timeout=request_timeout,
             page=ui,
+            metrics_port=metrics_port,
             gateway_metrics=gateway_metrics,
             hosts=None if keys or insecure else (host,),
         ),

@@ -36,6 +36,7 @@ class ServiceSettings:
         runtime_adapters: adapters may be registered and removed while the server runs.
         request_timeout: the seconds after which an answer is given up.
         page: serve the page at ``/``.
+        metrics_port: the port of the metrics; where the routes are when ``None``.
         gateway_metrics: add the gauges that gateways read, under vLLM's names.
         hosts: further names of this server; ``None`` allows all, since keys protect it.
     """
@@ -45,6 +46,7 @@ class ServiceSettings:
     runtime_adapters: bool = False
     request_timeout: float = 600.0
     page: bool = False
+    metrics_port: int | None = None
     gateway_metrics: bool = False
     hosts: tuple[str, ...] | None = ()
 
