@@ -17,7 +17,19 @@ from tests.serving.many_adapters import FILES, write_adapter
 from tests.serving.name_history import NameHistory
 
 # What is done to a name that is registered, and how often.
-KINDS = {"replace": 6, "roll back": 3, "roll back to": 1, "remove": 1, "drain": 2, "force": 2, "clash": 1, "damage": 1}
+KINDS = {
+    "replace": 6,
+    "roll back": 3,
+    "roll back to": 1,
+    "remove": 1,
+    "drain": 2,
+    "force": 2,
+    "clash": 1,
+    "damage": 1,
+    "pin": 1,
+    "unpin": 1,
+    "warm": 1,
+}
 _FIRST_SEED = 1_000_000
 
 
@@ -128,6 +140,22 @@ class Changes:
         self.outcome.counts[done] += 1
         return None
 
+    def _pin(self, name: str, history: NameHistory, chance: random.Random) -> Reply | None:
+        return self._kept(name, "pin")
+
+    def _unpin(self, name: str, history: NameHistory, chance: random.Random) -> Reply | None:
+        return self._kept(name, "unpin")
+
+    def _warm(self, name: str, history: NameHistory, chance: random.Random) -> Reply | None:
+        return self._kept(name, "warm")
+
+    def _kept(self, name: str, how: str) -> Reply | None:
+        reply = call(self.url, "POST", f"/v1/adapters/{name}/{how}", {}, timeout=PATIENCE)
+        if reply.status != 200:
+            return reply
+        self.outcome.counts["pinned, unpinned or warmed"] += 1
+        return None
+
     def _refused(self, reply: Reply, is_due: bool, why: str) -> Reply | None:
         if not is_due:
             return reply
@@ -155,4 +183,7 @@ _MAKERS: Mapping[str, Callable[[Changes, str, NameHistory, random.Random], Reply
     "remove": Changes._remove,
     "drain": Changes._drain,
     "force": Changes._force,
+    "pin": Changes._pin,
+    "unpin": Changes._unpin,
+    "warm": Changes._warm,
 }

@@ -106,7 +106,8 @@ class Judge:
 
 def _kind(answer: Answered) -> str:
     if answer.error is not None:
-        return f"refused: {answer.error['code']}"
+        waited = ", after the wait for it" if "still being loaded" in answer.error["message"] else ""
+        return f"refused: {answer.error['code']}{waited}"
     if answer.left:
         return "left by their clients" if answer.status else "left before they began"
     return "ended by force" if answer.finish == "abort" else "right"
