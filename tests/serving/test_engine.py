@@ -59,6 +59,24 @@ def test_a_version_tells_its_memory_and_its_slots(world: World) -> None:
         assert engine.status().bank_bytes > 0
 
 
+def test_versions_that_come_and_go_let_the_others_lie_in_their_slots(world: World) -> None:
+    async def main() -> None:
+        await engine.load("r1", world.folders["r1"])
+        assert engine._lane is not None
+        bank = engine._lane.bank
+        with bank.lease("r1"):
+            for number, name in enumerate((name for name in CONFIGS if name != "r1"), 2):
+                await engine.load(name, world.folders[name])
+                with bank.lease(name):
+                    await tokens_of(engine, request(name, prompts(1)[0], "r1", max_tokens=2))
+                await engine.drop(name)
+                bank.lease("r1").release()
+                assert bank.status().writes == number, name
+
+    with running() as engine:
+        run(main())
+
+
 def test_the_folders_are_there(world: World) -> None:
     assert all(
         isinstance(folder, Path) and (folder / "adapter_config.json").is_file() for folder in world.folders.values()

@@ -17,7 +17,7 @@ from veneer.layers.adapter_shares import BoundAdapter, LayerAdapters
 from veneer.layers.module_copies import ModuleCopies
 from veneer.methods import method_of
 from veneer.methods.base.abilities import ChangesWhenSaved
-from veneer.patches.watched_parameters import unwatch
+from veneer.patches.watched_parameters import detached, unwatch
 
 
 @dataclass
@@ -86,8 +86,8 @@ class Adapter(AdapterRecord):
     @property
     def nbytes(self) -> int:
         """The memory that its tensors take, what several share counted once."""
-        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in self.tensors_by_place().values())}
-        return sum(storages.values())
+        storages = [detached(tensor).untyped_storage() for tensor in self.tensors_by_place().values()]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def dtypes(self) -> set[torch.dtype]:
         """Return the dtypes of its tensors in memory."""
