@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from veneer.serving.serving_errors import (
     ServingError,
     SourceFailedError,
 )
-from veneer.serving.source_files import FolderSource, RemoteSource
+from veneer.serving.source_files import FolderSource, RemoteSource, SourceFiles
 from veneer.serving.source_policy import SourcePolicy
 from veneer.serving.store import Store, StoreLimits
 
@@ -206,8 +207,13 @@ def test_a_full_disk_fails_one_registration_and_leaves_nothing(tmp_path: Path, m
 def test_a_source_that_grows_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = opened(tmp_path / "store")
     folder = write_adapter(tmp_path / "a")
-    size = FolderSource._size
-    monkeypatch.setattr(FolderSource, "_size", lambda *args: size(*args) - 1)
+    listed = FolderSource._files
+
+    def smaller(source: FolderSource, label: str, descriptor: int) -> SourceFiles:
+        files = listed(source, label, descriptor)
+        return replace(files, sizes={name: size - 1 for name, size in files.sizes.items()})
+
+    monkeypatch.setattr(FolderSource, "_files", smaller)
     with pytest.raises(SourceFailedError, match="another size"):
         added(store, folder)
     assert list(store.root.iterdir()) == []

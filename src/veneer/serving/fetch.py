@@ -35,7 +35,7 @@ from veneer.serving.serving_errors import (
     SourceFailedError,
     as_refusal,
 )
-from veneer.serving.source_files import AdapterSource, FolderSource, SourceFiles
+from veneer.serving.source_files import AdapterSource, FolderSource, KnownSource, SourceFiles
 
 if TYPE_CHECKING:
     from veneer.checkpoints.checkpoint import Checkpoint
@@ -63,19 +63,40 @@ class FetchRules:
     rank: int | None
     base_digest: str | None
 
+    @property
+    def fingerprint(self) -> str:
+        """A text that differs where other adapters are let in."""
+        return f"{self.adapter_bytes} {self.rank} {self.base_digest}"
+
 
 class Fetch:
     """Fetches an adapter once; ``folder`` holds it then, and is removed where anything fails.
 
+    Args:
+        rules: for the adapter.
+        source: where it is.
+        reserve: makes room for so many bytes.
+        known: what was fetched from the source before.
+        stored: the same in the store; ``None`` where it is not there any more.
+
     Attributes:
         label: the source without secrets and local paths.
-        folder: the adapter's files.
+        folder: the adapter's files; ``None`` where the source is as it was, and nothing has to be fetched.
+        fingerprint: of the source's files and the rules; ``None`` where a later fetch has to read the files.
     """
 
-    def __init__(self, rules: FetchRules, source: AdapterSource, reserve: Callable[[int], None]) -> None:
-        self._rules, self._source, self._reserve = rules, source, reserve
+    def __init__(
+        self,
+        rules: FetchRules,
+        source: AdapterSource,
+        reserve: Callable[[int], None],
+        known: KnownSource | None = None,
+        stored: StoredAdapter | None = None,
+    ) -> None:
+        self._rules, self._source, self._reserve, self._known, self._stored = rules, source, reserve, known, stored
         self.label = source.url
         self.folder: Path | None = None
+        self.fingerprint: str | None = None
 
     def run(self, wanted: str | None = None) -> StoredAdapter:
         """Fetch and check the adapter, and make its folder read-only.
@@ -90,6 +111,9 @@ class Fetch:
         try:
             with self._source.opened() as files:
                 self.label = files.label
+                self.fingerprint = files.fingerprint and f"{files.fingerprint} {self._rules.fingerprint}"
+                if self._stored is not None and self._is_unchanged(wanted):
+                    return self._stored
                 _check_names(files)
                 self._check_sizes(files)
                 self._reserve(sum(files.sizes.values()))
@@ -100,6 +124,13 @@ class Fetch:
         except BaseException:
             self.discard()
             raise
+
+    def _is_unchanged(self, wanted: str | None) -> bool:
+        return (
+            self._known is not None
+            and self._known.fingerprint == self.fingerprint
+            and wanted in (None, self._known.digest)
+        )
 
     def discard(self) -> None:
         """Remove what was fetched."""

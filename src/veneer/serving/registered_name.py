@@ -11,7 +11,7 @@ from veneer.serving.serving_errors import AdapterRemovedError, ServingError
 from veneer.serving.waiting import is_set_within
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class RegisteredName:
     """A name, its uses, and what is done to it.
 
@@ -20,7 +20,7 @@ class RegisteredName:
         changing: held by what moves the name.
         tasks: the registrations under way.
         uses: the requests that use it.
-        idle: set when the last of them ends.
+        idle: set when the last of them ends; made when somebody waits for that, since there are thousands of names.
         last_used: when the last one came.
         error: why the last registration failed.
         seconds: phase -> seconds of the last registration.
@@ -31,7 +31,7 @@ class RegisteredName:
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     tasks: set[asyncio.Task[AdapterInfo]] = field(default_factory=set)
     uses: set[Use] = field(default_factory=set)
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    idle: asyncio.Event | None = None
     last_used: float | None = None
     error: ServingError | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -53,7 +53,8 @@ class RegisteredName:
 
     async def is_idle(self, seconds: float) -> bool:
         """Wait until no request uses the name, at most ``seconds``; tell whether that is so."""
-        self.idle.clear()
         if self.uses:
+            self.idle = self.idle or asyncio.Event()
+            self.idle.clear()
             await is_set_within(self.idle, seconds)
         return not self.uses

@@ -104,6 +104,7 @@ class Registry:
             OutputError: another server uses the store, or it cannot be written.
         """
         self._database.open()
+        self._database.tidy()
         self._store.open()
         for stored in self._database.names():
             self._names[stored.name] = RegisteredName(stored)
@@ -215,9 +216,13 @@ class Registry:
         source = self._policy.source(registration)
         if not registration.trusted:
             self._failures.check(source.url)
-        fetching = self._store.begin(source, registration.digest, self._keeper.claim)
+        known = self._database.known_source(source.url)
+        fetching = self._store.begin(source, registration.digest, self._keeper.claim, known)
         try:
-            yield await self._fetched(entry, source.url, fetching)
+            fetched = await self._fetched(entry, source.url, fetching)
+            if fetched.known is not None and fetched.known != known:
+                self._database.save_source(source.url, fetched.known)
+            yield fetched
         finally:
             fetching.add_done_callback(self._release_arrived)
 
@@ -462,7 +467,8 @@ class Registry:
         finally:
             entry.uses.discard(use)
             if not entry.uses:
-                entry.idle.set()
+                if entry.idle is not None:
+                    entry.idle.set()
                 self._leaving = [other for other in self._leaving if other is not entry]
 
     def _found(self, reference: Reference, caller: Caller) -> RegisteredName:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from veneer.errors import CorruptFileError, OutputError
 from veneer.files.atomic_write import writing
+from veneer.serving.source_files import KnownSource
 
 _FILE = "registry.sqlite"
 _TABLES = """
@@ -19,6 +21,7 @@ CREATE TABLE IF NOT EXISTS versions (
     name TEXT, number INTEGER, digest TEXT, created REAL, source TEXT, PRIMARY KEY (name, number)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS aliases (alias TEXT PRIMARY KEY, name TEXT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS sources (url TEXT PRIMARY KEY, fingerprint TEXT, digest TEXT) WITHOUT ROWID;
 """
 
 
@@ -71,12 +74,30 @@ class RegistryDatabase:
             self._connection.close()
             self._connection = None
 
+    def known_source(self, url: str) -> KnownSource | None:
+        """Return what was fetched from a source; ``None`` for one that cannot be told from a changed one."""
+        with self._errors():
+            row = self._open.execute("SELECT fingerprint, digest FROM sources WHERE url = ?", (url,)).fetchone()
+            return KnownSource(*row) if row else None
+
+    def save_source(self, url: str, source: KnownSource) -> None:
+        """Write what was fetched from a source."""
+        with self._changes() as connection:
+            values = url, source.fingerprint, source.digest
+            connection.execute("INSERT OR REPLACE INTO sources VALUES (?, ?, ?)", values)
+
+    def tidy(self) -> None:
+        """Forget the sources of what no name has any more."""
+        with self._changes() as connection:
+            connection.execute("DELETE FROM sources WHERE digest NOT IN (SELECT digest FROM versions)")
+
     def names(self) -> list[StoredName]:
         """Return all names."""
         with self._errors():
             versions: dict[str, list[StoredVersion]] = defaultdict(list)
-            for name, *values in self._open.execute("SELECT * FROM versions ORDER BY name, number"):
-                versions[name].append(StoredVersion(*values))
+            rows = self._open.execute("SELECT * FROM versions ORDER BY name, number")
+            for name, number, digest, created, source in rows:
+                versions[name].append(StoredVersion(number, sys.intern(digest), created, source))
             rows = self._open.execute("SELECT * FROM names ORDER BY name")
             return [StoredName(n, current, next_, bool(pin), tuple(versions[n])) for n, current, next_, pin in rows]
 

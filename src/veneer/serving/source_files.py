@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -25,6 +27,16 @@ _WANTED = re.compile(
 )
 _PICKLE = re.compile(r"adapter_model\.(bin|pt|pth)")
 _HUB_TIMEOUT = 10.0
+# A file system's times are this coarse at most, in seconds: two changes within may look like one.
+_SETTLED = 2.0
+
+
+@dataclass(frozen=True)
+class KnownSource:
+    """Tells what was fetched from a source: the fingerprint that its files had, and the adapter's digest."""
+
+    fingerprint: str
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -36,12 +48,14 @@ class SourceFiles:
         sizes: name -> bytes, of those that are fetched.
         open: opens one of them for reading.
         has_pickle: the weights are there as a pickle.
+        fingerprint: changes whenever a file does; ``None`` where that is not certain.
     """
 
     label: str
     sizes: Mapping[str, int]
     open: Callable[[str], BinaryIO]
     has_pickle: bool
+    fingerprint: str | None = None
 
 
 class AdapterSource(Protocol):
@@ -96,18 +110,27 @@ class FolderSource:
 
         try:
             names = os.listdir(folder)
-            sizes = {name: self._size(label, folder, name) for name in sorted(filter(_WANTED.fullmatch, names))}
+            facts = {name: self._facts(label, folder, name) for name in sorted(filter(_WANTED.fullmatch, names))}
         except OSError as error:
             raise _unreadable(label, error) from error
-        return SourceFiles(label, sizes, open_file, any(map(_PICKLE.fullmatch, names)))
+        sizes = {name: fact.st_size for name, fact in facts.items()}
+        return SourceFiles(label, sizes, open_file, any(map(_PICKLE.fullmatch, names)), _fingerprint(facts))
 
-    def _size(self, label: str, folder: int, name: str) -> int:
+    def _facts(self, label: str, folder: int, name: str) -> os.stat_result:
         facts = os.stat(name, dir_fd=folder, follow_symlinks=self.links)
         if not stat.S_ISREG(facts.st_mode):
             raise SourceFailedError(
                 f"{label}/{name} is a link, or no regular file.", hint="Copy the adapter's files there.", param="source"
             )
-        return facts.st_size
+        return facts
+
+
+def _fingerprint(facts: Mapping[str, os.stat_result]) -> str | None:
+    """Return a digest of what the system tells of files; ``None`` where one may change again at the same moment."""
+    if any(time.time() - fact.st_mtime < _SETTLED for fact in facts.values()):
+        return None
+    told = [(n, f.st_dev, f.st_ino, f.st_size, f.st_mtime_ns, f.st_ctime_ns) for n, f in facts.items()]
+    return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from veneer.printing import nbytes
 from veneer.serving.fetch import FACTS, FETCHING, Fetch, FetchRules, digest_in, remove_folder
 from veneer.serving.registry_types import StoredAdapter
 from veneer.serving.serving_errors import AdapterInvalidError, SourceFailedError
-from veneer.serving.source_files import AdapterSource
+from veneer.serving.source_files import AdapterSource, KnownSource
 
 _REMOVING = ".removing-"
 # Fetches that run at once, most of the time waiting for the disk or the network; the others wait.
@@ -48,10 +49,17 @@ class StoreLimits:
 
 @dataclass(frozen=True)
 class Fetched:
-    """An adapter in the store, and where it came from, without secrets and local paths."""
+    """An adapter in the store, and where it came from, without secrets and local paths.
+
+    Attributes:
+        adapter: the adapter.
+        label: the source.
+        known: tells an unchanged source the next time; ``None`` where that is not certain.
+    """
 
     adapter: StoredAdapter
     label: str
+    known: KnownSource | None
 
 
 class Store:
@@ -128,10 +136,21 @@ class Store:
         return await asyncio.shield(self.begin(source, digest))
 
     def begin(
-        self, source: AdapterSource, digest: str | None = None, arrived: Callable[[str], None] = lambda digest: None
+        self,
+        source: AdapterSource,
+        digest: str | None = None,
+        arrived: Callable[[str], None] = lambda digest: None,
+        known: KnownSource | None = None,
     ) -> asyncio.Task[Fetched]:
-        """Begin what :meth:`add` waits for; ``arrived`` is called with the digest before it could be removed again."""
-        task = asyncio.create_task(self._add(source, digest, arrived))
+        """Begin what :meth:`add` waits for.
+
+        Args:
+            source: where the adapter is.
+            digest: the one that it must have.
+            arrived: called with the digest before it could be removed again.
+            known: what was fetched from there before; where the source is unchanged, it is not read again.
+        """
+        task = asyncio.create_task(self._add(source, digest, arrived, known))
         self._tasks.add(task)
         task.add_done_callback(self._forget)
         return task
@@ -141,7 +160,9 @@ class Store:
         if not task.cancelled():
             task.exception()  # seen, where nobody waits for it any more
 
-    async def _add(self, source: AdapterSource, digest: str | None, arrived: Callable[[str], None]) -> Fetched:
+    async def _add(
+        self, source: AdapterSource, digest: str | None, arrived: Callable[[str], None], known: KnownSource | None
+    ) -> Fetched:
         loop = asyncio.get_running_loop()
         reserved = 0
 
@@ -151,16 +172,24 @@ class Store:
             self._reserved += size
             reserved = size
 
-        fetch = Fetch(self._rules, source, lambda size: asyncio.run_coroutine_threadsafe(reserve(size), loop).result())
+        def wait_for_room(size: int) -> None:
+            asyncio.run_coroutine_threadsafe(reserve(size), loop).result()
+
+        stored = None if known is None else self._adapters.get(known.digest)
+        fetch = Fetch(self._rules, source, wait_for_room, known, stored)
         try:
             adapter = await loop.run_in_executor(self._threads, fetch.run, digest)
+            if fetch.folder is None and adapter.digest not in self._adapters:  # it was removed meanwhile
+                return await self._add(source, digest, arrived, None)
             self._place(fetch, adapter)
             arrived(adapter.digest)
-            with suppress(OSError):  # its files are on the disk; its name in the folder may come there later
-                await asyncio.to_thread(self._settle, fetch)
+            if fetch.folder is not None:
+                with suppress(OSError):  # its files are on the disk; its name in the folder may come there later
+                    await asyncio.to_thread(self._settle, fetch)
         finally:
             self._reserved -= reserved
-        return Fetched(self._adapters.get(adapter.digest, adapter), fetch.label)
+        known = None if fetch.fingerprint is None else KnownSource(fetch.fingerprint, adapter.digest)
+        return Fetched(self._adapters.get(adapter.digest, adapter), fetch.label, known)
 
     def _place(self, fetch: Fetch, adapter: StoredAdapter) -> None:
         """Move a fetched adapter to its place; one that is there already stays."""
@@ -169,7 +198,7 @@ class Store:
                 self._take_away(adapter.folder)
                 fetch.folder.rename(adapter.folder)
             self._adapters[adapter.digest] = adapter
-        self._verified.add(adapter.digest)
+            self._verified.add(adapter.digest)
         self.touch(adapter.digest)
 
     def _settle(self, fetch: Fetch) -> None:
@@ -230,4 +259,6 @@ class Store:
 
 def _read_facts(folder: Path) -> StoredAdapter:
     facts = read_json(folder / FACTS)
-    return StoredAdapter(**{**facts, "folder": folder, "files": tuple(facts["files"])})
+    # Thousands of adapters have the same names of files, method and base.
+    texts = {key: sys.intern(value) for key, value in facts.items() if isinstance(value, str)}
+    return StoredAdapter(**{**facts, **texts, "folder": folder, "files": tuple(map(sys.intern, facts["files"]))})
