@@ -15,6 +15,7 @@ import pytest
 
 import veneer
 from veneer.cli.app import COMMANDS, application
+from veneer.cli.generation_options import generation_options
 
 TORCH = {"torch", "torchgen", "numpy", "tqdm", "typing_extensions"}
 # Starts and what they import beside Python's library, at most.
@@ -104,7 +105,9 @@ def command_of(name: str) -> click.Command:
 def passed_on(command: click.Command) -> Iterator[str]:
     callback: Callable[..., Any] | None = command.callback
     assert callback is not None
-    parameters = inspect.signature(callback).parameters
+    parameters = {*inspect.signature(callback).parameters}
+    if "generation" in parameters:  # which is made of several options
+        parameters |= {*inspect.signature(generation_options).parameters}
     yield from (str(p.name) for p in command.params if p.name not in parameters and p.expose_value)
 
 

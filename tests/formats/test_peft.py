@@ -58,6 +58,7 @@ def test_the_same_bytes_come_back(tmp_path: Path) -> None:
     adapter = saved(tmp_path / "adapter", **MIXED, use_rslora=True)
     report = veneer.convert(adapter, tmp_path / "again")
     assert [step.kind for step in report.steps] == ["exact"]
+    assert dict(report._facts())["left out"] == "nothing: the change is exactly the same"
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (adapter / name).read_bytes()
 

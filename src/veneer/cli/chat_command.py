@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from veneer.cli import options as shared
-from veneer.cli.generation_options import generation_options
+from veneer.cli.generation_options import GenerationOptions, generation
 from veneer.cli.options import PATH_OR_ID
 from veneer.cli.terminal import decoding_stdin, print_warnings, progress
 from veneer.errors import VeneerError
@@ -25,20 +25,13 @@ _PATHS = "An adapter, a set of adapters or a model; then further adapters of the
 @click.command()
 @click.argument("paths", metavar="PATH [ADAPTER]...", type=PATH_OR_ID, nargs=-1, required=True, help=_PATHS)
 @shared.base
-@shared.generation(512)
+@generation(512)
 @shared.revision
 @shared.local_files_only
 def chat(
     paths: tuple[str, ...],
     base: str | None,
-    max_new_tokens: int,
-    stop: tuple[str, ...],
-    system: str | None,
-    template: bool,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    seed: int | None,
+    generation: GenerationOptions,
     dtype: str,
     device: str | None,
     revision: str | None,
@@ -48,7 +41,6 @@ def chat(
 
     Example: veneer chat path/to/adapter path/to/another --base path/to/base
     """
-    options = generation_options(max_new_tokens, stop, template, temperature, top_p, top_k)
     with quiet() as warnings:
         with progress("loading"):
             from veneer.cli.chat_session import ChatSession
@@ -59,7 +51,7 @@ def chat(
             lookup = LookupOptions(revision, local_files_only=local_files_only)
             generator = load_generator(
                 paths[0],
-                options,
+                generation,
                 device,
                 base=base,
                 adapter_name=free_name(paths[0], ()),
@@ -67,7 +59,7 @@ def chat(
                 revision=revision,
                 local_files_only=local_files_only,
             )
-            session = ChatSession(generator, lookup, system, sys.stdin.isatty() and sys.stdout.isatty())
+            session = ChatSession(generator, lookup, generation.system, sys.stdin.isatty() and sys.stdout.isatty())
             first = session.selected
             for path in paths[1:]:
                 session.load(path)
@@ -75,7 +67,7 @@ def chat(
         report = generator.model.load_report
         print_warnings([*warnings, *(report.warnings if report else ())])
         warnings.clear()
-        seed_sampling(seed)
+        seed_sampling(generation.seed)
         _run(session, warnings)
 
 

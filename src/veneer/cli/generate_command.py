@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from veneer.cli import options as shared
-from veneer.cli.generation_options import generation_options
+from veneer.cli.generation_options import GenerationOptions, generation
 from veneer.cli.options import PATH_OR_ID, given_base, switch
 from veneer.cli.terminal import decoding_stdin, print_warnings, progress
 from veneer.errors import UsageError
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @shared.base
 @click.option("--adapter", help='Which adapter of a set; "__base__" is the base alone.')
 @switch("--merge", "Merge the adapter into the base first.")
-@shared.generation(128)
+@generation(128)
 @shared.revision
 @shared.as_json
 @shared.local_files_only
@@ -39,14 +39,7 @@ def generate(
     base: str | None,
     adapter: str | None,
     merge: bool,
-    max_new_tokens: int,
-    stop: tuple[str, ...],
-    system: str | None,
-    template: bool,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    seed: int | None,
+    generation: GenerationOptions,
     device: str | None,
     json: bool,
     **loading: Any,
@@ -56,9 +49,8 @@ def generate(
     Example: veneer generate path/to/adapter path/to/base --prompt "Hello"
     """
     base = given_base(base_argument, base)
-    options = generation_options(max_new_tokens, stop, template, temperature, top_p, top_k)
     text = _read_prompt() if prompt == "-" else prompt
-    if template and not text.strip():
+    if generation.template and not text.strip():
         raise UsageError("The prompt is empty.", hint="Give a text, or --no-chat to go on from the first token.")
     with quiet() as warnings:
         with progress("loading"):
@@ -67,7 +59,7 @@ def generate(
 
             generator = load_generator(
                 path,
-                options,
+                generation,
                 device,
                 base=base,
                 merge=merge and adapter is None,
@@ -76,12 +68,12 @@ def generate(
             model = generator.model
             if merge and adapter is not None:
                 _merge(model, adapter)
-            generator.check_system(system)
-            inputs = generator.encode([*system_message(system), {"role": "user", "content": text}])
+            generator.check_system(generation.system)
+            inputs = generator.encode([*system_message(generation.system), {"role": "user", "content": text}])
         print_warnings([*warnings, *(model.load_report.warnings if model.load_report else ())])
         warnings.clear()
         started = time.perf_counter()
-        seed_sampling(seed)
+        seed_sampling(generation.seed)
         with _chosen(model, None if merge else adapter):
             [(answer, tokens)] = generator.answers(inputs, None if json else generator.streamer())
         seconds = time.perf_counter() - started

@@ -46,13 +46,6 @@ def switch(name: str, help: str) -> Callable[[F], F]:
     return click.option(name, is_flag=True, help=help)
 
 
-def _seed(context: click.Context, parameter: click.Parameter, value: int | None) -> int | None:
-    """Check a seed as torch takes it; a range of click's would stand in the help."""
-    if value is not None and not 0 <= value < 2**63:
-        raise UsageError(f"--seed {value} is out of range.", hint="Give a whole number from 0 to 2**63 - 1.")
-    return value
-
-
 as_json = switch("--json", "Print JSON, for scripts.")
 base = click.option("--base", type=PATH_OR_ID, help="The base: a folder or hub id. By default what the adapter names.")
 base_argument = click.argument(
@@ -69,46 +62,6 @@ local_files_only = switch("--local-files-only", "Use no network.")
 overwrite = switch("--overwrite", "Replace an adapter that is at OUT.")
 overwrite_model = switch("--overwrite", "Replace a model that is at OUT.")
 revision = click.option("--revision", help="Branch, tag or commit on the hub.")
-
-
-def generation(most_tokens: int) -> Callable[[F], F]:
-    """Make the options of a command that generates text.
-
-    Args:
-        most_tokens: the default of ``--max-new-tokens``.
-    """
-    decorators = (
-        click.option(
-            "--max-new-tokens",
-            "--max-tokens",
-            "max_new_tokens",
-            type=click.IntRange(min=1),
-            default=most_tokens,
-            help="At most this many tokens.",
-        ),
-        click.option("--stop", multiple=True, help="End the answer before this text; may be given several times."),
-        click.option("--system", help="The system message of the chat."),
-        click.option(
-            "--chat/--no-chat", "template", default=True, help="Use the tokenizer's chat template, if it has one."
-        ),
-        click.option(
-            "--temperature",
-            type=NumberRange(min=0),
-            help="0 takes the likeliest token; by default 1 with --top-p or --top-k.",
-        ),
-        click.option("--top-p", type=NumberRange(0, 1), help="Sample from the likeliest tokens with this probability."),
-        click.option("--top-k", type=click.IntRange(min=0), help="Sample from this many tokens; 0: from all."),
-        click.option("--seed", type=int, callback=_seed, help="Of the sampling; 0 or more."),
-        dtype,
-        device,
-    )
-
-    def decorate(command: F) -> F:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
 
 
 def given_base(argument: str | None, option: str | None) -> str | None:

@@ -58,8 +58,11 @@ class ConversionReport(Report):
         ]
 
     def _left_out(self) -> str:
-        if not self.errors or self.errors[self.worst] < ROUNDING:
-            return "nothing but rounding: the LoRA makes the same change"
+        largest = max([self.error, *self.errors.values()])
+        if self.steps and largest == 0.0:  # without steps a LoRA was computed, in float32
+            return "nothing: the change is exactly the same"
+        if largest < ROUNDING:
+            return f"nothing but rounding: the {'LoRA' if self.rank else 'adapter'} makes the same change"
         return f"{self.error:.2%} of the change; the most, {self.errors[self.worst]:.2%}, in {self.worst}"
 
     def _warnings(self) -> list[str]:
