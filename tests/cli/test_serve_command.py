@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from tests.cli.conftest import Result
+from veneer.cli.serve_command import serve as command
 from veneer.serving import server
 from veneer.serving.auth import Keys
 from veneer.serving.server_options import ServerOptions
@@ -24,22 +27,15 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "ranks": (["base", "--rank-buckets", "8,many"], "are no ranks"),
     "a name given twice": (["base", "--adapter", "a=x", "--adapter", "a=y"], "'a' twice"),
     "no folder": (["base", "--adapters", "none"], "is no folder"),
-    "a size": (["base", "--host-bytes", "much"], "--host-bytes 'much' is no size"),
+    "a store that is a file": (["base", "--store", __file__], "is no folder"),
     "sources without changes": (["base", "--allow-source", "hf://a/*"], "--allow-runtime-adapters"),
     "a digest without changes": (["base", "--require-digest"], "--allow-runtime-adapters"),
     "no seconds for a step": (["base", "--step-timeout", "0"], "--step-timeout"),
     "no seconds for a source": (["base", "--load-timeout", "0"], "--load-timeout"),
     "no seconds for an answer": (["base", "--request-timeout", "0"], "--request-timeout"),
-    "no seconds at all": (["base", "--load-wait", "-1"], "--load-wait"),
-    "seconds that are none": (["base", "--queue-age", "soon"], "soon"),
-    "no adapters with metrics": (["base", "--metrics-adapters", "0"], "--metrics-adapters"),
-    "half a replica": (["base", "--replicas", "0.5"], "--replicas"),
-    "fewer CPUs than none": (["base", "--replica-cpus", "-1"], "--replica-cpus"),
-    "a form of the log": (["base", "--log", "xml"], "xml"),
     "a dtype": (["base", "--dtype", "int3"], "int3"),
     "a flag that is none": (["base", "--metric-port", "1"], "--metric"),
     "one port for two": (["base", "--metrics-port", "8000"], "is the --port"),
-    "a port of the metrics": (["base", "--metrics-port", "-1"], "--metrics-port"),
     "a port": (["base", "--port", "70000"], "70000"),
     "threads": (["base", "--threads", "99999999999999"], "--threads"),
     "slots": (["base", "--slots", "99999999999"], "--slots"),
@@ -67,6 +63,29 @@ def test_a_wrong_option_is_told_at_once(
     assert result.code == 2
     assert text in result.err
     assert result.err.count("\n") == 1
+
+
+NUMBERS = [option for option in command.params if option.type.name in ("integer range", "float range", "choice")]
+SIZES = [option for option in command.params if option.metavar == "SIZE"]
+
+
+@pytest.mark.parametrize("value", ["-1", "x", "nan"])
+@pytest.mark.parametrize("option", [*NUMBERS, *SIZES], ids=lambda option: str(option.name))
+def test_what_is_no_number_is_told_with_the_name_of_its_option(
+    option: click.Parameter, value: str, run: Callable[..., Result]
+) -> None:
+    result = run("serve", "base", option.opts[0], value)
+    assert result.code == 2
+    assert option.opts[0] in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_the_pages_tell_of_each_option() -> None:
+    assert len(NUMBERS) > 15
+    assert len(SIZES) > 3
+    pages = "".join(page.read_text() for page in (Path(__file__).parents[2] / "docs").glob("serve*.md"))
+    names = [option.opts[0] for option in command.params]
+    assert [name for name in names if not re.search(rf"{name}(?![\w-])", pages)] == []
 
 
 def test_a_port_that_is_taken(made: Path, run: Callable[..., Result]) -> None:
@@ -195,3 +214,19 @@ def test_options_reach_what_they_are_for(run: Callable[..., Result], monkeypatch
     assert (given.engine.step_timeout, given.metrics_adapters) == (7.5, 3)
     assert (default.registry.require_digest, default.registry.load_timeout) == (False, 120)
     assert (default.engine.step_timeout, default.metrics_adapters) == (30, 50)
+
+
+def test_options_of_a_file_reach_it_too(
+    run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tomllib")
+    described: list[ServerOptions] = []
+    monkeypatch.setattr(server, "run_server", lambda options, *_: described.append(options))
+    lines = ["step-timeout = 7.5", "load-timeout = 5", "metrics-port = 0", "metrics-adapters = 3"]
+    switches = ["allow-runtime-adapters = true", "require-digest = true"]
+    (tmp_path / "serve.toml").write_text("\n".join([*lines, *switches]))
+    monkeypatch.setenv("VENEER_SERVE_LOAD_TIMEOUT", "6")
+    assert run("serve", "base", "--config", tmp_path / "serve.toml").code == 0
+    [given] = described
+    assert (given.engine.step_timeout, given.registry.load_timeout, given.metrics_adapters) == (7.5, 6, 3)
+    assert (given.settings.metrics_port, given.registry.require_digest) == (0, True)

@@ -119,6 +119,8 @@ def server_options(
             raise UsageError(f"{option} is for adapters that come later.", hint="Add --allow-runtime-adapters.")
     if metrics_port and metrics_port == port:
         raise UsageError(f"--metrics-port {metrics_port} is the --port.", hint="Give another, or leave it out.")
+    if store is not None and exists(store) and not store.is_dir():
+        raise UsageError(f"--store {store} is no folder.", hint="Give a folder; it is made where there is none.")
     _check_replicas(replicas, ray_address, store, device)
     _check_device(device, is_here=replicas is None)
     given = tuple(_registration(text) for text in adapters)
