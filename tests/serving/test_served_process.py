@@ -14,25 +14,35 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import openai
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.serving.engine_world import prompts
+from tests.serving.engine_world import base, prompts
 from tests.serving.http_service import Reply, call, events_of
 from tests.serving.served_process import NAMES, ServedProcess, completion, environment, made, process
+from veneer.files.base_digest import BASE_DIGEST_KEY, base_digest
 from veneer.serving.auth import new_key
+
+# Adapters that answer as r16 does, and are loaded when they are first asked for.
+COLD = 6
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedProcess]:
     folder = tmp_path_factory.mktemp("served")
-    with process(made(folder), folder) as served:
+    world = made(folder)
+    for number in range(COLD):
+        target = shutil.copytree(world.folders["r16"], folder / "cold" / f"cold{number}")
+        config = target / "adapter_config.json"
+        config.write_text(config.read_text() + " " * number)  # other bytes, so that each is loaded by itself
+    with process(world, folder, f"--adapters={folder / 'cold'}") as served:
         yield served
 
 
@@ -251,7 +261,19 @@ def prompting(folder: Path) -> None:
     save_file({"prompt_embeddings": torch.ones(2, 32)}, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
+def of_another_base(folder: Path) -> None:
+    """Not damaged, but of a base of the same shapes with other weights."""
+    other = base()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 1
+    other.save_pretrained(folder.parent.parent / "other")
+    file = folder / "adapter_model.safetensors"
+    save_file(load_file(file), file, {"format": "pt", BASE_DIGEST_KEY: base_digest(folder.parent.parent / "other")})
+
+
 DAMAGES = [
+    of_another_base,
     gated,
     prompting,
     not_finite,
@@ -315,9 +337,112 @@ def test_a_source_that_is_gone(server: ServedProcess) -> None:
     assert (reply.status, reply.error["code"]) in ((424, "adapter_source_failed"), (422, "adapter_invalid"))
 
 
-def test_a_request_longer_than_the_cache(server: ServedProcess) -> None:
-    reply = ask(server, "r3", [5] * 100, 100)
+CHAT = {"messages": [{"role": "user", "content": "w5"}]}
+TEXT = {"prompt": "w5"}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("/v1/completions", {"model": "r3", "prompt": [5] * 100, "max_tokens": 100}),
+        ("/v1/completions", {"model": "r3", "prompt": [5] * 200}),
+        ("/v1/completions", {"model": "r3", "prompt": [[5], [5] * 128], "max_tokens": 1}),
+        ("/v1/completions", {"model": "r3", "n": 8, **TEXT, "max_tokens": 10**30}),
+        ("/v1/chat/completions", {"model": "r3", **CHAT, "max_tokens": 128}),
+        ("/v1/chat/completions", {"model": "r3", **CHAT, "max_completion_tokens": 128}),
+        ("/v1/compare", {"models": ["r3", "base"], **CHAT, "max_tokens": 128}),
+        ("/v1/compare", {"models": ["r3", "base"], "prompt": "w5 " * 200}),
+    ],
+    ids=str,
+)
+def test_a_request_longer_than_the_cache(server: ServedProcess, asked: tuple[str, Any], streamed: bool) -> None:
+    reply = call(server.url, "POST", asked[0], {**asked[1], "stream": streamed})
     assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_adapter_that_is_not_there_is_an_error_and_never_the_base(server: ServedProcess, streamed: bool) -> None:
+    truncated(copied(server, "failed"))
+    assert register(server, "failed", server.folder / "sources" / "failed").status == 422
+    assert register(server, "removed", copied(server, "removed")).status == 201
+    assert call(server.url, "DELETE", "/v1/adapters/removed", timeout=60).status == 204
+    expected = {
+        "unknown": (404, "model_not_found"),
+        "r3@sha256:000000": (404, "model_not_found"),
+        "base@sha256:000000": (404, "model_not_found"),
+        "failed": (422, "adapter_invalid"),
+        "removed": (410, "adapter_removed"),
+    }
+    for name, answer in expected.items():
+        for path, body in (
+            ("/v1/completions", {"model": name, **TEXT, "stream": streamed}),
+            ("/v1/chat/completions", {"model": name, **CHAT, "stream": streamed}),
+            ("/v1/compare", {"models": ["r3", name], **TEXT, "stream": streamed}),
+            ("/tokenize", {"model": name, **CHAT}),
+            ("/tokenize", {"model": name, **TEXT}),
+            ("/detokenize", {"model": name, "tokens": [5]}),
+            (f"/v1/adapters/{name}/warm", {}),
+        ):
+            reply = call(server.url, "POST", path, body)
+            assert (reply.status, reply.error["code"]) == answer, (path, name)
+            assert "x-veneer-adapter" not in reply.headers
+    for path in ("pin", "rollback", "warm"):
+        assert call(server.url, "POST", f"/v1/adapters/base/{path}", {}).error["code"] == "model_not_found"
+    assert "is the base" in call(server.url, "DELETE", "/v1/adapters/base").error["message"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("query", ["force=true", "drain=30"])
+def test_eight_answers_of_one_request_whose_adapter_goes(server: ServedProcess, query: str, streamed: bool) -> None:
+    assert register(server, "eight", copied(server, "eight")).status == 201
+    with ThreadPoolExecutor(1) as clients:
+        running = clients.submit(ask, server, "eight", [5, 6, 7], 120, n=8, stream=streamed)
+        wait_for(lambda: call(server.url, "GET", "/v1/adapters/eight").json["requests"] or running.done())
+        assert call(server.url, "DELETE", f"/v1/adapters/eight?{query}", timeout=60).status == 204
+        reply = running.result()
+    assert reply.status == 200
+    bodies = events_of(reply)[:-1] if streamed else [reply.json]
+    choices = [choice for body in bodies for choice in body["choices"] if choice["finish_reason"]]
+    assert len(choices) == 8
+    assert {choice["finish_reason"] for choice in choices} <= {"length", "abort"} - (
+        {"abort"} if "drain" in query else set()
+    )
+    assert ask(server, "eight", [5], 2).error["code"] == "adapter_removed"
+
+
+def test_requests_of_one_id_are_answered_each_by_itself(server: ServedProcess) -> None:
+    def asked(number: int) -> Reply:
+        body = completion(NAMES[number % 4], [5, 6, number], 20, stream=number % 2 == 1)
+        return call(server.url, "POST", "/v1/completions", body, timeout=60, x_request_id="same")
+
+    for number in range(3, 15):
+        server.text(NAMES[number % 4], [5, 6, number], 20)
+    with ThreadPoolExecutor(12) as clients:
+        replies = list(clients.map(asked, range(3, 15)))
+    for number, reply in enumerate(replies, 3):
+        assert reply.headers["x-request-id"] == "same"
+        check(server, reply, NAMES[number % 4], [5, 6, number], 20)
+
+
+def test_nothing_that_a_client_says_steers_the_log(server: ServedProcess) -> None:
+    odd = "\x1b]0;title\x07\r\n2026-01-01 INFO forged"
+    for path, body in (
+        ("/v1/completions", {"model": odd, **TEXT}),
+        ("/v1/completions", {"model": "r3", odd: 1}),
+        ("/v1/adapters", {"name": odd, "source": "hf://a/b"}),
+        ("/v1/adapters", {"name": "odd", "source": f"file:///{odd}", "wait": True}),
+        ("/v1/load_lora_adapter", {"lora_name": odd, "lora_path": odd}),
+        (f"/v1/adapters/{quote(odd)}/warm", {}),
+        (f"/{quote(odd)}", {}),
+    ):
+        reply = call(server.url, "POST", path, body)
+        assert reply.status in (400, 403, 404)
+        assert not any(sign in reply.error["message"] for sign in "\x1b\x07\r")
+    log = (server.folder / "log").read_text()
+    assert "forged" in log
+    assert all(line.isprintable() for line in log.split("\n"))
+    assert "\n2026-01-01 INFO forged" not in log
 
 
 @pytest.mark.parametrize("read", [0, 1, 300])
@@ -336,6 +461,32 @@ def test_clients_that_go_away_leave_nothing_behind(server: ServedProcess, read: 
     text = call(server.url, "GET", "/metrics").body.decode()
     assert "veneer_requests_running 0.0" in text
     assert "veneer_requests_waiting 0.0" in text
+
+
+@pytest.mark.parametrize("phase", ["before the body", "queued", "loading", "in a long prompt", "after the last token"])
+def test_clients_that_go_away_in_each_phase_leave_nothing_behind(server: ServedProcess, phase: str) -> None:
+    address = urlsplit(server.url)
+    names = [f"cold{number}" for number in range(COLD)] if phase == "loading" else ["r16"]
+    prompt = [5] * (100 if phase == "in a long prompt" else 3)
+    tokens = 3 if phase == "after the last token" else 20
+    with ExitStack() as stack:
+        for number in range(40):
+            body = json.dumps(completion(names[number % len(names)], prompt, tokens, stream=number % 4 != 1)).encode()
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
+            connection = stack.enter_context(socket.create_connection((address.hostname, address.port), 20))
+            sent = body[:-5] if phase == "before the body" else body
+            connection.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + sent)
+            got = b"" if phase == "after the last token" else b"[DONE]"
+            while b"[DONE]" not in got and b"total_tokens" not in got:
+                part = connection.recv(1 << 16)
+                assert part
+                got += part
+    wait_for(lambda: not any(call(server.url, "GET", f"/v1/adapters/{name}").json["requests"] for name in names))
+    text = call(server.url, "GET", "/metrics").body.decode()
+    assert "veneer_requests_running 0.0" in text
+    assert "veneer_requests_waiting 0.0" in text
+    reply = ask(server, names[-1], [5, 6, 7], 4)
+    assert reply.json["choices"][0]["text"] == server.text("r16", [5, 6, 7], 4)
 
 
 def test_what_is_measured(server: ServedProcess) -> None:
@@ -429,6 +580,42 @@ def test_told_to_stop_while_it_loads_it_leaves_nothing(tmp_path: Path, moment: s
         running.wait()
     assert not list(tmp_path.glob("veneer-serve-*"))
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux sets the limits of another process")
+def test_a_full_disk_fails_changes_and_nothing_else(tmp_path: Path) -> None:
+    """No file of the process may grow: of adapters, of names, or its log."""
+    import resource
+
+    def limit(size: int) -> None:
+        resource.prlimit(served.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    def alias() -> Reply:
+        return call(served.url, "POST", "/v1/adapters/r3/alias", {"alias": "stable"})
+
+    world = made(tmp_path)
+    options = (f"--store={tmp_path / 'store'}", f"--audit-log={tmp_path / 'audit'}")
+    with process(world, tmp_path, *options) as served:
+        copied(served, "new", "r16")
+        limit(100)
+        for reply in (register(served, "new", tmp_path / "sources" / "new"), alias(), alias()):
+            assert (reply.status, reply.error["code"]) == (424, "adapter_source_failed")
+            assert "cannot be written" in reply.error["message"]
+            assert str(tmp_path) not in reply.error["message"]
+        for path in ("/v1/adapters/r3/pin", "/v1/adapters/r3/unpin"):
+            call(served.url, "POST", path, {})
+        assert call(served.url, "DELETE", "/v1/adapters/dora").status == 424
+        for name in (*NAMES, "base"):
+            check(served, ask(served, name, [5, 6, 7], 3), name, [5, 6, 7], 3)
+        assert call(served.url, "GET", "/v1/adapters/r3").json["aliases"] == []
+        limit(resource.RLIM_INFINITY)
+        wait_for(lambda: register(served, "new", tmp_path / "sources" / "new").status == 201)
+        assert alias().json["aliases"] == ["stable"]
+        assert not list((tmp_path / "store").glob(".fetching-*"))
+    with process(world, tmp_path, *options) as served:
+        assert call(served.url, "GET", "/v1/adapters/stable").json["name"] == "r3"
+        check(served, ask(served, "dora", [5, 6, 7], 3), "dora", [5, 6, 7], 3)
+        assert ask(served, "new", [5], 2).status == 200
 
 
 def test_told_twice_it_stops_at_once(tmp_path: Path) -> None:

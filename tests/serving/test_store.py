@@ -219,6 +219,28 @@ def test_a_source_that_grows_while_it_is_read_is_refused(tmp_path: Path, monkeyp
     assert list(store.root.iterdir()) == []
 
 
+@pytest.mark.parametrize("change", [shutil.rmtree, lambda folder: os.truncate(folder / "adapter_model.safetensors", 9)])
+def test_a_source_that_goes_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object]
+) -> None:
+    store = opened(tmp_path / "store")
+    folder = write_adapter(tmp_path / "a")
+    read = fetch._read
+
+    def going(stream: Any) -> Any:
+        if folder.exists():
+            change(folder)
+        return read(stream)
+
+    monkeypatch.setattr(fetch, "_read", going)
+    with pytest.raises(SourceFailedError, match=r"cannot be read|another size"):
+        added(store, folder)
+    assert list(store.root.iterdir()) == []
+    monkeypatch.undo()
+    shutil.rmtree(folder, ignore_errors=True)
+    added(store, write_adapter(folder))
+
+
 def test_a_fetch_that_nobody_waits_for_any_more_is_accounted_for(tmp_path: Path) -> None:
     store = opened(tmp_path / "store")
     folder = write_adapter(tmp_path / "a")

@@ -140,7 +140,7 @@ class Fetch:
     def _told(self, error: VeneerError) -> ServingError:
         """Return a refusal that names the source, where the error names the folder here."""
         refusal = as_refusal(error)
-        message = refusal.message.replace(str(self.folder), self.label)
+        message = refusal.message.replace(str(self.folder or self._rules.root), self.label)
         return type(refusal)(message, hint=refusal.hint, param="source")
 
     def _fetched(self, files: SourceFiles, wanted: str | None) -> StoredAdapter:

@@ -139,7 +139,7 @@ class RegistryDatabase:
     @contextmanager
     def _changes(self) -> Iterator[sqlite3.Connection]:
         """Write all changes of the block, or none."""
-        with self._errors():
+        with self._errors("The file of names"):  # its path is no client's
             self._open.execute("BEGIN IMMEDIATE")
             try:
                 yield self._open
@@ -150,17 +150,18 @@ class RegistryDatabase:
                 raise
 
     @contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _errors(self, file: str = "") -> Iterator[None]:
+        file = file or str(self._path)
         try:
             yield
         except sqlite3.OperationalError as error:
             is_taken = "locked" in str(error)
             raise OutputError(
-                f"{self._path} cannot be written: {'another server uses it' if is_taken else error}.",
+                f"{file} cannot be written: {'another server uses it' if is_taken else error}.",
                 hint="Give each server a --store of its own." if is_taken else "Is the disk full, or read-only?",
             ) from error
         except sqlite3.DatabaseError as error:
             raise CorruptFileError(
-                f"{self._path} is damaged: {error}.",
+                f"{file} is damaged: {error}.",
                 hint="Move it away and start again; the adapters have to be registered anew.",
             ) from error
