@@ -26,7 +26,30 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "an adapter without a source": (["base", "--adapter", "pirate="], "NAME=SOURCE"),
     "ranks": (["base", "--rank-buckets", "8,many"], "are no ranks"),
     "a name given twice": (["base", "--adapter", "a=x", "--adapter", "a=y"], "'a' twice"),
-    "no folder": (["base", "--adapters", "none"], "is no folder"),
+    "no folder": (
+        ["base", "--adapters", "none"],
+        "none is no folder: it does not exist. There is no 'none'",
+    ),
+    "a folder beside": (["base", "--adapters", "shelves"], "does not exist. Did you mean shelf?"),
+    "a file of adapters": (["base", "--adapters", "shelf/notes.txt"], "is no folder: it is a file. Give the folder"),
+    "an adapter of adapters": (
+        ["base", "--adapters", "shelf/pirate"],
+        "is one adapter. Give --adapter NAME=",
+    ),
+    "an adapter beside": (
+        ["base", "--adapter", "a=shelf/pirat"],
+        "Did you mean shelf/pirate? If the hub's is",
+    ),
+    "an adapter beside of a path": (["base", "--adapter", "a=./pirat"], "./pirat does not exist. There is no 'pirat'"),
+    "a file as an adapter": (
+        ["base", "--adapter", "a=shelf/notes.txt"],
+        "is a file. Give its folder, shelf.",
+    ),
+    "no adapter": (["base", "--adapter", "a=shelf/empty"], "has no adapter_config.json, so it is no adapter. Give the"),
+    "several adapters": (["base", "--adapter", "a=shelf"], "Did you mean shelf/pirate? `--adapters shelf` serves each"),
+    "an adapter of nobody": (["base", "--adapter", "a=~nobody-here/x"], "cannot be looked up"),
+    "no config": (["--config", "shlf"], "cannot be read: No such file or directory. Did you mean shelf?"),
+    "a config that is a folder": (["--config", "shelf"], "cannot be read: Is a directory. Give a TOML file."),
     "a store that is a file": (["base", "--store", __file__], "is no folder"),
     "sources without changes": (["base", "--allow-source", "hf://a/*"], "--allow-runtime-adapters"),
     "a digest without changes": (["base", "--require-digest"], "--allow-runtime-adapters"),
@@ -56,6 +79,9 @@ def test_a_wrong_option_is_told_at_once(
     case: str, run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for name in ("shelf/pirate/adapter_config.json", "shelf/notes.txt", "shelf/empty/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
     installed = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: name == "ray" or installed(name, *more))
     arguments, text = REFUSED[case]

@@ -5,13 +5,22 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 
 from tests.serving.tiny_adapters import write_adapter
+from veneer.serving import server_options, source_files
 from veneer.serving.adapter_names import check_name, read_reference
 from veneer.serving.registry_types import Registration
-from veneer.serving.serving_errors import InvalidRequestError, ModelNotFoundError, NotAllowedError, ServingError
+from veneer.serving.serving_errors import (
+    InvalidRequestError,
+    ModelNotFoundError,
+    NotAllowedError,
+    ServingError,
+    SourceFailedError,
+)
 from veneer.serving.source_files import FolderSource, HubSource, RemoteSource
 from veneer.serving.source_policy import SourcePolicy
 from veneer.serving.store import Store
@@ -165,3 +174,30 @@ def test_references() -> None:
     for wrong in ("", "a@", "a@12345", "a@xyzxyz", "a@b@c", "@1a2b3c"):
         with pytest.raises(ModelNotFoundError):
             read_reference(wrong)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_name_that_may_be_a_folder_or_the_hubs_is_told_as_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: bool
+) -> None:
+    def unknown(*args: Any, **options: Any) -> None:
+        raise OSError("404 Not Found")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "no-there").mkdir()
+    monkeypatch.setattr(source_files, "is_offline", lambda: offline)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unknown)
+    for text, trusted, is_told in (("nothere", True, True), ("hf://nothere", True, False), ("nothere", False, False)):
+        source = SourcePolicy(("hf://*",)).source(Registration("a", text, trusted=trusted))
+        with pytest.raises(SourceFailedError) as caught, source.opened():
+            raise AssertionError("it is there")
+        assert ("Did you mean no-there?" in str(caught.value)) == is_told
+        if not offline:
+            assert ("There is no folder 'nothere'. The hub gives no" in str(caught.value)) == is_told
+            assert "The hub gives no hf://nothere: 404 Not Found." in str(caught.value)
+
+
+def test_a_folder_without_adapters_is_told(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    with pytest.warns(UserWarning, match="holds no adapter. Give the folder that the adapters are in"):
+        assert list(server_options._found(tmp_path, set())) == []

@@ -15,6 +15,7 @@ from veneer.cli import options
 from veneer.cli.options import A_PATH, PATH_OR_ID, NumberRange, switch
 from veneer.cli.terminal import print_warnings, progress
 from veneer.errors import UsageError, did_you_mean
+from veneer.files.paths import exists, nearest_path
 from veneer.packages import require
 from veneer.printing import nbytes, one_line, parse_bytes, printable, quiet
 
@@ -46,7 +47,8 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: Path 
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"--config {path} cannot be read: {error.strerror}.", hint="Give a TOML file.") from error
+        hint = "Give a TOML file." if exists(path) else nearest_path(path)
+        raise UsageError(f"--config {path} cannot be read: {error.strerror}.", hint=hint) from error
     except ValueError as error:
         raise UsageError(f"{path} is no TOML: {error}.", hint="Such as: port = 9000") from error
     known = {option.opts[0].removeprefix("--"): option for option in context.command.params if option is not parameter}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 import torch
 
 from veneer.adapters.slot_table import slot_capacity
-from veneer.errors import PathNotFoundError, UsageError
-from veneer.files.paths import exists
-from veneer.printing import first_line
+from veneer.errors import NotACheckpointError, PathNotFoundError, SourceError, UsageError
+from veneer.files.names import ADAPTER_CONFIG
+from veneer.files.paths import exists, is_file, is_folder, nearest_path
+from veneer.files.resolve import local_path, looks_like_hub_id
+from veneer.printing import first_line, warn
 from veneer.serving.admission import AdmissionLimits
 from veneer.serving.engine import EngineOptions
 from veneer.serving.registry import RegistryOptions
@@ -223,9 +226,50 @@ def _registration(text: str) -> Registration:
     name, mark, source = text.partition("=")
     if not mark or not name or not source:
         raise UsageError(f"--adapter {text!r} is not NAME=SOURCE.", hint="Such as --adapter pirate=path/to/pirate.")
-    if exists(Path(source)):
-        source = str(Path(source).resolve())
+    if "://" not in source:
+        source = _local_source(text, source)
     return Registration(name, source, replace=True, trusted=True)
+
+
+def _local_source(text: str, source: str) -> str:
+    """Return the whole path of a folder that is here, or else the source as it is, where it can be a hub id.
+
+    Raises:
+        SourceError: it is a path, and no adapter is there.
+    """
+    path, is_a_file, is_a_folder = local_path(source, "adapter")
+    if is_a_file:
+        raise NotACheckpointError(f"--adapter {text} is a file.", hint=f"Give its folder, {path.parent}.")
+    if is_a_folder:
+        _check_adapter(text, path)
+        return str(path.resolve())
+    repo = re.split("[@#]", source)[0]
+    # With a folder ``owner`` here, ``owner/name`` is a path with a slip in it.
+    if looks_like_hub_id(repo) and not ("/" in repo and is_folder(Path(repo).parent)):
+        return source
+    on_hub = f" If the hub's is meant: hf://{source}" if looks_like_hub_id(repo) else ""
+    raise PathNotFoundError(f"--adapter {text}: {source} does not exist.", hint=nearest_path(path) + on_hub)
+
+
+def _check_adapter(text: str, folder: Path) -> None:
+    """Raise ``SourceError`` where a folder holds no adapter."""
+    if is_file(folder / ADAPTER_CONFIG):
+        return
+    inner = _adapters_in(folder, f"--adapter {text}")
+    raise NotACheckpointError(
+        f"--adapter {text}: the folder has no {ADAPTER_CONFIG}, so it is no adapter.",
+        hint=f"Did you mean {inner[0]}? `--adapters {folder}` serves each adapter in it."
+        if inner
+        else "Give the folder that holds the adapter's config and weights.",
+    )
+
+
+def _adapters_in(folder: Path, option: str) -> list[Path]:
+    """Return the folders in a folder that hold an adapter."""
+    try:
+        return [path for path in sorted(folder.iterdir()) if is_file(path / ADAPTER_CONFIG)]
+    except OSError as error:
+        raise SourceError(f"{option} cannot be read: {error.strerror}.", hint="Let the server read it.") from error
 
 
 def _check_once(names: list[str]) -> None:
@@ -236,8 +280,18 @@ def _check_once(names: list[str]) -> None:
 
 def _found(folder: Path, taken: set[str]) -> Iterator[Registration]:
     """Yield the adapters in a folder, but for names that are taken; each is loaded when it is first asked for."""
-    if not folder.is_dir():
-        raise PathNotFoundError(f"--adapters {folder} is no folder.", hint="Give the folder that the adapters are in.")
-    for path in sorted(folder.iterdir()):
-        if path.name not in taken and (path / "adapter_config.json").is_file():
+    option = f"--adapters {folder}"
+    if not is_folder(folder):
+        why, hint = ("it does not exist", nearest_path(folder)) if not exists(folder) else ("it is a file", _EACH)
+        raise PathNotFoundError(f"{option} is no folder: {why}.", hint=hint)
+    paths = _adapters_in(folder, option)
+    if not paths and is_file(folder / ADAPTER_CONFIG):
+        raise UsageError(f"{option} is one adapter.", hint=f"Give --adapter NAME={folder}, or the folder above.")
+    if not paths:
+        warn(f"{option} holds no adapter. {_EACH}")
+    for path in paths:
+        if path.name not in taken:
             yield Registration(path.name, str(path.resolve()), replace=True, trusted=True, check=False)
+
+
+_EACH = "Give the folder that the adapters are in, each in a folder of its own."

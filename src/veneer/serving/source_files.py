@@ -9,13 +9,14 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from veneer.errors import SourceError
 from veneer.files.hub import from_hub, is_offline
 from veneer.files.lookup_options import LookupOptions
+from veneer.files.paths import nearest_path
 from veneer.printing import first_line
 from veneer.serving.serving_errors import SourceFailedError
 
@@ -141,6 +142,8 @@ class HubSource:
     revision: str | None = None
     subfolder: str | None = None
     token: str | None = None
+    # A folder of that name was looked for here before.
+    may_be_folder: bool = field(default=False, compare=False)
 
     @property
     def url(self) -> str:
@@ -161,6 +164,13 @@ class HubSource:
     def _label(self) -> str:
         return self.url + (f"#{self.subfolder}" if self.subfolder else "")
 
+    @property
+    def _as_folder(self) -> tuple[str, str]:
+        """What an error says where a folder may have been meant: that there is none, and which is like it."""
+        if not self.may_be_folder:
+            return "", ""
+        return f"There is no folder {self.repo!r}. ", f"{nearest_path(Path(self.repo))} "
+
     def _listed(self) -> SourceFiles | None:
         from huggingface_hub import HfApi, hf_hub_download
 
@@ -171,9 +181,10 @@ class HubSource:
         except Exception as error:  # of the hub, of the network, of the client of either
             with suppress(SourceFailedError), self._cached():
                 return None
+            local, near = self._as_folder
             raise SourceFailedError(
-                f"The hub gives no {self._label}: {first_line(error).rstrip('.')}.",
-                hint="Check its name, and that the server has a token for it where it is private.",
+                f"{local}The hub gives no {self._label}: {first_line(error).rstrip('.')}.",
+                hint=f"{near}Check its name, and that the server has a token for it where it is private.",
                 param="source",
             ) from error
         prefix = f"{self.subfolder.strip('/')}/" if self.subfolder else ""
@@ -191,7 +202,8 @@ class HubSource:
         try:
             source = from_hub(self.repo, lookup, "adapter", ("*.json", "*.safetensors"))
         except SourceError as error:
-            raise SourceFailedError(error.message, hint=error.hint, param="source") from error
+            hint = f"{self._as_folder[1]}{error.hint or ''}"
+            raise SourceFailedError(error.message, hint=hint, param="source") from error
         with FolderSource(source.root.resolve(), links=True).opened() as files:
             yield replace(files, label=f"{self._label}@{source.commit}")
 

@@ -126,7 +126,10 @@ def _hub(registration: Registration, token: str | None) -> HubSource:
             hint="Give it once.",
             param="source",
         )
-    return HubSource(match["repo"], match["revision"] or revision, match["subfolder"] or subfolder, token)
+    may_be_folder = registration.trusted and not _scheme(registration.source)
+    return HubSource(
+        match["repo"], match["revision"] or revision, match["subfolder"] or subfolder, token, may_be_folder
+    )
 
 
 def _without_links(glob: str) -> str:
