@@ -12,18 +12,15 @@ which `run.py --report` makes a table.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import materials
 from lines import Line, keep, tables
-from workloads import Bench, Figures, decode, in_turns, named, timed, tokens
+from workloads import Bench, Figures, decode, hush, in_turns, named, options, timed, tokens
 
 RESULTS_FILE = Path(__file__).parent / "bank.json"
 LINES = (
@@ -142,16 +139,11 @@ def table(results: dict[str, Figures]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("135M", "1B"), default="135M")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser = options(__doc__)
     parser.add_argument("--method", choices=tuple(materials.METHODS), default="LoRA")
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--keep", action="store_true", help="keep the figures")
     asked = parser.parse_args()
-    os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
-    warnings.simplefilter("ignore")
+    hush()
     figures = measure(Bench("veneer", asked.model, asked.dtype), asked.method, asked.rows, asked.turns)
     print(json.dumps(figures, indent=1))
     if asked.keep:

@@ -10,16 +10,13 @@ writes the figures beside those of other runs into `kept_merged.json`, of which 
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
-import warnings
 from pathlib import Path
 from typing import Any
 
 from lines import Line, keep, tables
-from workloads import Bench, Figures, decode, in_turns, named, on_the_same_weights, prefill, timed
+from workloads import Bench, Figures, decode, hush, in_turns, named, on_the_same_weights, options, prefill, timed
 
 RESULTS_FILE = Path(__file__).parent / "kept_merged.json"
 BESIDE_MERGED = [
@@ -86,14 +83,8 @@ def table(results: dict[str, Figures]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("135M", "1B"), default="135M")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--keep", action="store_true", help="keep the figures")
-    asked = parser.parse_args()
-    os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
-    warnings.simplefilter("ignore")
+    asked = options(__doc__).parse_args()
+    hush()
     figures = measure(Bench("veneer", asked.model, asked.dtype), asked.turns)
     print(json.dumps(figures, indent=1))
     if asked.keep:

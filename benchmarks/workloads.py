@@ -331,6 +331,22 @@ SECTIONS: Mapping[str, Callable[..., Figures]] = {
 }
 
 
+def options(doc: str | None) -> argparse.ArgumentParser:
+    """Make the options of a script that measures one model in one process, and keeps its figures."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("135M", "1B"), default="135M")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--keep", action="store_true", help="keep the figures")
+    return parser
+
+
+def hush() -> None:
+    """Leave standard output to the figures: no progress bars, and no warnings that are peft's own."""
+    os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
+    warnings.simplefilter("ignore")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("section", help=f"{', '.join(SECTIONS)}; methods with one of them, as in methods:LoRA")
@@ -338,9 +354,7 @@ def main() -> None:
     parser.add_argument("dtype", choices=("bfloat16", "float32"))
     parser.add_argument("side", choices=("veneer", "peft"))
     asked = parser.parse_args()
-    # The figures are the output: no progress bars, and no warnings that are peft's own.
-    os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
-    warnings.simplefilter("ignore")
+    hush()
     section, _, method = asked.section.partition(":")
     figures = SECTIONS[section](Bench(asked.side, asked.model, asked.dtype), *([method] if method else []))
     print(json.dumps(figures))

@@ -14,7 +14,7 @@ from fastapi import Depends, Request
 from veneer._version import __version__
 from veneer.serving.auth import Caller
 from veneer.serving.engine_types import Sampling
-from veneer.serving.openai_types import ChatMessage, SamplingBody
+from veneer.serving.openai_types import ChatMessage, PromptBody, SamplingBody
 from veneer.serving.prompt_tokens import PromptTokenizer, own_template
 from veneer.serving.registry_types import Use
 from veneer.serving.service import Service
@@ -128,3 +128,12 @@ async def text_tokens(
         tokenizer = await tokenizer_of(service, use)
         return await asyncio.to_thread(tokenizer.text, prompt, special_tokens)
     return service.tokenizer.checked(prompt)
+
+
+async def prompt_tokens(
+    service: Service, use: Use, body: PromptBody, generation_prompt: bool = True, special_tokens: bool = True
+) -> tuple[int, ...]:
+    """Return the tokens of a body's chat, or of its text."""
+    if body.messages is None:
+        return await text_tokens(service, use, body.prompt or "", special_tokens)
+    return await chat_tokens(service, use, body.messages, body.chat_template_kwargs, generation_prompt)

@@ -9,14 +9,12 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 
 from veneer.serving.answer_format import Choice, Json, usage
-from veneer.serving.asking import Asked, Infers, Parts, Prompt, RequestId, chat_tokens, text_tokens
+from veneer.serving.asking import Asked, Infers, Parts, Prompt, RequestId, prompt_tokens
 from veneer.serving.engine_types import TokenEvent
 from veneer.serving.errors_http import error_body, refusal_of
 from veneer.serving.http_guard import body_of
 from veneer.serving.metrics import Measured
 from veneer.serving.openai_types import CompareBody
-from veneer.serving.registry_types import Use
-from veneer.serving.service import Service
 from veneer.serving.stream import Answer, Events, Sender
 
 routes = APIRouter()
@@ -33,7 +31,7 @@ async def compare(
         with asked.held:
             for model in body.models:
                 use = asked.use(model)
-                tokens = await _compared_tokens(service, use, body)
+                tokens = await prompt_tokens(service, use, body)
                 most = service.most_tokens(len(tokens), body.max_tokens)
                 asked.prompts.append(Prompt(use, tokens, body.sampling(most, None)))
             async with asked.generations() as generations:
@@ -42,12 +40,6 @@ async def compare(
                 await send(columns, generations.events(), sender)
 
     return Answer(work)
-
-
-async def _compared_tokens(service: Service, use: Use, body: CompareBody) -> tuple[int, ...]:
-    if body.messages is None:
-        return await text_tokens(service, use, body.prompt or "")
-    return await chat_tokens(service, use, body.messages, body.chat_template_kwargs)
 
 
 class ComparedAnswers:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 
-from veneer.serving.asking import Infers, Parts, chat_tokens, text_tokens, tokenizer_of
+from veneer.serving.asking import Infers, Parts, prompt_tokens, tokenizer_of
 from veneer.serving.auth import Caller
 from veneer.serving.http_guard import body_of
 from veneer.serving.openai_types import DetokenizeBody, TokenizeBody
@@ -91,12 +91,7 @@ async def tokenize(
 ) -> Json:
     """Return the tokens of a text or a conversation."""
     with _use(service, caller, body.model) as use:
-        if body.messages is None:
-            tokens = await text_tokens(service, use, body.prompt or "", body.add_special_tokens)
-        else:
-            tokens = await chat_tokens(
-                service, use, body.messages, body.chat_template_kwargs, body.add_generation_prompt
-            )
+        tokens = await prompt_tokens(service, use, body, body.add_generation_prompt, body.add_special_tokens)
     return {"count": len(tokens), "max_model_len": service.engine.max_context, "tokens": tokens}
 
 

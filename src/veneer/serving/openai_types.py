@@ -183,37 +183,33 @@ class CompletionBody(StreamingBody):
         return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
 
 
-class CompareBody(SamplingBody):
+class PromptBody(RequestBody):
+    """The fields of a body whose prompt is a chat or a text."""
+
+    messages: Messages | None = None
+    prompt: str | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> PromptBody:
+        if (self.messages is None) == (self.prompt is None):
+            raise ValueError("give either `messages` or `prompt`")
+        return self
+
+
+class CompareBody(SamplingBody, PromptBody):
     """The body of ``POST /v1/compare``: a chat or a text, and the models that answer it together."""
 
     models: Annotated[list[Name], Field(min_length=2, max_length=8)]
-    messages: Messages | None = None
-    prompt: str | None = None
     stream: bool = True
-    chat_template_kwargs: dict[str, Any] = {}
-
-    @model_validator(mode="after")
-    def _check_prompt(self) -> CompareBody:
-        if (self.messages is None) == (self.prompt is None):
-            raise ValueError("give either `messages` or `prompt`")
-        return self
 
 
-class TokenizeBody(RequestBody):
+class TokenizeBody(PromptBody):
     """The body of ``POST /tokenize``."""
 
     model: Name | None = None
-    prompt: str | None = None
-    messages: Messages | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Any] = {}
-
-    @model_validator(mode="after")
-    def _check_prompt(self) -> TokenizeBody:
-        if (self.messages is None) == (self.prompt is None):
-            raise ValueError("give either `messages` or `prompt`")
-        return self
 
 
 class DetokenizeBody(RequestBody):
