@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.serving.http_service import one_adapter_service
 from veneer.errors import UnsupportedError
 from veneer.serving import server
 from veneer.serving.engine import TransformersEngine
+from veneer.serving.engine_types import EngineStatus
 
 
 class LeftError(Exception):
@@ -43,6 +45,20 @@ def test_an_engine_that_stays_dead_ends_the_process(tmp_path: Path, codes: list[
     with pytest.raises(LeftError):
         asyncio.run(asyncio.wait_for(server._watch(service, 0.1), 10))
     assert codes == [70]
+
+
+def test_a_process_that_was_paused_goes_on(tmp_path: Path, codes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    service = one_adapter_service(tmp_path)
+    assert isinstance(service.engine, FakeEngine)
+    alive, looks = service.engine.status, iter([True])
+
+    def status() -> EngineStatus:
+        return replace(alive(), hangs=next(looks, False), alive=False)
+
+    monkeypatch.setattr(service.engine, "status", status)
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(asyncio.wait_for(server._watch(service, 600), 0.2))
+    assert codes == []
 
 
 def test_an_engine_that_hangs_ends_the_process_at_once(tmp_path: Path, codes: list[int]) -> None:

@@ -268,10 +268,15 @@ class _DrainingServer(uvicorn.Server):
 
 async def _watch(service: Service, patience: float) -> None:
     """End the process when the engine hangs, for a thread cannot be ended, or stays dead for longer than that."""
-    since = time.monotonic()
-    while not (status := service.engine.status()).hangs and time.monotonic() - since < patience:
+    since, hung = time.monotonic(), False
+    while True:
+        status = service.engine.status()
         if status.alive:
             since = time.monotonic()
+        # At two looks: a process that was paused seems to hang when it goes on.
+        if (hung and status.hangs) or time.monotonic() - since >= patience:
+            break
+        hung = status.hangs
         await asyncio.sleep(_LOOK)
     LOG.critical("The engine is dead: %s", status.error)
     logging.shutdown()
