@@ -109,3 +109,13 @@ def test_adapters_beyond_the_first_few_share_one_series() -> None:
     values = values_of(metrics.registry.collect())
     tokens = {key[1]: value for key, value in values.items() if key[0] == "veneer_tokens_total" and key[2] == "prompt"}
     assert tokens == {"a": 2, "b": 1, OTHERS: 1}
+
+
+def test_the_series_of_adapters_that_are_gone_go_to_those_that_come(service: Service) -> None:
+    metrics = service.metrics = ServerMetrics(adapters=3)
+    for name in ("a", "base", "gone", "late"):
+        metrics.generated(name, 1, Measured(0.0, tokens=2))
+    scraped(service)
+    metrics.generated("new", 1, Measured(0.0, tokens=2))
+    names = {key[1] for key in values_of(metrics.registry.collect()) if key[0] == "veneer_tokens_total"}
+    assert names == {"a", "base", OTHERS, "new"}

@@ -122,9 +122,17 @@ class ServerMetrics:
 
     def text(self, service: Service) -> bytes:
         """Return all metrics in Prometheus' text format."""
+        self._forget_gone({info.name for info in service.registry.adapters(ANONYMOUS)} | {service.settings.base_name})
         state = CollectorRegistry()
         state.register(_StateCollector(service))
         return generate_latest(self.registry) + generate_latest(state)
+
+    def _forget_gone(self, names: set[str]) -> None:
+        """Give the series of adapters that were removed to those that come."""
+        for name in self._adapters - names:
+            self._adapters.remove(name)
+            for kind in ("prompt", "generated"):
+                self._tokens.remove(kind, name)
 
 
 class _StateCollector(Collector):
