@@ -13,9 +13,11 @@ import transformers as tf
 from transformers.generation.continuous_batching import scheduler as registry
 
 from tests.serving.engine_world import OPTIONS, World, base, events_of, lora, prompts, request, run, running, tokens_of
-from veneer.serving import continuous_batching
+from veneer.errors import EngineError
+from veneer.serving import continuous_batching, packed_attention
 from veneer.serving.continuous_batching import AdapterScheduler, ContinuousLane, batches_continuously
 from veneer.serving.engine import TransformersEngine
+from veneer.serving.lane import LaneLoad
 
 PROMPTS = prompts(12, longest=60)
 
@@ -168,25 +170,70 @@ def test_a_dead_manager_takes_no_request(engine: TransformersEngine, monkeypatch
     assert isinstance(manager.background_thread_status.fatal_error, RuntimeError)
     assert manager.add_request([1, 2, 3]) is None
     assert str(lane_of(engine).failure) == "no"
+    output = manager.get_result(timeout=5)
+    assert (output.request_id, output.error) == ("a", "no")
+    with pytest.raises(EngineError, match="not running"), lane_of(engine).paused():
+        raise AssertionError("it was paused")
 
 
-def test_prefixes_that_are_shared_would_give_wrong_answers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_prefixes_that_are_shared_would_give_wrong_answers(
+    world: World, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
     """The guard is needed: the cache of a prompt under one adapter would be taken for another's."""
-    config = continuous_batching.batching_config
+    config, prompt = continuous_batching.batching_config, prompts(9, longest=60)[8][:56]
+    assert len(prompt) % OPTIONS.page_size == 0  # only whole pages are shared
 
-    def shared(*args: Any) -> Any:
+    def sharing(*args: Any) -> Any:
         chosen = config(*args)
-        chosen.allow_block_sharing = True
+        chosen.allow_block_sharing = shared
         return chosen
 
     async def main() -> Any:
         for name, folder in world.folders.items():
             await engine.load(name, folder)
-        return [await tokens_of(engine, request(name, PROMPTS[8], name)) for name in world.folders]
+        return [await tokens_of(engine, request(name, prompt, name)) for name in world.folders]
 
-    monkeypatch.setattr(continuous_batching, "batching_config", shared)
+    if shared:
+        monkeypatch.setattr(continuous_batching, "batching_config", sharing)
     with running() as engine:
-        assert run(main()) != [world.answer(name, PROMPTS[8], 8) for name in world.folders]
+        processor: Any = lane_of(engine).manager.batch_processor
+        assert processor.cache.use_prefix_sharing is shared
+        first, second = run(main())
+    one, two = (world.answer(name, prompt, 8) for name in world.folders)
+    assert one != two
+    assert first == one
+    assert (second == two) is not shared
+
+
+def test_a_cancelled_request_gives_its_cache_back_and_tells_nothing(engine: TransformersEngine) -> None:
+    lane = lane_of(engine)
+    manager: Any = lane.manager
+
+    async def main() -> None:
+        answer = engine.generate(request(1, PROMPTS[0], max_tokens=100))
+        await anext(answer)
+        assert lane.load().running == 1
+        assert manager.batch_processor.cache.compute_free_capacity() < 1.0
+        await answer.aclose()
+
+    run(main())
+    end = time.monotonic() + 10
+    while lane.load() != LaneLoad(0, 0, 0.0):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert not manager.output_router.result_handlers
+    assert manager.output_router.output_queue.empty()
+    assert manager.get_result(timeout=0) is None
+
+
+def test_a_manager_that_ends_gives_the_base_its_attention_back(world: World) -> None:
+    with running() as engine:
+        lane, model = lane_of(engine), engine.model
+        assert model.config._attn_implementation == packed_attention.NAME
+        manager: Any = lane.manager
+    assert not manager.is_running()
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_the_cache_bounds_a_request(world: World) -> None:
