@@ -232,7 +232,7 @@ def test_those_in_use_come_to_lie_side_by_side(model: veneer.PeftModel) -> None:
     assert bank.status().writes == 5
 
 
-def test_moves_go_on_until_all_lie_side_by_side(model: veneer.PeftModel) -> None:
+def test_moves_go_on_while_slots_in_use_lie_far_apart(model: veneer.PeftModel) -> None:
     names = ["lora", "dora", "head", "bias", "rslora", "ia3", "tokens"]
     bank = model.bank(slots=8, rank_buckets=(4,))
     leases = {name: bank.lease(name) for name in names}
@@ -242,7 +242,7 @@ def test_moves_go_on_until_all_lie_side_by_side(model: veneer.PeftModel) -> None
     for _ in range(4):
         found = model(**batch, adapter_names=plan).logits
         assert gap(found[1], alone(model, "rslora", **batch)[1]) < CLOSE
-    assert bank.status().moves == 3
+    assert bank.status().moves == 2
     in_use = bank._in_use()
     assert not list(bank._table.exchanges(in_use, 9))
 

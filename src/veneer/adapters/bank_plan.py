@@ -135,7 +135,7 @@ class BankStatus:
         writes: how many times an adapter was written into slots.
         bytes_written: the bytes that this took.
         evictions: how many times an adapter gave way to another.
-        moves: how many times a slot's contents were moved, so that those in use lie side by side.
+        moves: how many times a slot's contents were moved, where those in use lay far apart.
         row_by_row: how many rows, or tokens, of adapters with modules that compute them row by row were computed.
     """
 

@@ -24,6 +24,11 @@ class Residence:
     place: int
 
 
+# A batch computes with all slots up to the last in use. While these are fewer than so many times those in use, a move
+# costs more than it saves before others come and go.
+_SPREAD = 1.5
+
+
 class SlotTable:
     """Assigns slots to tenants; those that nobody uses give way, the one that was used last at last.
 
@@ -112,6 +117,8 @@ class SlotTable:
     def exchanges(self, in_use: Mapping[object, int], most: int) -> Iterator[tuple[int, int, int]]:
         """Let tenants in use come to lie in the first slots: yield bucket and two slots that change their contents.
 
+        Nothing moves where there is little to gain.
+
         Args:
             in_use: tenant -> a number that is not zero for one that is in use.
             most: the number of moves that may be made now.
@@ -121,7 +128,7 @@ class SlotTable:
             used = [slot for slot, tenant in enumerate(tenants) if in_use.get(tenant)]
             holes = (slot for slot in range(len(used)) if not in_use.get(tenants[slot]))
             for hole, slot in zip(holes, reversed(used), strict=False):
-                if slot <= hole or not bucket or next(moves) >= most:
+                if slot <= hole or slot < _SPREAD * len(used) or not bucket or next(moves) >= most:
                     break
                 self._exchange(bucket, hole, slot)
                 yield bucket, hole, slot
