@@ -22,6 +22,7 @@ class StrictEngine:
         running: version -> requests under way.
         loads: version -> how often it was loaded.
         faults: what it should not have been told.
+        late: version -> how many drops it refuses, since the last step of a request has not ended.
         refused: version -> why it cannot be loaded.
         nbytes: version -> the memory that it takes.
         folded_bytes: as the status tells them.
@@ -36,6 +37,7 @@ class StrictEngine:
     running: Counter[str] = field(default_factory=Counter)
     loads: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+    late: Counter[str] = field(default_factory=Counter)
     refused: dict[str, VeneerError] = field(default_factory=dict)
     quarantined: dict[str, str] = field(default_factory=dict)
     nbytes: Counter[str] = field(default_factory=Counter)
@@ -71,6 +73,9 @@ class StrictEngine:
             raise EngineError("in use")
         if version not in self.loaded:
             raise EngineError("not loaded")
+        if self.late[version]:
+            self.late[version] -= 1
+            raise EngineError("in use")
         del self.loaded[version]
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[TokenEvent]:

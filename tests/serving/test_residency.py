@@ -244,6 +244,19 @@ def test_dropping_waits_for_nobody_and_refuses_under_a_lease(tmp_path: Path) -> 
     assert not world.engine.loaded
 
 
+def test_dropping_waits_for_the_step_in_which_a_request_ends(tmp_path: Path) -> None:
+    world = World(tmp_path)
+
+    async def work() -> None:
+        await world.hold(0)
+        world.engine.late[world.digests[0]] = 2
+        await world.residency.drop(world.digests[0])
+        assert not world.engine.loaded
+        assert world.residency.used_bytes == 0
+
+    world.run(work)
+
+
 def test_leases_taken_while_it_is_dropped_load_it_again(tmp_path: Path) -> None:
     world = World(tmp_path)
 

@@ -28,8 +28,10 @@ from veneer.serving.waiting import is_set_within
 
 T = TypeVar("T")
 
-# An engine frees what a cancelled request held within a step; it is asked again after this time.
+# An engine frees what a request held within a step of its end; it is asked again after this time.
 _NEXT_TRY = 0.05
+# After so many seconds a step takes too long to be waited for.
+_LEAVING = 10.0
 
 
 @dataclass(frozen=True)
@@ -195,13 +197,17 @@ class Residency:
         """
         self._failures.forget(digest)
         self._nbytes.pop(digest, None)
-        resident = self._residents.get(digest)
-        if resident is not None and not resident.leases and not resident.is_loaded:
-            resident.prefetched = False
-            await asyncio.wait([resident.task])
-        resident = self._residents.get(digest)
-        if resident is not None and (resident.leases or not await self._drop(resident)):
-            raise AdapterBusyError(f"Requests use {digest[:19]}.", hint="Wait until they are done.", retry_after=1)
+        deadline = time.monotonic() + _LEAVING
+        while (resident := self._residents.get(digest)) is not None:
+            if not resident.leases and not resident.is_loaded:
+                resident.prefetched = False
+                await asyncio.wait([resident.task])
+            elif not resident.leases and await self._drop(resident):
+                return
+            elif resident.leases or not self._engine.status().alive or time.monotonic() > deadline:
+                raise AdapterBusyError(f"Requests use {digest[:19]}.", hint="Wait until they are done.", retry_after=1)
+            else:
+                await asyncio.sleep(_NEXT_TRY)
 
     async def close(self) -> None:
         """End the loads that go on."""
