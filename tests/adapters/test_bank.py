@@ -236,7 +236,7 @@ def test_moves_go_on_while_slots_in_use_lie_far_apart(model: veneer.PeftModel) -
     names = ["lora", "dora", "head", "bias", "rslora", "ia3", "tokens"]
     bank = model.bank(slots=8, rank_buckets=(4,))
     leases = {name: bank.lease(name) for name in names}
-    for name in ("lora", "dora", "head"):
+    for name in ("lora", "dora", "head", "bias"):
         leases.pop(name).release()
     batch, plan = tokens(3), bank.plan([leases["tokens"], leases["rslora"], None])
     for _ in range(4):
