@@ -120,17 +120,20 @@ def storage_of(tensor: Tensor) -> int:
 
 def saved_bytes(run: Callable[[], Any], known: set[int]) -> int:
     """Return the bytes of the storages that autograd keeps of ``run``, each once, without those in ``known``."""
-    storages: dict[int, int] = {}
+    storages: list[tuple[StorageWeakRef, int, int]] = []
 
     def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
         if storage_of(tensor) not in known:
-            storages[storage_of(tensor)] = tensor.untyped_storage().nbytes()
+            storages.append((StorageWeakRef(storage), storage._cdata, storage.nbytes()))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
+    # What was packed and dropped again is not kept, and its place may be another's by now.
+    kept = {place: size for reference, place, size in storages if not reference.expired()}
     del result
-    return sum(storages.values())
+    return sum(kept.values())
 
 
 def base() -> Any:
