@@ -18,6 +18,7 @@ import pytest
 from tests.serving.engine_world import prompts
 from tests.serving.http_service import Reply, call, events_of
 from tests.serving.served_process import NAMES, ServedProcess, completion, made, process
+from veneer.adapters.slot_table import slot_capacity
 from veneer.errors import UnsupportedError
 from veneer.serving.engine import EngineOptions
 from veneer.serving.engine_types import EngineRequest, Sampling
@@ -47,7 +48,7 @@ def slow() -> Iterator[ReplicatedEngine]:
 
     ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=200_000_000, log_to_driver=False)
     cluster = RayCluster("slow/base", "base", EngineOptions(), ReplicaOptions(2, cpus=0.5), SlowReplica)
-    engine = ReplicatedEngine(cluster, 8, 4)
+    engine = ReplicatedEngine(cluster, 8, slot_capacity(4, (8, 16, 64)))
     engine.start()
     try:
         yield engine

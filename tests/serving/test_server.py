@@ -16,6 +16,7 @@ from veneer.errors import UnsupportedError
 from veneer.serving import server
 from veneer.serving.engine import TransformersEngine
 from veneer.serving.engine_types import EngineStatus
+from veneer.serving.stopping import Stopping
 
 
 class LeftError(Exception):
@@ -40,10 +41,10 @@ def test_an_engine_that_stays_dead_ends_the_process(tmp_path: Path, codes: list[
     service = one_adapter_service(tmp_path)
     assert isinstance(service.engine, FakeEngine)
     with pytest.raises(asyncio.TimeoutError):
-        asyncio.run(asyncio.wait_for(server._watch(service, 0.1), 0.2))
+        asyncio.run(asyncio.wait_for(server._watch(service, 0.1, Stopping().leave), 0.2))
     service.engine.dead = True
     with pytest.raises(LeftError):
-        asyncio.run(asyncio.wait_for(server._watch(service, 0.1), 10))
+        asyncio.run(asyncio.wait_for(server._watch(service, 0.1, Stopping().leave), 10))
     assert codes == [70]
 
 
@@ -57,7 +58,7 @@ def test_a_process_that_was_paused_goes_on(tmp_path: Path, codes: list[int], mon
 
     monkeypatch.setattr(service.engine, "status", status)
     with pytest.raises(asyncio.TimeoutError):
-        asyncio.run(asyncio.wait_for(server._watch(service, 600), 0.2))
+        asyncio.run(asyncio.wait_for(server._watch(service, 600, Stopping().leave), 0.2))
     assert codes == []
 
 
@@ -66,10 +67,20 @@ def test_an_engine_that_hangs_ends_the_process_at_once(tmp_path: Path, codes: li
     assert isinstance(service.engine, FakeEngine)
     service.engine.hangs = True
     with pytest.raises(LeftError):
-        asyncio.run(asyncio.wait_for(server._watch(service, 600), 10))
+        asyncio.run(asyncio.wait_for(server._watch(service, 600, Stopping().leave), 10))
     assert codes == [70]
 
 
 def test_an_encoder_decoder_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="encoder-decoder"):
         TransformersEngine(build("t5")).start()
+
+
+def test_a_process_that_ends_at_once_leaves_no_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    stopping = Stopping()
+    with stopping.temporary_folder("veneer-test-") as folder:
+        (folder / "kept").mkdir(mode=0o555)
+        stopping.leave(70)
+        assert (codes, folder.exists()) == ([70], False)

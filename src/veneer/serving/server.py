@@ -88,7 +88,7 @@ def run_server(
         on_step("loading the base")
         engine.start()
         folder = options.store or started.enter_context(stopping.temporary_folder("veneer-serve-"))
-        stopping.run(_serve(options, folder, engine, keys, listeners, on_step, on_ready))
+        stopping.run(_serve(options, folder, engine, keys, listeners, on_step, on_ready, stopping.leave))
 
 
 def _engine(options: ServerOptions) -> ServedEngine:
@@ -146,6 +146,7 @@ async def _serve(
     listeners: list[socket.socket],
     on_step: Callable[[str], None],
     on_ready: Callable[[RunningServer], None],
+    leave: Callable[[int], None],
 ) -> None:
     base = engine.served_base
     metrics_port = listeners[1].getsockname()[1] if len(listeners) > 1 else None
@@ -185,7 +186,8 @@ async def _serve(
             on_ready(running)
 
         server = _DrainingServer(config, service, options.drain, begin)
-        watch = asyncio.create_task(_watch(service, _DEAD_SECONDS if options.replicas is None else _LOST_SECONDS))
+        patience = _DEAD_SECONDS if options.replicas is None else _LOST_SECONDS
+        watch = asyncio.create_task(_watch(service, patience, leave))
         if hasattr(signal, "SIGHUP"):  # not on Windows
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, keys)
         await server.serve(listeners)
@@ -266,7 +268,7 @@ class _DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-async def _watch(service: Service, patience: float) -> None:
+async def _watch(service: Service, patience: float, leave: Callable[[int], None]) -> None:
     """End the process when the engine hangs, for a thread cannot be ended, or stays dead for longer than that."""
     since, hung = time.monotonic(), False
     while True:
@@ -280,4 +282,4 @@ async def _watch(service: Service, patience: float) -> None:
         await asyncio.sleep(_LOOK)
     LOG.critical("The engine is dead: %s", status.error)
     logging.shutdown()
-    os._exit(_EXIT_DEAD)
+    leave(_EXIT_DEAD)

@@ -216,7 +216,7 @@ function rowOf(adapter, changeable) {
   cell(row, adapter.name, "th").scope = "row";
   cell(row, adapter.state + (adapter.resident ? ", loaded" : "") + (adapter.pinned ? ", pinned" : ""));
   cell(row, adapter.method === null ? "–" : adapter.rank ? `${adapter.method}, rank ${adapter.rank}` : adapter.method);
-  cell(row, size(adapter.bytes));
+  cell(row, size(adapter.memory_bytes ?? adapter.bytes)).title = adapter.resident ? "in memory" : "on the disk";
   cell(row, adapter.requests);
   if (adapter.error) cell(row, adapter.error).className = "why";
   else {
