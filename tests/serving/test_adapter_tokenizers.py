@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,16 @@ def test_code_of_a_tokenizer_is_not_run(tmp_path: Path) -> None:
     with suppress(AdapterInvalidError):
         words.of(tmp_path)
     assert not ran.exists()
+
+
+def test_several_threads_may_be_the_first_to_ask(tmp_path: Path) -> None:
+    own = lower_case()
+    own.backend_tokenizer.enable_truncation(1)
+    own.save_pretrained(tmp_path)
+    words = PromptTokenizer(word_tokenizer(), ROWS)
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda _: words.of(tmp_path).text("W1 w2 w3"), range(64)))
+    assert answers == [(1, 2, 3)] * 64
 
 
 def test_copies_of_one_tokenizer_are_read_once(tmp_path: Path) -> None:

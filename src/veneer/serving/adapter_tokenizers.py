@@ -69,6 +69,7 @@ class AdapterTokenizers:
         try:
             with transformers_errors_as(UsageError, "The adapter's tokenizer cannot be read", ""):
                 tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+                tokenizer("")  # sets it to cut off nothing, which is no job for several threads at once
                 unfit = self._unfit(tokenizer.get_vocab())
         except UsageError as error:  # which names a folder of this machine
             raise AdapterInvalidError(
