@@ -125,6 +125,21 @@ def test_what_the_store_lost_is_fetched_again(tmp_path: Path, reads: list[str]) 
     assert reads
 
 
+@pytest.mark.parametrize("missing", [True, False])
+def test_what_the_store_has_in_part_is_fetched_again(tmp_path: Path, reads: list[str], missing: bool) -> None:
+    info = first_start(tmp_path, reads)
+    assert info.adapter is not None
+    info.adapter.folder.chmod(0o755)
+    path = info.adapter.folder / "adapter_model.safetensors"
+    path.unlink()
+    if not missing:
+        path.write_bytes(b"cut off")
+    world, again = restarted(tmp_path, reads)
+    assert again.current == info.current
+    assert reads
+    assert world.folders() == {info.adapter.folder.name}
+
+
 def test_what_the_store_has_damaged_is_found_before_it_is_used(tmp_path: Path, reads: list[str]) -> None:
     info = first_start(tmp_path, reads)
     assert info.adapter is not None

@@ -112,7 +112,7 @@ class Fetch:
             with self._source.opened() as files:
                 self.label = files.label
                 self.fingerprint = files.fingerprint and f"{files.fingerprint} {self._rules.fingerprint}"
-                if self._stored is not None and self._is_unchanged(wanted):
+                if self._stored is not None and self._is_unchanged(wanted) and _has_sizes(self._stored, files.sizes):
                     return self._stored
                 _check_names(files)
                 self._check_sizes(files)
@@ -259,6 +259,14 @@ class Fetch:
             flush(path)
             path.chmod(0o444)
             self.folder.chmod(0o555)
+
+
+def _has_sizes(adapter: StoredAdapter, sizes: Mapping[str, int]) -> bool:
+    """Tell whether the files in the store have these sizes; their bytes are read before the adapter is used."""
+    try:
+        return all((adapter.folder / name).stat().st_size == size for name, size in sizes.items())
+    except OSError:
+        return False
 
 
 _AGAIN = "Register it again; its source may have changed meanwhile."

@@ -181,28 +181,32 @@ class Store:
             adapter = await loop.run_in_executor(self._threads, fetch.run, digest)
             if fetch.folder is None and adapter.digest not in self._adapters:  # it was removed meanwhile
                 return await self._add(source, digest, arrived, None)
-            self._place(fetch, adapter)
+            replaced = self._place(fetch, adapter)
             arrived(adapter.digest)
             if fetch.folder is not None:
                 with suppress(OSError):  # its files are on the disk; its name in the folder may come there later
-                    await asyncio.to_thread(self._settle, fetch)
+                    await asyncio.to_thread(self._settle, fetch, replaced)
         finally:
             self._reserved -= reserved
         known = None if fetch.fingerprint is None else KnownSource(fetch.fingerprint, adapter.digest)
         return Fetched(self._adapters.get(adapter.digest, adapter), fetch.label, known)
 
-    def _place(self, fetch: Fetch, adapter: StoredAdapter) -> None:
-        """Move a fetched adapter to its place; one that is there already stays."""
-        if adapter.digest not in self._adapters and fetch.folder is not None:
+    def _place(self, fetch: Fetch, adapter: StoredAdapter) -> Path | None:
+        """Move a fetched adapter to its place; return where what lay there is now, if it may have been damaged."""
+        replaced = None
+        if adapter.digest not in self._verified and fetch.folder is not None:
             with writing(adapter.folder):
-                self._take_away(adapter.folder)
+                replaced = self._take_away(adapter.folder)
                 fetch.folder.rename(adapter.folder)
             self._adapters[adapter.digest] = adapter
             self._verified.add(adapter.digest)
         self.touch(adapter.digest)
+        return replaced
 
-    def _settle(self, fetch: Fetch) -> None:
+    def _settle(self, fetch: Fetch, replaced: Path | None) -> None:
         fetch.discard()
+        if replaced is not None:
+            remove_folder(replaced)
         descriptor = os.open(self.root, os.O_RDONLY)
         try:
             os.fsync(descriptor)
