@@ -539,6 +539,12 @@ def test_an_adapters_own_template_comes_before_the_bases(url: str, service: Serv
         assert call(url, "POST", "/v1/chat/completions", CHAT).error["code"] == "invalid_request"
     finally:
         file.unlink()
+    config = file.with_name("tokenizer_config.json")
+    config.write_text(json.dumps({"chat_template": "x" * (1 << 21)}))
+    try:
+        assert "has more than" in call(url, "POST", "/v1/chat/completions", CHAT).error["message"]
+    finally:
+        config.unlink()
 
 
 def test_health_tells_of_the_engine(url: str, engine: FakeEngine) -> None:

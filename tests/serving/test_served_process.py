@@ -295,6 +295,9 @@ def test_a_bad_adapter_is_refused_and_never_answers(server: ServedProcess, damag
     assert (reply.status, reply.error["code"]) == (422, "adapter_invalid"), reply.body
     assert ask(server, "bad", [5], 2).status in (404, 410, 422)
     assert "veneer-serve-" not in reply.error["message"]  # where the server keeps adapters is not his
+    assert str(server.folder) not in reply.error["message"]
+    assert "strict=False" not in reply.error["message"]
+    assert "adapter the adapter" not in reply.error["message"]
 
 
 TRAVERSALS = [

@@ -173,12 +173,21 @@ def own_template(folder: Path) -> str | None:
         template = read_json(config).get("chat_template")
     except SourceError as error:  # which names a folder of this machine
         raise AdapterInvalidError("The adapter's tokenizer_config.json cannot be read.") from error
-    return template if isinstance(template, str) else None
+    if not isinstance(template, str):
+        return None
+    _check_size(config, len(template))
+    return template
+
+
+def _check_size(file: Path, size: int) -> None:
+    if size > _TEMPLATE_BYTES:
+        raise AdapterInvalidError(
+            f"The chat template in the adapter's {file.name} has more than {_TEMPLATE_BYTES} bytes."
+        )
 
 
 def _read(file: Path) -> str:
-    if file.stat().st_size > _TEMPLATE_BYTES:
-        raise AdapterInvalidError(f"The adapter's {file.name} has more than {_TEMPLATE_BYTES} bytes.")
+    _check_size(file, file.stat().st_size)
     try:
         return file.read_text(encoding="utf-8")
     except ValueError as error:

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from veneer.errors import EngineError, VeneerError
+from veneer.errors import BindError, EngineError, VeneerError
 from veneer.printing import nbytes
 from veneer.serving.engine_types import Engine, LoadedVersion
 from veneer.serving.failures import Failures
@@ -95,8 +95,11 @@ class Residency:
         *,
         clock: Callable[[], float] = time.monotonic,
         on_phase: OnPhase = ignore_phase,
+        shown: Mapping[str, str] | None = None,
     ) -> None:
         self._on_phase = on_phase
+        # Paths of this machine -> what clients read in their place.
+        self._shown = dict(shown or {})
         self._engine, self._store, self._clock = engine, store, clock
         self._limits = limits or ResidencyLimits()
         self._failures = Failures(clock=clock)
@@ -304,14 +307,15 @@ class Residency:
             pass
 
     def _told(self, error: VeneerError, digest: str) -> ServingError:
-        """Return a refusal that names the adapter, where the error names its folder in the store."""
+        """Return a refusal that names the adapter and the base, where the error names their folders."""
         refusal, stored = as_refusal(error), self._store.get(digest)
-        if stored is None or str(stored.folder) not in str(refusal):
-            return refusal
-        message, hint = (
-            text and text.replace(str(stored.folder), "the adapter") for text in (refusal.message, refusal.hint)
-        )
-        return type(refusal)(str(message), hint=hint, retry_after=refusal.retry_after, param=refusal.param)
+        folder = str(stored.folder) if stored else digest
+        message, hint = refusal.message, refusal.hint or ""
+        for path, name in {f"adapter {folder}": "adapter", folder: "the adapter", **self._shown}.items():
+            message, hint = message.replace(path, name), hint.replace(path, name)
+        if isinstance(error, BindError):  # whose own hint is for Python
+            hint = "Serve it on the base that it was trained on."
+        return type(refusal)(message, hint=hint or None, retry_after=refusal.retry_after, param=refusal.param)
 
     async def _timed(self, resident: _Resident, phase: str, work: Awaitable[T]) -> T:
         start = self._clock()

@@ -155,7 +155,9 @@ async def _serve(
     store = Store(folder, options.store_limits, base_digest=base.digest)
     metrics = ServerMetrics(options.metrics_adapters)
     limits = ResidencyLimits(host_bytes, cycle=options.limits.cycle)
-    residency = Residency(engine, store, limits, on_phase=metrics.loaded)
+    place = Path(options.base)
+    paths = dict.fromkeys((str(place.absolute()), str(place.resolve())), settings.base_name)
+    residency = Residency(engine, store, limits, on_phase=metrics.loaded, shown=paths)
     registry = Registry(
         store, residency, options.policy, options.registry, base_name=settings.base_name, on_phase=metrics.loaded
     )
