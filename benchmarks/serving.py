@@ -8,7 +8,8 @@ Each client sends its next request when it has its answer: a prompt of 16 tokens
     slots     the median time to the first token, 16 adapters on 8 slots against 8 on 8
     loading   the time between others' tokens while adapters are loaded, against the same without
     bare      the base alone, against transformers' continuous batching without a server
-    peer      8 and 64 adapters, against rows of `generate(adapter_names=...)` in peft, without a server
+    peer      8 and 64 adapters, against batches of the same requests by `generate(adapter_names=...)` in peft, without
+              a server; each takes as long as its longest answer
     leaks     500 adapters registered and removed, and 1,000 streams that their clients leave
 
 All figures of a section come from one run; what runs in turns is told by its median. `--keep` writes `serving.json`, of
@@ -39,8 +40,8 @@ from lines import HEAD, Line, keep, rows
 
 RESULTS_FILE = Path(__file__).parent / "serving.json"
 ROOT = Path(__file__).parents[1]
-PROMPT, ANSWER = 16, 32
-# Answers differ in length, so that they do not all end at once; rows of one `generate` have ANSWER each, as suits it.
+PROMPT = 16
+# Answers differ in length, so that they do not all end at once.
 ANSWERS = (16, 48)
 # Of the random adapters: q and v alone, as services have them by the thousand.
 RANK = 8
@@ -357,7 +358,7 @@ def _bare_child(asked: Asked) -> float:
         page_size=16, num_blocks=1024, max_batch_tokens=512, max_requests_per_batch=asked.clients,
         allow_block_sharing=False, auto_switch_to_flash=False,
     )  # fmt: skip
-    chosen = GenerationConfig(do_sample=False, max_new_tokens=ANSWER, eos_token_id=-1)
+    chosen = GenerationConfig(do_sample=False, max_new_tokens=max(ANSWERS), eos_token_id=-1)
     manager = model.init_continuous_batching(generation_config=chosen, continuous_batching_config=config)
     manager.start()
     numbers, lengths = itertools.count(), {}
@@ -394,12 +395,15 @@ def _peft_child(count: int, folder: Path, asked: Asked) -> float:
     names = [f"a{row % count}" for row in range(asked.clients)]
     begin, counted, turn = None, 0, 0
     while begin is None or time.perf_counter() < begin + asked.seconds:
-        ids = torch.tensor([body("", turn * asked.clients + row)["prompt"] for row in range(asked.clients)])
+        batch = [body("", turn * asked.clients + row) for row in range(asked.clients)]
+        ids = torch.tensor([one["prompt"] for one in batch])
+        lengths = [one["max_tokens"] for one in batch]
+        most = max(lengths)
         with torch.inference_mode():
             model.generate(
-                input_ids=ids, adapter_names=names, max_new_tokens=ANSWER, min_new_tokens=ANSWER, do_sample=False
+                input_ids=ids, adapter_names=names, max_new_tokens=most, min_new_tokens=most, do_sample=False
             )
-        counted, begin = (0, time.perf_counter()) if begin is None else (counted + ids.shape[0] * ANSWER, begin)
+        counted, begin = (0, time.perf_counter()) if begin is None else (counted + sum(lengths), begin)
         turn += 1
     return counted / (time.perf_counter() - begin)
 
