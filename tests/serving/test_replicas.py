@@ -243,6 +243,28 @@ def test_a_closed_answer_is_cancelled_in_its_replica() -> None:
     asyncio.run(main())
 
 
+def test_the_work_of_all_replicas_is_added_up_and_never_falls() -> None:
+    async def main() -> None:
+        async with replicated() as (engine, handles):
+            for handle in handles:
+                handle.engine.meter.computed(tokens=5, adapters=1)
+
+            def tokens() -> float:
+                return engine.status().work.sizes["tokens"].total
+
+            await until(lambda: tokens() == 10)
+            assert engine.status().work.bank["writes"] == 2 * 3
+            handles[0].kill()
+            await until(lambda: engine.status().restarts == 1)
+            assert tokens() == 10
+            handles[0].come_back(FakeServedEngine())
+            handles[0].engine.meter.computed(tokens=2, adapters=1)
+            await until(lambda: tokens() == 12)
+            assert engine.status().work.bank["writes"] == 3 * 3
+
+    asyncio.run(main())
+
+
 def test_a_replica_that_ends_loses_what_it_runs_and_nothing_else() -> None:
     async def main() -> None:
         async with replicated(FakeServedEngine(delay=0.01), FakeServedEngine(delay=0.01)) as (engine, handles):
