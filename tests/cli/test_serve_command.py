@@ -64,6 +64,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "slots": (["base", "--slots", "99999999999"], "--slots"),
     "a device": (["base", "--device", "nope"], "--device 'nope' cannot be used"),
     "a device without numbers": (["base", "--device", "meta"], "--device 'meta' cannot be used"),
+    "a cache beyond the memory": (["base", "--kv-bytes", "1000TB"], "--kv-bytes is 1000.0 TB"),
     "a key without a name": (["--new-key", " "], "needs a name"),
     "seconds": (["base", "--drain", "nan"], "no number"),
     "a source of the web": (["base", "--allow-runtime-adapters", "--allow-source", "https://a/*"], "cannot be allowed"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,6 @@ def test_an_answer_is_text_and_never_markup(
     event = FakeEngine._event
 
     def markup(self: FakeEngine, request: Any, index: int) -> Any:
-        from dataclasses import replace
-
         return replace(event(self, request, index), text="<img src=x onerror=alert(1)>")
 
     monkeypatch.setattr(FakeEngine, "_event", markup)
@@ -102,6 +101,23 @@ def test_an_answer_is_text_and_never_markup(
     reached(chromium, "document.querySelector('.tokens').textContent.startsWith('1')")
     assert text_of(chromium, ".answer")[0] == "<img src=x onerror=alert(1)>"
     assert chromium.evaluate("document.querySelectorAll('.answer img').length") == 0
+
+
+def test_names_and_errors_are_text_and_never_markup(
+    chromium: Browser, url: str, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evil = "<img src=x onerror=alert(1)>'\"&"
+    service.settings = replace(service.settings, base_name=evil)
+    infos = service.registry.adapters
+    monkeypatch.setattr(
+        service.registry, "adapters", lambda caller: [replace(info, name=evil, error=evil) for info in infos(caller)]
+    )
+    opened(chromium, url)
+    reached(chromium, "document.querySelectorAll('#rows tr').length === 1")
+    assert text_of(chromium, "#base") == [f"on {evil}"]
+    assert text_of(chromium, "#rows th") == text_of(chromium, "#rows .why") == [evil]
+    assert chromium.evaluate("[...document.querySelectorAll('#models option')].map((e) => e.value)") == [evil, evil]
+    assert chromium.evaluate("document.querySelectorAll('img').length") == 0
 
 
 def test_an_unknown_adapter_is_told_and_differences_are_marked(chromium: Browser, url: str) -> None:

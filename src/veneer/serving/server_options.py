@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from veneer.adapters.slot_table import slot_capacity
@@ -15,7 +16,7 @@ from veneer.errors import NotACheckpointError, PathNotFoundError, SourceError, U
 from veneer.files.names import ADAPTER_CONFIG
 from veneer.files.paths import exists, is_file, is_folder, nearest_path
 from veneer.files.resolve import local_path, looks_like_hub_id
-from veneer.printing import first_line, warn
+from veneer.printing import first_line, nbytes, warn
 from veneer.serving.admission import AdmissionLimits
 from veneer.serving.engine import EngineOptions
 from veneer.serving.registry import RegistryOptions
@@ -126,6 +127,7 @@ def server_options(
         raise UsageError(f"--store {store} is no folder.", hint="Give a folder; it is made where there is none.")
     _check_replicas(replicas, ray_address, store, device)
     _check_device(device, is_here=replicas is None)
+    _check_cache(kv_bytes, device, is_here=ray_address is None)
     given = tuple(_registration(text) for text in adapters)
     _check_once([registration.name for registration in given])
     found = tuple(_found(folder, {registration.name for registration in given})) if folder else ()
@@ -209,6 +211,13 @@ def _check_device(device: str | None, *, is_here: bool) -> None:
     except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
         reason = first_line(error).partition(" device type at start")[0].rstrip(".")
         raise UsageError(f"--device {device!r} cannot be used: {reason}.", hint="Such as --device cuda:0.") from error
+
+
+def _check_cache(size: int | None, device: str | None, *, is_here: bool) -> None:
+    """Refuse a cache that the memory of this machine cannot hold, before anything slower is done instead."""
+    memory = psutil.virtual_memory().total
+    if is_here and size is not None and size > memory and torch.device(device or "cpu").type == "cpu":
+        raise UsageError(f"--kv-bytes is {nbytes(size)}, and this machine has {nbytes(memory)}.", hint="Give less.")
 
 
 def _is_loopback(host: str) -> bool:
