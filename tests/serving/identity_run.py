@@ -122,10 +122,10 @@ class Traffic:
     def _ask(self, chance: random.Random, prompts: Sequence[tuple[int, ...]]) -> None:
         name = BASE if chance.random() < 0.04 else self._name(chance, evenly=0.5)
         history = self._histories.get(name) or NameHistory()
-        names_version = history.versions and chance.random() < 0.1
+        versions = history.versions  # which others replace meanwhile
         asked = Asked(
             name,
-            chance.choice(history.versions) if names_version else None,
+            chance.choice(versions) if versions and chance.random() < 0.1 else None,
             chance.choice(prompts),
             tokens=chance.randint(1, _MOST_TOKENS),
             streams=chance.random() < 0.5,
