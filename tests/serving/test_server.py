@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,3 +85,31 @@ def test_a_process_that_ends_at_once_leaves_no_temporary_folder(monkeypatch: pyt
         (folder / "kept").mkdir(mode=0o555)
         stopping.leave(70)
         assert (codes, folder.exists()) == ([70], False)
+
+
+def test_a_signal_cancels_what_runs_even_before_it_begins() -> None:
+    ran: list[str] = []
+
+    async def work(number: int | None) -> None:
+        ran.append("begun")
+        if number is not None:
+            signal.raise_signal(number)
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0)
+            ran.append("cleaned up")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        stopping = Stopping()
+        with stopping.on_signals(), pytest.raises(SystemExit) as caught:
+            stopping.run(work(number))
+        assert (caught.value.code, ran) == (0, ["begun", "cleaned up"])
+        ran.clear()
+    stopping = Stopping()
+    stopping._told = True  # by a signal while the loop is made
+    with pytest.raises(SystemExit):
+        stopping.run(work(None))
+    assert not ran
+    with pytest.raises(SystemExit), Stopping().on_signals():
+        signal.raise_signal(signal.SIGTERM)

@@ -23,7 +23,7 @@ class Stopping:
     """
 
     def __init__(self) -> None:
-        self._told = False
+        self._told = self._runs = False
         self._task: asyncio.Task[None] | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
@@ -49,15 +49,19 @@ class Stopping:
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine, which a signal cancels."""
+        self._runs = True
         try:
             asyncio.run(self._run(work))
         except asyncio.CancelledError:
             raise SystemExit(0) from None
         finally:
-            self._task = None
+            self._runs = False
 
     async def _run(self, work: Coroutine[Any, Any, None]) -> None:
         self._task = asyncio.current_task()
+        if self._told:  # while the loop was made
+            work.close()
+            raise asyncio.CancelledError
         await work
 
     def leave(self, code: int) -> None:
@@ -70,6 +74,7 @@ class Stopping:
         if self._told:
             self.leave(0)
         self._told = True
-        if self._task is None or self._task.done():
+        if not self._runs:
             raise SystemExit(0)
-        self._task.get_loop().call_soon_threadsafe(self._task.cancel)
+        if self._task is not None and not self._task.done():
+            self._task.get_loop().call_soon_threadsafe(self._task.cancel)
