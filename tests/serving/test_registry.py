@@ -15,6 +15,7 @@ from veneer.errors import NonFiniteError, OutputError
 from veneer.serving.audit import LOGGER, audit, log_to
 from veneer.serving.auth import ANONYMOUS, Caller
 from veneer.serving.registry import RegistryOptions
+from veneer.serving.registry_database import RegistryDatabase, StoredName, StoredVersion
 from veneer.serving.registry_types import Registration, State
 from veneer.serving.serving_errors import (
     AdapterBusyError,
@@ -334,6 +335,20 @@ def test_a_file_of_names_that_is_damaged_is_told(tmp_path: Path) -> None:
     (tmp_path / "store" / "registry.sqlite").write_bytes(b"no database" * 1000)
     with pytest.raises(Exception, match="is damaged"):
         asyncio.run(world.registry.open())
+
+
+def test_a_change_that_the_disk_cannot_hold_is_told_and_undone(tmp_path: Path) -> None:
+    database = RegistryDatabase(tmp_path)
+    database.open()
+    database._open.execute("PRAGMA max_page_count = 5")
+    versions = tuple(StoredVersion(number, "x" * 900, 0.0, "") for number in range(50))
+    for _ in range(2):
+        with pytest.raises(OutputError, match="disk is full"):
+            database.save(StoredName("large", 1, 2, False, versions))
+    small = StoredName("small", 1, 2, False, ())
+    database.save(small)
+    assert database.names() == [small]
+    database.close()
 
 
 def test_what_a_cut_off_registration_left_is_tidied(tmp_path: Path) -> None:
