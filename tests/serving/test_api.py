@@ -293,8 +293,9 @@ def test_other_sites_and_other_names_are_refused(url: str) -> None:
         ("GET /health HTTP/1.1\r\nhost: localhost\r\norigin: null", 403),
         ("GET /health HTTP/1.0", 403),
         ("GET http://evil/ HTTP/1.1\r\nhost: localhost", 404),
-        ("BREW /health HTTP/1.1\r\nhost: localhost", 405),
-        ("HEAD /health HTTP/1.1\r\nhost: localhost", 405),
+        ("BREW /v1/models HTTP/1.1\r\nhost: localhost", 405),
+        ("HEAD /v1/models HTTP/1.1\r\nhost: localhost", 405),
+        ("HEAD /health HTTP/1.1\r\nhost: localhost", 200),
         ("OPTIONS /v1/models HTTP/1.1\r\nhost: localhost\r\naccess-control-request-method: POST", 405),
         ("GET /health HTTP/1.1\r\nhost: localhost\r\nupgrade: websocket\r\nconnection: upgrade", 200),
         ("GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + "x" * 200_000, 400),
@@ -550,7 +551,11 @@ def test_an_adapters_own_template_comes_before_the_bases(url: str, service: Serv
 def test_health_tells_of_the_engine(url: str, engine: FakeEngine) -> None:
     assert call(url, "GET", "/health").status == 200
     assert call(url, "GET", "/ready").json == {"status": "ready"}
+    for path in ("/health", "/ready"):
+        reply = call(url, "HEAD", path)
+        assert (reply.status, reply.body) == (200, b"")
     engine.dead = True
+    assert call(url, "HEAD", "/health").status == 503
     assert call(url, "GET", "/health").status == 503
     assert call(url, "GET", "/ready").status == 503
     reply = call(url, "POST", "/v1/chat/completions", CHAT)

@@ -88,3 +88,17 @@ def test_a_base_is_served(make: Any, targets: list[str], way: str, tmp_path: Pat
             assert way in (engine.model.config._attn_implementation, type(engine._lane).__name__)
             answers = run(main())
     assert answers == [world.answer(one.version, one.prompt, 8) for one in asked]
+
+
+def test_a_lane_that_cannot_start_leaves_the_attention_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(manager: Any) -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("veneer.serving.continuous_batching.ContinuousBatchingManager.warmup", fail)
+    model = build("gpt2")
+    attention = model.config._attn_implementation
+    with pytest.warns(VeneerWarning) as caught, running(model=model) as engine:
+        assert type(engine._lane).__name__ == STATIC
+        assert engine.model.config._attn_implementation == attention
+    lines = [str(warning.message) for warning in caught]
+    assert [line.rpartition(": ")[2] for line in lines] == ["no room."] * 2

@@ -113,7 +113,7 @@ def _file(name: str, content_type: str) -> Callable[[], Awaitable[Response]]:
     return page
 
 
-@routes.get("/health")
+@routes.api_route("/health", methods=["GET", "HEAD"])
 async def health(service: Parts) -> Response:
     """Tell whether the engine lives; never waits for it."""
     status = service.engine.status()
@@ -122,7 +122,7 @@ async def health(service: Parts) -> Response:
     return JSONResponse({"status": "dead", "restarts": status.restarts}, 503)
 
 
-@routes.get("/ready")
+@routes.api_route("/ready", methods=["GET", "HEAD"])
 async def ready(service: Parts) -> Response:
     """Tell whether new requests are taken."""
     state = "draining" if service.draining else "ready" if service.ready else "starting"

@@ -139,6 +139,14 @@ class ContinuousLane(Lane):
     # -- the thread ----------------------------------------------------------------------------------------
 
     def start(self) -> None:
+        attention = self.model.config._attn_implementation
+        try:
+            self.manager = self._started_manager()
+        except BaseException:
+            self.model.set_attn_implementation(attention)  # there is no manager that `stop` would have restore it
+            raise
+
+    def _started_manager(self) -> ContinuousBatchingManager:
         make = PackedManager if self.packs_attention else ContinuousBatchingManager
         generation = GenerationConfig(do_sample=False, max_new_tokens=1, eos_token_id=-1)
         served: Any = self.served
@@ -147,7 +155,7 @@ class ContinuousLane(Lane):
         cache = _processor(manager).cache
         self.max_context = min(max_context(self.served, self.options), infer_max_single_request_tokens(cache))
         manager.start()
-        self.manager = manager
+        return manager
 
     def stop(self) -> None:
         with self.lock:
