@@ -97,7 +97,8 @@ def test_a_lane_that_cannot_start_leaves_the_attention_as_it_was(monkeypatch: py
     monkeypatch.setattr("veneer.serving.continuous_batching.ContinuousBatchingManager.warmup", fail)
     model = build("gpt2")
     attention = model.config._attn_implementation
-    with pytest.warns(VeneerWarning) as caught, running(model=model) as engine:
+    warnings.simplefilter("always", VeneerWarning)
+    with warnings.catch_warnings(record=True) as caught, running(model=model) as engine:
         assert type(engine._lane).__name__ == STATIC
         assert engine.model.config._attn_implementation == attention
     lines = [str(warning.message) for warning in caught]
