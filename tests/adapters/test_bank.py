@@ -70,9 +70,11 @@ def alone(model: veneer.PeftModel, name: str | None, **batch: Any) -> Tensor:
         return logits
 
 
-def check(model: veneer.PeftModel, bank: veneer.AdapterBank, names: Sequence[str | None]) -> None:
+def check(
+    model: veneer.PeftModel, bank: veneer.AdapterBank, names: Sequence[str | None], needs_slots: bool = True
+) -> None:
     """Compare rows, and parts of a packed row, with each adapter alone."""
-    leases = {name: bank.lease(name) for name in dict.fromkeys(names) if name is not None}
+    leases = {name: bank.lease(name, needs_slots=needs_slots) for name in dict.fromkeys(names) if name is not None}
     leased = [None if name is None else leases[name] for name in names]
     batch = tokens(len(names), 5)
     found = model(**batch, adapter_names=bank.plan(leased)).logits
@@ -102,6 +104,50 @@ def test_each_kind_beside_lora_and_the_base(model: veneer.PeftModel, name: str) 
     row_by_row = {entry.version for entry in bank.status().adapters if entry.row_by_row}
     assert row_by_row == {name} & ROW_BY_ROW
     assert bool(bank.status().row_by_row) == bool(row_by_row)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_kind_without_a_slot(model: veneer.PeftModel, name: str) -> None:
+    bank = model.bank(slots=1, rank_buckets=(21,))
+    other = "lora" if name == "rslora" else "rslora"
+    with bank.lease(other):
+        check(model, bank, [name, other, None, "wide", name], needs_slots=False)
+
+
+def test_all_at_once_on_two_slots(model: veneer.PeftModel) -> None:
+    bank = model.bank(slots=2, rank_buckets=(21,))
+    check(model, bank, [*KINDS, None], needs_slots=False)
+    check(model, bank, [None, *reversed(KINDS), "lora"], needs_slots=False)
+    assert not bank._beside
+
+
+def test_what_has_no_slot_gets_one_that_comes_free(model: veneer.PeftModel) -> None:
+    bank = model.bank(slots=1, rank_buckets=(4,))
+    first, second = bank.lease("lora"), bank.lease("rslora", needs_slots=False)
+    batch = tokens(2)
+    for names in (("lora", "rslora"), ("rslora", "rslora")):
+        leases = {"lora": first, "rslora": second}
+        found = model(**batch, adapter_names=bank.plan([leases[name] for name in names])).logits
+        for row, name in enumerate(names):
+            assert gap(found[row], alone(model, name, **batch)[row]) < CLOSE
+        assert bank.status().resident == (("lora",) if names[0] == "lora" else ("rslora",))
+        first.release()
+    assert bank.status().row_by_row == 1
+    assert not bank.folded_bytes
+
+
+def test_weights_that_change_are_seen_without_a_slot() -> None:
+    model = made(["lora", "rslora"])
+    bank = model.bank(slots=1, rank_buckets=(4,))
+    batch = tokens(1)
+    with bank.lease("lora"), bank.lease("rslora", needs_slots=False) as lease:
+        plan = bank.plan([lease])
+        before = model(**batch, adapter_names=plan).logits
+        for parameter in model.adapters.get("rslora").tensors_by_place().values():
+            parameter.data.mul_(1.5)
+        found = model(**batch, adapter_names=plan).logits
+        assert gap(found, alone(model, "rslora", **batch)) < CLOSE
+        assert gap(found, before) > CLOSE
 
 
 def test_all_at_once(model: veneer.PeftModel) -> None:

@@ -41,6 +41,7 @@ class Banks(RuleBasedStateMachine):
             self.add(name)
         self.bank = MODEL.bank(slots={2: 2, 4: 3})
         self.leases: list[tuple[veneer.BankLease, Tensor]] = []
+        self.need_slots: set[veneer.BankLease] = set()
 
     def teardown(self) -> None:
         for lease, _ in self.leases:
@@ -58,17 +59,20 @@ class Banks(RuleBasedStateMachine):
     def leased(self, name: str) -> bool:
         return any(lease.version == name for lease, _ in self.leases)
 
-    @rule(name=NAMES)
-    def lease(self, name: str) -> None:
+    @rule(name=NAMES, needs_slots=st.booleans())
+    def lease(self, name: str, needs_slots: bool) -> None:
         full = len(self.leases) >= 4
         try:
-            lease = self.bank.lease(name)
+            lease = self.bank.lease(name, needs_slots=needs_slots)
         except BankFullError:
             assert self.leases
+            assert needs_slots
             return
         except UnknownAdapterError:
             assert name not in MODEL.peft_config
             return
+        if needs_slots:
+            self.need_slots.add(lease)
         assert not full or self.bank.status().leases == len(self.leases) + 1
         with torch.no_grad(), MODEL.using(name):
             self.leases.append((lease, MODEL(BATCH[None]).logits[0]))
@@ -139,7 +143,11 @@ class Banks(RuleBasedStateMachine):
         assert len(places) == len(set(places))
         for tenant, home in table.residences.items():
             assert all(table._tenants[home.bucket][slot] is tenant for slot in home.slots)
-        assert {lease.version for lease, _ in self.leases} <= set(status.resident)
+        leased = {lease.version for lease, _ in self.leases}
+        beside = {entry.version for entry in self.bank._beside}
+        assert beside <= leased
+        assert leased - beside <= set(status.resident)
+        assert not beside & {lease.version for lease, _ in self.leases if lease in self.need_slots}
 
 
 TestBanks = Banks.TestCase

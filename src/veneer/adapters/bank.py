@@ -6,8 +6,9 @@
     lease.release()                                   # copies nothing
 
 Each adapted layer has memory for a number of folded adapters (``patches/slots.py``), which is written in place, one
-slot at a time. A slot is given to another adapter only when nobody leases the one in it and no call reads it. Which
-adapter lies where is worked out once for a batch, in an object that is never changed (``SlotsInUse``).
+slot at a time. A slot is given to another adapter only when nobody leases the one in it and no call reads it. What
+finds none may be computed beside them, stacked anew for each batch. Which adapter lies where is worked out once for a
+batch, in an object that is never changed (``SlotsInUse``).
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class AdapterBank:
         self._changes = 0
         # Those whose folded forms are kept.
         self._ahead: list[BankedAdapter] = []
+        # The leased ones that lie in no slot.
+        self._beside: dict[BankedAdapter, FoldedAdapter] = {}
         # The calls under way.
         self._calls = 0
         self._row_by_row = self._hits = 0
@@ -132,7 +135,7 @@ class AdapterBank:
         """Fold an adapter without holding up the steps of other threads, unless it lies in slots or is folded."""
         with self._lock:
             lies_here = entry in self._table.residences and entry._versions.is_current(NOTHING)
-            folded = entry._folded
+            folded = entry._folded or self._beside.get(entry)
         if not lies_here and (folded is None or not folded.versions.is_current(NOTHING)):
             folded = self._fold(entry._adapter)
             with self._lock:
@@ -208,11 +211,13 @@ class AdapterBank:
 
     # -- leases --------------------------------------------------------------------------------------------
 
-    def lease(self, version: Hashable) -> BankLease:
+    def lease(self, version: Hashable, *, needs_slots: bool = True) -> BankLease:
         """Keep a version in its slots until the lease is released; it is copied there if it is in none.
 
         Args:
             version: as registered; or the name of an adapter on the model, which is registered under it.
+            needs_slots: with False, an adapter for which no slot is free is computed without, at some more cost, until
+                a batch finds one free.
 
         Raises:
             BankFullError: the adapters that are leased leave no slot.
@@ -227,7 +232,10 @@ class AdapterBank:
                 if self._present(version) is not entry:
                     raise _replaced(entry.name)
                 self._refresh()
-                self._bring_in(entry)
+                lies_here = self._bring_in(entry)
+                if needs_slots and not lies_here:
+                    self._forget_beside(entry)
+                    raise self._full(entry)
                 entry.leases += 1
         except BaseException:
             underway.end(lease)
@@ -248,26 +256,37 @@ class AdapterBank:
                 return
             lease._is_active = False
             lease.adapter.leases -= 1
+            self._forget_beside(lease.adapter)
             self._table.touch(lease.adapter)
         self.adapters.active_selection.underway.end(lease)
 
     # -- slots ---------------------------------------------------------------------------------------------
 
-    def _bring_in(self, entry: BankedAdapter) -> None:
-        """Write an adapter into slots, unless it lies in some as it is now."""
+    def _bring_in(self, entry: BankedAdapter) -> bool:
+        """Write an adapter into slots, unless it lies in some as it is now; return False where none are free."""
         if entry in self._table.residences and entry._versions.is_current(NOTHING):
             self._table.touch(entry)
             self._hits += 1
-        else:
-            self._write(entry)
+            return True
+        return self._write(entry, self._in_use())
 
-    def _write(self, entry: BankedAdapter) -> None:
-        if not self._table.bring_in(entry, self._folded(entry), self._in_use()):
-            raise self._full(entry)
+    def _write(self, entry: BankedAdapter, in_use: Mapping[object, int]) -> bool:
+        folded = self._folded(entry)
+        lies_here = self._table.bring_in(entry, folded, in_use)
+        if lies_here:
+            self._beside.pop(entry, None)
+        else:
+            self._beside[entry] = folded
+        return lies_here
+
+    def _forget_beside(self, entry: BankedAdapter) -> None:
+        """Drop the form that an adapter without slots is computed with, unless it is leased."""
+        if not entry.leases:
+            self._beside.pop(entry, None)
 
     def _folded(self, entry: BankedAdapter) -> FoldedAdapter:
         """Return the folded form of an adapter as it is now, which is not kept any longer."""
-        folded, entry._folded = entry._folded, None
+        folded, entry._folded = entry._folded or self._beside.get(entry), None
         if folded is None or not folded.versions.is_current(NOTHING):
             folded = fold(self.adapters, entry._adapter)
             self._check_size(entry.name, folded.rank)
@@ -299,9 +318,10 @@ class AdapterBank:
         for entry in [*self._by_version.values()]:
             entry._folded = None
             if entry.leases or entry._readers:
-                self._write(entry)
+                self._write(entry, self._in_use())
             else:
                 self._table.leave(entry)
+        self._selections = {}
         # Not before all is well: what failed is tried again.
         self._edits, self._states = edits, states
 
@@ -360,8 +380,11 @@ class AdapterBank:
         known = self._selections.get((rows, plan.counts))
         if known is not None:
             return known
-        moved = not self._calls and table.move_together(self._in_use(), self.MOVES)
-        selection = Selection((), rows, counts=plan.counts, slots=table.in_use(entries))
+        in_use = self._in_use()
+        for entry in [entry for entry in entries if entry not in table.residences][: self.MOVES]:
+            self._write(entry, in_use)
+        moved = not self._calls and table.move_together(in_use, self.MOVES)
+        selection = Selection((), rows, counts=plan.counts, slots=table.in_use(entries, self._beside))
         if not moved:  # else more may have to be
             keep_few(self._selections, (rows, plan.counts), selection)
         return selection
@@ -371,7 +394,7 @@ class AdapterBank:
         self._row_by_row += sum(
             count
             for lease, count in zip(plan.leases, counts, strict=True)
-            if lease is not None and lease.adapter.row_by_row
+            if lease is not None and (lease.adapter.row_by_row or lease.adapter in self._beside)
         )
 
     def need(self, version: Hashable) -> tuple[int, int]:
@@ -399,8 +422,10 @@ class AdapterBank:
 
     @property
     def folded_bytes(self) -> int:
-        """The memory of the folded forms that are kept for leases to come."""
-        return sum(entry.nbytes for entry in [*self._ahead] if entry._folded is not None)
+        """The memory of the folded forms that are kept for leases to come, and of leased adapters in no slot."""
+        return sum(entry.nbytes for entry in [*self._ahead] if entry._folded is not None) + sum(
+            folded.nbytes for folded in [*self._beside.values()]
+        )
 
     @property
     def nbytes(self) -> int:

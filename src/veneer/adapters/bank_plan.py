@@ -136,7 +136,8 @@ class BankStatus:
         bytes_written: the bytes that this took.
         evictions: how many times an adapter gave way to another.
         moves: how many times a slot's contents were moved, where those in use lay far apart.
-        row_by_row: how many rows, or tokens, of adapters with modules that compute them row by row were computed.
+        row_by_row: how many rows, or tokens, were computed of adapters that lie in no slot, or have modules that
+            compute them row by row.
     """
 
     slots: Mapping[int, int]

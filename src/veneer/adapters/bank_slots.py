@@ -9,6 +9,7 @@ import torch
 from veneer.adapters.bank_plan import BankedAdapter
 from veneer.adapters.folding import FoldedAdapter
 from veneer.adapters.slot_table import SlotTable, bits
+from veneer.patches.fused import FusedPatch
 from veneer.patches.slots import LayerSlots, SlotsInUse, UsedSlots
 
 
@@ -82,9 +83,12 @@ class BankSlots(SlotTable):
                 self.changes += 1
         return self.moves > before
 
-    def in_use(self, entries: Iterable[BankedAdapter]) -> SlotsInUse:
-        """Return the slots of adapters as they lie now."""
-        homes = {entry: self.residences[entry] for entry in entries}
+    def in_use(
+        self, entries: Iterable[BankedAdapter], beside: Mapping[BankedAdapter, FoldedAdapter] | None = None
+    ) -> SlotsInUse:
+        """Return the slots of adapters as they lie now; those that lie in none are in ``beside``."""
+        parts = {entry: {} if beside is None or entry in self.residences else beside[entry].parts for entry in entries}
+        homes = {entry: self.residences[entry] for entry in parts if entry in self.residences}
         by_part: dict[tuple[int, int], dict[int, str]] = {}
         for entry, home in homes.items():
             for part, slot in enumerate(home.slots):
@@ -96,7 +100,20 @@ class BankSlots(SlotTable):
         ]
         places = {entry.name: home.place for entry, home in homes.items()}
         row_by_row: dict[object, tuple[str, ...]] = {}
-        for entry in homes:
-            for layer in entry._unfolded:
+        for entry, own in parts.items():
+            # Vectors are computed with from their slots alone.
+            with_vectors = [layer for layer in entry._adapter.layers.adapted if _has_vectors(own.get(layer.site.id))]
+            for layer in (*entry._unfolded, *with_vectors):
                 row_by_row[layer] = (*row_by_row.get(layer, ()), entry.name)
-        return SlotsInUse(used, places, bits([*places.values()]), {**self.layers}, row_by_row)
+        return SlotsInUse(
+            used,
+            places,
+            bits([*places.values()]),
+            {**self.layers},
+            row_by_row,
+            {entry.name: own for entry, own in parts.items() if own},
+        )
+
+
+def _has_vectors(fused: FusedPatch | None) -> bool:
+    return fused is not None and not fused.only_adds

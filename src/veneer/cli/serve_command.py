@@ -123,7 +123,7 @@ def _seconds(name: str, default: float, help: str, *, or_none: bool = False) -> 
 @_bytes("--max-adapter-bytes", "The largest adapter.", "4GB")
 @_count("--max-rank", "The largest rank; by default any.")
 @_bytes("--host-bytes", "The most that all loaded adapters take; by default a quarter of the memory.")
-@_count("--slots", "Adapters in a batch.", 64)
+@_count("--slots", "Adapters in a batch at the price of one; as many more run beside them.", 64)
 @click.option(
     "--rank-buckets",
     default="8,16,64",

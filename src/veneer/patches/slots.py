@@ -8,13 +8,13 @@ and a neutral last row for the base. An adapter of a rank above its bucket's tak
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from veneer.patches.fused import FusedPatch
-from veneer.patches.mixed_batch import NEUTRAL, StackedFactors, StackedPatches
+from veneer.patches.mixed_batch import NEUTRAL, StackedFactors, StackedPatches, stack
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class SlotsInUse:
         bits: a number with the bit of each such row.
         layers: the id of a layer's site -> its slots.
         row_by_row: a layer -> the adapters of the batch that it computes row by row.
+        beside: an adapter that lies in no slot -> the id of a layer's site -> its fused form there.
     """
 
     slots: Sequence[UsedSlots]
@@ -51,14 +52,23 @@ class SlotsInUse:
     bits: int
     layers: Mapping[str, LayerSlots]
     row_by_row: Mapping[object, tuple[str, ...]]
+    beside: Mapping[str, Mapping[str, FusedPatch]] = field(default_factory=dict)
     _stacked: dict[object, StackedPatches | None] = field(default_factory=dict, repr=False)
 
     def stacked(self, layer: Any) -> StackedPatches | None:
-        """Return the stacked adapters of a layer; ``None`` where none of the batch's is in its slots."""
+        """Return the stacked adapters of a layer; ``None`` where none of the batch's is there."""
         if layer not in self._stacked:
             own = self.layers.get(layer.site.id)
-            self._stacked[layer] = None if own is None else own.stacked(self)
+            stacked = None if own is None else own.stacked(self)
+            self._stacked[layer] = self._with_beside(stacked, layer.site.id)
         return self._stacked[layer]
+
+    def _with_beside(self, stacked: StackedPatches | None, site: str) -> StackedPatches | None:
+        fused = {name: parts[site] for name, parts in self.beside.items() if site in parts and parts[site].only_adds}
+        if not fused:
+            return stacked
+        stacked = stacked or StackedPatches("vectors", self.places)
+        return replace(stacked, factors=(*stacked.factors, *stack(fused).factors))
 
     def rest(self, layer: object) -> tuple[str, ...]:
         """Return the adapters that a layer computes row by row."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.adapter import Adapter
-from veneer.errors import AdapterError, BankFullError, EngineError
+from veneer.errors import AdapterError, EngineError
 from veneer.patches.selection import BASE
 from veneer.peft_model.peft_model import PeftModel
 from veneer.printing import first_line
@@ -91,11 +91,7 @@ class Canary:
 
     def _mixed(self, adapter: str) -> Tensor:
         tokens = self.tokens.repeat(2)[None] if self.lane.packed else self.tokens.repeat(2, 1)
-        try:
-            lease = self.lane.bank.lease(adapter)
-        except BankFullError:  # what leases it later computes the same, without slots
-            return self._logits(tokens, self._parts(adapter, BASE))
-        with lease:
+        with self.lane.bank.lease(adapter, needs_slots=False) as lease:
             return self._logits(tokens, self.lane.bank.plan(self._parts(lease, None)))
 
     def _parts(self, *owners: Any) -> list[Any]:

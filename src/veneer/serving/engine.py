@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -16,7 +17,7 @@ from torch import nn
 
 from veneer.adapters.bank import AdapterBank
 from veneer.adapters.bank_plan import BankLease
-from veneer.errors import AdapterError, BankFullError, EngineError, UnsupportedError, VeneerError
+from veneer.errors import AdapterError, EngineError, UnsupportedError, VeneerError
 from veneer.peft_model.load import load
 from veneer.peft_model.peft_model import PeftModel, wrap
 from veneer.peft_model.tokenizer import load_tokenizer
@@ -200,24 +201,21 @@ class TransformersEngine:
         return lane
 
     async def _lease(self, bank: AdapterBank, version: str) -> BankLease:
-        """Lease a version, whose copy into a slot holds up nobody but its request; wait for a slot that is free.
+        """Lease a version, whose copy into a slot holds up nobody but its request.
 
         Raises:
-            EngineError: it was dropped, or all slots stay leased.
+            EngineError: it was dropped.
         """
-        deadline = time.monotonic() + _PATIENCE
-        while True:
-            leasing = asyncio.get_running_loop().run_in_executor(self._leasing, bank.lease, version)
-            try:
-                return await asyncio.shield(leasing)
-            except asyncio.CancelledError:
-                leasing.add_done_callback(_release)
-                raise
-            except AdapterError as error:
-                self._check_version(version)  # it may have been dropped
-                if not isinstance(error, BankFullError) or time.monotonic() > deadline:
-                    raise EngineError(error.message, hint=error.hint) from error
-                await asyncio.sleep(_POLL)
+        lease = functools.partial(bank.lease, version, needs_slots=False)
+        leasing = asyncio.get_running_loop().run_in_executor(self._leasing, lease)
+        try:
+            return await asyncio.shield(leasing)
+        except asyncio.CancelledError:
+            leasing.add_done_callback(_release)
+            raise
+        except AdapterError as error:
+            self._check_version(version)  # it may have been dropped
+            raise EngineError(error.message, hint=error.hint) from error
 
     def _check_version(self, version: str | None) -> None:
         if version is None:

@@ -36,7 +36,10 @@ _BANK = {
     ("veneer_bank_bytes", "Bytes that were written into slots."): "bytes_written",
     ("veneer_bank_evictions", "Adapters that gave up their slots to others."): "evictions",
     ("veneer_bank_moves", "Slots that were moved, so that those in use lie side by side."): "moves",
-    ("veneer_slow_lane_rows", "Tokens that modules computed for one adapter after the other."): "row_by_row",
+    (
+        "veneer_slow_lane_rows",
+        "Tokens of adapters in no slot, or with modules that compute one adapter after the other.",
+    ): "row_by_row",
 }
 
 

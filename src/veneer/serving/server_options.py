@@ -26,6 +26,9 @@ from veneer.serving.service import ServiceSettings
 from veneer.serving.source_policy import SourcePolicy
 from veneer.serving.store import StoreLimits
 
+# So many adapters run for each slot: those that find none free are computed beside the others, at some more cost.
+_ADAPTERS_OF_A_SLOT = 2
+
 
 @dataclass(frozen=True)
 class ServerOptions:
@@ -156,7 +159,10 @@ def server_options(
         replicas=ReplicaOptions(replicas, ray_address, replica_cpus, threads) if replicas else None,
         limits=AdmissionLimits(
             running=max_requests * (replicas or 1),
-            slots={bucket: count * (replicas or 1) for bucket, count in slot_capacity(slots, rank_buckets).items()},
+            slots={
+                bucket: _ADAPTERS_OF_A_SLOT * count * (replicas or 1)
+                for bucket, count in slot_capacity(slots, rank_buckets).items()
+            },
             queue=queue,
             queue_per_adapter=queue,
             queue_age=queue_age,
