@@ -94,6 +94,51 @@ def test_bytes_that_changed_in_the_store_are_not_served(tmp_path: Path) -> None:
     assert len(again) == 0
 
 
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_bytes_that_are_replaced_while_they_are_verified_are_those_that_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_whole: bool
+) -> None:
+    source = write_adapter(tmp_path / "pirate")
+    digest = added(opened(tmp_path / "store"), source).digest
+    store = opened(tmp_path / "store")
+
+    async def both() -> StoredAdapter:
+        loop = asyncio.get_running_loop()
+
+        def replaced(folder: Path, names: tuple[str, ...]) -> str:
+            monkeypatch.undo()
+            asyncio.run_coroutine_threadsafe(store.add(FolderSource(source, links=False)), loop).result()
+            return digest if is_whole else "sha256:0"
+
+        monkeypatch.setattr("veneer.serving.store.digest_in", replaced)
+        return await store.verify(digest)
+
+    assert asyncio.run(both()) == store.get(digest)
+    assert store.get(digest) is not None
+
+
+def test_bytes_that_are_removed_while_they_are_verified_can_be_stored_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_adapter(tmp_path / "pirate")
+    digest = added(opened(tmp_path / "store"), source).digest
+    store = opened(tmp_path / "store")
+
+    async def both() -> None:
+        loop = asyncio.get_running_loop()
+
+        def removed(folder: Path, names: tuple[str, ...]) -> str:
+            asyncio.run_coroutine_threadsafe(store.remove(digest), loop).result()
+            return digest
+
+        monkeypatch.setattr("veneer.serving.store.digest_in", removed)
+        await store.verify(digest)
+
+    with pytest.raises(AdapterInvalidError, match="no whole adapter"):
+        asyncio.run(both())
+    assert added(store, source).folder.is_dir()
+
+
 def truncated(folder: Path) -> None:
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])

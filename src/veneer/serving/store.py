@@ -235,7 +235,10 @@ class Store:
         """
         adapter = self._adapters.get(digest)
         if adapter is not None and digest not in self._verified:
-            if await asyncio.to_thread(digest_in, adapter.folder, adapter.files) == digest:
+            is_whole = await asyncio.to_thread(_is_whole, adapter)
+            if self._adapters.get(digest) is not adapter:  # it went meanwhile, or a fetched copy took its place
+                return await self.verify(digest)
+            if is_whole:
                 self._verified.add(digest)
             else:
                 await self.remove(digest)
@@ -259,6 +262,14 @@ class Store:
         with suppress(FileNotFoundError):
             folder.rename(away)
         return away
+
+
+def _is_whole(adapter: StoredAdapter) -> bool:
+    """Tell whether the bytes of an adapter have its digest; they may be taken away while they are read."""
+    try:
+        return digest_in(adapter.folder, adapter.files) == adapter.digest
+    except FileNotFoundError:
+        return False
 
 
 def _read_facts(folder: Path) -> StoredAdapter:
