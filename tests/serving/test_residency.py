@@ -267,6 +267,30 @@ def test_leases_taken_while_it_is_dropped_load_it_again(tmp_path: Path) -> None:
     world.run(work)
 
 
+def test_one_that_is_loaded_anew_while_another_refuses_to_leave_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path)
+    drop = world.engine.drop
+
+    async def refuse(version: str) -> None:
+        if version == world.digests[0]:
+            await world.residency.drop(world.digests[1])
+            await world.hold(1)
+            raise EngineError("A request uses it.")
+        await drop(version)
+
+    async def work() -> None:
+        await world.hold(0)
+        await world.hold(1)
+        monkeypatch.setattr(world.engine, "drop", refuse)
+        assert not await world.residency._one_dropped()
+        await world.hold(1)
+
+    world.run(work)
+    assert world.engine.loads[world.digests[1]] == 2
+
+
 def test_callers_that_stop_waiting_leave_nothing(tmp_path: Path) -> None:
     world = World(tmp_path, adapters=1)
 

@@ -364,10 +364,14 @@ class Residency:
     async def _one_dropped(self) -> bool:
         """Drop the adapter that was unused for longest; tell whether there was one."""
         for resident in list(self._residents.values()):
-            is_free = resident.is_loaded and not resident.leases and not self.is_pinned(resident.digest)
-            if is_free and await self._drop(resident):
+            if self._is_free(resident) and await self._drop(resident):
                 return True
         return False
+
+    def _is_free(self, resident: _Resident) -> bool:
+        """Tell whether nothing holds a loaded adapter; one that went may be there again, loaded anew."""
+        is_there = self._residents.get(resident.digest) is resident
+        return is_there and resident.is_loaded and not resident.leases and not self.is_pinned(resident.digest)
 
     def _close_one(self) -> _Resident | None:
         """Let the adapter that is loaded for longest take no new leases, so that it runs out."""
