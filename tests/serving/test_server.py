@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 from dataclasses import replace
@@ -85,6 +86,22 @@ def test_a_process_that_ends_at_once_leaves_no_temporary_folder(monkeypatch: pyt
         (folder / "kept").mkdir(mode=0o555)
         stopping.leave(70)
         assert (codes, folder.exists()) == ([70], False)
+
+
+def test_a_process_ends_though_its_temporary_folder_cannot_be_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: object, **_: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "a thread writes there")
+
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    stopping = Stopping()
+    with stopping.temporary_folder("veneer-test-") as folder:
+        (folder / "kept").mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rmdir", refuse)
+            stopping.leave(70)
+        assert (codes, folder.exists()) == ([70], True)
+    assert not folder.exists()
 
 
 def test_a_signal_cancels_what_runs_even_before_it_begins() -> None:

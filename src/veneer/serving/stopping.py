@@ -17,7 +17,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopping:
-    """Takes the signals that end a process, but while uvicorn does.
+    """Takes the signals that end a process, except while uvicorn takes them.
 
     The first lets what runs give back what it holds; the second ends the process at once.
     """
@@ -43,7 +43,8 @@ class Stopping:
     @contextmanager
     def temporary_folder(self, prefix: str) -> Iterator[Path]:
         """Yield a folder that is gone with the process, however it ends."""
-        self._temporary = tempfile.TemporaryDirectory(prefix=prefix)
+        # Threads that go on may write there while it is removed.
+        self._temporary = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
         with self._temporary as folder:
             yield Path(folder)
 
