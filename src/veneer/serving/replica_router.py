@@ -33,34 +33,42 @@ class Replica:
         self.state: ReplicaState | None = None
         self.error: str | None = None
         self.losses = 0
-        # Of its engine, and of those that were in its place before.
-        self._last = EngineStatus(alive=False)
-        self._earlier_work, self._earlier_restarts = EngineWork(), 0
+        # Of the engines that were in its place before; and of the one there. In one, since several threads look at it.
+        self._counted: tuple[EngineWork, int, EngineStatus] = EngineWork(), 0, EngineStatus(alive=False)
         self.running: Counter[str | None] = Counter()
         self._held: set[str] = set()
 
     @property
+    def status(self) -> EngineStatus | None:
+        """The state of its engine; ``None`` while it cannot be reached, which another thread may note at any time."""
+        state = self.state
+        return None if state is None else state.status
+
+    @property
     def is_up(self) -> bool:
         """True where it takes requests."""
-        return self.state is not None and self.state.status.alive
+        status = self.status
+        return status is not None and status.alive
 
     def see(self, state: ReplicaState) -> None:
         """Note its state."""
         self.state, self._held = state, set(state.status.resident)
-        last, self._last = self._last, state.status
-        if self._last.work.began != last.work.began:  # another took its place, and counts from 0
-            self._earlier_work += last.work
-            self._earlier_restarts += last.restarts
+        work, restarts, last = self._counted
+        if state.status.work.began != last.work.began:  # another took its place, and counts from 0
+            work, restarts = work + last.work, restarts + last.restarts
+        self._counted = work, restarts, state.status
 
     @property
     def work(self) -> EngineWork:
         """The work of its engine, and of those that were in its place before."""
-        return self._earlier_work + self._last.work
+        earlier, _, last = self._counted
+        return earlier + last.work
 
     @property
     def restarts(self) -> int:
         """The number of times that an engine or its process began anew here."""
-        return self.losses + self._earlier_restarts + self._last.restarts
+        _, earlier, last = self._counted
+        return self.losses + earlier + last.restarts
 
     def lose(self, error: str) -> None:
         """Note that it cannot be reached; what takes its place has no adapters."""
@@ -160,7 +168,8 @@ class ReplicaRouter:
 
     def _has_slots(self, replica: Replica, need: tuple[int, int]) -> bool:
         bucket, slots = need
-        used = sum(others for other, others in map(self._need, replica.batch) if other == bucket)
+        needs = map(self._need, replica.batch)
+        used = sum(taken for rank, taken in needs if rank == bucket)
         return used + slots <= self._capacity[bucket]
 
     def _need(self, version: str) -> tuple[int, int]:

@@ -79,7 +79,8 @@ class ReplicatedEngine:
 
     def _look(self, replica: Replica) -> None:
         """Note the state of a replica; one that has another base is as good as lost."""
-        known = () if replica.state is None else replica.state.status.resident
+        status = replica.status
+        known = () if status is None else status.resident
         try:
             state = replica.handle.look([version for version in known if version not in self._folders])
         except Exception as error:  # whatever it is, this replica is not there, and the thread goes on to look
@@ -176,7 +177,7 @@ class ReplicatedEngine:
     def status(self) -> EngineStatus:
         """Return the state of all replicas together, as they were last seen; never waits."""
         replicas = self._router.replicas
-        seen = [replica.state.status for replica in replicas if replica.state is not None]
+        seen = [status for replica in replicas if (status := replica.status) is not None]
         quarantined = {version: why for status in seen for version, why in status.quarantined.items()}
         errors = [replica.error for replica in replicas] + [status.error for status in seen]
         return EngineStatus(
@@ -208,7 +209,8 @@ def _common_base(bases: list[ServedBase]) -> ServedBase:
 
 
 def _has_quarantined(replica: Replica, version: str) -> bool:
-    return replica.state is not None and version in replica.state.status.quarantined
+    status = replica.status
+    return status is not None and version in status.quarantined
 
 
 async def _while_there(work: Awaitable[T], replica: Replica) -> T:
