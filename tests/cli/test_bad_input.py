@@ -101,7 +101,8 @@ def test_a_spoiled_adapter(run: Run, made: Path, tmp_path: Path, kind: str, comm
         (["merge", "{made}/adapter", "--out", "{made}/out", "--dtype", "float17"], "float17"),
         (["convert-pickle", "{made}/adapter"], "holds no pickled checkpoint"),
         (["digest", "{made}/adapter"], "is an adapter, and the digest is of a base model"),
-        (["digest", "--adapter", "{made}/base"], "so this is no adapter"),
+        (["digest", "--adapter", "{made}/base"], "/base: there is no adapter_config.json, so this is no adapter"),
+        (["digest", "--adapter", "--full", "{made}/adapter"], "--full is for bases"),
         (["digest", "--adapter", "{made}/none"], "is no folder"),
     ],
 )

@@ -66,7 +66,7 @@ class MetricsPort:
         self._app, self._port = app, port
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer."""
+        """Answer a request, or refuse it where its address is not on this port."""
         if scope["type"] == "http" and (scope["path"] == "/metrics") != (scope["server"][1] == self._port):
             raise _no_address(f"{scope['method']} {scope['path'][:200]}")
         await self._app(scope, receive, send)

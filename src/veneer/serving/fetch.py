@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -49,7 +49,7 @@ _MOST_BESIDE_WEIGHTS = 64_000_000
 
 @dataclass(frozen=True)
 class FetchRules:
-    """What an adapter has to be to be stored.
+    """The rules that an adapter has to keep to be stored.
 
     Attributes:
         root: the store's folder.
@@ -314,7 +314,7 @@ def adapter_digest(folder: Path) -> str:
     if not folder.is_dir():
         raise PathNotFoundError(f"{folder} is no folder.", hint="Give the folder of an adapter.")
     with FolderSource(folder.resolve(), links=True).opened() as files:
-        _check_names(files)
+        _check_names(replace(files, label=str(folder)))
         return digest_in(folder, tuple(files.sizes))
 
 

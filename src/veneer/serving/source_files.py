@@ -130,8 +130,8 @@ def _fingerprint(facts: Mapping[str, os.stat_result]) -> str | None:
     """Return a digest of what the system tells of files; ``None`` where one may change again at the same moment."""
     if any(time.time() - fact.st_mtime < _SETTLED for fact in facts.values()):
         return None
-    told = [(n, f.st_dev, f.st_ino, f.st_size, f.st_mtime_ns, f.st_ctime_ns) for n, f in facts.items()]
-    return hashlib.sha256(repr(told).encode()).hexdigest()
+    values = [(n, f.st_dev, f.st_ino, f.st_size, f.st_mtime_ns, f.st_ctime_ns) for n, f in facts.items()]
+    return hashlib.sha256(repr(values).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class HubSource:
 
     @property
     def _as_folder(self) -> tuple[str, str]:
-        """What an error says where a folder may have been meant: that there is none, and which is like it."""
+        """The words of an error that a folder of this name is not there, and which is like it; empty for a hub id."""
         if not self.may_be_folder:
             return "", ""
         return f"There is no folder {self.repo!r}. ", f"{nearest_path(Path(self.repo))} "

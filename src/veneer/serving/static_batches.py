@@ -258,7 +258,7 @@ class RowEnds(StoppingCriteria):
         self.lane, self.rows = lane, rows
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """Tell it of the batch behind a step."""
+        """Take in the tokens of a step, and tell which rows are over."""
         return input_ids.new_tensor(self.lane.ends(input_ids[:, -1].tolist())).bool()
 
 
