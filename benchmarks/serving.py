@@ -204,9 +204,28 @@ async def in_turns(asked: Asked, cases: dict[str, Callable[[], Any]]) -> dict[st
     return {name: statistics.median(values) for name, values in figures.items()}
 
 
+async def first_tokens(clients: int, seconds: float, served: Server, models: Iterator[str]) -> list[float]:
+    """Return the seconds to the first tokens of streams, sorted."""
+    numbers, times = itertools.count(), []
+    end = time.perf_counter() + seconds
+
+    async def client() -> None:
+        while time.perf_counter() < end:
+            times.append((await served.stream(next(models), next(numbers)))[0])
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return sorted(times[clients:] or times)  # the first round comes all at once
+
+
+def at(times: list[float], share: float) -> float:
+    """Return the time below which a share of sorted times lies."""
+    return times[int(len(times) * share)]
+
+
 async def many(asked: Asked, folder: Path) -> dict[str, float]:
     """Measure tokens a second, by how the clients choose among the adapters."""
     names = [f"a{number}" for number in range(asked.registered)]
+    as_many = names[: asked.clients]
     started = time.perf_counter()
     async with server(f"--adapters={folder}", "--slots=64", f"--max-requests={asked.clients}") as served:
         start = time.perf_counter() - started
@@ -214,13 +233,17 @@ async def many(asked: Asked, folder: Path) -> dict[str, float]:
             asked,
             {
                 "one adapter": lambda: tokens_per_second(asked, served.answer, itertools.cycle(names[:1])),
-                f"{asked.clients} adapters": lambda: tokens_per_second(
-                    asked, served.answer, itertools.cycle(names[: asked.clients])
-                ),
+                f"{asked.clients} adapters": lambda: tokens_per_second(asked, served.answer, itertools.cycle(as_many)),
                 f"{asked.registered} by Zipf": lambda: tokens_per_second(asked, served.answer, drawn(names, True)),
                 f"{asked.registered} evenly": lambda: tokens_per_second(asked, served.answer, drawn(names, False)),
             },
         )
+        firsts = {
+            f"first token, {asked.clients} adapters": itertools.cycle(as_many),
+            "first token, evenly": drawn(names, False),
+        }
+        for name, models in firsts.items():
+            figures[name] = at(await first_tokens(asked.clients, asked.seconds, served, models), 0.99)
         return {**figures, "seconds to start": start, "memory, MB": served.memory}
 
 
@@ -228,19 +251,12 @@ async def slots(asked: Asked, folder: Path) -> dict[str, float]:
     """Measure the median seconds to the first token of 16 clients on 8 slots, by the number of adapters."""
     async with server(f"--adapters={folder}", "--slots=8", "--max-requests=16") as served:
 
-        async def first_tokens(count: int) -> float:
-            numbers, times = itertools.count(), []
-            end = time.perf_counter() + asked.seconds
+        async def median(count: int) -> float:
+            models = itertools.cycle(f"a{number}" for number in range(count))
+            return at(await first_tokens(16, asked.seconds, served, models), 0.5)
 
-            async def client(own: int) -> None:
-                while time.perf_counter() < end:
-                    times.append((await served.stream(f"a{own % count}", next(numbers)))[0])
-
-            await asyncio.gather(*(client(own) for own in range(16)))
-            return statistics.median(times[16:] or times)  # the first round comes all at once
-
-        await first_tokens(8)
-        return await in_turns(asked, {"8 on 8": lambda: first_tokens(8), "16 on 8": lambda: first_tokens(16)})
+        await median(8)
+        return await in_turns(asked, {"8 on 8": lambda: median(8), "16 on 8": lambda: median(16)})
 
 
 async def loading(asked: Asked, folder: Path) -> dict[str, float]:
@@ -275,21 +291,25 @@ async def loading(asked: Asked, folder: Path) -> dict[str, float]:
             await served.register(folder, name)
             await served.stream(name, 0, 1)
             register.append(time.perf_counter() - started)
-    at = {"median": 0.5, "99 %": 0.99}
+    shares = {"median": 0.5, "99 %": 0.99}
     return {
-        **{f"between tokens, {word}": quiet[int(len(quiet) * share)] for word, share in at.items()},
-        **{f"between tokens while loading, {word}": busy[int(len(busy) * share)] for word, share in at.items()},
+        **{f"between tokens, {word}": at(quiet, share) for word, share in shares.items()},
+        **{f"between tokens while loading, {word}": at(busy, share) for word, share in shares.items()},
         "registered to first token": statistics.median(register),
     }
 
 
 async def bare(asked: Asked, folder: Path) -> dict[str, float]:
-    """Measure tokens a second of the base, by the server and by transformers' continuous batching alone."""
+    """Measure tokens a second and first tokens of the base, by the server and by transformers' batching alone."""
     async with server(f"--max-requests={asked.clients}") as served:
         cases = {"served": lambda: tokens_per_second(asked, served.answer, itertools.cycle(["base"]))}
         figures = await in_turns(asked, cases)
+        figures["first token, served"] = at(
+            await first_tokens(1, asked.seconds, served, itertools.cycle(["base"])), 0.5
+        )
     alone = [await asyncio.to_thread(_child, "bare", asked) for _ in range(asked.turns)]
-    return {**figures, "transformers alone": statistics.median(alone)}
+    rates, firsts = (statistics.median(values) for values in zip(*alone, strict=True))
+    return {**figures, "transformers alone": rates, "first token, transformers alone": firsts}
 
 
 async def peer(asked: Asked, folder: Path) -> dict[str, float]:
@@ -303,7 +323,7 @@ async def peer(asked: Asked, folder: Path) -> dict[str, float]:
             }
             figures.update(await in_turns(asked, cases))
     for count in (8, asked.clients):
-        figures[f"peft, {count}"] = await asyncio.to_thread(_child, f"peft {count} {folder}", asked)
+        [figures[f"peft, {count}"]] = await asyncio.to_thread(_child, f"peft {count} {folder}", asked)
     return figures
 
 
@@ -340,16 +360,16 @@ async def leaks(asked: Asked, folder: Path) -> dict[str, float]:
 # -- processes without a server ----------------------------------------------------------------------------------
 
 
-def _child(what: str, asked: Asked) -> float:
+def _child(what: str, asked: Asked) -> list[float]:
     command = [sys.executable, __file__, "--child", what, f"--clients={asked.clients}", f"--seconds={asked.seconds}"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
     )
-    return float(done.stdout.split()[-1])
+    return [float(number) for number in done.stdout.splitlines()[-1].split()]
 
 
-def _bare_child(asked: Asked) -> float:
-    """Return the tokens a second of transformers' continuous batching."""
+def _bare_child(asked: Asked) -> tuple[float, float]:
+    """Return the tokens a second of transformers' continuous batching, and the seconds to one's first token."""
     import torch
     from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
@@ -361,7 +381,12 @@ def _bare_child(asked: Asked) -> float:
     chosen = GenerationConfig(do_sample=False, max_new_tokens=max(ANSWERS), eos_token_id=-1)
     manager = model.init_continuous_batching(generation_config=chosen, continuous_batching_config=config)
     manager.start()
-    numbers, lengths = itertools.count(), {}
+    numbers, lengths, firsts = itertools.count(), {}, []
+    for _ in range(20):
+        started = time.perf_counter()
+        manager.add_request(body("base", next(numbers))["prompt"], max_new_tokens=1)
+        manager.get_result(timeout=60)
+        firsts.append(time.perf_counter() - started)
 
     def ask() -> None:
         asked_for = body("base", next(numbers))
@@ -379,7 +404,7 @@ def _bare_child(asked: Asked) -> float:
             )
             ask()
     manager.stop(block=False)
-    return counted / asked.seconds
+    return counted / asked.seconds, statistics.median(firsts)
 
 
 def _peft_child(count: int, folder: Path, asked: Asked) -> float:
@@ -418,6 +443,12 @@ LINES = {
         Line("{clients} clients, {clients} adapters / one", "{clients} adapters", "one adapter", RATE, least=0.9),
         Line("the same, {registered:,} by Zipf's law / one", "{registered} by Zipf", "one adapter", RATE, least=0.85),
         Line("the same, {registered:,} evenly / one", "{registered} evenly", "one adapter", RATE, least=0.8),
+        Line(
+            "first token, 99th percentile, {registered:,} evenly / {clients} adapters",
+            "first token, evenly",
+            "first token, {clients} adapters",
+            most=3,
+        ),
         Line("start with {registered:,} adapters", "seconds to start", most=5),
         Line("memory of the process afterwards", "memory, MB", unit="MB"),
     ),
@@ -433,6 +464,12 @@ LINES = {
     ),
     "bare": (
         Line("{clients} clients of the base / without a server", "served", "transformers alone", RATE, least=0.95),
+        Line(
+            "first token of a client alone / without a server",
+            "first token, served",
+            "first token, transformers alone",
+            more=0.003,
+        ),
     ),
     "peer": (
         Line("{clients} clients, 8 adapters / peft's loop", "served, 8", "peft, 8", RATE, least=3),
@@ -467,7 +504,7 @@ def main() -> None:
     asked = Asked(options.registered, options.clients, options.seconds, options.turns)
     if options.child:
         kind, *more = options.child.split(" ", 2)
-        print(_bare_child(asked) if kind == "bare" else _peft_child(int(more[0]), Path(more[1]), asked))
+        print(*(_bare_child(asked) if kind == "bare" else [_peft_child(int(more[0]), Path(more[1]), asked)]))
         return
     unknown = set(options.sections) - set(SECTIONS)
     if unknown:
