@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -148,10 +148,40 @@ async def _serve(
     on_ready: Callable[[RunningServer], None],
     leave: Callable[[int], None],
 ) -> None:
+    host_bytes = options.host_bytes or _host_bytes(options.replicas)
+    service = _service(options, folder, engine, keys, listeners, host_bytes)
+    try:
+        await service.registry.open()
+        running = RunningServer([*map(_address, listeners)], service, host_bytes)
+        await _register(options, service.registry, running.left_out, on_step)
+
+        def begin() -> None:
+            service.ready = True
+            on_ready(running)
+
+        server = _DrainingServer(_config(service), service, options.drain, begin)
+        patience = _DEAD_SECONDS if options.replicas is None else _LOST_SECONDS
+        watch = asyncio.create_task(_watch(service, patience, leave))
+        if hasattr(signal, "SIGHUP"):  # not on Windows
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, keys)
+        await server.serve(listeners)
+        watch.cancel()
+    finally:
+        await service.registry.close()
+
+
+def _service(
+    options: ServerOptions,
+    folder: Path,
+    engine: ServedEngine,
+    keys: Keys,
+    listeners: Sequence[socket.socket],
+    host_bytes: int,
+) -> Service:
+    """Put the parts of a server together."""
     base = engine.served_base
     metrics_port = listeners[1].getsockname()[1] if len(listeners) > 1 else None
     settings = replace(options.settings, base_digest=base.digest or "", metrics_port=metrics_port)
-    host_bytes = options.host_bytes or _host_bytes(options.replicas)
     store = Store(folder, options.store_limits, base_digest=base.digest)
     metrics = ServerMetrics(options.metrics_adapters)
     limits = ResidencyLimits(host_bytes, cycle=options.limits.cycle)
@@ -161,41 +191,26 @@ async def _serve(
     registry = Registry(
         store, residency, options.policy, options.registry, base_name=settings.base_name, on_phase=metrics.loaded
     )
-    admission = Admission(residency, options.limits)
-    tokenizer = PromptTokenizer(base.tokenizer, base.vocabulary)
     tiers = {
         "store": lambda: store.used_bytes,
         "host": lambda: residency.used_bytes,
         "bank": lambda: engine.status().bank_bytes,
     }
-    service = Service(settings, engine, registry, admission, keys, tokenizer, metrics, tiers)
-    try:
-        await registry.open()
-        running = RunningServer([*map(_address, listeners)], service, host_bytes)
-        await _register(options, registry, running.left_out, on_step)
-        config = uvicorn.Config(
-            create_app(service),
-            http=HttpProtocol,
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=_LAST_BYTES,
-        )
+    admission = Admission(residency, options.limits)
+    tokenizer = PromptTokenizer(base.tokenizer, base.vocabulary)
+    return Service(settings, engine, registry, admission, keys, tokenizer, metrics, tiers)
 
-        def begin() -> None:
-            service.ready = True
-            on_ready(running)
 
-        server = _DrainingServer(config, service, options.drain, begin)
-        patience = _DEAD_SECONDS if options.replicas is None else _LOST_SECONDS
-        watch = asyncio.create_task(_watch(service, patience, leave))
-        if hasattr(signal, "SIGHUP"):  # not on Windows
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, keys)
-        await server.serve(listeners)
-        watch.cancel()
-    finally:
-        await registry.close()
+def _config(service: Service) -> uvicorn.Config:
+    return uvicorn.Config(
+        create_app(service),
+        http=HttpProtocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_LAST_BYTES,
+    )
 
 
 def _address(listener: socket.socket) -> str:
