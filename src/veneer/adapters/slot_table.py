@@ -30,7 +30,7 @@ _SPREAD = 1.5
 
 
 class SlotTable:
-    """Assigns slots to tenants; those that nobody uses give way, the one that was used last at last.
+    """Assigns slots to tenants; those that nobody uses give way, those unused for longest first.
 
     Args:
         capacity: a bucket's rank -> the number of its slots.
@@ -133,13 +133,13 @@ class SlotTable:
                 self._exchange(bucket, hole, slot)
                 yield bucket, hole, slot
 
-    def _exchange(self, bucket: int, one: int, other: int) -> None:
+    def _exchange(self, bucket: int, first: int, second: int) -> None:
         tenants = self._tenants[bucket]
-        homes = {id(t): self.residences[t] for t in (tenants[one], tenants[other]) if t is not None}
-        swapped = {one: other, other: one}
+        homes = {id(t): self.residences[t] for t in (tenants[first], tenants[second]) if t is not None}
+        swapped = {first: second, second: first}
         for home in homes.values():
             home.slots = [swapped.get(slot, slot) for slot in home.slots]
-        tenants[one], tenants[other] = tenants[other], tenants[one]
+        tenants[first], tenants[second] = tenants[second], tenants[first]
 
 
 def slot_capacity(slots: int | Mapping[int, int], rank_buckets: Sequence[int]) -> dict[int, int]:

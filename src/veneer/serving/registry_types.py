@@ -112,7 +112,7 @@ class AdapterInfo:
         leases: the requests that wait for it or use it, in all its versions.
         last_used: when the last one came; ``None`` for never.
         error, hint: why the last registration or load failed.
-        load_seconds: phase -> seconds of the last load: ``fetch``, ``verify``, ``engine``.
+        load_seconds: phase -> seconds of the last load: ``fetch``, ``room``, ``verify``, ``engine``.
     """
 
     name: str
