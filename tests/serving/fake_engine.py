@@ -143,3 +143,4 @@ def served(service: Service, **options: Any) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(10)
+        service.templates.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from tests.serving.engine_world import World, events_of, lora, request, run, running, tokenizer
 from tests.serving.fake_engine import ROWS, TEMPLATE, FakeEngine, served, word_tokenizer
 from tests.serving.http_service import OneAdapter, call, one_adapter_service
-from veneer.serving.prompt_tokens import PromptTokenizer
+from veneer.errors import SourceError
+from veneer.serving.prompt_tokens import PromptTokenizer, own_template
 from veneer.serving.service import Service
 from veneer.serving.serving_errors import AdapterInvalidError
 
@@ -71,6 +73,31 @@ def test_its_prompts_are_taken_apart_by_its_own(service: Service, url: str) -> N
     assert call(url, "POST", "/tokenize", {"model": "b", "prompt": "W1"}).status == 404
     (folder_of(service) / "chat_template.jinja").write_text(TEMPLATE)
     assert facts(url) == ("adapter", "adapter", None)
+
+
+def test_of_several_templates_the_default_is_its_own_and_none_is_its_tokenizers(tmp_path: Path) -> None:
+    own = lower_case()
+    own.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    several = [{"name": "tool_use", "template": "w1"}, {"name": "default", "template": "w2"}]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": several}))
+    words = PromptTokenizer(word_tokenizer(), ROWS)
+    assert own_template(tmp_path) == "w2"
+    assert words.of(tmp_path).chat(CHAT["messages"], {}) == words.of(tmp_path).text("w1 w2 w7")
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE, "{{ raise_exception('no') }}"])
+def test_a_bases_template_may_refuse_a_conversation(template: str | None) -> None:
+    words = word_tokenizer()
+    words.chat_template = template
+    PromptTokenizer(words, ROWS).check_template()
+
+
+def test_a_bases_template_with_a_syntax_error_is_told() -> None:
+    words = word_tokenizer()
+    words.chat_template = "w1\n{% for %}"
+    with pytest.raises(SourceError, match="base's chat template is not valid, line 2: Expected"):
+        PromptTokenizer(words, ROWS).check_template()
 
 
 def test_tokens_that_the_base_has_rows_for_are_the_adapters(tmp_path: Path) -> None:

@@ -24,9 +24,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.serving.engine_world import base, prompts
+from tests.serving.engine_world import base, prompts, tokenizer
 from tests.serving.http_service import Reply, call, events_of
-from tests.serving.served_process import NAMES, ServedProcess, completion, environment, made, process
+from tests.serving.served_process import (
+    NAMES,
+    ServedProcess,
+    completion,
+    environment,
+    made,
+    process,
+    save_base,
+    started,
+)
 from veneer.files.base_digest import BASE_DIGEST_KEY, base_digest
 from veneer.serving.auth import new_key
 
@@ -675,3 +684,34 @@ def test_metrics_on_a_port_of_their_own_are_there_and_nothing_else_is(tmp_path: 
             assert call(metrics, "GET", path, authorization=bearer).status == 404
         served.process.send_signal(signal.SIGTERM)
         assert served.process.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [("w1\n{% for %}", "not valid, line 2"), ("{{ 9 ** (9 ** 9) }}", "takes more than 2 s"), ("{{ 1", "line 1")],
+)
+def test_an_adapter_whose_chat_template_is_no_good_is_refused(server: ServedProcess, template: str, told: str) -> None:
+    source = shutil.copytree(server.world.folders["r3"], server.folder / "sources" / f"template{len(template)}")
+    (source / "chat_template.jinja").write_text(template)
+    reply = register(server, "templated", source)
+    assert (reply.status, reply.error["code"]) == (422, "adapter_invalid")
+    assert told in reply.error["message"]
+
+
+def test_an_adapters_chat_template_is_rendered_apart(server: ServedProcess) -> None:
+    source = shutil.copytree(server.world.folders["r3"], server.folder / "sources" / "templated")
+    (source / "chat_template.jinja").write_text("w5 {{ messages[0].content }}")
+    assert register(server, "templated", source).status == 201
+    body = {"model": "templated", "messages": [{"role": "user", "content": "w6 w7"}]}
+    reply = call(server.url, "POST", "/tokenize", body)
+    assert reply.json["tokens"] == call(server.url, "POST", "/tokenize", {"prompt": "w5 w6 w7"}).json["tokens"]
+
+
+def test_a_base_whose_chat_template_has_an_error_is_not_served(tmp_path: Path) -> None:
+    save_base(tmp_path, tokenizer())
+    (tmp_path / "base" / "chat_template.jinja").write_text("w1\n{% for %}")
+    with (
+        pytest.raises(RuntimeError, match="The base's chat template is not valid, line 2"),
+        started(tmp_path, "--port=0"),
+    ):
+        pass

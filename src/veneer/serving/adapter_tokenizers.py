@@ -78,7 +78,7 @@ class AdapterTokenizers:
             ) from error
         if unfit is not None:
             return OwnTokenizer(unfit=unfit)
-        tokenizer.chat_template = tokenizer.chat_template or self._base.chat_template
+        tokenizer.chat_template = self._base.chat_template  # its own is rendered elsewhere
         return OwnTokenizer(tokenizer)
 
     def _unfit(self, vocabulary: dict[str, int]) -> str | None:

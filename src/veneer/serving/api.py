@@ -27,7 +27,7 @@ async def chat_completions(
 
     async def prepare(asked: Asked) -> AnswerFormat:
         use = asked.use(body.model)
-        tokens = await chat_tokens(service, use, body.messages, body.chat_template_kwargs)
+        tokens = await chat_tokens(service, caller, use, body.messages, body.chat_template_kwargs)
         most = service.most_tokens(len(tokens), body.limit)
         asked.prompts += [Prompt(use, tokens, body.sampling(most, body.alternatives, i)) for i in range(body.n)]
         tokenizer = await tokenizer_of(service, use)

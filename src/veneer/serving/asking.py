@@ -20,6 +20,7 @@ from veneer.serving.registry_types import Use
 from veneer.serving.service import Service
 from veneer.serving.serving_errors import DrainingError, NotAllowedError
 from veneer.serving.stream import Generations
+from veneer.serving.template_process import TemplateInput
 
 ADAPTER_HEADER = "x-veneer-adapter"
 # ASCII that a header carries as it is, but for the sign of the encoding and the comma between two names.
@@ -111,13 +112,22 @@ async def tokenizer_of(service: Service, use: Use) -> PromptTokenizer:
 
 
 async def chat_tokens(
-    service: Service, use: Use, messages: Sequence[ChatMessage], options: dict[str, Any], generation_prompt: bool = True
+    service: Service,
+    caller: Caller,
+    use: Use,
+    messages: Sequence[ChatMessage],
+    options: dict[str, Any],
+    generation_prompt: bool = True,
 ) -> tuple[int, ...]:
     """Return the tokens of a conversation, under the adapter's own chat template where it brings one."""
     tokenizer = await tokenizer_of(service, use)
     template = None if use.adapter is None else await asyncio.to_thread(own_template, use.adapter.folder)
     rows = [message.for_template() for message in messages]
-    return await asyncio.to_thread(tokenizer.chat, rows, template, options, generation_prompt)
+    if template is None:
+        return await asyncio.to_thread(tokenizer.chat, rows, options, generation_prompt)
+    chat = TemplateInput(template, rows, tokenizer.template_variables(options), generation_prompt)
+    text = await service.templates.render(chat, caller.id)
+    return await asyncio.to_thread(tokenizer.text, text, False, "messages")
 
 
 async def text_tokens(
@@ -131,9 +141,14 @@ async def text_tokens(
 
 
 async def prompt_tokens(
-    service: Service, use: Use, body: PromptBody, generation_prompt: bool = True, special_tokens: bool = True
+    service: Service,
+    caller: Caller,
+    use: Use,
+    body: PromptBody,
+    generation_prompt: bool = True,
+    special_tokens: bool = True,
 ) -> tuple[int, ...]:
     """Return the tokens of a body's chat, or of its text."""
     if body.messages is None:
         return await text_tokens(service, use, body.prompt or "", special_tokens)
-    return await chat_tokens(service, use, body.messages, body.chat_template_kwargs, generation_prompt)
+    return await chat_tokens(service, caller, use, body.messages, body.chat_template_kwargs, generation_prompt)

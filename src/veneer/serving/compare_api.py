@@ -31,7 +31,7 @@ async def compare(
         with asked.held:
             for model in body.models:
                 use = asked.use(model)
-                tokens = await prompt_tokens(service, use, body)
+                tokens = await prompt_tokens(service, caller, use, body)
                 most = service.most_tokens(len(tokens), body.max_tokens)
                 asked.prompts.append(Prompt(use, tokens, body.sampling(most, None)))
             async with asked.generations() as generations:

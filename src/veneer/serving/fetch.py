@@ -56,12 +56,14 @@ class FetchRules:
         adapter_bytes: the most bytes of its files.
         rank: its largest rank; ``None`` for any.
         base_digest: that of the base; ``None`` where it is not known.
+        check: refuses what else the adapter's folder holds.
     """
 
     root: Path
     adapter_bytes: int
     rank: int | None
     base_digest: str | None
+    check: Callable[[Path], None]
 
     @property
     def fingerprint(self) -> str:
@@ -161,6 +163,7 @@ class Fetch:
                 hint="Its files have changed, or they are not those that you mean.",
             )
         config = self._checked_values(self.folder).config
+        self._rules.check(self.folder)
         adapter = StoredAdapter(
             digest,
             self._rules.root / digest.removeprefix("sha256:"),

@@ -91,7 +91,7 @@ async def tokenize(
 ) -> Json:
     """Return the tokens of a text or a conversation."""
     with _use(service, caller, body.model) as use:
-        tokens = await prompt_tokens(service, use, body, body.add_generation_prompt, body.add_special_tokens)
+        tokens = await prompt_tokens(service, caller, use, body, body.add_generation_prompt, body.add_special_tokens)
     return {"count": len(tokens), "max_model_len": service.engine.max_context, "tokens": tokens}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from veneer.base_model.transformers_errors import transformers_errors_as
 from veneer.errors import SourceError, UsageError
 from veneer.files.json_file import read_json
+from veneer.printing import first_line
 from veneer.serving.adapter_tokenizers import AdapterTokenizers
 from veneer.serving.serving_errors import AdapterInvalidError, InvalidRequestError
 
@@ -79,15 +80,13 @@ class PromptTokenizer:
     def chat(
         self,
         messages: Sequence[Mapping[str, str]],
-        template: str | None,
         options: Mapping[str, Any],
         generation_prompt: bool = True,
     ) -> tuple[int, ...]:
-        """Return the tokens of a conversation.
+        """Return the tokens of a conversation under the base's chat template.
 
         Args:
             messages: with the keys ``role`` and ``content``.
-            template: an adapter's own chat template; the base's without.
             options: what the template itself takes.
             generation_prompt: end with what begins an answer.
 
@@ -95,7 +94,7 @@ class PromptTokenizer:
             InvalidRequestError: there is no template, or it refuses the conversation.
         """
         self._check_options(options)
-        if template is None and not self.has_template:
+        if not self.has_template:
             raise InvalidRequestError(
                 "This model has no chat template.",
                 hint="Use /v1/completions with a `prompt`, or an adapter that brings a template.",
@@ -104,7 +103,6 @@ class PromptTokenizer:
         with transformers_errors_as(UsageError, "The chat template refuses", "Look at the roles and their order."):
             inputs = self._tokenizer.apply_chat_template(
                 list(messages),
-                chat_template=template,
                 add_generation_prompt=generation_prompt,
                 tokenize=True,
                 return_dict=True,
@@ -112,11 +110,36 @@ class PromptTokenizer:
             )
         return self._checked(inputs["input_ids"], "messages")
 
-    def text(self, prompt: str, special_tokens: bool = True) -> tuple[int, ...]:
-        """Return the tokens of a text."""
+    def template_variables(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a chat template is given beside the conversation: the special tokens, and the client's options.
+
+        Raises:
+            InvalidRequestError: an option is the server's to set.
+        """
+        self._check_options(options)
+        return {**self._tokenizer.special_tokens_map, **options}
+
+    def check_template(self) -> None:
+        """Raise ``SourceError`` where the base's chat template has a syntax error."""
+        import jinja2
+
+        if not self.has_template:
+            return
+        try:
+            self._tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+        except jinja2.TemplateSyntaxError as error:
+            raise SourceError(
+                f"The base's chat template is not valid, line {error.lineno}: {first_line(error).rstrip('.')}.",
+                hint="Mend it in the base's chat_template.jinja or tokenizer_config.json.",
+            ) from error
+        except Exception:  # it may refuse this conversation, and think better of another
+            return
+
+    def text(self, prompt: str, special_tokens: bool = True, param: str = "prompt") -> tuple[int, ...]:
+        """Return the tokens of a text, which comes from a field of the request."""
         with transformers_errors_as(UsageError, "The tokenizer cannot take the prompt apart", ""):
             tokens = self._tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"]
-        return self._checked(tokens, "prompt")
+        return self._checked(tokens, param)
 
     def checked(self, tokens: Sequence[int]) -> tuple[int, ...]:
         """Return tokens that a client gave, of which the base has all.
@@ -173,6 +196,10 @@ def own_template(folder: Path) -> str | None:
         template = read_json(config).get("chat_template")
     except SourceError as error:  # which names a folder of this machine
         raise AdapterInvalidError("The adapter's tokenizer_config.json cannot be read.") from error
+    if isinstance(template, list):  # several, by their names
+        template = next(
+            (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
+        )
     if not isinstance(template, str):
         return None
     _check_size(config, len(template))

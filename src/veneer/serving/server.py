@@ -38,6 +38,7 @@ from veneer.serving.server_options import ServerOptions
 from veneer.serving.service import Service
 from veneer.serving.stopping import Stopping
 from veneer.serving.store import Store
+from veneer.serving.template_process import TemplateProcess
 
 # The engine starts itself anew within seconds; where one stays dead for so many, only a new process helps.
 _DEAD_SECONDS = 30.0
@@ -168,6 +169,7 @@ async def _serve(
         watch.cancel()
     finally:
         await service.registry.close()
+        service.templates.close()
 
 
 def _service(
@@ -182,7 +184,9 @@ def _service(
     base = engine.served_base
     metrics_port = listeners[1].getsockname()[1] if len(listeners) > 1 else None
     settings = replace(options.settings, base_digest=base.digest or "", metrics_port=metrics_port)
-    store = Store(folder, options.store_limits, base_digest=base.digest)
+    tokenizer, templates = PromptTokenizer(base.tokenizer, base.vocabulary), TemplateProcess()
+    tokenizer.check_template()
+    store = Store(folder, options.store_limits, base_digest=base.digest, check=templates.check)
     metrics = ServerMetrics(options.metrics_adapters)
     limits = ResidencyLimits(host_bytes, cycle=options.limits.cycle)
     place = Path(options.base)
@@ -197,8 +201,7 @@ def _service(
         "bank": lambda: engine.status().bank_bytes,
     }
     admission = Admission(residency, options.limits)
-    tokenizer = PromptTokenizer(base.tokenizer, base.vocabulary)
-    return Service(settings, engine, registry, admission, keys, tokenizer, metrics, tiers)
+    return Service(settings, engine, registry, admission, keys, tokenizer, metrics, tiers, templates)
 
 
 def _config(service: Service) -> uvicorn.Config:

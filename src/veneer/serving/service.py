@@ -14,6 +14,7 @@ from veneer.serving.audit import audit
 from veneer.serving.engine_types import Engine, EngineRequest, Sampling, TokenEvent
 from veneer.serving.metrics import Measured
 from veneer.serving.serving_errors import ContextTooLongError, EngineRestartingError
+from veneer.serving.template_process import TemplateProcess
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -57,6 +58,7 @@ class Service:
 
     Attributes:
         tiers: name of a place for adapters -> the bytes in it.
+        templates: renders the chat templates that adapters bring.
         ready: new requests are taken.
         draining: none are taken any more.
         waiting, running: name of an adapter -> its requests.
@@ -70,6 +72,7 @@ class Service:
     tokenizer: PromptTokenizer
     metrics: ServerMetrics
     tiers: Mapping[str, Callable[[], int]] = field(default_factory=dict)
+    templates: TemplateProcess = field(default_factory=TemplateProcess)
     ready: bool = False
     draining: bool = False
     waiting: Counter[str] = field(default_factory=Counter)

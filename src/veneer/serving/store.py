@@ -65,10 +65,17 @@ class Fetched:
 class Store:
     """Holds adapters on disk. Its methods are called from the event loop's thread; files are copied in others."""
 
-    def __init__(self, root: Path, limits: StoreLimits | None = None, *, base_digest: str | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        limits: StoreLimits | None = None,
+        *,
+        base_digest: str | None = None,
+        check: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
         limits = limits or StoreLimits()
         self.root, self._limit = root, limits.store_bytes
-        self._rules = FetchRules(root, limits.adapter_bytes, limits.rank, base_digest)
+        self._rules = FetchRules(root, limits.adapter_bytes, limits.rank, base_digest, check)
         self._threads = ThreadPoolExecutor(_FETCHES, "veneer-fetch")
         # In the order of their last use.
         self._adapters: dict[str, StoredAdapter] = {}
