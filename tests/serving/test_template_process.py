@@ -32,6 +32,7 @@ ENDLESS = [
     "{% set a = 'a' * 10 ** messages|length %}{{ a * 10 ** 9 }}",
     "{{ 'a' * 9000000 }}",
     "{% for i in range(99999) %}{{ 'a' * 99999 }}{% endfor %}",
+    "{{ raise_exception('a' * 400000000) }}",
 ]
 
 

@@ -56,7 +56,14 @@ def _limit_memory() -> None:
 
 
 def _reply(request: dict[str, Any]) -> dict[str, Any]:
-    """Return the text, or why there is none."""
+    """Return the text, or why there is none; memory may also run out over a long message."""
+    try:
+        return _rendered(request)
+    except MemoryError:
+        return {"exceeds": True}
+
+
+def _rendered(request: dict[str, Any]) -> dict[str, Any]:
     try:
         rendered: Any = render_jinja_template(
             [request["messages"]],
@@ -65,7 +72,7 @@ def _reply(request: dict[str, Any]) -> dict[str, Any]:
             **request["variables"],
         )
     except MemoryError:
-        return {"exceeds": True}
+        raise
     except (jinja2.TemplateSyntaxError, SyntaxError) as error:  # the second of loops nested too deeply for Python
         line = error.lineno if isinstance(error, jinja2.TemplateSyntaxError) else None
         return {"error": first_line(error)[:1000], "is_syntax": True, "line": line}

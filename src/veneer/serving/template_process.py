@@ -190,7 +190,7 @@ def _read(process: subprocess.Popen[bytes]) -> dict[str, Any]:
 
 def _size(process: subprocess.Popen[bytes]) -> int:
     with suppress(psutil.Error):  # it is gone
-        return int(psutil.Process(process.pid).memory_info().vms)
+        return int(psutil.Process(process.pid).memory_info().rss)
     return 0
 
 
