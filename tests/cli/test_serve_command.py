@@ -13,6 +13,7 @@ import click
 import pytest
 
 from tests.cli.conftest import Result
+from veneer.cli.generate_command import generate
 from veneer.cli.serve_command import serve as command
 from veneer.serving import server
 from veneer.serving.auth import Keys
@@ -172,6 +173,23 @@ def test_a_new_key_is_one_that_the_file_takes(run: Callable[..., Result], tmp_pa
 def test_options_come_from_the_environment_too(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_SERVE_HOST", "0.0.0.0")
     assert "0.0.0.0" in run("serve", "base").err
+
+
+def test_a_variable_has_the_name_of_its_flag(
+    run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described: list[ServerOptions] = []
+    monkeypatch.setattr(server, "run_server", lambda options, *_: described.append(options))
+    (tmp_path / "many" / "c").mkdir(parents=True)
+    (tmp_path / "many" / "c" / "adapter_config.json").write_text("{}")
+    monkeypatch.setenv("VENEER_SERVE_API_KEYS", "keys.json")
+    monkeypatch.setenv("VENEER_SERVE_ADAPTER", "a=hf://acme/a b=hf://acme/b")
+    monkeypatch.setenv("VENEER_SERVE_ADAPTERS", str(tmp_path / "many"))
+    assert run("serve", "base").code == 0
+    [given] = described
+    assert given.keys == Path("keys.json")
+    assert [registration.name for registration in (*given.adapters, *given.found)] == ["a", "b", "c"]
+    assert {option.envvar for option in generate.params} == {None}
 
 
 def test_options_come_from_a_file_too(run: Callable[..., Result], tmp_path: Path) -> None:

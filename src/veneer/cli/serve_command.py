@@ -25,7 +25,14 @@ if TYPE_CHECKING:
     from veneer.serving.server_options import ServerOptions
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus-client", "psutil")
-_SETTINGS: Any = {"auto_envvar_prefix": "VENEER_SERVE"}
+
+
+def _with_variables(command: click.Command) -> click.Command:
+    """Let each option be given by an environment variable of its flag's name; click's own follow those in the code."""
+    for option in command.params:
+        if isinstance(option, click.Option):
+            option.envvar = f"VENEER_SERVE{option.opts[0].removeprefix('-').upper().replace('-', '_')}"
+    return command
 
 
 def _size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
@@ -92,7 +99,8 @@ def _seconds(name: str, default: float, help: str, *, or_none: bool = False) -> 
     return click.option(name, type=allowed, default=default, metavar="SECONDS", help=help)
 
 
-@click.command(context_settings=_SETTINGS)
+@_with_variables
+@click.command()
 @click.argument("base", type=PATH_OR_ID, required=False, help="The base: a folder or hub id.")
 @click.option(
     "--config",
