@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from veneer.patches import mixed_batch
 from veneer.patches.mixed_batch import StackedFactors
 from veneer.patches.row_order import row_order
 
@@ -49,14 +51,21 @@ def test_padding_makes_no_more_than_twice_as_many_rows(sizes: list[int], data: s
     order = row_order(*spans(sizes, data), CPU)
     if order.rows is None:
         return
-    alone = sum(len(rows) for _, rows in order.alone)
     assert len(order.rows) == sum(sizes)
-    assert (0 if order.take is None else len(order.take)) <= 2 * (sum(sizes) - alone)
+    for block in order.blocks:
+        rows = len(block.take) if block.keep is None else len(block.keep)
+        assert rows <= len(block.take) <= 2 * rows
 
 
-def test_a_prompt_does_not_take_the_others_out_of_the_batched_product() -> None:
-    groups = [[range(place, place + 1)] for place in range(63)] + [[range(63, 80)]]
-    order = row_order(groups, 80, CPU)
-    assert order.take is not None
-    assert len(order.take) == 64
-    assert [number for number, _ in order.alone] == [63]
+def test_prompts_do_not_take_the_others_out_of_their_product() -> None:
+    groups = [[range(place, place + 1)] for place in range(61)] + [[range(61, 78)], [range(78, 90)], [range(90, 107)]]
+    order = row_order(groups, 107, CPU)
+    assert [block.adapters for block in order.blocks] == [None, (61, 63, 62)]
+    assert [len(block.take) for block in order.blocks] == [64, 51]
+
+
+@given(SIZES, st.data())
+def test_large_factors_are_not_put_together(sizes: list[int], data: st.DataObject) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(mixed_batch, "_GATHERED", 0)
+        test_each_row_gets_the_product_of_its_own_adapter.hypothesis.inner_test(sizes, data)

@@ -102,7 +102,8 @@ class BankSlots(SlotTable):
         row_by_row: dict[object, tuple[str, ...]] = {}
         for entry, own in parts.items():
             # Vectors are computed with from their slots alone.
-            with_vectors = [layer for layer in entry._adapter.layers.adapted if _has_vectors(own.get(layer.site.id))]
+            adapted = entry._adapter.layers.adapted if own else ()
+            with_vectors = [layer for layer in adapted if _has_vectors(own.get(layer.site.id))]
             for layer in (*entry._unfolded, *with_vectors):
                 row_by_row[layer] = (*row_by_row.get(layer, ()), entry.name)
         return SlotsInUse(

@@ -5,8 +5,8 @@ The fused forms (``fused.py``) of the adapters on one layer are stacked, ranks p
     y'_n = s_k * y_n + (x_n A_k) B_k + c_k        A: (adapters, in, R), B: (adapters, R, out)
 
 with ``k`` the adapter of row ``n``. The rows are sorted by adapter once for all layers (``RowOrder``), so that a layer
-takes two batched products however many adapters there are, and two more for each of the few with many more rows. A row
-of the base is scaled by one and shifted by zero.
+takes two batched products however many adapters there are, and two more for those with many more rows than others. A
+row of the base is scaled by one and shifted by zero.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ from torch import Tensor
 
 from veneer.patches.fused import FusedPatch, TensorVersions, base_output, widened
 from veneer.patches.row_layout import Layout
-from veneer.patches.row_order import RowOrder
+from veneer.patches.row_order import RowBlock, RowOrder
 from veneer.patches.selection import NOTHING, Selection
+
+# The factors of several adapters are put together for one product where each has at most so many numbers: copying more
+# takes longer than a product for each.
+_GATHERED = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,24 @@ class StackedFactors:
             else:
                 stacked.add_(torch.bmm(hidden, self.up))
             return y
-        pieces = [*_padded(x, self.down, self.up, order), *_one_by_one(x, self.down, self.up, order)]
+        pieces = [product for block in order.blocks for product in self._products(x, block, order.sizes)]
         change = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         changed = y.index_select(0, order.rows)
         return y.index_copy_(0, order.rows, changed.add_(change.view_as(changed)))
+
+    def _products(self, x: Tensor, block: RowBlock, sizes: Sequence[int]) -> Iterator[Tensor]:
+        """Yield ``(x A) B`` of the rows of a block, sorted by adapter; shape ``(rows * ..., out)`` in all."""
+        taken = x.index_select(0, block.take)
+        if block.adapters is None:
+            yield _product(taken, self.down, self.up, block.keep)
+        elif len(block.adapters) > 1 and self.down[0].numel() + self.up[0].numel() <= _GATHERED:
+            down, up = (factors.index_select(0, block.numbers) for factors in (self.down, self.up))
+            yield _product(taken, down, up, block.keep)
+        else:
+            places = len(taken) // len(block.adapters)
+            for number, own in zip(block.adapters, taken.split(places), strict=True):
+                size = sizes[number]
+                yield _product(own[:size], self.down[number : number + 1], self.up[number : number + 1], None)
 
 
 @dataclass(frozen=True)
@@ -115,22 +133,12 @@ def _hidden(x: Tensor, down: Tensor) -> Tensor:
     return torch.bmm(x.reshape(len(down), -1, x.shape[-1]).to(down.dtype), down)
 
 
-def _padded(x: Tensor, down: Tensor, up: Tensor, order: RowOrder) -> Iterator[Tensor]:
-    """Yield ``(x A) B`` of the rows that have places, if any has, sorted by adapter; shape ``(rows * ..., out)``."""
-    if order.take is None:
-        return
-    taken = x.index_select(0, order.take)
-    change = torch.bmm(_hidden(taken, down), up)
-    if order.keep is not None:
-        change = change.view(taken.shape[0], -1).index_select(0, order.keep)
-    yield change.view(-1, up.shape[-1])
-
-
-def _one_by_one(x: Tensor, down: Tensor, up: Tensor, order: RowOrder) -> Iterator[Tensor]:
-    """Yield the same of each adapter that has so many rows that padding the others to them would cost more."""
-    for number, rows in order.alone:
-        taken = x.index_select(0, rows).reshape(-1, x.shape[-1])
-        yield torch.mm(torch.mm(taken.to(down.dtype), down[number]), up[number])
+def _product(x: Tensor, down: Tensor, up: Tensor, keep: Tensor | None) -> Tensor:
+    """Return ``(x A) B`` of rows that are sorted by adapter, as many for each, or of those to ``keep`` alone."""
+    change = torch.bmm(_hidden(x, down), up)
+    if keep is not None:
+        change = change.view(x.shape[0], -1).index_select(0, keep)
+    return change.view(-1, up.shape[-1])
 
 
 def _of_rows(vectors: Tensor, owner: Tensor, like: Tensor) -> Tensor:

@@ -9,29 +9,42 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-# A product of its own takes an adapter's rows about as long as so many rows more in the batched one;
-# benchmarks/notes.md, "The rows of a server's batch".
-_ALONE = 8
+# Another batched product takes about as long as so many rows more in one, and copying an adapter's factors for it as so
+# many; benchmarks/notes.md, "The rows of a server's batch".
+_PRODUCT, _GATHERING = 32, 4
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """The rows of some adapters, with as many places for each as the one with the most has rows.
+
+    Attributes:
+        adapters: their numbers; ``None`` for all adapters, those without rows and of other blocks too.
+        numbers: the same as a tensor; empty for all.
+        take: the row that is put in each place, ``(adapters * places,)``.
+        keep: the places of rows; ``None`` when every place is a row's.
+    """
+
+    adapters: tuple[int, ...] | None
+    numbers: Tensor
+    take: Tensor
+    keep: Tensor | None
 
 
 @dataclass(frozen=True)
 class RowOrder:
-    """Rows sorted by adapter: those of most adapters in as many places for each, those of long ones by themselves.
+    """Rows sorted by adapter, in blocks that are computed by one batched product each.
 
     Attributes:
         sizes: the number of rows of each adapter.
-        rows: the rows that name an adapter, sorted by adapter, those by themselves last; ``None`` when all rows do and
-            lie so already, as many for each.
-        take: the row that is put in each place, ``(adapters * places,)``; ``None`` where there are no places.
-        keep: the places of rows; ``None`` when every place is a row's.
-        alone: the number of an adapter, and its rows, for each whose rows are by themselves.
+        rows: the rows that name an adapter, block by block and sorted by adapter; ``None`` when all rows do and lie so
+            already, as many for each.
+        blocks: adapters with similarly many rows.
     """
 
     sizes: tuple[int, ...]
     rows: Tensor | None = None
-    take: Tensor | None = None
-    keep: Tensor | None = None
-    alone: Sequence[tuple[int, Tensor]] = ()
+    blocks: Sequence[RowBlock] = ()
 
 
 Spans = Sequence[range]
@@ -45,42 +58,61 @@ def row_order(groups: Sequence[Spans], length: int, device: torch.device) -> Row
     sizes = tuple(sum(map(len, spans)) for spans in groups)
     if min(sizes) == max(sizes) and _follow_each_other([span for spans in groups for span in spans], length):
         return RowOrder(sizes)
-    places = _places(sizes)
-    alone = [number for number, size in enumerate(sizes) if size > places]
-    together = [number for number, size in enumerate(sizes) if 0 < size <= places]
-    is_full = sum(sizes[number] for number in together) == places * len(sizes)
+    parts = _parts(sizes)
 
     def sorted_by_adapter() -> list[Tensor]:
-        rows = numbers([span for number in together for span in groups[number]])
-        keep = numbers([range(number * places, number * places + sizes[number]) for number in together])
-        take = torch.zeros(len(groups) * places, dtype=torch.int64, device="cpu")
-        take[keep] = rows
-        by_themselves = [numbers(groups[number]) for number in alone]
-        return [torch.cat([rows, *by_themselves]), take, keep, *by_themselves]
+        tensors = []
+        for part in parts:
+            rows = numbers([span for number in part.inside for span in groups[number]])
+            first = {number: place * part.places for place, number in enumerate(part.adapters or range(len(sizes)))}
+            keep = numbers([range(first[number], first[number] + sizes[number]) for number in part.inside])
+            take = torch.zeros(len(first) * part.places, dtype=torch.int64, device="cpu")
+            take[keep] = rows
+            tensors += [torch.tensor(part.adapters or (), dtype=torch.int64, device="cpu"), take, keep, rows]
+        return tensors
 
-    rows, take, keep, *by_themselves = on_device(device, sorted_by_adapter)
-    return RowOrder(
-        sizes,
-        rows,
-        take if places else None,
-        None if is_full else keep,
-        tuple(zip(alone, by_themselves, strict=True)),
-    )
+    tensors = on_device(device, sorted_by_adapter)
+    blocks = [
+        RowBlock(part.adapters, own, take, None if len(take) == len(keep) else keep)
+        for part, own, take, keep in zip(parts, *(tensors[place::4] for place in range(3)), strict=True)
+    ]
+    return RowOrder(sizes, torch.cat(tensors[3::4]) if parts else None, blocks)
 
 
-def _places(sizes: Sequence[int]) -> int:
-    """Return how many places each adapter has in the batched product, so that all rows take least time.
+@dataclass(frozen=True)
+class _BlockPlan:
+    """The adapters of a block, ``None`` for all; those among them that have rows there; and the places for each."""
 
-    Padding makes no more than twice as many of the rows that are in it.
-    """
-    best, least = 0, sum(sizes) + _ALONE * sum(map(bool, sizes))
-    for places in {*sizes} - {0}:
-        inside = [size for size in sizes if size <= places]
-        outside = [size for size in sizes if size > places]
-        time = places * len(sizes) + sum(outside) + _ALONE * len(outside)
-        if time <= least and places * len(sizes) <= 2 * sum(inside):
-            best, least = places, time
-    return best
+    adapters: tuple[int, ...] | None
+    inside: Sequence[int]
+    places: int
+
+    def time(self, count: int) -> int:
+        """The time that it takes in a batch of ``count`` adapters, in rows."""
+        if self.adapters is None:
+            return count * self.places + _PRODUCT
+        return len(self.adapters) * (self.places + _GATHERING) + _PRODUCT
+
+
+def _parts(sizes: Sequence[int]) -> Sequence[_BlockPlan]:
+    """Return the blocks that take least time; padding makes no more than twice as many rows of one."""
+    choices = []
+    for most in sorted({0, *sizes}):
+        inside = [number for number, size in enumerate(sizes) if 0 < size <= most]
+        if len(sizes) * most <= 2 * sum(sizes[number] for number in inside):
+            others = _of_similar_size([number for number, size in enumerate(sizes) if size > most], sizes)
+            choices.append([*([_BlockPlan(None, inside, most)] if inside else []), *others])
+    return min(choices, key=lambda parts: sum(part.time(len(sizes)) for part in parts))
+
+
+def _of_similar_size(adapters: Sequence[int], sizes: Sequence[int]) -> list[_BlockPlan]:
+    """Return blocks of adapters none of which has less than half the rows of another."""
+    blocks: list[list[int]] = []
+    for number in sorted(adapters, key=sizes.__getitem__, reverse=True):
+        if not blocks or 2 * sizes[number] < sizes[blocks[-1][0]]:
+            blocks.append([])
+        blocks[-1].append(number)
+    return [_BlockPlan(tuple(block), block, sizes[block[0]]) for block in blocks]
 
 
 def row_owners(groups: Mapping[int, Spans], rest: int, length: int, device: torch.device) -> Tensor:
