@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.serving.engine_world import CONFIGS, World, base, tokenizer
+from tests.serving.engine_world import CONFIGS, World, base, prompts, tokenizer
 from tests.serving.fake_engine import TEMPLATE
+from tests.serving.http_service import Reply, call, events_of
 
 NAMES = ("r3", "r16", "dora", "ia3")
 ROOT = Path(__file__).parents[2]
@@ -93,6 +95,36 @@ def _address(running: subprocess.Popen[str], folder: Path) -> str:
         if line.startswith("Serving on "):
             return line.removeprefix("Serving on ").strip()
     raise RuntimeError((folder / "log").read_text())
+
+
+def ask(served: ServedProcess, name: str, prompt: list[int], tokens: int, **more: Any) -> Reply:
+    """Return the server's answer to a completion."""
+    return call(served.url, "POST", "/v1/completions", completion(name, prompt, tokens, **more), timeout=60)
+
+
+def check(served: ServedProcess, reply: Reply, name: str, prompt: list[int], tokens: int) -> None:
+    """Compare an answer, streamed or not, with the oracle's."""
+    assert reply.status == 200, reply.body
+    assert reply.headers["x-veneer-adapter"].startswith(f"{name}@sha256:" if name != "base" else "base")
+    if reply.headers["content-type"] == "text/event-stream":
+        events = events_of(reply)
+        assert events[-1] == "[DONE]"
+        text = "".join(event["choices"][0]["text"] for event in events[:-1])
+    else:
+        text = reply.json["choices"][0]["text"]
+    assert text == served.text(None if name == "base" else name, prompt, tokens)
+
+
+def check_many(served: ServedProcess, count: int) -> None:
+    """Ask for so many completions by twelve clients, half of them streamed, and check each."""
+    names = [*NAMES, "base"]
+    asked = [(names[i % 5], prompt, 4 + i % 9, i % 2 == 1) for i, prompt in enumerate(prompts(count))]
+    for name, prompt, tokens, _ in asked:
+        served.text(None if name == "base" else name, prompt, tokens)
+    with ThreadPoolExecutor(12) as clients:
+        replies = list(clients.map(lambda a: ask(served, a[0], a[1], a[2], stream=a[3]), asked))
+    for reply, (name, prompt, tokens, _) in zip(replies, asked, strict=True):
+        check(served, reply, name, prompt, tokens)
 
 
 def completion(name: str, prompt: list[int], tokens: int, **more: Any) -> dict[str, Any]:

@@ -15,9 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.serving.engine_world import prompts
-from tests.serving.http_service import Reply, call, events_of
-from tests.serving.served_process import NAMES, ServedProcess, completion, made, process
+from tests.serving.http_service import call
+from tests.serving.served_process import NAMES, ServedProcess, ask, check, check_many, made, process
 from veneer.adapters.slot_table import slot_capacity
 from veneer.errors import UnsupportedError
 from veneer.serving.engine import EngineOptions
@@ -100,32 +99,9 @@ def replicas(served: ServedProcess) -> list[psutil.Process]:
     return [one for one in below if "ServeReplica:veneer-base:engine-" in "".join(one.cmdline())]
 
 
-def ask(served: ServedProcess, name: str, prompt: list[int], tokens: int, **more: object) -> Reply:
-    return call(served.url, "POST", "/v1/completions", completion(name, prompt, tokens, **more), timeout=60)
-
-
-def text_of(reply: Reply) -> str:
-    if reply.headers["content-type"] != "text/event-stream":
-        return str(reply.json["choices"][0]["text"])
-    return "".join(event["choices"][0]["text"] for event in events_of(reply)[:-1])
-
-
-def is_right(served: ServedProcess, reply: Reply, name: str, prompt: list[int], tokens: int) -> bool:
-    assert reply.headers["x-veneer-adapter"].startswith(f"{name}@sha256:" if name != "base" else "base")
-    return text_of(reply) == served.text(None if name == "base" else name, prompt, tokens)
-
-
 def test_answers_of_two_replicas_are_those_of_one_model(server: ServedProcess) -> None:
     assert len(replicas(server)) == 2
-    names = [*NAMES, "base"]
-    asked = [(names[i % 5], prompt, 4 + i % 9, i % 2 == 1) for i, prompt in enumerate(prompts(40))]
-    for name, prompt, tokens, _ in asked:
-        server.text(None if name == "base" else name, prompt, tokens)
-    with ThreadPoolExecutor(12) as clients:
-        replies = list(clients.map(lambda a: ask(server, a[0], a[1], a[2], stream=a[3]), asked))
-    for reply, (name, prompt, tokens, _) in zip(replies, asked, strict=True):
-        assert reply.status == 200, reply.body
-        assert is_right(server, reply, name, prompt, tokens)
+    check_many(server, 40)
 
 
 def test_a_replica_that_is_killed_loses_only_what_it_runs(server: ServedProcess) -> None:
@@ -144,7 +120,8 @@ def test_a_replica_that_is_killed_loses_only_what_it_runs(server: ServedProcess)
     assert {reply.headers["retry-after"] for reply in lost} <= {"2"}
     assert len(lost) <= 8
     for reply, one in zip(replies, asked, strict=True):
-        assert reply.status == 503 or is_right(server, reply, *one)
+        if reply.status != 503:
+            check(server, reply, *one)
     assert call(server.url, "GET", "/health").status == 200
     wait_for(lambda: len(replicas(server)) == 2, 30)
 

@@ -24,11 +24,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.serving.engine_world import base, prompts, tokenizer
+from tests.serving.engine_world import base, tokenizer
 from tests.serving.http_service import Reply, call, events_of
 from tests.serving.served_process import (
     NAMES,
     ServedProcess,
+    ask,
+    check,
+    check_many,
     completion,
     environment,
     made,
@@ -65,22 +68,6 @@ def answers_after(request: pytest.FixtureRequest) -> Iterator[None]:
         check(served, ask(served, "r3", [5, 6, 7], 3), "r3", [5, 6, 7], 3)
 
 
-def ask(served: ServedProcess, name: str, prompt: list[int], tokens: int, **more: Any) -> Reply:
-    return call(served.url, "POST", "/v1/completions", completion(name, prompt, tokens, **more), timeout=60)
-
-
-def check(served: ServedProcess, reply: Reply, name: str, prompt: list[int], tokens: int) -> None:
-    assert reply.status == 200, reply.body
-    assert reply.headers["x-veneer-adapter"].startswith(f"{name}@sha256:" if name != "base" else "base")
-    if reply.headers["content-type"] == "text/event-stream":
-        events = events_of(reply)
-        assert events[-1] == "[DONE]"
-        text = "".join(event["choices"][0]["text"] for event in events[:-1])
-    else:
-        text = reply.json["choices"][0]["text"]
-    assert text == served.text(None if name == "base" else name, prompt, tokens)
-
-
 def register(served: ServedProcess, name: str, source: Path | str, **more: Any) -> Reply:
     url = source if isinstance(source, str) else f"file://{source.resolve()}"
     body = {"name": name, "source": url, "wait": True, **more}
@@ -95,14 +82,7 @@ def copied(served: ServedProcess, name: str, of: str = "r3") -> Path:
 
 
 def test_sixty_requests_of_many_clients_are_answered_under_their_own_adapters(server: ServedProcess) -> None:
-    names = [*NAMES, "base"]
-    asked = [(names[i % 5], prompt, 4 + i % 9, i % 2 == 1) for i, prompt in enumerate(prompts(60))]
-    for name, prompt, tokens, _ in asked:
-        server.text(None if name == "base" else name, prompt, tokens)
-    with ThreadPoolExecutor(12) as clients:
-        replies = list(clients.map(lambda a: ask(server, a[0], a[1], a[2], stream=a[3]), asked))
-    for reply, (name, prompt, tokens, _) in zip(replies, asked, strict=True):
-        check(server, reply, name, prompt, tokens)
+    check_many(server, 60)
 
 
 def test_openais_own_client(server: ServedProcess) -> None:
