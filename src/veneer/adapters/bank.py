@@ -315,10 +315,11 @@ class AdapterBank:
             return
         if self._states is not states:  # moved to another device, or of another dtype, among others
             self._table.layers = {}
+        in_use = self._in_use()
         for entry in [*self._by_version.values()]:
             entry._folded = None
-            if entry.leases or entry._readers:
-                self._write(entry, self._in_use())
+            if in_use[entry]:
+                self._write(entry, in_use)
             else:
                 self._table.leave(entry)
         self._selections = {}

@@ -35,7 +35,7 @@ _BANK = {
     ("veneer_bank_writes", "Adapters that were written into slots."): "writes",
     ("veneer_bank_bytes", "Bytes that were written into slots."): "bytes_written",
     ("veneer_bank_evictions", "Adapters that gave up their slots to others."): "evictions",
-    ("veneer_bank_moves", "Slots that were moved, so that those in use lie side by side."): "moves",
+    ("veneer_bank_moves", "Slots that were moved, where those in use lay far apart."): "moves",
     (
         "veneer_slow_lane_rows",
         "Tokens of adapters in no slot, or with modules that compute one adapter after the other.",
